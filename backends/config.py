@@ -1,0 +1,111 @@
+"""What a person asked for: a backend per role, what accuracy is allowed, and what to do when it cannot run.
+
+`parse_config` (in `config_text.py`) reads every accepted text form into these types. Here is what they mean and
+how the entry for one role is found, always with the source as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from .backend import ACCURACY
+from .names import AUTO, canonical
+
+GUARD_MODES = ("off", "watch", "enforce")
+
+CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
+"""Joint attention over text and picture falls in category `self` where nothing is said about `joint`."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be understood; the message says which part and what is accepted."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One backend with its options. The name is any accepted spelling and is stored as the canonical id."""
+
+    backend: str = AUTO
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backend, str):
+            raise ConfigError(f"backend must be a name, not {type(self.backend).__name__}: {self.backend!r}")
+        object.__setattr__(self, "backend", canonical(self.backend))
+        if not isinstance(self.extra, Mapping):
+            raise ConfigError(f"extra must be a mapping, not {type(self.extra).__name__}: {self.extra!r}")
+        object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
+        if self.extra:
+            known = ", ".join(self.extra)
+            raise ConfigError(f"extra: {self.backend} has no options in this version; given: {known}")
+
+    def __hash__(self) -> int:
+        return hash((self.backend, tuple(sorted(self.extra.items(), key=str))))
+
+    @property
+    def is_auto(self) -> bool:
+        """True when this entry says nothing: the next source decides."""
+        return self.backend == AUTO
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Default and per-role specs. A role is a dotted string such as `self`, `cross` or `ltx2.audio_to_video`."""
+
+    default: AttentionSpec = field(default_factory=AttentionSpec)
+    per_role: Mapping[str, AttentionSpec] = field(default_factory=dict)
+    accuracy: str = "exact"
+    """The least exact class that `auto` may pick: one of `backend.ACCURACY`, each including those before it."""
+    strict: bool = False
+    guard: str = "off"
+    source: str = "config"
+    """Where this came from, for messages: a node, a file, an environment variable."""
+
+    def __post_init__(self) -> None:
+        if self.accuracy not in ACCURACY:
+            raise ConfigError(f"accuracy {self.accuracy!r} is not one of {', '.join(ACCURACY)}")
+        if self.guard not in GUARD_MODES:
+            raise ConfigError(f"guard {self.guard!r} is not one of {', '.join(GUARD_MODES)}")
+        if not isinstance(self.strict, bool):
+            raise ConfigError(f"strict must be true or false, not {self.strict!r}")
+        object.__setattr__(self, "per_role", MappingProxyType(dict(self.per_role)))
+
+    def __hash__(self) -> int:
+        per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
+        return hash((self.default, per_role, self.accuracy, self.strict, self.guard, self.source))
+
+    def lookup(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
+        """The entry for `role` and its source as text; None when this configuration says nothing about it."""
+        exact = self.per_role.get(role)
+        if exact is not None and not exact.is_auto:
+            return exact, f"{self.source}.per_role[{role!r}]"
+        parent: str | None = category
+        while parent:
+            spec = self.per_role.get(parent)
+            if parent != role and spec is not None and not spec.is_auto:
+                return spec, f"{self.source}.per_role[{parent!r}] (category of {role!r})"
+            parent = CATEGORY_PARENT.get(parent)
+        if not self.default.is_auto:
+            return self.default, f"{self.source}.default"
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for one role: a canonical id, or None where the platform's route decides."""
+
+    asked: str | None
+    source: str
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+def resolve(layers: tuple[AttentionConfig, ...], role: str, category: str) -> Choice:
+    """Ask each configuration in turn, highest first; the first that says anything about the role decides."""
+    for layer in layers:
+        found = layer.lookup(role, category)
+        if found is not None:
+            spec, source = found
+            return Choice(spec.backend, source, spec.extra)
+    return Choice(None, "platform route")

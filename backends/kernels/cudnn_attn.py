@@ -1,0 +1,43 @@
+"""`cudnn_attn`: cuDNN's fused attention through PyTorch, pinned alone."""
+
+from __future__ import annotations
+
+from ..backend import HALF, Limits
+from ..platform import Platform
+from ..sdpa import PinnedSDPA
+
+MIN_CUDNN = 90500
+"""vLLM-Omni's floor for routing to cuDNN by itself; newer reports say 9.7 for native Blackwell kernels."""
+
+WIDE_CUDNN = 92200
+"""cuDNN must be newer than this for head sizes above 128, and only on sm90 and sm10x (torch's own check)."""
+
+
+class CudnnAttn(PinnedSDPA):
+    """Limits as in check_cudnn_tensor_shapes of ATen/native/transformers/cuda/sdp_utils.cpp."""
+
+    id = "cudnn_attn"
+    summary = "cuDNN's fused attention, pinned. Fast with masks; the usual choice on Blackwell."
+    kinds = ("cuda",)
+    min_capability = (8, 0)
+    pin = "CUDNN_ATTENTION"
+    limits = Limits(dtypes=HALF, max_head_dim=128, head_dim_multiple=8, min_kv_len=2, max_batch=65535, max_heads=65535)
+    wide_limits = Limits(
+        dtypes=HALF, max_head_dim=256, head_dim_multiple=8, min_kv_len=2, max_batch=65535, max_heads=65535
+    )
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        if platform.kind != "cuda":
+            return reasons
+        if platform.cudnn is None:
+            reasons.append("PyTorch has no cuDNN")
+        elif platform.cudnn < MIN_CUDNN:
+            reasons.append(f"cuDNN {platform.cudnn} < {MIN_CUDNN}")
+        if not platform.cudnn_sdp_enabled:
+            reasons.append("something in this process called torch.backends.cuda.enable_cudnn_sdp(False)")
+        return reasons
+
+    def limits_on(self, platform: Platform) -> Limits:
+        wide_card = platform.capability is not None and (platform.capability == (9, 0) or platform.capability[0] == 10)
+        return self.wide_limits if wide_card and (platform.cudnn or 0) > WIDE_CUDNN else self.limits

@@ -1,0 +1,47 @@
+"""`reference`: attention by its definition, in float64 (float32 where a device has no float64)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..backend import FLOATING, Backend, Kernel, Limits
+from ..platform import KINDS, Platform
+from ..request import AttentionCall
+from ..sdpa import expand_kv
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Reference(Backend):
+    """softmax(scale * Q K^T + mask) V, Vaswani et al. 2017 (arXiv:1706.03762), equation 1; for tests and checks."""
+
+    id = "reference"
+    summary = (
+        "Attention by its textbook definition in double precision. Very slow; the yardstick for every other backend."
+    )
+    kinds = KINDS
+    limits = Limits(dtypes=FLOATING, causal_cross=True, mask_and_causal=True, mixed_head_dims=True)
+
+    def load(self, platform: Platform) -> Kernel:
+        return reference_attention
+
+
+def reference_attention(call: AttentionCall) -> torch.Tensor:
+    """Compute one call in float64 and return it in the query's dtype; rows without a visible key give zeros."""
+    import torch
+
+    wide = torch.float32 if call.query.device.type == "mps" else torch.float64
+    key, value = expand_kv(call)
+    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    scores = call.query.to(wide) @ key.to(wide).transpose(-2, -1) * scale
+    if call.attn_mask is not None:
+        if call.attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~call.attn_mask, float("-inf"))
+        else:
+            scores = scores + call.attn_mask.to(wide)
+    if call.is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    return (weights @ value.to(wide)).to(call.query.dtype)

@@ -1,0 +1,51 @@
+"""What kind of mask a call carries, and exact rewrites of a mask from one form to another.
+
+A mask reaches kernels with four dimensions, each of which may be 1. Nothing here reads a mask's values.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def mask_kind(mask: torch.Tensor | None) -> str:
+    """Name the kind of a four-dimensional mask, one of `request.MASK_KINDS`, from its type and layout alone."""
+    if mask is None:
+        return "none"
+    if not mask.dtype.is_floating_point:
+        same_for_heads = mask.shape[1] == 1 or mask.stride(1) == 0
+        same_for_queries = mask.shape[2] == 1 or mask.stride(2) == 0
+        return "key_padding" if same_for_heads and same_for_queries else "bool"
+    return "bias"
+
+
+def as_4d(mask: torch.Tensor) -> torch.Tensor:
+    """Give a mask of ComfyUI's shapes four dimensions: (Lq or 1, Lk), (B, Lq or 1, Lk) or (B, H, Lq, Lk).
+
+    Raises:
+        ValueError: the mask has another number of dimensions.
+    """
+    if mask.ndim == 4:
+        return mask
+    if mask.ndim == 3:
+        return mask.unsqueeze(1)
+    if mask.ndim == 2:
+        return mask.unsqueeze(0).unsqueeze(0)
+    raise ValueError(f"attention mask of shape {tuple(mask.shape)}: expected 2, 3 or 4 dimensions")
+
+
+def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a boolean mask (True: visible) into one that is added to scores; others are returned as they are.
+
+    Hidden keys get half of the dtype's most negative number: their weight underflows to exactly 0, and neither
+    the sum with a score nor a row without any visible key becomes infinite or NaN.
+    """
+    import torch
+
+    if mask.dtype.is_floating_point:
+        return mask
+    hidden = torch.finfo(dtype).min / 2
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask.logical_not(), hidden)

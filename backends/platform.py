@@ -1,0 +1,216 @@
+"""The machine as a value: a frozen snapshot that selection takes as an argument, real or described.
+
+`detect` reads the running machine, `parse_platform` a description such as `cuda:12.0,cudnn=91002`, so that a
+laptop can ask what any other machine would choose. Which backend comes first where is in `routes.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("cpu", "cuda", "rocm", "xpu", "mps", "npu", "xla")
+
+PACKAGES = (
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "flashinfer-python",
+    "sageattention",
+    "sageattn3",
+    "spas-sage-attn",
+    "xformers",
+    "comfy-kitchen",
+    "amd-aiter",
+    "torch-npu",
+    "torch-xla",
+    "triton",
+    "triton-windows",
+    "kernels",
+    "fastvideo-kernel",
+)
+"""Distributions whose presence and version backends ask about."""
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What selection may know of a machine. `kind` is one of `KINDS`; everything else may be unknown."""
+
+    kind: str
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability, e.g. (9, 0)."""
+    gfx: str | None = None
+    """AMD architecture, e.g. `gfx942`."""
+    name: str = ""
+    torch: str = ""
+    """torch's version, without its local part."""
+    cuda: str | None = None
+    cudnn: int | None = None
+    """cuDNN's version as cuDNN numbers it, e.g. 91002 for 9.10.2."""
+    packages: tuple[tuple[str, str], ...] = ()
+    os: str = field(default=sys.platform)
+    cudnn_sdp_enabled: bool = True
+    """False when something in this process called torch.backends.cuda.enable_cudnn_sdp(False)."""
+    described: bool = False
+    """True for a machine that somebody described: packages are then taken at their word, not imported."""
+
+    def version(self, package: str) -> str | None:
+        """The installed version of a distribution, or None."""
+        return dict(self.packages).get(package)
+
+    @property
+    def sm(self) -> str:
+        """`sm_120` for capability (12, 0), an empty string when unknown."""
+        return f"sm_{self.capability[0]}{self.capability[1]}" if self.capability else ""
+
+    @property
+    def architecture(self) -> str:
+        """NVIDIA's name of the generation, an empty string when unknown."""
+        if self.capability is None:
+            return ""
+        major, minor = self.capability
+        if major >= 10:
+            return "Blackwell"
+        return {9: "Hopper", 8: "Ada" if minor == 9 else "Ampere", 7: "Turing" if minor == 5 else "Volta"}.get(
+            major, f"sm_{major}{minor}"
+        )
+
+    def describe(self) -> str:
+        """One line: kind, card, versions."""
+        parts = [self.kind, self.name, self.sm or self.gfx or "", f"torch {self.torch}" if self.torch else ""]
+        parts += [f"CUDA {self.cuda}" if self.cuda else "", f"cuDNN {self.cudnn}" if self.cudnn else ""]
+        return ", ".join(filter(None, parts))
+
+
+def installed_packages() -> tuple[tuple[str, str], ...]:
+    """Name and version of each of `PACKAGES` that is installed, from metadata: nothing is imported."""
+    from importlib import metadata
+
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            continue
+        except Exception as error:  # a damaged installation is a row in the report, not a crash
+            found.append((name, f"unreadable ({error})"))
+    return tuple(found)
+
+
+@lru_cache(maxsize=16)
+def detect(device: torch.device | None = None) -> Platform:
+    """Read the machine, for `device` (default: the first accelerator, else the CPU). Imports torch."""
+    import torch
+
+    version = torch.__version__.split("+")[0]
+    packages = installed_packages()
+    kind = device.type if device is not None else _default_device_type()
+    if kind == "cuda" and torch.cuda.is_available():
+        index = device.index if device is not None and device.index is not None else torch.cuda.current_device()
+        name = torch.cuda.get_device_name(index)
+        if torch.version.hip:
+            gfx = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+            return Platform("rocm", gfx=gfx, name=name, torch=version, packages=packages)
+        return Platform(
+            "cuda",
+            capability=torch.cuda.get_device_capability(index),
+            name=name,
+            torch=version,
+            cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            packages=packages,
+            cudnn_sdp_enabled=torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+        )
+    if kind not in KINDS:
+        kind = "cpu"
+    return Platform(kind, torch=version, packages=packages)
+
+
+def _default_device_type() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return "xpu"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def parse_platform(text: str) -> Platform:
+    """Read a described machine: `KIND[:CARD]`, then `name=value` pairs, separated by commas.
+
+    CARD is a compute capability for cuda (`12.0`) and an architecture for rocm (`gfx942`). The names are
+    `torch`, `cuda`, `cudnn`, `name`, `os` (linux, windows, darwin), `cudnn_sdp` (on, off), and `packages`,
+    a list such as `flash-attn==2.8.3;flashinfer-python==0.7.2`.
+
+    Raises:
+        ValueError: the text has another form; the message says which part.
+    """
+    head, *pairs = (part.strip() for part in text.split(","))
+    kind, _, card = head.partition(":")
+    kind = kind.strip().lower()
+    if kind not in KINDS:
+        raise ValueError(f"platform: {kind!r} is not one of {', '.join(KINDS)}")
+    values = _parse_pairs(pairs)
+    capability, gfx = None, None
+    if kind == "cuda" and card:
+        capability = _parse_capability(card)
+    elif card:
+        gfx = card.strip().lower()
+    default_cudnn = "91002" if kind == "cuda" else ""
+    cudnn = values.get("cudnn", default_cudnn)
+    try:
+        cudnn_version = int(cudnn) if cudnn and cudnn.lower() != "none" else None
+    except ValueError as error:
+        raise ValueError(f"platform: cudnn {cudnn!r} is not a version number such as 91002") from error
+    return Platform(
+        kind,
+        capability=capability,
+        gfx=gfx,
+        name=values.get("name", ""),
+        torch=values.get("torch", "2.11.0"),
+        cuda=values.get("cuda", "13.0" if kind == "cuda" else None),
+        cudnn=cudnn_version,
+        packages=_parse_packages(values.get("packages", "")),
+        os={"windows": "win32", "darwin": "darwin", "macos": "darwin"}.get(values.get("os", ""), "linux"),
+        cudnn_sdp_enabled=values.get("cudnn_sdp", "on") != "off",
+        described=True,
+    )
+
+
+def _parse_pairs(pairs: list[str]) -> dict[str, str]:
+    known = ("torch", "cuda", "cudnn", "name", "os", "cudnn_sdp", "packages")
+    values = {}
+    for pair in filter(None, pairs):
+        name, equals, value = pair.partition("=")
+        if not equals or name.strip() not in known:
+            raise ValueError(f"platform: {pair!r} is not one of {', '.join(known)}, as name=value")
+        values[name.strip()] = value.strip()
+    return values
+
+
+def _parse_capability(text: str) -> tuple[int, int]:
+    digits = text.lower().removeprefix("sm_").removeprefix("sm").rstrip("abcf")
+    if "." not in digits and digits.isdigit() and len(digits) >= 2:
+        digits = f"{digits[:-1]}.{digits[-1]}"
+    major, dot, minor = digits.partition(".")
+    if not (dot and major.isdigit() and minor.isdigit()):
+        raise ValueError(f"platform: {text!r} is not a compute capability such as 9.0 or sm_90")
+    return int(major), int(minor)
+
+
+def _parse_packages(text: str) -> tuple[tuple[str, str], ...]:
+    packages = []
+    for item in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, version = item.partition("==")
+        if not equals or not version:
+            raise ValueError(f"platform: package {item!r} has no version; write name==version")
+        packages.append((name.strip().lower().replace("_", "-"), version.strip()))
+    return tuple(packages)

@@ -1,0 +1,165 @@
+"""What one attention call is: its facts (`AttentionRequest`) and its tensors (`AttentionCall`).
+
+Selection sees only the facts. They are hashable and need no torch, so the same object is the cache key, the
+text of an error, the input of `explain` and the input of a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+MASK_KINDS = ("none", "key_padding", "bool", "bias")
+"""`none`; `key_padding`: boolean, the same for every head and query; `bool`: boolean; `bias`: added to scores."""
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+
+
+class AttentionRequest(NamedTuple):
+    """Facts of one call. Query is (batch, num_heads, q_len, head_dim); key and value have num_kv_heads, kv_len."""
+
+    batch: int
+    num_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    dtype: str
+    num_kv_heads: int = 0
+    """0 stands for `num_heads`: no grouping of query heads."""
+    v_head_dim: int = 0
+    """0 stands for `head_dim`."""
+    mask: str = "none"
+    """One of `MASK_KINDS`, read from the mask's type and shape, never from its values."""
+    is_causal: bool = False
+    scale: float | None = None
+    """What scores are multiplied by; None stands for head_dim ** -0.5."""
+    exact_only: bool = False
+    """The model forbids reduced precision for this call (`low_precision_attention=False`)."""
+
+    @property
+    def grouped(self) -> bool:
+        """True when several query heads share one key head (GQA, MQA)."""
+        return self.num_kv_heads not in (0, self.num_heads)
+
+    def describe(self) -> str:
+        """The facts in one line, as they stand in errors and logs."""
+        kv_heads = self.num_kv_heads or self.num_heads
+        parts = [
+            f"batch {self.batch}",
+            f"{self.num_heads} heads" + (f" over {kv_heads} key heads" if self.grouped else ""),
+            f"q_len {self.q_len}",
+            f"kv_len {self.kv_len}",
+            f"head_dim {self.head_dim}"
+            + (f" (value {self.v_head_dim})" if self.v_head_dim not in (0, self.head_dim) else ""),
+            self.dtype,
+            f"mask {self.mask}",
+        ]
+        if self.is_causal:
+            parts.append("causal")
+        if self.scale is not None:
+            parts.append(f"scale {self.scale:g}")
+        if self.exact_only:
+            parts.append("low precision forbidden by the model")
+        return ", ".join(parts)
+
+
+def parse_request(text: str) -> AttentionRequest:
+    """Read a request from `name=value` pairs, e.g. `batch=1,num_heads=24,q_len=4096,head_dim=128`.
+
+    `kv_len` defaults to `q_len`, `batch` to 1 and `dtype` to bfloat16.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong kind, or a missing size; the message says which.
+    """
+    values: dict[str, object] = {"batch": 1, "dtype": "bfloat16"}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, raw = (part.strip() for part in pair.partition("="))
+        if not equals or name not in AttentionRequest._fields:
+            raise ValueError(f"request: {pair!r} is not one of {', '.join(AttentionRequest._fields)}, as name=value")
+        values[name] = _parse_value(name, raw)
+    values.setdefault("kv_len", values.get("q_len"))
+    missing = [name for name in ("num_heads", "q_len", "head_dim") if values.get(name) is None]
+    if missing:
+        raise ValueError(f"request: {', '.join(missing)} not given")
+    return AttentionRequest(**values)  # type: ignore[arg-type]  # each value was read by its field's kind
+
+
+def _parse_value(name: str, raw: str) -> object:
+    if name == "dtype":
+        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+        dtype = short.get(raw, raw)
+        if dtype not in DTYPES:
+            raise ValueError(f"request: dtype {raw!r} is not one of {', '.join(DTYPES)}")
+        return dtype
+    if name == "mask":
+        if raw not in MASK_KINDS:
+            raise ValueError(f"request: mask {raw!r} is not one of {', '.join(MASK_KINDS)}")
+        return raw
+    if name in ("is_causal", "exact_only"):
+        if raw.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"request: {name} {raw!r} is neither true nor false")
+        return raw.lower() in ("true", "1")
+    try:
+        if name == "scale":
+            return None if raw.lower() == "none" else float(raw)
+        number = int(raw)
+    except ValueError as error:
+        raise ValueError(f"request: {name} {raw!r} is not a number") from error
+    if number < (0 if name in ("num_kv_heads", "v_head_dim") else 1):
+        raise ValueError(f"request: {name} {number} < 1")
+    return number
+
+
+class AttentionCall:
+    """The tensors of one call, in BHSD layout, as views of what the caller gave; what a kernel receives.
+
+    `query` is (batch, num_heads, q_len, head_dim), `key` and `value` (batch, num_kv_heads, kv_len, ...);
+    `attn_mask` is None or four-dimensional and broadcastable to (batch, num_heads, q_len, kv_len).
+    `host` runs what the calling program would have run by itself and returns BHSD; None outside a host.
+    """
+
+    __slots__ = ("attn_mask", "enable_gqa", "host", "is_causal", "key", "query", "scale", "value")
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        host: Callable[[], torch.Tensor] | None = None,
+    ) -> None:
+        self.query = query
+        self.key = key
+        self.value = value
+        self.attn_mask = attn_mask
+        self.is_causal = is_causal
+        self.scale = scale
+        self.enable_gqa = enable_gqa
+        self.host = host
+
+    def request(self, *, exact_only: bool = False) -> AttentionRequest:
+        """The facts of this call. Reads shapes and types, never values, so it costs no synchronisation."""
+        from .mask import mask_kind
+
+        batch, num_heads, q_len, head_dim = self.query.shape
+        return AttentionRequest(
+            batch=batch,
+            num_heads=num_heads,
+            q_len=q_len,
+            kv_len=self.key.shape[2],
+            head_dim=head_dim,
+            dtype=str(self.query.dtype).removeprefix("torch."),
+            num_kv_heads=self.key.shape[1],
+            v_head_dim=self.value.shape[3],
+            mask=mask_kind(self.attn_mask),
+            is_causal=self.is_causal,
+            scale=self.scale,
+            exact_only=exact_only,
+        )

@@ -1,0 +1,181 @@
+"""From a request to a decision: which backend runs, on whose word, and why the others do not.
+
+Selection is pure: facts in, decision out, every refusal with its reasons. The only state is what was learnt about
+this process: which packages turned out to be broken, and which (backend, request) pairs have failed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .backend import ACCURACY, Backend, Kernel
+from .config import AttentionConfig, Choice, resolve
+from .kernels import BACKENDS
+from .names import COMFY
+from .platform import Platform
+from .request import AttentionRequest
+from .routes import route_for
+
+log = logging.getLogger("attention_backends")
+
+ALWAYS = "torch_sdpa"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A backend that was considered and refused."""
+
+    backend: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {'; '.join(self.reasons)}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs for one kind of call."""
+
+    backend: str
+    source: str
+    """Where the choice came from, e.g. `per_role['cross'] (category of 'ltx2.audio_to_video')`."""
+    asked: str | None = None
+    """The backend that was asked for by name; None when the route decided."""
+    rejected: tuple[Rejection, ...] = ()
+
+    @property
+    def is_fallback(self) -> bool:
+        """True when something else runs than what was asked for."""
+        return self.asked is not None and self.asked != self.backend
+
+    @property
+    def reason(self) -> str | None:
+        """Why something else runs than what was asked for."""
+        return str(self.rejected[0]) if self.is_fallback and self.rejected else None
+
+
+class NoBackendError(RuntimeError):
+    """Strict was asked for, and the named backend cannot run the call."""
+
+
+class Router:
+    """Selects backends on one platform. Safe to share between threads: what it learns is only ever added."""
+
+    def __init__(self, platform: Platform, backends: Mapping[str, Backend] = BACKENDS) -> None:
+        self.platform = platform
+        self.backends = backends
+        self.route = route_for(platform)
+        self._unavailable: dict[str, tuple[str, ...]] = {}
+        self._kernels: dict[str, Kernel] = {}
+        self._failed: dict[tuple[str, AttentionRequest], str] = {}
+
+    def unavailable(self, backend_id: str) -> tuple[str, ...]:
+        """Why a backend cannot run on this platform; empty when it can. On a real machine this loads it, once."""
+        known = self._unavailable.get(backend_id)
+        if known is not None:
+            return known
+        backend = self.backends.get(backend_id)
+        if backend is None:
+            reasons: list[str] = ["not a backend of this version"]
+        else:
+            reasons = backend.unavailable_reasons(self.platform)
+        if backend is not None and not reasons and not self.platform.described:
+            try:
+                self._kernels[backend_id] = backend.load(self.platform)
+            except Exception as error:  # whatever a broken package raises is the reason, never a crash
+                reasons = [f"loading failed: {type(error).__name__}: {error}"]
+        self._unavailable[backend_id] = tuple(reasons)
+        return self._unavailable[backend_id]
+
+    def kernel(self, backend_id: str) -> Kernel:
+        """The loaded kernel of an available backend."""
+        if self.unavailable(backend_id):
+            raise NoBackendError(f"{backend_id}: {'; '.join(self.unavailable(backend_id))}")
+        return self._kernels[backend_id]
+
+    def refuse(self, backend_id: str, request: AttentionRequest) -> tuple[str, ...]:
+        """Why a backend cannot run `request`, unavailability included; empty when it can."""
+        reasons = self.unavailable(backend_id)
+        if reasons:
+            return reasons
+        failed = self._failed.get((backend_id, request))
+        if failed:
+            return (f"failed before on this call: {failed}",)
+        backend = self.backends[backend_id]
+        if request.exact_only and backend.accuracy != "exact":
+            return (f"accuracy {backend.accuracy}, and the model forbids low precision for this call",)
+        return tuple(backend.unsupported_reasons(request, self.platform))
+
+    def select(
+        self, request: AttentionRequest, choice: Choice, *, accuracy: str = "exact", strict: bool = False
+    ) -> Decision:
+        """Choose the backend for `request`.
+
+        A named backend runs if it can. Otherwise, and for `auto`, the platform's route is walked, taking only
+        classes up to `accuracy`.
+
+        Raises:
+            NoBackendError: `strict`, and the named backend cannot run the call for a reason that is not the
+                model's own wish; the message lists the request and every refusal.
+        """
+        rejected: list[Rejection] = []
+        if choice.asked is not None:
+            reasons = self.refuse(choice.asked, request)
+            if not reasons:
+                return Decision(choice.asked, choice.source, choice.asked)
+            rejected.append(Rejection(choice.asked, reasons))
+            forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
+            if strict and not forbidden:
+                raise NoBackendError(self.explain_refusal(request, choice, rejected))
+        allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
+        for backend_id in self.route.order:
+            if backend_id == choice.asked:
+                continue
+            reasons = self.refuse(backend_id, request)
+            if not reasons and self._accuracy(backend_id) not in allowed:
+                reasons = (f"accuracy {self._accuracy(backend_id)} is not allowed",)
+            if not reasons:
+                return Decision(backend_id, choice.source, choice.asked, tuple(rejected))
+            rejected.append(Rejection(backend_id, reasons))
+        if not self.refuse(COMFY, request):
+            return Decision(COMFY, choice.source, choice.asked, tuple(rejected))
+        raise NoBackendError(self.explain_refusal(request, choice, rejected))
+
+    def decide(
+        self, request: AttentionRequest, layers: tuple[AttentionConfig, ...], role: str, category: str
+    ) -> Decision:
+        """Resolve the role in `layers`, then select."""
+        top = layers[0] if layers else AttentionConfig()
+        return self.select(request, resolve(layers, role, category), accuracy=top.accuracy, strict=top.strict)
+
+    def default_backend(self) -> str:
+        """The first available backend of the route: what `auto` starts with before any call is known."""
+        return next((backend_id for backend_id in self.route.order if not self.unavailable(backend_id)), ALWAYS)
+
+    def quarantine(self, backend_id: str, request: AttentionRequest, error: BaseException) -> None:
+        """Remember that a backend raised on `request`, so that it is not tried on it again."""
+        self._failed[backend_id, request] = f"{type(error).__name__}: {error}"
+
+    def explain_refusal(self, request: AttentionRequest, choice: Choice, rejected: list[Rejection]) -> str:
+        """The text of an error: the request, each backend with its reasons, and what to do."""
+        lines = [
+            f"no attention backend for this call (asked for {choice.asked or 'auto'} via {choice.source})",
+            f"  call: {request.describe()}",
+            f"  machine: {self.platform.describe()}",
+            *(f"  {rejection}" for rejection in rejected),
+        ]
+        able = [
+            backend_id
+            for backend_id, backend in self.backends.items()
+            if backend.accuracy == "exact"
+            and backend_id not in (COMFY, "reference")
+            and not self.refuse(backend_id, request)
+        ]
+        lines.append(f"  what to do: choose one that can run it ({', '.join(able)}), or switch strict off to fall back")
+        return "\n".join(lines)
+
+    def _accuracy(self, backend_id: str) -> str:
+        backend = self.backends.get(backend_id)
+        return backend.accuracy if backend is not None else "exact"

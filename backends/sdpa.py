@@ -1,0 +1,63 @@
+"""torch's scaled_dot_product_attention as a kernel: free to dispatch, or pinned to one of its implementations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from .backend import Backend, Kernel
+from .platform import Platform
+from .request import AttentionCall
+
+if TYPE_CHECKING:
+    import torch
+
+
+def expand_kv(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value with each key head repeated for the query heads that share it."""
+    repeats = call.query.shape[1] // call.key.shape[1]
+    if repeats == 1:
+        return call.key, call.value
+    return call.key.repeat_interleave(repeats, dim=1), call.value.repeat_interleave(repeats, dim=1)
+
+
+def plain_sdpa(call: AttentionCall) -> torch.Tensor:
+    """One call of scaled_dot_product_attention, every argument passed on."""
+    import torch
+
+    return torch.nn.functional.scaled_dot_product_attention(
+        call.query,
+        call.key,
+        call.value,
+        attn_mask=call.attn_mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        enable_gqa=call.enable_gqa,
+    )
+
+
+class PinnedSDPA(Backend):
+    """scaled_dot_product_attention held to one member of torch.nn.attention.SDPBackend.
+
+    A single pin, never a priority list: with a list and a mask, torch has been seen to fall to its slowest
+    implementation although the first one listed runs alone (https://github.com/pytorch/pytorch/issues/121242
+    introduced the context).
+    """
+
+    pin: ClassVar[str]
+    expands_gqa: ClassVar[bool] = False
+    """The implementation has no grouped form: key heads are repeated before the call."""
+
+    def load(self, platform: Platform) -> Kernel:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        pinned = [getattr(SDPBackend, self.pin)]
+        expands = self.expands_gqa
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            if expands and call.enable_gqa:
+                key, value = expand_kv(call)
+                call = AttentionCall(call.query, key, value, call.attn_mask, is_causal=call.is_causal, scale=call.scale)
+            with sdpa_kernel(pinned):
+                return plain_sdpa(call)
+
+        return run

@@ -1,0 +1,163 @@
+"""One configuration in use on one device: plans each kind of call once, runs it, falls back, keeps account.
+
+A host keeps the `Plan` of a kind of call and runs later calls of that kind through it; that is the warm path.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+from .backend import Kernel
+from .config import AttentionConfig, Choice, resolve
+from .request import AttentionCall, AttentionRequest
+from .router import Decision, NoBackendError, Router
+from .trace import Row, Trace
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("attention_backends")
+
+CUDA_FAULTS = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
+"""Words of errors after which a CUDA context is unusable: nothing can be retried in this process."""
+
+
+class KernelFaultError(RuntimeError):
+    """A kernel left the device in a state in which nothing further can run."""
+
+
+class Plan:
+    """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
+
+    __slots__ = ("decision", "kernel", "request", "row", "strict")
+
+    def __init__(self, request: AttentionRequest, decision: Decision, kernel: Kernel, row: Row, strict: bool) -> None:
+        self.request = request
+        self.decision = decision
+        self.kernel = kernel
+        self.row = row
+        self.strict = strict
+
+
+class Session:
+    """Plans and runs calls under one configuration. Not shared between threads."""
+
+    def __init__(
+        self,
+        router: Router,
+        layers: tuple[AttentionConfig, ...] = (),
+        trace: Trace | None = None,
+        clock: Callable[[], int] = perf_counter_ns,
+    ) -> None:
+        self.router = router
+        self.layers = layers
+        self.trace = trace if trace is not None else Trace(device=router.platform.kind)
+        self.clock = clock
+        self._logged: set[object] = set()
+
+    def plan(
+        self,
+        request: AttentionRequest,
+        role: str,
+        category: str,
+        block: str = "",
+        preferred: Choice | None = None,
+    ) -> Plan:
+        """Decide how calls with these facts run in this role and block.
+
+        `preferred` is what the checkpoint itself asks for; it counts only where no person named a backend.
+
+        Raises:
+            NoBackendError: strict was asked for and the named backend cannot run.
+        """
+        choice = resolve(self.layers, role, category)
+        if choice.asked is None and preferred is not None:
+            choice = preferred
+        top = self.layers[0] if self.layers else AttentionConfig()
+        decision = self.router.select(request, choice, accuracy=top.accuracy, strict=top.strict)
+        self._log_decision(decision, role, category)
+        return self._plan(request, decision, role, block, top.strict)
+
+    def _plan(
+        self,
+        request: AttentionRequest,
+        decision: Decision,
+        role: str,
+        block: str,
+        strict: bool,
+        reason: str | None = None,
+    ) -> Plan:
+        row = self.trace.row(
+            role, block, decision.backend, decision.source, request.mask, reason or decision.reason, decision.asked
+        )
+        return Plan(request, decision, self._kernel(decision.backend), row, strict)
+
+    def _kernel(self, backend_id: str) -> Kernel:
+        kernel = self.router.kernel(backend_id)
+        if not self.router.backends[backend_id].changes_inputs:
+            return kernel
+
+        def on_copies(call: AttentionCall) -> torch.Tensor:
+            call.query, call.key, call.value = call.query.clone(), call.key.clone(), call.value.clone()
+            return kernel(call)
+
+        return on_copies
+
+    def run(self, plan: Plan, call: AttentionCall) -> torch.Tensor:
+        """Run one call; on failure fall back once, as the design's rules say.
+
+        Raises:
+            KernelFaultError: the device is unusable; the message names the kernel and the call.
+            torch.OutOfMemoryError: passed on, never retried with another kernel.
+            NoBackendError: strict, and the named backend failed.
+        """
+        start = self.clock()
+        try:
+            output = plan.kernel(call)
+        except Exception as error:
+            output = self._recover(plan, call, error)
+        row = plan.row
+        row.calls += 1
+        row.nanoseconds += self.clock() - start
+        return output
+
+    def _recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
+        """Quarantine the backend for this kind of call and run the next one; change `plan` to it."""
+        import torch
+
+        failed = plan.decision.backend
+        if failed == "comfy" or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        if any(words in str(error).lower() for words in CUDA_FAULTS):
+            raise KernelFaultError(
+                f"the attention kernel {failed} left the GPU unusable: {error}\n"
+                f"  call: {plan.request.describe()}\n"
+                "  what to do: restart ComfyUI and choose another backend for this role"
+            ) from error
+        self.router.quarantine(failed, plan.request, error)
+        choice = Choice(plan.decision.asked, plan.decision.source)
+        try:
+            decision = self.router.select(plan.request, choice, strict=plan.strict)
+        except NoBackendError as refusal:
+            raise refusal from error
+        log.warning("attention backend %s failed (%s: %s); %s runs instead for: %s", failed, type(error).__name__, error,
+                    decision.backend, plan.request.describe())  # fmt: skip
+        reason = f"{failed}: failed: {type(error).__name__}: {error}"
+        replacement = self._plan(plan.request, decision, plan.row.role, plan.row.block, plan.strict, reason)
+        plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
+        return plan.kernel(call)
+
+    def _log_decision(self, decision: Decision, role: str, category: str) -> None:
+        """Say once per role what it resolved to, and once per reason why something else runs."""
+        key = (role, decision.backend, decision.source)
+        if key not in self._logged:
+            self._logged.add(key)
+            of = f" (category={category!r})" if category and category != role else ""
+            log.info("Resolved diffusion attention backend %r for role=%r%s via %s", decision.backend.upper(), role, of,
+                     decision.source)  # fmt: skip
+        if decision.reason and (role, decision.reason) not in self._logged:
+            self._logged.add((role, decision.reason))
+            log.warning("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)

@@ -1,0 +1,87 @@
+"""The account of one run: what ran for each role and block, how often, how long, and why not something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Row:
+    """Calls of one role in one block that took the same path. The counters are written by `session.py`."""
+
+    role: str
+    block: str
+    backend: str
+    source: str
+    mask: str
+    """How the mask was treated: `none`, or the kind that was passed on."""
+    reason: str | None = None
+    """Why this backend ran instead of the one that was asked for; None when it was the one."""
+    asked: str | None = None
+    calls: int = 0
+    nanoseconds: int = 0
+    """Wall time on the host. Meaningful on the CPU; on an accelerator calls return before the work is done."""
+
+
+@dataclass
+class Trace:
+    """Rows and notes of one run."""
+
+    model: str = ""
+    device: str = "cpu"
+    steps: int = 0
+    rows: dict[tuple[str, str, str, str, str | None], Row] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    """What else a person should know, each with how often it happened."""
+
+    def row(
+        self, role: str, block: str, backend: str, source: str, mask: str, reason: str | None, asked: str | None
+    ) -> Row:
+        """The row for this path, made when it is new."""
+        key = (role, block, backend, mask, reason)
+        row = self.rows.get(key)
+        if row is None:
+            row = self.rows[key] = Row(role, block, backend, source, mask, reason, asked)
+        return row
+
+    def note(self, text: str) -> bool:
+        """Count a note; True when it is new, so that the caller can log it once."""
+        self.notes[text] = self.notes.get(text, 0) + 1
+        return self.notes[text] == 1
+
+    @property
+    def calls(self) -> int:
+        """Attention calls that were routed."""
+        return sum(row.calls for row in self.rows.values())
+
+    def as_dict(self) -> dict[str, object]:
+        """The run as plain data. `ms` is None on devices whose calls return before the work is done."""
+        timed = self.device == "cpu"
+        rows = [
+            {
+                "role": row.role,
+                "block": row.block,
+                "backend": row.backend,
+                "calls": row.calls,
+                "ms": round(row.nanoseconds / 1e6, 3) if timed else None,
+                "mask": row.mask,
+                "asked": row.asked,
+                "source": row.source,
+                "reason": row.reason,
+            }
+            for row in self.rows.values()
+            if row.calls
+        ]
+        notes = [text if count == 1 else f"{text} ({count} times)" for text, count in self.notes.items()]
+        return {"model": self.model, "device": self.device, "steps": self.steps, "rows": rows, "notes": notes}
+
+    def summary(self) -> str:
+        """One line: each role with its backends and calls, then how many calls fell back."""
+        totals: dict[tuple[str, str], int] = {}
+        fallbacks = 0
+        for row in self.rows.values():
+            if row.calls:
+                totals[row.role, row.backend] = totals.get((row.role, row.backend), 0) + row.calls
+                fallbacks += row.calls if row.reason else 0
+        parts = [f"{role} {backend} {calls} calls" for (role, backend), calls in totals.items()]
+        return ", ".join(parts or ["no attention call reached us"]) + (f"; {fallbacks} fallbacks" if fallbacks else "")
