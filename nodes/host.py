@@ -1,0 +1,436 @@
+"""ComfyUI's attention hook on one side, `AttentionCall` on the other; the only module that knows the hook.
+
+ComfyUI calls `transformer_options["optimized_attention_override"](func, q, k, v, heads, ...)` for each attention
+call of a patched model. `Override` is that object. It holds the configuration and nothing of a run; a run's state
+is a `Run`, and the part that belongs to one model call a `Scope`, which the wrapper around the model call sets for
+its thread and clears again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from ..backends.config import AttentionConfig, Choice, resolve
+from ..backends.mask import as_4d, as_additive
+from ..backends.names import COMFY
+from ..backends.platform import detect
+from ..backends.request import AttentionCall
+from ..backends.router import NoBackendError, Router
+from ..backends.session import Plan, Session
+from ..backends.trace import Trace
+from . import runs, sites
+from .roles import Role
+
+log = logging.getLogger("attention_backends")
+
+KEY = "attention_backends"
+RUN_KEY = "attention_backends_run"
+OVERRIDE = "optimized_attention_override"
+
+KNOWN_ARGUMENTS = frozenset(
+    {
+        "heads",
+        "mask",
+        "attn_precision",
+        "skip_reshape",
+        "skip_output_reshape",
+        "scale",
+        "enable_gqa",
+        "low_precision_attention",
+        "transformer_options",
+        "_inside_attn_wrapper",
+    }
+)
+POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+MAX_CALLS_TOLD_APART = 4
+"""Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
+RIGHT_WITH_BOOL_MASKS = ("attention_pytorch",)
+"""ComfyUI's functions that read boolean masks as torch does; others add them, or read them as weights."""
+
+
+@lru_cache(maxsize=16)
+def router_for(device: torch.device) -> Router:
+    """The router of a device, kept for the life of the process: it remembers which packages are broken."""
+    return Router(detect(device))
+
+
+class Run:
+    """One sampling run of one patched model: its trace, a session per device, and the marks on the model."""
+
+    def __init__(self, override: Override) -> None:
+        self.override = override
+        self.trace = Trace()
+        self.reached = False
+        self._sessions: dict[torch.device, DeviceSession] = {}
+        self._handles: dict[int, list[Any]] = {}
+        self._sigmas: list[float] = []
+        self._steps: set[int] = set()
+        for text in override.notes:
+            self.trace.note(text)
+
+    def note(self, text: str) -> None:
+        """Put a note into the account; log it the first time."""
+        if self.trace.note(text):
+            log.warning("%s", text)
+
+    def mark(self, model: Any) -> None:
+        """Put the site hooks on a model, once per run."""
+        diffusion_model = model.diffusion_model
+        if id(diffusion_model) not in self._handles:
+            self._handles[id(diffusion_model)] = sites.attach(diffusion_model)
+            self.trace.model = type(model).__name__
+
+    def close(self) -> None:
+        """Take every site hook off again."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
+
+    def session(self, device: torch.device) -> DeviceSession:
+        """The session of a device, made on first use."""
+        found = self._sessions.get(device)
+        if found is None:
+            self.trace.device = device.type
+            found = self._sessions[device] = DeviceSession(self, device)
+        return found
+
+    def step_of(self, options: dict[str, Any]) -> int:
+        """The sampler's step, from 0, by sigmas alone: calls can be skipped, doubled or resumed.
+
+        It is the last entry of the sampler's sigmas that is not below the current one, within 1e-4.
+        """
+        sigma, schedule = options.get("sigmas"), options.get("sample_sigmas")
+        if sigma is None or schedule is None:
+            return 0
+        if not self._sigmas:
+            self._sigmas = [float(value) for value in schedule.tolist()]
+        bound = float(sigma.flatten()[0]) * (1 - 1e-4)
+        step = next((i for i in range(len(self._sigmas) - 1, -1, -1) if self._sigmas[i] >= bound), 0)
+        self._steps.add(step)
+        self.trace.steps = len(self._steps)
+        return step
+
+    def check_reached(self, scope: Scope, options: dict[str, Any]) -> None:
+        """After a model call: say so when no attention call of the run has reached us so far.
+
+        Raises:
+            NoBackendError: and a backend was asked for strictly.
+        """
+        self.reached = self.reached or scope.routed > 0
+        if self.reached:
+            return
+        installed = options.get(OVERRIDE)
+        if installed is self.override:
+            text = "the patch was never invoked: this model does not use ComfyUI's attention hook"
+        else:
+            text = f"a later node replaced the patch: {name_of(installed)} answers every attention call"
+        top = self.override.layers[0]
+        if top.strict and not (top.default.is_auto and not top.per_role):
+            raise NoBackendError(f"{text}\n  what to do: remove that node, or switch strict off")
+        self.note(text)
+
+
+class DeviceSession(Session):
+    """A session with the plans of one run on one device, keyed by everything that can change a decision."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        super().__init__(router_for(device), run.override.layers, run.trace)
+        self.plans: dict[tuple[Any, ...], HookPlan] = {}
+
+
+class Scope:
+    """One model call on one thread: where in the model we are."""
+
+    __slots__ = ("ordinal", "outer_sites", "routed", "run", "session", "site", "step")
+
+    def __init__(self, run: Run, device: torch.device, step: int) -> None:
+        self.run = run
+        self.session = run.session(device)
+        self.step = step
+        self.site: sites.Site | None = None
+        self.outer_sites: list[sites.Site | None] = []
+        self.ordinal = 0
+        self.routed = 0
+
+
+class Layout:
+    """How the caller's tensors become BHSD views, and what stays the same for every call of one kind."""
+
+    __slots__ = ("enable_gqa", "heads", "kv_heads", "scale", "skip_output_reshape", "skip_reshape")
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        self.skip_reshape = bool(kwargs.get("skip_reshape"))
+        self.skip_output_reshape = bool(kwargs.get("skip_output_reshape"))
+        self.scale: float | None = kwargs.get("scale")
+        if self.skip_reshape:
+            self.heads, self.kv_heads = query.shape[1], key.shape[1]
+        else:
+            self.heads = kwargs["heads"]
+            head_dim = query.shape[-1] // self.heads
+            self.kv_heads = key.shape[-1] // head_dim if kwargs.get("enable_gqa") else self.heads
+        self.enable_gqa = self.heads != self.kv_heads
+
+    def call(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> AttentionCall:
+        """The call as kernels see it; only views are made."""
+        if not self.skip_reshape:
+            query = _to_bhsd(query, self.heads)
+            key = _to_bhsd(key, self.kv_heads)
+            value = _to_bhsd(value, self.kv_heads)
+        if mask is not None:
+            mask = as_4d(mask)
+        return AttentionCall(query, key, value, mask, scale=self.scale, enable_gqa=self.enable_gqa)
+
+
+class HookPlan(Layout):
+    """How every hook call of one kind runs: its layout, and the plan behind it."""
+
+    __slots__ = ("needs_host", "plan")
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        super().__init__(query, key, kwargs)
+        self.plan: Plan
+        self.needs_host = False
+
+
+class Override:
+    """What stands in `transformer_options`: a configuration, and the override that was there before, if any."""
+
+    def __init__(
+        self,
+        layers: tuple[AttentionConfig, ...],
+        foreign: Callable[..., torch.Tensor] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.layers = layers
+        self.foreign = foreign
+        self.notes = notes
+
+    def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one attention call of ComfyUI's hook."""
+        scope = sites.current_scope()
+        if scope is None or scope.run.override is not self:
+            return self._outside(func, *args, **kwargs)
+        if self.foreign is None:
+            return route(scope, func, *args, **kwargs)
+        return self._composed(scope, func, *args, **kwargs)
+
+    def _composed(self, scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Let the other pack's override run with our routing in place of ComfyUI's function."""
+        assert self.foreign is not None
+        before, ordinal = scope.routed, scope.ordinal
+
+        def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
+            scope.ordinal = ordinal  # however often the other pack calls, it is one call of the model
+            return route(scope, func, *args, **kwargs)
+
+        routed.__name__ = name_of(func)
+        output = self.foreign(routed, *args, **kwargs)
+        if scope.routed == before:
+            axis = 2 if args[0].ndim == 4 else 1
+            role = sites.role_at(scope.site, ordinal, args[0].shape[axis], args[1].shape[axis])
+            _answered_by_other(scope, role, name_of(self.foreign))
+        scope.ordinal = ordinal + 1
+        return output
+
+    def _outside(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
+        previous = sites.set_scope(Scope(Run(self), args[0].device, 0))
+        try:
+            return self(func, *args, **kwargs)
+        finally:
+            sites.set_scope(previous)
+
+
+def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Route one call; `func` is what ComfyUI would have run."""
+    query, key, value = args[0], args[1], args[2]
+    if len(args) > 3:
+        kwargs.update(zip(POSITIONAL, args[3:], strict=False))
+    options = kwargs.pop("transformer_options", None)
+    mask = kwargs.pop("mask", None)
+    ordinal = scope.ordinal
+    scope.ordinal = ordinal + 1
+    scope.routed += 1
+    # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts.
+    plan_key = (
+        scope.site,
+        ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
+        *kwargs.items(),
+    )
+    try:
+        hook_plan = scope.session.plans.get(plan_key)
+    except TypeError:  # an argument of a later ComfyUI that is not hashable, hence not one of ours
+        return _pass_on(scope, func, query, key, value, mask, options, kwargs)
+    if hook_plan is None:
+        if not KNOWN_ARGUMENTS.issuperset(kwargs):
+            return _pass_on(scope, func, query, key, value, mask, options, kwargs)
+        hook_plan = scope.session.plans[plan_key] = _new_plan(scope, ordinal, query, key, value, mask, kwargs)
+    call = hook_plan.call(query, key, value, mask)
+    if hook_plan.needs_host:
+        call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
+    output = scope.session.run(hook_plan.plan, call)
+    if hook_plan.skip_output_reshape:
+        return output
+    batch, heads, q_len, head_dim = output.shape
+    return output.transpose(1, 2).reshape(batch, q_len, heads * head_dim)
+
+
+def _to_bhsd(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, S, H*D), or SD3's (B, S, H, D) values, as a (B, H, S, D) view."""
+    if tensor.ndim == 4:
+        return tensor.transpose(1, 2)
+    batch, length, inner = tensor.shape
+    return tensor.view(batch, length, heads, inner // heads).transpose(1, 2)
+
+
+def _new_plan(
+    scope: Scope,
+    ordinal: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> HookPlan:
+    hook_plan = HookPlan(query, key, kwargs)
+    call = hook_plan.call(query, key, value, mask)
+    forbids = kwargs.get("low_precision_attention", True) is False
+    upcast = kwargs.get("attn_precision") == torch.float32 and query.dtype != torch.float32
+    request = call.request(exact_only=forbids or upcast)
+    site = scope.site
+    role = sites.role_at(site, ordinal, request.q_len, request.kv_len)
+    if role.guessed:
+        path = re.sub(r"\d+", "*", site.path) if site is not None else "an unknown module"
+        scope.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
+    preferred = None
+    if site is not None and site.preferred_attention() is not None:
+        preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention())})")
+    block = site.block if site is not None else ""
+    hook_plan.plan = scope.session.plan(request, role.name, role.category, block, preferred)
+    hook_plan.needs_host = hook_plan.plan.decision.backend == COMFY
+    return hook_plan
+
+
+def _host_call(
+    scope: Scope,
+    hook_plan: HookPlan,
+    func: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Run what ComfyUI would have run, on the caller's own tensors; return it as BHSD."""
+    preferred = scope.site.preferred_attention() if scope.site is not None else None
+    output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
+    return output if hook_plan.skip_output_reshape else _to_bhsd(output, hook_plan.heads)
+
+
+def run_comfy(
+    func: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Call one of ComfyUI's functions with every argument; boolean masks become additive where it needs that."""
+    if mask is not None and mask.dtype == torch.bool and name_of(func) not in RIGHT_WITH_BOOL_MASKS:
+        mask = as_additive(mask, query.dtype)
+    if options is not None:
+        kwargs = {**kwargs, "transformer_options": options}
+    # Without this key ComfyUI's wrapper would call our override again.
+    return func(query, key, value, **{**kwargs, "mask": mask, "_inside_attn_wrapper": True})
+
+
+def _pass_on(
+    scope: Scope,
+    func: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    unknown = ", ".join(sorted(set(kwargs) - KNOWN_ARGUMENTS))
+    scope.run.note(f"ComfyUI's own attention ran: argument {unknown} is not known to this version")
+    return run_comfy(func, query, key, value, mask, options, kwargs)
+
+
+def _answered_by_other(scope: Scope, role: Role, other: str) -> None:
+    """Another pack's override answered a call without asking us.
+
+    Raises:
+        NoBackendError: a backend was named for this role, strictly.
+    """
+    choice = resolve(scope.session.layers, role.name, role.category)
+    text = f"another pack's override ({other}) computed attention of role {role.name} by itself"
+    if choice.asked is not None and scope.session.layers[0].strict:
+        raise NoBackendError(
+            f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
+            "  what to do: remove the other node, or switch strict off"
+        )
+    scope.run.note(text)
+
+
+def name_of(func: Any) -> str:
+    """A function's name as a person would recognise it."""
+    return getattr(func, "__qualname__", None) or type(func).__qualname__
+
+
+def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one sampling run: make its `Run`, hand it to the model calls, publish its account at the end."""
+    options = executor.class_obj.model_options.get("transformer_options", {})
+    override = options.get(KEY)
+    if not isinstance(override, Override):
+        return executor(*args, **kwargs)
+    run = Run(override)
+    options[RUN_KEY] = run
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        options.pop(RUN_KEY, None)
+        run.close()
+        runs.add(run.trace)
+
+
+def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one model call: say which step it is, mark the model, set this thread's scope and clear it again."""
+    options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
+    override = options.get(KEY)
+    if not isinstance(override, Override):
+        return executor(*args, **kwargs)
+    run = options.get(RUN_KEY)
+    own_run = run is None or run.override is not override
+    if own_run:  # a program that calls the model without a sampler
+        run = Run(override)
+    previous = sites.set_scope(None)
+    try:
+        run.mark(executor.class_obj)
+        scope = Scope(run, args[0].device, run.step_of(options))
+        sites.set_scope(scope)
+        output = executor(*args, **kwargs)
+        run.check_reached(scope, options)
+        return output
+    finally:
+        sites.set_scope(previous)
+        if own_run:
+            run.close()

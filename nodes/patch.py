@@ -1,0 +1,100 @@
+"""Putting a configuration on a ComfyUI MODEL: on a clone, stacking with our earlier nodes, composing with others."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+
+from ..backends.config import AttentionConfig, AttentionSpec
+from ..backends.config_text import from_environment
+from ..backends.routes import default_line
+from .host import KEY, OVERRIDE, Override, apply_model_wrapper, name_of, outer_sample_wrapper, router_for
+
+log = logging.getLogger("attention_backends")
+
+NODE_SOURCE = "node"
+
+PURE_SELECTORS = (
+    "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override",
+    "PathchSageAttentionKJ.patch.<locals>.attention_override_sage",
+    "PatchFlashAttentionKJ.execute.<locals>.attention_override_flash",
+    "CheckpointLoaderKJ.load.<locals>.attention_override_sage",
+    "DiffusionModelLoaderKJ.patch_and_load.<locals>.attention_override_sage",
+)
+"""Overrides of other nodes that only choose a kernel: ComfyUI's Model Attention Backend, KJNodes' loaders and patches.
+
+Our node comes later in the graph, so its choice stands in place of theirs; any other override is composed with.
+"""
+
+
+def current_config(model: Any) -> AttentionConfig:
+    """The configuration that our earlier nodes put on this model, or an empty one."""
+    override = _options(model).get(KEY)
+    return override.layers[0] if isinstance(override, Override) else AttentionConfig(source=NODE_SOURCE)
+
+
+def set_default(model: Any, backend: str, *, accuracy: str, strict: bool, guard: str) -> Any:
+    """A clone of `model` whose default backend and settings are these; its per-role entries stay."""
+    config = replace(
+        current_config(model), default=AttentionSpec(backend), accuracy=accuracy, strict=strict, guard=guard
+    )
+    return _patched(model, config, notes=())
+
+
+def set_role(model: Any, role: str, spec: AttentionSpec) -> Any:
+    """A clone of `model` with one more per-role entry; the last writer of a role wins, and the account says so."""
+    config = current_config(model)
+    notes: tuple[str, ...] = ()
+    earlier = config.per_role.get(role)
+    if earlier is not None and earlier != spec:
+        notes = (f"role {role} was set twice: {spec.backend} replaces {earlier.backend}",)
+    return _patched(model, replace(config, per_role={**config.per_role, role: spec}), notes)
+
+
+def _options(model: Any) -> dict[str, Any]:
+    """The transformer options of a MODEL.
+
+    Raises:
+        ValueError: the input is not a diffusion model that can be patched.
+    """
+    inner = getattr(model, "model", None)
+    if not hasattr(inner, "diffusion_model") or not hasattr(model, "model_options"):
+        raise ValueError(
+            f"this MODEL has no diffusion model to patch (got {type(model).__name__}); connect the MODEL output of a"
+            " model or checkpoint loader"
+        )
+    options: dict[str, Any] = model.model_options.setdefault("transformer_options", {})
+    return options
+
+
+def _patched(model: Any, config: AttentionConfig, notes: tuple[str, ...]) -> Any:
+    before = _options(model).get(OVERRIDE)
+    foreign = before
+    if isinstance(before, Override):
+        foreign, notes = before.foreign, before.notes + notes
+    elif before is not None and name_of(before) in PURE_SELECTORS:
+        foreign, notes = None, (*notes, f"an earlier node's choice ({name_of(before)}) was replaced by ours")
+    override = Override((config, *from_environment()), foreign, notes)
+    clone = model.clone()
+    options = _options(clone)
+    options[KEY] = options[OVERRIDE] = override
+    wrappers = options.setdefault("wrappers", {})
+    wrappers.setdefault(WrappersMP.OUTER_SAMPLE, {})[KEY] = [outer_sample_wrapper]
+    wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [apply_model_wrapper]
+    _announce(clone, override)
+    return clone
+
+
+def _announce(model: Any, override: Override) -> None:
+    """Log what the default resolves to, in the words that users of vLLM-Omni know."""
+    router = router_for(model.load_device)
+    asked = next((layer.default.backend for layer in override.layers if not layer.default.is_auto), None)
+    if asked is None:
+        log.info("%s", default_line(router.platform, router.default_backend()))
+    elif reasons := router.unavailable(asked):
+        log.warning("attention backend %s cannot run here: %s", asked, "; ".join(reasons))
+    else:
+        log.info("Using diffusion attention backend %r", asked.upper())

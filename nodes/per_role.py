@@ -1,0 +1,69 @@
+"""Node Per-Role Attention Config: another backend for one role of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..backends.config import AttentionSpec, ConfigError
+from ..backends.config_text import parse_extra
+from ..backends.names import AUTO, CHOICES
+from . import patch
+from .selector import CATEGORY, check_backend, environment
+
+
+class PerRoleAttentionConfig(io.ComfyNode):
+    """MODEL in, patched MODEL out; stacks with the selector and with itself, in any order."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PerRoleAttentionConfig",
+            display_name="Per-Role Attention Config",
+            category=CATEGORY,
+            description=(
+                "Chooses the kernel for one kind of attention in this model, e.g. self or cross. Stack several. "
+                "A role that the model does not have changes nothing, and the account of the run says so."
+            ),
+            search_aliases=["attention role", "cross attention backend", "self attention backend"],
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input(
+                    "role",
+                    default="self",
+                    tooltip=(
+                        "self: within the picture or video (joint text and picture attention too). cross: picture to "
+                        "text. joint: text and picture together. Or a model's own role: wan.image_cross, flux.single, "
+                        "ltx2.audio_to_video. The account of a run lists the roles of the model."
+                    ),
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(CHOICES),
+                    default=AUTO,
+                    tooltip="The backend for this role. auto: as if this node were not there.",
+                ),
+                io.String.Input(
+                    "extra",
+                    default="",
+                    tooltip="Options of the backend as name=value pairs or JSON. Leave empty for its defaults.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, backend: Any) -> bool | str:
+        return check_backend(backend)
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        return environment()
+
+    @classmethod
+    def execute(cls, model: Any, role: str, backend: str, extra: str) -> io.NodeOutput:
+        name = role.strip()
+        if not name:
+            raise ConfigError("role is empty; write self, cross, joint, or a role of the model such as flux.single")
+        return io.NodeOutput(patch.set_role(model, name, AttentionSpec(backend, parse_extra(extra))))

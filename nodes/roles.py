@@ -1,0 +1,108 @@
+"""Which role each attention call has, per model family: a table, read by module path.
+
+ComfyUI's hook does not say whether a call is self- or cross-attention, and shapes do not decide it (equal
+lengths, guide tokens, cached keys). The path of the module whose forward makes the call does. A module that makes
+several calls lists one role for each, in order; the last one repeats.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Role(NamedTuple):
+    """A role and the category it falls back to: `self`, `cross` or `joint`."""
+
+    name: str
+    category: str
+    guessed: bool = False
+
+
+SELF = Role("self", "self")
+CROSS = Role("cross", "cross")
+JOINT = Role("joint", "joint")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: how to know it, the roles of its attention modules, and what never reaches the hook."""
+
+    name: str
+    classes: tuple[str, ...]
+    """Class names of the diffusion model or any of its bases."""
+    sites: tuple[tuple[str, tuple[Role, ...]], ...]
+    """Regular expression over `path` or `path:ModuleClass`, and the roles of the calls its forward makes."""
+    bypass: str = ""
+    """Attention of this family that ComfyUI does not route, for the report."""
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "wan",
+        ("WanModel",),
+        (
+            (r"blocks\.\d+\.self_attn", (SELF,)),
+            # With a start image the picture's keys come first, then the text's.
+            (r"blocks\.\d+\.cross_attn:WanI2VCrossAttention", (Role("wan.image_cross", "cross"), CROSS)),
+            (r"blocks\.\d+\.cross_attn", (CROSS,)),
+            (r"vace_blocks\.\d+\.self_attn", (Role("wan.vace_self", "self"),)),
+            (r"vace_blocks\.\d+\.cross_attn", (Role("wan.vace_cross", "cross"),)),
+        ),
+        bypass="the face blocks of Wan Animate and the music blocks of WanDancer",
+    ),
+    Family(
+        "flux",
+        ("Flux",),
+        (
+            (r"double_blocks\.\d+", (Role("flux.double", "joint"),)),
+            (r"single_blocks\.\d+", (Role("flux.single", "joint"),)),
+        ),
+    ),
+    Family("sd3", ("MMDiT",), ((r"joint_blocks\.\d+", (JOINT, Role("sd3.image_self", "self"))),)),
+    Family("qwen_image", ("QwenImageTransformer2DModel",), ((r"transformer_blocks\.\d+\.attn", (JOINT,)),)),
+    Family(
+        "ltx2",
+        ("LTXAVModel",),
+        (
+            (r"transformer_blocks\.\d+\.attn1", (SELF,)),
+            (r"transformer_blocks\.\d+\.attn2", (CROSS,)),
+            (r"transformer_blocks\.\d+\.audio_attn1", (Role("ltx2.audio_self", "self"),)),
+            (r"transformer_blocks\.\d+\.audio_attn2", (Role("ltx2.audio_text_cross", "cross"),)),
+            (r"transformer_blocks\.\d+\.audio_to_video_attn", (Role("ltx2.audio_to_video", "cross"),)),
+            (r"transformer_blocks\.\d+\.video_to_audio_attn", (Role("ltx2.video_to_audio", "cross"),)),
+        ),
+    ),
+)
+
+
+def family_of(class_names: tuple[str, ...]) -> Family | None:
+    """The family of a diffusion model from the names of its class and bases; None when unknown."""
+    return next((family for family in FAMILIES if set(family.classes) & set(class_names)), None)
+
+
+def roles_at(family: Family | None, path: str, module_class: str) -> tuple[Role, ...]:
+    """The roles of the calls made by the module at `path`, in order; empty when the table does not know it."""
+    if family is None:
+        return ()
+    for pattern, roles in family.sites:
+        if re.fullmatch(pattern, f"{path}:{module_class}" if ":" in pattern else path):
+            return roles
+    return ()
+
+
+def guess(path: str, q_len: int, kv_len: int) -> Role:
+    """A role for a call that the table does not know, from its path and then its lengths."""
+    last = path.rsplit(".", 1)[-1].lower()
+    if "cross" in last or last == "attn2":
+        return Role("cross", "cross", guessed=True)
+    if "self" in last or last == "attn1" or q_len == kv_len:
+        return Role("self", "self", guessed=True)
+    return Role("cross", "cross", guessed=True)
+
+
+def block_of(path: str) -> str:
+    """The block a module belongs to: its path up to the first number, e.g. `double_blocks.3`."""
+    match = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path)
+    return match.group(0) if match else ""

@@ -1,0 +1,98 @@
+"""Node Attention Backend Selector: one backend for every attention call of a model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..backends.backend import ACCURACY
+from ..backends.config import GUARD_MODES
+from ..backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES
+from ..backends.names import AUTO, CHOICES, canonical
+from . import patch
+
+CATEGORY = "attention"
+
+
+def environment() -> tuple[str | None, ...]:
+    """What the nodes inherit from environment variables; part of a node's fingerprint."""
+    return tuple(os.environ.get(name) for name in (CONFIG_VARIABLE, *DEFAULT_VARIABLES))
+
+
+def check_backend(name: Any) -> bool | str:
+    """For `validate_inputs`: True, or what is wrong with a backend's name."""
+    try:
+        canonical(str(name))
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+class AttentionBackendSelector(io.ComfyNode):
+    """MODEL in, patched MODEL out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttentionBackendSelector",
+            display_name="Attention Backend Selector",
+            category=CATEGORY,
+            description=(
+                "Chooses which kernel computes attention in this model. Put it between the model loader and the "
+                "sampler. Only this model is changed; bypass the node and everything is as before. Add Per-Role "
+                "Attention Config nodes for exceptions."
+            ),
+            search_aliases=["attention backend", "sage attention", "flash attention", "cudnn", "sdpa"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Combo.Input(
+                    "backend",
+                    options=list(CHOICES),
+                    default=AUTO,
+                    tooltip=(
+                        "auto: the best exact kernel for this card. torch_sdpa: PyTorch's own, the reference. "
+                        "comfy: what ComfyUI would run without this node. sage_*: quantised, faster, not exact. "
+                        "Every backend is listed on every machine; the log says what is missing here."
+                    ),
+                ),
+                io.Combo.Input(
+                    "accuracy",
+                    options=list(ACCURACY),
+                    default="exact",
+                    tooltip=(
+                        "What auto may pick. exact: only kernels that differ by rounding. quantized: INT8, FP8 and "
+                        "FP4 kernels too. sparse: also kernels that skip work. A backend chosen by name runs anyway."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "strict",
+                    default=False,
+                    tooltip=(
+                        "On: stop with the reasons when the chosen backend cannot run a call. Off: fall back to the "
+                        "platform's exact kernels for that call, and say so in the account of the run."
+                    ),
+                ),
+                io.Combo.Input(
+                    "guard",
+                    options=list(GUARD_MODES),
+                    default="off",
+                    tooltip="Checks lossy kernels while they run. Not active in this version: every value means off.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, backend: Any) -> bool | str:
+        """Accept every spelling that a configuration may use, so that old and foreign graphs load."""
+        return check_backend(backend)
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        return environment()
+
+    @classmethod
+    def execute(cls, model: Any, backend: str, accuracy: str, strict: bool, guard: str) -> io.NodeOutput:
+        return io.NodeOutput(patch.set_default(model, backend, accuracy=accuracy, strict=strict, guard=guard))

@@ -1,0 +1,142 @@
+"""Where attention calls come from: finds the modules that make them and marks each while its forward runs.
+
+A module counts when its forward reaches one of ComfyUI's attention functions without going through another
+module; that is read from its compiled code, once per class. A marked module tells the current thread's scope when
+its forward begins and ends. The markers are the same objects in every run, and are on the model only during one.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .roles import Family, Role, block_of, family_of, guess, roles_at
+
+_current = threading.local()
+_HOOKED_NAME = "optimized_attention"
+
+
+class Site:
+    """One attention module of one model: its path, the roles of its calls, its block."""
+
+    __slots__ = ("_module", "block", "path", "roles")
+
+    def __init__(self, module: torch.nn.Module, path: str, family: Family | None) -> None:
+        self._module = weakref.ref(module)
+        self.path = path
+        self.block = block_of(path)
+        self.roles = roles_at(family, path, type(module).__name__)
+
+    def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
+        """The role of the call number `ordinal` (from 0) of this module's forward."""
+        if self.roles:
+            return self.roles[min(ordinal, len(self.roles) - 1)]
+        return guess(self.path, q_len, kv_len)
+
+    def preferred_attention(self) -> Any:
+        """The function that the checkpoint asks for at this module, or None (ComfyUI 0.37 and newer)."""
+        module = self._module()
+        return getattr(getattr(module, "comfy_attention", None), "function", None)
+
+    def enter(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook."""
+        scope = getattr(_current, "scope", None)
+        if scope is not None:
+            scope.outer_sites.append(scope.site)
+            scope.site = self
+            scope.ordinal = 0
+
+    def leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook; runs after an exception too."""
+        scope = getattr(_current, "scope", None)
+        if scope is not None and scope.outer_sites:
+            scope.site = scope.outer_sites.pop()
+
+
+def role_at(site: Site | None, ordinal: int, q_len: int, kv_len: int) -> Role:
+    """The role of the current call; guessed where no marked module is running."""
+    return site.role(ordinal, q_len, kv_len) if site is not None else guess("", q_len, kv_len)
+
+
+def current_scope() -> Any:
+    """The scope of the model call that this thread is in, or None."""
+    return getattr(_current, "scope", None)
+
+
+def set_scope(scope: Any) -> Any:
+    """Make `scope` the current one of this thread; return the one before."""
+    previous = getattr(_current, "scope", None)
+    _current.scope = scope
+    return previous
+
+
+_sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
+
+
+def attach(diffusion_model: torch.nn.Module) -> list[Any]:
+    """Mark every attention module of a model; returns the handles that take the marks off again."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    family = family_of(tuple(base.__name__ for base in type(model).__mro__))
+    handles = []
+    for name, module in model.named_modules():
+        if name and makes_attention_calls(module):
+            path = name.replace("._orig_mod", "")
+            site = _sites.get(module)
+            if site is None or site.path != path:
+                site = _sites[module] = Site(module, path, family)
+            handles.append(module.register_forward_pre_hook(site.enter))
+            handles.append(module.register_forward_hook(site.leave, always_call=True))
+    return handles
+
+
+_by_class: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def makes_attention_calls(module: torch.nn.Module) -> bool:
+    """True when the module's own forward calls ComfyUI's attention, judged from its code."""
+    kind = type(module)
+    known = _by_class.get(kind)
+    if known is None:
+        known = _by_class[kind] = any(_reads_attention(code) for code in _reachable_code(module))
+    return known
+
+
+def _reads_attention(code: types.CodeType) -> bool:
+    return any(name.startswith(_HOOKED_NAME) for name in code.co_names)
+
+
+def _reachable_code(module: torch.nn.Module) -> Iterator[types.CodeType]:
+    """Code of forward and of what it calls: own methods, functions of its package, callables it holds."""
+    package = type(module).__module__.partition(".")[0]
+    pending: list[Any] = [type(module).forward]
+    seen: set[types.CodeType] = set()
+    while pending:
+        function = _plain_function(pending.pop())
+        if function is None or function.__code__ in seen:
+            continue
+        codes = [function.__code__]
+        for code in codes:
+            seen.add(code)
+            yield code
+            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        for name in {name for code in codes for name in code.co_names}:
+            held = module.__dict__.get(name)
+            found = held if held is not None else getattr(type(module), name, None) or function.__globals__.get(name)
+            if found is not None and str(getattr(found, "__module__", "")).partition(".")[0] == package:
+                pending.append(found)
+
+
+def _plain_function(found: Any) -> types.FunctionType | None:
+    """The function behind a method, a decorated function or a callable object; None for classes and modules."""
+    if isinstance(found, (type, torch.nn.Module)):
+        return None
+    if not isinstance(found, (types.FunctionType, types.MethodType)):
+        found = getattr(type(found), "__call__", None)
+    found = getattr(found, "__func__", found)
+    found = getattr(found, "__wrapped__", found)
+    return found if isinstance(found, types.FunctionType) else None
