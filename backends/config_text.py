@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .config import AttentionConfig, AttentionSpec, ConfigError
+from .names import UnknownBackendError
 
 FIELDS = ("default", "backend", "per_role", "accuracy", "strict", "guard")
 SPEC_FIELDS = ("backend", "extra")
+FILE_ENDINGS = (".json", ".yaml", ".yml")
 FLAG_PREFIXES = ("--diffusion-attention-config.", "diffusion-attention-config.")
 
 CONFIG_VARIABLE = "ATTENTION_BACKENDS_CONFIG"
@@ -82,12 +84,8 @@ def _from_text(text: str, source: str) -> AttentionConfig:
     if not text:
         return AttentionConfig(source=source)
     if text.startswith("{"):
-        try:
-            return parse_config(json.loads(text), source)
-        except json.JSONDecodeError as error:
-            message = f"{source}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-            raise ConfigError(message) from error
-    if "\n" not in text and text.lower().endswith((".json", ".yaml", ".yml")):
+        return _from_json(text, source)
+    if "\n" not in text and text.lower().endswith(FILE_ENDINGS):
         return _from_file(Path(text), source)
     if "\n" in text or ": " in text:
         return _from_yaml(text, source)
@@ -98,11 +96,24 @@ def _from_text(text: str, source: str) -> AttentionConfig:
 
 def _from_file(path: Path, source: str) -> AttentionConfig:
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
     except OSError as error:
         raise ConfigError(f"{source}: cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: {path} is not UTF-8 text; save it as UTF-8") from error
     name = f"{source} ({path.name})"
-    return _from_yaml(text, name) if path.suffix.lower() != ".json" else _from_text(text.strip(), name)
+    return _from_json(text, name) if path.suffix.lower() == ".json" else _from_yaml(text, name)
+
+
+def _from_json(text: str, source: str) -> AttentionConfig:
+    try:
+        loaded = json.loads(text)
+    except json.JSONDecodeError as error:
+        message = f"{source}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        raise ConfigError(message) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{source}: expected a mapping, not {type(loaded).__name__}")
+    return _from_mapping(loaded, source)
 
 
 def _from_yaml(text: str, source: str) -> AttentionConfig:
@@ -114,6 +125,8 @@ def _from_yaml(text: str, source: str) -> AttentionConfig:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
     if loaded is None:
         return AttentionConfig(source=source)
+    if isinstance(loaded, str) and loaded.lower().endswith(FILE_ENDINGS):
+        raise ConfigError(f"{source}: expected a configuration, not the name of another file: {loaded}")
     return parse_config(loaded, source)
 
 
@@ -139,6 +152,8 @@ def _unflatten(text: str, source: str) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{source}: {name!r} conflicts with an earlier entry")
+        if last in node:
+            raise ConfigError(f"{source}: {name!r} conflicts with an earlier entry")
         node[last] = _scalar(value)
     return nested
 
@@ -166,6 +181,8 @@ def _from_mapping(value: Mapping[Any, Any], source: str) -> AttentionConfig:
     if not isinstance(per_role_value, Mapping):
         raise ConfigError(f"{source}.per_role: expected role: backend entries, not {type(per_role_value).__name__}")
     settings = {name: value[name] for name in ("accuracy", "strict", "guard") if value.get(name) is not None}
+    if settings.get("guard") is False:
+        settings["guard"] = "off"  # YAML reads a bare `off` as false
     try:
         return AttentionConfig(default=default, per_role=_roles(per_role_value, source), source=source, **settings)
     except ConfigError as error:
@@ -192,7 +209,7 @@ def _spec(value: object, where: str) -> AttentionSpec:
     if isinstance(value, AttentionSpec):
         return replace(value)
     if isinstance(value, str):
-        return AttentionSpec(value)
+        value = {"backend": value}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected a backend's name or a mapping, not {type(value).__name__}: {value!r}")
     unknown = [str(key) for key in value if key not in SPEC_FIELDS]
@@ -200,5 +217,7 @@ def _spec(value: object, where: str) -> AttentionSpec:
         raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(SPEC_FIELDS)}")
     try:
         return AttentionSpec(value.get("backend", "auto"), value.get("extra") or {})
+    except UnknownBackendError as error:
+        raise UnknownBackendError(f"{where}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -9,10 +9,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
+
+Value = TypeVar("Value")
+
+OS_NAMES = {"linux": "linux", "windows": "win32", "win32": "win32", "darwin": "darwin", "macos": "darwin"}
+"""What a description may call an operating system, and sys.platform's name for it."""
 
 KINDS = ("cpu", "cuda", "rocm", "xpu", "mps", "npu", "xla")
 
@@ -159,11 +166,10 @@ def parse_platform(text: str) -> Platform:
     if kind not in KINDS:
         raise ValueError(f"platform: {kind!r} is not one of {', '.join(KINDS)}")
     values = _parse_pairs(pairs)
-    capability, gfx = None, None
-    if kind == "cuda" and card:
-        capability = _parse_capability(card)
-    elif card:
-        gfx = card.strip().lower()
+    if card and kind not in ("cuda", "rocm"):
+        raise ValueError(f"platform: {kind} takes no card, got {card!r}")
+    capability = _parse_capability(card) if card and kind == "cuda" else None
+    gfx = card.strip().lower() if card and kind == "rocm" else None
     default_cudnn = "91002" if kind == "cuda" else ""
     cudnn = values.get("cudnn", default_cudnn)
     try:
@@ -179,10 +185,16 @@ def parse_platform(text: str) -> Platform:
         cuda=values.get("cuda", "13.0" if kind == "cuda" else None),
         cudnn=cudnn_version,
         packages=_parse_packages(values.get("packages", "")),
-        os={"windows": "win32", "darwin": "darwin", "macos": "darwin"}.get(values.get("os", ""), "linux"),
-        cudnn_sdp_enabled=values.get("cudnn_sdp", "on") != "off",
+        os=_one_of("os", OS_NAMES, values.get("os", "darwin" if kind == "mps" else "linux")),
+        cudnn_sdp_enabled=_one_of("cudnn_sdp", {"on": True, "off": False}, values.get("cudnn_sdp", "on")),
         described=True,
     )
+
+
+def _one_of(name: str, choices: Mapping[str, Value], value: str) -> Value:
+    if value.lower() not in choices:
+        raise ValueError(f"platform: {name} {value!r} is not one of {', '.join(choices)}")
+    return choices[value.lower()]
 
 
 def _parse_pairs(pairs: list[str]) -> dict[str, str]:

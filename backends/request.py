@@ -84,7 +84,12 @@ def parse_request(text: str) -> AttentionRequest:
     missing = [name for name in ("num_heads", "q_len", "head_dim") if values.get(name) is None]
     if missing:
         raise ValueError(f"request: {', '.join(missing)} not given")
-    return AttentionRequest(**values)  # type: ignore[arg-type]  # each value was read by its field's kind
+    request = AttentionRequest(**values)  # type: ignore[arg-type]  # each value was read by its field's kind
+    if request.grouped and request.num_heads % request.num_kv_heads:
+        raise ValueError(
+            f"request: num_heads {request.num_heads} is not a multiple of num_kv_heads {request.num_kv_heads}"
+        )
+    return request
 
 
 def _parse_value(name: str, raw: str) -> object:
@@ -129,10 +134,10 @@ class AttentionCall:
         key: torch.Tensor,
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
-        *,
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
         host: Callable[[], torch.Tensor] | None = None,
     ) -> None:
         self.query = query

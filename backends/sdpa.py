@@ -20,19 +20,28 @@ def expand_kv(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return call.key.repeat_interleave(repeats, dim=1), call.value.repeat_interleave(repeats, dim=1)
 
 
-def plain_sdpa(call: AttentionCall) -> torch.Tensor:
-    """One call of scaled_dot_product_attention, every argument passed on."""
-    import torch
+def plain_sdpa() -> Kernel:
+    """A kernel that is one call of scaled_dot_product_attention, every argument passed on."""
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    return torch.nn.functional.scaled_dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
-        attn_mask=call.attn_mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-    )
+    def run(call: AttentionCall) -> torch.Tensor:
+        return sdpa(
+            call.query,
+            call.key,
+            call.value,
+            attn_mask=call.attn_mask,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            enable_gqa=call.enable_gqa,
+        )
+
+    return run
+
+
+def expanded(call: AttentionCall) -> AttentionCall:
+    """The same call with key heads repeated, for kernels that do not group query heads."""
+    key, value = expand_kv(call)
+    return AttentionCall(call.query, key, value, call.attn_mask, is_causal=call.is_causal, scale=call.scale)
 
 
 class PinnedSDPA(Backend):
@@ -52,12 +61,10 @@ class PinnedSDPA(Backend):
 
         pinned = [getattr(SDPBackend, self.pin)]
         expands = self.expands_gqa
+        sdpa = plain_sdpa()
 
         def run(call: AttentionCall) -> torch.Tensor:
-            if expands and call.enable_gqa:
-                key, value = expand_kv(call)
-                call = AttentionCall(call.query, key, value, call.attn_mask, is_causal=call.is_causal, scale=call.scale)
             with sdpa_kernel(pinned):
-                return plain_sdpa(call)
+                return sdpa(expanded(call) if expands and call.enable_gqa else call)
 
         return run

@@ -67,10 +67,8 @@ class Run:
         self.override = override
         self.trace = Trace()
         self.reached = False
-        self._sessions: dict[torch.device, DeviceSession] = {}
-        self._handles: dict[int, list[Any]] = {}
-        self._sigmas: list[float] = []
-        self._steps: set[int] = set()
+        self._scopes: dict[torch.device, Scope] = {}
+        self._marks: dict[int, list[sites.Mark]] = {}
         for text in override.notes:
             self.trace.note(text)
 
@@ -79,43 +77,28 @@ class Run:
         if self.trace.note(text):
             log.warning("%s", text)
 
-    def mark(self, model: Any) -> None:
-        """Put the site hooks on a model, once per run."""
-        diffusion_model = model.diffusion_model
-        if id(diffusion_model) not in self._handles:
-            self._handles[id(diffusion_model)] = sites.attach(diffusion_model)
+    def mark(self, model: Any, options: dict[str, Any]) -> None:
+        """Mark the attention modules of a model, once per run."""
+        if id(model) not in self._marks:
+            self._marks[id(model)] = sites.attach(model.diffusion_model)
             self.trace.model = type(model).__name__
+            schedule = options.get("sample_sigmas")
+            self.trace.steps = 0 if schedule is None else len(schedule) - 1
 
     def close(self) -> None:
-        """Take every site hook off again."""
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
-        self._handles.clear()
+        """Take every mark off again."""
+        for marks in self._marks.values():
+            for mark in marks:
+                mark.remove()
+        self._marks.clear()
 
-    def session(self, device: torch.device) -> DeviceSession:
-        """The session of a device, made on first use."""
-        found = self._sessions.get(device)
+    def scope(self, device: torch.device) -> Scope:
+        """The scope of a device, made on first use."""
+        found = self._scopes.get(device)
         if found is None:
             self.trace.device = device.type
-            found = self._sessions[device] = DeviceSession(self, device)
+            found = self._scopes[device] = Scope(self, DeviceSession(self, device))
         return found
-
-    def step_of(self, options: dict[str, Any]) -> int:
-        """The sampler's step, from 0, by sigmas alone: calls can be skipped, doubled or resumed.
-
-        It is the last entry of the sampler's sigmas that is not below the current one, within 1e-4.
-        """
-        sigma, schedule = options.get("sigmas"), options.get("sample_sigmas")
-        if sigma is None or schedule is None:
-            return 0
-        if not self._sigmas:
-            self._sigmas = [float(value) for value in schedule.tolist()]
-        bound = float(sigma.flatten()[0]) * (1 - 1e-4)
-        step = next((i for i in range(len(self._sigmas) - 1, -1, -1) if self._sigmas[i] >= bound), 0)
-        self._steps.add(step)
-        self.trace.steps = len(self._steps)
-        return step
 
     def check_reached(self, scope: Scope, options: dict[str, Any]) -> None:
         """After a model call: say so when no attention call of the run has reached us so far.
@@ -146,18 +129,36 @@ class DeviceSession(Session):
 
 
 class Scope:
-    """One model call on one thread: where in the model we are."""
+    """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
 
-    __slots__ = ("ordinal", "outer_sites", "routed", "run", "session", "site", "step")
+    __slots__ = ("options", "ordinal", "routed", "run", "session", "site")
 
-    def __init__(self, run: Run, device: torch.device, step: int) -> None:
+    def __init__(self, run: Run, session: DeviceSession) -> None:
         self.run = run
-        self.session = run.session(device)
-        self.step = step
+        self.session = session
+        self.begin({})
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """Start a model call with these transformer options."""
+        self.options = options
         self.site: sites.Site | None = None
-        self.outer_sites: list[sites.Site | None] = []
         self.ordinal = 0
         self.routed = 0
+
+    @property
+    def step(self) -> int:
+        """The sampler's step of this model call; see `step_of`. Reads a device value: ask once per model call."""
+        sigma, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
+        return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())
+
+
+def step_of(sigma: float, schedule: list[float]) -> int:
+    """The step, from 0, that a model call belongs to, by sigmas alone: calls can be skipped, doubled or resumed.
+
+    It is the last entry of the sampler's sigmas that is not below the current one, within 1e-4.
+    """
+    bound = sigma * (1 - 1e-4)
+    return max((i for i, value in enumerate(schedule) if value >= bound), default=0)
 
 
 class Layout:
@@ -187,7 +188,7 @@ class Layout:
             value = _to_bhsd(value, self.kv_heads)
         if mask is not None:
             mask = as_4d(mask)
-        return AttentionCall(query, key, value, mask, scale=self.scale, enable_gqa=self.enable_gqa)
+        return AttentionCall(query, key, value, mask, False, self.scale, self.enable_gqa)
 
 
 class HookPlan(Layout):
@@ -225,7 +226,9 @@ class Override:
 
     def _composed(self, scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Let the other pack's override run with our routing in place of ComfyUI's function."""
-        assert self.foreign is not None
+        foreign = self.foreign
+        if foreign is None:
+            return route(scope, func, *args, **kwargs)
         before, ordinal = scope.routed, scope.ordinal
 
         def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -233,17 +236,17 @@ class Override:
             return route(scope, func, *args, **kwargs)
 
         routed.__name__ = name_of(func)
-        output = self.foreign(routed, *args, **kwargs)
+        output = foreign(routed, *args, **kwargs)
         if scope.routed == before:
             axis = 2 if args[0].ndim == 4 else 1
             role = sites.role_at(scope.site, ordinal, args[0].shape[axis], args[1].shape[axis])
-            _answered_by_other(scope, role, name_of(self.foreign))
+            _answered_by_other(scope, role, name_of(foreign))
         scope.ordinal = ordinal + 1
         return output
 
     def _outside(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
-        previous = sites.set_scope(Scope(Run(self), args[0].device, 0))
+        previous = sites.set_scope(Run(self).scope(args[0].device))
         try:
             return self(func, *args, **kwargs)
         finally:
@@ -422,13 +425,14 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     own_run = run is None or run.override is not override
     if own_run:  # a program that calls the model without a sampler
         run = Run(override)
-    previous = sites.set_scope(None)
+    run.mark(executor.class_obj, options)
+    scope = run.scope(args[0].device)
+    scope.begin(options)
+    previous = sites.set_scope(scope)
     try:
-        run.mark(executor.class_obj)
-        scope = Scope(run, args[0].device, run.step_of(options))
-        sites.set_scope(scope)
         output = executor(*args, **kwargs)
-        run.check_reached(scope, options)
+        if not run.reached:
+            run.check_reached(scope, options)
         return output
     finally:
         sites.set_scope(previous)

@@ -38,6 +38,9 @@ class Family:
     """Attention of this family that ComfyUI does not route, for the report."""
 
 
+TEXT_SELF = Role("text_self", "self")
+IMAGE_SELF = Role("image_self", "self")
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         "wan",
@@ -50,17 +53,23 @@ FAMILIES: tuple[Family, ...] = (
             (r"vace_blocks\.\d+\.self_attn", (Role("wan.vace_self", "self"),)),
             (r"vace_blocks\.\d+\.cross_attn", (Role("wan.vace_cross", "cross"),)),
         ),
-        bypass="the face blocks of Wan Animate and the music blocks of WanDancer",
+        bypass="the face blocks of Wan Animate, the audio injector of Wan S2V, the music blocks of WanDancer",
     ),
     Family(
-        "flux",
-        ("Flux",),
+        "flux",  # FLUX.1, FLUX.2, Chroma: text first, then the picture
+        ("Flux", "Chroma"),
         (
             (r"double_blocks\.\d+", (Role("flux.double", "joint"),)),
             (r"single_blocks\.\d+", (Role("flux.single", "joint"),)),
         ),
     ),
-    Family("sd3", ("MMDiT",), ((r"joint_blocks\.\d+", (JOINT, Role("sd3.image_self", "self"))),)),
+    Family(
+        "sd3",
+        ("MMDiT",),
+        # SD3.5 medium: the second call of a block is the picture by itself.
+        ((r"joint_blocks\.\d+", (JOINT, Role("sd3.image_self", "self"))),),
+        bypass="the context processor",
+    ),
     Family("qwen_image", ("QwenImageTransformer2DModel",), ((r"transformer_blocks\.\d+\.attn", (JOINT,)),)),
     Family(
         "ltx2",
@@ -73,6 +82,99 @@ FAMILIES: tuple[Family, ...] = (
             (r"transformer_blocks\.\d+\.audio_to_video_attn", (Role("ltx2.audio_to_video", "cross"),)),
             (r"transformer_blocks\.\d+\.video_to_audio_attn", (Role("ltx2.video_to_audio", "cross"),)),
         ),
+        bypass="the text connectors, which run before sampling",
+    ),
+    Family(
+        "ltxv",
+        ("LTXVModel", "LTXBaseModel"),
+        (
+            (r"transformer_blocks\.\d+\.attn1", (SELF,)),
+            (r"transformer_blocks\.\d+\.attn2", (CROSS,)),
+        ),
+    ),
+    Family(
+        "hunyuan_video",  # 1.0 and 1.5
+        ("HunyuanVideo",),
+        (
+            (r"txt_in\.individual_token_refiner\.blocks\.\d+", (TEXT_SELF,)),
+            (r"double_blocks\.\d+", (Role("hunyuan_video.double", "joint"),)),
+            (r"single_blocks\.\d+", (Role("hunyuan_video.single", "joint"),)),
+        ),
+    ),
+    Family(
+        "lumina2",  # Lumina 2 and Z-Image
+        ("NextDiT",),
+        (
+            (r"context_refiner\.\d+\.attention", (TEXT_SELF,)),
+            (r"(noise_refiner|siglip_refiner)\.\d+\.attention", (IMAGE_SELF,)),
+            (r"layers\.\d+\.attention", (JOINT,)),
+        ),
+    ),
+    Family(
+        "cosmos",
+        ("GeneralDIT",),
+        (
+            (r"blocks\.block\d+\.blocks\.0\.block\.attn", (SELF,)),
+            (r"blocks\.block\d+\.blocks\.1\.block\.attn", (CROSS,)),
+        ),
+    ),
+    Family(
+        "cosmos_predict2",  # Predict2 and Anima
+        ("MiniTrainDIT",),
+        ((r"blocks\.\d+\.self_attn", (SELF,)), (r"blocks\.\d+\.cross_attn", (CROSS,))),
+        bypass="Anima's text adapter",
+    ),
+    Family(
+        "hidream",  # picture first, then text
+        ("HiDreamImageTransformer2DModel",),
+        ((r"(double|single)_stream_blocks\.\d+\.block\.attn1", (JOINT,)),),
+    ),
+    Family("hunyuan3d", ("Hunyuan3Dv2",), ((r"(double|single)_blocks\.\d+", (JOINT,)),)),
+    Family("hunyuan3d_2_1", ("HunYuanDiTPlain",), (), bypass="every attention call of this model"),
+    Family(
+        "ace_step",
+        ("ACEStepTransformer2DModel",),
+        ((r"transformer_blocks\.\d+\.cross_attn", (CROSS,)),),
+        bypass="self-attention, which is linear in this model, and the lyric encoder",
+    ),
+    Family(
+        "minimax_h3",
+        ("MiniMaxH3Model",),
+        (
+            (r"blocks\.\d+\.attn", (JOINT,)),
+            (r"token_refiner\.blocks\.\d+\.attn", (TEXT_SELF,)),
+        ),
+        bypass="the token refiner, which runs before sampling",
+    ),
+    Family(
+        "kandinsky5",
+        ("Kandinsky5",),
+        (
+            (r"text_transformer_blocks\.\d+\.self_attention", (TEXT_SELF,)),
+            (r"visual_transformer_blocks\.\d+\.self_attention", (SELF,)),
+            (r"visual_transformer_blocks\.\d+\.cross_attention", (CROSS,)),
+        ),
+    ),
+    Family(
+        "omnigen2",
+        ("OmniGen2Transformer2DModel",),
+        (
+            (r"context_refiner\.\d+\.attn", (TEXT_SELF,)),
+            (r"(noise_refiner|ref_image_refiner)\.\d+\.attn", (IMAGE_SELF,)),
+            (r"layers\.\d+\.attn", (JOINT,)),
+        ),
+    ),
+    Family(
+        "unet",  # SD 1.x, SD 2.x, SDXL, SVD
+        ("UNetModel",),
+        (
+            (r".*transformer_blocks\.\d+\.attn1", (SELF,)),
+            (r".*transformer_blocks\.\d+\.attn2", (CROSS,)),
+            (r".*time_stack\.\d+\.attn1", (Role("unet.time_self", "self"),)),
+            (r".*time_stack\.\d+\.attn2", (Role("unet.time_cross", "cross"),)),
+            # A patch that replaces attention calls it from the block itself: only lengths tell.
+        ),
+        bypass="ControlNets of the first kind, which run as models of their own",
     ),
 )
 

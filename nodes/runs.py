@@ -7,8 +7,6 @@ import threading
 from collections import deque
 from typing import Any
 
-from comfy_execution.utils import get_executing_context
-
 from ..backends.trace import Trace
 
 log = logging.getLogger("attention_backends")
@@ -21,6 +19,8 @@ _lock = threading.Lock()
 
 def add(trace: Trace) -> None:
     """Keep a finished run and log it in one line."""
+    from comfy_execution.utils import get_executing_context
+
     context = get_executing_context()
     record = {
         "prompt_id": context.prompt_id if context else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,19 +43,46 @@ class Site:
         module = self._module()
         return getattr(getattr(module, "comfy_attention", None), "function", None)
 
-    def enter(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook."""
-        scope = getattr(_current, "scope", None)
-        if scope is not None:
-            scope.outer_sites.append(scope.site)
-            scope.site = self
-            scope.ordinal = 0
+    def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, telling the current thread's scope that it runs; after an exception too."""
 
-    def leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook; runs after an exception too."""
-        scope = getattr(_current, "scope", None)
-        if scope is not None and scope.outer_sites:
-            scope.site = scope.outer_sites.pop()
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            scope = getattr(_current, "scope", None)
+            if scope is None:
+                return forward(*args, **kwargs)
+            outer, ordinal = scope.site, scope.ordinal
+            scope.site, scope.ordinal = self, 0
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                scope.site, scope.ordinal = outer, ordinal
+
+        return marked
+
+
+class Mark:
+    """Stands in for one module's `forward` until it is removed.
+
+    A stand-in rather than a pair of forward hooks: hooks move every call of the module to torch's slow path,
+    which costs several times as much (see benchmarks/overhead.md).
+    """
+
+    __slots__ = ("_before", "_marked", "_module")
+
+    def __init__(self, module: torch.nn.Module, site: Site) -> None:
+        self._module = module
+        self._before = module.__dict__.get("forward")
+        self._marked = site.wrap(module.forward)
+        module.__dict__["forward"] = self._marked
+
+    def remove(self) -> None:
+        """Put back what was there; leave alone what somebody else has put in our place since."""
+        if self._module.__dict__.get("forward") is not self._marked:
+            return
+        if self._before is None:
+            del self._module.__dict__["forward"]
+        else:
+            self._module.__dict__["forward"] = self._before
 
 
 def role_at(site: Site | None, ordinal: int, q_len: int, kv_len: int) -> Role:
@@ -78,32 +105,32 @@ def set_scope(scope: Any) -> Any:
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
 
 
-def attach(diffusion_model: torch.nn.Module) -> list[Any]:
-    """Mark every attention module of a model; returns the handles that take the marks off again."""
+def attach(diffusion_model: torch.nn.Module) -> list[Mark]:
+    """Mark every attention module of a model; each mark is removed by its `remove`."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
     family = family_of(tuple(base.__name__ for base in type(model).__mro__))
-    handles = []
+    marks = []
     for name, module in model.named_modules():
         if name and makes_attention_calls(module):
             path = name.replace("._orig_mod", "")
             site = _sites.get(module)
             if site is None or site.path != path:
                 site = _sites[module] = Site(module, path, family)
-            handles.append(module.register_forward_pre_hook(site.enter))
-            handles.append(module.register_forward_hook(site.leave, always_call=True))
-    return handles
+            marks.append(Mark(module, site))
+    return marks
 
 
-_by_class: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_by_class: weakref.WeakKeyDictionary[type, dict[tuple[type, ...], bool]] = weakref.WeakKeyDictionary()
 
 
 def makes_attention_calls(module: torch.nn.Module) -> bool:
-    """True when the module's own forward calls ComfyUI's attention, judged from its code."""
-    kind = type(module)
-    known = _by_class.get(kind)
-    if known is None:
-        known = _by_class[kind] = any(_reads_attention(code) for code in _reachable_code(module))
-    return known
+    """True when the module's own forward calls ComfyUI's attention, judged from its code, once per kind."""
+    # One class can hold different processors (ACE-Step: linear attention and softmax attention).
+    held = tuple(type(value) for value in module.__dict__.values() if callable(value))
+    known = _by_class.setdefault(type(module), {})
+    if held not in known:
+        known[held] = any(_reads_attention(code) for code in _reachable_code(module))
+    return known[held]
 
 
 def _reads_attention(code: types.CodeType) -> bool:
@@ -136,7 +163,7 @@ def _plain_function(found: Any) -> types.FunctionType | None:
     if isinstance(found, (type, torch.nn.Module)):
         return None
     if not isinstance(found, (types.FunctionType, types.MethodType)):
-        found = getattr(type(found), "__call__", None)
+        found = type(found).__call__ if callable(found) else None
     found = getattr(found, "__func__", found)
     found = getattr(found, "__wrapped__", found)
     return found if isinstance(found, types.FunctionType) else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..backend import FLOATING, Backend, Kernel, Limits
 from ..platform import KINDS, Platform
 from ..request import AttentionCall
-from ..sdpa import expand_kv, plain_sdpa
+from ..sdpa import expanded, plain_sdpa
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +32,17 @@ class TorchSDPA(Backend):
             return _cuda_kernel()
         if platform.kind == "rocm":
             return _prioritised(split=False, native_masked_gqa=False)
-        return _portable
+        return _portable()
 
 
-def _portable(call: AttentionCall) -> torch.Tensor:
-    # Grouped heads with a mask have no fused kernel outside CUDA; torch would materialise the scores.
-    return plain_sdpa(_expanded(call) if call.enable_gqa and call.attn_mask is not None else call)
+def _portable() -> Kernel:
+    sdpa = plain_sdpa()
 
+    def run(call: AttentionCall) -> torch.Tensor:
+        # Grouped heads with a mask have no fused kernel outside CUDA; torch would materialise the scores.
+        return sdpa(expanded(call) if call.enable_gqa and call.attn_mask is not None else call)
 
-def _expanded(call: AttentionCall) -> AttentionCall:
-    key, value = expand_kv(call)
-    return AttentionCall(call.query, key, value, call.attn_mask, is_causal=call.is_causal, scale=call.scale)
+    return run
 
 
 def _cuda_kernel() -> Kernel:
@@ -83,7 +83,7 @@ def _prioritised(*, split: bool, native_masked_gqa: bool) -> Kernel:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if "set_priority" not in inspect.signature(sdpa_kernel).parameters:
-        return _portable  # torch before 2.6 has no order to set
+        return _portable()  # torch before 2.6 has no order to set
     order = [
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.CUDNN_ATTENTION,
@@ -91,16 +91,18 @@ def _prioritised(*, split: bool, native_masked_gqa: bool) -> Kernel:
         SDPBackend.MATH,
     ]
 
+    sdpa = plain_sdpa()
+
     def run(call: AttentionCall) -> torch.Tensor:
         if call.query.numel() < SMALL_QUERY:
-            return plain_sdpa(call)
+            return sdpa(call)
         masked_gqa = call.enable_gqa and call.attn_mask is not None
         if masked_gqa and not native_masked_gqa:
-            call = _expanded(call)
+            call = expanded(call)
         with sdpa_kernel(order, set_priority=True):
             if masked_gqa and native_masked_gqa and not _fused_gqa(call):
-                call = _expanded(call)
-            return plain_sdpa(call)
+                call = expanded(call)
+            return sdpa(call)
 
     return run
 
