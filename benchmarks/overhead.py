@@ -1,0 +1,200 @@
+"""What routing costs: our path against ComfyUI's own, per attention call, on tensors too small to hide it.
+
+Two figures, both in microseconds per attention call:
+1. The override path (ComfyUI's wrapper, our override, selection, SDPA) over a bare SDPA call, on 1x8x16x64.
+2. A whole model call of a tiny Wan, hooks and all, ours minus stock with PyTorch attention.
+
+Stock and ours alternate in short blocks, order balanced, so that drift of the machine falls on both; the figure is
+the median of the paired differences with a 95 % interval by bootstrap.
+
+Run: python benchmarks/overhead.py [--json FILE]   (needs a ComfyUI, see README; about one minute)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import comfy_location  # noqa: E402
+import conftest  # noqa: E402, F401  # loads this folder as the package attention_backends
+import tiny_models  # noqa: E402
+import tiny_sampling  # noqa: E402
+import torch  # noqa: E402
+
+LAYERS = 8
+BLOCK = 10
+"""Model calls of one kind in a row."""
+
+
+def interval(differences: list[float]) -> dict[str, float]:
+    """Median and its 95 % bootstrap interval."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(differences, k=len(differences))) for _ in range(500))
+    return {"median": round(statistics.median(differences), 2), "low": round(medians[12], 2),
+            "high": round(medians[487], 2)}  # fmt: skip
+
+
+def per_call(function: Callable[[], Any], calls: int) -> float:
+    """Microseconds per call of one block."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def override_path(pairs: int) -> dict[str, Any]:
+    """Bare SDPA, ComfyUI's wrapped PyTorch attention, and ours, on 1x8x16x64 without reshapes."""
+    import comfy.ldm.modules.attention as comfy_attention
+    from attention_backends.backends.config import AttentionConfig, AttentionSpec
+    from attention_backends.nodes import host, sites
+
+    override = host.Override((AttentionConfig(default=AttentionSpec("torch_sdpa")),))
+    scope = host.Run(override).scope(torch.device("cpu"))
+    query, key, value = (torch.randn(1, 8, 16, 64) for _ in range(3))
+    flags = {"mask": None, "skip_reshape": True, "skip_output_reshape": True}
+    sdpa, stock_attention = torch.nn.functional.scaled_dot_product_attention, comfy_attention.attention_pytorch
+
+    def bare() -> None:
+        sdpa(query, key, value)
+
+    def stock() -> None:
+        stock_attention(query, key, value, 8, transformer_options={}, **flags)
+
+    def ours() -> None:
+        scope.ordinal = 0
+        stock_attention(query, key, value, 8, transformer_options={host.OVERRIDE: override}, **flags)
+
+    kinds = [bare, stock, ours]
+    previous = sites.set_scope(scope)
+    try:
+        times = alternate(kinds, pairs, calls=200)
+    finally:
+        sites.set_scope(previous)
+    return {
+        "bare_sdpa_us": round(statistics.median(times["bare"]), 2),
+        "stock_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["stock"], strict=True)]),
+        "ours_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["ours"], strict=True)]),
+    }
+
+
+def alternate(kinds: list[Callable[[], None]], rounds: int, calls: int) -> dict[str, list[float]]:
+    """Time blocks of each kind in a new order every round."""
+    rng = random.Random(0)
+    times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
+    for kind in kinds:
+        per_call(kind, calls)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for kind in rng.sample(kinds, len(kinds)):
+                times[kind.__name__].append(per_call(kind, calls))
+    finally:
+        gc.enable()
+    return times
+
+
+def tiny_wan(rounds: int) -> dict[str, Any]:
+    """Whole model calls of a Wan whose layers do almost nothing, as sampling makes them."""
+    from attention_backends.nodes import host, patch
+
+    family = tiny_models.FAMILIES["wan"]
+    narrow = {"dim": 32, "ffn_dim": 32, "text_dim": 16, "freq_dim": 32, "num_layers": LAYERS}
+    tiny_models.FAMILIES["wan"] = replace(family, unet={**family.unet, **narrow}, text=(20, 16))
+    patcher = tiny_sampling.build("wan")
+    tiny_models.FAMILIES["wan"] = family
+    patched = patch.set_default(patcher, "torch_sdpa", accuracy="exact", strict=False, guard="off")
+    options = patched.model_options["transformer_options"]
+    run = host.Run(options[host.KEY])
+    model = patcher.model
+    latent, text, sigma = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 20, 16), torch.tensor([0.7])
+    base = {"cond_or_uncond": [0], "sigmas": sigma, "sample_sigmas": torch.tensor([1.0, 0.7, 0.3, 0.0])}
+
+    def call(extra: dict[str, Any]) -> None:
+        model.apply_model(latent, sigma, c_crossattn=text, transformer_options={**base, **extra})
+
+    def stock() -> None:
+        run.close()
+        call({})
+
+    def ours() -> None:
+        call({**options, host.RUN_KEY: run})
+
+    def block(kind: Callable[[], None]) -> float:
+        kind()  # puts the marks on, or takes them off, outside the timed calls
+        return per_call(lambda: call({}) if kind is stock else kind(), BLOCK)
+
+    rng, differences, stock_times = random.Random(0), [], []
+    for kind in (stock, ours) * 3:
+        block(kind)
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        times = {kind.__name__: block(kind) for kind in rng.sample([stock, ours], 2)}
+        stock_times.append(times["stock"])
+        differences.append((times["ours"] - times["stock"]) / (2 * LAYERS))
+    gc.enable()
+    run.close()
+    return {
+        "layers": LAYERS,
+        "attention_calls_per_model_call": 2 * LAYERS,
+        "stock_model_call_us": round(statistics.median(stock_times), 1),
+        "ours_minus_stock_us_per_attention_call": interval(differences),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    arguments = parser.parse_args()
+    comfyui = comfy_location.find_comfyui()
+    if comfyui is None:
+        raise SystemExit(comfy_location.why_no_comfyui())
+    tiny_sampling.prepare(comfyui, "--use-pytorch-cross-attention")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    import comfyui_version
+
+    with torch.inference_mode():
+        result = {
+            "override_path_1x8x16x64": override_path(pairs=300),
+            "tiny_wan": tiny_wan(rounds=300),
+            "comfyui": comfyui_version.__version__,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "machine": machine(),
+        }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """The processor's name and the number of cores."""
+    import os
+    import platform
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return f"{name}, {os.cpu_count()} cores, one torch thread"
+
+
+if __name__ == "__main__":
+    main()
