@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import routes
+from .demo import AttentionDemoCaption, AttentionDemoImage
 from .per_role import PerRoleAttentionConfig
 from .selector import AttentionBackendSelector
 
@@ -14,6 +18,8 @@ class Extension(ComfyExtension):
 
     async def on_load(self) -> None:
         routes.register()
+        # So that the stock Load Diffusion Model node offers the embedded model; the pack's only effect on loading.
+        folder_paths.add_model_folder_path("diffusion_models", str(Path(__file__).parent.parent / "demo" / "weights"))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AttentionBackendSelector, PerRoleAttentionConfig]
+        return [AttentionBackendSelector, PerRoleAttentionConfig, AttentionDemoCaption, AttentionDemoImage]

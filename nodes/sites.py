@@ -63,8 +63,7 @@ class Site:
 class Mark:
     """Stands in for one module's `forward` until it is removed.
 
-    A stand-in rather than a pair of forward hooks: hooks move every call of the module to torch's slow path,
-    which costs several times as much (see benchmarks/overhead.md).
+    A stand-in rather than a pair of forward hooks: a module with hooks takes torch's slow path at every call.
     """
 
     __slots__ = ("_before", "_marked", "_module")

@@ -1,0 +1,82 @@
+"""Two nodes for the embedded model: a caption to CONDITIONING, and its latents to pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..demo import captions, latents
+
+CATEGORY = "attention/demo"
+
+
+class AttentionDemoCaption(io.ComfyNode):
+    """Caption in, CONDITIONING of the embedded model out; a fixed table instead of a text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttentionDemoCaption",
+            display_name="Demo Caption",
+            category=CATEGORY,
+            description=(
+                "Turns a caption into conditioning for the embedded demo model (tiny_shapes_wan). Leave it empty for "
+                "the negative prompt. Known words: " + ", ".join(captions.vocabulary()) + "."
+            ),
+            inputs=[
+                io.String.Input(
+                    "caption",
+                    default="a large red circle on the left",
+                    tooltip="Size, colour, shape, position, background: a small blue star at the top right on beige.",
+                )
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, caption: Any) -> bool | str:
+        """Say before the graph runs which words the model does not know."""
+        if not isinstance(caption, str):
+            return True  # connected to another node: known only when it runs
+        try:
+            captions.encode(caption)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, caption: str) -> io.NodeOutput:
+        return io.NodeOutput([[captions.encode(caption).unsqueeze(0), {}]])
+
+
+class AttentionDemoImage(io.ComfyNode):
+    """LATENT of the embedded model in, IMAGE out: one latent cell is one pixel, enlarged without smoothing."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttentionDemoImage",
+            display_name="Demo Latent To Image",
+            category=CATEGORY,
+            description=(
+                "Shows latents of the embedded demo model. It has no VAE: the picture is Wan's linear preview of the "
+                "latent, one pixel a cell."
+            ),
+            inputs=[
+                io.Latent.Input("samples"),
+                io.Int.Input("scale", default=16, min=1, max=64, tooltip="Pixels of the picture per latent cell."),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict[str, Any], scale: int) -> io.NodeOutput:
+        latent = samples["samples"]
+        if latent.ndim != 5 or latent.shape[1] != latents.CHANNELS:
+            raise ValueError(
+                f"latent of shape {tuple(latent.shape)}: the demo model's are (batch, {latents.CHANNELS}, frames, "
+                "height, width); use an empty video latent such as EmptyHunyuanLatentVideo"
+            )
+        frames = latents.latent_to_rgb(latents.process_in(latent)).flatten(0, 1)
+        return io.NodeOutput(frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2).cpu())
