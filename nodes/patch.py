@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +18,12 @@ log = logging.getLogger("attention_backends")
 
 NODE_SOURCE = "node"
 
-PURE_SELECTORS = (
-    "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override",
-    "PathchSageAttentionKJ.patch.<locals>.attention_override_sage",
-    "PatchFlashAttentionKJ.execute.<locals>.attention_override_flash",
-    "CheckpointLoaderKJ.load.<locals>.attention_override_sage",
-    "DiffusionModelLoaderKJ.patch_and_load.<locals>.attention_override_sage",
+PURE_SELECTORS = re.compile(
+    r"ModelPatcher\.set_model_optimized_attention\.<locals>\.optimized_attention_override"  # ComfyUI's own node
+    r"|(.*\.)?attention_override_(pytorch|sage|xformers|flash)"  # KJNodes' loaders and patches, and packs after them
 )
-"""Overrides of other nodes that only choose a kernel: ComfyUI's Model Attention Backend, KJNodes' loaders and patches.
-
-Our node comes later in the graph, so its choice stands in place of theirs; any other override is composed with.
+"""Names of overrides that only choose a kernel. Our node comes later in the graph, so its choice stands in place of
+theirs; any other override is composed with.
 """
 
 
@@ -75,7 +72,7 @@ def _patched(model: Any, config: AttentionConfig, notes: tuple[str, ...]) -> Any
     foreign = before
     if isinstance(before, Override):
         foreign, notes = before.foreign, before.notes + notes
-    elif before is not None and name_of(before) in PURE_SELECTORS:
+    elif before is not None and PURE_SELECTORS.fullmatch(name_of(before)):
         foreign, notes = None, (*notes, f"an earlier node's choice ({name_of(before)}) was replaced by ours")
     override = Override((config, *from_environment()), foreign, notes)
     clone = model.clone()
