@@ -1,0 +1,116 @@
+"""The subcommands of dev.py and their command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from . import comfyui as comfy
+from .console import Stop, make_output_safe, say
+from .demo import demo
+from .doctor import doctor
+from .environment import prepare, version_in
+
+HELP = {
+    "setup": "make .venv with pinned needs, and those of a ComfyUI where one is found",
+    "demo": "run a tiny model in a real ComfyUI with two backends and show what ran",
+    "test": "ruff, mypy and pytest; arguments after -- go to pytest (test -- -k router)",
+    "bench": "run the scripts in benchmarks/; names choose some of them (bench overhead)",
+    "lint": "ruff and mypy",
+    "doctor": "each backend: available, or why not and how to get it",
+}
+
+
+def main(root: Path) -> int:
+    make_output_safe()
+    # Ended by a signal, the server that was started must be stopped too: leave through the `finally` blocks.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    parser = argparse.ArgumentParser(prog="dev.py", description="Everything that one does with this folder.")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in HELP.items():
+        parsers.add_parser(name, help=text, description=text)
+    options, rest = parser.parse_known_args()
+    if rest[:1] == ["--"]:
+        rest = rest[1:]
+    try:
+        return _run(root, options.command, rest)
+    except Stop as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(root: Path, command: str, rest: list[str]) -> int:
+    if command in ("setup", "demo", "lint") and rest:
+        raise Stop(f"dev.py {command} takes no arguments, got: {' '.join(rest)}")
+    if command == "setup":
+        _prepare_and_say(root)
+        return 0
+    if command == "demo":
+        return demo(root)
+    if command == "lint":
+        return _lint(root, prepare(root))
+    if command == "doctor":
+        return doctor(root, rest)
+    if command == "bench":
+        return _bench(root, rest)
+    return _test(root, rest)
+
+
+def _prepare_and_say(root: Path) -> tuple[Path, comfy.ComfyUI | None]:
+    found = comfy.find(root)
+    python = prepare(root, found.path if found else None)
+    say(f"Python {_version_of(python)}, torch {version_in(python, 'torch')}, {python}")
+    say(f"{found}" if found else "No ComfyUI was found: what needs one is skipped. " + comfy.HOW_TO_GET_ONE)
+    if found is not None and found.python is not None:
+        say(f"ComfyUI runs with its own interpreter {found.python}")
+    return python, found
+
+
+def _test(root: Path, arguments: list[str]) -> int:
+    python, found = _prepare_and_say(root)
+    linted = _lint(root, python)
+    say("pytest")
+    tested = _call(root, python, "-m", "pytest", *arguments, comfyui=found)
+    if linted:
+        say("The tests are not all: ruff or mypy found something, see above.")
+    return tested or linted
+
+
+def _lint(root: Path, python: Path) -> int:
+    say("ruff check")
+    style = _call(root, python, "-m", "ruff", "check", ".")
+    say("mypy on backends/")
+    return _call(root, python, "-m", "mypy") or style
+
+
+def _bench(root: Path, names: list[str]) -> int:
+    scripts = sorted((root / "benchmarks").glob("*.py"))
+    chosen = [path for path in scripts if not names or path.stem in names]
+    if not chosen:
+        there = ", ".join(path.stem for path in scripts) or "none"
+        raise Stop(f"No benchmark is called {' or '.join(names) or 'anything'}; there are: {there}.")
+    python, found = _prepare_and_say(root)
+    runner = str(root / "devtools" / "inside" / "with_package.py")
+    status = 0
+    for path in chosen:
+        say(f"\n{path.name}")
+        status = _call(root, python, runner, str(path), comfyui=found) or status
+    return status
+
+
+def _call(root: Path, python: Path, *command: str, comfyui: comfy.ComfyUI | None = None) -> int:
+    environ = dict(os.environ)
+    if comfyui is not None:
+        environ["COMFYUI_PATH"] = str(comfyui.path)
+    return subprocess.run([str(python), *command], cwd=root, env=environ).returncode
+
+
+def _version_of(python: Path) -> str:
+    code = "import platform; print(platform.python_version())"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True).stdout.strip()

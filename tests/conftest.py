@@ -1,0 +1,73 @@
+"""Loads the folder as the package `attention_backends` and says at the end what could not be checked.
+
+The folder is loaded as ComfyUI loads it, from whatever it is called and without being installed. It must
+never be on sys.path itself: its `nodes` would then stand in for ComfyUI's own `nodes`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = {
+    "comfy": "ComfyUI",
+    "gpu": "GPU",
+    "browser": "browser",
+    "interpreter": "another Python interpreter",
+}
+
+
+def _load_package() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "attention_backends", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{ROOT} cannot be loaded as a package")
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["attention_backends"] = package
+    spec.loader.exec_module(package)
+
+
+# `python -m pytest` puts the working folder on the path; "" means the working folder too.
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != str(ROOT)]
+_load_package()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(item.get_closest_marker("gpu") for item in items):
+        reason = _why_no_cuda()
+        if reason:
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_cuda() -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts: Counter[tuple[str, str]] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        # A skip of a whole module or a fixture carries no marker; then the reason has the word.
+        groups = (name for marker, name in GROUPS.items() if marker in report.keywords or name in reason)
+        counts[next(groups, "other"), reason.removeprefix("Skipped: ")] += 1
+    slow = sum("slow" in item.keywords for item in terminalreporter.stats.get("deselected", []))
+    if slow:
+        counts["slow", "left out; run them with -m slow"] = slow
+    terminalreporter.section("checks that were skipped")
+    if not counts:
+        terminalreporter.write_line("none")
+    for (group, reason), count in sorted(counts.items()):
+        terminalreporter.write_line(f"{group}: {count} skipped: {reason}")
