@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isclose
 from typing import TYPE_CHECKING, ClassVar
 
 from .platform import Platform
@@ -44,9 +45,16 @@ class Limits:
     """Accepts is_causal with q_len != kv_len, aligned top-left as SDPA defines it."""
     mask_and_causal: bool = False
     scale: bool = True
+    """Takes a scale; without it only head_dim ** -0.5, which every kernel computes by itself."""
     mixed_head_dims: bool = False
     """Accepts values whose head size differs from the keys'."""
     min_kv_len: int = 1
+    max_kv_len: int | None = None
+    kv_block: int = 1
+    """Unless is_causal is set, kv_len must be a multiple of this: the kernel counts what fills its last block."""
+    max_elements: int | None = None
+    """Most elements of query, key or value, head_dim padded to `padded_head_dims`: a kernel that counts in 32 bits."""
+    padded_head_dims: tuple[int, ...] = ()
     max_batch: int | None = None
     max_heads: int | None = None
 
@@ -86,8 +94,20 @@ class Limits:
                 request.is_causal and request.mask != "none" and not self.mask_and_causal,
                 "is_causal together with a mask",
             ),
-            (request.scale is not None and not self.scale, "a scale of its own is not supported"),
+            (not self.scale and not _default_scale(request), f"scale {request.scale} is not head_dim ** -0.5"),
             (request.kv_len < self.min_kv_len, f"kv_len {request.kv_len} < {self.min_kv_len}"),
+            (
+                self.max_kv_len is not None and request.kv_len > self.max_kv_len,
+                f"kv_len {request.kv_len} > {self.max_kv_len}",
+            ),
+            (
+                request.kv_len % self.kv_block != 0 and not request.is_causal,
+                f"kv_len {request.kv_len} is not a multiple of {self.kv_block}",
+            ),
+            (
+                self.max_elements is not None and self.elements(request) > self.max_elements,
+                f"{self.elements(request)} elements in one tensor > {self.max_elements}",
+            ),
             (
                 self.max_batch is not None and request.batch > self.max_batch,
                 f"batch {request.batch} > {self.max_batch}",
@@ -98,6 +118,17 @@ class Limits:
             ),
         )
         return [reason for refused, reason in checks if refused]
+
+    def elements(self, request: AttentionRequest) -> int:
+        """Elements of the largest of query, key and value, as the kernel sees them."""
+        largest = max(request.head_dim, request.v_head_dim)
+        head_dim = next((size for size in sorted(self.padded_head_dims) if size >= largest), largest)
+        rows = max(request.num_heads * request.q_len, (request.num_kv_heads or request.num_heads) * request.kv_len)
+        return request.batch * rows * head_dim
+
+
+def _default_scale(request: AttentionRequest) -> bool:
+    return request.scale is None or isclose(request.scale, request.head_dim**-0.5, rel_tol=1e-6)
 
 
 class Backend:
@@ -122,13 +153,25 @@ class Backend:
         if platform.kind not in self.kinds:
             return [f"device {platform.kind} not in ({', '.join(self.kinds)})"]
         reasons = []
-        if platform.kind == "cuda" and self.min_capability is not None:
+        cards = self.cards(platform)
+        if platform.kind == "cuda" and (self.min_capability or cards is not None):
             if platform.capability is None:
                 reasons.append("compute capability unknown")
-            elif platform.capability < self.min_capability:
+            elif self.min_capability and platform.capability < self.min_capability:
                 reasons.append(f"compute capability {_dotted(platform.capability)} < {_dotted(self.min_capability)}")
+            elif cards is not None and platform.capability not in cards:
+                known = ", ".join(_dotted(card) for card in cards)
+                reasons.append(f"compute capability {_dotted(platform.capability)} not in ({known})")
         reasons += [reason for need in self.requires if (reason := package_reason(need, platform))]
         return reasons
+
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...] | None:
+        """The only CUDA compute capabilities that it has kernels for; None for any from `min_capability`."""
+        return None
+
+    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+        """Which of several kernels would run `request`, for reports; None where the backend is one kernel."""
+        return None
 
     def limits_on(self, platform: Platform) -> Limits:
         """The limits that hold on `platform`; override where they differ between machines."""

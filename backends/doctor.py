@@ -61,7 +61,7 @@ def this_machine() -> tuple[Platform, str | None]:
 
 def why_no_card(platform: Platform) -> str | None:
     """Why torch sees only the CPU here, which no kernel package can change; None where it sees more."""
-    if platform.kind != "cpu":
+    if platform.kind != "cpu" or platform.os == "darwin":
         return None
     import torch
 

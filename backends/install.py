@@ -66,15 +66,16 @@ def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -
     missing = backend.unavailable_reasons(platform)
     if not missing:
         return _broken(packages, platform, interpreter)
-    answers = []
+    answers, obstacles = [], []
     for package in packages:
-        missing = backend.unavailable_reasons(_with_package(platform, package))
-        if not missing and platform.os not in package.systems:
-            missing = [f"no build of {package.distribution} for {platform.os} is known"]
-        if not missing:
+        lacking = backend.unavailable_reasons(_with_package(platform, package))
+        if not lacking and platform.os in package.systems:
             answers.append(_advice(package, platform, interpreter))
+        no_build = [f"no build of {package.distribution} for {platform.os} is known"]
+        obstacles.append((len(lacking), lacking or no_build))
     if not answers:
-        pages = ", ".join(dict.fromkeys(_page(package, platform) for package in packages))
+        _, missing = min(obstacles, default=(0, missing))
+        pages = ", ".join(dict.fromkeys(package.page for package in packages))
         why = "; ".join(missing)
         return Advice("nothing", f"nothing to install on this machine: {why}", f"project: {pages}" if pages else "")
     return next((answer for answer in answers if answer.kind == "command"), answers[0])
@@ -89,7 +90,7 @@ def _broken(packages: tuple[Package, ...], platform: Platform, interpreter: Inte
                 "page",
                 f"{package.distribution} {version} is installed but does not load: a build for this machine is needed "
                 f"({tags(platform, interpreter)})",
-                f"project: {_page(package, platform)}",
+                f"project: {package.page}",
             )
     return Advice("nothing", "nothing to install: it needs no package of its own")
 
@@ -97,14 +98,15 @@ def _broken(packages: tuple[Package, ...], platform: Platform, interpreter: Inte
 def _with_package(platform: Platform, package: Package) -> Platform:
     """The same machine if `package` were installed, and Triton, which comes with torch or beside it."""
     packages = dict(platform.packages)
-    packages.setdefault("triton-windows" if platform.os == "win32" else "triton", "3.6.0")
+    triton = f"{TRITON_OF_TORCH.get(_minor(platform), '3.6')}.0"
+    packages.setdefault("triton-windows" if platform.os == "win32" else "triton", triton)
     packages[package.distribution] = package.version
     return replace(platform, packages=tuple(packages.items()), described=True)
 
 
 def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> Advice:
     facts = {
-        "page": _page(package, platform),
+        "page": package.page,
         "tags": tags(platform, interpreter),
         "pip": pip_install((), platform, interpreter),
         "torch": platform.torch,
@@ -124,10 +126,6 @@ def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> A
     if arguments:
         return Advice("command", pip_install(arguments, platform, interpreter), note)
     return Advice("page", package.how.format(**facts), note)
-
-
-def _page(package: Package, platform: Platform) -> str:
-    return package.windows_page if platform.os == "win32" and package.windows_page else package.page
 
 
 def pip_install(arguments: tuple[str, ...], platform: Platform, interpreter: Interpreter) -> str:

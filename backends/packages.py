@@ -21,7 +21,6 @@ class Package:
     module: str
     version: str
     page: str
-    windows_page: str = ""
     how: str = "take a wheel for {tags} from {page}, then: {pip} --no-deps WHEEL"
     """What to do where `arguments` gives no command; may use {page}, {tags}, {pip} and {torch}."""
     note: str = ""
@@ -81,7 +80,7 @@ FLASH_2 = Package(
     "flash_attn",
     "2.8.3",
     f"{FLASH_ATTENTION}/releases",
-    note="PyPI has only its sources: building them takes nvcc, much memory and up to hours, and fails on Windows",
+    note="PyPI has only its sources: building them takes nvcc (hipcc on AMD) and up to hours, and fails on Windows",
 )
 FLASH_3 = Package(
     "flash-attn-3",
@@ -116,7 +115,6 @@ SAGE_1 = Package(
     "sageattention",
     "1.0.6",
     SAGE,
-    windows_page="https://github.com/woct0rdho/SageAttention/releases",
     note=f"version 1, in Triton; version 2 is faster and is built from {SAGE} with nvcc",
     systems=("linux",),
     arguments=_sage_1,
@@ -126,9 +124,17 @@ SAGE_2 = Package(
     "sageattention",
     "2.2.0",
     SAGE,
-    windows_page="https://github.com/woct0rdho/SageAttention/releases",
-    note="building it from source takes nvcc: 12.0, for sm_90 12.3, for sm_89 12.4, for sm_120 12.8",
-    how="take version 2 for {tags} from {page}, then: {pip} --no-deps WHEEL_OR_FOLDER",
+    how="build version 2 from {page} for {tags}, then: {pip} --no-deps WHEEL",
+    note="building it takes nvcc: 12.0, for sm_90 12.3, for sm_89 12.4, for sm_120 12.8",
+    systems=("linux",),
+)
+SAGE_2_WINDOWS = Package(
+    "sageattention",
+    "sageattention",
+    "2.2.0+cu130torch2.9.0andhigher.post4",
+    "https://github.com/woct0rdho/SageAttention/releases",
+    note="of CUDA only the first number counts, and a wheel named 'torch2.9.0andhigher' fits every later torch",
+    systems=("win32",),
 )
 SAGE_3 = Package(
     "sageattn3",
@@ -186,11 +192,11 @@ PACKAGES_OF: Mapping[str, tuple[Package, ...]] = MappingProxyType(
         "flash_attn_3": (FLASH_3,),
         "flash_attn_4": (FLASH_4,),
         "flashinfer_attn": (FLASHINFER,),
-        "sage_attn": (SAGE_1, SAGE_2),
-        "sage_fp16_cuda": (SAGE_2,),
-        "sage_fp16_triton": (SAGE_2,),
-        "sage_fp8_cuda": (SAGE_2,),
-        "sage_fp8_sm90": (SAGE_2,),
+        "sage_attn": (SAGE_1, SAGE_2, SAGE_2_WINDOWS),
+        "sage_fp16_cuda": (SAGE_2, SAGE_2_WINDOWS),
+        "sage_fp16_triton": (SAGE_2, SAGE_2_WINDOWS),
+        "sage_fp8_cuda": (SAGE_2, SAGE_2_WINDOWS),
+        "sage_fp8_sm90": (SAGE_2, SAGE_2_WINDOWS),
         "sage_attn_3": (SAGE_3,),
         "xformers": (XFORMERS,),
         "comfy_kitchen_int8": (COMFY_KITCHEN,),

@@ -162,14 +162,14 @@ def parse_platform(text: str) -> Platform:
     """
     head, *pairs = (part.strip() for part in text.split(","))
     kind, _, card = head.partition(":")
-    kind = kind.strip().lower()
+    kind, card = kind.strip().lower(), card.strip()
     if kind not in KINDS:
         raise ValueError(f"platform: {kind!r} is not one of {', '.join(KINDS)}")
     values = _parse_pairs(pairs)
     if card and kind not in ("cuda", "rocm"):
         raise ValueError(f"platform: {kind} takes no card, got {card!r}")
     capability = _parse_capability(card) if card and kind == "cuda" else None
-    gfx = card.strip().lower() if card and kind == "rocm" else None
+    gfx = card.lower() if card and kind == "rocm" else None
     default_cudnn = "91002" if kind == "cuda" else ""
     cudnn = values.get("cudnn", default_cudnn)
     try:

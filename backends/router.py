@@ -90,9 +90,15 @@ class Router:
         return self._unavailable[backend_id]
 
     def kernel(self, backend_id: str) -> Kernel:
-        """The loaded kernel of an available backend."""
+        """The loaded kernel of an available backend.
+
+        Raises:
+            NoBackendError: it is not available, or the machine was only described.
+        """
         if self.unavailable(backend_id):
             raise NoBackendError(f"{backend_id}: {'; '.join(self.unavailable(backend_id))}")
+        if self.platform.described:
+            raise NoBackendError(f"{backend_id}: this machine was described, nothing can run on it")
         return self._kernels[backend_id]
 
     def refuse(self, backend_id: str, request: AttentionRequest) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .backend import Kernel
 from .config import AttentionConfig, Choice, resolve
+from .names import COMFY
 from .request import AttentionCall, AttentionRequest
 from .router import Decision, NoBackendError, Router
 from .trace import Row, Trace
@@ -21,8 +22,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attention_backends")
 
-CUDA_FAULTS = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
-"""Words of errors after which a CUDA context is unusable: nothing can be retried in this process."""
+FAULTS = (
+    "illegal memory access",
+    "illegal instruction",
+    "illegal address",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "hardware stack error",
+)
+"""Words of errors after which a GPU's context is unusable: nothing can be retried in this process."""
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""Words of out-of-memory errors that reach Python as another type than torch.OutOfMemoryError."""
 
 
 class KernelFaultError(RuntimeError):
@@ -74,12 +86,17 @@ class Session:
             NoBackendError: strict was asked for and the named backend cannot run.
         """
         choice = resolve(self.layers, role, category)
+        strict = self.settings.strict
         if choice.asked is None and preferred is not None:
-            choice = preferred
-        top = self.layers[0] if self.layers else AttentionConfig()
-        decision = self.router.select(request, choice, accuracy=top.accuracy, strict=top.strict)
+            choice, strict = preferred, False  # nobody insists on what a checkpoint prefers
+        decision = self.router.select(request, choice, accuracy=self.settings.accuracy, strict=strict)
         self._log_decision(decision, role, category)
-        return self._plan(request, decision, role, block, top.strict)
+        return self._plan(request, decision, role, block, strict)
+
+    @property
+    def settings(self) -> AttentionConfig:
+        """The highest configuration: its accuracy, strictness and guard hold for every role."""
+        return self.layers[0] if self.layers else AttentionConfig()
 
     def _plan(
         self,
@@ -93,6 +110,7 @@ class Session:
         row = self.trace.row(
             role, block, decision.backend, decision.source, request.mask, reason or decision.reason, decision.asked
         )
+        row.member = self.router.backends[decision.backend].member(request, self.router.platform)
         return Plan(request, decision, self._kernel(decision.backend), row, strict)
 
     def _kernel(self, backend_id: str) -> Kernel:
@@ -101,8 +119,9 @@ class Session:
             return kernel
 
         def on_copies(call: AttentionCall) -> torch.Tensor:
-            call.query, call.key, call.value = call.query.clone(), call.key.clone(), call.value.clone()
-            return kernel(call)
+            # A call of its own, so that a fallback after a failure still has the originals.
+            query, key, value = call.query.clone(), call.key.clone(), call.value.clone()
+            return kernel(AttentionCall(query, key, value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa))
 
         return on_copies
 
@@ -128,10 +147,14 @@ class Session:
         """Quarantine the backend for this kind of call and run the next one; change `plan` to it."""
         import torch
 
-        failed = plan.decision.backend
-        if failed == "comfy" or isinstance(error, torch.OutOfMemoryError):
+        failed, text = plan.decision.backend, str(error).lower()
+        if (
+            failed == COMFY
+            or isinstance(error, torch.OutOfMemoryError)
+            or any(words in text for words in OUT_OF_MEMORY)
+        ):
             raise error
-        if any(words in str(error).lower() for words in CUDA_FAULTS):
+        if any(words in text for words in FAULTS):
             raise KernelFaultError(
                 f"the attention kernel {failed} left the GPU unusable: {error}\n"
                 f"  call: {plan.request.describe()}\n"
@@ -140,11 +163,17 @@ class Session:
         self.router.quarantine(failed, plan.request, error)
         choice = Choice(plan.decision.asked, plan.decision.source)
         try:
-            decision = self.router.select(plan.request, choice, strict=plan.strict)
+            decision = self.router.select(plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict)
         except NoBackendError as refusal:
             raise refusal from error
-        log.warning("attention backend %s failed (%s: %s); %s runs instead for: %s", failed, type(error).__name__, error,
-                    decision.backend, plan.request.describe())  # fmt: skip
+        log.warning(
+            "attention backend %s failed (%s: %s); %s runs instead for: %s",
+            failed,
+            type(error).__name__,
+            error,
+            decision.backend,
+            plan.request.describe(),
+        )
         reason = f"{failed}: failed: {type(error).__name__}: {error}"
         replacement = self._plan(plan.request, decision, plan.row.role, plan.row.block, plan.strict, reason)
         plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row

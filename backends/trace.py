@@ -18,6 +18,8 @@ class Row:
     reason: str | None = None
     """Why this backend ran instead of the one that was asked for; None when it was the one."""
     asked: str | None = None
+    member: str | None = None
+    """Which kernel of a family ran; None where the backend is one kernel."""
     calls: int = 0
     nanoseconds: int = 0
     """Wall time on the host. Meaningful on the CPU; on an accelerator calls return before the work is done."""
@@ -62,6 +64,7 @@ class Trace:
                 "role": row.role,
                 "block": row.block,
                 "backend": row.backend,
+                "member": row.member,
                 "calls": row.calls,
                 "ms": round(row.nanoseconds / 1e6, 3) if timed else None,
                 "mask": row.mask,

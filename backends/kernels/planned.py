@@ -19,17 +19,9 @@ class Planned(Backend):
 
 
 PLANNED = (
-    Planned("flash_attn", "exact", "FlashAttention, the best installed version for the card."),
-    Planned("flash_attn_2", "exact", "FlashAttention 2, from the package flash-attn."),
-    Planned("flash_attn_3", "exact", "FlashAttention 3, for Hopper cards."),
-    Planned("flash_attn_4", "exact", "FlashAttention 4, from the package flash-attn-4."),
-    Planned("flashinfer_attn", "exact", "FlashInfer's dense prefill kernels."),
-    Planned("sage_attn", "quantized", "SageAttention, the best kernel of the installed version for the card."),
     Planned("sage_fp16_cuda", "quantized", "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel."),
-    Planned("sage_fp16_triton", "quantized", "SageAttention 2 with INT8 scores and FP16 values, Triton kernel."),
     Planned("sage_fp8_cuda", "quantized", "SageAttention 2 with INT8 scores and FP8 values."),
     Planned("sage_fp8_sm90", "quantized", "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel."),
-    Planned("sage_attn_3", "quantized", "SageAttention 3 in FP4, for Blackwell cards."),
     Planned("comfy_kitchen_int8", "quantized", "ComfyUI's own INT8 attention."),
     Planned("xformers", "exact", "xformers' memory-efficient attention."),
     Planned("flex_attn", "exact", "PyTorch's FlexAttention, compiled."),
@@ -43,5 +35,4 @@ PLANNED = (
     Planned("sparge_attn", "sparse", "SpargeAttention: sparse and quantised."),
     Planned("sol_attn", "sparse", "SOL sparse attention."),
     Planned("radial_attn", "sparse", "Radial Attention for video."),
-    Planned("emulated_int8", "quantized", "What INT8 quantisation does to a picture, emulated on any machine."),
 )

@@ -1,0 +1,65 @@
+"""`emulated_int8`: what SageAttention's INT8 quantisation does to a result, in plain PyTorch on any machine.
+
+An emulation, not a kernel: slower than exact attention. It shows on a laptop what quantised scores do to a picture,
+and earns the tolerance that real quantised kernels are held to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..backend import FLOATING, Backend, Kernel, Limits
+from ..platform import KINDS, Platform
+from ..request import AttentionCall
+from ..sdpa import expanded, plain_sdpa
+
+if TYPE_CHECKING:
+    import torch
+
+QUERY_BLOCK = 128
+KEY_BLOCK = 64
+"""Tokens that share one scale (SageAttention, arXiv:2410.02367, section 4.2)."""
+
+
+class EmulatedInt8(Backend):
+    """Keys less their mean over tokens, query and key rounded to INT8 per block, then exact attention on the result.
+
+    The mean shifts all scores of a query alike, so softmax and masks do not see it. Values and the second product
+    stay as they are, in the precision of the input.
+    """
+
+    id = "emulated_int8"
+    summary = "An emulation of INT8 attention, slow, for seeing on any machine what quantising does to a picture."
+    accuracy = "quantized"
+    kinds = KINDS
+    limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+
+    def load(self, platform: Platform) -> Kernel:
+        sdpa = plain_sdpa()
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            rounded = AttentionCall(
+                round_trip(call.query, QUERY_BLOCK),
+                round_trip(call.key - call.key.mean(dim=2, keepdim=True), KEY_BLOCK),
+                call.value,
+                call.attn_mask,
+                is_causal=call.is_causal,
+                scale=call.scale,
+                enable_gqa=call.enable_gqa,
+            )
+            # Grouped heads with a mask have no fused kernel outside CUDA; torch would materialise the scores.
+            return sdpa(expanded(rounded) if call.enable_gqa and call.attn_mask is not None else rounded)
+
+        return run
+
+
+def round_trip(tensor: torch.Tensor, block: int) -> torch.Tensor:
+    """(batch, heads, length, head_dim) to INT8 and back, one scale per head and `block` tokens: max |x| / 127."""
+    import torch
+
+    batch, heads, length, head_dim = tensor.shape
+    padded = torch.nn.functional.pad(tensor.float(), (0, 0, 0, -length % block))
+    blocks = padded.reshape(batch, heads, -1, block, head_dim)
+    scale = blocks.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-30) / 127
+    rounded: torch.Tensor = (blocks / scale).round() * scale
+    return rounded.reshape(batch, heads, -1, head_dim)[:, :, :length].to(tensor.dtype)

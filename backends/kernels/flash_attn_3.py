@@ -1,0 +1,25 @@
+"""`flash_attn_3`: FlashAttention 3, for Hopper cards, built from the folder hopper/ of flash-attention."""
+
+from __future__ import annotations
+
+from ..backend import HALF, Limits
+from ..flash import FlashAttention
+from ..platform import Platform
+
+
+class FlashAttn3(FlashAttention):
+    """Limits as in mha_fwd of hopper/flash_api.cpp: head sizes fill 16-byte vectors.
+
+    Builds for sm80 exist behind a build flag; without a way to see it, only Hopper counts as supported. It has no
+    limit on elements: it addresses tensors through descriptors, not through 32-bit offsets.
+    """
+
+    id = "flash_attn_3"
+    summary = "FlashAttention 3, for Hopper cards. Faster there than version 2; takes no masks."
+    kinds = ("cuda",)
+    requires = ("flash-attn-3",)
+    module = "flash_attn_interface"
+    limits = Limits(dtypes=HALF, max_head_dim=256, head_dim_multiple=8, masks=("none",), max_batch=65535)
+
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+        return ((9, 0),)

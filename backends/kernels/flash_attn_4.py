@@ -1,0 +1,44 @@
+"""`flash_attn_4`: FlashAttention 4, from the package flash-attn-4 (CuTe DSL)."""
+
+from __future__ import annotations
+
+from ..backend import HALF, Limits
+from ..flash import FlashAttention
+from ..layout import INT32_ELEMENTS
+from ..platform import Platform
+
+
+class FlashAttn4(FlashAttention):
+    """Limits as in flash_attn/cute/interface.py, 4.0.0b36; b5 is the first version with sm80 and sm120.
+
+    On sm90 head sizes reach 256; on sm100 128, and exactly 256 through a kernel of its own, which is left out. On
+    sm80 and sm120 the package checks no range; 128 is what their shared memory holds for sure. The arithmetic on
+    coordinates is 32 bits wide (https://github.com/Dao-AILab/flash-attention/issues/2611), so tensors end at 2**31
+    elements here.
+    """
+
+    id = "flash_attn_4"
+    summary = "FlashAttention 4, from the package flash-attn-4. The FlashAttention for Blackwell; takes no masks."
+    kinds = ("cuda",)
+    min_capability = (8, 0)
+    requires = ("flash-attn-4>=4.0.0b5",)
+    module = "flash_attn.cute"
+    limits = Limits(
+        dtypes=HALF,
+        max_head_dim=128,
+        head_dim_multiple=8,
+        masks=("none",),
+        max_elements=INT32_ELEMENTS,
+        max_batch=65535,
+    )
+    hopper_limits = Limits(
+        dtypes=HALF,
+        max_head_dim=256,
+        head_dim_multiple=8,
+        masks=("none",),
+        max_elements=INT32_ELEMENTS,
+        max_batch=65535,
+    )
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return self.hopper_limits if platform.architecture == "Hopper" else self.limits

@@ -1,0 +1,82 @@
+"""`sage_fp16_triton`: the Triton kernel of SageAttention 2.x by itself, the only Sage kernel that takes masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from inspect import signature
+from math import log
+from typing import TYPE_CHECKING
+
+from .. import sage
+from ..backend import ANY_MASK, Backend, Kernel, Limits
+from ..layout import indexable, on_device_of, to_bshd
+from ..platform import Platform
+from ..request import AttentionCall
+
+if TYPE_CHECKING:
+    import torch
+
+LOG2_E = 1 / log(2)
+
+
+class SageFP16Triton(Backend):
+    """sageattn_qk_int8_pv_fp16_triton of 2.2.0; its masks came in August 2025, within that version.
+
+    It computes softmax in powers of two and adds a float mask to scores that are in log2 units by then (triton/
+    attn_qk_int8_per_block.py), so a bias is multiplied by log2(e) first. A first block of keys that are all -inf
+    gives NaN, so -inf becomes the lowest finite number. A row without a visible key gets a mean over hidden keys,
+    where SDPA gives zeros, so such rows are cleared.
+    """
+
+    id = "sage_fp16_triton"
+    summary = "SageAttention 2 with INT8 scores and FP16 values, Triton kernel. The Sage kernel that takes masks."
+    accuracy = "quantized"
+    kinds = ("cuda",)
+    min_capability = (7, 5)
+    requires = (sage.REQUIREMENT, "sageattention>=2")
+    limits = sage.SECOND_LIMITS
+    masked_limits = replace(sage.SECOND_LIMITS, masks=ANY_MASK)
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        return reasons + sage.triton_reasons(platform) if platform.kind in self.kinds else reasons
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return self.masked_limits if sage.installed(platform).release >= (2, 2) else self.limits
+
+    def load(self, platform: Platform) -> Kernel:
+        kernel = sage.import_second().sageattn_qk_int8_pv_fp16_triton
+        # A build of 2.2.0 from before August 2025 has no such parameter, and drops a mask in **kwargs.
+        takes_masks = "attn_mask" in signature(kernel).parameters
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            options: dict[str, object] = {}
+            if call.attn_mask is not None:
+                if not takes_masks:
+                    raise NotImplementedError("this build of sageattention takes no mask; a newer 2.2.0 does")
+                options["attn_mask"] = in_log2_units(call.attn_mask, call.query.dtype)
+            query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
+            scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+            with on_device_of(query):
+                output: torch.Tensor = kernel(
+                    query, key, value, tensor_layout="NHD", is_causal=call.is_causal, sm_scale=scale, **options
+                )
+            output = to_bshd(output)
+            return output if call.attn_mask is None else output.masked_fill(without_keys(call.attn_mask), 0.0)
+
+        return run
+
+
+def in_log2_units(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as it is; a bias times log2(e), finite, in the dtype that the kernel wants: that of the query."""
+    import torch
+
+    if not mask.dtype.is_floating_point:
+        return mask
+    return (mask.float() * LOG2_E).to(dtype).clamp(min=torch.finfo(dtype).min)
+
+
+def without_keys(mask: torch.Tensor) -> torch.Tensor:
+    """True for the query rows that see no key, (..., q_len or 1, 1): False or -inf throughout."""
+    visible = mask > float("-inf") if mask.dtype.is_floating_point else mask
+    return visible.any(dim=-1, keepdim=True).logical_not()
