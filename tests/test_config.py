@@ -1,0 +1,286 @@
+"""Configurations: every form to one type, what wins for a role, and what is refused with which words."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, resolve
+from attention_backends.backends.config_text import from_environment, parse_config, parse_extra
+from attention_backends.backends.names import UnknownBackendError
+
+LTX2 = {
+    "self": "flash_attn_2",
+    "cross": "torch_sdpa",
+    "ltx2.audio_self": "sdpa_math",
+    "ltx2.audio_text_cross": "sdpa_efficient",
+    "ltx2.audio_to_video": "cudnn_attn",
+    "ltx2.video_to_audio": "xformers",
+}
+FULL: dict[str, Any] = {
+    "default": {"backend": "flash_attn_2"},
+    "per_role": {"cross": {"backend": "torch_sdpa"}, "ltx2.audio_self": {"backend": "sdpa_math"}},
+    "strict": True,
+    "accuracy": "quantized",
+    "guard": "watch",
+}
+FORMS = {
+    "dict": FULL,
+    "short dict": {
+        "backend": "FLASH_ATTN_2",
+        "per_role": {"cross": "native", "ltx2": {"audio_self": "_native_math"}},
+        "strict": True,
+        "accuracy": "quantized",
+        "guard": "watch",
+    },
+    "json": json.dumps(FULL, indent=1),
+    "yaml": """
+default: {backend: flash_attn_2}
+per_role:
+  cross: sdpa
+  ltx2:
+    audio_self: sdpa_math
+strict: true
+accuracy: quantized
+guard: watch
+""",
+    "dotted flags": "default.backend=flash_attn_2 per_role.cross.backend=torch_sdpa "
+    "per_role.ltx2.audio_self.backend=sdpa_math strict=true accuracy=quantized guard=watch",
+    "vLLM flags": "--diffusion-attention-config.default.backend FLASH_ATTN_2 "
+    "--diffusion-attention-config.per_role.cross.backend TORCH_SDPA "
+    "--diffusion-attention-config.per_role.ltx2.audio_self=sdpa_math --strict=true --accuracy quantized --guard watch",
+    "key value": "backend=flash_attn_2,per_role.cross=sdpa,per_role.ltx2.audio_self=sdpa_math,strict=True,"
+    "accuracy=quantized,guard=watch",
+    "a flag per line": "backend=flash_attn_2\nper_role.cross=sdpa\nper_role.ltx2.audio_self=sdpa_math\nstrict=true\n"
+    "accuracy=quantized\nguard=watch",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_reads_to_the_same_configuration(form: str) -> None:
+    assert parse_config(FORMS[form], "config") == AttentionConfig(
+        default=AttentionSpec("flash_attn_2"),
+        per_role={"cross": AttentionSpec("torch_sdpa"), "ltx2.audio_self": AttentionSpec("sdpa_math")},
+        strict=True,
+        accuracy="quantized",
+        guard="watch",
+        source="config",
+    )
+
+
+@pytest.mark.parametrize("ending", [".json", ".yaml", ".yml", ".YAML"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_files_read_alike_and_name_themselves(tmp_path: Path, ending: str, mark: str) -> None:
+    path = tmp_path / f"attention{ending}"
+    path.write_text(mark + str(FORMS["json" if ending == ".json" else "yaml"]), encoding="utf-8")
+    for value in (path, str(path)):
+        config = parse_config(value, "config")
+        assert config.source == f"config ({path.name})"
+        assert config.default.backend == "flash_attn_2"
+        assert config.per_role["ltx2.audio_self"].backend == "sdpa_math"
+
+
+def test_a_name_alone_is_the_default() -> None:
+    assert parse_config(" Sage ").default == AttentionSpec("sage_attn")
+    assert parse_config("") == AttentionConfig()
+
+
+def test_a_configuration_passes_as_it_is() -> None:
+    config = AttentionConfig(default=AttentionSpec("sage_attn"))
+    assert parse_config(config) is config
+
+
+def test_the_callers_object_is_never_changed() -> None:
+    value = {"backend": "sdpa", "per_role": {"ltx2": {"audio_self": {"backend": "sdpa_math", "extra": {}}}}}
+    before = copy.deepcopy(value)
+    config = parse_config(value)
+    assert value == before
+    value["per_role"]["ltx2"]["audio_self"]["backend"] = "xformers"  # type: ignore[index]
+    assert config.per_role["ltx2.audio_self"].backend == "sdpa_math"
+    with pytest.raises(TypeError):
+        config.per_role["cross"] = AttentionSpec("sdpa")  # type: ignore[index]
+
+
+def test_specs_may_be_given_as_objects() -> None:
+    spec = AttentionSpec("sage_attn")
+    assert parse_config({"default": spec, "per_role": {"self": spec}}).per_role["self"] == spec
+
+
+def test_equal_configurations_hash_alike() -> None:
+    assert hash(parse_config(FULL)) == hash(parse_config(FORMS["json"]))
+
+
+def _ask(value: object, role: str, category: str) -> Choice:
+    return resolve((parse_config(value),), role, category)
+
+
+def test_each_role_gets_its_own_backend_and_the_rest_the_default() -> None:
+    value = {"default": "flash_attn", "per_role": {"self": "sdpa_flash", "cross": "sdpa_math"}}
+    assert _ask(value, "self", "self").asked == "sdpa_flash"
+    assert _ask(value, "cross", "cross").asked == "sdpa_math"
+    assert _ask({"default": "flash_attn", "per_role": {"cross": "sdpa_math"}}, "self", "self").asked == "flash_attn"
+
+
+def test_joint_attention_falls_in_category_self() -> None:
+    assert _ask({"per_role": {"self": "sdpa_flash"}}, "joint", "joint").asked == "sdpa_flash"
+    assert _ask({"per_role": {"self": "sdpa_flash"}}, "flux.double", "joint").asked == "sdpa_flash"
+    both = {"per_role": {"self": "sdpa_flash", "joint": "sdpa_math"}}
+    assert _ask(both, "flux.double", "joint").asked == "sdpa_math"
+    assert _ask(both, "self", "self").asked == "sdpa_flash"
+    assert _ask({"per_role": {"cross": "sdpa_math"}}, "joint", "joint").asked is None
+    assert _ask({"per_role": {"joint": "sdpa_math"}}, "self", "self").asked is None
+
+
+def test_the_exact_role_wins_over_its_category_and_says_where_it_stands() -> None:
+    value = {"per_role": {"cross": "sdpa_math"}}
+    choice = _ask(value, "ltx2.audio_to_video", "cross")
+    assert choice == Choice("sdpa_math", "config.per_role['cross'] (category of 'ltx2.audio_to_video')")
+    value["per_role"]["ltx2.audio_to_video"] = "cudnn_attn"
+    choice = _ask(value, "ltx2.audio_to_video", "cross")
+    assert choice == Choice("cudnn_attn", "config.per_role['ltx2.audio_to_video']")
+
+
+def test_nothing_said_leaves_it_to_the_platform() -> None:
+    assert resolve((), "self", "self") == Choice(None, "platform route")
+    assert _ask({}, "self", "self") == Choice(None, "platform route")
+    assert _ask({"per_role": {"self": "sdpa_math"}}, "cross", "cross") == Choice(None, "platform route")
+
+
+def test_the_source_of_a_default() -> None:
+    assert _ask("sage", "cross", "cross") == Choice("sage_attn", "config.default")
+
+
+def test_the_six_roles_of_ltx2_each_get_their_own() -> None:
+    categories = {"ltx2.audio_text_cross": "cross", "ltx2.audio_to_video": "cross", "ltx2.video_to_audio": "cross"}
+    for role, backend in LTX2.items():
+        choice = _ask({"per_role": LTX2}, role, categories.get(role, role.rsplit("_")[-1]))
+        assert (choice.asked, choice.source) == (backend, f"config.per_role[{role!r}]")
+
+
+@pytest.mark.parametrize("auto", ["auto", "AUTO", None, {"backend": "auto"}])
+def test_auto_at_any_level_means_that_nothing_was_said_there(auto: object) -> None:
+    assert _ask({"default": auto}, "self", "self").asked is None
+    assert _ask({"default": "sdpa_math", "per_role": {"self": auto}}, "self", "self").asked == "sdpa_math"
+    value = {"per_role": {"ltx2.audio_to_video": auto, "cross": "sdpa_math"}}
+    assert _ask(value, "ltx2.audio_to_video", "cross").asked == "sdpa_math"
+    assert _ask({"per_role": {"joint": auto, "self": "sdpa_flash"}}, "joint", "joint").asked == "sdpa_flash"
+
+
+def test_auto_in_a_higher_layer_lets_the_lower_one_decide() -> None:
+    layers = (parse_config("auto", "node"), parse_config({"per_role": {"cross": "auto"}}, "file"), parse_config("sage"))
+    assert resolve(layers, "cross", "cross") == Choice("sage_attn", "config.default")
+
+
+def test_the_highest_layer_that_says_anything_decides() -> None:
+    layers = (parse_config({"per_role": {"cross": "xformers"}}, "node"), parse_config("sage", "file"))
+    assert resolve(layers, "cross", "cross") == Choice("xformers", "node.per_role['cross']")
+    assert resolve(layers, "self", "self") == Choice("sage_attn", "file.default")
+
+
+def test_environment_variables_in_their_order() -> None:
+    environ = {
+        "DIFFUSERS_ATTN_BACKEND": "_native_math",
+        "DIFFUSION_ATTENTION_BACKEND": "SAGE_ATTN",
+        "ATTENTION_BACKENDS_CONFIG": '{"per_role": {"cross": "xformers"}}',
+    }
+    layers = from_environment(environ)
+    assert [layer.source for layer in layers] == [
+        "ATTENTION_BACKENDS_CONFIG",
+        "DIFFUSION_ATTENTION_BACKEND",
+        "DIFFUSERS_ATTN_BACKEND",
+    ]
+    assert resolve(layers, "cross", "cross").source == "ATTENTION_BACKENDS_CONFIG.per_role['cross']"
+    assert resolve(layers, "self", "self") == Choice("sage_attn", "DIFFUSION_ATTENTION_BACKEND.default")
+    del environ["DIFFUSION_ATTENTION_BACKEND"]
+    assert resolve(from_environment(environ), "self", "self").asked == "sdpa_math"
+
+
+def test_auto_and_blanks_in_the_environment_say_nothing() -> None:
+    environ = {"DIFFUSION_ATTENTION_BACKEND": "auto", "DIFFUSERS_ATTN_BACKEND": "  ", "ATTENTION_BACKENDS_CONFIG": ""}
+    assert resolve(from_environment(environ), "self", "self") == Choice(None, "platform route")
+    assert from_environment({}) == ()
+
+
+def test_parsing_never_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSION_ATTENTION_BACKEND", "no such thing")
+    assert parse_config("auto") == AttentionConfig()
+    with pytest.raises(UnknownBackendError, match=r"^DIFFUSION_ATTENTION_BACKEND: unknown attention backend"):
+        from_environment()
+
+
+def test_yaml_may_say_off() -> None:
+    assert parse_config("guard: off\nstrict: no").guard == "off"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (7, "config: expected text or a mapping, not int"),
+        (["sage"], "config: expected text or a mapping, not list"),
+        ({"backends": "sage"}, "config: unknown entry backends; known: default, backend, per_role"),
+        ({"default": "sage", "backend": "sage"}, "'backend' is short for 'default.backend'; give one of them"),
+        ("backend=sage default.backend=sage", "give one of them, not both"),
+        ({"default": ["sage"]}, "config.default: expected a backend's name or a mapping, not list"),
+        ({"default": {"backend": 7}}, "config.default: backend must be a name, not int: 7"),
+        ({"default": {"backend": "sage", "topk": 1}}, "config.default: unknown entry topk; known: backend, extra"),
+        (
+            {"default": {"backend": "sage", "extra": {"topk": 1}}},
+            "sage_attn has no options in this version; given: topk",
+        ),
+        ({"default": {"backend": "sage", "extra": 3}}, "config.default: extra must be a mapping, not int"),
+        ({"per_role": "sage"}, "config.per_role: expected role: backend entries, not str"),
+        ({"per_role": {"cross": {}}}, "config.per_role['cross']: empty entry"),
+        ({"per_role": {"ltx2": {"backend": "sage", "audio_self": "sdpa"}}}, "['ltx2']: unknown entry audio_self"),
+        ({"accuracy": "good"}, "config: accuracy 'good' is not one of exact, quantized, sparse"),
+        ({"guard": "on"}, "config: guard 'on' is not one of off, watch, enforce"),
+        ({"strict": "yes"}, "config: strict must be true or false, not 'yes'"),
+        ('{"default": }', "config: not valid JSON at line 1, column 13"),
+        ("default: [sage\n", "config: not valid YAML"),
+        ("- sage\n- sdpa", "config: expected text or a mapping, not list"),
+        ("backend=sage strict", "config: 'strict' is not name=value"),
+        ("backend=sage backend=sdpa", "config: 'backend' conflicts with an earlier entry"),
+        ("per_role.ltx2=sage per_role.ltx2.audio_self=sdpa", "'per_role.ltx2.audio_self' conflicts"),
+        ("per_role.ltx2.audio_self=sdpa per_role.ltx2=sage", "'per_role.ltx2' conflicts with an earlier entry"),
+        ("nowhere/attention.yaml", "config: cannot read"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_its_place(value: object, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(value)
+    assert message in str(caught.value)
+
+
+def test_an_unknown_backend_is_named_with_its_place_and_the_nearest() -> None:
+    with pytest.raises(UnknownBackendError, match=r"config\.per_role\['cross'\]: unknown attention backend 'sage_atn'"):
+        parse_config({"per_role": {"cross": "sage_atn"}})
+    with pytest.raises(UnknownBackendError, match="did you mean sage_attn"):
+        parse_config("sage_atn")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"[1]", "expected a mapping, not list"),
+        ("a.json", b"{", "a.json): not valid JSON at line 1"),
+        ("a.yaml", b"a.yaml", "not the name of another file"),
+        ("a.yaml", "default: sage".encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tmp_path / name)
+    assert message in str(caught.value)
+
+
+def test_extra_reads_from_json_and_from_pairs() -> None:
+    assert parse_extra("") == {}
+    expected = {"topk": 0.5, "smooth_k": True, "name": "x", "steps": 3}
+    assert parse_extra("topk=0.5, smooth_k=true name='x' steps=3") == expected
+    assert parse_extra(json.dumps(expected)) == expected
+    for bad in ("[1]", '{"a": }', "topk"):
+        with pytest.raises(ConfigError):
+            parse_extra(bad)

@@ -1,0 +1,125 @@
+"""The machine as a value: described in words, or read from the one that runs."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+from attention_backends.backends.platform import KINDS, Platform, detect, installed_packages, parse_platform
+
+
+def test_the_example_of_the_command_line() -> None:
+    platform = parse_platform("cuda:12.0,cudnn=91002,packages=flashinfer-python==0.7.2;flash-attn==2.8.3")
+    assert (platform.kind, platform.capability, platform.cudnn) == ("cuda", (12, 0), 91002)
+    assert platform.version("flash-attn") == "2.8.3"
+    assert platform.version("flashinfer-python") == "0.7.2"
+    assert platform.version("sageattention") is None
+    assert platform.described
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_described(kind: str) -> None:
+    platform = parse_platform(kind.upper())
+    assert platform.kind == kind
+    assert platform.capability is None
+    assert platform.os == ("darwin" if kind == "mps" else "linux")
+    assert (platform.cuda is not None) == (kind == "cuda")
+
+
+@pytest.mark.parametrize("text", ["cuda:12.1", "cuda:sm_121", "cuda:sm121", "cuda:121", "cuda:sm_121a", "cuda: 12.1"])
+def test_capabilities_in_every_spelling(text: str) -> None:
+    assert parse_platform(text).capability == (12, 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "sm", "architecture"),
+    [
+        ("7.0", "sm_70", "Volta"),
+        ("7.5", "sm_75", "Turing"),
+        ("8.0", "sm_80", "Ampere"),
+        ("8.6", "sm_86", "Ampere"),
+        ("8.7", "sm_87", "Ampere"),
+        ("8.9", "sm_89", "Ada"),
+        ("9.0", "sm_90", "Hopper"),
+        ("10.0", "sm_100", "Blackwell"),
+        ("10.3", "sm_103", "Blackwell"),
+        ("12.0", "sm_120", "Blackwell"),
+        ("12.1", "sm_121", "Blackwell"),
+    ],
+)
+def test_generations(capability: str, sm: str, architecture: str) -> None:
+    platform = parse_platform(f"cuda:{capability}")
+    assert (platform.sm, platform.architecture) == (sm, architecture)
+
+
+def test_an_amd_card_and_every_other_value() -> None:
+    platform = parse_platform("rocm:GFX942, torch=2.9.1, name=MI300X, os=linux")
+    assert (platform.kind, platform.gfx, platform.torch, platform.name) == ("rocm", "gfx942", "2.9.1", "MI300X")
+    windows = parse_platform("cuda:8.9,os=windows,cuda=12.8,cudnn=none,cudnn_sdp=off")
+    assert (windows.os, windows.cuda, windows.cudnn, windows.cudnn_sdp_enabled) == ("win32", "12.8", None, False)
+
+
+def test_package_names_are_written_as_people_like() -> None:
+    assert parse_platform("cuda,packages=Flash_Attn==2.8.3; ").packages == (("flash-attn", "2.8.3"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is not one of cpu, cuda"),
+        ("gpu", "'gpu' is not one of cpu, cuda"),
+        ("cuda:new", "'new' is not a compute capability such as 9.0 or sm_90"),
+        ("cuda:9", "'9' is not a compute capability"),
+        ("cpu:avx512", "cpu takes no card, got 'avx512'"),
+        ("cuda:9.0,cudnn=new", "cudnn 'new' is not a version number such as 91002"),
+        ("cuda:9.0,os=beos", "os 'beos' is not one of linux, windows"),
+        ("cuda:9.0,cudnn_sdp=maybe", "cudnn_sdp 'maybe' is not one of on, off"),
+        ("cuda:9.0,colour=red", "'colour=red' is not one of torch, cuda, cudnn"),
+        ("cuda:9.0,packages=flash-attn", "package 'flash-attn' has no version; write name==version"),
+        ("cuda:9.0,packages=flash-attn==", "package 'flash-attn==' has no version"),
+        ("cuda:9.0,packages=a==1,b==2", "'b==2' is not one of torch, cuda"),
+    ],
+)
+def test_bad_descriptions_say_which_part(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^platform: ") as caught:
+        parse_platform(text)
+    assert message in str(caught.value)
+
+
+def test_a_platform_is_a_value() -> None:
+    one, other = parse_platform("cuda:9.0,packages=a==1"), parse_platform("cuda:9.0,packages=a==1")
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+def test_the_description_in_words() -> None:
+    words = parse_platform("cuda:12.0,name=RTX PRO 6000,torch=2.11.0").describe()
+    assert words == "cuda, RTX PRO 6000, sm_120, torch 2.11.0, CUDA 13.0, cuDNN 91002"
+    assert Platform("cpu").describe() == "cpu"
+
+
+def test_a_damaged_package_is_reported_and_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "sageattention":
+            raise KeyError("Version")
+        if name == "flash-attn":
+            return "2.8.3"
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = dict(installed_packages())
+    assert found == {"flash-attn": "2.8.3", "sageattention": "unreadable ('Version')"}
+
+
+def test_the_running_machine() -> None:
+    torch = pytest.importorskip("torch")
+    platform = detect()
+    assert platform.kind in KINDS
+    assert not platform.described
+    assert platform.torch == torch.__version__.split("+")[0]
+    assert (platform.kind == "cuda") == (torch.cuda.is_available() and torch.version.hip is None)
+
+
+def test_a_device_can_be_named() -> None:
+    torch = pytest.importorskip("torch")
+    assert detect(torch.device("cpu")).kind == "cpu"
