@@ -44,6 +44,21 @@ def expanded(call: AttentionCall) -> AttentionCall:
     return AttentionCall(call.query, key, value, call.attn_mask, is_causal=call.is_causal, scale=call.scale)
 
 
+def without_gaps(call: AttentionCall) -> AttentionCall:
+    """The same call with head_dim contiguous, which all fused kernels of torch require; usually the call itself."""
+    if call.query.stride(-1) == 1 and call.key.stride(-1) == 1 and call.value.stride(-1) == 1:
+        return call
+    return AttentionCall(
+        call.query.contiguous(),
+        call.key.contiguous(),
+        call.value.contiguous(),
+        call.attn_mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        enable_gqa=call.enable_gqa,
+    )
+
+
 class PinnedSDPA(Backend):
     """scaled_dot_product_attention held to one member of torch.nn.attention.SDPBackend.
 
@@ -64,6 +79,7 @@ class PinnedSDPA(Backend):
         sdpa = plain_sdpa()
 
         def run(call: AttentionCall) -> torch.Tensor:
+            call = without_gaps(call)
             with sdpa_kernel(pinned):
                 return sdpa(expanded(call) if expands and call.enable_gqa else call)
 

@@ -19,7 +19,7 @@ GROUPS = {
     "comfy": "ComfyUI",
     "gpu": "GPU",
     "browser": "browser",
-    "interpreter": "another Python interpreter",
+    "interpreter": "Triton's interpreter",
 }
 
 

@@ -164,7 +164,6 @@ class TestStarting:
         for command in ("setup", "demo", "test", "bench", "lint", "doctor"):
             assert command in result.stdout
 
-    @pytest.mark.interpreter
     @pytest.mark.parametrize("version", ["3.10", "3.12", "3.13"])
     def test_under_another_python(self, version: str) -> None:
         python = shutil.which(f"python{version}")

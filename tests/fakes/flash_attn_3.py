@@ -1,0 +1,46 @@
+"""flash_attn_interface 3.0.0 (folder hopper/ of flash-attention), with the checks of hopper/flash_api.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from . import arithmetic
+
+CAPABILITY: tuple[int, int] | None = (9, 0)
+RETURNS_LSE = False
+"""Betas before August 2025 always returned (output, log-sum-exp)."""
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    arithmetic.CALLS.append("flash_attn_3.flash_attn_func")
+    if CAPABILITY != (9, 0):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError("FlashAttention only supports fp16, bf16, and fp8_e4m3 data type")
+    if q.shape[-1] > 256:
+        raise RuntimeError("FlashAttention forward only supports head dimension at most 256")
+    if q.shape[-1] % 8:
+        raise RuntimeError("head_size should be a multiple of 8")
+    query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    visible = arithmetic.causal_mask(q.shape[1], k.shape[1], bottom_right=True) if causal else None
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    output = arithmetic.exact(query, key, value, scale, visible).transpose(1, 2)
+    return (output, torch.zeros(q.shape[0], q.shape[2], q.shape[1])) if RETURNS_LSE else output
