@@ -181,6 +181,13 @@ class Backend:
         """Why this backend, available on `platform`, cannot run `request`; empty when it can."""
         return self.limits_on(platform).reasons(request)
 
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        """Why a route passes over this backend for `request` although it could run: others are known to be faster.
+
+        Not asked when a person names the backend.
+        """
+        return []
+
     def load(self, platform: Platform) -> Kernel:
         """Import what the kernel needs and return it. Called once, on a machine where it is available.
 

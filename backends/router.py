@@ -143,6 +143,8 @@ class Router:
             if not reasons and self._accuracy(backend_id) not in allowed:
                 reasons = (f"accuracy {self._accuracy(backend_id)} is not allowed",)
             if not reasons:
+                reasons = tuple(self.backends[backend_id].avoid_reasons(request, self.platform))
+            if not reasons:
                 return Decision(backend_id, choice.source, choice.asked, tuple(rejected))
             rejected.append(Rejection(backend_id, reasons))
         if not self.refuse(COMFY, request):

@@ -150,3 +150,12 @@ def test_a_role_is_logged_once_and_a_fallback_once_per_reason(caplog: pytest.Log
     assert warnings == [
         "role ltx2.audio_to_video: torch_sdpa runs instead of cudnn_attn (cudnn_attn: device cpu not in (cuda))"
     ]
+
+
+def test_a_route_keeps_small_queries_off_cudnn_but_a_person_may_ask_for_it() -> None:
+    router = Router(parse_platform("cuda:12.0,cudnn=91002"))
+    small = parse_request("num_heads=8,q_len=64,kv_len=64,head_dim=128")
+    decision = router.select(small, Choice(None, "platform route"))
+    assert decision.backend == "torch_sdpa"
+    assert "query of 65536 elements < 131072" in str(decision.rejected[0])
+    assert router.select(small, Choice("cudnn_attn", "test"), strict=True).backend == "cudnn_attn"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..backend import HALF, Limits
 from ..platform import Platform
+from ..request import AttentionRequest
 from ..sdpa import PinnedSDPA
 
 MIN_CUDNN = 90500
@@ -11,6 +12,9 @@ MIN_CUDNN = 90500
 
 WIDE_CUDNN = 92200
 """cuDNN must be newer than this for head sizes above 128, and only on sm90 and sm10x (torch's own check)."""
+
+SMALL_QUERY = 128 * 1024
+"""Query elements below which ComfyUI found cuDNN slower than PyTorch's other kernels (ComfyUI pull request 15296)."""
 
 
 class CudnnAttn(PinnedSDPA):
@@ -41,3 +45,9 @@ class CudnnAttn(PinnedSDPA):
     def limits_on(self, platform: Platform) -> Limits:
         wide_card = platform.capability is not None and (platform.capability == (9, 0) or platform.capability[0] == 10)
         return self.wide_limits if wide_card and (platform.cudnn or 0) > WIDE_CUDNN else self.limits
+
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        elements = request.batch * request.num_heads * request.q_len * request.head_dim
+        if elements >= SMALL_QUERY:
+            return []
+        return [f"query of {elements} elements < {SMALL_QUERY}, where cuDNN is not the fastest"]
