@@ -174,13 +174,16 @@ class Router:
             f"  machine: {self.platform.describe()}",
             *(f"  {rejection}" for rejection in rejected),
         ]
-        able = [
-            backend_id
-            for backend_id, backend in self.backends.items()
-            if backend.accuracy == "exact"
-            and backend_id not in (COMFY, "reference")
-            and not self.refuse(backend_id, request)
-        ]
+        tried = {rejection.backend for rejection in rejected}
+        able: list[str] = []
+        others: dict[tuple[str, ...], list[str]] = {}  # backends that share their reasons share a line
+        for backend_id, backend in self.backends.items():
+            reasons = self.refuse(backend_id, request)
+            if reasons and backend_id not in tried:
+                others.setdefault(reasons, []).append(backend_id)
+            elif not reasons and backend.accuracy == "exact" and backend_id not in (COMFY, "reference"):
+                able.append(backend_id)
+        lines += [f"  {', '.join(names)}: {'; '.join(reasons)}" for reasons, names in others.items()]
         lines.append(f"  what to do: choose one that can run it ({', '.join(able)}), or switch strict off to fall back")
         return "\n".join(lines)
 

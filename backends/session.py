@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attention_backends")
 
-FAULTS = (
+CUDA_FAULTS = (
     "illegal memory access",
     "illegal instruction",
     "illegal address",
@@ -154,7 +154,7 @@ class Session:
             or any(words in text for words in OUT_OF_MEMORY)
         ):
             raise error
-        if any(words in text for words in FAULTS):
+        if any(words in text for words in CUDA_FAULTS):
             raise KernelFaultError(
                 f"the attention kernel {failed} left the GPU unusable: {error}\n"
                 f"  call: {plan.request.describe()}\n"

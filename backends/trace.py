@@ -32,6 +32,8 @@ class Trace:
     model: str = ""
     device: str = "cpu"
     steps: int = 0
+    seconds: float | None = None
+    """From the first model call to the end of the run, the device synchronised; loading and decoding left out."""
     rows: dict[tuple[str, str, str, str, str | None], Row] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     """What else a person should know, each with how often it happened."""
@@ -76,7 +78,14 @@ class Trace:
             if row.calls
         ]
         notes = [text if count == 1 else f"{text} ({count} times)" for text, count in self.notes.items()]
-        return {"model": self.model, "device": self.device, "steps": self.steps, "rows": rows, "notes": notes}
+        return {
+            "model": self.model,
+            "device": self.device,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "rows": rows,
+            "notes": notes,
+        }
 
     def summary(self) -> str:
         """One line: each role with its backends and calls, then how many calls fell back."""

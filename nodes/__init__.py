@@ -8,8 +8,11 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import routes
+from .compare import AttentionCompare
+from .comparison import AttentionComparison
 from .demo import AttentionDemoCaption, AttentionDemoImage
 from .per_role import PerRoleAttentionConfig
+from .report import AttentionReport
 from .selector import AttentionBackendSelector
 
 
@@ -22,4 +25,12 @@ class Extension(ComfyExtension):
         folder_paths.add_model_folder_path("diffusion_models", str(Path(__file__).parent.parent / "demo" / "weights"))
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AttentionBackendSelector, PerRoleAttentionConfig, AttentionDemoCaption, AttentionDemoImage]
+        return [
+            AttentionBackendSelector,
+            PerRoleAttentionConfig,
+            AttentionReport,
+            AttentionCompare,
+            AttentionComparison,
+            AttentionDemoCaption,
+            AttentionDemoImage,
+        ]

@@ -12,11 +12,13 @@ import logging
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
+from time import perf_counter
 from typing import Any
 
 import torch
 
-from ..backends.config import AttentionConfig, Choice, resolve
+from ..backends.bench import synchronise
+from ..backends.config import CATEGORY_PARENT, AttentionConfig, Choice, resolve
 from ..backends.mask import as_4d, as_additive
 from ..backends.names import COMFY
 from ..backends.platform import detect
@@ -67,8 +69,11 @@ class Run:
         self.override = override
         self.trace = Trace()
         self.reached = False
+        self.roles: set[Role] = set()
+        """The roles of the calls so far, whoever computed them."""
         self._scopes: dict[torch.device, Scope] = {}
         self._marks: dict[int, list[sites.Mark]] = {}
+        self._started: float | None = None
         for text in override.notes:
             self.trace.note(text)
 
@@ -84,6 +89,23 @@ class Run:
             self.trace.model = type(model).__name__
             schedule = options.get("sample_sigmas")
             self.trace.steps = 0 if schedule is None else len(schedule) - 1
+            self._started = self._started or perf_counter()
+
+    def note_unmatched_roles(self) -> None:
+        """At the end of a whole run: say which configured roles no attention call of the model had."""
+        if not self.roles:
+            return  # nothing reached us, which has a note of its own
+        known = {name for role in self.roles for name in (role.name, role.category, CATEGORY_PARENT.get(role.category))}
+        names = ", ".join(sorted({role.name for role in self.roles}))
+        for role in sorted({role for layer in self.override.layers for role in layer.per_role} - known):
+            self.note(f"role {role!r} matched no attention call of this model; its roles are: {names}")
+
+    def stop_clock(self) -> None:
+        """At the end of a whole run: wait for the devices and note how long it took."""
+        if self._started is not None:
+            for device in self._scopes:
+                synchronise(device)
+            self.trace.seconds = round(perf_counter() - self._started, 6)
 
     def close(self) -> None:
         """Take every mark off again."""
@@ -112,11 +134,13 @@ class Run:
         installed = options.get(OVERRIDE)
         if installed is self.override:
             text = "the patch was never invoked: this model does not use ComfyUI's attention hook"
+            remedy = "switch strict off; no attention node can change this model"
         else:
             text = f"a later node replaced the patch: {name_of(installed)} answers every attention call"
+            remedy = "remove that node, or switch strict off"
         top = self.override.layers[0]
         if top.strict and not (top.default.is_auto and not top.per_role):
-            raise NoBackendError(f"{text}\n  what to do: remove that node, or switch strict off")
+            raise NoBackendError(f"{text}\n  what to do: {remedy}")
         self.note(text)
 
 
@@ -144,6 +168,12 @@ class Scope:
         self.site: sites.Site | None = None
         self.ordinal = 0
         self.routed = 0
+
+    def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
+        """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
+        role = sites.role_at(self.site, ordinal, q_len, kv_len)
+        self.run.roles.add(role)
+        return role
 
     @property
     def step(self) -> int:
@@ -194,12 +224,8 @@ class Layout:
 class HookPlan(Layout):
     """How every hook call of one kind runs: its layout, and the plan behind it."""
 
-    __slots__ = ("needs_host", "plan")
-
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        super().__init__(query, key, kwargs)
-        self.plan: Plan
-        self.needs_host = False
+    __slots__ = ("plan",)
+    plan: Plan
 
 
 class Override:
@@ -214,6 +240,10 @@ class Override:
         self.layers = layers
         self.foreign = foreign
         self.notes = notes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Override:
+        """Itself: it never changes, and a run knows its override by identity."""
+        return self
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one attention call of ComfyUI's hook."""
@@ -236,16 +266,18 @@ class Override:
             return route(scope, func, *args, **kwargs)
 
         routed.__name__ = name_of(func)
+        routed.__dict__[KEY] = self
         output = foreign(routed, *args, **kwargs)
         if scope.routed == before:
-            axis = 2 if args[0].ndim == 4 else 1
-            role = sites.role_at(scope.site, ordinal, args[0].shape[axis], args[1].shape[axis])
-            _answered_by_other(scope, role, name_of(foreign))
+            scope.run.reached = True
+            _answered_by_other(scope, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]), name_of(foreign))
         scope.ordinal = ordinal + 1
         return output
 
     def _outside(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
+        if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
+            return func(*args, **kwargs)
         previous = sites.set_scope(Run(self).scope(args[0].device))
         try:
             return self(func, *args, **kwargs)
@@ -283,8 +315,8 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
             return _pass_on(scope, func, query, key, value, mask, options, kwargs)
         hook_plan = scope.session.plans[plan_key] = _new_plan(scope, ordinal, query, key, value, mask, kwargs)
     call = hook_plan.call(query, key, value, mask)
-    if hook_plan.needs_host:
-        call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
+    # Not only for the backend comfy: it is also the last resort when another one fails.
+    call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
     output = scope.session.run(hook_plan.plan, call)
     if hook_plan.skip_output_reshape:
         return output
@@ -315,7 +347,7 @@ def _new_plan(
     upcast = kwargs.get("attn_precision") == torch.float32 and query.dtype != torch.float32
     request = call.request(exact_only=forbids or upcast)
     site = scope.site
-    role = sites.role_at(site, ordinal, request.q_len, request.kv_len)
+    role = scope.role(ordinal, request.q_len, request.kv_len)
     if role.guessed:
         path = re.sub(r"\d+", "*", site.path) if site is not None else "an unknown module"
         scope.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
@@ -324,7 +356,8 @@ def _new_plan(
         preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention())})")
     block = site.block if site is not None else ""
     hook_plan.plan = scope.session.plan(request, role.name, role.category, block, preferred)
-    hook_plan.needs_host = hook_plan.plan.decision.backend == COMFY
+    if preferred is not None and hook_plan.plan.decision.source != preferred.source:
+        scope.run.note(f"{preferred.source} gave way to {hook_plan.plan.decision.source}")
     return hook_plan
 
 
@@ -408,7 +441,10 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run = Run(override)
     options[RUN_KEY] = run
     try:
-        return executor(*args, **kwargs)
+        output = executor(*args, **kwargs)
+        run.stop_clock()
+        run.note_unmatched_roles()
+        return output
     finally:
         options.pop(RUN_KEY, None)
         run.close()

@@ -63,6 +63,9 @@ class PerRoleAttentionConfig(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, role: str, backend: str, extra: str) -> io.NodeOutput:
+        for what, value in (("role", role), ("extra", extra)):
+            if not isinstance(value, str):
+                raise ConfigError(f"{what} must be text, not {type(value).__name__}: {value!r}")
         name = role.strip()
         if not name:
             raise ConfigError("role is empty; write self, cross, joint, or a role of the model such as flux.single")

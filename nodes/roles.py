@@ -205,6 +205,6 @@ def guess(path: str, q_len: int, kv_len: int) -> Role:
 
 
 def block_of(path: str) -> str:
-    """The block a module belongs to: its path up to the first number, e.g. `double_blocks.3`."""
-    match = re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path)
+    """The block a module belongs to: its path up to the first number, e.g. `double_blocks.3`, `blocks.block0`."""
+    match = re.match(r"(?:[^.]+\.)*?(?:block)?\d+(?=\.|$)", path)
     return match.group(0) if match else ""

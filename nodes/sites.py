@@ -61,27 +61,48 @@ class Site:
 
 
 class Mark:
-    """Stands in for one module's `forward` until it is removed.
+    """Stands in for one module's `forward` until every run that uses it has removed it.
 
+    One mark serves all runs on a module: with two of them, the run that ends first would leave the other's for good.
     A stand-in rather than a pair of forward hooks: a module with hooks takes torch's slow path at every call.
     """
 
-    __slots__ = ("_before", "_marked", "_module")
+    __slots__ = ("_before", "_marked", "_module", "_users")
 
     def __init__(self, module: torch.nn.Module, site: Site) -> None:
         self._module = module
+        self._users = 0
         self._before = module.__dict__.get("forward")
         self._marked = site.wrap(module.forward)
         module.__dict__["forward"] = self._marked
 
+    @classmethod
+    def on(cls, module: torch.nn.Module, site: Site) -> Mark:
+        """The mark of a module, made by the first run that wants it."""
+        with _marks_lock:
+            mark = _marks.get(module)
+            if mark is None:
+                mark = _marks[module] = cls(module, site)
+            mark._users += 1
+            return mark
+
     def remove(self) -> None:
-        """Put back what was there; leave alone what somebody else has put in our place since."""
-        if self._module.__dict__.get("forward") is not self._marked:
-            return
-        if self._before is None:
-            del self._module.__dict__["forward"]
-        else:
-            self._module.__dict__["forward"] = self._before
+        """After the last run: put back what was there; leave alone what somebody else has put in our place since."""
+        with _marks_lock:
+            self._users -= 1
+            if self._users:
+                return
+            del _marks[self._module]
+            if self._module.__dict__.get("forward") is not self._marked:
+                return
+            if self._before is None:
+                del self._module.__dict__["forward"]
+            else:
+                self._module.__dict__["forward"] = self._before
+
+
+_marks: dict[torch.nn.Module, Mark] = {}
+_marks_lock = threading.Lock()
 
 
 def role_at(site: Site | None, ordinal: int, q_len: int, kv_len: int) -> Role:
@@ -115,7 +136,7 @@ def attach(diffusion_model: torch.nn.Module) -> list[Mark]:
             site = _sites.get(module)
             if site is None or site.path != path:
                 site = _sites[module] = Site(module, path, family)
-            marks.append(Mark(module, site))
+            marks.append(Mark.on(module, site))
     return marks
 
 

@@ -1,0 +1,175 @@
+"""What the nodes say to input that they cannot use: which part, what was expected, and what to do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import tiny_sampling  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.names import CHOICES  # noqa: E402
+from attention_backends.backends.router import NoBackendError  # noqa: E402
+from hook_side import ENVIRONMENT, comfyui, counts, last_run, nodes_module, selected, with_role  # noqa: E402
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture(autouse=True)
+def _comfy(monkeypatch: pytest.MonkeyPatch) -> None:
+    comfyui()
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def selector() -> Any:
+    return nodes_module("selector").AttentionBackendSelector
+
+
+def per_role() -> Any:
+    return nodes_module("per_role").PerRoleAttentionConfig
+
+
+@pytest.mark.parametrize("node", [selector, per_role])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("sagee_attn", "did you mean sage_attn"),
+        ("cudn", "did you mean cudnn"),
+        (3, "the names are: auto"),
+        (None, "None"),
+    ],
+)
+def test_an_unknown_backend_names_the_nearest(node: Any, name: Any, near: str) -> None:
+    answer = node().validate_inputs(name)
+    assert near in answer
+    assert all(choice in answer for choice in CHOICES)
+
+
+@pytest.mark.parametrize("node", [selector, per_role])
+@pytest.mark.parametrize("name", [*CHOICES, "CUDNN_ATTN", "fa3", "_native_cudnn", " Sage-Attn "])
+def test_every_known_spelling_passes(node: Any, name: str) -> None:
+    assert node().validate_inputs(name) is True
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"backend": 3}, "backend must be a name, not int: 3"),
+        ({"backend": "sagee"}, "unknown attention backend 'sagee'; did you mean sage"),
+        ({"accuracy": "best"}, "accuracy 'best' is not one of exact, quantized, sparse"),
+        ({"strict": "yes"}, "strict must be true or false, not 'yes'"),
+        ({"guard": "maybe"}, "guard 'maybe' is not one of off, watch, enforce"),
+    ],
+)
+def test_the_selector_refuses_wrong_values(wrong: dict[str, Any], message: str) -> None:
+    right = {"backend": "auto", "accuracy": "exact", "strict": False, "guard": "off"}
+    with pytest.raises(ValueError, match=message):
+        selector().execute(tiny_sampling.build("wan"), **{**right, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"backend": 3}, "backend must be a name, not int: 3"),
+        ({"role": "  "}, "role is empty; write self, cross, joint, or a role of the model"),
+        ({"role": None}, "role must be text, not NoneType"),
+        ({"extra": "{x"}, "extra: not valid JSON at line 1, column 2"),
+        ({"extra": "words"}, "extra: 'words' is not name=value"),
+        ({"extra": "a=1 a=2"}, "extra: 'a' conflicts with an earlier entry"),
+        ({"extra": "smooth=1"}, "extra: sdpa_math has no options in this version; given: smooth"),
+        ({"extra": {"smooth": 1}}, "extra must be text, not dict"),
+    ],
+)
+def test_the_per_role_node_refuses_wrong_values(wrong: dict[str, Any], message: str) -> None:
+    right = {"role": "self", "backend": "sdpa_math", "extra": ""}
+    with pytest.raises(ValueError, match=message):
+        per_role().execute(tiny_sampling.build("wan"), **{**right, **wrong})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [None, "model", SimpleNamespace(model=None), SimpleNamespace(model=SimpleNamespace(), model_options={})],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "patch", [lambda m: selected(m, "auto"), lambda m: with_role(m, "self", "auto")], ids=["default", "role"]
+)
+def test_a_model_without_a_diffusion_model_is_refused(model: Any, patch: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"no diffusion model to patch \(got {type(model).__name__}\); connect the MODEL"
+    ):
+        patch(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ATTENTION_BACKENDS_CONFIG", '{"per_role": 3}', r"\.per_role: expected .* not int"),
+        ("ATTENTION_BACKENDS_CONFIG", '{"default": ["a"]}', r"\.default: expected .* not list"),
+        ("ATTENTION_BACKENDS_CONFIG", '{"strict": "yes"}', ": strict must be true or false"),
+        ("ATTENTION_BACKENDS_CONFIG", "nowhere.json", ": cannot read nowhere.json"),
+        ("DIFFUSION_ATTENTION_BACKEND", "sagee", ": unknown attention backend 'sagee'"),
+    ],
+)
+def test_a_wrong_environment_is_named(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=name + message):
+        selected(tiny_sampling.build("wan"), "auto")
+
+
+@pytest.mark.parametrize(
+    ("role", "notes"),
+    [
+        ("flux.single", ["role 'flux.single' matched no attention call of this model; its roles are: cross, self"]),
+        ("joint", ["role 'joint' matched no attention call of this model; its roles are: cross, self"]),
+        ("cross", []),
+    ],
+)
+def test_a_role_that_matches_nothing_is_a_note(role: str, notes: list[str]) -> None:
+    model = with_role(selected(tiny_sampling.build("wan"), "torch_sdpa", strict=True), role, "torch_sdpa")
+    tiny_sampling.sample(model, "wan")
+    assert counts(last_run()) == {("self", "torch_sdpa"): 4, ("cross", "torch_sdpa"): 4}
+    assert last_run()["notes"] == notes
+
+
+def test_a_category_matches_the_roles_in_it() -> None:
+    """Flux has only joint attention, which falls in category self where nothing is said of joint."""
+    model = tiny_sampling.build("flux")
+    for role in ("self", "joint", "flux.double"):
+        model = with_role(model, role, "torch_sdpa")
+    tiny_sampling.sample(model, "flux")
+    assert last_run()["notes"] == []
+
+
+def test_strict_lists_the_call_and_every_backends_reasons() -> None:
+    model = selected(tiny_sampling.build("qwen_image_masked"), "cudnn_attn", strict=True)
+    with pytest.raises(NoBackendError) as caught:
+        tiny_sampling.sample(model, "qwen_image_masked")
+    first, call, machine, asked, *others, advice = str(caught.value).splitlines()
+    assert first == "no attention backend for this call (asked for cudnn_attn via node.default)"
+    assert call == "  call: batch 2, 2 heads, q_len 116, kv_len 116, head_dim 128, float32, mask bias"
+    assert machine.startswith("  machine: cpu")
+    assert asked == "  cudnn_attn: device cpu not in (cuda)"
+    assert "choose one that can run it (torch_sdpa, " in advice
+    refused = {name.strip() for line in others for name in line.partition(":")[0].split(",")}
+    assert all(line.partition(":")[2].strip() for line in others)
+    advised = set(advice.partition("(")[2].partition(")")[0].split(", "))
+    exact = {name for name, backend in BACKENDS.items() if backend.accuracy == "exact"}
+    assert exact - {"cudnn_attn", "reference", "comfy"} <= refused | advised
+    assert not refused & advised
+
+
+def test_not_strict_falls_back_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    model = selected(tiny_sampling.build("wan"), "cudnn_attn")
+    caplog.clear()
+    tiny_sampling.sample(model, "wan")
+    assert counts(last_run()) == {("self", "torch_sdpa"): 4, ("cross", "torch_sdpa"): 4}
+    assert {row["reason"] for row in last_run()["rows"]} == {"cudnn_attn: device cpu not in (cuda)"}
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for role in ("self", "cross"):
+        text = f"role {role}: torch_sdpa runs instead of cudnn_attn (cudnn_attn: device cpu not in (cuda))"
+        assert warnings.count(text) == 1
