@@ -1,4 +1,5 @@
-"""The command line: what every backend needs here (`doctor`), and what would run for a call and why (`explain`).
+"""The command line: what every backend needs here (`doctor`), what would run for a call and why (`explain`), and
+what backends do to a picture (`compare`, in `comparison/command.py`).
 
 It reads arguments and prints; what is true is decided in `backends/`. Bad arguments and strict refusals end with
 status 2 and their reason on stderr, everything else with 0.
@@ -23,6 +24,7 @@ from .backends.names import canonical
 from .backends.platform import Platform, parse_platform
 from .backends.request import AttentionRequest, parse_request
 from .backends.router import NoBackendError, Router
+from .comparison import command as compare
 
 CATEGORIES = ("self", "cross", "joint")
 EXAMPLE_REQUEST = "batch=1,num_heads=24,q_len=4096,kv_len=4096,head_dim=128,dtype=bfloat16,mask=none"
@@ -54,7 +56,10 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
             stream.reconfigure(errors="backslashreplace")  # a path may hold what a cp1252 console cannot show
     options = _parser(program).parse_args(_joined(argv))
     try:
-        status = _doctor(options) if options.command == "doctor" else _explain(options)
+        if options.command == "compare":
+            status = compare.run(options, program)
+        else:
+            status = _doctor(options) if options.command == "doctor" else _explain(options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -92,6 +97,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     explain.add_argument("--config", default="", help="configuration in any accepted form; default: everything auto")
     explain.add_argument("--request", default=EXAMPLE_REQUEST, help="the call; default: %(default)s")
     explain.add_argument("--platform", help="a machine as described below; default: this one")
+    compare.add_arguments(command("compare", compare.HELP, compare.EXAMPLES))
     return parser
 
 

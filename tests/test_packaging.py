@@ -52,7 +52,7 @@ def test_requirements_dev_txt_equals_the_dev_group(pyproject: dict[str, Any]) ->
 
 def test_torch_is_no_need_of_ours(pyproject: dict[str, Any]) -> None:
     groups = pyproject["project"]["optional-dependencies"]
-    assert set(groups) == {"flash", "sage", "flashinfer", "dev"}
+    assert set(groups) == {"flash", "sage", "flashinfer", "compare", "dev"}
     for need in [*pyproject["project"]["dependencies"], *(need for group in groups.values() for need in group)]:
         assert not need.startswith("torch")
 
@@ -97,7 +97,9 @@ def test_ci_calls_dev_py_test_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", _sources("backends", "nodes", "demo", "devtools"), ids=lambda path: path.relative_to(ROOT).as_posix()
+    "path",
+    _sources("backends", "comparison", "nodes", "demo", "devtools"),
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_every_text_can_be_printed_on_a_windows_console(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,0 +1,119 @@
+"""Attention alone: every backend on the same query, key and value, against attention computed in float64.
+
+Boundary: calls and backends; where the calls come from does not matter, `captured` takes them from the embedded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ..backends.kernels.reference import reference_attention
+from ..backends.request import AttentionCall
+from ..backends.router import Router
+from . import metrics
+from .contenders import REFERENCE, Routed
+from .machine import synchronise
+from .report import CallScore, Row, Spread
+from .rounds import Entry, Progress, round_robin
+from .scene import Scene
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """One attention call of a model, and where in the model it was made."""
+
+    role: str
+    block: int
+    call: AttentionCall
+
+
+def captured(scene: Scene, router: Router) -> list[CapturedCall]:
+    """The calls of one model evaluation in the middle of sampling, one for each role and block."""
+    reference = Routed(router, REFERENCE)
+    latent, sigma = scene.halfway(reference)
+    calls: list[CapturedCall] = []
+
+    def keep(query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
+        calls.append(CapturedCall(role, block, AttentionCall(query, key, value)))
+        return reference(query, key, value, role=role, block=block)
+
+    scene.predict(latent, sigma, keep)
+    return calls
+
+
+@torch.inference_mode()
+def compare_calls(
+    calls: Sequence[CapturedCall], backends: Sequence[str], router: Router, repeat: int, progress: Progress
+) -> tuple[list[Row], bool]:
+    """A row for each backend, with a score for each call; True when a person interrupted it.
+
+    A row's `relative_l2` and `cosine` are those of its worst call; a step is one pass over all calls.
+    """
+    device = calls[0].call.query.device
+    exact = [_exact(entry.call) for entry in calls]
+    entries = []
+    for backend in backends:
+        scores = [CallScore(entry.role, str(entry.block), entry.call.request().describe()) for entry in calls]
+        entries.append(Entry(Row(backend, calls=scores), Routed(router, backend)))
+    times: dict[tuple[str, int], list[float]] = {}
+
+    def work(entry: Entry, lap: Callable[[], None]) -> list[Tensor]:
+        outputs = []
+        for at, item in enumerate(calls):
+            call = _copy(item.call)  # a kernel that changes its inputs is not to spoil them for the others
+            synchronise(device)
+            start = perf_counter()
+            output = entry.attention.run(call, item.role, item.block)
+            synchronise(device)
+            times.setdefault((entry.row.asked, at), []).append(1e3 * (perf_counter() - start))
+            outputs.append(output)
+        return outputs
+
+    interrupted = round_robin(entries, repeat, work, work, device, progress)
+    for entry in entries:
+        # The first pass was the warm-up, and one that failed has no time for its last calls: both are left out.
+        passes = [
+            times[entry.row.asked, at][1 : 1 + entry.row.runs] for at in range(len(calls) if entry.row.runs else 0)
+        ]
+        entry.row.total_ms = entry.row.step_ms = Spread.of([sum(each) for each in zip(*passes, strict=True)])
+        entry.row.attention_share = None
+        for at, output in enumerate(entry.result):
+            score = entry.row.calls[at]
+            score.ms = Spread.of(passes[at])
+            score.broken = metrics.what_is_not_finite(output)
+            score.relative_l2 = metrics.relative_l2(output, exact[at])
+            score.cosine = metrics.cosine(output, exact[at])
+        _sum_up(entry.row)
+    return [entry.row for entry in entries], interrupted
+
+
+def _sum_up(row: Row) -> None:
+    """Set the row's own numbers to those of its worst call."""
+    if not row.runs:
+        row.calls = []
+        return
+    broken = [f"{call.broken} of {call.role} attention in block {call.block}" for call in row.calls if call.broken]
+    row.broken = "; ".join(broken) or None
+    row.relative_l2 = max((call.relative_l2 for call in row.calls), key=_nan_first)
+    row.cosine = min((call.cosine for call in row.calls), key=lambda value: -_nan_first(-value))
+
+
+def _nan_first(value: float) -> float:
+    return float("inf") if value != value else value
+
+
+def _exact(call: AttentionCall) -> Tensor:
+    """The call's result in float64, on the CPU, which always has it."""
+    wide = [tensor.cpu().double() for tensor in (call.query, call.key, call.value)]
+    mask = None if call.attn_mask is None else call.attn_mask.cpu()
+    return reference_attention(AttentionCall(*wide, mask, call.is_causal, call.scale, call.enable_gqa))
+
+
+def _copy(call: AttentionCall) -> AttentionCall:
+    tensors = [tensor.clone() for tensor in (call.query, call.key, call.value)]
+    return AttentionCall(*tensors, call.attn_mask, call.is_causal, call.scale, call.enable_gqa)

@@ -1,0 +1,133 @@
+"""Which backends are compared, and how one of them serves as the attention of the embedded model.
+
+Boundary: `backends/` and torch. Names are strict: nothing runs in the place of a backend that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends.config import AttentionConfig, AttentionSpec
+from ..backends.names import AUTO, COMFY, MEASURED, canonical
+from ..backends.platform import KINDS, detect
+from ..backends.request import AttentionCall, AttentionRequest
+from ..backends.router import NoBackendError, Router
+from ..backends.session import Plan, Session
+from .machine import synchronise
+from .report import ComparisonError
+
+REFERENCE = "torch_sdpa"
+ANYWHERE = (REFERENCE, "sdpa_math", "emulated_int8")
+ONLY_BY_NAME = ("reference", COMFY, "flash_attn")
+"""Left out unless named: the yardstick, what exists only in ComfyUI, and a family whose members run anyway."""
+
+
+def parse_backends(names: Sequence[str]) -> list[str]:
+    """Ids of the backends that are named, the reference put first.
+
+    Raises:
+        ComparisonError: none is named, one is named twice, or a name is a way to choose and not a backend.
+        UnknownBackendError: nothing has that name.
+    """
+    given: dict[str, str] = {}
+    for name in filter(None, (name.strip() for name in names)):
+        backend = canonical(name)
+        if backend in (AUTO, MEASURED):
+            raise ComparisonError(f"{name} is a way to choose, not a backend: name the backends to compare")
+        if backend in given:
+            twice = (
+                f"{name} is named twice"
+                if given[backend] == name
+                else f"{given[backend]} and {name} are both {backend}"
+            )
+            raise ComparisonError(f"{twice}: name each backend once")
+        given[backend] = name
+    if not given:
+        raise ComparisonError("no backends chosen: name at least one, such as sdpa_math")
+    return [REFERENCE, *(backend for backend in given if backend != REFERENCE)]
+
+
+def default_backends(router: Router) -> list[str]:
+    """What can be compared here without asking: three that run anywhere, and whatever else is available."""
+    others = [backend for backend in router.backends if backend not in (*ANYWHERE, *ONLY_BY_NAME)]
+    return [*ANYWHERE, *(backend for backend in others if not router.unavailable(backend))]
+
+
+def router_for(device: str | None) -> Router:
+    """A router for a device such as `cpu` or `cuda:1`; None for the first accelerator, else the CPU.
+
+    Raises:
+        ComparisonError: torch knows no such device, or finds none.
+    """
+    if device is None:
+        return Router(detect())
+    try:
+        wanted = torch.device(device)
+        torch.empty(1, device=wanted).fill_(1)
+        if wanted.type not in KINDS:
+            raise RuntimeError("nothing can be computed there")
+    except (AssertionError, RuntimeError) as error:  # torch raises an AssertionError where it is built without CUDA
+        raise ComparisonError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return Router(detect(wanted))
+
+
+class RefusedError(RuntimeError):
+    """A backend that was asked for cannot run a call of the model; the message says which and why."""
+
+
+class Routed:
+    """One backend as the `attention` callable that `demo.model` takes; keeps account of what ran and how long."""
+
+    def __init__(self, router: Router, backend: str) -> None:
+        self.backend = backend
+        config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
+        self.session = Session(router, (config,))
+        self._plans: dict[tuple[str, int, AttentionRequest], Plan] = {}
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._counted = 0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
+        return self.run(AttentionCall(query, key, value), role, block)
+
+    def run(self, call: AttentionCall, role: str, block: int) -> Tensor:
+        """Run one call, with whatever mask and scale it carries.
+
+        Raises:
+            RefusedError: the backend cannot run it, or it failed.
+        """
+        request = call.request()
+        try:
+            plan = self._plans.get((role, block, request))
+            if plan is None:
+                plan = self._plans[role, block, request] = self.session.plan(request, role, role, str(block))
+            if not call.query.is_cuda:
+                return self.session.run(plan, call)
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events.append(events)
+            stream = torch.cuda.current_stream(call.query.device)
+            events[0].record(stream)
+            output = self.session.run(plan, call)
+            events[1].record(stream)
+            return output
+        except NoBackendError as error:
+            reasons = "; ".join(self.session.router.refuse(self.backend, request))
+            raise RefusedError(f"{role} attention of block {block}: {reasons}") from error
+
+    def attention_ms(self, device: torch.device) -> float | None:
+        """Time in attention since this was asked last; None on devices where it cannot be told apart."""
+        if device.type == "cuda":
+            synchronise(device)
+            events, self._events = self._events, []
+            return sum(start.elapsed_time(end) for start, end in events)
+        before = self._counted
+        self._counted = sum(row.nanoseconds for row in self.session.trace.rows.values())
+        return (self._counted - before) / 1e6 if device.type == "cpu" else None
+
+    @property
+    def ran(self) -> str | None:
+        """What computed so far; for a family the member that did. None when nothing did."""
+        rows = self.session.trace.rows.values()
+        return " + ".join(dict.fromkeys(row.member or row.backend for row in rows if row.calls)) or None

@@ -1,0 +1,67 @@
+"""The machine and the versions that a measurement belongs to, in words; and waiting for a device.
+
+Boundary: torch and the standard library; read-only.
+"""
+
+from __future__ import annotations
+
+import os
+import platform as python_platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends.platform import Platform
+
+
+def describe(platform: Platform) -> str:
+    """Device, processor and operating system in one line."""
+    card = ", ".join(filter(None, (platform.kind, platform.name, platform.sm or platform.gfx)))
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} in use by torch"
+    system = f"{python_platform.system()} {python_platform.machine()}"
+    return ", ".join([card, _processor(), threads, system])
+
+
+def versions(platform: Platform) -> dict[str, str]:
+    """Version of each thing that computes: Python, torch, this pack, the card's libraries, the kernel packages."""
+    found = {"python": python_platform.python_version(), "torch": torch.__version__, "attention-backends": _own()}
+    found |= {"cuda": platform.cuda} if platform.cuda else {}
+    found |= {"cudnn": str(platform.cudnn)} if platform.cudnn else {}
+    return found | dict(platform.packages)
+
+
+def module_of(device: torch.device) -> Any:
+    """torch's module of a device, such as torch.cuda; None for the CPU, whose calls return when they are done."""
+    return None if device.type == "cpu" else getattr(torch, device.type, None)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    module = module_of(device)
+    if module is not None:
+        module.synchronize(*([] if device.type == "mps" else [device]))  # MPS is one device and takes no name
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return python_platform.processor() or "unknown processor"
+    named = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
+    return " ".join(named[1].split()) if named else python_platform.machine()
+
+
+def _own() -> str:
+    """The pack's version: from its own file where it lies as a folder, else from what pip installed."""
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if project.is_file():
+        stated = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
+        if stated:
+            return stated[1]
+    try:
+        return metadata.version("attention-backends")
+    except metadata.PackageNotFoundError:
+        return "unknown"

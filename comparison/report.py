@@ -1,0 +1,225 @@
+"""What a comparison found: a row for each backend, what all rows share, and the files and tables made of it.
+
+Boundary: numbers and text; no torch, no model. Where numbers come from is the business of `run`, `calls` and,
+in ComfyUI, of the nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+SAME = (
+    "mode", "model", "prompt", "seed", "width", "height", "frames", "steps", "guidance", "sampling", "dtype",
+    "machine", "versions",
+)  # fmt: skip
+"""What must be equal in runs that are compared; else the difference would not be the backend's."""
+
+LEVEL = 1 / 255
+"""One step of an 8-bit colour, where pictures go from 0 to 1: what differs by less looks the same."""
+
+
+class ComparisonError(ValueError):
+    """A comparison that makes no sense as asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """None for no value at all."""
+        return cls(statistics.median(values), min(values), max(values), len(values)) if values else None
+
+
+@dataclass
+class FrameScore:
+    """One frame against the same frame of the reference."""
+
+    psnr: float
+    ssim: float
+
+
+@dataclass
+class CallScore:
+    """One attention call of the model against the float64 reference."""
+
+    role: str
+    block: str
+    request: str
+    """The call's facts in words: shapes, dtype, mask."""
+    ms: Spread | None = None
+    relative_l2: float = math.nan
+    cosine: float = math.nan
+    broken: str | None = None
+
+
+@dataclass
+class Row:
+    """One backend. What was not measured is None; `failed` and `broken` are sentences without a full stop."""
+
+    asked: str
+    """The backend that was asked for, by its id."""
+    ran: str | None = None
+    """What really ran: the same id, or a member of the family that was asked for; None if nothing did."""
+    label: str | None = None
+    """A name that a person gave; None for the backend's own."""
+    failed: str | None = None
+    """Why it did not run, or not to the end. Numbers of runs that were finished before are kept."""
+    broken: str | None = None
+    """What is wrong with its result: NaN or infinite values."""
+    runs: int = 0
+    repeatable: bool | None = None
+    """All runs gave the same result to the bit; None with fewer than two runs."""
+    total_ms: Spread | None = None
+    """Sampling alone: no loading, no decoding."""
+    step_ms: Spread | None = None
+    speedup: float | None = None
+    """The reference's median time per step, divided by this row's."""
+    attention_share: float | None = None
+    """Part of the total time that is spent in attention, 0..1."""
+    peak_memory: int | None = None
+    """Bytes, model included."""
+    memory_reduction: float | None = None
+    """1 - peak / the reference's peak."""
+    identical: bool | None = None
+    """The picture equals the reference's to the bit."""
+    psnr: float | None = None
+    ssim: float | None = None
+    max_difference: float | None = None
+    """Largest difference of one colour value, 0..1."""
+    relative_l2: float | None = None
+    """Of latents against the reference row's; in the mode `attention` the worst call against float64."""
+    cosine: float | None = None
+    frame_scores: list[FrameScore] = field(default_factory=list)
+    calls: list[CallScore] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What stands over its picture: the name, and what really ran if that is something else."""
+        name = self.label or self.asked
+        return name if self.ran in (None, name) else f"{name} -> {self.ran}"
+
+    @property
+    def verdict(self) -> str:
+        """The row in a few words. The bounds are conventions: one 8-bit level, and 30 dB."""
+        if self.broken:
+            return f"broken: {self.broken}"
+        if self.failed:
+            return self.failed
+        if self.max_difference is None or self.psnr is None:
+            return ""
+        if self.identical:
+            return "identical to the bit"
+        if self.max_difference < LEVEL:
+            return "same to the eye"
+        return "slightly different" if self.psnr >= 30 else "a different picture"
+
+
+@dataclass
+class Report:
+    """One comparison. The first row is the reference."""
+
+    mode: str
+    model: str
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    frames: int
+    steps: int
+    guidance: float
+    sampling: str
+    """Sampler, schedule and shift."""
+    dtype: str
+    machine: str
+    versions: dict[str, str]
+    command: str = ""
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know: what was not measured and why, that the run was interrupted."""
+
+    def relate(self) -> None:
+        """Fill in speed-up and memory reduction of each row against the first."""
+        first = self.rows[0]
+        for row in self.rows:
+            if first.step_ms and row.step_ms:
+                row.speedup = first.step_ms.median / row.step_ms.median
+            if first.peak_memory and row.peak_memory and row is not first:
+                row.memory_reduction = 1 - row.peak_memory / first.peak_memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data that JSON can hold: NaN and infinity become null."""
+        data: dict[str, Any] = _plain(asdict(self))
+        for found, row in zip(data["rows"], self.rows, strict=True):
+            found["verdict"] = row.verdict
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n"
+
+    def subject(self, room: int = 1000) -> str:
+        """What was sampled, in one line; the prompt is shortened to what fits in so many characters."""
+        size = f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames > 1 else "")
+        facts = f"seed {self.seed}, {size}, {self.steps} steps, guidance {self.guidance:g}, {self.dtype}"
+        prompt = textwrap.shorten(self.prompt, max(10, room - len(facts)), placeholder="...")
+        return f'"{prompt}", {facts}'
+
+
+def combine(reports: Sequence[Report]) -> Report:
+    """One report with the rows of all, the first row of the first being the reference.
+
+    What each row says against a reference is removed: `relate` and `metrics.score` fill it in anew.
+
+    Raises:
+        ComparisonError: there is nothing to combine, or the runs differ in more than the backend; the message
+            names each difference.
+    """
+    if not reports:
+        raise ComparisonError("no reports to compare: give at least two")
+    first = reports[0]
+    differences = []
+    for number, other in enumerate(reports[1:], start=2):
+        for name in SAME:
+            mine, theirs = getattr(first, name), getattr(other, name)
+            if name == "versions" and mine != theirs:
+                changed = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
+                differences += [
+                    f"version of {key}: {mine.get(key, 'absent')} in report 1, {theirs.get(key, 'absent')} in {number}"
+                    for key in changed
+                ]
+            elif mine != theirs:
+                differences.append(f"{name}: {mine!r} in report 1, {theirs!r} in {number}")
+    if differences:
+        raise ComparisonError(
+            "these runs differ in more than the attention backend, so they cannot be compared; make these equal: "
+            + "; ".join(differences)
+        )
+    against = ["speedup", "memory_reduction", "identical", "psnr", "ssim", "max_difference"]
+    if first.mode != "attention":
+        against += ["relative_l2", "cosine"]
+    cleared: dict[str, Any] = {**dict.fromkeys(against), "frame_scores": []}
+    rows = [replace(row, **cleared) for report in reports for row in report.rows]
+    notes = list(dict.fromkeys(note for report in reports for note in report.notes))
+    return replace(first, rows=rows, notes=notes, command="")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

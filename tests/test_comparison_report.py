@@ -1,0 +1,147 @@
+"""Reports: what may be combined, what a row says, and the files that are made of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from attention_backends.comparison.report import CallScore, ComparisonError, FrameScore, Report, Row, Spread, combine
+from attention_backends.comparison.tables import console, markdown, speed, spread
+
+
+def spread_of(*values: float) -> Spread:
+    made = Spread.of(values)
+    assert made is not None
+    return made
+
+
+def report(*rows: Row, **changes: Any) -> Report:
+    made = Report(
+        "end_to_end", "model", "a red star", 1, 32, 32, 1, 20, 4.0, "euler, simple, shift 8", "float32", "a machine",
+        {"torch": "2.13.0", "python": "3.11"}, "compare", list(rows),
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def reference() -> Row:
+    return Row("torch_sdpa", "torch_sdpa", step_ms=spread_of(10, 8, 13), peak_memory=1000, identical=True,
+               psnr=math.inf, ssim=1.0, max_difference=0.0)  # fmt: skip
+
+
+def test_spread_is_median_least_and_most() -> None:
+    assert spread_of(3, 1, 10, 2) == Spread(2.5, 1, 10, 4)
+    assert Spread.of([]) is None
+    assert spread(spread_of(10, 8, 13)) == "10 (8-13)"
+    assert spread(spread_of(10)) == "10"
+    assert spread(None) == "-"
+
+
+def test_speed_and_memory_are_against_the_first_row() -> None:
+    made = report(reference(), Row("sage_attn", "sage_attn", step_ms=spread_of(5), peak_memory=750))
+    made.relate()
+    assert [row.speedup for row in made.rows] == [1.0, 2.0]
+    assert [row.memory_reduction for row in made.rows] == [None, 0.25]
+    assert "0.0 (-25 %)" in console(made)
+
+
+def test_a_speed_up_that_may_be_chance_is_marked() -> None:
+    rows = [Row(name, name, step_ms=spread_of(2), total_ms=spread_of(*times)) for name, times in
+            (("torch_sdpa", (9, 10)), ("a", (9.5, 12)), ("b", (6, 7)), ("c", (6,)))]  # fmt: skip
+    made = report(*rows)
+    made.relate()
+    assert [speed(row, made) for row in made.rows] == ["1.00x", "~1.00x", "1.00x", "~1.00x"]
+    assert "may be chance" in console(made)
+    assert "may be chance" not in console(report(rows[0], rows[2]))
+
+
+def test_the_name_says_what_really_ran() -> None:
+    assert Row("flash_attn", "flash_attn_3").name == "flash_attn -> flash_attn_3"
+    assert Row("sage_attn", "torch_sdpa", label="Sage").name == "Sage -> torch_sdpa"
+    assert Row("sdpa_math", "sdpa_math").name == "sdpa_math"
+    assert Row("cudnn_attn", failed="device cpu not in (cuda)").name == "cudnn_attn"
+
+
+@pytest.mark.parametrize(
+    ("levels", "psnr", "verdict"),
+    [(0.5, 60.0, "same to the eye"), (3.0, 50.0, "slightly different"), (200.0, 12.0, "a different picture")],
+)
+def test_the_verdict_follows_the_numbers(levels: float, psnr: float, verdict: str) -> None:
+    assert Row("x", identical=False, max_difference=levels / 255, psnr=psnr).verdict == verdict
+
+
+def test_reports_of_the_same_run_are_combined() -> None:
+    one = report(reference(), notes=["slow machine"])
+    other = report(Row("sage_attn", "sage_attn", label="Sage", step_ms=spread_of(5), psnr=50.0, speedup=9.0),
+                   notes=["slow machine"])  # fmt: skip
+    both = combine([one, other])
+    assert [row.name for row in both.rows] == ["torch_sdpa", "Sage -> sage_attn"]
+    assert both.notes == ["slow machine"]
+    assert both.rows[1].psnr is None, "said against another reference"
+    both.relate()
+    assert both.rows[1].speedup == 2.0
+    assert other.rows[0].psnr == 50.0, "what went in is not changed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 2}, "seed: 1 in report 1, 2 in 2"),
+        ({"prompt": "a blue star"}, "prompt: 'a red star' in report 1, 'a blue star' in 2"),
+        ({"model": "other"}, "model: 'model' in report 1, 'other' in 2"),
+        ({"width": 64}, "width: 32 in report 1, 64 in 2"),
+        ({"frames": 9}, "frames: 1 in report 1, 9 in 2"),
+        ({"steps": 4}, "steps: 20 in report 1, 4 in 2"),
+        ({"guidance": 1.0}, "guidance: 4.0 in report 1, 1.0 in 2"),
+        ({"dtype": "float16"}, "dtype: 'float32' in report 1, 'float16' in 2"),
+        ({"mode": "one_step"}, "mode: 'end_to_end' in report 1, 'one_step' in 2"),
+        ({"versions": {"torch": "2.9.0", "python": "3.11"}}, "version of torch: 2.13.0 in report 1, 2.9.0 in 2"),
+        ({"versions": {"torch": "2.13.0"}}, "version of python: 3.11 in report 1, absent in 2"),
+    ],
+)
+def test_runs_that_differ_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ComparisonError) as refused:
+        combine([report(reference()), report(reference(), **changes)])
+    assert named in str(refused.value)
+
+
+def test_every_difference_is_named_at_once() -> None:
+    with pytest.raises(ComparisonError) as refused:
+        combine([report(reference()), report(reference(), seed=2, steps=4)])
+    assert "seed" in str(refused.value)
+    assert "steps" in str(refused.value)
+    with pytest.raises(ComparisonError, match="no reports"):
+        combine([])
+
+
+def test_json_has_neither_nan_nor_infinity() -> None:
+    broken = Row("sol_attn", "sol_attn", broken="NaN in all values", psnr=math.nan, max_difference=math.nan)
+    text = report(reference(), broken).to_json()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["rows"][0]["psnr"] is None
+    assert found["rows"][0]["identical"] is True
+    assert found["rows"][1]["verdict"] == "broken: NaN in all values"
+
+
+def test_markdown_has_machine_versions_command_and_frames() -> None:
+    row = reference()
+    row.frame_scores = [FrameScore(math.inf, 1.0), FrameScore(31.5, 0.9)]
+    text = markdown(report(row, Row("cudnn_attn", failed="device cpu | not in (cuda)"), frames=2, notes=["a note"]))
+    for part in ("Machine: a machine", "torch 2.13.0", "    compare", "| 1 | identical, 1.00000 |", "31.5, 0.90000",
+                 "device cpu / not in (cuda)", "- a note", "![", "2 frames"):  # fmt: skip
+        assert part in text
+
+
+def test_markdown_of_calls_has_each_call() -> None:
+    call = CallScore("cross", "3", "batch 1", spread_of(1.5), 3e-7, 1 - 4e-14)
+    first = Row("torch_sdpa", "torch_sdpa", relative_l2=3e-7, cosine=1 - 4e-14, calls=[call])
+    text = markdown(report(first, Row("x", "x", relative_l2=0.01, cosine=0.9), mode="attention"))
+    assert "| torch_sdpa | cross | 3 | batch 1 | 1.5 | 3.00e-07 | 1 - 4.0e-14 |" in text
+    assert "error 1 % of the result" in text
+
+
+def test_every_text_is_ascii() -> None:
+    made = report(reference(), Row("sol_attn", "sol_attn", broken="NaN in all values", psnr=math.nan))
+    assert (console(made) + markdown(made)).isascii()

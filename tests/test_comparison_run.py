@@ -1,0 +1,384 @@
+"""Comparisons on the embedded model: repeatability, honest rows, broken backends, failures in the middle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from attention_backends.backends.names import UnknownBackendError
+from attention_backends.backends.request import AttentionCall
+from attention_backends.backends.sdpa import plain_sdpa
+from attention_backends.comparison.calls import CapturedCall, compare_calls
+from attention_backends.comparison.contenders import default_backends, parse_backends, router_for
+from attention_backends.comparison.report import LEVEL, ComparisonError
+from attention_backends.comparison.run import Comparison, compare, quiet
+from attention_backends.comparison.scene import Settings
+from broken_backends import (
+    AGAIN,
+    CALLS,
+    DROPPED_MASK,
+    FAULT,
+    MEMBER,
+    MEMORY,
+    NAN,
+    RAISING,
+    WRONG_SCALE,
+    Wrong,
+    dropped_mask,
+    failing_after,
+    fault,
+    nan_in_block_2,
+    no_memory,
+    router,
+    wrong_scale,
+)  # fmt: skip
+
+SMALL = {"width": 16, "height": 16, "steps": 2, "repeat": 2, "device": "cpu"}
+
+
+def small(**changes: Any) -> Settings:
+    return Settings(**{**SMALL, **changes})
+
+
+def row_of(comparison: Comparison, backend: str) -> Any:
+    return next(row for row in comparison.report.rows if row.asked == backend)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Comparison:
+    return compare(small(steps=6), ["torch_sdpa", "sdpa_math", "emulated_int8"])
+
+
+def test_the_same_seed_gives_the_same_picture_to_the_bit(plain: Comparison) -> None:
+    again = compare(small(steps=6), ["torch_sdpa", "sdpa_math", "emulated_int8"])
+    for one, other in zip(plain.pictures, again.pictures, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert [row.repeatable for row in plain.report.rows] == [True, True, True]
+
+
+def test_another_seed_gives_another_picture(plain: Comparison) -> None:
+    other = compare(small(steps=6, seed=2), ["torch_sdpa"]).pictures[0]
+    assert other is not None
+    assert plain.pictures[0] is not None
+    assert (other - plain.pictures[0]).abs().max() > 0.1
+
+
+def test_torch_sdpa_and_sdpa_math_differ_by_rounding_only(plain: Comparison) -> None:
+    row = row_of(plain, "sdpa_math")
+    assert 0 < row.relative_l2 < 1e-5
+    assert row.cosine == pytest.approx(1, abs=1e-9)
+    assert row.max_difference < LEVEL / 10
+    assert row.psnr > 90
+    assert row.ssim > 0.99999
+    assert row.verdict in ("same to the eye", "identical to the bit")
+
+
+def test_emulated_int8_differs_a_little_and_not_by_rounding(plain: Comparison) -> None:
+    row = row_of(plain, "emulated_int8")
+    assert 1e-4 < row.relative_l2 < 0.1
+    assert row.relative_l2 > 100 * row_of(plain, "sdpa_math").relative_l2
+    assert not row.identical
+    assert row.psnr > 30
+
+
+def test_a_report_has_all_that_was_measured(plain: Comparison) -> None:
+    report = plain.report
+    first = report.rows[0]
+    assert (first.asked, first.ran, first.runs, first.speedup) == ("torch_sdpa", "torch_sdpa", 2, 1.0)
+    assert first.identical
+    for row in report.rows:
+        assert row.total_ms.count == 2
+        assert row.step_ms.count == 2 * 6, "every step of every run"
+        assert row.total_ms.low <= row.total_ms.median <= row.total_ms.high
+        assert 6 * row.step_ms.low <= row.total_ms.high
+        assert 0 < row.attention_share < 1
+        assert row.peak_memory is None
+    assert any("peak memory: not measured on the CPU" in note for note in report.notes)
+    assert report.versions["torch"] == torch.__version__
+    assert "sha256" in report.model
+
+
+def test_two_runs_of_one_backend_agree_within_the_spread() -> None:
+    found = compare(small(steps=4, repeat=7), ["torch_sdpa", AGAIN], router=router(Wrong(AGAIN, plain_sdpa())))
+    one, other = (row.total_ms for row in found.report.rows)
+    assert max(one.low, other.low) <= min(one.high, other.high), f"{one} and {other} do not overlap"
+    assert row_of(found, AGAIN).identical
+
+
+def test_repeats_are_interleaved() -> None:
+    told: list[str] = []
+    compare(
+        small(), ["torch_sdpa", "sdpa_math"], progress=lambda what, done, total: told.append(f"{done}/{total} {what}")
+    )
+    assert told == [
+        "0/6 torch_sdpa: the warm-up", "1/6 sdpa_math: the warm-up", "2/6 torch_sdpa: run 1 of 2",
+        "3/6 sdpa_math: run 1 of 2", "4/6 torch_sdpa: run 2 of 2", "5/6 sdpa_math: run 2 of 2",
+    ]  # fmt: skip
+
+
+def test_one_step_starts_every_backend_from_the_same_latent() -> None:
+    found = compare(small(mode="one_step", steps=6), ["torch_sdpa", "sdpa_math", "emulated_int8"])
+    exact, rounded = row_of(found, "sdpa_math"), row_of(found, "emulated_int8")
+    assert 0 < exact.relative_l2 < 1e-5 < rounded.relative_l2 < 0.1
+    assert found.report.rows[0].step_ms.count == 2, "one step, twice"
+
+
+def test_a_video_is_compared_frame_by_frame() -> None:
+    found = compare(small(frames=3, mode="one_step"), ["torch_sdpa", "emulated_int8"])
+    row = row_of(found, "emulated_int8")
+    assert len(row.frame_scores) == 3
+    assert row.ssim == pytest.approx(sum(frame.ssim for frame in row.frame_scores) / 3)
+
+
+# Backends that are wrong
+
+
+def test_a_wrong_scale_is_unmistakable() -> None:
+    found = compare(small(steps=6), [WRONG_SCALE], router=router(Wrong(WRONG_SCALE, wrong_scale)))
+    row = row_of(found, WRONG_SCALE)
+    assert row.psnr < 25
+    assert row.relative_l2 > 0.1
+    assert row.verdict == "a different picture"
+
+
+def test_nan_in_one_block_is_named_and_crashes_nothing() -> None:
+    found = compare(small(), ["sdpa_math", NAN], router=router(Wrong(NAN, nan_in_block_2())))
+    row = row_of(found, NAN)
+    assert "NaN in all values" in row.verdict, "attention spreads it over the picture"
+    assert row.failed is None
+    assert math.isnan(row.psnr)
+    assert math.isnan(row.ssim)
+    assert row.repeatable
+    assert row_of(found, "sdpa_math").psnr > 90
+
+
+def test_attention_alone_names_the_block_with_the_nan() -> None:
+    found = compare(small(mode="attention"), ["sdpa_math", NAN], router=router(Wrong(NAN, nan_in_block_2())))
+    row = row_of(found, NAN)
+    assert "of self attention in block 2" in row.broken
+    assert [call.broken is not None for call in row.calls].count(True) == 1
+    assert math.isnan(row.relative_l2)
+    assert all(call.relative_l2 < 1e-5 for call in row_of(found, "sdpa_math").calls)
+
+
+def test_attention_alone_covers_each_role_and_block() -> None:
+    found = compare(small(mode="attention", repeat=3), ["torch_sdpa", "sdpa_math", "emulated_int8", WRONG_SCALE],
+                    router=router(Wrong(WRONG_SCALE, wrong_scale)))  # fmt: skip
+    sites = [(role, str(block)) for block in range(4) for role in ("self", "cross")]
+    for row in found.report.rows:
+        assert [(call.role, call.block) for call in row.calls] == sites
+        assert all(call.ms.count == 3 for call in row.calls)
+        assert sum(call.ms.low for call in row.calls) <= row.step_ms.low, "a pass is the sum of its calls"
+    worst = {row.asked: row.relative_l2 for row in found.report.rows}
+    assert worst["torch_sdpa"] < 1e-6
+    assert worst["sdpa_math"] < 4 * worst["torch_sdpa"]
+    assert 1e-4 < worst["emulated_int8"] < 0.05
+    assert worst[WRONG_SCALE] > 0.1
+
+
+def masked_call() -> CapturedCall:
+    made = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(1, 2, 48, 64, generator=made) for _ in range(3))
+    mask = torch.ones(1, 1, 1, 48, dtype=torch.bool)
+    mask[..., 30:] = False
+    return CapturedCall("cross", 0, AttentionCall(query, key, value, mask))
+
+
+def test_a_dropped_mask_is_unmistakable() -> None:
+    made = router(Wrong(DROPPED_MASK, dropped_mask))
+    rows, _ = compare_calls([masked_call()], ["torch_sdpa", "sdpa_math", DROPPED_MASK], made, 1, quiet)
+    assert rows[0].relative_l2 < 1e-6
+    assert rows[1].relative_l2 < 1e-6
+    assert rows[2].relative_l2 > 0.3
+    assert rows[2].cosine < 0.95
+    assert "mask key_padding" in rows[2].calls[0].request
+
+
+def test_a_kernel_that_spoils_its_inputs_spoils_only_its_own_row() -> None:
+    def spoiling(call: AttentionCall) -> torch.Tensor:
+        output = plain_sdpa()(call)
+        call.query.zero_()
+        call.scale = 9.0
+        return output
+
+    rows, _ = compare_calls([masked_call()], [AGAIN, "sdpa_math"], router(Wrong(AGAIN, spoiling)), 2, quiet)
+    assert [row.relative_l2 < 1e-6 for row in rows] == [True, True]
+
+
+# Backends that cannot run
+
+
+def test_a_backend_that_is_not_available_is_a_row_that_says_why() -> None:
+    found = compare(small(), ["cudnn_attn", "comfy", "sdpa_math"])
+    row = row_of(found, "cudnn_attn")
+    assert row.failed == "device cpu not in (cuda)"
+    assert (row.ran, row.runs, row.step_ms, row.psnr) == (None, 0, None, None)
+    assert found.pictures[1] is None
+    assert row_of(found, "comfy").failed == "runs only inside ComfyUI"
+    assert row_of(found, "sdpa_math").runs == 2
+
+
+def test_nothing_runs_in_place_of_a_backend_that_raises() -> None:
+    raising = Wrong(RAISING, failing_after(0, lambda: ValueError("no such tile")))
+    found = compare(small(), [RAISING, "sdpa_math"], router=router(raising))
+    row = row_of(found, RAISING)
+    assert "self attention of block 0" in row.failed
+    assert "no such tile" in row.failed
+    assert (row.ran, row.runs) == (None, 0)
+    assert found.pictures[1] is None
+    assert row_of(found, "sdpa_math").runs == 2
+
+
+def test_a_request_that_is_refused_names_the_limit() -> None:
+    half_only = Wrong(AGAIN, plain_sdpa())
+    half_only.limits = type(half_only.limits)(dtypes=("float16",))  # type: ignore[misc]
+    row = row_of(compare(small(), [AGAIN], router=router(half_only)), AGAIN)
+    assert "dtype float32 not in (float16)" in row.failed
+    assert row.ran is None
+
+
+def test_a_family_shows_the_member_that_ran() -> None:
+    found = compare(small(), [MEMBER], router=router(Wrong(MEMBER, plain_sdpa(), member="flash_attn_3")))
+    assert row_of(found, MEMBER).name == f"{MEMBER} -> flash_attn_3"
+
+
+# In the middle
+
+
+def test_out_of_memory_in_the_middle_keeps_what_was_finished() -> None:
+    calls_before = CALLS * (1 + 2) + 3  # the warm-up, one run of two steps, and a little more
+    made = router(Wrong(MEMORY, failing_after(calls_before, no_memory)))
+    found = compare(small(repeat=3), [MEMORY, "sdpa_math"], router=made)
+    row = row_of(found, MEMORY)
+    assert row.failed == "out of memory: try a smaller size or fewer frames (in run 2 of 3)"
+    assert row.runs == 1
+    assert row.identical
+    assert found.pictures[1] is not None
+    assert [row_of(found, name).runs for name in ("torch_sdpa", "sdpa_math")] == [3, 3]
+
+
+def test_a_fault_of_the_device_ends_the_rest_but_keeps_what_was_finished() -> None:
+    made = router(Wrong(FAULT, failing_after(CALLS * (1 + 2) + 1, fault)))
+    found = compare(small(), ["torch_sdpa", FAULT, "sdpa_math"], router=made)
+    assert "illegal memory access" in row_of(found, FAULT).failed
+    assert row_of(found, "sdpa_math").failed == f"not run to the end: {FAULT} left the device unusable"
+    assert [row.runs for row in found.report.rows] == [2, 1, 1]
+
+
+def test_an_interruption_keeps_what_was_finished() -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "sdpa_math: run 1 of 2":
+            raise KeyboardInterrupt
+
+    found = compare(small(), ["torch_sdpa", "sdpa_math"], progress=stop)
+    assert found.interrupted
+    assert [row.runs for row in found.report.rows] == [1, 0]
+    assert found.report.rows[1].failed == "interrupted before its first run was finished"
+    assert found.pictures[0] is not None
+    assert any("interrupted" in note for note in found.report.notes)
+
+
+def test_a_reference_that_fails_leaves_the_others_without_differences() -> None:
+    broken = Wrong("torch_sdpa", failing_after(0, no_memory))
+    found = compare(small(), ["sdpa_math"], router=router(broken))
+    assert found.report.rows[0].failed.startswith("out of memory")
+    assert found.report.rows[1].runs == 2
+    assert found.report.rows[1].psnr is None
+    with pytest.raises(ComparisonError, match="to get a latent to start from: out of memory"):
+        compare(small(mode="one_step"), ["sdpa_math"], router=router(broken))
+    with pytest.raises(ComparisonError, match="to get calls to compare: out of memory"):
+        compare(small(mode="attention"), ["sdpa_math"], router=router(broken))
+
+
+# Bad input
+
+
+def test_the_reference_always_runs_and_stands_first() -> None:
+    assert parse_backends(["sdpa_math"]) == ["torch_sdpa", "sdpa_math"]
+    assert parse_backends(["sdpa_math", "sdpa"]) == ["torch_sdpa", "sdpa_math"]
+    assert [row.asked for row in compare(small(), ["sdpa_math"]).report.rows] == ["torch_sdpa", "sdpa_math"]
+
+
+@pytest.mark.parametrize("names", [[], [""], [" ", ""]])
+def test_no_backends_chosen(names: list[str]) -> None:
+    with pytest.raises(ComparisonError, match="no backends chosen"):
+        parse_backends(names)
+    with pytest.raises(ComparisonError, match="no backends chosen"):
+        compare(small(), [])
+
+
+def test_the_same_backend_twice() -> None:
+    with pytest.raises(ComparisonError, match="sdpa_math is named twice: name each backend once"):
+        parse_backends(["sdpa_math", "sdpa_math"])
+    with pytest.raises(ComparisonError, match="torch_sdpa and sdpa are both torch_sdpa"):
+        parse_backends(["torch_sdpa", "sdpa"])
+    with pytest.raises(ComparisonError, match="fa3 and FLASH_ATTN are both flash_attn"):
+        parse_backends(["fa3", "FLASH_ATTN"])
+
+
+def test_names_that_are_no_backend() -> None:
+    with pytest.raises(UnknownBackendError, match="did you mean sage_attn"):
+        parse_backends(["sage_atn"])
+    with pytest.raises(ComparisonError, match="auto is a way to choose, not a backend"):
+        parse_backends(["auto"])
+
+
+def test_a_latent_of_another_shape_is_refused() -> None:
+    with pytest.raises(ComparisonError, match=r"latent of shape \(1, 4, 16, 16\): expected \(1, 16, 1, 16, 16\)"):
+        compare(small(), ["sdpa_math"], noise=torch.zeros(1, 4, 16, 16))
+
+
+def test_a_given_latent_is_where_sampling_starts() -> None:
+    noise = torch.randn(1, 16, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    given, seeded = (compare(small(repeat=1), ["torch_sdpa"], noise=start).pictures[0] for start in (noise, None))
+    assert given is not None
+    assert seeded is not None
+    assert torch.equal(given, seeded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mode": "fast"}, "mode 'fast' is not one of end_to_end, one_step, attention"),
+        ({"width": 17}, "width 17: give an even number of at least 12"),
+        ({"height": 10}, "height 10: give an even number of at least 12"),
+        ({"steps": 0}, "steps 0 < 1"),
+        ({"steps": 1001}, "steps 1001 > 1000"),
+        ({"frames": 0}, "frames 0 < 1"),
+        ({"repeat": 0}, "repeat 0 < 1"),
+        ({"guidance": math.nan}, "guidance nan is not a finite number"),
+        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"prompt": "a zebra"}, "does not know: zebra"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        small(**changes)
+
+
+@pytest.mark.parametrize("device", ["toaster", "meta", pytest.param("cuda:63", id="a card that is not there")])
+def test_a_device_that_cannot_be_used(device: str) -> None:
+    with pytest.raises(ComparisonError, match=f"device '{device}' cannot be used"):
+        router_for(device)
+
+
+def test_default_backends_are_those_that_run_here() -> None:
+    found = default_backends(router())
+    assert found[:3] == ["torch_sdpa", "sdpa_math", "emulated_int8"]
+    assert len(found) == len(set(found))
+    assert not {"reference", "comfy", "cudnn_attn", "sage_attn"} & set(found)
+
+
+@pytest.mark.gpu
+def test_on_a_card_memory_and_attention_time_are_measured() -> None:
+    found = compare(Settings(width=16, height=16, steps=2, repeat=2), ["torch_sdpa", "sdpa_math"])
+    for row in found.report.rows:
+        assert row.failed is None
+        assert row.peak_memory > 0
+        assert 0 < row.attention_share < 1
+    assert found.report.rows[1].memory_reduction is not None
+    assert found.report.dtype == "float16"
