@@ -59,10 +59,10 @@ def override_path(pairs: int) -> dict[str, Any]:
     """Bare SDPA, ComfyUI's wrapped PyTorch attention, and ours, on 1x8x16x64 without reshapes."""
     import comfy.ldm.modules.attention as comfy_attention
     from attention_backends.backends.config import AttentionConfig, AttentionSpec
-    from attention_backends.nodes import host, sites
+    from attention_backends.nodes import host, sampling, sites
 
     override = host.Override((AttentionConfig(default=AttentionSpec("torch_sdpa")),))
-    scope = host.Run(override).scope(torch.device("cpu"))
+    scope = sampling.Run(override).scope(torch.device("cpu"))
     query, key, value = (torch.randn(1, 8, 16, 64) for _ in range(3))
     flags = {"mask": None, "skip_reshape": True, "skip_output_reshape": True}
     sdpa, stock_attention = torch.nn.functional.scaled_dot_product_attention, comfy_attention.attention_pytorch
@@ -75,7 +75,7 @@ def override_path(pairs: int) -> dict[str, Any]:
 
     def ours() -> None:
         scope.ordinal = 0
-        stock_attention(query, key, value, 8, transformer_options={host.OVERRIDE: override}, **flags)
+        stock_attention(query, key, value, 8, transformer_options={sampling.OVERRIDE: override}, **flags)
 
     kinds = [bare, stock, ours]
     previous = sites.set_scope(scope)
@@ -109,7 +109,7 @@ def alternate(kinds: list[Callable[[], None]], rounds: int, calls: int) -> dict[
 
 def tiny_wan(rounds: int) -> dict[str, Any]:
     """Whole model calls of a Wan whose layers do almost nothing, as sampling makes them."""
-    from attention_backends.nodes import host, patch
+    from attention_backends.nodes import patch, sampling
 
     family = tiny_models.FAMILIES["wan"]
     narrow = {"dim": 32, "ffn_dim": 32, "text_dim": 16, "freq_dim": 32, "num_layers": LAYERS}
@@ -118,7 +118,7 @@ def tiny_wan(rounds: int) -> dict[str, Any]:
     tiny_models.FAMILIES["wan"] = family
     patched = patch.set_default(patcher, "torch_sdpa", accuracy="exact", strict=False, guard="off")
     options = patched.model_options["transformer_options"]
-    run = host.Run(options[host.KEY])
+    run = sampling.Run(options[sampling.KEY])
     model = patcher.model
     latent, text, sigma = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 20, 16), torch.tensor([0.7])
     base = {"cond_or_uncond": [0], "sigmas": sigma, "sample_sigmas": torch.tensor([1.0, 0.7, 0.3, 0.0])}
@@ -131,7 +131,7 @@ def tiny_wan(rounds: int) -> dict[str, Any]:
         call({})
 
     def ours() -> None:
-        call({**options, host.RUN_KEY: run})
+        call({**options, sampling.RUN_KEY: run})
 
     def block(kind: Callable[[], None]) -> float:
         kind()  # puts the marks on, or takes them off, outside the timed calls

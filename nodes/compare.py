@@ -21,8 +21,8 @@ from ..comparison.contenders import RefusedError, parse_backends
 from ..comparison.report import ComparisonError, Report, Row
 from ..comparison.rounds import Entry, round_robin
 from . import graph, patch, runs
-from .host import router_for
 from .pictures import decode
+from .sampling import router_for
 from .selector import CATEGORY
 
 PATCHED = ("model_1", "model_2", "model_3", "model_4")

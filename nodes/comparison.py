@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..comparison import metrics, picture, tables
 from ..comparison.report import ComparisonError, Report, Row, Spread
+from . import graph
 from .selector import CATEGORY
 
 BRANCHES = 6
@@ -96,45 +97,62 @@ def check_same(reports: dict[int, dict[str, Any]]) -> None:
 
 
 def make_row(number: int, label: str, report: dict[str, Any]) -> Row:
-    """A row from a label and what an Attention Report says."""
+    """A row from a label and what an Attention Report says; it failed when no call ran what was asked for."""
     run = report.get("run")
     if not run:
         return Row(label or f"branch {number}")
-    ran = " + ".join(dict.fromkeys(row["member"] or row["backend"] for row in run["rows"])) or None
-    row = Row(label or ran or f"branch {number}", ran=ran, label=label or None, runs=1)
+    paths = run["rows"]
+    ran = " + ".join(dict.fromkeys(path["member"] or path["backend"] for path in paths)) or None
+    asked = " + ".join(dict.fromkeys(path["asked"] or "auto" for path in paths)) or f"branch {number}"
+    row = Row(asked, ran=ran, label=label or None, runs=1)
+    if paths and all(path["reason"] for path in paths):
+        row.failed = "fell back: " + ", ".join(dict.fromkeys(path["reason"] for path in paths))
     if run.get("seconds") is not None:
         row.total_ms = Spread.of([1e3 * run["seconds"]])
         row.step_ms = Spread.of([1e3 * run["seconds"] / max(1, run["steps"])])
     return row
 
 
+def fallback_notes(rows: list[Row], reports: dict[int, dict[str, Any]]) -> list[str]:
+    """For each branch in which some calls, not all, ran something else than was asked for: how many and why."""
+    notes = []
+    for row, (number, report) in zip(rows, reports.items(), strict=True):
+        paths = (report.get("run") or {"rows": []})["rows"]
+        fallen = [path for path in paths if path["reason"]]
+        if fallen and not row.failed:
+            calls, total = (sum(path["calls"] for path in some) for some in (fallen, paths))
+            reasons = ", ".join(dict.fromkeys(path["reason"] for path in fallen))
+            notes.append(f"branch {number}: {calls} of {total} calls fell back: {reasons}")
+    return notes
+
+
 def draw(images: list[torch.Tensor], rows: list[Row], reports: dict[int, dict[str, Any]]) -> tuple[torch.Tensor, str]:
     """The picture and the table; the first branch is the reference."""
     known = next((report for report in reports.values() if report), {"settings": {}, "versions": {}, "run": None})
-    settings: dict[str, Any] = known["settings"]
 
-    def setting(name: str, default: Any) -> Any:
-        return next((value for key, value in settings.items() if key.rsplit(".", 1)[-1] == name), default)
+    def setting(default: Any, *names: str) -> Any:
+        """The first value of these inputs upstream."""
+        return next(iter(graph.values(known["settings"], *names)), default)
 
-    texts = [setting(name, "") for name in ("text", "caption", "prompt")]
-    flat = [text for value in texts for text in (value if isinstance(value, list) else [value]) if text]
     report = Report(
         mode="end_to_end",
         model=(known["run"] or {}).get("model", ""),
-        prompt=" | ".join(map(str, flat)),
-        seed=setting("seed", setting("noise_seed", 0)),
+        prompt=" | ".join(map(str, graph.values(known["settings"], "text", "caption", "prompt"))),
+        seed=setting(0, "seed", "noise_seed"),
         width=images[0].shape[2],
         height=images[0].shape[1],
         frames=images[0].shape[0],
-        steps=setting("steps", 0),
-        guidance=float(setting("cfg", 1.0)),
-        sampling=str(setting("sampler_name", "")),
+        steps=(known["run"] or {}).get("steps") or setting(0, "steps"),
+        guidance=float(setting(1.0, "cfg", "guidance")),
+        sampling=str(setting("", "sampler_name")),
         dtype="",
         machine=known["versions"].get("device", ""),
         versions=known["versions"],
         rows=rows,
-        notes=[] if all(reports.values()) else ["without reports nothing says that these branches are comparable"],
+        notes=fallback_notes(rows, reports),
     )
+    if not all(reports.values()):
+        report.notes.append("without reports nothing says that these branches are comparable")
     report.relate()
     for row, image in zip(rows, images, strict=True):
         metrics.score(row, image[..., :3], images[0][..., :3])

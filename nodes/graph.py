@@ -45,3 +45,9 @@ def settings(prompt: Prompt, node_id: str) -> dict[str, Any]:
             if not isinstance(value, list):
                 values.setdefault(f"{node['class_type']}.{name}", []).append(value)
     return {key: found[0] if len(found) == 1 else sorted(found, key=str) for key, found in sorted(values.items())}
+
+
+def values(settings: Mapping[str, Any], *names: str) -> list[Any]:
+    """What `settings` holds for inputs of these names, of any node; empty texts left out."""
+    found = [value for key, value in settings.items() if key.rsplit(".", 1)[-1] in names]
+    return [each for value in found for each in (value if isinstance(value, list) else [value]) if each != ""]

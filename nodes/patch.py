@@ -12,7 +12,8 @@ from comfy.patcher_extension import WrappersMP
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config_text import from_environment
 from ..backends.routes import default_line
-from .host import KEY, OVERRIDE, Override, apply_model_wrapper, name_of, outer_sample_wrapper, router_for
+from .host import Override
+from .sampling import KEY, OVERRIDE, apply_model_wrapper, name_of, outer_sample_wrapper, router_for
 
 log = logging.getLogger("attention_backends")
 

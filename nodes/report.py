@@ -53,9 +53,25 @@ class AttentionReport(io.ComfyNode):
 
 
 def find_run(prompt: graph.Prompt, node_id: str) -> dict[str, Any] | None:
-    """The newest run of a sampler upstream of this node, or None when no patched model was sampled there."""
+    """The newest run of a sampler upstream of this node, or None when no patched model was sampled there.
+
+    Stages that ran in one prompt, such as the two samplers of Wan 2.2 14B, become one account: steps and seconds are
+    added up. A stage that ComfyUI took from its cache is not in it.
+    """
     upstream = graph.ancestors(prompt, node_id)
-    return next((run for run in runs.recent() if run["node_id"] in upstream), None)
+    found = [run for run in runs.recent() if run["node_id"] in upstream]
+    stages = [run for run in reversed(found) if run["prompt_id"] == found[0]["prompt_id"]]
+    if len(stages) < 2:
+        return stages[0] if stages else None
+    seconds = [stage["seconds"] for stage in stages]
+    return {
+        **stages[-1],
+        "model": " + ".join(dict.fromkeys(stage["model"] for stage in stages)),
+        "steps": sum(stage["steps"] for stage in stages),
+        "seconds": None if None in seconds else sum(seconds),
+        "rows": [row for stage in stages for row in stage["rows"]],
+        "notes": list(dict.fromkeys(note for stage in stages for note in stage["notes"])),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,7 @@ def nodes_module(name: str) -> ModuleType:
             del sys.modules[package]
 
 
-host, sites = nodes_module("host"), nodes_module("sites")
+host, sampling, sites = (nodes_module(name) for name in ("host", "sampling", "sites"))
 
 
 def comfyui() -> Path:
@@ -101,7 +101,7 @@ def exact(
 
 def optimized_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
     """The hook as ComfyUI's attention functions have it: an override is asked unless it is the one that calls."""
-    override = kwargs.get("transformer_options", {}).get(host.OVERRIDE)
+    override = kwargs.get("transformer_options", {}).get(sampling.OVERRIDE)
     if override is None or "_inside_attn_wrapper" in kwargs:
         return exact(*args, **kwargs)
     return override(exact, *args, **kwargs, _inside_attn_wrapper=True)
@@ -147,7 +147,7 @@ def model_call(model: torch.nn.Module, options: dict[str, Any], body: Callable[[
             return body()
 
     with torch.inference_mode():
-        return host.apply_model_wrapper(Executor(), torch.zeros(1, device=device), None, None, None, None, options)
+        return sampling.apply_model_wrapper(Executor(), torch.zeros(1, device=device), None, None, None, None, options)
 
 
 Func = Callable[..., torch.Tensor]
@@ -183,8 +183,8 @@ class Outcome:
         lengths: tuple[int, int, int] = (6, 9, 4),
         **flags: Any,
     ) -> None:
-        self.run = host.Run(ours)
-        options = {host.KEY: ours, host.OVERRIDE: installed or ours, host.RUN_KEY: self.run}
+        self.run = sampling.Run(ours)
+        options = {sampling.KEY: ours, sampling.OVERRIDE: installed or ours, sampling.RUN_KEY: self.run}
         self.calls = [
             (
                 (Q.to(dtype), rows(length, 1, dtype), rows(length, 2, dtype), HEADS),

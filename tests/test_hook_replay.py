@@ -18,7 +18,7 @@ from expected_roles import expected_block, expected_role
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from hook_side import comfyui, exact, host, model_call, stand_in  # noqa: E402
+from hook_side import comfyui, exact, host, model_call, sampling, stand_in  # noqa: E402
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("hook_calls_*.json"))
 RECORDED = {path.stem.removeprefix("hook_calls_"): json.loads(path.read_text(encoding="utf-8")) for path in FIXTURES}
@@ -62,8 +62,8 @@ class Replay:
 
     def __init__(self, facts: dict[str, Any], backend: str = "torch_sdpa") -> None:
         override = host.Override((AttentionConfig(default=AttentionSpec(backend)),))
-        self.run = host.Run(override)
-        self.options = {host.KEY: override, host.OVERRIDE: override, host.RUN_KEY: self.run}
+        self.run = sampling.Run(override)
+        self.options = {sampling.KEY: override, sampling.OVERRIDE: override, sampling.RUN_KEY: self.run}
         self.calls: dict[str, list[Any]] = {}
         for call in facts["calls"]:
             self.calls.setdefault(call["module"], []).append((call, arguments(call, self.options)))
@@ -122,7 +122,7 @@ def heads_of_keys(call: dict[str, Any], args: list[Any]) -> int:
 
 
 @pytest.mark.comfy
-@pytest.mark.parametrize("name", RECORDED["0.33.0"]["families"])
+@pytest.mark.parametrize("name", list(dict.fromkeys(case.values[1] for case in CASES)))
 def test_results_equal_comfyuis_own_function(name: str) -> None:
     comfyui()
     import comfyui_version
@@ -182,7 +182,7 @@ ARGUMENTS = {
 def test_each_argument_is_honoured(case: str, backend: str) -> None:
     args, flags = ARGUMENTS[case]
     override = host.Override((AttentionConfig(default=AttentionSpec(backend), strict=True),))
-    options = {host.KEY: override, host.OVERRIDE: override}
+    options = {sampling.KEY: override, sampling.OVERRIDE: override}
     with torch.inference_mode():
         output = override(exact, *args, **flags, transformer_options=options, _inside_attn_wrapper=True)
     names = dict(zip(host.POSITIONAL, args[3:], strict=False)) | flags
@@ -209,8 +209,8 @@ def test_low_precision_is_forbidden_when_the_model_says_so(
     dtype: torch.dtype, flags: dict[str, Any], forbidden: bool
 ) -> None:
     override = host.Override((AttentionConfig(),))
-    run = host.Run(override)
-    options = {host.KEY: override, host.OVERRIDE: override, host.RUN_KEY: run}
+    run = sampling.Run(override)
+    options = {sampling.KEY: override, sampling.OVERRIDE: override, sampling.RUN_KEY: run}
     model = stand_in(["WanModel"], {"blocks.0.self_attn": "WanSelfAttention"})
     qkv = [rows.to(dtype) for rows in (Q, K, V)]
     calls = [((*qkv, 4), {**flags, "transformer_options": options})]

@@ -26,11 +26,11 @@ from hook_side import (  # noqa: E402
     close,
     comfyui,
     exact,
-    host,
     marks_left,
     model_call,
     override,
     rows,
+    sampling,
     sites,
     stand_in,
 )
@@ -52,7 +52,7 @@ def recorder(name: str, seen: list[Any]) -> Func:
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, *kernels: Kernel) -> None:
     router = Router(detect(torch.device("cpu")), {**BACKENDS, **{kernel.id: kernel for kernel in kernels}})
-    monkeypatch.setattr(host, "router_for", lambda device: router)
+    monkeypatch.setattr(sampling, "router_for", lambda device: router)
 
 
 def broken(call: Any) -> torch.Tensor:
@@ -95,8 +95,8 @@ def test_comfy_gets_every_argument(skip_output_reshape: bool) -> None:
 def test_an_unknown_argument_sends_the_call_to_comfyui(value: Any) -> None:
     seen: list[Any] = []
     ours = override("sdpa_math", strict=True)
-    run = host.Run(ours)
-    options = {host.KEY: ours, host.OVERRIDE: ours, host.RUN_KEY: run}
+    run = sampling.Run(ours)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
     func = recorder("attention_pytorch", seen)
 
     def body() -> None:
@@ -143,8 +143,8 @@ FACTS: dict[str, tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str
 
 def test_calls_that_differ_in_one_fact_have_plans_of_their_own() -> None:
     ours = override()
-    run = host.Run(ours)
-    options = {host.KEY: ours, host.OVERRIDE: ours, host.RUN_KEY: run}
+    run = sampling.Run(ours)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
     model = stand_in(["WanModel"], PLACES)
     twice = [*FACTS.values(), *FACTS.values()]
     outputs = []
@@ -166,24 +166,24 @@ def test_calls_that_differ_in_one_fact_have_plans_of_their_own() -> None:
 @pytest.mark.parametrize("stops", [False, True])
 def test_a_run_is_published_and_leaves_the_options_as_they_were(stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[Any] = []
-    monkeypatch.setattr(host.runs, "add", published.append)
-    options = {host.KEY: override(), "other": 1}
+    monkeypatch.setattr(sampling.runs, "add", published.append)
+    options = {sampling.KEY: override(), "other": 1}
     before = dict(options)
 
     class Executor:
         class_obj = SimpleNamespace(model_options={"transformer_options": options})
 
         def __call__(self) -> str:
-            assert options[host.RUN_KEY].override is options[host.KEY]
+            assert options[sampling.RUN_KEY].override is options[sampling.KEY]
             if stops:
                 raise KeyboardInterrupt
             return "latent"
 
     if stops:
         with pytest.raises(KeyboardInterrupt):
-            host.outer_sample_wrapper(Executor())
+            sampling.outer_sample_wrapper(Executor())
     else:
-        assert host.outer_sample_wrapper(Executor()) == "latent"
+        assert sampling.outer_sample_wrapper(Executor()) == "latent"
     assert options == before
     assert len(published) == 1
 
@@ -249,7 +249,7 @@ def test_a_named_backend_goes_before_the_checkpoints_preference() -> None:
 
 def test_overlapping_runs_leave_no_mark() -> None:
     model = SimpleNamespace(diffusion_model=stand_in(["WanModel"], PLACES))
-    first, second = host.Run(override()), host.Run(override())
+    first, second = sampling.Run(override()), sampling.Run(override())
     first.mark(model, {})
     second.mark(model, {})
     first.close()
@@ -263,7 +263,7 @@ def test_somebody_elses_forward_is_put_back_or_left_alone() -> None:
     self_attn, cross_attn = (model.diffusion_model.get_submodule(path) for path in PLACES)
     earlier, later = (lambda calls: "earlier"), (lambda calls: "later")
     self_attn.forward = earlier
-    run = host.Run(override())
+    run = sampling.Run(override())
     run.mark(model, {})
     assert self_attn([]) == "earlier"
     cross_attn.forward = later
@@ -274,8 +274,8 @@ def test_somebody_elses_forward_is_put_back_or_left_alone() -> None:
 
 def test_an_exception_in_a_module_restores_the_place() -> None:
     ours = override()
-    run = host.Run(ours)
-    options = {host.KEY: ours, host.OVERRIDE: ours, host.RUN_KEY: run}
+    run = sampling.Run(ours)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
     model = stand_in(["WanModel"], PLACES)
 
     def body() -> None:
@@ -291,7 +291,7 @@ def test_an_exception_in_a_module_restores_the_place() -> None:
     ("sigma", "step"), [(10.0, 0), (9.9995, 0), (9.0, 0), (5.0, 1), (4.9998, 1), (3.0, 1), (0.5, 2), (0.0, 3), (99, 0)]
 )
 def test_the_step_is_the_last_sigma_not_below(sigma: float, step: int) -> None:
-    assert host.step_of(sigma, [10.0, 5.0, 1.0, 0.0]) == step
+    assert sampling.step_of(sigma, [10.0, 5.0, 1.0, 0.0]) == step
 
 
 @pytest.mark.comfy

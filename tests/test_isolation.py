@@ -25,9 +25,9 @@ from hook_side import (  # noqa: E402
     Kernel,
     comfyui,
     counts,
-    host,
     last_run,
     marks_left,
+    sampling,
     selected,
     sites,
     with_role,
@@ -63,7 +63,7 @@ def around_model_calls(model: Any, wrapper: Callable[[Func, dict[str, Any]], tor
 def use_kernels(monkeypatch: pytest.MonkeyPatch, **kernels: Func) -> None:
     replaced = {name: Kernel(name, run) for name, run in kernels.items()}
     router = Router(detect(torch.device("cpu")), {**BACKENDS, **replaced})
-    monkeypatch.setattr(host, "router_for", lambda device: router)
+    monkeypatch.setattr(sampling, "router_for", lambda device: router)
 
 
 def exact_kernel(call: Any) -> torch.Tensor:
@@ -78,7 +78,7 @@ def every(backend: str, steps: int = 2) -> dict[tuple[str, str], int]:
 def assert_clean(model: Any) -> None:
     assert marks_left(model.model.diffusion_model) == []
     assert sites.current_scope() is None
-    assert host.RUN_KEY not in model.model_options["transformer_options"]
+    assert sampling.RUN_KEY not in model.model_options["transformer_options"]
 
 
 # Branches of one graph
@@ -196,7 +196,7 @@ def test_nodes_stack_in_any_order(wan: Any) -> None:
         model = wan
         for name in order:
             model = nodes[name](model)
-        assert model.model_options["transformer_options"][host.OVERRIDE].foreign is None  # ours replace each other
+        assert model.model_options["transformer_options"][sampling.OVERRIDE].foreign is None  # ours replace each other
         found.append(sampled(model))
         assert counts(last_run()) == {("self", "sdpa_math"): 4, ("cross", "comfy"): 4}, order
         assert last_run()["notes"] == []

@@ -13,7 +13,19 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.router import NoBackendError  # noqa: E402
-from hook_side import ENVIRONMENT, ROLES, Func, Outcome, close, comfyui, counts, host, last_run, override, selected  # noqa: E402
+from hook_side import (  # noqa: E402
+    ENVIRONMENT,
+    ROLES,
+    Func,
+    Outcome,
+    close,
+    comfyui,
+    counts,
+    last_run,
+    override,
+    sampling,
+    selected,
+)
 
 
 def doubles_queries(func: Func, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -136,7 +148,7 @@ def pure_selector(qualname: str) -> Func:
     ],
 )
 def test_kjnodes_selectors_are_replaced_with_a_note(wan: Any, qualname: str) -> None:
-    wan.model_options["transformer_options"][host.OVERRIDE] = pure_selector(qualname)
+    wan.model_options["transformer_options"][sampling.OVERRIDE] = pure_selector(qualname)
     _, record = sampled(selected(wan, "sdpa_math", strict=True))
     assert counts(record) == {("self", "sdpa_math"): 4, ("cross", "sdpa_math"): 4}
     assert record["notes"] == [f"an earlier node's choice ({qualname}) was replaced by ours"]
@@ -186,7 +198,7 @@ class FakeSparse:
         return clone
 
     def install(self, options: dict[str, Any]) -> None:
-        previous = options.get(host.OVERRIDE)
+        previous = options.get(sampling.OVERRIDE)
         if previous in self.installed:
             return
 
@@ -198,7 +210,7 @@ class FakeSparse:
             return func(q, k, *args, **kwargs) if previous is None else previous(func, q, k, *args, **kwargs)
 
         self.installed.add(sparse)
-        options[host.OVERRIDE] = sparse
+        options[sampling.OVERRIDE] = sparse
 
 
 @pytest.mark.comfy
