@@ -74,9 +74,7 @@ def own_interpreter(path: Path, environ: Mapping[str, str] = os.environ) -> Path
         if not python.is_file():
             raise Stop(f"COMFYUI_PYTHON is {python}, which is not a file.")
         return python
-    candidates = [
-        path / name / inside for name in (".venv", "venv") for inside in ("bin/python", "Scripts/python.exe")
-    ]
+    candidates = [path / name / inside for name in (".venv", "venv") for inside in ("bin/python", "Scripts/python.exe")]
     candidates.append(path.parent / "python_embeded" / "python.exe")
     return next((python for python in candidates if python.is_file()), None)
 

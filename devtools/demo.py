@@ -1,4 +1,7 @@
-"""`dev.py demo`: the pack at work in a real ComfyUI, or, without one, what the library can show by itself."""
+"""`dev.py demo`: the pack at work in a real ComfyUI, or, without one, what the library can show by itself.
+
+Two things: a tiny random Wan with a backend per role, and the embedded model compared over several backends.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ from .server import Server, WorkflowError, base_folder, serve
 
 INSIDE = Path(__file__).resolve().parent / "inside"
 MODEL = "tiny_wan_random.safetensors"
+EMBEDDED = "tiny_shapes_wan_fp16.safetensors"
+CAPTION = "a large red circle on the left on white"
+BACKENDS = "torch_sdpa, sdpa_math, emulated_int8, sdpa_flash, cudnn_attn, flash_attn, sage_attn"
 ACCELERATOR = """
 import torch
 found = torch.cuda.is_available() or torch.backends.mps.is_available() or (
@@ -57,6 +63,28 @@ def workflow() -> dict[str, Any]:
     }
 
 
+def comparison() -> dict[str, Any]:
+    """The embedded model, one seed, several backends: the graph that Compare Attention Backends is for."""
+    links = {
+        name: [name, 0] for name in ("noise", "sampler", "sigmas", "latent_image", "model", "positive", "negative")
+    }
+    options = {"backends": BACKENDS, "mode": "end_to_end", "repeat": 1, "cfg": 4.0}
+    size = {"width": 256, "height": 256, "length": 1, "batch_size": 1}
+    schedule = {"model": ["model", 0], "scheduler": "simple", "steps": 20, "denoise": 1.0}
+    return {
+        "model": {"class_type": "UNETLoader", "inputs": {"unet_name": EMBEDDED, "weight_dtype": "default"}},
+        "positive": {"class_type": "AttentionDemoCaption", "inputs": {"caption": CAPTION}},
+        "negative": {"class_type": "AttentionDemoCaption", "inputs": {"caption": ""}},
+        "latent_image": {"class_type": "EmptyHunyuanLatentVideo", "inputs": size},
+        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}},
+        "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+        "sigmas": {"class_type": "BasicScheduler", "inputs": schedule},
+        "compare": {"class_type": "AttentionCompare", "inputs": links | options},
+        "picture": {"class_type": "SaveImage", "inputs": {"images": ["compare", 1], "filename_prefix": "comparison"}},
+        "table": {"class_type": "PreviewAny", "inputs": {"source": ["compare", 2]}},
+    }
+
+
 def demo(root: Path) -> int:
     found = comfy.find(root)
     if found is None:
@@ -75,19 +103,37 @@ def demo(root: Path) -> int:
             if not server.get("/object_info/PerRoleAttentionConfig"):
                 raise Stop(f"ComfyUI could not load the pack. The end of its log:\n{server.tail(60)}")
             try:
-                seconds = _sample(server)
+                seconds, _ = _run(server, workflow())
             except WorkflowError as error:
                 raise Stop(f"The demo's workflow did not run: {error}") from None
             report = server.get("/attention_backends/last_run")
-        say(f"Sampled in {seconds:.1f} s. What ran:")
-        say()
-        for run in report["runs"]:
-            say(_what_ran(run))
+            say(f"Sampled in {seconds:.1f} s. What ran:")
+            say()
+            for run in report["runs"]:
+                say(_what_ran(run))
+            say("Now the embedded model, with the same seed on each backend.")
+            try:
+                _, record = _run(server, comparison())
+            except WorkflowError as error:
+                say(f"Not in this ComfyUI: {error}")
+                record = None
         _keep(root / "demo_output", folder / "output", report)
+    if record is None:
+        return _compare_directly(root)
+    say()
+    say(record["outputs"]["table"]["text"][0])
+    say(f"The picture: {root / 'demo_output' / record['outputs']['picture']['images'][0]['filename']}")
     return 0
 
 
-def _sample(server: Server) -> float:
+def _compare_directly(root: Path) -> int:
+    """The same comparison without ComfyUI, by the command line, in our own environment."""
+    command = [str(prepare(root)), str(root), "compare", "--output", str(root / "demo_output")]
+    return subprocess.run(command).returncode
+
+
+def _run(server: Server, graph: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Queue a workflow and wait with progress; the seconds it took, and what the server recorded."""
     progress = Progress()
 
     def tick(seconds: float) -> None:
@@ -96,19 +142,19 @@ def _sample(server: Server) -> float:
         progress.show(f"{'step ' + steps[-1] if steps else 'loading'}, {seconds:.1f} s", seconds)
 
     start = time.monotonic()
-    prompt = server.queue(workflow())
+    prompt = server.queue(graph)
     try:
-        server.wait(prompt, tick=tick)
+        record = server.wait(prompt, tick=tick)
     finally:
         progress.end()
-    return time.monotonic() - start
+    return time.monotonic() - start, record
 
 
 def _what_ran(run: dict[str, Any]) -> str:
     rows = []
     for row in run["rows"]:
         what = [str(row[key]) for key in ("role", "block", "backend", "calls")]
-        rows.append([*what, f"{row['ms']:.2f}", row.get("reason") or ""])
+        rows.append([*what, "-" if row["ms"] is None else f"{row['ms']:.2f}", row.get("reason") or ""])
     text = f"{run['model']}, {run['steps']} steps\n"
     text += table(["role", "block", "backend", "calls", "ms", "why not what was asked"], rows) + "\n"
     return text + "".join(f"note: {note}\n" for note in run.get("notes", []))
@@ -116,8 +162,8 @@ def _what_ran(run: dict[str, Any]) -> str:
 
 def _keep(target: Path, output: Path, report: dict[str, Any]) -> None:
     target.mkdir(exist_ok=True)
-    for latent in output.glob("*.latent"):
-        shutil.copy(latent, target)
+    for made in (*output.glob("*.latent"), *output.glob("comparison*.png")):
+        shutil.copy(made, target)
     (target / "last_run.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     (target / "workflow_api.json").write_text(json.dumps(workflow(), indent=2), encoding="utf-8")
     say(f"Written to {target}: " + ", ".join(sorted(path.name for path in target.iterdir())))
@@ -134,15 +180,14 @@ def _without_comfyui(root: Path) -> int:
     say("The library works without it. What this machine has:")
     status = doctor(root, [])
     say()
-    return status or _compare_kernels(root)
+    return status or _compare_kernels(root) or _compare_directly(root)
 
 
 def _compare_kernels(root: Path) -> int:
-    if not (root / "backends" / "bench.py").is_file():
-        say("This version has no comparison of kernels on plain tensors yet.")
-        return 0
     command = [str(prepare(root)), str(INSIDE / "with_package.py"), str(INSIDE / "compare_kernels.py")]
-    return subprocess.run(command).returncode
+    result = subprocess.run(command).returncode
+    say()
+    return result
 
 
 def _run_inside(python: Path, *arguments: str) -> str:

@@ -72,9 +72,7 @@ class Server:
         record = self.get(f"/history/{prompt_id}").get(prompt_id)
         return record if record and record["status"]["completed"] is not None else None
 
-    def wait(
-        self, prompt_id: str, timeout: float = 300, tick: Callable[[float], None] | None = None
-    ) -> dict[str, Any]:
+    def wait(self, prompt_id: str, timeout: float = 300, tick: Callable[[float], None] | None = None) -> dict[str, Any]:
         """Waits until a prompt is done and returns its record; `tick` gets the seconds so far.
 
         Raises WorkflowError if it failed, was interrupted, took longer, or if the server ended.

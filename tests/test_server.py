@@ -88,4 +88,7 @@ def test_the_demo_as_a_person_runs_it(tmp_path: Path) -> None:
     ran = {(row[0], row[2]) for row in rows if len(row) >= 5 and row[0] in ("self", "cross")}
     assert ran == {("self", "torch_sdpa"), ("cross", "sdpa_math")}
     written = {path.name for path in (pack / "demo_output").iterdir()}
-    assert written >= {"demo_00001_.latent", "last_run.json", "workflow_api.json"}
+    assert written >= {"demo_00001_.latent", "comparison_00001_.png", "last_run.json", "workflow_api.json"}
+    verdicts = {row[0]: " ".join(row) for row in rows if row}
+    assert verdicts["comfy"].endswith(("identical to the bit", "same to the eye"))
+    assert verdicts["emulated_int8"].endswith("slightly different")
