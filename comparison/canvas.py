@@ -1,4 +1,4 @@
-"""The sheet that figures are drawn on: its heading and footer, and what becomes of it.
+"""The sheet that figures are drawn on, with its heading and footer.
 
 Boundary: matplotlib's Figure, not pyplot: no window, and no state of the process.
 """
@@ -6,14 +6,11 @@ Boundary: matplotlib's Figure, not pyplot: no window, and no state of the proces
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from .metrics import need
 from .report import Report
+from .tables import OVERLAP, speed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,19 +44,8 @@ def heading(figure: Figure, report: Report, width: float, height: float) -> None
     figure.text(MARGIN / width, 1 - 0.54 / height, report.subject(lines), fontsize=9.5, color=DARK,
                 va="top")  # fmt: skip
     torch_version = report.versions.get("torch", "unknown")
-    machine = textwrap.shorten(f"{report.machine}; torch {torch_version}", lines)
+    machine = f"{report.machine}; torch {torch_version}"
+    if any(speed(row, report).startswith("~") for row in report.rows):
+        machine += f"; {OVERLAP}"
+    machine = textwrap.shorten(machine, int(width * 16))
     figure.text(MARGIN / width, 0.12 / height, machine, fontsize=8, color=GREY, va="bottom")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, dpi=DPI, format="png")
-
-
-def to_tensor(figure: Figure) -> Tensor:
-    """A figure as a picture (1, height, width, 3) in 0..1."""
-    canvas = need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    columns, rows = canvas.get_width_height()
-    return pixels.view(1, rows, columns, 4)[..., :3].float() / 255

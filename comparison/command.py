@@ -59,9 +59,8 @@ def run(options: argparse.Namespace, program: str) -> int:
         import torch  # noqa: F401
     except ImportError as error:
         raise ComparisonError(f"a comparison needs torch, which cannot be imported here: {error}") from error
-    from .canvas import save
     from .contenders import default_backends, parse_backends, router_for
-    from .picture import draw
+    from .picture import draw, save
     from .run import compare
     from .scene import Settings
     from .tables import console, markdown

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ SCALE = (1e-4, 255.0)
 """The differences that the colours span, in 8-bit levels: fixed, so that any two figures can be compared."""
 NAN_COLOUR = (1.0, 0.0, 1.0)
 PANEL, GAP = 2.75, 0.25
-HEAD, SEAM, FOOT = 0.62, 0.12, 0.92
+HEAD, SEAM, FOOT = 0.76, 0.12, 0.92
 """Inches: width of a panel, space between panels; text above a picture, picture to map, text below."""
 
 
@@ -98,6 +99,20 @@ def draw(report: Report, pictures: Sequence[Tensor | None]) -> Figure:
     return draw_calls(report) if report.mode == "attention" else draw_pictures(report, pictures)
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=DPI, format="png")
+
+
+def to_tensor(figure: Figure) -> Tensor:
+    """A figure as a picture (1, height, width, 3) in 0..1."""
+    canvas = need("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    columns, rows = canvas.get_width_height()
+    return pixels.view(1, rows, columns, 4)[..., :3].float() / 255
+
+
 def _label(figure: Figure, report: Report, row: Row, x: float, y: float, height: float, panel: float) -> None:
     """Name, time and speed-up over a picture."""
     name = textwrap.shorten(row.name, int(panel * 10), placeholder="...")
@@ -105,9 +120,9 @@ def _label(figure: Figure, report: Report, row: Row, x: float, y: float, height:
     figure.text(x, y - 0.08 / height, name, fontsize=12, weight="bold", color=colour, va="top")
     if row.step_ms is None:
         return
+    middle, _, rest = spread(row.step_ms).partition(" ")
     gain = "reference" if row is report.rows[0] else f"speed {speed(row, report)}" if row.speedup else ""
-    text = f"{spread(row.step_ms)} ms per step" + (f", {gain}" if gain else "")
-    figure.text(x, y - 0.34 / height, text, fontsize=9.5, color=DARK, va="top")
+    figure.text(x, y - 0.33 / height, f"{middle} ms per step {rest}\n{gain}", fontsize=10, color=DARK, va="top")
 
 
 def _foot(figure: Figure, row: Row, x: float, y: float, height: float, panel: float) -> None:

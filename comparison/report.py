@@ -172,9 +172,10 @@ class Report:
     def subject(self, room: int = 1000) -> str:
         """What was sampled, in one line; the prompt is shortened to what fits in so many characters."""
         size = f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames > 1 else "")
-        facts = f"seed {self.seed}, {size}, {self.steps} steps, guidance {self.guidance:g}, {self.dtype}"
+        facts = f"seed {self.seed}, {size}, {self.steps} steps, guidance {self.guidance:g}"
+        facts += f", {self.dtype}" if self.dtype else ""
         prompt = textwrap.shorten(self.prompt, max(10, room - len(facts)), placeholder="...")
-        return f'"{prompt}", {facts}'
+        return f'"{prompt}", {facts}' if prompt else facts
 
 
 def combine(reports: Sequence[Report]) -> Report:

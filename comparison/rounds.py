@@ -24,7 +24,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Entry:
-    """One backend in the race: its row, its attention, and what was measured so far. Results lie on the CPU."""
+    """One backend in the race: its row, its attention, and what was measured so far. Results lie on the CPU.
+
+    Of its attention only `ran` and `attention_ms` are asked here; the rest is between it and the work.
+    """
 
     row: Row
     attention: Routed

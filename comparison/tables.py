@@ -18,7 +18,7 @@ ATTENTION_COLUMNS = ("backend", "ms per pass", "speed-up", "worst rel. L2", "wor
 ROUNDING = 4
 """An error of up to so many times the reference's own counts as rounding, in another order of summation."""
 
-OVERLAP = "~ before a speed-up: the times overlap with the reference's, so that it may be chance"
+OVERLAP = "~ before a speed: its times overlap with the reference's, so it may be chance"
 
 HOW_TO_READ = """\
 Times are of sampling alone, without loading and decoding: the median, then least and most. PSNR, SSIM (its mean over

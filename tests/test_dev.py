@@ -122,9 +122,7 @@ class TestPreparing:
         environment.prepare(tmp_path)
         assert len(calls) == 4
 
-    def test_a_failed_installation_is_not_taken_for_done(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_failed_installation_is_not_taken_for_done(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(python: Path, *what: str) -> None:
             raise Stop("no network")
 
@@ -146,9 +144,7 @@ class TestPreparing:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, sentence: str
     ) -> None:
         there = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: None if name == missing else there(name)
-        )
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else there(name))
         for name in ("requirements.txt", "requirements-dev.txt"):
             (tmp_path / name).touch()
         with pytest.raises(Stop, match=sentence):

@@ -15,14 +15,14 @@ from attention_backends.devtools.server import Server, WorkflowError
 from server_harness import ROOT, comfyui_or_skip, start_server
 
 pytestmark = pytest.mark.comfy
-FAILING = '''
+FAILING = """
 class Failing:
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "testing", "fail", (), True
     INPUT_TYPES = classmethod(lambda cls: {"required": {}})
     def fail(self):
         raise ValueError("as it should")
 NODE_CLASS_MAPPINGS = {"Failing": Failing}
-'''
+"""
 
 
 def _latent() -> dict[str, object]:
