@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib"}
-"""What a comparison needs beyond torch: module and distribution, the group `compare` of pyproject.toml."""
+"""What a comparison needs beyond torch: module and distribution, both are in requirements.txt."""
 
 WINDOW = 11
 """Pixels on a side of SSIM's Gaussian window (sigma 1.5, cut at 3.5 sigma)."""
 
 
 class MissingPackageError(ValueError):
-    """A package of the group `compare` is not installed; the message has the command that installs it."""
+    """A package that a comparison needs is not installed; the message has the command that installs it."""
 
 
 def need(module: str) -> ModuleType:
