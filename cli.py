@@ -164,6 +164,8 @@ def category_of(role: str) -> str:
     """The category that a role's name suggests; only a model's own table knows it."""
     if role in CATEGORIES:
         return role
+    if role.endswith((".single", ".double")):  # FLUX, HunyuanVideo: text and picture together
+        return "joint"
     return "cross" if "cross" in role or "_to_" in role else "self"
 
 

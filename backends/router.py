@@ -1,7 +1,7 @@
 """From a request to a decision: which backend runs, on whose word, and why the others do not.
 
 Selection is pure: facts in, decision out, every refusal with its reasons. The only state is what was learnt about
-this process: which packages turned out to be broken, and which (backend, request) pairs have failed.
+this process: which packages turned out to be broken.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from .routes import route_for
 log = logging.getLogger("attention_backends")
 
 ALWAYS = "torch_sdpa"
+
+Failures = Mapping[tuple[str, AttentionRequest], str]
+"""What raised before: (backend id, request) -> the error in words."""
+NO_FAILURES: Failures = {}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,6 @@ class Router:
         self.route = route_for(platform)
         self._unavailable: dict[str, tuple[str, ...]] = {}
         self._kernels: dict[str, Kernel] = {}
-        self._failed: dict[tuple[str, AttentionRequest], str] = {}
 
     def unavailable(self, backend_id: str) -> tuple[str, ...]:
         """Why a backend cannot run on this platform; empty when it can. On a real machine this loads it, once."""
@@ -101,26 +104,32 @@ class Router:
             raise NoBackendError(f"{backend_id}: this machine was described, nothing can run on it")
         return self._kernels[backend_id]
 
-    def refuse(self, backend_id: str, request: AttentionRequest) -> tuple[str, ...]:
-        """Why a backend cannot run `request`, unavailability included; empty when it can."""
+    def refuse(self, backend_id: str, request: AttentionRequest, failed: Failures = NO_FAILURES) -> tuple[str, ...]:
+        """Why a backend cannot run `request`, unavailability and earlier failures included; empty when it can."""
         reasons = self.unavailable(backend_id)
         if reasons:
             return reasons
-        failed = self._failed.get((backend_id, request))
-        if failed:
-            return (f"failed before on this call: {failed}",)
+        if (backend_id, request) in failed:
+            return (f"failed before on this call: {failed[backend_id, request]}",)
         backend = self.backends[backend_id]
         if request.exact_only and backend.accuracy != "exact":
             return (f"accuracy {backend.accuracy}, and the model forbids low precision for this call",)
         return tuple(backend.unsupported_reasons(request, self.platform))
 
     def select(
-        self, request: AttentionRequest, choice: Choice, *, accuracy: str = "exact", strict: bool = False
+        self,
+        request: AttentionRequest,
+        choice: Choice,
+        *,
+        accuracy: str = "exact",
+        strict: bool = False,
+        failed: Failures = NO_FAILURES,
     ) -> Decision:
         """Choose the backend for `request`.
 
         A named backend runs if it can. Otherwise, and for `auto`, the platform's route is walked, taking only
-        classes up to `accuracy`.
+        classes up to `accuracy`; where lossy ones are allowed, the route's lossy backends come first. `failed` holds
+        the (backend, request) pairs that raised before in the same session.
 
         Raises:
             NoBackendError: `strict`, and the named backend cannot run the call for a reason that is not the
@@ -128,7 +137,7 @@ class Router:
         """
         rejected: list[Rejection] = []
         if choice.asked is not None:
-            reasons = self.refuse(choice.asked, request)
+            reasons = self.refuse(choice.asked, request, failed)
             if not reasons:
                 return Decision(choice.asked, choice.source, choice.asked)
             rejected.append(Rejection(choice.asked, reasons))
@@ -136,10 +145,11 @@ class Router:
             if strict and not forbidden:
                 raise NoBackendError(self.explain_refusal(request, choice, rejected))
         allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
-        for backend_id in self.route.order:
+        lossy = () if accuracy == "exact" else self.route.lossy
+        for backend_id in (*lossy, *self.route.order):
             if backend_id == choice.asked:
                 continue
-            reasons = self.refuse(backend_id, request)
+            reasons = self.refuse(backend_id, request, failed)
             if not reasons and self._accuracy(backend_id) not in allowed:
                 reasons = (f"accuracy {self._accuracy(backend_id)} is not allowed",)
             if not reasons:
@@ -147,7 +157,7 @@ class Router:
             if not reasons:
                 return Decision(backend_id, choice.source, choice.asked, tuple(rejected))
             rejected.append(Rejection(backend_id, reasons))
-        if not self.refuse(COMFY, request):
+        if not self.refuse(COMFY, request, failed):
             return Decision(COMFY, choice.source, choice.asked, tuple(rejected))
         raise NoBackendError(self.explain_refusal(request, choice, rejected))
 
@@ -161,10 +171,6 @@ class Router:
     def default_backend(self) -> str:
         """The first available backend of the route: what `auto` starts with before any call is known."""
         return next((backend_id for backend_id in self.route.order if not self.unavailable(backend_id)), ALWAYS)
-
-    def quarantine(self, backend_id: str, request: AttentionRequest, error: BaseException) -> None:
-        """Remember that a backend raised on `request`, so that it is not tried on it again."""
-        self._failed[backend_id, request] = f"{type(error).__name__}: {error}"
 
     def explain_refusal(self, request: AttentionRequest, choice: Choice, rejected: list[Rejection]) -> str:
         """The text of an error: the request, each backend with its reasons, and what to do."""

@@ -19,9 +19,12 @@ class Route(NamedTuple):
     capabilities: tuple[tuple[int, int], tuple[int, int]] | None
     """Lowest and highest CUDA compute capability of the row; None for any."""
     order: tuple[str, ...]
+    """Exact backends, best first."""
     evidence: str
     """`measured` by this project, `reported` by others, or `assumed`."""
     source: str
+    lossy: tuple[str, ...] = ()
+    """Tried before `order` where a person allows more than exact; most of them refuse masks, and say so."""
 
 
 ROUTES: tuple[Route, ...] = (
@@ -32,6 +35,7 @@ ROUTES: tuple[Route, ...] = (
         ("cudnn_attn", "flashinfer_attn", "flash_attn_4", "torch_sdpa"),
         "reported",
         "vLLM-Omni's table (measured there on sm_120); reports against cuDNN on sm_103 and sm_121 exist",
+        ("sage_attn", "sage_fp16_triton"),
     ),
     Route(
         "Hopper",
@@ -40,6 +44,7 @@ ROUTES: tuple[Route, ...] = (
         ("flash_attn", "torch_sdpa"),
         "reported",
         "vLLM-Omni's and SGLang's tables",
+        ("sage_attn", "sage_fp16_triton"),
     ),
     Route(
         "Ampere and Ada",
@@ -48,6 +53,7 @@ ROUTES: tuple[Route, ...] = (
         ("flash_attn", "torch_sdpa"),
         "reported",
         "vLLM-Omni's and SGLang's tables",
+        ("sage_attn", "sage_fp16_triton"),
     ),
     Route(
         "Turing and older",
@@ -56,6 +62,7 @@ ROUTES: tuple[Route, ...] = (
         ("xformers", "torch_sdpa"),
         "assumed",
         "FlashAttention 2 needs sm80; xformers' CUTLASS kernel supports older cards",
+        ("sage_attn", "sage_fp16_triton"),
     ),
     Route("CUDA, card unknown", ("cuda",), None, ("torch_sdpa",), "assumed", "no capability to go by"),
     Route(

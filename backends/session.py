@@ -68,6 +68,8 @@ class Session:
         self.layers = layers
         self.trace = trace if trace is not None else Trace(device=router.platform.kind)
         self.clock = clock
+        self.failed: dict[tuple[str, AttentionRequest], str] = {}
+        """Quarantine, for as long as this session: an error may be the fault of one run's inputs."""
         self._logged: set[object] = set()
 
     def plan(
@@ -89,7 +91,9 @@ class Session:
         strict = self.settings.strict
         if choice.asked is None and preferred is not None:
             choice, strict = preferred, False  # nobody insists on what a checkpoint prefers
-        decision = self.router.select(request, choice, accuracy=self.settings.accuracy, strict=strict)
+        decision = self.router.select(
+            request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
+        )
         self._log_decision(decision, role, category)
         return self._plan(request, decision, role, block, strict)
 
@@ -160,10 +164,12 @@ class Session:
                 f"  call: {plan.request.describe()}\n"
                 "  what to do: restart ComfyUI and choose another backend for this role"
             ) from error
-        self.router.quarantine(failed, plan.request, error)
+        self.failed[failed, plan.request] = f"{type(error).__name__}: {error}"
         choice = Choice(plan.decision.asked, plan.decision.source)
         try:
-            decision = self.router.select(plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict)
+            decision = self.router.select(
+                plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict, failed=self.failed
+            )
         except NoBackendError as refusal:
             raise refusal from error
         log.warning(

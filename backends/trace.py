@@ -34,6 +34,8 @@ class Trace:
     steps: int = 0
     seconds: float | None = None
     """From the first model call to the end of the run, the device synchronised; loading and decoding left out."""
+    bypass: str = ""
+    """Attention of this model family that never reaches the hook, so that nothing here can count it."""
     rows: dict[tuple[str, str, str, str, str | None], Row] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     """What else a person should know, each with how often it happened."""
@@ -83,6 +85,7 @@ class Trace:
             "device": self.device,
             "steps": self.steps,
             "seconds": self.seconds,
+            "bypass": self.bypass,
             "rows": rows,
             "notes": notes,
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from ..backends.config import AttentionConfig, Choice, resolve
-from ..backends.mask import as_4d, as_additive
+from ..backends.mask import as_4d, as_additive, mask_kind
 from ..backends.names import COMFY
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
@@ -87,6 +88,9 @@ class HookPlan(Layout):
     plan: Plan
 
 
+_outside_runs: weakref.WeakKeyDictionary[Override, Run] = weakref.WeakKeyDictionary()
+
+
 class Override:
     """What stands in `transformer_options`: a configuration, and the override that was there before, if any."""
 
@@ -137,7 +141,12 @@ class Override:
         """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
         if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
             return func(*args, **kwargs)
-        previous = sites.set_scope(Run(self).scope(args[0].device))
+        run = _outside_runs.get(self)
+        if run is None:
+            run = _outside_runs[self] = Run(self)  # kept, so that what it has to say is said once
+        scope = run.scope(args[0].device)
+        scope.begin({})
+        previous = sites.set_scope(scope)
         try:
             return self(func, *args, **kwargs)
         finally:
@@ -265,8 +274,24 @@ def _pass_on(
     options: Any,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    unknown = ", ".join(sorted(set(kwargs) - KNOWN_ARGUMENTS))
-    scope.run.note(f"ComfyUI's own attention ran: argument {unknown} is not known to this version")
+    """A call with an argument that this version does not know goes to ComfyUI's own function, and is counted.
+
+    Raises:
+        NoBackendError: a backend was named for this role, strictly.
+    """
+    unknown = ", ".join(sorted(set(kwargs) - KNOWN_ARGUMENTS)) or "of an unknown kind"
+    text = f"argument {unknown} is not known to this version"
+    role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
+    choice = resolve(scope.session.layers, role.name, role.category)
+    if choice.asked not in (None, COMFY) and scope.session.settings.strict:
+        raise NoBackendError(
+            f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
+            f"{choice.source}\n  what to do: switch strict off, or update this pack"
+        )
+    scope.run.note(f"ComfyUI's own attention ran: {text}")
+    block = scope.site.block if scope.site is not None else ""
+    kind = "none" if mask is None else mask_kind(as_4d(mask))
+    scope.run.trace.row(role.name, block, COMFY, choice.source, kind, text, choice.asked).calls += 1
     return run_comfy(func, query, key, value, mask, options, kwargs)
 
 

@@ -31,7 +31,13 @@ theirs; any other override is composed with.
 def current_config(model: Any) -> AttentionConfig:
     """The configuration that our earlier nodes put on this model, or an empty one."""
     override = _options(model).get(KEY)
-    return override.layers[0] if isinstance(override, Override) else AttentionConfig(source=NODE_SOURCE)
+    if isinstance(override, Override):
+        return override.layers[0]
+    # Where no Selector says otherwise, strictness and the like come from the environment.
+    inherited = next(iter(from_environment()), AttentionConfig())
+    return AttentionConfig(
+        accuracy=inherited.accuracy, strict=inherited.strict, guard=inherited.guard, source=NODE_SOURCE
+    )
 
 
 def set_default(model: Any, backend: str, *, accuracy: str, strict: bool, guard: str) -> Any:
@@ -46,6 +52,8 @@ def set_role(model: Any, role: str, spec: AttentionSpec) -> Any:
     """A clone of `model` with one more per-role entry; the last writer of a role wins, and the account says so."""
     config = current_config(model)
     notes: tuple[str, ...] = ()
+    if spec.is_auto:  # as if this node were not there
+        return _patched(model, config, notes)
     earlier = config.per_role.get(role)
     if earlier is not None and earlier != spec:
         notes = (f"role {role} was set twice: {spec.backend} replaces {earlier.backend}",)

@@ -24,7 +24,9 @@ class PerRoleAttentionConfig(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Chooses the kernel for one kind of attention in this model, e.g. self or cross. Stack several. "
-                "A role that the model does not have changes nothing, and the account of the run says so."
+                "A role that the model does not have changes nothing, and the account of the run says so. Roles "
+                "that no node names run on auto; put a Selector set to comfy before this node to leave them as they "
+                "are without it."
             ),
             search_aliases=["attention role", "cross attention backend", "self attention backend"],
             inputs=[

@@ -98,4 +98,8 @@ def as_text(report: dict[str, Any]) -> str:
     reasons = dict.fromkeys(f"{row['role']}: {row['reason']}" for row in run["rows"] if row["reason"])
     lines += [f"fallback: {reason}" for reason in reasons]
     lines += [f"note: {note}" for note in run["notes"]]
+    if run.get("bypass"):
+        lines.append(f"not counted, because it never reaches ComfyUI's attention hook: {run['bypass']}")
+    if not timed:
+        lines.append("ms: measured on the CPU only; on an accelerator calls return before the work is done")
     return "\n".join(lines)

@@ -65,6 +65,8 @@ class Run:
         if id(model) not in self._marks:
             self._marks[id(model)] = sites.attach(model.diffusion_model)
             self.trace.model = type(model).__name__
+            family = sites.family_of_model(model.diffusion_model)
+            self.trace.bypass = family.bypass if family is not None else ""
             schedule = options.get("sample_sigmas")
             self.trace.steps = 0 if schedule is None else len(schedule) - 1
             self._started = self._started or perf_counter()
@@ -187,6 +189,9 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run.stop_clock()
         run.note_unmatched_roles()
         return output
+    except BaseException as error:  # a cancelled run too; its account is not a whole run's
+        run.trace.note(f"the run did not finish: {type(error).__name__}")
+        raise
     finally:
         options.pop(RUN_KEY, None)
         run.close()

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..backends.backend import ACCURACY
 from ..backends.config import GUARD_MODES
-from ..backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES
+from ..backends.config_text import from_environment
+from ..backends.kernels import BACKENDS
 from ..backends.names import AUTO, CHOICES, canonical
 from . import patch
 
 CATEGORY = "attention"
 
 
-def environment() -> tuple[str | None, ...]:
-    """What the nodes inherit from environment variables; part of a node's fingerprint."""
-    return tuple(os.environ.get(name) for name in (CONFIG_VARIABLE, *DEFAULT_VARIABLES))
+def environment() -> str:
+    """What the nodes inherit from environment variables and the file they name; part of a node's fingerprint."""
+    try:
+        return repr(from_environment())
+    except ValueError as error:
+        return str(error)
 
 
 def check_backend(name: Any) -> bool | str:
     """For `validate_inputs`: True, or what is wrong with a backend's name."""
+    if name is None:  # connected to another node: known only when it runs
+        return True
     try:
         canonical(str(name))
     except ValueError as error:
         return str(error)
     return True
+
+
+def summaries() -> str:
+    """One line for each backend: what it does and when to use it."""
+    return "\n".join(f"{backend.id}: {backend.summary}" for backend in BACKENDS.values())
 
 
 class AttentionBackendSelector(io.ComfyNode):
@@ -52,9 +62,8 @@ class AttentionBackendSelector(io.ComfyNode):
                     options=list(CHOICES),
                     default=AUTO,
                     tooltip=(
-                        "auto: the best exact kernel for this card. torch_sdpa: PyTorch's own, the reference. "
-                        "comfy: what ComfyUI would run without this node. sage_*: quantised, faster, not exact. "
-                        "Every backend is listed on every machine; the log says what is missing here."
+                        "auto: the best kernel for this card that accuracy allows. Every backend is listed on every "
+                        "machine; the log and the doctor say what is missing here.\n" + summaries()
                     ),
                 ),
                 io.Combo.Input(

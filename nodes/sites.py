@@ -125,10 +125,16 @@ def set_scope(scope: Any) -> Any:
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
 
 
+def family_of_model(diffusion_model: torch.nn.Module) -> Family | None:
+    """The family of a diffusion model, compiled or not; None when the role table does not know it."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    return family_of(tuple(base.__name__ for base in type(model).__mro__))
+
+
 def attach(diffusion_model: torch.nn.Module) -> list[Mark]:
     """Mark every attention module of a model; each mark is removed by its `remove`."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    family = family_of(tuple(base.__name__ for base in type(model).__mro__))
+    family = family_of_model(model)
     marks = []
     for name, module in model.named_modules():
         if name and makes_attention_calls(module):

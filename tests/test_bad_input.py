@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
+from attention_backends.backends.config import AttentionSpec  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.names import CHOICES  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
@@ -40,7 +42,6 @@ def per_role() -> Any:
         ("sagee_attn", "did you mean sage_attn"),
         ("cudn", "did you mean cudnn"),
         (3, "the names are: auto"),
-        (None, "None"),
     ],
 )
 def test_an_unknown_backend_names_the_nearest(node: Any, name: Any, near: str) -> None:
@@ -173,3 +174,23 @@ def test_not_strict_falls_back_with_the_reason(caplog: pytest.LogCaptureFixture)
     for role in ("self", "cross"):
         text = f"role {role}: torch_sdpa runs instead of cudnn_attn (cudnn_attn: device cpu not in (cuda))"
         assert warnings.count(text) == 1
+
+
+def test_what_only_the_environment_says_holds_for_a_per_role_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    comfyui()
+    selector = nodes_module("selector")
+    patch = nodes_module("patch")
+    file = tmp_path / "attention.json"
+    file.write_text('{"strict": true, "accuracy": "quantized"}')
+    monkeypatch.setenv("ATTENTION_BACKENDS_CONFIG", str(file))
+    first = selector.environment()
+    model = patch.set_role(tiny_sampling.build("wan"), "self", AttentionSpec("sdpa_math"))
+    config = patch.current_config(model)
+    assert (config.strict, config.accuracy) == (True, "quantized")
+    same = patch.current_config(patch.set_role(model, "self", AttentionSpec("auto")))
+    assert same.per_role["self"].backend == "sdpa_math", "auto is as if the node were not there"
+    file.write_text('{"strict": false}')
+    assert selector.environment() != first, "an edited file must not reuse cached results"
+    assert selector.check_backend(None) is True, "a linked input is known only when it runs"

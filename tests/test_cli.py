@@ -144,7 +144,7 @@ def test_the_environment_counts_below_config(
         ("ltx2.audio_text_cross", "cross"),
         ("ltx2.audio_to_video", "cross"),
         ("wan.image_cross", "cross"),
-        ("flux.single", "self"),
+        ("flux.single", "joint"),
     ],
 )
 def test_the_category_follows_from_the_name_and_can_be_given(

@@ -14,7 +14,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.router import (
+    NoBackendError,
+    Router,
+)
 from hook_side import (  # noqa: E402
     HEADS,
     PLACES,
@@ -94,7 +97,7 @@ def test_comfy_gets_every_argument(skip_output_reshape: bool) -> None:
 @pytest.mark.parametrize("value", [3, [3], torch.ones(2)], ids=["hashable", "unhashable", "tensor"])
 def test_an_unknown_argument_sends_the_call_to_comfyui(value: Any) -> None:
     seen: list[Any] = []
-    ours = override("sdpa_math", strict=True)
+    ours = override("sdpa_math")
     run = sampling.Run(ours)
     options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
     func = recorder("attention_pytorch", seen)
@@ -107,6 +110,20 @@ def test_an_unknown_argument_sends_the_call_to_comfyui(value: Any) -> None:
     assert [kwargs["brand_new"] is value for _, kwargs in seen] == [True, True]
     assert [kwargs["_inside_attn_wrapper"] for _, kwargs in seen] == [True, True]
     assert run.trace.notes == {"ComfyUI's own attention ran: argument brand_new is not known to this version": 2}
+    rows = [(row.role, row.backend, row.asked, row.calls) for row in run.trace.rows.values()]
+    assert rows == [("self", "comfy", "sdpa_math", 2)]
+
+
+def test_an_unknown_argument_stops_a_strict_choice() -> None:
+    ours = override("sdpa_math", strict=True)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: sampling.Run(ours)}
+    func = recorder("attention_pytorch", [])
+
+    def body() -> None:
+        ours(func, Q, Q, Q, HEADS, brand_new=3, transformer_options=options, _inside_attn_wrapper=True)
+
+    with pytest.raises(NoBackendError, match=r"brand_new is not known.*sdpa_math was asked for strictly"):
+        model_call(stand_in(["WanModel"], PLACES), options, body)
 
 
 def test_comfyui_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:

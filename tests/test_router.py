@@ -140,11 +140,12 @@ def test_the_last_resort_is_what_comfyui_would_run() -> None:
 
 def test_a_backend_that_failed_on_a_call_is_not_tried_on_it_again() -> None:
     here = router(Fake("flash_attn"))
-    here.quarantine("flash_attn", CALL, RuntimeError("no kernel image"))
-    decision = here.select(CALL, named("flash_attn"))
+    failed = {("flash_attn", CALL): "RuntimeError: no kernel image"}
+    decision = here.select(CALL, named("flash_attn"), failed=failed)
     assert decision.backend == "torch_sdpa"
     assert decision.reason == "flash_attn: failed before on this call: RuntimeError: no kernel image"
-    assert here.select(CALL._replace(q_len=77), named("flash_attn")).backend == "flash_attn"
+    assert here.select(CALL._replace(q_len=77), named("flash_attn"), failed=failed).backend == "flash_attn"
+    assert here.select(CALL, named("flash_attn")).backend == "flash_attn", "another session starts afresh"
 
 
 @pytest.mark.parametrize(

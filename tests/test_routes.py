@@ -159,3 +159,17 @@ def test_a_route_keeps_small_queries_off_cudnn_but_a_person_may_ask_for_it() -> 
     assert decision.backend == "torch_sdpa"
     assert "query of 65536 elements < 131072" in str(decision.rejected[0])
     assert router.select(small, Choice("cudnn_attn", "test"), strict=True).backend == "cudnn_attn"
+
+
+def test_lossy_backends_come_first_only_where_they_are_allowed() -> None:
+    packages = "sageattention==2.2.0;triton==3.6.0;flash-attn==2.8.3"
+    router = Router(parse_platform(f"cuda:8.9,packages={packages}"))
+    call = parse_request("num_heads=8,q_len=4096,head_dim=128")
+    auto = Choice(None, "platform route")
+    assert router.select(call, auto).backend == "flash_attn"
+    assert router.select(call, auto, accuracy="quantized").backend == "sage_attn"
+    masked = router.select(call._replace(mask="bool"), auto, accuracy="quantized")
+    assert masked.backend == "sage_fp16_triton"
+    assert "mask kind bool not in (none)" in str(masked.rejected[0])
+    fragile = router.select(call._replace(exact_only=True), auto, accuracy="quantized")
+    assert fragile.backend == "flash_attn"

@@ -37,6 +37,10 @@ class SageFP16Triton(Backend):
     limits = sage.SECOND_LIMITS
     masked_limits = replace(sage.SECOND_LIMITS, masks=ANY_MASK)
 
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+        """Not sm12x: SageAttention's own sources call this kernel unusable there."""
+        return ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0))
+
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
         return reasons + sage.triton_reasons(platform) if platform.kind in self.kinds else reasons
