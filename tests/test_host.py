@@ -14,10 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.router import (
-    NoBackendError,
-    Router,
-)
+from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
     PLACES,
