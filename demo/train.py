@@ -36,7 +36,7 @@ AVERAGE = 0.999  # decay of the moving average of the weights
 
 
 class Stage(NamedTuple):
-    """Some steps, at latent sizes (height, width) drawn by chance; `rate` is the first and last learning rate."""
+    """Some steps at latent sizes (height, width) drawn by chance; `rate`: first and last learning rate."""
 
     steps: int
     sizes: tuple[tuple[int, int], ...]
@@ -48,7 +48,6 @@ STAGES = (
     Stage(2000, ((16, 16),), (1e-3, 1e-3)),
     Stage(1500, MIXED, (1e-3, 1e-3)),
     Stage(1500, MIXED, (6e-4, 0)),
-    Stage(2500, MIXED, (7e-4, 0)),  # once more from the top: the shapes were still round
 )
 
 
