@@ -113,7 +113,7 @@ class Routed:
             events[1].record(stream)
             return output
         except NoBackendError as error:
-            reasons = "; ".join(self.session.router.refuse(self.backend, request))
+            reasons = "; ".join(self.session.router.refuse(self.backend, request, self.session.failed))
             raise RefusedError(f"{role} attention of block {block}: {reasons}") from error
 
     def attention_ms(self, device: torch.device) -> float | None:

@@ -95,10 +95,12 @@ def test_per_role_runs_and_reports_each_role(server: Server) -> None:
     lines = [line.split() for line in shown(server, "per_role").splitlines()]
     # 4 blocks and 20 steps; both prompts go through the model as one batch.
     assert lines[0] == ["role", "backend", "mask", "calls", "ms"]
-    assert [line[:4] for line in lines[1:]] == [
+    assert [line[:4] for line in lines[1:3]] == [
         ["self", "torch_sdpa", "none", "80"],
         ["cross", "sdpa_math", "none", "80"],
     ]
+    assert " ".join(lines[3]).startswith("not counted, because it never reaches ComfyUI's attention hook: the face")
+    assert len(lines) == 4
 
 
 @pytest.mark.comfy
