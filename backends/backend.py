@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import isclose
 from typing import TYPE_CHECKING, ClassVar
 
+from .options import Option
 from .platform import Platform
 from .request import AttentionCall, AttentionRequest
 
@@ -145,6 +146,8 @@ class Backend:
     requires: ClassVar[tuple[str, ...]] = ()
     """Distributions it needs, as requirement strings such as `flash-attn>=2.6.3`."""
     limits: ClassVar[Limits] = Limits()
+    options: ClassVar[tuple[Option, ...]] = ()
+    """What a person may set under `extra`; `load` takes each as a keyword argument with the same default."""
     changes_inputs: ClassVar[bool] = False
     """The kernel writes into query, key or value; callers that keep them hand it copies."""
 
@@ -189,7 +192,9 @@ class Backend:
         return []
 
     def load(self, platform: Platform) -> Kernel:
-        """Import what the kernel needs and return it. Called once, on a machine where it is available.
+        """Import what the kernel needs and return it. Called where it is available, once for each set of options.
+
+        Options are keyword arguments: `def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel`.
 
         Raises:
             Exception: whatever a broken package raises; the caller turns it into an unavailable reason.

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from .backend import ACCURACY
+from .kernels import BACKENDS
+from .kernels.planned import Planned
 from .names import AUTO, canonical
+from .options import problems
 
 GUARD_MODES = ("off", "watch", "enforce")
 
@@ -21,6 +24,11 @@ CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
 
 class ConfigError(ValueError):
     """A configuration that cannot be understood; the message says which part and what is accepted."""
+
+
+def frozen(options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Options as a hashable key."""
+    return tuple(sorted((name, repr(value)) for name, value in options.items()))
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,20 @@ class AttentionSpec:
             raise ConfigError(f"extra must be a mapping, not {type(self.extra).__name__}: {self.extra!r}")
         object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
         if self.extra:
-            known = ", ".join(self.extra)
-            raise ConfigError(f"extra: {self.backend} has no options in this version; given: {known}")
+            self._check_extra()
+
+    def _check_extra(self) -> None:
+        backend = BACKENDS.get(self.backend)
+        if backend is None:
+            raise ConfigError(f"extra: {self.backend} takes no options, it chooses; name a backend to set its options")
+        wrong = problems(backend.options, self.extra)
+        if wrong:
+            raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
+        if isinstance(backend, Planned):
+            raise ConfigError(f"extra of {self.backend}: {', '.join(self.extra)}: understood, but not implemented yet")
 
     def __hash__(self) -> int:
-        return hash((self.backend, tuple(sorted(self.extra.items(), key=str))))
+        return hash((self.backend, frozen(self.extra)))
 
     @property
     def is_auto(self) -> bool:

@@ -7,11 +7,12 @@ this process: which packages turned out to be broken.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from .backend import ACCURACY, Backend, Kernel
-from .config import AttentionConfig, Choice, resolve
+from .config import AttentionConfig, Choice, frozen, resolve
 from .kernels import BACKENDS
 from .names import COMFY
 from .platform import Platform
@@ -25,6 +26,7 @@ ALWAYS = "torch_sdpa"
 Failures = Mapping[tuple[str, AttentionRequest], str]
 """What raised before: (backend id, request) -> the error in words."""
 NO_FAILURES: Failures = {}
+NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Decision:
     asked: str | None = None
     """The backend that was asked for by name; None when the route decided."""
     rejected: tuple[Rejection, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Options of the backend that was asked for; empty where another one runs."""
 
     @property
     def is_fallback(self) -> bool:
@@ -72,7 +76,7 @@ class Router:
         self.backends = backends
         self.route = route_for(platform)
         self._unavailable: dict[str, tuple[str, ...]] = {}
-        self._kernels: dict[str, Kernel] = {}
+        self._kernels: dict[tuple[str, tuple[tuple[str, str], ...]], Kernel] = {}
 
     def unavailable(self, backend_id: str) -> tuple[str, ...]:
         """Why a backend cannot run on this platform; empty when it can. On a real machine this loads it, once."""
@@ -86,23 +90,28 @@ class Router:
             reasons = backend.unavailable_reasons(self.platform)
         if backend is not None and not reasons and not self.platform.described:
             try:
-                self._kernels[backend_id] = backend.load(self.platform)
+                self._kernels[backend_id, ()] = backend.load(self.platform)
             except Exception as error:  # whatever a broken package raises is the reason, never a crash
                 reasons = [f"loading failed: {type(error).__name__}: {error}"]
         self._unavailable[backend_id] = tuple(reasons)
         return self._unavailable[backend_id]
 
-    def kernel(self, backend_id: str) -> Kernel:
-        """The loaded kernel of an available backend.
+    def kernel(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> Kernel:
+        """The loaded kernel of an available backend, with options that its declaration allows.
 
         Raises:
             NoBackendError: it is not available, or the machine was only described.
+            Exception: whatever a package raises while it loads with these options.
         """
         if self.unavailable(backend_id):
             raise NoBackendError(f"{backend_id}: {'; '.join(self.unavailable(backend_id))}")
         if self.platform.described:
             raise NoBackendError(f"{backend_id}: this machine was described, nothing can run on it")
-        return self._kernels[backend_id]
+        key = (backend_id, frozen(options))
+        if key not in self._kernels:
+            load: Callable[..., Kernel] = self.backends[backend_id].load
+            self._kernels[key] = load(self.platform, **options)
+        return self._kernels[key]
 
     def refuse(self, backend_id: str, request: AttentionRequest, failed: Failures = NO_FAILURES) -> tuple[str, ...]:
         """Why a backend cannot run `request`, unavailability and earlier failures included; empty when it can."""
@@ -139,7 +148,7 @@ class Router:
         if choice.asked is not None:
             reasons = self.refuse(choice.asked, request, failed)
             if not reasons:
-                return Decision(choice.asked, choice.source, choice.asked)
+                return Decision(choice.asked, choice.source, choice.asked, options=choice.extra)
             rejected.append(Rejection(choice.asked, reasons))
             forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
             if strict and not forbidden:

@@ -94,8 +94,21 @@ class Session:
         decision = self.router.select(
             request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
         )
+        if decision.options:
+            decision = self._loaded(decision, request, choice, strict)
         self._log_decision(decision, role, category)
         return self._plan(request, decision, role, block, strict)
+
+    def _loaded(self, decision: Decision, request: AttentionRequest, choice: Choice, strict: bool) -> Decision:
+        """The decision itself, or another one where the installed package refuses its options."""
+        try:
+            self.router.kernel(decision.backend, decision.options)
+        except Exception as error:  # whatever a package raises about an option that it does not have
+            self.failed[decision.backend, request] = f"{type(error).__name__}: {error}"
+            return self.router.select(
+                request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
+            )
+        return decision
 
     @property
     def settings(self) -> AttentionConfig:
@@ -115,11 +128,11 @@ class Session:
             role, block, decision.backend, decision.source, request.mask, reason or decision.reason, decision.asked
         )
         row.member = self.router.backends[decision.backend].member(request, self.router.platform)
-        return Plan(request, decision, self._kernel(decision.backend), row, strict)
+        return Plan(request, decision, self._kernel(decision), row, strict)
 
-    def _kernel(self, backend_id: str) -> Kernel:
-        kernel = self.router.kernel(backend_id)
-        if not self.router.backends[backend_id].changes_inputs:
+    def _kernel(self, decision: Decision) -> Kernel:
+        kernel = self.router.kernel(decision.backend, decision.options)
+        if not self.router.backends[decision.backend].changes_inputs:
             return kernel
 
         def on_copies(call: AttentionCall) -> torch.Tensor:

@@ -228,7 +228,7 @@ def test_yaml_may_say_off() -> None:
         ({"default": {"backend": "sage", "topk": 1}}, "config.default: unknown entry topk; known: backend, extra"),
         (
             {"default": {"backend": "sage", "extra": {"topk": 1}}},
-            "sage_attn has no options in this version; given: topk",
+            "config.default: extra of sage_attn: no option 'topk'",
         ),
         ({"default": {"backend": "sage", "extra": 3}}, "config.default: extra must be a mapping, not int"),
         ({"per_role": "sage"}, "config.per_role: expected role: backend entries, not str"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from ..backend import Backend
+from ..options import Option
 from ..platform import Platform
 
 
 class Planned(Backend):
     """A name without a kernel yet. It parses, shows in menus, and says why it cannot run."""
 
-    def __init__(self, backend_id: str, accuracy: str, summary: str) -> None:
+    def __init__(self, backend_id: str, accuracy: str, summary: str, options: tuple[Option, ...] = ()) -> None:
         self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
         self.accuracy = accuracy  # type: ignore[misc]
         self.summary = summary  # type: ignore[misc]
+        self.options = options  # type: ignore[misc]
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         return ["not built into this version of attention-backends"]

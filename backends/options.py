@@ -1,0 +1,56 @@
+"""The options of a backend: each with its type and limits, so that a wrong one is refused when it is read.
+
+A backend declares them in `Backend.options` and takes them as keyword arguments of `load`. Names that other systems
+use for parts that are not built are declared too (`Planned`), type-checked, and refused for that reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: what it may be and what it is when nobody says."""
+
+    name: str
+    kind: type
+    """bool, int, float, str or dict."""
+    default: object
+    summary: str
+    choices: tuple[object, ...] = ()
+    """The only values there are; empty for any of the kind."""
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with `value`, or None. A whole number stands for a number, true and false for neither."""
+        wanted = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and self.kind is not bool):
+            return f"{self.name} must be {KIND_NAMES[self.kind]}, not {value!r}"
+        if self.choices and value not in self.choices:
+            return f"{self.name} {value!r} is not one of {', '.join(str(choice) for choice in self.choices)}"
+        if self.minimum is not None and value < self.minimum:  # type: ignore[operator]  # only numbers have limits
+            return f"{self.name} {value} < {self.minimum:g}"
+        if self.maximum is not None and value > self.maximum:  # type: ignore[operator]
+            return f"{self.name} {value} > {self.maximum:g}"
+        return None
+
+
+def problems(declared: tuple[Option, ...], given: Mapping[str, object]) -> list[str]:
+    """What is wrong with the options in `given`, in words that name the known ones; empty when nothing is."""
+    known = {option.name: option for option in declared}
+    found = []
+    for name, value in given.items():
+        if name in known:
+            problem = known[name].problem(value)
+            found += [problem] if problem else []
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        found.append(f"no option {name!r} (known: {', '.join(known) or 'none'}){hint}")
+    return found

@@ -1,0 +1,133 @@
+"""Options of a backend: checked when they are read, handed to `load`, and part of what a kernel is kept under."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from attention_backends.backends.backend import Backend
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config_text import parse_config
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.options import Option, problems
+from attention_backends.backends.platform import Platform
+from attention_backends.backends.request import AttentionRequest
+from attention_backends.backends.router import NoBackendError, Router
+from attention_backends.backends.session import Session
+
+OPTIONS = (
+    Option("smooth", bool, True, "Subtract the mean of the keys."),
+    Option("steps", int, 4, "How many.", minimum=1, maximum=8),
+    Option("share", float, 0.5, "How much.", minimum=0, maximum=1),
+    Option("mode", str, "fast", "Which.", choices=("fast", "good")),
+)
+
+WRONG = {
+    "smooth=1": ({"smooth": 1}, "smooth must be true or false, not 1"),
+    "steps=true": ({"steps": True}, "steps must be a whole number, not True"),
+    "steps=1.5": ({"steps": 1.5}, "steps must be a whole number, not 1.5"),
+    "steps=0": ({"steps": 0}, "steps 0 < 1"),
+    "steps=9": ({"steps": 9}, "steps 9 > 8"),
+    "share=text": ({"share": "half"}, "share must be a number, not 'half'"),
+    "mode=best": ({"mode": "best"}, "mode 'best' is not one of fast, good"),
+    "unknown": ({"smoth": True}, "no option 'smoth' (known: smooth, steps, share, mode); did you mean smooth?"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named_with_what_is_known(case: str) -> None:
+    given, problem = WRONG[case]
+    assert problems(OPTIONS, given) == [problem]
+
+
+def test_right_options_have_no_problems() -> None:
+    assert problems(OPTIONS, {"smooth": False, "steps": 8, "share": 1, "mode": "good"}) == []
+    assert problems(OPTIONS, {}) == []
+
+
+def test_every_problem_is_told() -> None:
+    assert len(problems(OPTIONS, {"smooth": 1, "steps": 0, "x": 1})) == 3
+
+
+def test_a_choice_takes_no_options() -> None:
+    with pytest.raises(ConfigError, match="auto takes no options, it chooses; name a backend"):
+        AttentionSpec("auto", {"smooth": True})
+
+
+def test_the_message_says_where() -> None:
+    with pytest.raises(ConfigError, match=r"config\.per_role\['self'\]: extra of sdpa_math: no option 'x'"):
+        parse_config({"per_role": {"self": {"backend": "sdpa_math", "extra": {"x": 1}}}})
+
+
+def test_specs_with_other_options_differ(tunable: Backend) -> None:
+    one, two = AttentionSpec(tunable.id, {"steps": 1}), AttentionSpec(tunable.id, {"steps": 2})
+    assert one != two
+    assert hash(one) != hash(two)
+    assert hash(one) == hash(AttentionSpec(tunable.id, {"steps": 1}))
+
+
+def test_declared_options_are_keywords_of_load_with_the_same_defaults() -> None:
+    for backend in BACKENDS.values():
+        if isinstance(backend, Planned):
+            continue
+        keywords = {
+            name: parameter.default
+            for name, parameter in inspect.signature(backend.load).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        assert keywords == {option.name: option.default for option in backend.options}, backend.id
+        assert problems(backend.options, keywords) == [], backend.id
+
+
+class Tunable(Backend):
+    id = "sdpa_math"  # a name that a configuration accepts
+    summary = "A backend with options."
+    kinds = ("cpu",)
+    options = OPTIONS
+
+    def load(self, platform, *, smooth=True, steps=4, share=0.5, mode="fast"):  # type: ignore[no-untyped-def]
+        if mode == "good":
+            raise NotImplementedError("this version has no good mode")
+        settings = (smooth, steps, share, mode)
+        return lambda call: settings
+
+
+@pytest.fixture
+def tunable(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    backend = Tunable()
+    monkeypatch.setitem(BACKENDS, backend.id, backend)
+    return backend
+
+
+REQUEST = AttentionRequest(1, 2, 16, 16, 64, "float16")
+
+
+def test_each_set_of_options_is_a_kernel_of_its_own(tunable: Backend) -> None:
+    router = Router(Platform("cpu", torch="2.11.0"))
+    assert router.kernel(tunable.id)(None) == (True, 4, 0.5, "fast")  # type: ignore[arg-type, comparison-overlap]
+    changed = router.kernel(tunable.id, {"steps": 2})
+    assert changed(None) == (True, 2, 0.5, "fast")  # type: ignore[arg-type, comparison-overlap]
+    assert router.kernel(tunable.id, {"steps": 2}) is changed
+    assert router.kernel(tunable.id) is not changed
+
+
+def test_options_reach_the_role_that_asked(tunable: Backend) -> None:
+    config = AttentionConfig(
+        default=AttentionSpec(tunable.id), per_role={"cross": AttentionSpec(tunable.id, {"steps": 7})}
+    )
+    session = Session(Router(Platform("cpu", torch="2.11.0")), (config,))
+    assert session.plan(REQUEST, "self", "self").kernel(None)[1] == 4  # type: ignore[arg-type, index]
+    assert session.plan(REQUEST, "cross", "cross").kernel(None)[1] == 7  # type: ignore[arg-type, index]
+
+
+def test_an_option_that_the_package_refuses_is_a_fallback_with_its_reason(tunable: Backend) -> None:
+    def session(strict: bool) -> Session:
+        config = AttentionConfig(default=AttentionSpec(tunable.id, {"mode": "good"}), strict=strict)
+        return Session(Router(Platform("cpu", torch="2.11.0")), (config,))
+
+    decision = session(strict=False).plan(REQUEST, "self", "self").decision
+    assert decision.backend == "torch_sdpa"
+    assert "this version has no good mode" in str(decision.reason)
+    with pytest.raises(NoBackendError, match="this version has no good mode"):
+        session(strict=True).plan(REQUEST, "self", "self")
