@@ -22,13 +22,16 @@ from .report import CallScore, Row, Spread
 from .rounds import Entry, Progress, round_robin
 from .scene import Scene
 
+MOST_SCORES = 2**23
+"""Scores of one head and sample that are computed in float64 at once: 64 MiB."""
+
 
 @dataclass(frozen=True)
 class CapturedCall:
     """One attention call of a model, and where in the model it was made."""
 
     role: str
-    block: int
+    block: str
     call: AttentionCall
 
 
@@ -39,7 +42,7 @@ def captured(scene: Scene, router: Router) -> list[CapturedCall]:
     calls: list[CapturedCall] = []
 
     def keep(query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
-        calls.append(CapturedCall(role, block, AttentionCall(query, key, value)))
+        calls.append(CapturedCall(role, str(block), AttentionCall(query, key, value)))
         return reference(query, key, value, role=role, block=block)
 
     scene.predict(latent, sigma, keep)
@@ -55,10 +58,10 @@ def compare_calls(
     A row's `relative_l2` and `cosine` are those of its worst call; a step is one pass over all calls.
     """
     device = calls[0].call.query.device
-    exact = [_exact(entry.call) for entry in calls]
+    exact = [exact_rows(entry.call) for entry in calls]
     entries = []
     for backend in backends:
-        scores = [CallScore(entry.role, str(entry.block), entry.call.request().describe()) for entry in calls]
+        scores = [CallScore(entry.role, entry.block, entry.call.request().describe()) for entry in calls]
         entries.append(Entry(Row(backend, calls=scores), Routed(router, backend)))
     times: dict[tuple[str, int], list[float]] = {}
 
@@ -86,8 +89,9 @@ def compare_calls(
             score = entry.row.calls[at]
             score.ms = Spread.of(passes[at])
             score.broken = metrics.what_is_not_finite(output)
-            score.relative_l2 = metrics.relative_l2(output, exact[at])
-            score.cosine = metrics.cosine(output, exact[at])
+            rows, wanted = exact[at]
+            score.relative_l2 = metrics.relative_l2(output[:, :, rows], wanted)
+            score.cosine = metrics.cosine(output[:, :, rows], wanted)
         _sum_up(entry.row)
     return [entry.row for entry in entries], interrupted
 
@@ -107,13 +111,27 @@ def _nan_first(value: float) -> float:
     return float("inf") if value != value else value
 
 
-def _exact(call: AttentionCall) -> Tensor:
-    """The call's result in float64, on the CPU, which always has it."""
-    wide = [tensor.cpu().double() for tensor in (call.query, call.key, call.value)]
-    mask = None if call.attn_mask is None else call.attn_mask.cpu()
-    return reference_attention(AttentionCall(*wide, mask, call.is_causal, call.scale, call.enable_gqa))
+def exact_rows(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Some query rows of a call, spread evenly with the last among them, and their result in float64 on the CPU.
+
+    Scores of a video's attention in float64 would fill any memory, so rows are drawn and heads are taken one by one.
+    """
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    count = q_len if call.is_causal else min(q_len, max(16, MOST_SCORES // kv_len))
+    rows = torch.linspace(0, q_len - 1, count).round().long()
+    mask = None
+    if call.attn_mask is not None:
+        mask = call.attn_mask.cpu().expand(call.query.shape[0], call.query.shape[1], q_len, kv_len)
+    group = call.query.shape[1] // call.key.shape[1]
+    heads = []
+    for head in range(call.query.shape[1]):
+        query = call.query[:, head : head + 1, rows.to(call.query.device)].cpu().double()
+        key, value = (tensor[:, head // group : head // group + 1].cpu().double() for tensor in (call.key, call.value))
+        part = None if mask is None else mask[:, head : head + 1, rows]
+        heads.append(reference_attention(AttentionCall(query, key, value, part, call.is_causal, call.scale)))
+    return rows, torch.cat(heads, dim=1)
 
 
 def _copy(call: AttentionCall) -> AttentionCall:
     tensors = [tensor.clone() for tensor in (call.query, call.key, call.value)]
-    return AttentionCall(*tensors, call.attn_mask, call.is_causal, call.scale, call.enable_gqa)
+    return AttentionCall(*tensors, call.attn_mask, call.is_causal, call.scale, call.enable_gqa, host=call.host)

@@ -85,14 +85,14 @@ class Routed:
         self.backend = backend
         config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
         self.session = Session(router, (config,))
-        self._plans: dict[tuple[str, int, AttentionRequest], Plan] = {}
+        self._plans: dict[tuple[str, str, AttentionRequest], Plan] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._counted = 0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
-        return self.run(AttentionCall(query, key, value), role, block)
+        return self.run(AttentionCall(query, key, value), role, str(block))
 
-    def run(self, call: AttentionCall, role: str, block: int) -> Tensor:
+    def run(self, call: AttentionCall, role: str, block: str) -> Tensor:
         """Run one call, with whatever mask and scale it carries.
 
         Raises:
@@ -102,7 +102,7 @@ class Routed:
         try:
             plan = self._plans.get((role, block, request))
             if plan is None:
-                plan = self._plans[role, block, request] = self.session.plan(request, role, role, str(block))
+                plan = self._plans[role, block, request] = self.session.plan(request, role, role, block)
             if not call.query.is_cuda:
                 return self.session.run(plan, call)
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -102,6 +102,8 @@ class Row:
     relative_l2: float | None = None
     """Of latents against the reference row's; in the mode `attention` the worst call against float64."""
     cosine: float | None = None
+    clip_similarity: float | None = None
+    """Cosine of the picture's CLIP embedding to the reference's; only where a CLIP vision model was given."""
     frame_scores: list[FrameScore] = field(default_factory=list)
     calls: list[CallScore] = field(default_factory=list)
 
@@ -207,7 +209,7 @@ def combine(reports: Sequence[Report]) -> Report:
             "these runs differ in more than the attention backend, so they cannot be compared; make these equal: "
             + "; ".join(differences)
         )
-    against = ["speedup", "memory_reduction", "identical", "psnr", "ssim", "max_difference"]
+    against = ["speedup", "memory_reduction", "identical", "psnr", "ssim", "max_difference", "clip_similarity"]
     if first.mode != "attention":
         against += ["relative_l2", "cosine"]
     cleared: dict[str, Any] = {**dict.fromkeys(against), "frame_scores": []}

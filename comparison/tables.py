@@ -11,7 +11,7 @@ from .report import LEVEL, Report, Row, Spread
 
 PICTURE_COLUMNS = (
     "backend", "ms per step", "speed-up", "total s", "attention", "peak MB", "PSNR dB", "SSIM", "max/255",
-    "rel. L2", "result",
+    "rel. L2", "CLIP", "result",
 )  # fmt: skip
 ATTENTION_COLUMNS = ("backend", "ms per pass", "speed-up", "worst rel. L2", "worst cosine", "result")
 
@@ -23,13 +23,13 @@ OVERLAP = "~ before a speed: its times overlap with the reference's, so it may b
 HOW_TO_READ = """\
 Times are of sampling alone, without loading and decoding: the median, then least and most. PSNR, SSIM (its mean over
 frames) and max/255 (the largest difference of a colour value, in 8-bit levels) compare decoded pictures with the
-reference's, rel. L2 compares latents. `same to the eye`: no colour differs by a whole level. `a different picture`:
-PSNR under 30 dB."""
+reference's, rel. L2 compares latents, CLIP is the cosine of both pictures' CLIP embeddings. `same to the eye`: no
+colour differs by a whole level. `a different picture`: PSNR under 30 dB."""
 
 HOW_TO_READ_CALLS = f"""\
 Every backend ran on the same query, key and value, taken from the model. Errors are against attention computed in
-float64. A pass is all of these calls once; times are the median, then least and most. `rounding only`: at most
-{ROUNDING} times the reference's own error."""
+float64; of long sequences some query rows are checked, spread evenly. A pass is all of these calls once; times are the
+median, then least and most. `rounding only`: at most {ROUNDING} times the reference's own error."""
 
 
 def cells(report: Report) -> list[list[str]]:
@@ -55,6 +55,7 @@ def cells(report: Report) -> list[list[str]]:
             _number(row.ssim, ".5f"),
             most(row),
             _number(row.relative_l2, ".1e"),
+            _number(row.clip_similarity, ".4f"),
             _result(row, report),
         ]
         for row in report.rows

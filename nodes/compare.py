@@ -17,16 +17,19 @@ from comfy_api.latest import io
 from ..backends.names import COMFY
 from ..backends.router import NoBackendError
 from ..comparison import machine, metrics, picture, tables
-from ..comparison.contenders import RefusedError, parse_backends
+from ..comparison.calls import compare_calls
+from ..comparison.contenders import REFERENCE, RefusedError, parse_backends
 from ..comparison.report import ComparisonError, Report, Row
 from ..comparison.rounds import Entry, round_robin
-from . import graph, patch, runs
+from . import graph, patch, runs, similarity
+from .capture import capturing
 from .pictures import decode
 from .sampling import router_for
 from .selector import CATEGORY
 
 PATCHED = ("model_1", "model_2", "model_3", "model_4")
-MODES = ("end_to_end", "one_step")
+NOT_MEASURED = "VBench: not measured; it scores many prompts and seeds, a comparison has one"
+MODES = ("end_to_end", "one_step", "attention")
 
 
 class AttentionCompare(io.ComfyNode):
@@ -60,7 +63,8 @@ class AttentionCompare(io.ComfyNode):
                     options=list(MODES),
                     default="end_to_end",
                     tooltip="end_to_end: the finished pictures. one_step: one step from the same half-finished "
-                    "latent, which shows a kernel's error before sampling amplifies it.",
+                    "latent, which shows a kernel's error before sampling amplifies it. attention: the same query, "
+                    "key and value, taken from the model, against float64.",
                 ),
                 io.Int.Input("repeat", default=1, min=1, max=20, tooltip="Timed runs of each backend after warm-up."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, tooltip="Used with model, not with a guider."),
@@ -72,6 +76,9 @@ class AttentionCompare(io.ComfyNode):
                 *(
                     io.Model.Input(name, optional=True, tooltip="A model with attention nodes of its own, as a row.")
                     for name in PATCHED
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="With it, each row has the CLIP similarity to the reference."
                 ),
             ],
             outputs=[
@@ -99,16 +106,23 @@ class AttentionCompare(io.ComfyNode):
         positive: Any = None,
         negative: Any = None,
         vae: Any = None,
+        clip_vision: Any = None,
         **patched: Any,
     ) -> io.NodeOutput:
         if sigmas.shape[-1] < 2:
             raise ComparisonError(f"sigmas of length {sigmas.shape[-1]}: at least one step is needed")
         guider = guider if guider is not None else make_guider(model, positive, negative, cfg)
         setup = SetUp(guider, noise, sampler, sigmas, latent_image, mode)
-        variants = make_variants(guider.model_patcher, backends, {k: v for k, v in patched.items() if v is not None})
-        report, results = compare(setup, variants, repeat)
+        models = {name: given for name, given in patched.items() if given is not None}
+        results: list[torch.Tensor | None]
+        if mode == "attention":
+            report, results = compare_attention(setup, backends, models, repeat), []
+        else:
+            report, results = compare(setup, make_variants(guider.model_patcher, backends, models), repeat)
         report.prompt = prompt_text(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
-        pictures = judge(report, results, guider.model_patcher, vae)
+        pictures = judge(report, results, guider.model_patcher, vae) if results else []
+        if clip_vision is not None:
+            similarity.score(report.rows, pictures, clip_vision)
         done = [result for result in results if result is not None]
         latents = {**latent_image, "samples": batch(done) if done else latent_image["samples"]}
         drawn = picture.to_tensor(picture.draw(report, pictures))
@@ -135,7 +149,7 @@ class SetUp:
         self.latent = image
         self.noise = noise.generate_noise({**latent, "samples": image})
         self.sigmas = sigmas
-        if mode == "one_step":
+        if mode != "end_to_end":
             middle = max(1, (len(sigmas) - 1) // 2)
             self.latent = self.sample(guider.model_patcher, sigmas[: middle + 1])
             self.noise = torch.zeros_like(self.noise)
@@ -193,16 +207,47 @@ def make_guider(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
     return guider
 
 
+def compare_attention(setup: SetUp, backends: str, patched: dict[str, Any], repeat: int) -> Report:
+    """Every backend on the same calls, one of each role and shape, from a step in the middle of sampling."""
+    if patched:
+        raise ComparisonError("mode attention compares backends by name: disconnect model_1 to model_4")
+    router = router_for(setup.guider.model_patcher.load_device)
+    names = backend_names(backends)
+    rows = [Row(name, failed="; ".join(router.unavailable(name)) or None) for name in names]
+    model, calls = capturing(setup.guider.model_patcher)
+    setup.sample(model)
+    if not calls:
+        raise ComparisonError("no attention call of this model reached the hook: there is nothing to compare")
+    able = [row.asked for row in rows if row.failed is None]
+    progress_bar = comfy.utils.ProgressBar((repeat + 1) * len(able))
+
+    def progress(what: str, done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress_bar.update_absolute(done, total)
+
+    measured, _ = compare_calls(list(calls.values()), able, router, repeat, progress)
+    found = {row.asked: row for row in measured}
+    report = make_report(setup, [found.get(row.asked, row) for row in rows])
+    report.relate()
+    report.notes.append("one call of each role and shape, from one step in the middle of sampling")
+    return report
+
+
+def backend_names(backends: str) -> list[str]:
+    """The ids that are named, the reference first and what ComfyUI would run second."""
+    names = parse_backends(backends.split(",")) if backends.strip() else [REFERENCE]
+    if COMFY not in names:
+        names.insert(1, COMFY)
+    return names
+
+
 def make_variants(model: Any, backends: str, patched: dict[str, Any]) -> list[Variant]:
     """The rows: the reference, what ComfyUI would run, each named backend, each connected model."""
     if not backends.strip() and not patched:
         raise ComparisonError("nothing to compare: name backends, or connect patched models")
-    names = parse_backends(backends.split(",")) if backends.strip() else parse_backends(["torch_sdpa"])
-    if COMFY not in names:
-        names.insert(1, COMFY)
     router = router_for(model.load_device)
     variants = []
-    for name in names:
+    for name in backend_names(backends):
         row = Row(name, failed="; ".join(router.unavailable(name)) or None)
         settings = {"accuracy": "sparse", "strict": True, "guard": "off"}
         variants.append(Variant(row, patch.set_default(model, name, **settings)))
@@ -279,7 +324,7 @@ def make_report(setup: SetUp, rows: list[Row]) -> Report:
         machine=machine.describe(platform),
         versions={**machine.versions(platform), "comfyui": comfyui_version.__version__},
         rows=rows,
-        notes=["sizes are those of the latent"],
+        notes=["sizes are those of the latent", NOT_MEASURED],
     )
 
 

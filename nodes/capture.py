@@ -1,0 +1,60 @@
+"""The attention calls of a model as plain tensors: one of each role and shape, from one model call in ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..backends.request import AttentionCall, AttentionRequest
+from ..comparison.calls import CapturedCall
+from ..comparison.contenders import REFERENCE
+from . import patch, sites
+from .host import POSITIONAL, Layout, Override, run_comfy
+from .sampling import KEY, OVERRIDE
+
+
+class Capturing(Override):
+    """An override that also keeps a copy of the first call of each role and kind."""
+
+    calls: dict[tuple[str, AttentionRequest], CapturedCall]
+
+    def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        scope = sites.current_scope()
+        if scope is not None and scope.run.override is self:
+            given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
+            query, key, value = args[:3]
+            mask = given.get("mask")
+            call = Layout(query, key, given).call(query, key, value, mask)
+            request = call.request()
+            role = scope.role(scope.ordinal, request.q_len, request.kv_len).name
+            if (role, request) not in self.calls:
+                block = scope.site.block if scope.site is not None else ""
+                self.calls[role, request] = CapturedCall(role, block, _kept(call, func))
+        return super().__call__(func, *args, **kwargs)
+
+
+def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], CapturedCall]]:
+    """A clone of `model` on the reference backend, and the calls that sampling with it will put there."""
+    clone = patch.set_default(model, REFERENCE, accuracy="exact", strict=False, guard="off")
+    options = clone.model_options["transformer_options"]
+    before = options[KEY]
+    override = Capturing(before.layers, before.foreign, before.notes)
+    override.calls = {}
+    options[KEY] = options[OVERRIDE] = override
+    return clone, override.calls
+
+
+def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCall:
+    """The call on memory of its own: the model goes on and may write into what it handed over."""
+    query, key, value = call.query.clone(), call.key.clone(), call.value.clone()
+    mask = None if call.attn_mask is None else call.attn_mask.clone()
+    arguments = {"heads": query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
+    if call.scale is not None:
+        arguments["scale"] = call.scale
+    if call.enable_gqa:
+        arguments["enable_gqa"] = True
+    host = partial(run_comfy, func, query, key, value, mask, None, arguments)
+    return AttentionCall(query, key, value, mask, False, call.scale, call.enable_gqa, host=host)
