@@ -53,7 +53,7 @@ def hunyuan_video_15(backends: Backends) -> Graph:
         "HunyuanVideo 1.5", "832x480, 33 frames, 50 steps", f"diffusion_models/{model_name}",
         *(f"text_encoders/{clip}" for clip in clips), f"vae/{vae_name}",
     )  # fmt: skip
-    # The 480p model has a shift of 5; ComfyUI's template, for the 720p model, has 7.
+    # 480p has a shift of 5 (README of HunyuanVideo-1.5, optimal configurations); ComfyUI's template, 720p, has 7.
     model = graph.add("ModelSamplingSD3", model=unet(graph, model_name), shift=5.0)
     clip = graph.add(
         "DualCLIPLoader", clip_name1=clips[0], clip_name2=clips[1], type="hunyuan_video_15", device="default"
