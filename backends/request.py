@@ -124,9 +124,11 @@ class AttentionCall:
     `query` is (batch, num_heads, q_len, head_dim), `key` and `value` (batch, num_kv_heads, kv_len, ...);
     `attn_mask` is None or four-dimensional and broadcastable to (batch, num_heads, q_len, kv_len).
     `host` runs what the calling program would have run by itself and returns BHSD; None outside a host.
+    `memo` holds what kernels make of the mask, such as packed bits, for the other calls with this very mask; None
+    where nobody says how long a mask stays what it is.
     """
 
-    __slots__ = ("attn_mask", "enable_gqa", "host", "is_causal", "key", "query", "scale", "value")
+    __slots__ = ("attn_mask", "enable_gqa", "host", "is_causal", "key", "memo", "query", "scale", "value")
 
     def __init__(
         self,
@@ -139,6 +141,7 @@ class AttentionCall:
         enable_gqa: bool = False,
         *,
         host: Callable[[], torch.Tensor] | None = None,
+        memo: dict[object, object] | None = None,
     ) -> None:
         self.query = query
         self.key = key
@@ -148,6 +151,7 @@ class AttentionCall:
         self.scale = scale
         self.enable_gqa = enable_gqa
         self.host = host
+        self.memo = memo
 
     def request(self, *, exact_only: bool = False) -> AttentionRequest:
         """The facts of this call. Reads shapes and types, never values, so it costs no synchronisation."""

@@ -1,0 +1,65 @@
+"""The mask plans of one model call: each source mask is read once, and nothing is kept after the call.
+
+ComfyUI samples under inference_mode, where a tensor has no version to tell that it was written to. So a plan is kept
+under the mask's memory for one model call, and the mask with it, lest its memory be used again for another one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..backends.mask import as_4d
+from ..backends.mask_plan import MaskPlan, inspect, passed_on
+
+if TYPE_CHECKING:
+    from .sampling import Run
+
+MOST_READ = 4
+"""Masks read in one model call on an accelerator, where reading one waits for the device."""
+
+MADE_ANEW = "this model makes its masks anew in every block: they are passed to kernels as they are"
+COMPILED = "the model is compiled: its masks are passed to kernels as they are"
+
+
+class Masks:
+    """The plans of the model call that is running."""
+
+    __slots__ = ("_plans", "_run", "held")
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._plans: dict[tuple[Any, ...], tuple[torch.Tensor, MaskPlan]] = {}
+        self.held = True
+        """Holding a mask keeps its memory from another use. False in a compiled graph, which plans its memory ahead."""
+
+    def clear(self) -> None:
+        """At the begin and the end of a model call: forget everything."""
+        self._plans.clear()
+
+    def plan(self, mask: torch.Tensor, source: torch.Tensor | None, kv_len: int) -> MaskPlan:
+        """The plan of a mask in one of ComfyUI's shapes, read now or earlier in this model call.
+
+        Args:
+            source: the tensor that the model makes this mask from in every block, or None; equal sources stand for
+                equal masks.
+        """
+        if not self.held:
+            return self._plan_compiled(mask, kv_len)
+        kept = mask if source is None else source
+        key = (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype, mask.shape, kv_len)
+        found = self._plans.get(key)
+        if found is None:
+            if mask.device.type != "cpu" and len(self._plans) >= MOST_READ:
+                self._run.note(MADE_ANEW)
+                return passed_on(as_4d(mask))
+            found = self._plans[key] = (kept, inspect(as_4d(mask), kv_len))
+        return found[1]
+
+    def _plan_compiled(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
+        """Reading a mask anew at every call costs little on the CPU; on an accelerator each would wait for it."""
+        if mask.device.type == "cpu":
+            return inspect(as_4d(mask), kv_len)
+        self._run.note(COMPILED)
+        return passed_on(as_4d(mask))
