@@ -7,10 +7,13 @@ how the entry for one role is found, always with the source as text.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from .backend import ACCURACY
+from .foreign_options import FOREIGN_OPTIONS
 from .kernels import BACKENDS
 from .kernels.planned import Planned
 from .names import AUTO, canonical
@@ -44,7 +47,7 @@ class AttentionSpec:
         object.__setattr__(self, "backend", canonical(self.backend))
         if not isinstance(self.extra, Mapping):
             raise ConfigError(f"extra must be a mapping, not {type(self.extra).__name__}: {self.extra!r}")
-        object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
+        object.__setattr__(self, "extra", MappingProxyType(deepcopy(dict(self.extra))))
         if self.extra:
             self._check_extra()
 
@@ -52,9 +55,15 @@ class AttentionSpec:
         backend = BACKENDS.get(self.backend)
         if backend is None:
             raise ConfigError(f"extra: {self.backend} takes no options, it chooses; name a backend to set its options")
-        wrong = problems(backend.options, self.extra)
+        declared = {option.name for option in backend.options}
+        foreign = [name for name in self.extra if name in FOREIGN_OPTIONS and name not in declared]
+        wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
+        wrong += problems(tuple(FOREIGN_OPTIONS.values()), {name: self.extra[name] for name in foreign})
         if wrong:
             raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
+        for name in foreign:
+            said = FOREIGN_OPTIONS[name].summary
+            raise ConfigError(f"extra of {self.backend}: {name}: understood, but not implemented ({said})")
         if isinstance(backend, Planned):
             raise ConfigError(f"extra of {self.backend}: {', '.join(self.extra)}: understood, but not implemented yet")
 
@@ -69,25 +78,32 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Default and per-role specs. A role is a dotted string such as `self`, `cross` or `ltx2.audio_to_video`."""
+    """Default and per-role specs. A role is a dotted string such as `self`, `cross` or `ltx2.audio_to_video`.
+
+    A setting that is None was not said here: the next configuration's counts, and at the end `UNSAID`.
+    """
 
     default: AttentionSpec = field(default_factory=AttentionSpec)
     per_role: Mapping[str, AttentionSpec] = field(default_factory=dict)
-    accuracy: str = "exact"
+    """Entries that say `auto` say nothing, and are left out."""
+    accuracy: str | None = None
     """The least exact class that `auto` may pick: one of `backend.ACCURACY`, each including those before it."""
-    strict: bool = False
-    guard: str = "off"
+    strict: bool | None = None
+    guard: str | None = None
     source: str = "config"
     """Where this came from, for messages: a node, a file, an environment variable."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the person should know about how it was read: names that mean something else here, parts without effect."""
 
     def __post_init__(self) -> None:
-        if self.accuracy not in ACCURACY:
+        if self.accuracy is not None and self.accuracy not in ACCURACY:
             raise ConfigError(f"accuracy {self.accuracy!r} is not one of {', '.join(ACCURACY)}")
-        if self.guard not in GUARD_MODES:
+        if self.guard is not None and self.guard not in GUARD_MODES:
             raise ConfigError(f"guard {self.guard!r} is not one of {', '.join(GUARD_MODES)}")
-        if not isinstance(self.strict, bool):
+        if self.strict is not None and not isinstance(self.strict, bool):
             raise ConfigError(f"strict must be true or false, not {self.strict!r}")
-        object.__setattr__(self, "per_role", MappingProxyType(dict(self.per_role)))
+        said = {role: spec for role, spec in self.per_role.items() if not spec.is_auto}
+        object.__setattr__(self, "per_role", MappingProxyType(said))
 
     def __hash__(self) -> int:
         per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
@@ -107,6 +123,27 @@ class AttentionConfig:
         if not self.default.is_auto:
             return self.default, f"{self.source}.default"
         return None
+
+
+class Settings(NamedTuple):
+    """What holds for every role of a run."""
+
+    accuracy: str
+    strict: bool
+    guard: str
+
+
+UNSAID = Settings(accuracy="exact", strict=False, guard="off")
+
+
+def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
+    """Each setting as the highest configuration that says anything about it has it."""
+
+    def said(name: str) -> object:
+        values = (getattr(layer, name) for layer in layers)
+        return next((value for value in values if value is not None), getattr(UNSAID, name))
+
+    return Settings(*map(said, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
-KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+KIND_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
 
 
 @dataclass(frozen=True)
@@ -19,19 +27,29 @@ class Option:
 
     name: str
     kind: type
-    """bool, int, float, str or dict."""
+    """bool, int, float, str, dict or list."""
     default: object
     summary: str
     choices: tuple[object, ...] = ()
     """The only values there are; empty for any of the kind."""
     minimum: float | None = None
     maximum: float | None = None
+    also: tuple[object, ...] = ()
+    """Values, or types of values, that are allowed beside those of the kind, such as "auto" for a number."""
+    fields: tuple[Option, ...] = ()
+    """What a mapping may hold; empty for anything."""
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value`, or None. A whole number stands for a number, true and false for neither."""
+        if type(value) in self.also or (not isinstance(value, bool | dict | list) and value in self.also):
+            return None
         wanted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and self.kind is not bool):
             return f"{self.name} must be {KIND_NAMES[self.kind]}, not {value!r}"
+        if isinstance(value, float) and not isfinite(value):
+            return f"{self.name} must be a finite number, not {value}"
+        if self.fields and isinstance(value, Mapping) and (inner := problems(self.fields, value)):
+            return f"{self.name}: {'; '.join(inner)}"
         if self.choices and value not in self.choices:
             return f"{self.name} {value!r} is not one of {', '.join(str(choice) for choice in self.choices)}"
         if self.minimum is not None and value < self.minimum:  # type: ignore[operator]  # only numbers have limits

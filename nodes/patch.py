@@ -33,31 +33,48 @@ def current_config(model: Any) -> AttentionConfig:
     override = _options(model).get(KEY)
     if isinstance(override, Override):
         return override.layers[0]
-    # Where no Selector says otherwise, strictness and the like come from the environment.
-    inherited = next(iter(from_environment()), AttentionConfig())
-    return AttentionConfig(
-        accuracy=inherited.accuracy, strict=inherited.strict, guard=inherited.guard, source=NODE_SOURCE
-    )
+    return AttentionConfig(source=NODE_SOURCE)  # what it does not say comes from the environment
 
 
 def set_default(model: Any, backend: str, *, accuracy: str, strict: bool, guard: str) -> Any:
     """A clone of `model` whose default backend and settings are these; its per-role entries stay."""
-    config = replace(
-        current_config(model), default=AttentionSpec(backend), accuracy=accuracy, strict=strict, guard=guard
-    )
-    return _patched(model, config, notes=())
+    before, default = current_config(model), AttentionSpec(backend)
+    config = replace(before, default=default, accuracy=accuracy, strict=strict, guard=guard)
+    return _patched(model, config, _replaced("the default", before.default, default))
 
 
 def set_role(model: Any, role: str, spec: AttentionSpec) -> Any:
     """A clone of `model` with one more per-role entry; the last writer of a role wins, and the account says so."""
     config = current_config(model)
-    notes: tuple[str, ...] = ()
     if spec.is_auto:  # as if this node were not there
-        return _patched(model, config, notes)
-    earlier = config.per_role.get(role)
-    if earlier is not None and earlier != spec:
-        notes = (f"role {role} was set twice: {spec.backend} replaces {earlier.backend}",)
+        return _patched(model, config, ())
+    notes = _replaced(f"role {role}", config.per_role.get(role), spec)
     return _patched(model, replace(config, per_role={**config.per_role, role: spec}), notes)
+
+
+def set_config(model: Any, config: AttentionConfig) -> Any:
+    """A clone of `model` with everything that `config` says; what it does not say stays as earlier nodes had it."""
+    before = current_config(model)
+    notes = config.notes
+    if not config.default.is_auto:
+        notes += _replaced("the default", before.default, config.default)
+    for role, spec in config.per_role.items():
+        notes += _replaced(f"role {role}", before.per_role.get(role), spec)
+    settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
+    merged = replace(
+        before,
+        default=before.default if config.default.is_auto else config.default,
+        per_role={**before.per_role, **config.per_role},
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+    return _patched(model, merged, notes)
+
+
+def _replaced(what: str, earlier: AttentionSpec | None, spec: AttentionSpec) -> tuple[str, ...]:
+    """The note about a second writer of one entry; the last one wins."""
+    if earlier is None or earlier.is_auto or earlier == spec:
+        return ()
+    return (f"{what} was set twice: {spec.backend} replaces {earlier.backend}",)
 
 
 def _options(model: Any) -> dict[str, Any]:
@@ -83,7 +100,7 @@ def _patched(model: Any, config: AttentionConfig, notes: tuple[str, ...]) -> Any
         foreign, notes = before.foreign, before.notes + notes
     elif before is not None and PURE_SELECTORS.fullmatch(name_of(before)):
         foreign, notes = None, (*notes, f"an earlier node's choice ({name_of(before)}) was replaced by ours")
-    override = Override((config, *from_environment()), foreign, notes)
+    override = Override((config, *from_environment(above=(config,))), foreign, notes)
     clone = model.clone()
     options = _options(clone)
     options[KEY] = options[OVERRIDE] = override

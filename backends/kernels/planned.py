@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import sparse_options
 from ..backend import Backend
 from ..options import Option
 from ..platform import Platform
@@ -21,20 +22,11 @@ class Planned(Backend):
 
 
 PLANNED = (
-    Planned("sage_fp16_cuda", "quantized", "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel."),
-    Planned("sage_fp8_cuda", "quantized", "SageAttention 2 with INT8 scores and FP8 values."),
-    Planned("sage_fp8_sm90", "quantized", "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel."),
-    Planned("comfy_kitchen_int8", "quantized", "ComfyUI's own INT8 attention."),
-    Planned("xformers", "exact", "xformers' memory-efficient attention."),
-    Planned("flex_attn", "exact", "PyTorch's FlexAttention, compiled."),
-    Planned("aiter", "exact", "AMD's AITER kernels, for ROCm."),
-    Planned("npu_fusion", "exact", "Fused attention on Ascend NPUs."),
-    Planned("xla_flash", "exact", "Flash attention on XLA devices."),
-    Planned("sliding_tile_attn", "sparse", "Sliding Tile Attention for video."),
-    Planned("video_sparse_attn", "sparse", "Video Sparse Attention."),
-    Planned("vmoba_attn", "sparse", "VMoBA block attention for video."),
-    Planned("sparse_video_gen_2_attn", "sparse", "Sparse VideoGen 2."),
-    Planned("sparge_attn", "sparse", "SpargeAttention: sparse and quantised."),
-    Planned("sol_attn", "sparse", "SOL sparse attention."),
-    Planned("radial_attn", "sparse", "Radial Attention for video."),
+    Planned("sliding_tile_attn", "sparse", "Sliding Tile Attention for video.", sparse_options.SLIDING_TILE),
+    Planned("video_sparse_attn", "sparse", "Video Sparse Attention.", sparse_options.VIDEO_SPARSE),
+    Planned("vmoba_attn", "sparse", "VMoBA block attention for video.", sparse_options.VMOBA),
+    Planned("sparse_video_gen_2_attn", "sparse", "Sparse VideoGen 2.", sparse_options.SPARSE_VIDEO_GEN_2),
+    Planned("sparge_attn", "sparse", "SpargeAttention: sparse and quantised.", sparse_options.SPARGE),
+    Planned("sol_attn", "sparse", "SOL sparse attention.", sparse_options.SOL),
+    Planned("radial_attn", "sparse", "Radial Attention for video.", sparse_options.RADIAL),
 )

@@ -1,0 +1,247 @@
+"""Command lines, flags and `name=value` pairs to a nested mapping: the words, their values, and what they set.
+
+What the mapping means is in `config_mapping.py`. Quotes, brackets, `#` comments and lines continued with a backslash
+are read as a shell would; a value is a number, true, false, a list or a mapping where it is written like one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from .config import ConfigError
+
+CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
+"""vLLM-Omni's structured configuration."""
+COMPONENT_FLAG = "component_attention_backends"
+COMMAND_FLAGS = (*CONFIG_FLAGS, "diffusion_attention_backend", "attention_backend", "attention_backend_config",
+                 COMPONENT_FLAG)  # fmt: skip
+"""What is taken from a whole command line; its other flags are the program's own."""
+COMPONENT_NAME = re.compile(
+    r"(transformer|unet|text_encoder|image_encoder|vision_encoder|vae|audio_vae|video_vae|vocoder|connectors)(_\d+)?"
+)
+
+_ASSIGNMENT = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
+_PROGRAM = re.compile(
+    r"([\w.-]*/.*|.*\.(py|sh|exe)|python[\d.]*|py|vllm|vllm-omni|sglang|torchrun|accelerate|uv|uvx|env|sudo|srun|docker)"
+)
+_FLAGS = re.compile(rf"(\$\s+)?(export\s|--?[A-Za-z]|[A-Za-z_][\w.-]*\s*=|({_PROGRAM.pattern})\s)")
+_NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
+_CLOSES = {"{": "}", "[": "]"}
+
+
+class Word(NamedTuple):
+    """One word of a command line, without its quotes."""
+
+    text: str
+    line: int
+
+
+class Flags(NamedTuple):
+    """What a text of flags says."""
+
+    nested: dict[str, Any]
+    environment: dict[str, str]
+    """Variables that stand before the command."""
+    skipped: tuple[str, ...]
+    """Flags of a command line that are not about attention."""
+
+
+def looks_like_flags(text: str) -> bool:
+    """True where the first line that says something is a flag, an assignment or a command."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    return _FLAGS.match(first) is not None
+
+
+def parse_flags(text: str, source: str) -> Flags:
+    """Read flags, pairs, or a whole command line.
+
+    Raises:
+        ConfigError: a word is not understood; the message has the word and, in a longer text, its line.
+    """
+    words = words_of(text, source)
+    environment: dict[str, str] = {}
+    while words and (words[0].text in ("$", "export") or _ASSIGNMENT.fullmatch(words[0].text)):
+        found = _ASSIGNMENT.fullmatch(words.pop(0).text)
+        if found:
+            environment[found[1]] = found[2]
+    command = bool(words) and _PROGRAM.fullmatch(words[0].text) is not None
+    while command and words and not words[0].text.startswith("-") and not _is_attention(words[0].text):
+        words.pop(0)
+    nested: dict[str, Any] = {}
+    skipped = []
+    while words:
+        word = words.pop(0)
+        if command and not _is_attention(word.text):
+            _refuse_near(word, source)
+            skipped += [word.text.partition("=")[0]] if re.match("--?[A-Za-z]", word.text) else []
+            continue
+        for name, value in _pairs(word, words, source):
+            _put(nested, name, value, f"{source}: {name!r} conflicts with an earlier entry{_at(word)}")
+    if command and not nested and not environment:
+        raise ConfigError(f"{source}: nothing in this command line is about attention; known: {_known()}")
+    return Flags(nested, environment, tuple(skipped))
+
+
+def parse_pairs(text: str, source: str) -> dict[str, Any]:
+    """Read `name=value` pairs to a nested mapping; dots in names nest."""
+    nested: dict[str, Any] = {}
+    words = words_of(text, source)
+    while words:
+        word = words.pop(0)
+        for name, value in _pairs(word, words, source):
+            _put(nested, name, value, f"{source}: {name!r} conflicts with an earlier entry{_at(word)}")
+    return nested
+
+
+def words_of(text: str, source: str) -> list[Word]:
+    """Split at white space outside quotes and brackets.
+
+    Raises:
+        ConfigError: a quote or a bracket is never closed.
+    """
+    words: list[Word] = []
+    current: list[str] = []
+    started, line, quote, opened, closing = False, 1, "", 1, []  # type: tuple[bool, int, str, int, list[str]]
+    index = 0
+    while index < len(text):
+        char, after = text[index], text[index + 1 : index + 2]
+        index += 1
+        if char == "\n":
+            line += 1
+        if quote:
+            if char == quote:
+                quote = ""
+                current += [char] if closing else []
+            elif char == "\\" and quote == '"' and after in ('"', "\\") and not closing:
+                current.append(after)
+                index += 1
+            else:
+                current.append(char)
+        elif char in "'\"" and (closing or not started or current[-1:] in (["="], [","])):
+            quote, opened, started = char, line, True
+            current += [char] if closing else []
+        elif char in "\\^`" and after in ("\n", "\r") and not closing:  # also as Windows' shells continue a line
+            continue
+        elif char in _CLOSES:
+            closing.append(_CLOSES[char])
+            opened, started = line, True
+            current.append(char)
+        elif closing and char == closing[-1]:
+            closing.pop()
+            current.append(char)
+        elif closing or not char.isspace():
+            if char == "#" and not started:
+                index = text.find("\n", index) if "\n" in text[index:] else len(text)
+                continue
+            started = True
+            current.append(char)
+        elif started:
+            words.append(Word("".join(current), line - (char == "\n")))
+            current, started = [], False
+    if quote or closing:
+        raise ConfigError(f"{source}: {quote or closing[-1]!r} is missing: what opens on line {opened} is never closed")
+    if started:
+        words.append(Word("".join(current), line))
+    return words
+
+
+def _pairs(word: Word, rest: list[Word], source: str) -> list[tuple[str, object]]:
+    """The settings of one word; a flag without `=` takes the next word as its value."""
+    text = word.text
+    if text.startswith("-"):
+        name, equals, value = text.lstrip("-").partition("=")
+        if not equals:
+            if not rest or rest[0].text.startswith("--"):
+                raise ConfigError(f"{source}: {text!r} is not name=value: its value is missing{_at(word)}")
+            value = rest.pop(0).text
+        return [(name, scalar(value))]
+    pieces: list[str] = []
+    for piece in _at_commas(text):
+        if "=" in piece or not pieces:
+            pieces.append(piece)
+        else:  # a comma inside a value, as in dense_layers=0,1
+            pieces[-1] += f",{piece}"
+    found: list[tuple[str, object]] = []
+    for piece in pieces:
+        name, equals, value = piece.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"{source}: {piece!r} is not name=value{_at(word)}")
+        found.append((name.strip(), scalar(value)))
+    return found
+
+
+def _at_commas(text: str) -> list[str]:
+    pieces, depth = [""], 0
+    for char in text:
+        depth += (char in "{[") - (char in "}]")
+        if char == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += char
+    return [piece for piece in pieces if piece.strip()]
+
+
+def scalar(text: str) -> object:
+    """A value as it is written: true, false, a number, JSON (a list, a mapping, a quoted text), else the text."""
+    text = text.strip()
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if _NUMBER.fullmatch(text):
+        return float(text) if any(mark in text for mark in ".eE") else int(text)
+    if text[:1] in ("{", "[", '"'):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+    if len(text) > 1 and text[0] == text[-1] == "'":
+        return text[1:-1]
+    return text
+
+
+def _put(nested: dict[str, Any], name: str, value: object, conflict: str) -> None:
+    """Put `a.b.c` into nested dicts; names of components keep their dots."""
+    head, _, tail = name.partition(".")
+    head = head.replace("-", "_")
+    if COMPONENT_NAME.fullmatch(head):
+        head, tail = COMPONENT_FLAG, name
+    parts = [head, tail] if head == COMPONENT_FLAG and tail else [head, *tail.split(".")] if tail else [head]
+    *parents, last = parts
+    for parent in parents:
+        nested = nested.setdefault(parent, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(conflict)
+    if last in nested:
+        raise ConfigError(conflict)
+    nested[last] = value
+
+
+def _head(word: str) -> str:
+    return re.split(r"[.=]", word.lstrip("-"), maxsplit=1)[0].replace("-", "_")
+
+
+def _is_attention(word: str) -> bool:
+    if not word.startswith("-"):
+        return re.match(r"(args\.)?infer\.attn_(type|config\b)[\w.]*=", word) is not None
+    return _head(word) in COMMAND_FLAGS
+
+
+def _refuse_near(word: Word, source: str) -> None:
+    """A flag of a command line that speaks of attention and is not known must not be passed over.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if word.text.startswith("--") and "attention" in _head(word.text):
+        name = word.text.partition("=")[0]
+        raise ConfigError(f"{source}: flag {name} is about attention and not known here; known: {_known()}{_at(word)}")
+
+
+def _known() -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in COMMAND_FLAGS)
+
+
+def _at(word: Word) -> str:
+    return f" (line {word.line})" if word.line > 1 else ""
