@@ -143,6 +143,8 @@ class Backend:
     """Kinds of platform it runs on (`platform.KINDS`)."""
     min_capability: ClassVar[tuple[int, int] | None] = None
     """Lowest CUDA compute capability; asked only on `cuda`."""
+    architectures: ClassVar[tuple[str, ...] | None] = None
+    """The only AMD architectures that it has kernels for, such as `gfx942`; asked only on `rocm`."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Distributions it needs, as requirement strings such as `flash-attn>=2.6.3`."""
     limits: ClassVar[Limits] = Limits()
@@ -165,6 +167,8 @@ class Backend:
             elif cards is not None and platform.capability not in cards:
                 known = ", ".join(_dotted(card) for card in cards)
                 reasons.append(f"compute capability {_dotted(platform.capability)} not in ({known})")
+        if platform.kind == "rocm" and self.architectures is not None and platform.gfx not in self.architectures:
+            reasons.append(f"architecture {platform.gfx or 'unknown'} not in ({', '.join(self.architectures)})")
         reasons += [reason for need in self.requires if (reason := package_reason(need, platform))]
         return reasons
 
@@ -174,6 +178,10 @@ class Backend:
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         """Which of several kernels would run `request`, for reports; None where the backend is one kernel."""
+        return None
+
+    def origin(self, platform: Platform) -> str | None:
+        """Where its code comes from, where that is none of its packages; None otherwise. For reports."""
         return None
 
     def limits_on(self, platform: Platform) -> Limits:

@@ -50,7 +50,7 @@ class Family(Backend):
                 continue
             try:
                 kernel = member.load(platform)
-            except Exception as error:  # whatever a broken package raises
+            except (Exception, SystemExit) as error:  # whatever a broken package raises
                 broken.append(f"{member.id}: {type(error).__name__}: {error}")
             else:
                 self._loaded[platform] = member
@@ -59,7 +59,11 @@ class Family(Backend):
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         chosen = self._chosen(platform)
-        return chosen.id if chosen else None
+        return (chosen.member(request, platform) or chosen.id) if chosen else None
+
+    def origin(self, platform: Platform) -> str | None:
+        chosen = self._chosen(platform)
+        return chosen.origin(platform) if chosen else None
 
     def limits_on(self, platform: Platform) -> Limits:
         chosen = self._chosen(platform)

@@ -63,6 +63,8 @@ def _refuses() -> str:
 def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -> Advice:
     """How to make an unavailable backend available: a command where one is known, `nothing` where none would help."""
     packages = PACKAGES_OF.get(backend.id, ())
+    if platform.hub and backend.origin(platform):
+        platform = replace(platform, hub=False)  # the Hub was tried; its own package is what remains
     missing = backend.unavailable_reasons(platform)
     if not missing:
         return _broken(packages, platform, interpreter)

@@ -6,8 +6,9 @@ laptop can ask what any other machine would choose. Which backend comes first wh
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,17 +24,22 @@ OS_NAMES = {"linux": "linux", "windows": "win32", "win32": "win32", "darwin": "d
 
 KINDS = ("cpu", "cuda", "rocm", "xpu", "mps", "npu", "xla")
 
+HUB_VARIABLE = "ATTENTION_BACKENDS_HUB"
+"""Set to 1, this environment variable allows downloads of kernels from Hugging Face's Hub."""
+
 PACKAGES = (
     "flash-attn",
     "flash-attn-3",
     "flash-attn-4",
     "flashinfer-python",
+    "flashinfer-cubin",
     "sageattention",
     "sageattn3",
     "spas-sage-attn",
     "xformers",
     "comfy-kitchen",
     "amd-aiter",
+    "aiter",
     "torch-npu",
     "torch-xla",
     "triton",
@@ -63,6 +69,8 @@ class Platform:
     os: str = field(default=sys.platform)
     cudnn_sdp_enabled: bool = True
     """False when something in this process called torch.backends.cuda.enable_cudnn_sdp(False)."""
+    hub: bool = False
+    """The person allows kernels to be downloaded from Hugging Face's Hub (`hub.py`)."""
     described: bool = False
     """True for a machine that somebody described: packages are then taken at their word, not imported."""
 
@@ -109,20 +117,40 @@ def installed_packages() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=16)
+def hub_allowed() -> bool:
+    """Whether the environment allows downloads from the Hub; anything but a clear yes is a no."""
+    return os.environ.get(HUB_VARIABLE, "").strip().lower() in ("1", "on", "true", "yes")
+
+
 def detect(device: torch.device | None = None) -> Platform:
-    """Read the machine, for `device` (default: the first accelerator, else the CPU). Imports torch."""
+    """Read the machine, for `device` (default: the first accelerator, else the CPU). Imports torch.
+
+    Read once per process, but for two switches: the Hub's, which a person may turn, and cuDNN's, which any library may.
+    """
+    platform = _machine(device)
+    if platform.hub != hub_allowed():
+        platform = replace(platform, hub=hub_allowed())
+    if platform.kind != "cuda":
+        return platform
+    import torch
+
+    enabled: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    return platform if enabled == platform.cudnn_sdp_enabled else replace(platform, cudnn_sdp_enabled=enabled)
+
+
+@lru_cache(maxsize=16)
+def _machine(device: torch.device | None) -> Platform:
     import torch
 
     version = torch.__version__.split("+")[0]
-    packages = installed_packages()
+    packages, hub = installed_packages(), hub_allowed()
     kind = device.type if device is not None else _default_device_type()
     if kind == "cuda" and torch.cuda.is_available():
         index = device.index if device is not None and device.index is not None else torch.cuda.current_device()
         name = torch.cuda.get_device_name(index)
         if torch.version.hip:
             gfx = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-            return Platform("rocm", gfx=gfx, name=name, torch=version, packages=packages)
+            return Platform("rocm", gfx=gfx, name=name, torch=version, packages=packages, hub=hub)
         return Platform(
             "cuda",
             capability=torch.cuda.get_device_capability(index),
@@ -131,11 +159,11 @@ def detect(device: torch.device | None = None) -> Platform:
             cuda=torch.version.cuda,
             cudnn=torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             packages=packages,
-            cudnn_sdp_enabled=torch.backends.cuda.cudnn_sdp_enabled(),  # type: ignore[no-untyped-call]
+            hub=hub,
         )
     if kind not in KINDS:
         kind = "cpu"
-    return Platform(kind, torch=version, packages=packages)
+    return Platform(kind, torch=version, packages=packages, hub=hub)
 
 
 def _default_device_type() -> str:
@@ -154,8 +182,8 @@ def parse_platform(text: str) -> Platform:
     """Read a described machine: `KIND[:CARD]`, then `name=value` pairs, separated by commas.
 
     CARD is a compute capability for cuda (`12.0`) and an architecture for rocm (`gfx942`). The names are
-    `torch`, `cuda`, `cudnn`, `name`, `os` (linux, windows, darwin), `cudnn_sdp` (on, off), and `packages`,
-    a list such as `flash-attn==2.8.3;flashinfer-python==0.7.2`.
+    `torch`, `cuda`, `cudnn`, `name`, `os` (linux, windows, darwin), `cudnn_sdp` and `hub` (on, off),
+    and `packages`, a list such as `flash-attn==2.8.3;flashinfer-python==0.7.2`.
 
     Raises:
         ValueError: the text has another form; the message says which part.
@@ -187,6 +215,7 @@ def parse_platform(text: str) -> Platform:
         packages=_parse_packages(values.get("packages", "")),
         os=_one_of("os", OS_NAMES, values.get("os", "darwin" if kind == "mps" else "linux")),
         cudnn_sdp_enabled=_one_of("cudnn_sdp", {"on": True, "off": False}, values.get("cudnn_sdp", "on")),
+        hub=_one_of("hub", {"on": True, "off": False}, values.get("hub", "off")),
         described=True,
     )
 
@@ -198,7 +227,7 @@ def _one_of(name: str, choices: Mapping[str, Value], value: str) -> Value:
 
 
 def _parse_pairs(pairs: list[str]) -> dict[str, str]:
-    known = ("torch", "cuda", "cudnn", "name", "os", "cudnn_sdp", "packages")
+    known = ("torch", "cuda", "cudnn", "name", "os", "cudnn_sdp", "hub", "packages")
     values = {}
     for pair in filter(None, pairs):
         name, equals, value = pair.partition("=")

@@ -91,5 +91,6 @@ def default_line(platform: Platform, backend: str) -> str:
     if backend == "torch_sdpa":
         return "Defaulting to diffusion attention backend SDPA"
     card = " ".join(filter(None, (platform.architecture, platform.sm or platform.gfx)))
-    cudnn = f", cuDNN {platform.cudnn}" if backend == "cudnn_attn" and platform.cudnn else ""
-    return f"Defaulting to diffusion attention backend {backend.upper()} ({card}{cudnn})"
+    cudnn = f"cuDNN {platform.cudnn}" if backend == "cudnn_attn" and platform.cudnn else ""
+    known = ", ".join(filter(None, (card, cudnn)))
+    return f"Defaulting to diffusion attention backend {backend.upper()}" + (f" ({known})" if known else "")

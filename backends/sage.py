@@ -1,4 +1,4 @@
-"""What the SageAttention kernels have in common: which release is installed, on which cards, in what state.
+"""What the SageAttention kernels have in common: the installed release, its cards and options, the state of its build.
 
 Two libraries share the name `sageattention`: 1.0.6 on PyPI is Triton only, 2.x is built from its sources and has
 CUDA kernels. Their limits and their defects differ, so the version decides. The algorithm: arXiv:2410.02367.
@@ -6,14 +6,19 @@ CUDA kernels. Their limits and their defects differ, so the version decides. The
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import isfunction, signature
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .backend import HALF, Limits, package_reason
-from .layout import INT32_ELEMENTS
+from .backend import HALF, Backend, Kernel, Limits, package_reason
+from .layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from .options import Option
 from .platform import Platform
+from .request import AttentionCall
 
 if TYPE_CHECKING:
+    import torch
     from packaging.version import Version
 
 REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
@@ -33,6 +38,25 @@ heads are grid dimensions."""
 
 SECOND_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
 """A name that 1.x does not have."""
+
+TAIL_BLOCK = 64
+"""Keys per block of the INT8 kernels."""
+
+BUILT_FLAG = {"sage_fp16_cuda": "SM80_ENABLED", "sage_fp8_cuda": "SM89_ENABLED", "sage_fp8_sm90": "SM90_ENABLED"}
+"""The names by which sageattention.core says which of its CUDA kernels were built."""
+
+AS_PACKAGE = "auto"
+"""The value of an option that stands for what the package's own `sageattn` takes on the card."""
+
+SMOOTH_K = Option("smooth_k", bool, True, "Subtract the keys' mean before rounding them: more exact, a little slower.")
+SMOOTH_V = Option("smooth_v", bool, False, "Subtract the values' mean before rounding them; for values with a bias.")
+GRANULARITY = Option(
+    "qk_quant_gran",
+    str,
+    AS_PACKAGE,
+    "How many numbers of query and key share a scale; auto is the package's choice for the card.",
+    choices=(AS_PACKAGE, "per_warp", "per_thread"),
+)
 
 
 def installed(platform: Platform) -> Version:
@@ -69,6 +93,35 @@ def triton_reasons(platform: Platform) -> list[str]:
     return [f"{reason}, which {platform.sm} needs"] if reason else []
 
 
+def picked(platform: Platform) -> str:
+    """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
+    if platform.capability == (7, 5) or (platform.capability == (8, 6) and not is_fork(platform)):
+        return "sage_fp16_triton"
+    if platform.capability in ((8, 0), (8, 6), (8, 7)):
+        return "sage_fp16_cuda"
+    return "sage_fp8_sm90" if platform.capability == (9, 0) else "sage_fp8_cuda"
+
+
+def may_read_nan(kernel: str, kv_len: int) -> bool:
+    """True where the FP16 CUDA kernel multiplies weight 0 with unwritten shared memory behind the last key.
+
+    https://github.com/thu-ml/SageAttention/pull/377; the fork filled it with zeros in July 2026, in a wheel whose
+    version does not say so.
+    """
+    return kernel == "sage_fp16_cuda" and kv_len % TAIL_BLOCK != 0
+
+
+def granularity(platform: Platform) -> str:
+    """What `sageattn` of 2.x takes for `qk_quant_gran` on this card."""
+    per_warp = ((10, 0), (12, 0), (12, 1)) if is_fork(platform) else ((12, 0), (12, 1))
+    return "per_warp" if platform.capability in per_warp else "per_thread"
+
+
+def scale_of(call: AttentionCall) -> float:
+    """The call's scale as a number."""
+    return float(call.query.shape[-1] ** -0.5) if call.scale is None else call.scale
+
+
 def import_second() -> ModuleType:
     """Import sageattention 2.x.
 
@@ -81,3 +134,81 @@ def import_second() -> ModuleType:
     if not hasattr(module, SECOND_ONLY):
         raise ImportError(f"metadata says sageattention 2.x, but {module.__file__} has no {SECOND_ONLY}")
     return module
+
+
+def check_build(module: ModuleType, kernel: str) -> None:
+    """Refuse builds without this kernel, and those whose sm90 kernel is hidden behind its own fake.
+
+    Raises:
+        ImportError: with what is wrong.
+    """
+    core = module.core
+    flag = BUILT_FLAG.get(kernel)
+    if flag and not getattr(core, flag, True):
+        raise ImportError(f"sageattention was built without the kernel for this card ({flag} is false)")
+    compiled = getattr(core, "sm90_compile", None)
+    operator = getattr(compiled, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None)
+    # The fixed build keeps the operator, an object; the faulty one gives the same name to a plain function.
+    if kernel == "sage_fp8_sm90" and isfunction(operator):
+        raise ImportError("this build returns unwritten memory on sm90 (thu-ml/SageAttention pull request 307)")
+
+
+def taken(
+    function: Callable[..., Any], platform: Platform, options: tuple[Option, ...], settings: dict[str, object]
+) -> dict[str, object]:
+    """The settings that `function` has parameters for; it would drop others in **kwargs without a word.
+
+    Raises:
+        NotImplementedError: one that it lacks is not at its default; the message has the version.
+    """
+    parameters = signature(function).parameters
+    defaults = {option.name: option.default for option in options}
+    lacking = [name for name, value in settings.items() if name not in parameters and value != defaults[name]]
+    if lacking:
+        name = getattr(function, "__name__", "the kernel")
+        raise NotImplementedError(f"sageattention {installed(platform)}: {name} has no option {', '.join(lacking)}")
+    return {name: value for name, value in settings.items() if name in parameters}
+
+
+class SageCuda(Backend):
+    """One CUDA kernel of sageattention 2.x under its own name, `function` of the package."""
+
+    accuracy = "quantized"
+    kinds = ("cuda",)
+    requires = (REQUIREMENT, "sageattention>=2")
+    limits = SECOND_LIMITS
+    function: ClassVar[str]
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        return reasons + triton_reasons(platform) if platform.kind in self.kinds else reasons
+
+    def kernel(self, platform: Platform, **settings: object) -> Kernel:
+        """The function with these options as its keyword arguments.
+
+        Raises:
+            ImportError: the installed build does not have the kernel, or a faulty one.
+            NotImplementedError: the installed version does not have an option.
+        """
+        module = import_second()
+        check_build(module, self.id)
+        function = getattr(module, self.function)
+        if settings.get("qk_quant_gran") == AS_PACKAGE:
+            settings["qk_quant_gran"] = granularity(platform)
+        settings = taken(function, platform, self.options, settings)
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
+            with on_device_of(query):
+                output: torch.Tensor = function(
+                    query,
+                    key,
+                    value,
+                    tensor_layout="NHD",
+                    is_causal=call.is_causal,
+                    sm_scale=scale_of(call),
+                    **settings,
+                )
+            return to_bshd(output)
+
+        return run

@@ -1,6 +1,6 @@
 """Each known defect of a kernel package: shown on the package's function, then refused or corrected by its backend.
 
-The packages are fakes that have the defects (fakes/); test_sage_interpreter.py shows two of them on real code.
+The packages are fakes that have the defects (fakes/); test_sage_interpreter.py shows some of them on real code.
 """
 
 from __future__ import annotations
@@ -152,6 +152,17 @@ class TestSage2Triton:
         call.attn_mask[..., 100:] = hidden
         assert right(ran(router, "sage_fp16_triton", call), call, "int8")
 
+    def test_what_fills_the_last_block_outweighs_the_lowest_bfloat16(self, monkeypatch):
+        router = machine(monkeypatch, SAGE_2)
+        call = call_for(PLAIN._replace(kv_len=77, dtype="bfloat16"))
+        call.attn_mask = torch.zeros(1, 1, 130, 77, dtype=torch.bfloat16)
+        call.attn_mask[:, :, 5] = torch.finfo(torch.bfloat16).min
+        as_it_is = sageattention_2.sageattn_qk_int8_pv_fp16_triton(
+            call.query, call.key, call.value, attn_mask=call.attn_mask
+        )
+        assert as_it_is[:, :, 5].count_nonzero() == 0
+        assert right(ran(router, "sage_fp16_triton", call), call, "int8")
+
     def test_a_build_without_masks_raises_instead_of_dropping_one(self, monkeypatch):
         def older(
             q, k, v, tensor_layout="HND", quantization_backend="triton", is_causal=False, sm_scale=None, **kwargs
@@ -201,6 +212,27 @@ class TestSage2Cuda:
         monkeypatch.setattr(sageattention_2.core, "SM89_ENABLED", False)
         (reason,) = machine(monkeypatch, SAGE_2, (8, 9)).unavailable("sage_attn")
         assert "SM89_ENABLED is false" in reason
+
+    @pytest.mark.parametrize(
+        "request_", [PLAIN._replace(kv_len=77), PLAIN._replace(q_len=77, kv_len=77, is_causal=True)]
+    )
+    def test_by_its_name_the_fp16_kernel_refuses_an_unfilled_last_block(self, monkeypatch, request_):
+        router = machine(monkeypatch, SAGE_2, (8, 0))
+        call = call_for(request_)
+        kernel = sageattention_2.sageattn_qk_int8_pv_fp16_cuda
+        assert kernel(call.query, call.key, call.value, is_causal=request_.is_causal).isnan().any()
+        assert router.refuse("sage_fp16_cuda", request_) == ("kv_len 77 is not a multiple of 64",)
+        assert router.refuse("sage_fp8_cuda", request_) != ()  # that card has no FP8
+        assert machine(monkeypatch, SAGE_2, (8, 9)).refuse("sage_fp8_cuda", request_) == ()
+
+    def test_by_its_name_the_fp8_kernel_refuses_what_is_noise_on_sm12x(self, monkeypatch):
+        router = machine(monkeypatch, SAGE_2, (12, 0))
+        monkeypatch.setattr(sageattention_2, "NOISE_FROM", 160)
+        call = call_for(PLAIN)
+        noise = sageattention_2.sageattn_qk_int8_pv_fp8_cuda(call.query, call.key, call.value)
+        assert not right(noise, call, "int8_fp8")
+        assert router.refuse("sage_fp8_cuda", PLAIN._replace(kv_len=160_000)) == ("kv_len 160000 > 150000",)
+        assert router.refuse("sage_fp16_cuda", PLAIN._replace(kv_len=160_000)) == ()
 
 
 class TestOneNameTwoLibraries:
@@ -283,7 +315,7 @@ class TestFlash:
         import flash_attn
 
         assert not hasattr(flash_attn, "flash_attn_func")
-        assert router.unavailable("flash_attn_2") == ("package flash-attn is not installed",)
+        assert router.unavailable("flash_attn_2")[0].startswith("package flash-attn is not installed")
         assert router.unavailable("flash_attn_4") == ()
 
     def test_metadata_without_the_function_is_a_reason(self, monkeypatch):
@@ -330,6 +362,9 @@ class TestOffsetsOf32Bits:
             ("sage_attn", SAGE_1, (8, 9), "int8"),
             ("sage_attn", SAGE_2, (8, 9), "int8_fp8"),
             ("sage_fp16_triton", SAGE_2, (8, 9), "int8"),
+            ("sage_fp16_cuda", SAGE_2, (8, 0), "int8"),
+            ("sage_fp8_cuda", SAGE_2, (8, 9), "int8_fp8"),
+            ("sage_fp8_sm90", SAGE_2, (9, 0), "int8_fp8"),
         ],
     )
     def test_long_rows_are_copied(self, monkeypatch, backend, packages, capability, arithmetic_class):
@@ -407,6 +442,9 @@ class TestFamily:
         ("sage_attn", SAGE_1, (8, 9), "sageattention"),
         ("sage_attn", SAGE_2, (8, 9), "sageattention"),
         ("sage_fp16_triton", SAGE_2, (8, 9), "sageattention"),
+        ("sage_fp8_cuda", SAGE_2, (8, 9), "sageattention"),
+        ("comfy_kitchen_int8", "comfy-kitchen==0.2.31", (8, 9), "comfy_kitchen"),
+        ("trtllm_attn", "flashinfer-python==0.7.2 flashinfer-cubin==0.6.13", (10, 0), "flashinfer.prefill"),
         ("sage_attn_3", SAGE_3, (12, 0), "sageattn3"),
     ],
 )

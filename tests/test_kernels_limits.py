@@ -40,7 +40,7 @@ GRID += [
     for is_causal, scale in ((True, None), (False, 0.06), (True, 0.06))
 ]
 
-REASON = re.compile(r"^[a-z].*(\d|not in \(|together with|not supported).*[^.]$")
+REASON = re.compile(r"^[a-z].*(\d|not in \(|together with|not supported).*(?<!\.)$")
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +130,8 @@ def test_the_measure_of_error() -> None:
     assert error(half, expected) == pytest.approx(Error(0.25, 0.5))
 
 
+TRTLLM = "flashinfer-python==0.7.2 flashinfer-cubin==0.6.13"
+
 # What a request is refused for, with value and limit, on one machine each.
 REFUSALS = [
     ("flash_attn_2", "flash-attn==2.8.3", (8, 0), {"head_dim": 264}, "head_dim 264 > 256"),
@@ -147,9 +149,46 @@ REFUSALS = [
     ("flash_attn_3", "flash-attn-3==3.0.0", (9, 0), {"head_dim": 100}, "head_dim 100 is not a multiple of 8"),
     ("flash_attn_4", "flash-attn-4==4.0.0b36", (10, 0), {"head_dim": 192}, "head_dim 192 > 128"),
     ("flashinfer_attn", "flashinfer-python==0.7.2", (9, 0), {"head_dim": 96}, "head_dim 96 not in (64, 128, 256)"),
-    ("flashinfer_attn", "flashinfer-python==0.7.2", (9, 0), {"batch": 65}, "batch 65 > 64"),
+    (
+        "flashinfer_attn",
+        "flashinfer-python==0.7.2",
+        (9, 0),
+        {"batch": 65, "mask": "bool"},
+        "batch 65 > 64 with a mask",
+    ),
     ("flashinfer_attn", "flashinfer-python==0.7.2", (9, 0), {"mask": "bias"}, "mask kind bias not in (none, key_p"),
     ("flashinfer_attn", "flashinfer-python==0.7.2", (7, 5), {"dtype": "bfloat16"}, "dtype bfloat16 not in (float16)"),
+    ("trtllm_attn", TRTLLM, (10, 3), {"head_dim": 64}, "head_dim 64 not in (128,)"),
+    ("trtllm_attn", TRTLLM, (10, 0), {"mask": "key_padding"}, "mask kind key_padding not in (none"),
+    ("trtllm_attn", TRTLLM, (10, 0), {"is_causal": True}, "is_causal with q_len 128 != kv_len 256"),
+    ("sage_fp16_cuda", SAGE_2, (8, 0), {"kv_len": 77}, "kv_len 77 is not a multiple of 64"),
+    (
+        "sage_fp16_cuda",
+        SAGE_2,
+        (8, 0),
+        {"q_len": 77, "kv_len": 77, "is_causal": True},
+        "kv_len 77 is not a multiple of 64",
+    ),
+    ("sage_fp16_cuda", SAGE_FORK, (8, 7), {"mask": "key_padding"}, "mask kind key_padding not in (none)"),
+    ("sage_fp8_cuda", SAGE_2, (8, 9), {"head_dim": 160}, "head_dim 160 > 128"),
+    ("sage_fp8_cuda", SAGE_2, (12, 1), {"kv_len": 167_000}, "kv_len 167000 > 150000"),
+    (
+        "sage_fp8_cuda",
+        SAGE_2,
+        (8, 9),
+        {"num_heads": 56, "head_dim": 72, "kv_len": 300_000},
+        "2150400000 elements in one tensor > 2147483647",
+    ),
+    ("sage_fp8_sm90", SAGE_2, (9, 0), {"dtype": "float32"}, "dtype float32 not in (float16, bfloat16)"),
+    ("comfy_kitchen_int8", "comfy-kitchen==0.2.31", (8, 9), {"head_dim": 264}, "head_dim 264 > 256"),
+    ("comfy_kitchen_int8", "comfy-kitchen==0.2.31", (8, 9), {"is_causal": True}, "is_causal is not supported"),
+    (
+        "comfy_kitchen_int8",
+        "comfy-kitchen==0.2.31",
+        (8, 9),
+        {"num_heads": 24, "head_dim": 160, "kv_len": 400_000},
+        "2457600000 elements in one tensor > 2147483647",
+    ),
     ("sage_attn", SAGE_1, (8, 9), {"kv_len": 77}, "kv_len 77 is not a multiple of 64"),
     ("sage_attn", SAGE_1, (8, 9), {"head_dim": 72}, "head_dim 72 not in (64, 96, 128)"),
     ("sage_attn", SAGE_1, (8, 9), {"mask": "bool"}, "mask kind bool not in (none)"),
@@ -182,6 +221,19 @@ REFUSALS = [
         {"num_heads": 56, "q_len": 73_774, "kv_len": 73_774},
         "2386435072 elements in the correction of one sample > 2147483647",
     ),
+    ("xformers", "xformers==0.0.35", (7, 5), {"dtype": "bfloat16"}, "dtype bfloat16 not in (float16, float32)"),
+    ("xformers", "xformers==0.0.35", (7, 5), {"head_dim": 100}, "head_dim 100 is not a multiple of 8 for float16"),
+    (
+        "xformers",
+        "xformers==0.0.35",
+        (8, 0),
+        {"dtype": "float32", "head_dim": 77},
+        "head_dim 77 is not a multiple of 4 for float32",
+    ),
+    ("xformers", "xformers==0.0.35", (8, 0), {"is_causal": True}, "is_causal with q_len 128 != kv_len 256"),
+    ("xformers", "xformers==0.0.35", (12, 0), {"mask": "key_padding"}, "mask kind key_padding not in (none)"),
+    ("xformers", "xformers==0.0.35", (12, 0), {"dtype": "float32"}, "dtype float32 not in (float16, bfloat16)"),
+    ("xformers", "xformers==0.0.35", (10, 3), {"head_dim": 264}, "head_dim 264 > 256"),
 ]
 
 
@@ -230,8 +282,21 @@ UNAVAILABLE = [
     ("sage_attn", SAGE_2, (10, 3), "compute capability 10.3 not in (8.0, 8.6, 8.9, 9.0, 12.0, 12.1)"),
     ("sage_attn", SAGE_FORK, (10, 3), "compute capability 10.3 not in (7.5, 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 12.0"),
     ("sage_fp16_triton", SAGE_1, (8, 9), "package sageattention 1.0.6 does not meet >=2"),
+    ("sage_fp16_cuda", SAGE_1, (8, 0), "package sageattention 1.0.6 does not meet >=2"),
+    ("sage_fp16_cuda", SAGE_2, (8, 7), "compute capability 8.7 not in (8.0, 8.6, 8.9, 9.0, 10.0, 12.0, 12.1)"),
+    ("sage_fp16_cuda", SAGE_FORK, (9, 0), "compute capability 9.0 not in (8.0, 8.6, 8.7, 8.9)"),
+    ("sage_fp8_cuda", SAGE_2, (8, 6), "compute capability 8.6 not in (8.9, 9.0, 10.0, 12.0, 12.1)"),
+    ("sage_fp8_cuda", SAGE_FORK, (9, 0), "compute capability 9.0 not in (8.9, 10.0, 12.0, 12.1)"),
+    ("sage_fp8_sm90", SAGE_2, (8, 9), "compute capability 8.9 not in (9.0)"),
+    ("comfy_kitchen_int8", "comfy-kitchen==0.2.28", (8, 9), "package comfy-kitchen 0.2.28 does not meet >=0.2.29"),
+    ("comfy_kitchen_int8", "comfy-kitchen==0.2.31", (7, 0), "compute capability 7.0 < 7.5"),
+    ("trtllm_attn", "flashinfer-python==0.7.2", (12, 0), "compute capability 12.0 not in (10.0, 10.3)"),
+    ("trtllm_attn", "", (10, 0), "package flashinfer-python is not installed"),
+    ("trtllm_attn", "flashinfer-python==0.7.2", (10, 0), "package flashinfer-cubin is not installed, and downloads are"),
     ("sage_attn_3", f"sageattn3==1.0.0 {TRITON}", (10, 3), "compute capability 10.3 not in (10.0, 12.0, 12.1)"),
     ("flashinfer_attn", "flashinfer-python==0.5.3", (9, 0), "package flashinfer-python 0.5.3 does not meet >=0.6"),
+    ("xformers", "xformers==0.0.28", (8, 6), "package xformers 0.0.28 does not meet >=0.0.29"),
+    ("xformers", "", (8, 6), "package xformers is not installed"),
 ]
 
 
@@ -265,9 +330,15 @@ def test_amd_cards_of_flash_attn() -> None:
         *((name, "exact") for name in ("torch_sdpa", "cudnn_attn", "sdpa_flash", "sdpa_efficient", "sdpa_math")),
         *((name, "exact") for name in ("flash_attn", "flash_attn_2", "flash_attn_3", "flash_attn_4")),
         ("flashinfer_attn", "exact"),
+        ("xformers", "exact"),
         ("sage_attn", "int8_fp8"),
+        ("trtllm_attn", "exact"),
+        ("sage_fp16_cuda", "int8"),
         ("sage_fp16_triton", "int8"),
+        ("sage_fp8_cuda", "int8_fp8"),
+        ("sage_fp8_sm90", "int8_fp8"),
         ("sage_attn_3", "fp4"),
+        ("comfy_kitchen_int8", "int8_fp8"),
         ("emulated_int8", "int8"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..backend import Backend
+from .aiter import Aiter
 from .comfy import Comfy
+from .comfy_kitchen_int8 import ComfyKitchenInt8
 from .cudnn_attn import CudnnAttn
 from .emulated_int8 import EmulatedInt8
 from .flash_attn import flash_attn
@@ -11,15 +13,23 @@ from .flash_attn_2 import FlashAttn2
 from .flash_attn_3 import FlashAttn3
 from .flash_attn_4 import FlashAttn4
 from .flashinfer_attn import FlashInferAttn
+from .flex_attn import FlexAttn
+from .npu_fusion import NpuFusion
 from .planned import PLANNED
 from .reference import Reference
 from .sage_attn import SageAttn
 from .sage_attn_3 import SageAttn3
+from .sage_fp8_cuda import SageFP8Cuda
+from .sage_fp8_sm90 import SageFP8SM90
+from .sage_fp16_cuda import SageFP16Cuda
 from .sage_fp16_triton import SageFP16Triton
 from .sdpa_efficient import SDPAEfficient
 from .sdpa_flash import SDPAFlash
 from .sdpa_math import SDPAMath
 from .torch_sdpa import TorchSDPA
+from .trtllm_attn import TRTLLMAttn
+from .xformers import Xformers
+from .xla_flash import XlaFlash
 
 _flash_2, _flash_3, _flash_4 = FlashAttn2(), FlashAttn3(), FlashAttn4()
 
@@ -34,14 +44,24 @@ BACKENDS: dict[str, Backend] = {
         _flash_4,
         FlashInferAttn(),
         SageAttn(),
+        SageFP16Cuda(),
         SageFP16Triton(),
+        SageFP8Cuda(),
+        SageFP8SM90(),
         SageAttn3(),
+        ComfyKitchenInt8(),
+        Xformers(),
+        FlexAttn(),
         SDPAFlash(),
         SDPAEfficient(),
         SDPAMath(),
+        Aiter(),
+        NpuFusion(),
+        XlaFlash(),
         Comfy(),
         EmulatedInt8(),
         Reference(),
+        TRTLLMAttn(),
         *PLANNED,
     )
 }

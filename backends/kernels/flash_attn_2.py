@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..backend import HALF, Limits
 from ..flash import FlashAttention
+from ..hub import HubKernel
 from ..layout import INT32_ELEMENTS
-from ..platform import Platform
 
 AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 """MI200, MI300 and MI350: what the released Composable Kernel backend lists (flash-attention, README)."""
@@ -17,14 +17,17 @@ class FlashAttn2(FlashAttention):
     Tensors of 2**31 elements or more: an index is multiplied in `int`, and reads elsewhere
     (https://github.com/Dao-AILab/flash-attention/issues/767, fixed in the sources by pull request 2260).
     Batch and heads are grid dimensions, which end at 65,535. 2.6.3 is the oldest version that Diffusers accepts.
+    On the Hub: the version that Diffusers 0.42 pins, on the cards that vLLM-Omni 0.30 uses it on.
     """
 
     id = "flash_attn_2"
     summary = "FlashAttention 2, from the package flash-attn. Fast and exact in half precision; takes no masks."
     kinds = ("cuda", "rocm")
     min_capability = (8, 0)
+    architectures = AMD_CARDS
     requires = ("flash-attn>=2.6.3",)
     module = "flash_attn"
+    hub = HubKernel("kernels-community/flash-attn2", 3, ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)))
     limits = Limits(
         dtypes=HALF,
         max_head_dim=256,
@@ -33,9 +36,3 @@ class FlashAttn2(FlashAttention):
         max_batch=65535,
         max_heads=65535,
     )
-
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        reasons = super().unavailable_reasons(platform)
-        if platform.kind == "rocm" and platform.gfx not in AMD_CARDS:
-            reasons.append(f"architecture {platform.gfx or 'unknown'} not in ({', '.join(AMD_CARDS)})")
-        return reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..backend import HALF, Limits
 from ..flash import FlashAttention
+from ..hub import HubKernel
 from ..platform import Platform
 
 
@@ -19,6 +20,7 @@ class FlashAttn3(FlashAttention):
     kinds = ("cuda",)
     requires = ("flash-attn-3",)
     module = "flash_attn_interface"
+    hub = HubKernel("kernels-community/flash-attn3", 1, ((9, 0),))
     limits = Limits(dtypes=HALF, max_head_dim=256, head_dim_multiple=8, masks=("none",), max_batch=65535)
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..backend import HALF, Limits
 from ..flash import FlashAttention
+from ..hub import HubKernel
 from ..layout import INT32_ELEMENTS
 from ..platform import Platform
 
@@ -14,7 +15,7 @@ class FlashAttn4(FlashAttention):
     On sm90 head sizes reach 256; on sm100 128, and exactly 256 through a kernel of its own, which is left out. On
     sm80 and sm120 the package checks no range; 128 is what their shared memory holds for sure. The arithmetic on
     coordinates is 32 bits wide (https://github.com/Dao-AILab/flash-attention/issues/2611), so tensors end at 2**31
-    elements here.
+    elements here. Of the Hub's version 0 a failure on sm120 is reported, so it is taken on Hopper and sm10x only.
     """
 
     id = "flash_attn_4"
@@ -23,6 +24,7 @@ class FlashAttn4(FlashAttention):
     min_capability = (8, 0)
     requires = ("flash-attn-4>=4.0.0b5",)
     module = "flash_attn.cute"
+    hub = HubKernel("kernels-community/flash-attn4", 0, ((9, 0), (10, 0), (10, 3)))
     limits = Limits(
         dtypes=HALF,
         max_head_dim=128,

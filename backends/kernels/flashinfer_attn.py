@@ -1,24 +1,34 @@
-"""`flashinfer_attn`: FlashInfer's dense prefill kernel, one call per sample."""
+"""`flashinfer_attn`: FlashInfer's dense prefill kernels, one sample at a time or a whole batch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..backend import HALF, Backend, Kernel, Limits
 from ..layout import INT32_ELEMENTS, indexable, on_device_of
 from ..platform import Platform
-from ..request import AttentionCall
+from ..ragged import offsets, stream_of, to_bhsd, to_thd, workspace
+from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
 
+PLANS = 8
+"""Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""
+
+MASKED_BATCH = 64
+"""Samples up to which a masked call is worth a loop."""
+
 
 class FlashInferAttn(Backend):
-    """single_prefill_with_kv_cache of flashinfer-python (https://docs.flashinfer.ai), sizes and strides in 32 bits.
+    """single_prefill_with_kv_cache and BatchPrefillWithRaggedKVCacheWrapper (https://docs.flashinfer.ai).
 
-    Its mask is boolean and the same for every head; a mask that differs by head takes one call per head. A mask
-    switches `causal` off there without a word, so the two together are refused. It knows no batch: 64 samples are
-    the most that are worth a loop. Kernels are compiled at the first call with nvcc where no prebuilt ones fit.
+    Sizes and strides are 32 bits wide. A mask is boolean, the same for every head, and switches `causal` off without
+    a word, so the two together are refused. Masked calls run sample by sample, and head by head where heads differ:
+    the wrapper for batches takes offsets into packed bits for offsets into bytes, and a mask once planned stays in it.
+    Kernels are compiled at the first call with nvcc where no prebuilt ones fit.
     """
 
     id = "flashinfer_attn"
@@ -30,69 +40,144 @@ class FlashInferAttn(Backend):
         dtypes=HALF,
         head_dims=(64, 128, 256),
         masks=("none", "key_padding", "bool"),
-        max_batch=64,
         max_elements=INT32_ELEMENTS,
     )
-    turing_limits = Limits(
-        dtypes=("float16",),
-        head_dims=(64, 128, 256),
-        masks=("none", "key_padding", "bool"),
-        max_batch=64,
-        max_elements=INT32_ELEMENTS,
-    )
+    turing_limits = replace(limits, dtypes=("float16",))
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.turing_limits if platform.architecture == "Turing" else self.limits
 
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        reasons = super().unsupported_reasons(request, platform)
+        if request.mask != "none" and request.batch > MASKED_BATCH:
+            reasons.append(f"batch {request.batch} > {MASKED_BATCH} with a mask")
+        return reasons
+
     def load(self, platform: Platform) -> Kernel:
-        from flashinfer import single_prefill_with_kv_cache as prefill
+        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper, packbits, single_prefill_with_kv_cache
+
+        @lru_cache(maxsize=PLANS)
+        def planned(shapes: Shapes, stream: int) -> Any:
+            """A wrapper of its own for each kind of call: what one call planned must not reach another."""
+            wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace(self.id, shapes.device, stream), "NHD")
+            wrapper.plan(
+                offsets(shapes.batch, shapes.q_len, shapes.device),
+                offsets(shapes.batch, shapes.kv_len, shapes.device),
+                shapes.num_heads,
+                shapes.num_kv_heads,
+                shapes.head_dim,
+                causal=shapes.is_causal,
+                sm_scale=shapes.scale,
+                q_data_type=shapes.dtype,
+            )
+            return wrapper
 
         def attend(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, call: AttentionCall
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: torch.Tensor | None, call: AttentionCall
         ) -> torch.Tensor:
-            """One sample, (length, heads, head_dim); the mask is (q_len, kv_len)."""
-            scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
-            output: torch.Tensor = prefill(
-                query, key, value, custom_mask=mask, causal=call.is_causal, kv_layout="NHD", sm_scale=scale
+            """One sample, THD; `bits` is its packed mask."""
+            output: torch.Tensor = single_prefill_with_kv_cache(
+                query,
+                key,
+                value,
+                packed_custom_mask=bits,
+                causal=call.is_causal,
+                kv_layout="NHD",
+                sm_scale=_scale(call),
             )
             return output
 
-        def run(call: AttentionCall) -> torch.Tensor:
+        def by_sample(call: AttentionCall) -> torch.Tensor:
             import torch
 
+            packed = packed_masks(call, packbits)
             samples = []
-            with on_device_of(call.query):
-                for index in range(call.query.shape[0]):
-                    query, key, value = (
-                        indexable(tensor[index].transpose(0, 1)) for tensor in (call.query, call.key, call.value)
+            for index in range(call.query.shape[0]):
+                query, key, value = (
+                    indexable(tensor[index].transpose(0, 1)) for tensor in (call.query, call.key, call.value)
+                )
+                heads = packed[index if len(packed) > 1 else 0]
+                if len(heads) == 1:
+                    samples.append(attend(query, key, value, heads[0], call))
+                    continue
+                group = query.shape[1] // key.shape[1]
+                outputs = [
+                    attend(
+                        query[:, head : head + 1],
+                        key[:, head // group : head // group + 1],
+                        value[:, head // group : head // group + 1],
+                        bits,
+                        call,
                     )
-                    masks = masks_of(call, index)
-                    if len(masks) == 1:
-                        samples.append(attend(query, key, value, masks[0], call))
-                        continue
-                    group = query.shape[1] // key.shape[1]
-                    heads = [
-                        attend(
-                            query[:, head : head + 1],
-                            key[:, head // group : head // group + 1],
-                            value[:, head // group : head // group + 1],
-                            mask,
-                            call,
-                        )
-                        for head, mask in enumerate(masks)
-                    ]
-                    samples.append(torch.cat(heads, dim=1))
+                    for head, bits in enumerate(heads)
+                ]
+                samples.append(torch.cat(outputs, dim=1))
             return torch.stack(samples).transpose(1, 2)
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            with on_device_of(call.query):
+                if call.attn_mask is not None or call.query.shape[0] == 1:
+                    return by_sample(call)
+                wrapper = planned(Shapes.of(call), stream_of(call.query))
+                output = wrapper.run(to_thd(call.query), to_thd(call.key), to_thd(call.value))
+                return to_bhsd(output, call.query.shape[0])
 
         return run
 
 
-def masks_of(call: AttentionCall, index: int) -> list[torch.Tensor | None]:
-    """The masks of one sample, each (q_len, kv_len): a single one for all heads, or one per head."""
+def _scale(call: AttentionCall) -> float:
+    return float(call.query.shape[-1] ** -0.5) if call.scale is None else call.scale
+
+
+class Shapes(NamedTuple):
+    """Everything that a plan depends on, but the stream; calls that agree in it share a plan."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    q_len: int
+    kv_len: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    is_causal: bool
+    scale: float
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> Shapes:
+        """The shapes of a call."""
+        batch, num_heads, q_len, head_dim = call.query.shape
+        kv_heads, kv_len = call.key.shape[1:3]
+        query = call.query
+        return cls(
+            *(query.device, query.dtype, batch, q_len, kv_len, num_heads, kv_heads, head_dim),
+            *(call.is_causal, _scale(call)),
+        )
+
+
+Bits = list[list["torch.Tensor | None"]]
+"""Packed masks: for each sample, or for all of them, one for each head, or one for all heads."""
+
+
+def packed_masks(call: AttentionCall, packbits: Any) -> Bits:
+    """Bits of the call's mask, the lowest first; [[None]] where it has none. Kept in the call's memo, if it has one."""
     mask = call.attn_mask
     if mask is None:
-        return [None]
-    sample = mask[index if mask.shape[0] > 1 else 0]
-    same_for_heads = sample.shape[0] == 1 or sample.stride(0) == 0
-    heads = sample[:1] if same_for_heads else sample
-    return list(heads.expand(-1, call.query.shape[2], call.key.shape[2]))
+        return [[None]]
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    key = ("packed bits", q_len, kv_len)
+    if call.memo is not None and key in call.memo:
+        kept: Bits = call.memo[key]  # type: ignore[assignment]  # nothing else is put under this key
+        return kept
+    bits: Bits = [
+        [packbits(head.expand(q_len, kv_len).reshape(-1).bool(), bitorder="little") for head in without_copies(sample)]
+        for sample in without_copies(mask)
+    ]
+    if call.memo is not None:
+        call.memo[key] = bits
+    return bits
+
+
+def without_copies(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, its first dimension cut to one where that repeats the same memory."""
+    return tensor[:1] if tensor.stride(0) == 0 else tensor

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from inspect import isfunction
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from .. import sage
@@ -19,12 +17,6 @@ if TYPE_CHECKING:
 CARDS = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
 FORK_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """What `sageattn` of 2.2.0 dispatches on, in thu-ml d1a57a5 and in woct0rdho e147939."""
-
-BUILT_FLAG = {"sage_fp16_cuda": "SM80_ENABLED", "sage_fp8_cuda": "SM89_ENABLED", "sage_fp8_sm90": "SM90_ENABLED"}
-"""The names by which sageattention.core says which of its CUDA kernels were built."""
-
-TAIL_BLOCK = 64
-"""Keys per block of the INT8 kernels."""
 
 
 class SageAttn(Backend):
@@ -43,11 +35,12 @@ class SageAttn(Backend):
     accuracy = "quantized"
     kinds = ("cuda",)
     requires = (sage.REQUIREMENT,)
+    options = (sage.SMOOTH_K,)  # of 1.x; `sageattn` of 2.x has none that changes what it computes
     limits = Limits(
         dtypes=("float16", "bfloat16", "float32"),
         head_dims=(64, 96, 128),
         masks=("none",),
-        kv_block=TAIL_BLOCK,
+        kv_block=sage.TAIL_BLOCK,
         max_elements=INT32_ELEMENTS,
         max_batch=65535,
         max_heads=65535,
@@ -72,53 +65,21 @@ class SageAttn(Backend):
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         if not sage.is_second(platform):
             return f"sageattention {sage.installed(platform).public}"
-        picked = picked_by_sageattn(platform)
-        return "sage_fp16_triton" if _may_read_nan(picked, request.kv_len) else picked
+        picked = sage.picked(platform)
+        return "sage_fp16_triton" if sage.may_read_nan(picked, request.kv_len) else picked
 
-    def load(self, platform: Platform) -> Kernel:
+    def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel:
         if not sage.is_second(platform):
-            return _first()
-        module = sage.import_second()
-        picked = picked_by_sageattn(platform)
-        _check_build(module, picked)
-        return _second(module, picked)
+            return _first(smooth_k)
+        if not smooth_k:
+            raise NotImplementedError(
+                f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; "
+                f"{sage.picked(platform)}, which it runs here, has one"
+            )
+        return _second(platform)
 
 
-def picked_by_sageattn(platform: Platform) -> str:
-    """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
-    if platform.capability == (7, 5) or (platform.capability == (8, 6) and not sage.is_fork(platform)):
-        return "sage_fp16_triton"
-    if platform.capability in ((8, 0), (8, 6), (8, 7)):
-        return "sage_fp16_cuda"
-    return "sage_fp8_sm90" if platform.capability == (9, 0) else "sage_fp8_cuda"
-
-
-def _may_read_nan(picked: str, kv_len: int) -> bool:
-    return picked == "sage_fp16_cuda" and kv_len % TAIL_BLOCK != 0
-
-
-def _check_build(module: ModuleType, picked: str) -> None:
-    """Refuse builds without the card's kernel, and those whose sm90 kernel is hidden behind its own fake.
-
-    Raises:
-        ImportError: with what is wrong.
-    """
-    core = module.core
-    flag = BUILT_FLAG.get(picked)
-    if flag and not getattr(core, flag, True):
-        raise ImportError(f"sageattention was built without the kernel for this card ({flag} is false)")
-    compiled = getattr(core, "sm90_compile", None)
-    operator = getattr(compiled, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None)
-    # The fixed build keeps the operator, an object; the faulty one gives the same name to a plain function.
-    if picked == "sage_fp8_sm90" and isfunction(operator):
-        raise ImportError("this build returns unwritten memory on sm90 (thu-ml/SageAttention pull request 307)")
-
-
-def _scale(call: AttentionCall) -> float:
-    return float(call.query.shape[-1] ** -0.5) if call.scale is None else call.scale
-
-
-def _first() -> Kernel:
+def _first(smooth_k: bool) -> Kernel:
     import sageattention
 
     if hasattr(sageattention, sage.SECOND_ONLY):
@@ -128,25 +89,33 @@ def _first() -> Kernel:
     def run(call: AttentionCall) -> torch.Tensor:
         query, value = indexable(to_bshd(call.query)), indexable(to_bshd(call.value))
         key = to_bshd(call.key)
-        key = indexable(key - key.mean(dim=1, keepdim=True))
+        key = indexable(key - key.mean(dim=1, keepdim=True) if smooth_k else key)
         with on_device_of(query):
             output: torch.Tensor = sageattn(
-                query, key, value, tensor_layout="NHD", is_causal=call.is_causal, sm_scale=_scale(call), smooth_k=False
+                query,
+                key,
+                value,
+                tensor_layout="NHD",
+                is_causal=call.is_causal,
+                sm_scale=sage.scale_of(call),
+                smooth_k=False,
             )
         return to_bshd(output)
 
     return run
 
 
-def _second(module: ModuleType, picked: str) -> Kernel:
+def _second(platform: Platform) -> Kernel:
+    module, picked = sage.import_second(), sage.picked(platform)
+    sage.check_build(module, picked)
     sageattn, triton = module.sageattn, module.sageattn_qk_int8_pv_fp16_triton
 
     def run(call: AttentionCall) -> torch.Tensor:
         query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
-        kernel = triton if _may_read_nan(picked, call.key.shape[2]) else sageattn
+        kernel = triton if sage.may_read_nan(picked, call.key.shape[2]) else sageattn
         with on_device_of(query):
             output: torch.Tensor = kernel(
-                query, key, value, tensor_layout="NHD", is_causal=call.is_causal, sm_scale=_scale(call)
+                query, key, value, tensor_layout="NHD", is_causal=call.is_causal, sm_scale=sage.scale_of(call)
             )
         return to_bshd(output)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .. import sage
 from ..backend import ANY_MASK, Backend, Kernel, Limits
 from ..layout import indexable, on_device_of, to_bshd
+from ..options import Option
 from ..platform import Platform
 from ..request import AttentionCall
 
@@ -25,7 +26,8 @@ class SageFP16Triton(Backend):
     It computes softmax in powers of two and adds a float mask to scores that are in log2 units by then (triton/
     attn_qk_int8_per_block.py), so a bias is multiplied by log2(e) first. A first block of keys that are all -inf
     gives NaN, so -inf becomes the lowest finite number. A row without a visible key gets a mean over hidden keys,
-    where SDPA gives zeros, so such rows are cleared.
+    where SDPA gives zeros, so such rows are cleared. What fills the last block of keys has a bias of -1e6 there, more
+    than the lowest bfloat16, so with a bias in bfloat16 that block is filled with keys of -inf.
     """
 
     id = "sage_fp16_triton"
@@ -34,6 +36,16 @@ class SageFP16Triton(Backend):
     kinds = ("cuda",)
     min_capability = (7, 5)
     requires = (sage.REQUIREMENT, "sageattention>=2")
+    options = (
+        sage.SMOOTH_K,
+        Option(
+            "quantization_backend",
+            str,
+            "triton",
+            "What rounds query and key: the package's Triton kernel, or its CUDA kernel, which fuses more.",
+            choices=("triton", "cuda"),
+        ),
+    )
     limits = sage.SECOND_LIMITS
     masked_limits = replace(sage.SECOND_LIMITS, masks=ANY_MASK)
 
@@ -48,22 +60,34 @@ class SageFP16Triton(Backend):
     def limits_on(self, platform: Platform) -> Limits:
         return self.masked_limits if sage.installed(platform).release >= (2, 2) else self.limits
 
-    def load(self, platform: Platform) -> Kernel:
+    def load(self, platform: Platform, *, smooth_k: bool = True, quantization_backend: str = "triton") -> Kernel:
+        import torch
+
         kernel = sage.import_second().sageattn_qk_int8_pv_fp16_triton
+        settings = {"smooth_k": smooth_k, "quantization_backend": quantization_backend}
+        chosen = sage.taken(kernel, platform, self.options, settings)
         # A build of 2.2.0 from before August 2025 has no such parameter, and drops a mask in **kwargs.
         takes_masks = "attn_mask" in signature(kernel).parameters
 
         def run(call: AttentionCall) -> torch.Tensor:
-            options: dict[str, object] = {}
+            options: dict[str, object] = dict(chosen)
+            query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
             if call.attn_mask is not None:
                 if not takes_masks:
                     raise NotImplementedError("this build of sageattention takes no mask; a newer 2.2.0 does")
-                options["attn_mask"] = in_log2_units(call.attn_mask, call.query.dtype)
-            query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
-            scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+                mask = in_log2_units(call.attn_mask, query.dtype)
+                if mask.dtype == torch.bfloat16 and key.shape[1] % sage.TAIL_BLOCK:
+                    key, value, mask = filled(key, value, mask)
+                options["attn_mask"] = mask
             with on_device_of(query):
                 output: torch.Tensor = kernel(
-                    query, key, value, tensor_layout="NHD", is_causal=call.is_causal, sm_scale=scale, **options
+                    query,
+                    key,
+                    value,
+                    tensor_layout="NHD",
+                    is_causal=call.is_causal,
+                    sm_scale=sage.scale_of(call),
+                    **options,
                 )
             output = to_bshd(output)
             return output if call.attn_mask is None else output.masked_fill(without_keys(call.attn_mask), 0.0)
@@ -78,6 +102,21 @@ def in_log2_units(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not mask.dtype.is_floating_point:
         return mask
     return (mask.float() * LOG2_E).to(dtype).clamp(min=torch.finfo(dtype).min)
+
+
+def filled(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """BSHD key and value and a bias, with hidden keys that fill the last block; the keys' mean stays what it is."""
+    import torch
+
+    kv_len = key.shape[1]
+    tail = -kv_len % sage.TAIL_BLOCK
+    mean = key.mean(dim=1, keepdim=True).expand(-1, tail, -1, -1)
+    bias = bias.expand(*bias.shape[:3], kv_len)
+    return (
+        torch.cat([key, mean], dim=1),
+        torch.nn.functional.pad(value, (0, 0, 0, 0, 0, tail)),
+        torch.nn.functional.pad(bias, (0, tail), value=float("-inf")),
+    )
 
 
 def without_keys(mask: torch.Tensor) -> torch.Tensor:

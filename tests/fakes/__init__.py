@@ -15,17 +15,23 @@ from attention_backends.backends.platform import Platform
 from attention_backends.backends.router import Router
 
 from . import (
+    amd_aiter,
     arithmetic,
+    comfy_kitchen,
     flash_attn_2,
     flash_attn_3,
     flash_attn_4,
     flashinfer,
+    hub,
     sageattention_1,
     sageattention_2,
     sageattn3,
+    torch_npu,
+    torch_xla,
+    xformers,
 )
 
-CARD = (flash_attn_3, flash_attn_4, sageattention_2, sageattn3)
+CARD = (comfy_kitchen, flash_attn_3, flash_attn_4, flashinfer, sageattention_2, sageattn3, xformers)
 """Fakes that ask which card they are on."""
 
 
@@ -37,15 +43,21 @@ def machine(
     The packages can be imported while the test runs, and take tensors on the CPU.
     """
     pairs = tuple(tuple(package.split("==")) for package in packages.split())
-    for name, module in _modules(dict(pairs)).items():
+    platform = Platform("cuda", capability=capability, torch="2.11.0", cuda="13.0", cudnn=91002, packages=pairs, os=os)
+    return on_platform(monkeypatch, platform)
+
+
+def on_platform(monkeypatch: pytest.MonkeyPatch, platform: Platform) -> Router:
+    """A router on any machine, with fakes of the packages that it has."""
+    packages = dict(platform.packages)
+    for name, module in _modules(packages).items():
         monkeypatch.setitem(sys.modules, name, module)
     for fake in CARD:
-        monkeypatch.setattr(fake, "CAPABILITY", capability)
-    monkeypatch.setattr(sageattention_2, "FORK", "torch" in dict(pairs).get("sageattention", ""))
+        monkeypatch.setattr(fake, "CAPABILITY", platform.capability)
+    monkeypatch.setattr(sageattention_2, "FORK", "torch" in packages.get("sageattention", ""))
+    monkeypatch.setattr(sageattention_2, "VERSION", packages.get("sageattention", "2.2.0"))
     monkeypatch.setattr(arithmetic, "CALLS", [])
-    return Router(
-        Platform("cuda", capability=capability, torch="2.11.0", cuda="13.0", cudnn=91002, packages=pairs, os=os)
-    )
+    return Router(platform)
 
 
 def _modules(packages: dict[str, str]) -> dict[str, ModuleType]:
@@ -60,9 +72,23 @@ def _modules(packages: dict[str, str]) -> dict[str, ModuleType]:
     if "flash-attn-3" in packages:
         modules["flash_attn_interface"] = flash_attn_3
     if "flashinfer-python" in packages:
-        modules["flashinfer"] = flashinfer
+        modules["flashinfer"] = modules["flashinfer.prefill"] = flashinfer
+    if "comfy-kitchen" in packages:
+        modules["comfy_kitchen"] = comfy_kitchen
     if "sageattention" in packages:
         modules["sageattention"] = sageattention_1 if packages["sageattention"].startswith("1") else sageattention_2
     if "sageattn3" in packages:
         modules["sageattn3"] = sageattn3
+    if "xformers" in packages:
+        modules.update(xformers.modules())
+    if "amd-aiter" in packages:
+        modules["aiter"] = amd_aiter
+    elif "aiter" in packages:
+        modules["aiter"] = ModuleType("aiter")  # the one for asyncio
+    if "torch-npu" in packages:
+        modules["torch_npu"] = torch_npu
+    if "torch-xla" in packages:
+        modules.update(torch_xla.modules(packages["torch-xla"]))
+    if "kernels" in packages:
+        modules["kernels"] = hub
     return modules

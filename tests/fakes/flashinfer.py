@@ -1,11 +1,14 @@
-"""flashinfer 0.7.2: single_prefill_with_kv_cache as flashinfer/prefill.py and include/flashinfer/attention have it."""
+"""flashinfer 0.7.2: prefill functions as flashinfer/prefill.py, quantization/packbits.py and include/ have them."""
 
 from __future__ import annotations
+
+from itertools import accumulate, pairwise
 
 import torch
 
 from . import arithmetic
 
+CAPABILITY: tuple[int, int] | None = (9, 0)
 HEAD_DIMS = (64, 128, 256)
 
 
@@ -44,11 +47,154 @@ def single_prefill_with_kv_cache(
     if any(tensor.stride(-1) != 1 for tensor in (q, k, v)):
         raise RuntimeError("the last dimension must be contiguous")
     visible = None
-    if custom_mask is not None:  # `causal` is not looked at then
-        packed = custom_mask.contiguous().view(-1)
-        visible = packed.view(q.shape[0], k.shape[0]).bool()  # a float mask is packed as if it were bits
+    if packed_custom_mask is None and custom_mask is not None:
+        flat = custom_mask.contiguous().view(-1)
+        packed_custom_mask = packbits(flat, bitorder="little")  # a float mask is packed as if it were bits
+    if packed_custom_mask is not None:  # `causal` is not looked at then
+        visible = _unpacked(packed_custom_mask, q.shape[0], k.shape[0])
     elif causal:
         visible = arithmetic.causal_mask(q.shape[0], k.shape[0], bottom_right=True)
+    return _one(q, k, v, sm_scale, visible)
+
+
+def packbits(x: torch.Tensor, bitorder: str = "big") -> torch.Tensor:
+    arithmetic.CALLS.append("packbits")
+    if x.ndim != 1:
+        raise ValueError("x must be a 1D tensor")
+    bits = torch.nn.functional.pad(x.bool(), (0, -len(x) % 8)).view(-1, 8).int()
+    powers = 2 ** torch.arange(8) if bitorder == "little" else 2 ** torch.arange(7, -1, -1)
+    return (bits * powers).sum(dim=1).to(torch.uint8)
+
+
+def _unpacked(packed: torch.Tensor, q_len: int, kv_len: int) -> torch.Tensor:
+    """What a kernel reads: bits from the lowest up, (q_len, kv_len)."""
+    bits = packed[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+    return bits.flatten()[: q_len * kv_len].view(q_len, kv_len).bool()
+
+
+class BatchPrefillWithRaggedKVCacheWrapper:
+    """`plan` keeps a mask that it once got, and takes offsets into packed bits for offsets into bytes."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", backend: str = "auto") -> None:
+        arithmetic.CALLS.append("BatchPrefillWithRaggedKVCacheWrapper")
+        if kv_layout != "NHD" or float_workspace_buffer.numel() < 128 * 1024 * 1024:
+            raise ValueError("kv_layout must be NHD, the workspace at least 128 MB")
+        self.workspace = float_workspace_buffer
+        self.bits: torch.Tensor | None = None
+
+    def plan(
+        self,
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        head_dim_vo: int | None = None,
+        custom_mask: torch.Tensor | None = None,
+        packed_custom_mask: torch.Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: str | torch.dtype = "float16",
+        kv_data_type: str | torch.dtype | None = None,
+    ) -> None:
+        arithmetic.CALLS.append("plan")
+        if qo_indptr.dtype != torch.int32 or kv_indptr.dtype != torch.int32:
+            raise ValueError("offsets must be int32")
+        self.q_offsets, self.kv_offsets = qo_indptr.tolist(), kv_indptr.tolist()
+        self.shapes = (num_qo_heads, num_kv_heads, head_dim_qk)
+        self.causal, self.scale, self.dtype = causal, sm_scale, q_data_type
+        if packed_custom_mask is not None:
+            self.bits, self.byte_offsets = packed_custom_mask, self._mask_offsets(1)
+        elif custom_mask is not None:
+            pieces = [custom_mask[a:b] for a, b in pairwise(self._mask_offsets(1))]
+            packed = [packbits(piece, "little") for piece in pieces]
+            self.bits, self.byte_offsets = torch.cat(packed), [0, *accumulate(len(piece) for piece in packed)]
+
+    def _mask_offsets(self, size: int) -> list[int]:
+        areas = (
+            (q[1] - q[0]) * (kv[1] - kv[0])
+            for q, kv in zip(pairwise(self.q_offsets), pairwise(self.kv_offsets), strict=True)
+        )
+        return [0, *accumulate(-(-area // size) for area in areas)]
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        arithmetic.CALLS.append("run")
+        if q.dtype != self.dtype or (q.shape[1], k.shape[1], q.shape[2]) != self.shapes:
+            raise ValueError("the tensors are not what plan() was told")
+        if len(q) != self.q_offsets[-1]:
+            raise ValueError(f"q.shape[0] ({len(q)}) does not match qo_indptr[-1] ({self.q_offsets[-1]})")
+        if len(k) != self.kv_offsets[-1]:
+            raise IndexError("CUDA error: an illegal memory access was encountered")
+        outputs = []
+        for index, (rows, keys) in enumerate(zip(pairwise(self.q_offsets), pairwise(self.kv_offsets), strict=True)):
+            q_len, kv_len = rows[1] - rows[0], keys[1] - keys[0]
+            visible = None
+            if self.bits is not None:
+                visible = _unpacked(self.bits[self.byte_offsets[index] :], q_len, kv_len)
+            elif self.causal:
+                visible = arithmetic.causal_mask(q_len, kv_len, bottom_right=True)
+            outputs.append(_one(q[slice(*rows)], k[slice(*keys)], v[slice(*keys)], self.scale, visible))
+        return torch.cat(outputs)
+
+
+def trtllm_ragged_attention_deepseek(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    workspace_buffer: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_q_len: int,
+    max_kv_len: int,
+    bmm1_scale: float,
+    bmm2_scale: float,
+    o_sf_scale: float,
+    batch_size: int,
+    window_left: int,
+    cum_seq_lens_q: torch.Tensor,
+    cum_seq_lens_kv: torch.Tensor,
+    enable_pdl: bool | None,
+    is_causal: bool,
+    return_lse: bool,
+    attention_sinks: torch.Tensor | None = None,
+    skip_softmax_threshold_scale_factor: float | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    backend: str = "trtllm-gen",
+    q_seq_lens_cpu: torch.Tensor | None = None,
+    kv_seq_lens_cpu: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The kernel is told the strides of key and value, and reads a query as if it had no gaps."""
+    arithmetic.CALLS.append("trtllm_ragged_attention_deepseek")
+    if CAPABILITY not in ((10, 0), (10, 3)):
+        raise RuntimeError("Missing TRTLLM-GEN kernel ragged attention")
+    assert query.shape[2] in (128, 256), f"Unsupported head dimensions: query={query.shape[2]}"
+    assert (q_seq_lens_cpu is None) == (kv_seq_lens_cpu is None)
+    if q_seq_lens_cpu is None:
+        arithmetic.CALLS.append("read back")
+    elif int(q_seq_lens_cpu.sum()) != len(query) or int(kv_seq_lens_cpu.sum()) != len(key):
+        raise ValueError("lengths do not add up to the tokens")
+    if int(workspace_buffer[:16].sum()):
+        raise RuntimeError("the workspace must be zero at first")
+    memory = query.as_strided((query.numel(),), (1,)) if query.storage_offset() == 0 else query.flatten()
+    query = memory.view(query.shape)
+    outputs = []
+    rows, keys = pairwise(cum_seq_lens_q.tolist()), pairwise(cum_seq_lens_kv.tolist())
+    for at, among, kv_len in zip(rows, keys, seq_lens.tolist(), strict=True):
+        among = (among[0], among[0] + kv_len)
+        visible = arithmetic.causal_mask(at[1] - at[0], kv_len, bottom_right=True) if is_causal else None
+        outputs.append(_one(query[slice(*at)], key[slice(*among)], value[slice(*among)], bmm1_scale, visible))
+    return torch.cat(outputs) * bmm2_scale
+
+
+def _one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float | None, visible: torch.Tensor | None
+) -> torch.Tensor:
     query, key, value = (arithmetic.as_32_bit_code_reads(tensor).transpose(0, 1)[None] for tensor in (q, k, v))
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     return arithmetic.exact(query, key, value, scale, visible)[0].transpose(0, 1)

@@ -1,0 +1,53 @@
+"""`aiter`: AMD's AITER kernels for Instinct cards, from the package amd-aiter."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ..backend import HALF, Kernel, Limits
+from ..flash import FlashAttention
+from ..layout import INT32_ELEMENTS
+from ..platform import Platform
+
+AMD_CARDS = ("gfx942", "gfx950")
+"""MI300 and MI350: where vLLM-Omni 0.30 uses it."""
+
+
+class Aiter(FlashAttention):
+    """flash_attn_func of aiter/ops/mha.py (https://github.com/ROCm/aiter); 0.1.5 is the oldest that Diffusers took.
+
+    It takes a bias of (q_len, kv_len) only, the same for every head and sample, so masks are refused. The first call
+    of a kind compiles its kernel with hipcc. Some versions return a tuple of one. PyPI's package `aiter` is another
+    one, for asyncio, so what was imported is looked at.
+    """
+
+    id = "aiter"
+    summary = "AMD's AITER kernels, for MI300 and MI350. Fast and exact in half precision; takes no masks."
+    kinds = ("rocm",)
+    architectures = AMD_CARDS
+    requires = ("amd-aiter>=0.1.5",)
+    module = "aiter"
+    limits = Limits(
+        dtypes=HALF,
+        max_head_dim=256,
+        masks=("none",),
+        max_elements=INT32_ELEMENTS,
+        max_batch=65535,
+        max_heads=65535,
+    )
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        other = platform.version("aiter")
+        if platform.kind in self.kinds and other and platform.version("amd-aiter") is None:
+            reasons.append(f"package aiter {other} is a library for asyncio with the same name")
+        return reasons
+
+    def load(self, platform: Platform) -> Kernel:
+        module = import_module("aiter")
+        if not hasattr(module, "flash_attn_func"):
+            raise ImportError(
+                f"{getattr(module, '__file__', 'aiter')} has no flash_attn_func: PyPI's package aiter, for asyncio, "
+                "stands in the way of amd-aiter"
+            )
+        return super().load(platform)

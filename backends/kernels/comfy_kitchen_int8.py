@@ -1,0 +1,83 @@
+"""`comfy_kitchen_int8`: the INT8 attention of comfy-kitchen, the package that ComfyUI itself uses for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..backend import Backend, Kernel, Limits
+from ..layout import INT32_ELEMENTS, on_device_of
+from ..platform import Platform
+from ..request import AttentionCall
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_DIMS = (64, 128, 256)
+"""Head sizes that it does not have to pad."""
+
+VECTOR = 16
+"""Bytes to which its kernels want the start of a tensor and each of its rows aligned."""
+
+
+class ComfyKitchenInt8(Backend):
+    """comfy_kitchen.int8_attention, since 0.2.29 (sage_attention.py and backends/cuda/sage_attention, read in 0.2.31).
+
+    Query, key, value and weights are INT8, after a rotation that spreads outliers; float32 comes back as exact as
+    bfloat16. Offsets in the rounded tensors are 32 bits wide, batch and heads are grid dimensions. Tensors whose rows
+    are not aligned are an error there (https://github.com/Comfy-Org/ComfyUI/issues/15529) and copied here. A row for
+    which a bias of finite numbers below -34,000 hides every key gives zeros where SDPA gives a mean over hidden keys.
+    """
+
+    id = "comfy_kitchen_int8"
+    summary = "ComfyUI's own INT8 attention, from comfy-kitchen. Takes masks and any head size up to 256."
+    accuracy = "quantized"
+    kinds = ("cuda", "rocm")
+    min_capability = (7, 5)
+    architectures = (
+        *("gfx1100", "gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1151", "gfx1152", "gfx1153"),
+        *("gfx1200", "gfx1201"),
+    )
+    """RDNA 3 and 4: those with matrix cores in backends/hip/architectures.json."""
+    requires = ("comfy-kitchen>=0.2.29",)
+    limits = Limits(
+        dtypes=("float16", "bfloat16", "float32"),
+        max_head_dim=HEAD_DIMS[-1],
+        causal=False,
+        max_elements=INT32_ELEMENTS,
+        padded_head_dims=HEAD_DIMS,
+        max_batch=65535,
+        max_heads=65535,
+    )
+
+    def load(self, platform: Platform) -> Kernel:
+        import torch
+        from comfy_kitchen import int8_attention, int8_attention_is_available
+
+        if not int8_attention_is_available():
+            raise ImportError("comfy_kitchen says that it has no INT8 attention for this device")
+        taken = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            mask = call.attn_mask
+            if mask is not None and mask.dtype not in taken:
+                mask = mask.to(torch.float32 if mask.dtype.is_floating_point else torch.bool)
+            query, key, value = (aligned(tensor) for tensor in (call.query, call.key, call.value))
+            with on_device_of(query):
+                output: torch.Tensor = int8_attention(query, key, value, scale=call.scale, attn_mask=mask)
+            return output
+
+        return run
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy where it or one of its rows does not begin at a multiple of 16 bytes."""
+    import torch
+
+    if tensor.shape[-1] not in HEAD_DIMS:  # the package copies it, to pad it
+        return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    size = tensor.element_size()
+    rows = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    fits = all(length < 2 or (stride > 0 and stride * size % VECTOR == 0) for length, stride in rows)
+    if fits and tensor.stride(-1) == 1 and tensor.data_ptr() % VECTOR == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

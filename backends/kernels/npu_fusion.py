@@ -1,0 +1,68 @@
+"""`npu_fusion`: fused attention on Ascend NPUs, from torch_npu."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..backend import HALF, Backend, Kernel, Limits
+from ..layout import to_bshd
+from ..platform import Platform
+from ..request import AttentionCall
+from ..sdpa import expanded
+
+if TYPE_CHECKING:
+    import torch
+
+
+class NpuFusion(Backend):
+    """npu_fusion_attention of torch_npu, as documented for Atlas A2 on https://www.hiascend.com.
+
+    Its mask says what is hidden, the inverse of SDPA's; without a scale it multiplies scores by 1; its bias is added
+    before the scale, so biases are refused. A mask is (batch, heads or 1, q_len, kv_len), (1, 1, q_len, kv_len) or
+    smaller, never one row for all queries. The result is a tuple. Its ways to say `causal` are refused: none could be
+    run. Sizes as documented for the same operator in MindSpore: batch 2,048, 256 heads, 524,288 keys, and head sizes
+    in sixteens up to 512.
+    """
+
+    id = "npu_fusion"
+    summary = "Fused attention on Ascend NPUs. Exact in half precision; takes boolean masks."
+    kinds = ("npu",)
+    requires = ("torch-npu>=2.1",)
+    limits = Limits(
+        dtypes=HALF,
+        max_head_dim=512,
+        head_dim_multiple=16,
+        masks=("none", "key_padding", "bool"),
+        causal=False,
+        max_kv_len=524_288,
+        max_batch=2048,
+        max_heads=256,
+    )
+
+    def load(self, platform: Platform) -> Kernel:
+        from torch_npu import npu_fusion_attention
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            call = expanded(call)
+            query, key, value = (to_bshd(tensor).contiguous() for tensor in (call.query, call.key, call.value))
+            scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+            result = npu_fusion_attention(
+                query, key, value, query.shape[2], "BSND", atten_mask=_hidden(call), scale=scale, keep_prob=1.0
+            )
+            output: torch.Tensor = to_bshd(result[0])
+            if call.attn_mask is None:
+                return output
+            # What a query without any key gets there is not documented; by SDPA it is zeros.
+            return output.masked_fill(call.attn_mask.any(dim=-1, keepdim=True).logical_not(), 0.0)
+
+        return run
+
+
+def _hidden(call: AttentionCall) -> torch.Tensor | None:
+    """True where a key is hidden, in one of the shapes that the operator takes; None without a mask."""
+    if call.attn_mask is None:
+        return None
+    batch, _, q_len, _ = call.query.shape
+    heads = call.attn_mask.shape[1]
+    samples = batch if heads > 1 else call.attn_mask.shape[0]
+    return call.attn_mask.logical_not().expand(samples, heads, q_len, call.key.shape[2]).contiguous()

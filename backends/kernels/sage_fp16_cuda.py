@@ -1,0 +1,66 @@
+"""`sage_fp16_cuda`: SageAttention 2 with INT8 scores and FP16 values, its CUDA kernel by itself."""
+
+from __future__ import annotations
+
+from .. import sage
+from ..backend import Kernel
+from ..options import Option
+from ..platform import Platform
+from ..request import AttentionRequest
+
+CARDS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+FORK_CARDS = ((8, 0), (8, 6), (8, 7), (8, 9))
+"""What setup.py of 2.2.0 builds it for, in thu-ml d1a57a5; woct0rdho e147939 builds sm80 code, which all 8.x run."""
+
+
+class SageFP16Cuda(sage.SageCuda):
+    """sageattn_qk_int8_pv_fp16_cuda (sageattention/core.py).
+
+    Lengths of keys that leave the last block of 64 unfilled are refused, with is_causal too: what lies there may be
+    NaN, and NaN times weight 0 is NaN. More keys would fill the block and be counted: this kernel takes no mask that
+    could hide them.
+    """
+
+    id = "sage_fp16_cuda"
+    summary = "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel. Takes no masks."
+    function = "sageattn_qk_int8_pv_fp16_cuda"
+    options = (
+        sage.GRANULARITY,
+        Option(
+            "pv_accum_dtype",
+            str,
+            "fp32",
+            "Where weights times values are added up: fp32 is the most exact, fp16 the fastest and may overflow.",
+            choices=("fp32", "fp16+fp32", "fp16"),
+        ),
+        sage.SMOOTH_K,
+        sage.SMOOTH_V,
+    )
+
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+        return FORK_CARDS if sage.is_fork(platform) else CARDS
+
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        reasons = super().unsupported_reasons(request, platform)
+        if sage.may_read_nan(self.id, request.kv_len):
+            reasons.append(f"kv_len {request.kv_len} is not a multiple of {sage.TAIL_BLOCK}")
+        return reasons
+
+    def load(
+        self,
+        platform: Platform,
+        *,
+        qk_quant_gran: str = sage.AS_PACKAGE,
+        pv_accum_dtype: str = "fp32",
+        smooth_k: bool = True,
+        smooth_v: bool = False,
+    ) -> Kernel:
+        if smooth_v and pv_accum_dtype != "fp16":
+            raise NotImplementedError(f"smooth_v has no effect with pv_accum_dtype {pv_accum_dtype}, only with fp16")
+        return self.kernel(
+            platform,
+            qk_quant_gran=qk_quant_gran,
+            pv_accum_dtype=pv_accum_dtype,
+            smooth_k=smooth_k,
+            smooth_v=smooth_v,
+        )

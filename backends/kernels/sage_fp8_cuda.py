@@ -1,0 +1,83 @@
+"""`sage_fp8_cuda`: SageAttention 2 with INT8 scores and FP8 values, its CUDA kernel by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .. import sage
+from ..backend import Kernel, Limits
+from ..options import Option
+from ..platform import Platform
+
+CARDS = ((8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+FORK_CARDS = ((8, 9), (10, 0), (12, 0), (12, 1))
+"""What setup.py of 2.2.0 builds it for, in thu-ml d1a57a5 and in woct0rdho e147939."""
+
+
+class SageFP8Cuda(sage.SageCuda):
+    """sageattn_qk_int8_pv_fp8_cuda (sageattention/core.py).
+
+    It returns unwritten memory for an accumulator that it does not know, so 2.1.1 is never asked for fp32+fp16,
+    which came with 2.2. On sm12x it gives noise from 167,000 keys on, none at 151,000
+    (https://github.com/thu-ml/SageAttention/issues/388).
+    """
+
+    id = "sage_fp8_cuda"
+    summary = "SageAttention 2 with INT8 scores and FP8 values, CUDA kernel. Takes no masks."
+    function = "sageattn_qk_int8_pv_fp8_cuda"
+    limits_sm12x = replace(sage.SECOND_LIMITS, max_kv_len=150_000)
+    options = (
+        sage.GRANULARITY,
+        Option(
+            "pv_accum_dtype",
+            str,
+            sage.AS_PACKAGE,
+            "Where weights times values are added up: fp32+fp32 is the most exact, fp32+fp16 (2.2) the fastest; auto "
+            "is the package's choice for the card.",
+            choices=(sage.AS_PACKAGE, "fp32", "fp32+fp32", "fp32+fp16"),
+        ),
+        sage.SMOOTH_K,
+        sage.SMOOTH_V,
+    )
+
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+        return FORK_CARDS if sage.is_fork(platform) else CARDS
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return self.limits_sm12x if platform.capability in ((12, 0), (12, 1)) else self.limits
+
+    def load(
+        self,
+        platform: Platform,
+        *,
+        qk_quant_gran: str = sage.AS_PACKAGE,
+        pv_accum_dtype: str = sage.AS_PACKAGE,
+        smooth_k: bool = True,
+        smooth_v: bool = False,
+    ) -> Kernel:
+        version = sage.installed(platform)
+        if pv_accum_dtype == sage.AS_PACKAGE:
+            pv_accum_dtype = "fp32" if smooth_v else accumulator(platform)
+        if pv_accum_dtype == "fp32+fp16" and version.release < (2, 2):
+            raise NotImplementedError(f"sageattention {version} has no pv_accum_dtype fp32+fp16, which came with 2.2")
+        if smooth_v and pv_accum_dtype != "fp32":
+            raise NotImplementedError(f"smooth_v has no effect with pv_accum_dtype {pv_accum_dtype}, only with fp32")
+        return self.kernel(
+            platform,
+            qk_quant_gran=qk_quant_gran,
+            pv_accum_dtype=pv_accum_dtype,
+            smooth_k=smooth_k,
+            smooth_v=smooth_v,
+        )
+
+
+def accumulator(platform: Platform) -> str:
+    """What `sageattn` takes for `pv_accum_dtype` on this card: fp32+fp16 from 2.2 on, in the fork from CUDA 12.8 on."""
+    if sage.installed(platform).release >= (2, 2) and not (sage.is_fork(platform) and _old_cuda(platform)):
+        return "fp32+fp16"
+    return "fp32" if platform.architecture == "Blackwell" else "fp32+fp32"
+
+
+def _old_cuda(platform: Platform) -> bool:
+    parts = (platform.cuda or "").split(".")
+    return len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() and (int(parts[0]), int(parts[1])) < (12, 8)

@@ -1,0 +1,44 @@
+"""`sage_fp8_sm90`: SageAttention 2 with INT8 scores and FP8 values, its kernel for Hopper by itself."""
+
+from __future__ import annotations
+
+from .. import sage
+from ..backend import Kernel
+from ..options import Option
+from ..platform import Platform
+
+
+class SageFP8SM90(sage.SageCuda):
+    """sageattn_qk_int8_pv_fp8_cuda_sm90 (sageattention/core.py).
+
+    Builds before https://github.com/thu-ml/SageAttention/pull/307 return unwritten memory and are not loaded. It has
+    one accumulator, the option is there so that a configuration can say so; it does not smooth values.
+    """
+
+    id = "sage_fp8_sm90"
+    summary = "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel. Takes no masks."
+    function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
+    options = (
+        sage.GRANULARITY,
+        Option(
+            "pv_accum_dtype",
+            str,
+            "fp32+fp32",
+            "Where weights times values are added up; this kernel has one way.",
+            choices=("fp32+fp32",),
+        ),
+        sage.SMOOTH_K,
+    )
+
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+        return ((9, 0),)
+
+    def load(
+        self,
+        platform: Platform,
+        *,
+        qk_quant_gran: str = sage.AS_PACKAGE,
+        pv_accum_dtype: str = "fp32+fp32",
+        smooth_k: bool = True,
+    ) -> Kernel:
+        return self.kernel(platform, qk_quant_gran=qk_quant_gran, pv_accum_dtype=pv_accum_dtype, smooth_k=smooth_k)

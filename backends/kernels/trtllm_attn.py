@@ -1,0 +1,89 @@
+"""`trtllm_attn`: TensorRT-LLM's attention kernel for Blackwell data centre cards, through FlashInfer."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING
+
+from ..backend import HALF, Backend, Kernel, Limits
+from ..layout import INT32_ELEMENTS, on_device_of
+from ..platform import Platform
+from ..ragged import lengths, offsets, stream_of, to_bhsd, to_thd, workspace
+from ..request import AttentionCall
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TRTLLMAttn(Backend):
+    """trtllm_ragged_attention_deepseek (flashinfer/prefill.py, csrc/trtllm_fmha_kernel_launcher.cu).
+
+    It is told the strides of key and value but not those of the query, which is therefore made contiguous. `causal`
+    is taken for equal lengths only. Its kernels are prebuilt files, which FlashInfer fetches at the first call where
+    the package flashinfer-cubin has not brought them: that needs the person's leave, and no route takes it by itself.
+    """
+
+    id = "trtllm_attn"
+    summary = "TensorRT-LLM's kernel for B200 and B300, through FlashInfer, which fetches it once. Exact; no masks."
+    kinds = ("cuda",)
+    requires = ("flashinfer-python>=0.6",)
+    limits = Limits(
+        dtypes=HALF,
+        head_dims=(128,),
+        masks=("none",),
+        max_elements=INT32_ELEMENTS,
+        max_batch=65535,
+        max_heads=65535,
+    )
+
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+        return ((10, 0), (10, 3))
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        if platform.kind in self.kinds and platform.version("flashinfer-cubin") is None and not platform.hub:
+            reasons.append(
+                "package flashinfer-cubin is not installed, and downloads are off "
+                "(ATTENTION_BACKENDS_HUB=1 allows them)"
+            )
+        return reasons
+
+    def load(self, platform: Platform) -> Kernel:
+        import torch
+        from flashinfer.prefill import trtllm_ragged_attention_deepseek as attend
+
+        # Newer versions read the lengths back from the device at each call unless they get them on the host as well.
+        takes_lengths = "q_seq_lens_cpu" in signature(attend).parameters
+        host = torch.device("cpu")
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            batch, _, q_len, head_dim = call.query.shape
+            kv_len, device = call.key.shape[2], call.query.device
+            options: dict[str, object] = {}
+            if takes_lengths:
+                options["q_seq_lens_cpu"] = lengths(batch, q_len, host)
+                options["kv_seq_lens_cpu"] = lengths(batch, kv_len, host)
+            with on_device_of(call.query):
+                output: torch.Tensor = attend(
+                    query=to_thd(call.query).contiguous(),
+                    key=to_thd(call.key),
+                    value=to_thd(call.value),
+                    workspace_buffer=workspace(self.id, device, stream_of(call.query)),
+                    seq_lens=lengths(batch, kv_len, device),
+                    max_q_len=q_len,
+                    max_kv_len=kv_len,
+                    bmm1_scale=float(head_dim**-0.5) if call.scale is None else call.scale,
+                    bmm2_scale=1.0,
+                    o_sf_scale=1.0,
+                    batch_size=batch,
+                    window_left=-1,
+                    cum_seq_lens_q=offsets(batch, q_len, device),
+                    cum_seq_lens_kv=offsets(batch, kv_len, device),
+                    enable_pdl=False,
+                    is_causal=call.is_causal,
+                    return_lse=False,
+                    **options,
+                )
+            return to_bhsd(output, batch)
+
+        return run

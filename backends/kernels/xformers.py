@@ -1,0 +1,130 @@
+"""`xformers`: memory_efficient_attention of xformers, which takes masks and float32 and runs on old cards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..backend import HALF, Backend, Kernel, Limits
+from ..layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from ..mask import as_additive
+from ..platform import Platform
+from ..request import AttentionCall, AttentionRequest
+from ..sdpa import expanded
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 16
+"""Bytes of which every step through query, key, value and bias has to be a multiple."""
+
+BIAS_STEP = 8
+"""Numbers of which a row of the bias has to be a multiple in memory, for every dtype."""
+
+
+class Xformers(Backend):
+    """Limits as in xformers/ops/fmha of 0.0.29 to 0.0.35 (https://github.com/facebookresearch/xformers).
+
+    Two operators matter here: `cutlass` (masks, float32, any head size, cards up to sm90) and `flash` (half precision
+    without masks, head sizes up to 256, from sm80). So Blackwell has no operator with a mask, and older cards have no
+    bfloat16. Head sizes fill 16 bytes where tensor cores are used. A bias has the full (batch, heads, q_len, kv_len),
+    which need not take memory: dimensions may be views of one, but a row begins at a multiple of 8 numbers. Flash may
+    be the flash-attn package, so its limit on elements holds. The operators for AMD cards are left out.
+    """
+
+    id = "xformers"
+    summary = "xformers' memory-efficient attention. Exact; takes masks and float32, and runs on cards before Ampere."
+    kinds = ("cuda",)
+    min_capability = (5, 0)
+    requires = ("xformers>=0.0.29",)
+    limits = Limits(
+        dtypes=("float16", "bfloat16", "float32"), max_elements=INT32_ELEMENTS, max_batch=65535, max_heads=65535
+    )
+    old_limits = Limits(dtypes=("float16", "float32"), max_elements=INT32_ELEMENTS, max_batch=65535, max_heads=65535)
+    blackwell_limits = Limits(
+        dtypes=HALF,
+        max_head_dim=256,
+        masks=("none",),
+        max_elements=INT32_ELEMENTS,
+        max_batch=65535,
+        max_heads=65535,
+    )
+
+    def limits_on(self, platform: Platform) -> Limits:
+        if platform.architecture == "Blackwell":
+            return self.blackwell_limits
+        return self.limits if platform.capability and platform.capability >= (8, 0) else self.old_limits
+
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        reasons = super().unsupported_reasons(request, platform)
+        step = _head_dim_step(request.dtype, platform)
+        return reasons + [
+            f"head_dim {size} is not a multiple of {step} for {request.dtype}"
+            for size in dict.fromkeys((request.head_dim, request.v_head_dim or request.head_dim))
+            if size % step
+        ]
+
+    def load(self, platform: Platform) -> Kernel:
+        try:
+            from xformers import _cpp_lib, ops
+            from xformers.ops import fmha
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("flash_attn"):
+                raise ImportError(f"xformers takes what flash-attn-4 left for version 2 ({error})") from error
+            raise
+        # Importing succeeds, with a warning, where the compiled part fits another torch; nothing runs then.
+        if not _cpp_lib._built_with_cuda:
+            why = " ".join(str(_cpp_lib._cpp_library_load_exception or "built without CUDA").split())
+            raise ImportError(why.partition(" Please ")[0])
+        operator = fmha.flash.FwOp if platform.architecture == "Blackwell" else fmha.cutlass.FwOp
+        if not operator.is_available():
+            raise ImportError(f"operator {operator.NAME} of xformers does not work with torch {platform.torch}")
+        attention, causal = ops.memory_efficient_attention, ops.LowerTriangularMask
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            call = expanded(call)
+            query, key, value = (_aligned(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
+            bias = causal() if call.is_causal else bias_of(call)
+            with on_device_of(query):
+                output: torch.Tensor = attention(query, key, value, attn_bias=bias, scale=call.scale)
+            output = to_bshd(output)
+            return output if call.attn_mask is None else output.masked_fill(_without_keys(call.attn_mask), 0.0)
+
+        return run
+
+
+def _head_dim_step(dtype: str, platform: Platform) -> int:
+    """Of what head sizes are multiples: tensor cores load 16 bytes, and those of sm70 know no float32."""
+    capability = platform.capability or (0, 0)
+    if dtype == "float32":
+        return 4 if capability >= (8, 0) else 1
+    return 8 if capability >= (7, 0) else 1
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy where one of its steps is not a multiple of 16 bytes."""
+    import torch
+
+    tensor = indexable(tensor)
+    if all(stride * tensor.element_size() % ALIGNMENT == 0 for stride in tensor.stride()[:-1]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def bias_of(call: AttentionCall) -> torch.Tensor | None:
+    """The mask as xformers takes it, (batch, heads, q_len, kv_len), finite, in the query's dtype; None without one."""
+    import torch
+
+    if call.attn_mask is None:
+        return None
+    dtype, kv_len = call.query.dtype, call.key.shape[2]
+    additive = as_additive(call.attn_mask, dtype)
+    rows = additive.new_zeros((*additive.shape[:-1], -(-kv_len // BIAS_STEP) * BIAS_STEP), dtype=dtype)
+    bias = rows[..., :kv_len]
+    bias.copy_(additive).clamp_(min=torch.finfo(dtype).min / 2)  # rows of -inf alone are not left to the kernel
+    return bias.expand(*call.query.shape[:3], kv_len)
+
+
+def _without_keys(mask: torch.Tensor) -> torch.Tensor:
+    """True for query rows that see no key, (..., q_len or 1, 1): zeros by SDPA, a mean of hidden values by a bias."""
+    visible = mask > float("-inf") if mask.dtype.is_floating_point else mask
+    return visible.any(dim=-1, keepdim=True).logical_not()

@@ -1,0 +1,110 @@
+"""`xla_flash`: the flash attention of torch_xla, a Pallas kernel for TPUs."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING
+
+from ..backend import Backend, Kernel, Limits, package_reason
+from ..platform import Platform
+from ..request import AttentionCall, AttentionRequest
+from ..sdpa import expanded
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 512
+"""Keys per block; more than one block has to be filled to the last key."""
+
+LANES = 128
+"""Of this the keys have to be a multiple where segments are used, and head sizes beyond it."""
+
+
+class XlaFlash(Backend):
+    """flash_attention of torch_xla/experimental/custom_kernel.py, over jax.experimental.pallas.ops.tpu.
+
+    Without `sm_scale` it multiplies scores by 1. Beyond one block, kv_len has to be a multiple of 512: some versions
+    raise, others pad with a bias that is wrong where q_len differs from kv_len; so keys are padded here, and hidden
+    as another segment. A padding mask is a segment too. Before 2.4 there were neither segments nor a scale. float32
+    is refused: a TPU multiplies it in bfloat16 unless told otherwise.
+    """
+
+    id = "xla_flash"
+    summary = "Flash attention of PyTorch/XLA, for TPUs. Exact in bfloat16; takes padding masks."
+    kinds = ("xla",)
+    requires = ("torch-xla>=2.2",)
+    limits = Limits(dtypes=("bfloat16",), max_head_dim=256, masks=("none", "key_padding"))
+    first_limits = Limits(dtypes=("bfloat16",), max_head_dim=256, masks=("none",))
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return self.limits if _has_segments(platform) else self.first_limits
+
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        reasons = super().unsupported_reasons(request, platform)
+        if request.head_dim > LANES and request.head_dim % LANES:
+            reasons.append(f"head_dim {request.head_dim} > {LANES} is not a multiple of {LANES}")
+        if not _has_segments(platform) and _padding(request.kv_len, masked=False):
+            version = platform.version("torch-xla")
+            reasons.append(f"kv_len {request.kv_len} > {BLOCK} is not a multiple of {BLOCK} (torch-xla {version})")
+        return reasons
+
+    def load(self, platform: Platform) -> Kernel:
+        from torch_xla import runtime
+        from torch_xla.experimental.custom_kernel import flash_attention
+
+        if runtime.device_type() != "TPU":
+            raise ImportError(f"the XLA device is {runtime.device_type()}, and the kernel is made for TPU")
+        takes_scale = "sm_scale" in signature(flash_attention).parameters
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            from torch.nn.functional import pad
+
+            call = expanded(call)
+            query, key, value = call.query, call.key, call.value
+            scale = query.shape[-1] ** -0.5 if call.scale is None else call.scale
+            options: dict[str, object] = {}
+            if takes_scale:
+                options["sm_scale"] = scale
+            else:
+                query = query * scale
+            visible = _visible_keys(call)
+            extra = _padding(key.shape[2], masked=visible is not None)
+            if visible is not None or extra:
+                segments = _segments(key, visible)
+                options["q_segment_ids"] = segments.new_ones(query.shape[0], query.shape[2])
+                options["kv_segment_ids"] = pad(segments, (0, extra))
+                key, value = (pad(tensor, (0, 0, 0, extra)) for tensor in (key, value))
+            output: torch.Tensor = flash_attention(query, key, value, causal=call.is_causal, **options)
+            if visible is None:
+                return output
+            # A sample without any key would get a mean over hidden ones; by SDPA it is zeros.
+            return output.masked_fill(visible.any(dim=-1).logical_not()[:, None, None, None], 0.0)
+
+        return run
+
+
+def _has_segments(platform: Platform) -> bool:
+    return package_reason("torch-xla>=2.4", platform) is None
+
+
+def _padding(kv_len: int, *, masked: bool) -> int:
+    """How many keys have to be added before the kernel takes them."""
+    if kv_len > BLOCK:
+        return -kv_len % BLOCK
+    return -kv_len % LANES if masked else 0
+
+
+def _visible_keys(call: AttentionCall) -> torch.Tensor | None:
+    """The padding mask as (batch, kv_len); None without one."""
+    if call.attn_mask is None:
+        return None
+    return call.attn_mask[:, 0, 0].bool().expand(call.key.shape[0], call.key.shape[2])
+
+
+def _segments(key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """(batch, kv_len): 1 for keys that the queries, all of segment 1, may see; 0 for the others."""
+    import torch
+
+    if visible is None:
+        return torch.ones(key.shape[0], key.shape[2], dtype=torch.int32, device=key.device)
+    return visible.to(torch.int32)
