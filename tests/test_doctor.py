@@ -185,7 +185,7 @@ def test_no_command_for_an_interpreter_that_pip_cannot_install_into(why: str) ->
 
 
 def test_every_package_that_a_backend_requires_can_be_advised() -> None:
-    triton = {"triton", "triton-windows"}  # comes with torch, or in the note
+    triton = {"triton", "triton-windows", "torch"}  # torch is ComfyUI's own; Triton comes with it, or in the note
     for backend in BACKENDS.values():
         known = {package.distribution for package in PACKAGES_OF.get(backend.id, ())} | triton
         assert {Requirement(need).name for need in backend.requires} <= known, backend.id
