@@ -1,5 +1,40 @@
 """Routing of attention calls to kernels: what can run, what should run, and what did run.
 
 Nothing in this package imports ComfyUI, and importing it imports neither torch nor any kernel package.
-Start reading at `request.py` (what a call is), then `backend.py`, `router.py` and `session.py`.
+Start reading at `request.py` (what a call is), then `backend.py`, `router.py` and `session.py`. Programs call what is
+named here, such as `attention` and `attention_backend`; it lives in `api.py`.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import (
+        CheckError,
+        account,
+        attention,
+        attention_backend,
+        checks,
+        force_backend,
+        read_environment,
+    )
+
+__all__ = [
+    "CheckError",
+    "account",
+    "attention",
+    "attention_backend",
+    "checks",
+    "force_backend",
+    "read_environment",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import what programs call only when it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api
+
+    return getattr(api, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -10,9 +11,11 @@ from attention_backends.backends.config_text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.request import parse_request
+from attention_backends.backends.route_report import route_report
 from attention_backends.backends.router import NoBackendError, Router
 from attention_backends.backends.routes import ROUTES, default_line, route_for
 from attention_backends.backends.session import Session
+from attention_backends.cli import main
 
 CALL = parse_request("num_heads=24,q_len=4096,head_dim=128")
 AUTO = Choice(None, "platform route")
@@ -32,6 +35,7 @@ ORDERS = {
     "cuda:12.0": BLACKWELL,
     "cuda:12.1": BLACKWELL,
     "cuda": ("torch_sdpa",),
+    **dict.fromkeys(("rocm:gfx906", "rocm:gfx1100", "rocm:gfx1201"), ("aiter", "flash_attn", "torch_sdpa")),
     "rocm:gfx942": ("aiter", "flash_attn", "torch_sdpa"),
     "xla": ("xla_flash", "torch_sdpa"),
     "cpu": ("torch_sdpa",),
@@ -60,6 +64,64 @@ def test_every_route_is_exact_founded_and_ends_where_everything_runs(route) -> N
 def test_without_packages_a_card_gets_what_torch_brings(machine: str) -> None:
     blackwell = ORDERS[machine] == BLACKWELL
     assert Router(parse_platform(machine)).select(CALL, AUTO).backend == ("cudnn_attn" if blackwell else "torch_sdpa")
+
+
+PACKAGES = {
+    "flash-attn": "flash-attn==2.8.3",
+    "flash-attn-3": "flash-attn-3==3.0.0",
+    "flash-attn-4": "flash-attn-4==4.0.0",
+    "flashinfer": "flashinfer-python==0.7.2",
+    "sageattention": "sageattention==2.2.0;triton==3.6.0",
+    "sageattn3": "sageattn3==1.0.0",
+    "xformers": "xformers==0.0.35",
+    "aiter": "amd-aiter==0.1.5",
+    "torch-npu": "torch-npu==2.7.1",
+    "torch-xla": "torch-xla==2.8.0",
+}
+WITHOUT_CUDNN = {"flashinfer": "flashinfer_attn", "flash-attn-4": "flash_attn_4"}
+STARTS: dict[str, dict[str, str]] = {
+    "cuda:7.5": {"xformers": "xformers"},
+    **{f"cuda:{card}": {"flash-attn": "flash_attn"} for card in ("8.0", "8.6", "8.9")},
+    "cuda:9.0": dict.fromkeys(("flash-attn", "flash-attn-3", "flash-attn-4"), "flash_attn"),
+    **{f"cuda:{card}": dict.fromkeys(PACKAGES, "cudnn_attn") for card in ("10.0", "10.3", "12.0", "12.1")},
+    **{f"cuda:{card},cudnn=90400": WITHOUT_CUDNN for card in ("10.0", "10.3", "12.0", "12.1")},
+    "rocm:gfx942": {"aiter": "aiter", "flash-attn": "flash_attn"},
+    "xla": {"torch-xla": "xla_flash"},
+    **{machine: {} for machine in ("rocm:gfx906", "rocm:gfx1100", "rocm:gfx1201", "xpu", "mps", "npu", "cpu")},
+}
+"""What auto starts with where one package is installed; torch_sdpa with any other."""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("machine", STARTS)
+def test_what_each_package_changes_on_each_machine(machine: str, package: str) -> None:
+    platform = parse_platform(f"{machine},packages={PACKAGES[package]}")
+    router = Router(platform)
+    backend = STARTS[machine].get(package, "torch_sdpa")
+    assert router.default_backend() == backend
+    call = CALL._replace(dtype="float16") if machine == "cuda:7.5" else CALL  # Turing has no bfloat16
+    assert router.select(call, AUTO).backend == backend
+    report = route_report(router)
+    states = {state["backend"]: state for state in report["exact"]}
+    assert list(states) == list(route_for(platform).order)
+    assert report["auto"] == backend == next(name for name, state in states.items() if state["available"])
+    assert report["log"] == default_line(platform, backend)
+    for state in (*report["exact"], *report["lossy"]):
+        assert state["available"] != bool(state["reasons"]), "available, or why not"
+
+
+def test_all_packages_together_and_the_best_one_first() -> None:
+    packages = ";".join(PACKAGES.values())
+    starts = {machine: Router(parse_platform(f"{machine},packages={packages}")).default_backend() for machine in STARTS}
+    assert starts == {
+        "cuda:7.5": "xformers",
+        **dict.fromkeys(("cuda:8.0", "cuda:8.6", "cuda:8.9", "cuda:9.0"), "flash_attn"),
+        **dict.fromkeys(("cuda:10.0", "cuda:10.3", "cuda:12.0", "cuda:12.1"), "cudnn_attn"),
+        **{f"cuda:{card},cudnn=90400": "flashinfer_attn" for card in ("10.0", "10.3", "12.0", "12.1")},
+        "rocm:gfx942": "aiter",
+        "xla": "xla_flash",
+        **dict.fromkeys(("rocm:gfx906", "rocm:gfx1100", "rocm:gfx1201", "xpu", "mps", "npu", "cpu"), "torch_sdpa"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -119,6 +181,11 @@ def test_cudnn_by_name_takes_what_it_can() -> None:
         ("cuda:12.0", "flashinfer_attn", "FLASHINFER_ATTN (Blackwell sm_120)"),
         ("cuda:9.0", "flash_attn", "FLASH_ATTN (Hopper sm_90)"),
         ("rocm:gfx942", "aiter", "AITER (gfx942)"),
+        ("cuda:10.3,cudnn=91500", "cudnn_attn", "CUDNN_ATTN (Blackwell sm_103, cuDNN 91500)"),
+        ("cuda:12.1", "flash_attn_4", "FLASH_ATTN_4 (Blackwell sm_121)"),
+        ("cuda:8.9", "flash_attn", "FLASH_ATTN (Ada sm_89)"),
+        ("cuda:7.5", "xformers", "XFORMERS (Turing sm_75)"),
+        ("xla", "xla_flash", "XLA_FLASH"),
         ("cpu", "torch_sdpa", "SDPA"),
     ],
 )
@@ -173,3 +240,55 @@ def test_lossy_backends_come_first_only_where_they_are_allowed() -> None:
     assert "mask kind bool not in (none)" in str(masked.rejected[0])
     fragile = router.select(call._replace(exact_only=True), auto, accuracy="quantized")
     assert fragile.backend == "flash_attn"
+
+
+# The command that prints them
+
+
+def route(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["route", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_command_prints_the_route_of_a_described_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    text = route(capsys, "--platform", "cuda:12.0,cudnn=91002,packages=flashinfer-python==0.7.2")
+    lines = text.splitlines()
+    assert lines[0] == "Machine: cuda, sm_120, torch 2.11.0, CUDA 13.0, cuDNN 91002"
+    assert lines[1].startswith("Route:   Blackwell (reported: vLLM-Omni's table")
+    assert lines[2] == "Log:     Defaulting to diffusion attention backend CUDNN_ATTN (Blackwell sm_120, cuDNN 91002)"
+    assert "  1 cudnn_attn       available   <- auto starts here" in lines
+    assert "  2 flashinfer_attn  available" in lines
+    assert any(line.startswith("  3 flash_attn_4     no: package flash-attn-4 is not installed") for line in lines)
+    lossy = lines.index("Lossy, tried before these where accuracy allows more than exact:")
+    assert lines[lossy + 1].startswith("  1 sage_attn ")
+    assert text.count("<- auto starts here") == 1
+
+
+def test_the_command_prints_it_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(route(capsys, "--platform", "cuda:12.0,cudnn=90400", "--json"))
+    assert (report["title"], report["capabilities"], report["evidence"]) == ("Blackwell", ["10.0", "12.9"], "reported")
+    assert report["auto"] == "torch_sdpa"
+    assert report["log"] == "Defaulting to diffusion attention backend SDPA"
+    assert report["exact"][0] == {"backend": "cudnn_attn", "available": False, "reasons": ["cuDNN 90400 < 90500"]}
+    assert [state["backend"] for state in report["lossy"]] == ["sage_attn", "sage_fp16_triton"]
+
+
+def test_the_command_prints_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(route(capsys, "--all", "--json"))["routes"]
+    assert [
+        (row["title"], tuple(row["exact"]), tuple(row["lossy"]), row["evidence"], row["source"]) for row in rows
+    ] == [(row.title, row.order, row.lossy, row.evidence, row.source) for row in ROUTES]
+    text = route(capsys, "--all")
+    for row in ROUTES:
+        assert f"  evidence: {row.evidence}: {row.source}" in text
+        assert f"{row.title} ({', '.join(row.kinds)}" in text
+
+
+def test_the_command_asks_this_machine_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    assert f"torch {torch.__version__.split('+')[0]}" in route(capsys).splitlines()[0]
+
+
+def test_the_command_refuses_a_machine_that_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["route", "--platform", "gpu"]) == 2
+    assert "platform: 'gpu' is not one of cpu, cuda" in capsys.readouterr().err

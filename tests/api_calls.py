@@ -1,0 +1,38 @@
+"""Calls through `api.py` for tests: tensors, the backend that a call runs on, and a fixture that finds what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from attention_backends.backends import account, api, attention, read_environment, scopes
+from hook_side import ENVIRONMENT
+
+random = torch.Generator().manual_seed(3)
+Q, K, V = (torch.randn(2, 4, length, 16, generator=random) for length in (6, 10, 10))
+
+
+@pytest.fixture
+def nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in (*ENVIRONMENT, "DIFFUSERS_ATTN_CHECKS"):
+        monkeypatch.delenv(name, raising=False)
+    read_environment()
+    api._thread.__dict__.clear()
+    yield
+    assert scopes._stack.get() is None, "a block is still in force"
+    monkeypatch.undo()
+    read_environment()
+
+
+def ran(**options: object) -> str:
+    """The backend that a call here runs on."""
+    with account() as trace:
+        attention(Q, K, V, **options)  # type: ignore[arg-type]
+    (row,) = trace.rows.values()
+    assert row.calls == 1
+    return row.backend
+
+
+def close(output: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(output, expected, rtol=0, atol=3e-6)
