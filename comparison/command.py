@@ -71,12 +71,12 @@ def run(options: argparse.Namespace, program: str) -> int:
         mode=options.mode, seed=options.seed, width=width, height=height, frames=options.frames, steps=options.steps,
         guidance=options.guidance, repeat=options.repeat, dtype=options.dtype, device=options.device, **given,
     )  # fmt: skip
-    _make_folder(options.output)
+    make_folder(options.output)
     with contextlib.redirect_stdout(sys.stderr):  # what packages print while they load is no part of the answer
         router = router_for(settings.device)
         named = None if options.backends is None else parse_backends(options.backends.split(","))
         backends = named or default_backends(router)
-        progress = _Progress()
+        progress = Progress()
         try:
             found = compare(settings, backends, router=router, progress=progress)
         except KeyboardInterrupt:
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, program: str) -> int:
     return 1 if report.rows[0].failed else 0
 
 
-class _Progress:
+class Progress:
     """One line on stderr that is written over; nothing where stderr is not a terminal."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

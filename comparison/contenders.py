@@ -21,8 +21,9 @@ from .report import ComparisonError
 
 REFERENCE = "torch_sdpa"
 ANYWHERE = (REFERENCE, "sdpa_math", "emulated_int8")
-ONLY_BY_NAME = ("reference", COMFY, "flash_attn")
-"""Left out unless named: the yardstick, what exists only in ComfyUI, and a family whose members run anyway."""
+ONLY_BY_NAME = ("reference", COMFY, "flash_attn", "flex_attn")
+"""Left out unless named: the yardstick, what exists only in ComfyUI, a family whose members run anyway, and what
+compiles for tens of seconds."""
 
 
 def parse_backends(names: Sequence[str]) -> list[str]:

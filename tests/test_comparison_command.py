@@ -121,7 +121,7 @@ def test_an_interruption_writes_what_was_finished(
         if what == "sdpa_math: run 2 of 2":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command._Progress, "__call__", stop)
+    monkeypatch.setattr(command.Progress, "__call__", stop)
     assert main(["compare", *TINY, "--backends", "sdpa_math", "--output", str(tmp_path)]) == 130
     assert "Note: interrupted" in capsys.readouterr().out
     data = json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))

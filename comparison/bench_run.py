@@ -1,0 +1,130 @@
+"""One run of the kernel benchmark, from names and numbers to a report; for the command line and for the node.
+
+Boundary: it reads what was asked for and hands it to `backends/bench.py`; it writes no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..backends.bench import Host, Progress, make_cases, run_cases
+from ..backends.bench_inputs import device_of
+from ..backends.names import COMFY
+from ..backends.presets import MASK_KINDS, parse_presets
+from ..backends.router import Router
+from . import machine
+from .bench_report import CUDNN, SDPA, BenchReport
+from .contenders import ONLY_BY_NAME, parse_backends
+from .report import ComparisonError
+
+if TYPE_CHECKING:
+    import torch
+
+MASKS = ("both", "unmasked", "masked")
+DTYPES = ("bfloat16", "float16", "float32")
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+EMULATION = "emulated_int8"
+MOST_TOKENS = 2**20
+
+
+@dataclass
+class Asked:
+    """What is to be measured. Texts are lists separated by commas; an empty one stands for all."""
+
+    presets: str = ""
+    backends: str = ""
+    masks: str = "both"
+    mask_kind: str = "key_padding"
+    dtype: str = "bfloat16"
+    tokens: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.dtype = SHORT.get(self.dtype, self.dtype)
+        for name, known in (("dtype", DTYPES), ("masks", MASKS), ("mask_kind", MASK_KINDS)):
+            if getattr(self, name) not in known:
+                raise ComparisonError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if not 0 <= self.tokens <= MOST_TOKENS:
+            raise ComparisonError(f"tokens {self.tokens}: give 1 to {MOST_TOKENS}, or 0 for the full lengths")
+
+
+def choose_backends(text: str, router: Router) -> list[str]:
+    """The backends that are named, PyTorch's first; for none all that are available here, cuDNN and `comfy` always.
+
+    Left out unless named: families whose members run anyway, the yardstick, and the emulation: its time means nothing.
+
+    Raises:
+        ValueError: a name is unknown, is there twice, or is a way to choose.
+    """
+    if text.strip():
+        return parse_backends(text.split(","))
+    left_out = {SDPA, CUDNN, EMULATION, *ONLY_BY_NAME}
+    others = [name for name in router.backends if name not in left_out and not router.unavailable(name)]
+    return [SDPA, CUDNN, *others, COMFY]
+
+
+def measure(
+    asked: Asked,
+    router: Router,
+    device: torch.device | None = None,
+    *,
+    host: Host | None = None,
+    host_name: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+    versions: dict[str, str] | None = None,
+) -> BenchReport:
+    """Run the benchmark on `device`, which the router must be for (default: its platform's first).
+
+    Raises:
+        ValueError: what was asked for makes no sense; the message says what to change.
+    """
+    presets = [preset.scaled(asked.tokens) for preset in parse_presets(asked.presets)]
+    backends = choose_backends(asked.backends, router)
+    cases, notes = make_cases(presets, asked.dtype, asked.masks, asked.mask_kind)
+    if not cases:
+        raise ComparisonError(f"nothing to measure: {'; '.join(notes)}")
+    platform = router.platform
+    report = BenchReport(
+        cases=cases,
+        dtype=asked.dtype,
+        seed=asked.seed,
+        tokens=asked.tokens,
+        device=platform.kind,
+        card=" ".join(filter(None, (platform.name, platform.sm or platform.gfx))) or platform.kind,
+        machine=machine.describe(platform),
+        versions={**machine.versions(platform), **(versions or {})},
+        notes=[*_scaling(asked.tokens, sum(preset.full is not None for preset in presets), len(presets)), *notes],
+    )
+    report.ended = run_cases(
+        cases,
+        backends,
+        router,
+        device or device_of(platform),
+        seed=asked.seed,
+        host=host,
+        host_name=host_name,
+        progress=progress,
+    )
+    report.notes += _not_here(backends, router, asked.backends)
+    return report
+
+
+def _scaling(tokens: int, scaled: int, count: int) -> list[str]:
+    if not tokens:
+        return []
+    return [
+        f"lengths scaled down to {tokens} tokens on the longest side, hidden keys in proportion, in {scaled} of {count}"
+        " presets: these times are not those of the models"
+    ]
+
+
+def _not_here(backends: Sequence[str], router: Router, named: str) -> list[str]:
+    """Where nobody named backends: which ones were left out because this machine cannot run them."""
+    if named.strip():
+        return []
+    absent = [name for name in router.backends if name not in backends and router.unavailable(name)]
+    if not absent:
+        return []
+    return [f"not available here, the command doctor says why: {', '.join(absent)}"]
