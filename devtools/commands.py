@@ -22,6 +22,7 @@ HELP = {
     "bench": "run the scripts in benchmarks/; names choose some of them (bench overhead)",
     "lint": "ruff and mypy",
     "doctor": "each backend: available, or why not and how to get it",
+    "docs": "write the pages of docs/ that are made from the code",
 }
 
 
@@ -46,7 +47,7 @@ def main(root: Path) -> int:
 
 
 def _run(root: Path, command: str, rest: list[str]) -> int:
-    if command in ("setup", "demo", "lint") and rest:
+    if command in ("setup", "demo", "lint", "docs") and rest:
         raise Stop(f"dev.py {command} takes no arguments, got: {' '.join(rest)}")
     if command == "setup":
         _prepare_and_say(root)
@@ -59,6 +60,9 @@ def _run(root: Path, command: str, rest: list[str]) -> int:
         return doctor(root, rest)
     if command == "bench":
         return _bench(root, rest)
+    if command == "docs":
+        inside = root / "devtools" / "inside"
+        return _call(root, prepare(root), str(inside / "with_package.py"), str(inside / "write_docs.py"))
     return _test(root, rest)
 
 

@@ -63,9 +63,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         # A skip of a whole module or a fixture carries no marker; then the reason has the word.
         groups = (name for marker, name in GROUPS.items() if marker in report.keywords or name in reason)
         counts[next(groups, "other"), reason.removeprefix("Skipped: ")] += 1
-    slow = sum("slow" in item.keywords for item in terminalreporter.stats.get("deselected", []))
-    if slow:
-        counts["slow", "left out; run them with -m slow"] = slow
+    for marker in ("slow", "compile"):
+        left_out = sum(marker in item.keywords for item in terminalreporter.stats.get("deselected", []))
+        if left_out:
+            counts[marker, f"left out; run them with -m {marker}"] = left_out
     terminalreporter.section("checks that were skipped")
     if not counts:
         terminalreporter.write_line("none")
