@@ -1,5 +1,6 @@
-"""The command line: what every backend needs here (`doctor`), what would run for a call and why (`explain`), and
-what backends do to a picture (`compare`, in `comparison/command.py`).
+"""The command line: what every backend needs here (`doctor`), what would run for a call and why (`explain`), in which
+order a machine tries backends (`route`), what they do to a picture (`compare`) and how long they
+take (`bench`); the last two are in `comparison/`.
 
 It reads arguments and prints; what is true is decided in `backends/`. Bad arguments and strict refusals end with
 status 2 and their reason on stderr, everything else with 0.
@@ -12,21 +13,24 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import TextIOWrapper
 from typing import Any
 
+from .backends import probe, remembered, route_report
+from .backends.api import CATEGORIES, category_of
+from .backends.config import AttentionConfig
 from .backends.config_text import from_environment, parse_config
-from .backends.doctor import Row, examine, this_machine, why_no_card
+from .backends.doctor import Row, examine, probe_all, this_machine, why_no_card
 from .backends.install import Interpreter, running_interpreter
 from .backends.kernels import BACKENDS
 from .backends.names import canonical
 from .backends.platform import Platform, parse_platform
 from .backends.request import AttentionRequest, parse_request
 from .backends.router import NoBackendError, Router
+from .comparison import bench_command as bench
 from .comparison import command as compare
 
-CATEGORIES = ("self", "cross", "joint")
 EXAMPLE_REQUEST = "batch=1,num_heads=24,q_len=4096,kv_len=4096,head_dim=128,dtype=bfloat16,mask=none"
 EXAMPLE_PLATFORM = "cuda:12.0,cudnn=91002,packages=flashinfer-python==0.7.2;flash-attn==2.8.3"
 
@@ -34,8 +38,13 @@ DOCTOR_EXAMPLES = """examples:
   %(prog)s
   %(prog)s sage_attn flash_attn
   %(prog)s --json
+  %(prog)s --probe
+  %(prog)s --probe sage_attn --timeout 300
+  %(prog)s --forget sage_attn
 
-Nothing is installed or changed: commands are printed for you to run."""
+Nothing is installed or changed: commands are printed for you to run. A probe runs each kernel on a tiny problem, in a
+process of its own. What it finds is remembered for this card, driver, torch and package versions, in a folder that
+ATTENTION_BACKENDS_CACHE can name: a kernel that crashed, hung or was wrong is not used until a later probe is ok."""
 
 EXPLAIN_EXAMPLES = f"""examples:
   %(prog)s --config sage_attn --request num_heads=24,q_len=4096,head_dim=128
@@ -43,10 +52,17 @@ EXPLAIN_EXAMPLES = f"""examples:
   %(prog)s --platform "{EXAMPLE_PLATFORM}"
   %(prog)s --platform rocm:gfx942 --config attention.yaml --json
 
-A configuration is a backend's name, JSON, YAML, the path of a .json or .yaml file, dotted flags or name=value
-pairs. ATTENTION_BACKENDS_CONFIG, DIFFUSION_ATTENTION_BACKEND and DIFFUSERS_ATTN_BACKEND count below --config.
+A configuration is a backend's name, JSON, YAML, the path of a .json or .yaml file, dotted flags, name=value pairs, or
+a command line of vLLM-Omni, SGLang or Smart-Diffusion. ATTENTION_BACKENDS_CONFIG, DIFFUSION_ATTENTION_BACKEND and
+DIFFUSERS_ATTN_BACKEND count below --config.
 A machine is cpu, mps, xpu, npu, xla, cuda[:CAPABILITY] or rocm[:GFX], then name=value pairs: torch, cuda, cudnn,
 cudnn_sdp (on, off), os (linux, windows, darwin), packages (NAME==VERSION;NAME==VERSION)."""
+
+ROUTE_EXAMPLES = f"""examples:
+  %(prog)s
+  %(prog)s --platform "{EXAMPLE_PLATFORM}"
+  %(prog)s --platform rocm:gfx942 --json
+  %(prog)s --all"""
 
 
 def main(argv: list[str], program: str = "python -m attention_backends") -> int:
@@ -54,12 +70,15 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold what a cp1252 console cannot show
+    if argv[:1] == [probe.CHILD]:
+        return probe.child(argv[1:])
     options = _parser(program).parse_args(_joined(argv))
     try:
-        if options.command == "compare":
-            status = compare.run(options, program)
+        if options.command in ("compare", "bench"):
+            status = {"compare": compare, "bench": bench}[options.command].run(options, program)
         else:
-            status = _doctor(options) if options.command == "doctor" else _explain(options)
+            commands = {"doctor": _doctor, "explain": _explain, "route": _route}
+            status = commands[options.command](options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -89,16 +108,39 @@ def _parser(program: str) -> argparse.ArgumentParser:
         DOCTOR_EXAMPLES,
     )
     doctor.add_argument("backend", nargs="*", help="only these, by any of their names")
+    doctor.add_argument("--verbose", action="store_true", help="for all backends what is said of a named one")
+    doctor.add_argument("--probe", action="store_true", help="run each kernel that is there, and remember the outcome")
+    doctor.add_argument(
+        "--timeout", type=_seconds, default=probe.TIMEOUT, help="seconds for one probe; default: %(default)g"
+    )
+    doctor.add_argument("--forget", action="store_true", help="drop what earlier probes found")
     explain = command(
         "explain", "what would run for a call, on whose word, and why nothing else would", EXPLAIN_EXAMPLES
     )
     explain.add_argument("--role", default="self", help="role of the call, e.g. cross or ltx2.audio_to_video")
     explain.add_argument("--category", choices=CATEGORIES, help="the role's category; default: told by its name")
     explain.add_argument("--config", default="", help="configuration in any accepted form; default: everything auto")
+    explain.add_argument(
+        "--component", default="transformer", help="model of the pipeline, e.g. transformer_2; default: %(default)s"
+    )
     explain.add_argument("--request", default=EXAMPLE_REQUEST, help="the call; default: %(default)s")
     explain.add_argument("--platform", help="a machine as described below; default: this one")
+    route = command("route", "which backends auto tries on a machine, in which order", ROUTE_EXAMPLES)
+    route.add_argument("--platform", help="a machine, described as for explain; default: this one")
+    route.add_argument("--all", action="store_true", help="every row of the table, for all kinds of machine")
     compare.add_arguments(command("compare", compare.HELP, compare.EXAMPLES))
+    bench.add_arguments(command("bench", bench.HELP, bench.EXAMPLES))
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -126,7 +168,13 @@ def _doctor(options: argparse.Namespace) -> int:
     interpreter = running_interpreter()
     with contextlib.redirect_stdout(sys.stderr):  # what packages print while they load is no part of the answer
         platform, without_torch = this_machine()
+        if options.forget:
+            print(f"outcomes of probes forgotten: {remembered.forget(ids)}")
+        found = {}
+        if options.probe and without_torch is None:
+            found = probe_all(Router(platform), ids, lambda name: probe.probe(name, options.timeout), print)
         rows = examine(Router(platform), interpreter, ids, without_torch)
+        rows = [row if row.probed else replace(row, probed=found.get(row.id)) for row in rows]
         hint = None if without_torch else why_no_card(platform)
     if options.json:
         report = {
@@ -137,7 +185,7 @@ def _doctor(options: argparse.Namespace) -> int:
         }
         print(json.dumps(report, indent=2))
     else:
-        print(_doctor_text(platform, interpreter, hint, rows, everything=bool(ids)))
+        print(_doctor_text(platform, interpreter, hint, rows, everything=bool(ids) or options.verbose))
     return 0
 
 
@@ -152,30 +200,44 @@ def _doctor_text(
     width = max(len(row.id) for row in rows)
     lines.append(f"{'BACKEND':{width}}  ACCURACY   AVAILABLE")
     for row in rows:
-        detail = ", ".join(filter(None, (row.version, row.file))) if row.available else "; ".join(row.reasons)
+        details = [", ".join(filter(None, (row.version, row.file)))] if row.available else list(row.reasons)
+        if row.probed and row.probed.status != "unavailable":
+            details.append(f"probed: {row.probed.words}")
         state = "yes" if row.available else "no "
-        lines.append(f"{row.id:{width}}  {row.accuracy:9}  {state}  {detail}".rstrip())
+        lines.append(f"{row.id:{width}}  {row.accuracy:9}  {state}  {'; '.join(filter(None, details))}".rstrip())
+        if everything:
+            lines += [f"    cards: {row.cards.text}"]
+            lines += [f"    names: {row.symbols.text}"] if row.symbols.needed else []
+            lines += [f"    stderr of the probe: {line}" for line in (row.probed.stderr if row.probed else ())]
+        elif row.symbols.problem and row.symbols.installed:
+            lines.append(f"    names: {row.symbols.problem}")
         if row.advice and (everything or row.advice.kind != "nothing"):
             lines += [f"    {text}" for text in (row.advice.text, row.advice.note) if text]
     return "\n".join(lines)
 
 
-def category_of(role: str) -> str:
-    """The category that a role's name suggests; only a model's own table knows it."""
-    if role in CATEGORIES:
-        return role
-    if role.endswith((".single", ".double")):  # FLUX, HunyuanVideo: text and picture together
-        return "joint"
-    return "cross" if "cross" in role or "_to_" in role else "self"
+def _route(options: argparse.Namespace) -> int:
+    if options.all:
+        rows = route_report.all_routes()
+        print(json.dumps({"routes": rows}, indent=2) if options.json else route_report.all_as_text(rows))
+        return 0
+    router = Router(_platform(options.platform))
+    with contextlib.redirect_stdout(sys.stderr):
+        report = route_report.route_report(router)
+    print(json.dumps(report, indent=2) if options.json else route_report.as_text(report))
+    return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
     request = parse_request(options.request)
-    named = (parse_config(options.config, "--config"),) if options.config.strip() else ()
+    named: tuple[AttentionConfig, ...] = ()
+    if options.config.strip():
+        named = (parse_config(options.config, "--config", component=options.component),)
+    layers = (*named, *from_environment(above=named))
     category = options.category or category_of(options.role)
     router = Router(_platform(options.platform))
     with contextlib.redirect_stdout(sys.stderr):
-        decision = router.decide(request, (*named, *from_environment()), options.role, category)
+        decision = router.decide(request, layers, options.role, category)
     answer = {
         "backend": decision.backend,
         "member": router.backends[decision.backend].member(request, router.platform),
@@ -187,6 +249,7 @@ def _explain(options: argparse.Namespace) -> int:
         "rejected": [{"backend": said.backend, "reasons": list(said.reasons)} for said in decision.rejected],
         "request": request._asdict(),
         "platform": router.platform.describe(),
+        "notes": list(dict.fromkeys(note for layer in layers for note in layer.notes)),
     }
     print(json.dumps(answer, indent=2) if options.json else _sentences(answer, request))
     return 0
@@ -214,6 +277,7 @@ def _sentences(answer: dict[str, Any], request: AttentionRequest) -> str:
         f"{runs} would run for role {role}{of}.",
         f"That follows from: {answer['source']}{asked}.",
     ]
+    lines += [f"Note: {note}." for note in answer["notes"]]
     if answer["rejected"]:
         lines.append("Refused before it:")
         lines += [f"  {said['backend']}: {'; '.join(said['reasons'])}" for said in answer["rejected"]]

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from . import remembered
 from .backend import ACCURACY, Backend, Kernel
-from .config import AttentionConfig, Choice, frozen, resolve
+from .config import AttentionConfig, Choice, frozen, resolve, settings_of
+from .family import Family
 from .kernels import BACKENDS
 from .names import COMFY
 from .platform import Platform
@@ -71,8 +73,10 @@ class NoBackendError(RuntimeError):
 class Router:
     """Selects backends on one platform. Safe to share between threads: what it learns is only ever added."""
 
-    def __init__(self, platform: Platform, backends: Mapping[str, Backend] = BACKENDS) -> None:
+    def __init__(self, platform: Platform, backends: Mapping[str, Backend] = BACKENDS, *, recalls: bool = True) -> None:
+        """`recalls`: what crashed or was wrong in an earlier `doctor --probe` counts as unavailable."""
         self.platform = platform
+        self.recalls = recalls
         self.backends = backends
         self.route = route_for(platform)
         self._unavailable: dict[str, tuple[str, ...]] = {}
@@ -89,12 +93,30 @@ class Router:
         else:
             reasons = backend.unavailable_reasons(self.platform)
         if backend is not None and not reasons and not self.platform.described:
-            try:
-                self._kernels[backend_id, ()] = backend.load(self.platform)
-            except Exception as error:  # whatever a broken package raises is the reason, never a crash
-                reasons = [f"loading failed: {type(error).__name__}: {error}"]
+            reasons = self._recalled(backend_id) or self._loading(backend_id, backend)
         self._unavailable[backend_id] = tuple(reasons)
         return self._unavailable[backend_id]
+
+    def _recalled(self, backend_id: str) -> list[str]:
+        # The last resort is never taken away: what crashes PyTorch's own attention leaves nothing to turn to.
+        if not self.recalls or backend_id == ALWAYS:
+            return []
+        ids, backend = [backend_id], self.backends[backend_id]
+        if isinstance(backend, Family):  # it would take the first that is installed
+            able = (member.id for member in backend.members(self.platform) if self._installed(member))
+            ids += [next(able, backend_id)]
+        said = (remembered.refusal(name, self.platform) for name in ids)
+        return [reason for reason in said if reason][:1]
+
+    def _installed(self, backend: Backend) -> bool:
+        return not backend.unavailable_reasons(self.platform)
+
+    def _loading(self, backend_id: str, backend: Backend) -> list[str]:
+        try:
+            self._kernels[backend_id, ()] = backend.load(self.platform)
+        except (Exception, SystemExit) as error:  # whatever a broken package raises is the reason, never a crash
+            return [f"loading failed: {type(error).__name__}: {error}"]
+        return []
 
     def kernel(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> Kernel:
         """The loaded kernel of an available backend, with options that its declaration allows.
@@ -174,8 +196,8 @@ class Router:
         self, request: AttentionRequest, layers: tuple[AttentionConfig, ...], role: str, category: str
     ) -> Decision:
         """Resolve the role in `layers`, then select."""
-        top = layers[0] if layers else AttentionConfig()
-        return self.select(request, resolve(layers, role, category), accuracy=top.accuracy, strict=top.strict)
+        said = settings_of(layers)
+        return self.select(request, resolve(layers, role, category), accuracy=said.accuracy, strict=said.strict)
 
     def default_backend(self) -> str:
         """The first available backend of the route: what `auto` starts with before any call is known."""

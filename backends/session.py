@@ -11,7 +11,8 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from .backend import Kernel
-from .config import AttentionConfig, Choice, resolve
+from .call_checks import CheckError, checked, checks_from_environment
+from .config import AttentionConfig, Choice, Settings, resolve, settings_of
 from .names import COMFY
 from .request import AttentionCall, AttentionRequest
 from .router import Decision, NoBackendError, Router
@@ -63,11 +64,14 @@ class Session:
         layers: tuple[AttentionConfig, ...] = (),
         trace: Trace | None = None,
         clock: Callable[[], int] = perf_counter_ns,
+        checks: bool | None = None,
     ) -> None:
+        """`checks`: look over each call before its kernel runs; None leaves it to the environment, as it is now."""
         self.router = router
         self.layers = layers
-        self.trace = trace if trace is not None else Trace(device=router.platform.kind)
+        self.trace = trace if trace is not None else Trace(device=router.platform.kind, layers=layers)
         self.clock = clock
+        self.checks = checks_from_environment() if checks is None else checks
         self.failed: dict[tuple[str, AttentionRequest], str] = {}
         """Quarantine, for as long as this session: an error may be the fault of one run's inputs."""
         self._logged: set[object] = set()
@@ -79,14 +83,17 @@ class Session:
         category: str,
         block: str = "",
         preferred: Choice | None = None,
+        mask: str = "",
     ) -> Plan:
         """Decide how calls with these facts run in this role and block.
 
+        `mask` says for the account how the mask is honoured, where that is not its kind alone.
         `preferred` is what the checkpoint itself asks for; it counts only where no person named a backend.
 
         Raises:
             NoBackendError: strict was asked for and the named backend cannot run.
         """
+        self.trace.categories[role] = category
         choice = resolve(self.layers, role, category)
         strict = self.settings.strict
         if choice.asked is None and preferred is not None:
@@ -97,7 +104,7 @@ class Session:
         if decision.options:
             decision = self._loaded(decision, request, choice, strict)
         self._log_decision(decision, role, category)
-        return self._plan(request, decision, role, block, strict)
+        return self._plan(request, decision, role, block, strict, mask or request.mask)
 
     def _loaded(self, decision: Decision, request: AttentionRequest, choice: Choice, strict: bool) -> Decision:
         """The decision itself, or another one where the installed package refuses its options."""
@@ -111,9 +118,9 @@ class Session:
         return decision
 
     @property
-    def settings(self) -> AttentionConfig:
-        """The highest configuration: its accuracy, strictness and guard hold for every role."""
-        return self.layers[0] if self.layers else AttentionConfig()
+    def settings(self) -> Settings:
+        """Accuracy, strictness and guard, which hold for every role."""
+        return settings_of(self.layers)
 
     def _plan(
         self,
@@ -122,13 +129,15 @@ class Session:
         role: str,
         block: str,
         strict: bool,
+        mask: str,
         reason: str | None = None,
     ) -> Plan:
         row = self.trace.row(
-            role, block, decision.backend, decision.source, request.mask, reason or decision.reason, decision.asked
+            role, block, decision.backend, decision.source, mask, reason or decision.reason, decision.asked
         )
         row.member = self.router.backends[decision.backend].member(request, self.router.platform)
-        return Plan(request, decision, self._kernel(decision), row, strict)
+        kernel = self._kernel(decision)
+        return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict)
 
     def _kernel(self, decision: Decision) -> Kernel:
         kernel = self.router.kernel(decision.backend, decision.options)
@@ -167,7 +176,7 @@ class Session:
         failed, text = plan.decision.backend, str(error).lower()
         if (
             failed == COMFY
-            or isinstance(error, torch.OutOfMemoryError)
+            or isinstance(error, (torch.OutOfMemoryError, CheckError))
             or any(words in text for words in OUT_OF_MEMORY)
         ):
             raise error
@@ -194,7 +203,9 @@ class Session:
             plan.request.describe(),
         )
         reason = f"{failed}: failed: {type(error).__name__}: {error}"
-        replacement = self._plan(plan.request, decision, plan.row.role, plan.row.block, plan.strict, reason)
+        replacement = self._plan(
+            plan.request, decision, plan.row.role, plan.row.block, plan.strict, plan.row.mask, reason
+        )
         plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
         return plan.kernel(call)
 

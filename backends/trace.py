@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .audit import asked_and_ran
+from .config import AttentionConfig
+from .timeline import Timeline
+
 
 @dataclass(slots=True)
 class Row:
@@ -14,7 +18,7 @@ class Row:
     backend: str
     source: str
     mask: str
-    """How the mask was treated: `none`, or the kind that was passed on."""
+    """The kind of mask, and how it was honoured: `none`; `bool`, passed on; `key_padding, trimmed`; and so on."""
     reason: str | None = None
     """Why this backend ran instead of the one that was asked for; None when it was the one."""
     asked: str | None = None
@@ -36,15 +40,20 @@ class Trace:
     """From the first model call to the end of the run, the device synchronised; loading and decoding left out."""
     bypass: str = ""
     """Attention of this model family that never reaches the hook, so that nothing here can count it."""
-    rows: dict[tuple[str, str, str, str, str | None], Row] = field(default_factory=dict)
+    rows: dict[tuple[str, str, str, str, str | None, str], Row] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     """What else a person should know, each with how often it happened."""
+    layers: tuple[AttentionConfig, ...] = ()
+    """The configurations that held for the whole of it, highest first; empty where they changed."""
+    categories: dict[str, str] = field(default_factory=dict)
+    """The category of each role that was called, whoever computed it."""
+    timeline: Timeline = field(default_factory=Timeline)
 
     def row(
         self, role: str, block: str, backend: str, source: str, mask: str, reason: str | None, asked: str | None
     ) -> Row:
         """The row for this path, made when it is new."""
-        key = (role, block, backend, mask, reason)
+        key = (role, block, backend, mask, reason, source)
         row = self.rows.get(key)
         if row is None:
             row = self.rows[key] = Row(role, block, backend, source, mask, reason, asked)
@@ -54,6 +63,14 @@ class Trace:
         """Count a note; True when it is new, so that the caller can log it once."""
         self.notes[text] = self.notes.get(text, 0) + 1
         return self.notes[text] == 1
+
+    def end_of_model_call(self) -> None:
+        """Note in the timeline what was counted since the last model call."""
+        self.timeline.end_of_model_call(list(self.rows.values()), self.device == "cpu")
+
+    def windows(self) -> list[dict[str, object]]:
+        """The timeline as plain data; see `Timeline.as_list`."""
+        return self.timeline.as_list(list(self.rows.values()), self.device == "cpu")
 
     @property
     def calls(self) -> int:
@@ -87,6 +104,7 @@ class Trace:
             "seconds": self.seconds,
             "bypass": self.bypass,
             "rows": rows,
+            "audit": [finding.as_dict() for finding in asked_and_ran(self)],
             "notes": notes,
         }
 

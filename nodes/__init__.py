@@ -8,8 +8,10 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
 from . import routes
+from .benchmark import AttentionBenchmark
 from .compare import AttentionCompare
 from .comparison import AttentionComparison
+from .config_text import AttentionConfigText
 from .demo import AttentionDemoCaption, AttentionDemoImage
 from .per_role import PerRoleAttentionConfig
 from .report import AttentionReport
@@ -28,9 +30,11 @@ class Extension(ComfyExtension):
         return [
             AttentionBackendSelector,
             PerRoleAttentionConfig,
+            AttentionConfigText,
             AttentionReport,
             AttentionCompare,
             AttentionComparison,
+            AttentionBenchmark,
             AttentionDemoCaption,
             AttentionDemoImage,
         ]

@@ -22,7 +22,7 @@ class Capturing(Override):
     calls: dict[tuple[str, AttentionRequest], CapturedCall]
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        scope = sites.current_scope()
+        scope = None if torch.compiler.is_dynamo_compiling() else sites.current_scope()
         if scope is not None and scope.run.override is self:
             given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
             query, key, value = args[:3]

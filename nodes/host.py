@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,32 +20,19 @@ import torch
 
 from ..backends.config import AttentionConfig, Choice, resolve
 from ..backends.mask import as_4d, as_additive, mask_kind
+from ..backends.mask_plan import MaskPlan
 from ..backends.names import COMFY
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
 from ..backends.session import Plan
-from . import sites
+from . import compiled, sites
+from .compiled import KNOWN_ARGUMENTS, POSITIONAL
 from .roles import Role
 from .sampling import KEY, Run, Scope, name_of
 
 log = logging.getLogger("attention_backends")
 
 
-KNOWN_ARGUMENTS = frozenset(
-    {
-        "heads",
-        "mask",
-        "attn_precision",
-        "skip_reshape",
-        "skip_output_reshape",
-        "scale",
-        "enable_gqa",
-        "low_precision_attention",
-        "transformer_options",
-        "_inside_attn_wrapper",
-    }
-)
-POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
 RIGHT_WITH_BOOL_MASKS = ("attention_pytorch",)
@@ -84,8 +72,10 @@ class Layout:
 class HookPlan(Layout):
     """How every hook call of one kind runs: its layout, and the plan behind it."""
 
-    __slots__ = ("plan",)
+    __slots__ = ("plan", "plans")
     plan: Plan
+    plans: tuple[Plan | None, ...]
+    """One for each part of the mask's plan, None for a part without keys; empty where the mask is passed on whole."""
 
 
 _outside_runs: weakref.WeakKeyDictionary[Override, Run] = weakref.WeakKeyDictionary()
@@ -103,6 +93,7 @@ class Override:
         self.layers = layers
         self.foreign = foreign
         self.notes = notes
+        self.handle = compiled.overrides.new(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Override:
         """Itself: it never changes, and a run knows its override by identity."""
@@ -110,6 +101,8 @@ class Override:
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one attention call of ComfyUI's hook."""
+        if torch.compiler.is_dynamo_compiling():
+            return compiled.traced(self, func, args, kwargs)
         scope = sites.current_scope()
         if scope is None or scope.run.override is not self:
             return self._outside(func, *args, **kwargs)
@@ -141,16 +134,69 @@ class Override:
         """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
         if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
             return func(*args, **kwargs)
-        run = _outside_runs.get(self)
-        if run is None:
-            run = _outside_runs[self] = Run(self)  # kept, so that what it has to say is said once
-        scope = run.scope(args[0].device)
-        scope.begin({})
-        previous = sites.set_scope(scope)
+        previous = sites.set_scope(self._scope_outside(args[0].device))
         try:
             return self(func, *args, **kwargs)
         finally:
             sites.set_scope(previous)
+
+    def _scope_outside(self, device: torch.device) -> Scope:
+        run = _outside_runs.get(self)
+        if run is None:
+            run = _outside_runs[self] = Run(self)  # kept, so that what it has to say is said once
+        scope = run.scope(device)
+        scope.begin({})
+        return scope
+
+    def run_compiled(
+        self,
+        site: sites.Site | None,
+        ordinal: int,
+        composed: bool,
+        func: Callable[..., torch.Tensor],
+        args: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Run one attention call from inside a compiled graph.
+
+        Args:
+            site: the module that calls; None leaves it at the one that is marked as running.
+            ordinal: which call of the module's forward this is, where `site` is given.
+            composed: another pack's override has had its turn, in the graph.
+        """
+        with self._at(site, ordinal, args[0].device) as scope:
+            scope.masks.held = False
+            run = partial(route, scope) if composed else self
+            return run(func, *args, **kwargs, transformer_options=scope.options)
+
+    def count_compiled(
+        self, site: sites.Site | None, ordinal: int, query: torch.Tensor, key: torch.Tensor, by_other: bool
+    ) -> None:
+        """Account for a call in a compiled graph that did not come to us; see `_answered_by_other` and `_pass_on`."""
+        with self._at(site, ordinal, query.device) as scope:
+            scope.run.reached = True
+            role = scope.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
+            if by_other:
+                _answered_by_other(scope, role, name_of(self.foreign))
+            else:
+                _count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
+
+    @contextmanager
+    def _at(self, site: sites.Site | None, ordinal: int, device: torch.device) -> Iterator[Scope]:
+        """This thread's scope with `site` as the module that is running."""
+        current = sites.current_scope()
+        scope = current if current is not None and current.run.override is self else self._scope_outside(device)
+        before = scope.site, scope.ordinal, scope.masks.held
+        if site is not None:
+            scope.site, scope.ordinal = site, ordinal
+        sites.set_scope(scope)
+        try:
+            yield scope
+        finally:
+            sites.set_scope(current)
+            if site is not None:
+                scope.site, scope.ordinal = before[:2]
+            scope.masks.held = before[2]
 
 
 def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -160,6 +206,7 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
         kwargs.update(zip(POSITIONAL, args[3:], strict=False))
     options = kwargs.pop("transformer_options", None)
     mask = kwargs.pop("mask", None)
+    mask_plan = None if mask is None else scope.masks.plan(mask, scope.mask_source, key.shape[-2])
     ordinal = scope.ordinal
     scope.ordinal = ordinal + 1
     scope.routed += 1
@@ -171,7 +218,7 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
         key.shape,
         value.shape,
         query.dtype,
-        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
+        None if mask_plan is None else (mask_plan.facts, mask.dtype, mask.shape, mask.stride()),
         *kwargs.items(),
     )
     try:
@@ -181,11 +228,16 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
     if hook_plan is None:
         if not KNOWN_ARGUMENTS.issuperset(kwargs):
             return _pass_on(scope, func, query, key, value, mask, options, kwargs)
-        hook_plan = scope.session.plans[plan_key] = _new_plan(scope, ordinal, query, key, value, mask, kwargs)
+        hook_plan = scope.session.plans[plan_key] = _new_plan(
+            scope, ordinal, query, key, value, mask, mask_plan, kwargs
+        )
     call = hook_plan.call(query, key, value, mask)
     # Not only for the backend comfy: it is also the last resort when another one fails.
     call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
-    output = scope.session.run(hook_plan.plan, call)
+    if mask_plan is None or not hook_plan.plans:
+        output = scope.session.run(hook_plan.plan, call)
+    else:
+        output = _in_parts(scope, hook_plan, mask_plan, call, func, options, kwargs)
     if hook_plan.skip_output_reshape:
         return output
     batch, heads, q_len, head_dim = output.shape
@@ -207,9 +259,11 @@ def _new_plan(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    mask_plan: MaskPlan | None,
     kwargs: dict[str, Any],
 ) -> HookPlan:
     hook_plan = HookPlan(query, key, kwargs)
+    hook_plan.plans = ()
     call = hook_plan.call(query, key, value, mask)
     forbids = kwargs.get("low_precision_attention", True) is False
     upcast = kwargs.get("attn_precision") == torch.float32 and query.dtype != torch.float32
@@ -223,10 +277,53 @@ def _new_plan(
     if site is not None and site.preferred_attention() is not None:
         preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention())})")
     block = site.block if site is not None else ""
-    hook_plan.plan = scope.session.plan(request, role.name, role.category, block, preferred)
+    choice = resolve(scope.session.layers, role.name, role.category)
+    on_host = COMFY in (choice.asked, preferred.asked if preferred is not None and choice.asked is None else None)
+
+    def planned(part: AttentionCall, treatment: str = "") -> Plan:
+        facts = part.request(exact_only=request.exact_only)
+        return scope.session.plan(facts, role.name, role.category, block, preferred, treatment)
+
+    if mask_plan is None or mask_plan.treatment == "passed on" or on_host:
+        hook_plan.plan = planned(call)
+    else:
+        words = f"{request.mask}, {mask_plan.treatment}"
+        parts = [None if part is None else planned(part, words) for part in mask_plan.calls(call)]
+        hook_plan.plans = tuple(parts)
+        hook_plan.plan = next((part for part in parts if part is not None), None) or planned(call)
     if preferred is not None and hook_plan.plan.decision.source != preferred.source:
         scope.run.note(f"{preferred.source} gave way to {hook_plan.plan.decision.source}")
     return hook_plan
+
+
+def _in_parts(
+    scope: Scope,
+    hook_plan: HookPlan,
+    mask_plan: MaskPlan,
+    call: AttentionCall,
+    func: Callable[..., torch.Tensor],
+    options: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Run a call as the plan of its mask says; each part can fall back by itself."""
+    parts = mask_plan.calls(call)
+    outputs: list[torch.Tensor | None] = []
+    for part, plan in zip(parts, hook_plan.plans, strict=True):
+        if part is None or plan is None:
+            outputs.append(None)
+            continue
+        if len(parts) > 1:  # what the host runs must then be the part alone
+            part.host = partial(_host_part, func, part, options, kwargs)
+        outputs.append(scope.session.run(plan, part))
+    return mask_plan.joined(outputs, call)
+
+
+def _host_part(
+    func: Callable[..., torch.Tensor], part: AttentionCall, options: Any, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Run what ComfyUI would have run on one part of a call; BHSD in and out."""
+    layout = {"heads": part.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
+    return run_comfy(func, part.query, part.key, part.value, part.attn_mask, options, {**kwargs, **layout})
 
 
 def _host_call(
@@ -280,8 +377,13 @@ def _pass_on(
         NoBackendError: a backend was named for this role, strictly.
     """
     unknown = ", ".join(sorted(set(kwargs) - KNOWN_ARGUMENTS)) or "of an unknown kind"
-    text = f"argument {unknown} is not known to this version"
     role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
+    kind = "none" if mask is None else mask_kind(as_4d(mask))
+    _count_passed_on(scope, role, kind, f"argument {unknown} is not known to this version")
+    return run_comfy(func, query, key, value, mask, options, kwargs)
+
+
+def _count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:
     choice = resolve(scope.session.layers, role.name, role.category)
     if choice.asked not in (None, COMFY) and scope.session.settings.strict:
         raise NoBackendError(
@@ -290,9 +392,7 @@ def _pass_on(
         )
     scope.run.note(f"ComfyUI's own attention ran: {text}")
     block = scope.site.block if scope.site is not None else ""
-    kind = "none" if mask is None else mask_kind(as_4d(mask))
     scope.run.trace.row(role.name, block, COMFY, choice.source, kind, text, choice.asked).calls += 1
-    return run_comfy(func, query, key, value, mask, options, kwargs)
 
 
 def _answered_by_other(scope: Scope, role: Role, other: str) -> None:
@@ -303,7 +403,7 @@ def _answered_by_other(scope: Scope, role: Role, other: str) -> None:
     """
     choice = resolve(scope.session.layers, role.name, role.category)
     text = f"another pack's override ({other}) computed attention of role {role.name} by itself"
-    if choice.asked is not None and scope.session.layers[0].strict:
+    if choice.asked is not None and scope.session.settings.strict:
         raise NoBackendError(
             f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
             "  what to do: remove the other node, or switch strict off"

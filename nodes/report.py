@@ -10,6 +10,7 @@ import comfyui_version
 import torch
 from comfy_api.latest import io
 
+from ..backends import audit
 from . import graph, runs
 from .selector import CATEGORY
 
@@ -70,6 +71,7 @@ def find_run(prompt: graph.Prompt, node_id: str) -> dict[str, Any] | None:
         "steps": sum(stage["steps"] for stage in stages),
         "seconds": None if None in seconds else sum(seconds),
         "rows": [row for stage in stages for row in stage["rows"]],
+        "audit": audit.merged(stage["audit"] for stage in stages),
         "notes": list(dict.fromkeys(note for stage in stages for note in stage["notes"])),
     }
 
@@ -95,6 +97,7 @@ def as_text(report: dict[str, Any]) -> str:
     for (role, backend, mask), (calls, milliseconds) in totals.items():
         shown = f"{milliseconds:10.1f}" if timed else f"{'-':>10}"
         lines.append(f"{role:24} {backend:18} {mask:12} {calls:7.0f} {shown}")
+    lines.append(audit.line(run["audit"]))
     reasons = dict.fromkeys(f"{row['role']}: {row['reason']}" for row in run["rows"] if row["reason"])
     lines += [f"fallback: {reason}" for reason in reasons]
     lines += [f"note: {note}" for note in run["notes"]]

@@ -36,6 +36,8 @@ class Family:
     """Regular expression over `path` or `path:ModuleClass`, and the roles of the calls its forward makes."""
     bypass: str = ""
     """Attention of this family that ComfyUI does not route, for the report."""
+    mask_argument: str = ""
+    """Where each block makes its mask anew: the argument of the attention module's forward that it makes it from."""
 
 
 TEXT_SELF = Role("text_self", "self")
@@ -70,7 +72,12 @@ FAMILIES: tuple[Family, ...] = (
         ((r"joint_blocks\.\d+", (JOINT, Role("sd3.image_self", "self"))),),
         bypass="the context processor",
     ),
-    Family("qwen_image", ("QwenImageTransformer2DModel",), ((r"transformer_blocks\.\d+\.attn", (JOINT,)),)),
+    Family(
+        "qwen_image",
+        ("QwenImageTransformer2DModel",),
+        ((r"transformer_blocks\.\d+\.attn", (JOINT,)),),
+        mask_argument="encoder_hidden_states_mask",
+    ),
     Family(
         "ltx2",
         ("LTXAVModel",),

@@ -1,11 +1,41 @@
-"""HTTP routes under /attention_backends/: what the front end and scripts may ask the server."""
+"""HTTP routes under /attention_backends/: what the front end and scripts may ask the server.
+
+    GET  machine     the platform and each backend's state; ?backend=ID (repeatable), ?refresh=1
+    GET  runs        the last runs, short, those that are going on first
+    GET  runs/N      one run in full, with its timeline
+    GET  last_run    the last runs in full, newest first, without those that are going on
+    GET  settings    choices of the nodes, settings of the machine, and variables that decide something
+    POST settings    change settings of the machine
+    GET  bug_report  machine, backends and last run as Markdown, without paths
+
+No answer holds a path, but for the interpreter in installation commands. Wrong requests get 4xx and {"error": why}.
+ComfyUI serves the same under /api/ and refuses other origins where it listens on this machine alone; what changes
+something also asks for a JSON body, which a page of another origin cannot send unasked.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import folder_paths
 from aiohttp import web
 from server import PromptServer
 
-from . import runs
+from ..backends.backend import ACCURACY
+from ..backends.config import GUARD_MODES
+from ..backends.kernels import BACKENDS
+from ..backends.names import CHOICES, canonical
+from . import machine, runs
+from .machine_settings import LEVELS, MachineSettings, checked
+from .privacy import clean
+
+PREFIX = "/attention_backends"
+MOST_BYTES = 4096
+"""Of a request's body; the settings need a hundred."""
+MOST_NAMED = 64
+"""Backends that one question may name."""
 
 
 def register() -> None:
@@ -13,8 +43,114 @@ def register() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
+    settings = MachineSettings(Path(folder_paths.get_user_directory()))
+    settings.apply()
+    add_routes(server.routes, settings, machine.Machine())
 
-    @server.routes.get("/attention_backends/last_run")
+
+def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machine.Machine) -> None:
+    """Add every route; each handler says what it answers."""
+
+    @routes.get(f"{PREFIX}/last_run")
     async def last_run(request: web.Request) -> web.Response:
-        """The last runs, newest first: {"runs": [{"model", "device", "steps", "rows": [...], "notes": [...]}]}."""
-        return web.json_response({"runs": runs.recent()})
+        """{"runs": [{"model", "device", "steps", "rows": [...], "audit": [...], "notes": [...]}]}."""
+        return web.json_response({"runs": clean(runs.recent())})
+
+    @routes.get(f"{PREFIX}/runs")
+    async def all_runs(request: web.Request) -> web.Response:
+        """{"numbering", "runs": [{"number", "state", "model", "calls", "fallbacks", "totals", "nodes", ...}]}."""
+        return web.json_response({"numbering": runs.NUMBERING, "runs": runs.summaries()})
+
+    @routes.get(f"{PREFIX}/runs/{{number}}")
+    async def one_run(request: web.Request) -> web.Response:
+        """{"numbering", "run": {"number", "state", "rows", "audit", "notes", "bypass", "windows", ...}}."""
+        text = request.match_info["number"]
+        if not (text.isascii() and text.isdigit() and len(text) < 16):
+            return refused(400, f"the number of a run is a whole number, not {text[:40]!r}")
+        run = runs.find(int(text))
+        if run is None:
+            return refused(404, f"run {text} is not kept; the last {runs.KEPT} are")
+        return web.json_response({"numbering": runs.NUMBERING, "run": clean(run)})
+
+    @routes.get(f"{PREFIX}/machine")
+    async def this_machine(request: web.Request) -> web.Response:
+        """{"platform": {...}, "interpreter": {...}, "hint", "auto", "backends": [{"id", "available", ...}]}."""
+        try:
+            ids = named(request.query.getall("backend", []))
+        except ValueError as error:
+            return refused(400, str(error))
+        return web.json_response(await here.describe(ids, refresh=request.query.get("refresh") == "1"))
+
+    @routes.get(f"{PREFIX}/settings")
+    async def get_settings(request: web.Request) -> web.Response:
+        """{"choices", "accuracy", "guard", "log_levels", "machine": {name: {"value", "variable"}}, "environment"}."""
+        return web.json_response(settings_answer(settings))
+
+    @routes.post(f"{PREFIX}/settings")
+    async def post_settings(request: web.Request) -> web.Response:
+        """Takes {"hub": bool, "log_level": str} or a part of it, and answers as GET does."""
+        if request.headers.get("Sec-Fetch-Site") == "cross-site":
+            return refused(403, "settings are not changed from another site")
+        if request.content_type != "application/json":
+            return refused(415, f"expected application/json, not {request.content_type[:40]!r}")
+        body = await limited_body(request)
+        if body is None:
+            return refused(413, f"more than {MOST_BYTES} bytes")
+        try:
+            settings.change(checked(json.loads(body)))
+        except PermissionError as error:
+            if error.errno is not None:  # the file's, not ours
+                return refused(500, f"the settings cannot be written: {error.strerror}")
+            return refused(409, str(error))
+        except OSError as error:
+            return refused(500, f"the settings cannot be written: {error.strerror}")
+        except (ValueError, RecursionError) as error:
+            return refused(400, str(error)[:200])
+        return web.json_response(settings_answer(settings))
+
+    @routes.get(f"{PREFIX}/bug_report")
+    async def bug_report(request: web.Request) -> web.Response:
+        """Markdown to paste into an issue."""
+        return web.Response(text=machine.bug_report(await here.describe()))  # plain, so that a browser shows it
+
+
+def refused(status: int, why: str) -> web.Response:
+    """An answer that says what was wrong with the request."""
+    return web.json_response({"error": why}, status=status)
+
+
+def named(names: list[str]) -> tuple[str, ...]:
+    """The backends that a question is about.
+
+    Raises:
+        ValueError: too many, or one that is not known.
+    """
+    if len(names) > MOST_NAMED:
+        raise ValueError(f"{len(names)} backends > {MOST_NAMED}")
+    ids = tuple(dict.fromkeys(canonical(name[:80]) for name in names))
+    choices = [name for name in ids if name not in BACKENDS]
+    if choices:
+        raise ValueError(f"{', '.join(choices)}: not one backend, or not in this version")
+    return ids
+
+
+async def limited_body(request: web.Request) -> bytes | None:
+    """The body, or None where it is longer than `MOST_BYTES`; no more than that is read."""
+    body = b""
+    async for part in request.content.iter_chunked(MOST_BYTES):
+        body += part
+        if len(body) > MOST_BYTES:
+            return None
+    return body
+
+
+def settings_answer(settings: MachineSettings) -> dict[str, Any]:
+    """What GET settings answers."""
+    return {
+        "choices": list(CHOICES),
+        "accuracy": list(ACCURACY),
+        "guard": list(GUARD_MODES),
+        "log_levels": list(LEVELS),
+        "machine": settings.as_dict(),
+        "environment": clean(settings.defaults_from_environment()),
+    }

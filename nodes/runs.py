@@ -1,38 +1,137 @@
-"""The accounts of the last sampling runs in this process, newest first."""
+"""The accounts of the sampling runs in this process: those that are going on, and the last ones, newest first."""
 
 from __future__ import annotations
 
+import itertools
 import logging
+import secrets
 import threading
 from collections import deque
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+from ..backends import audit
 from ..backends.trace import Trace
+from . import graph
 
 log = logging.getLogger("attention_backends")
 
 KEPT = 20
+NUMBERING = secrets.token_hex(4)
+"""Names this process's numbers: after a restart of the server they begin again."""
+UNFINISHED = "the run did not finish"
+"""How the note begins that `sampling.py` puts into the account of a run that was cancelled or failed."""
+CHOOSERS = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText")
+"""Our nodes that decide something, as they stand in a graph."""
 
-_runs: deque[dict[str, Any]] = deque(maxlen=KEPT)
+
+class Kept(NamedTuple):
+    """A run that is over. `account` is what other modules see."""
+
+    account: dict[str, Any]
+    summary: dict[str, Any]
+    windows: list[dict[str, object]]
+
+
+_runs: deque[Kept] = deque(maxlen=KEPT)
+_live: dict[int, tuple[dict[str, Any], Trace]] = {}
+_numbers = itertools.count(1)
 _lock = threading.Lock()
+
+
+def begin(trace: Trace) -> None:
+    """A run begins: from now on its account can be read while it grows."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    prompt_id, node_id = (context.prompt_id, context.node_id) if context else (None, None)
+    nodes = _choosers(prompt_id, node_id)
+    with _lock:
+        head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
+        _live[id(trace)] = head, trace
 
 
 def add(trace: Trace) -> None:
     """Keep a finished run and log it in one line."""
-    from comfy_execution.utils import get_executing_context
-
-    context = get_executing_context()
-    record = {
-        "prompt_id": context.prompt_id if context else None,
-        "node_id": context.node_id if context else None,
-        **trace.as_dict(),
-    }
+    if id(trace) not in _live:
+        begin(trace)
     with _lock:
-        _runs.appendleft(record)
+        head, _ = _live.pop(id(trace))
+        account = {**head, **trace.as_dict()}
+        _runs.appendleft(Kept(account, _summary(account, state(account)), trace.windows()))
     log.info("attention of this run: %s", trace.summary())
+    log.info("%s", audit.line(account["audit"]))
 
 
 def recent() -> list[dict[str, Any]]:
     """The last runs, newest first."""
     with _lock:
-        return list(_runs)
+        return [kept.account for kept in _runs]
+
+
+def summaries() -> list[dict[str, Any]]:
+    """One short entry for each run: those that are going on, then the last ones, newest first."""
+    live = [_summary(run, "running") for run in _going_on()]
+    with _lock:
+        return live + [kept.summary for kept in _runs]
+
+
+def find(number: int) -> dict[str, Any] | None:
+    """The whole account of one run, its timeline in `windows`, or None where it is not kept any more."""
+    with _lock:
+        found = next((kept for kept in _runs if kept.account["number"] == number), None)
+    if found is not None:
+        return {**found.account, "state": found.summary["state"], "windows": found.windows}
+    return next(({**run, "state": "running"} for run in _going_on() if run["number"] == number), None)
+
+
+def state(account: dict[str, Any]) -> str:
+    """Of a run that is over: `done`, or `stopped` where it was cancelled or failed."""
+    return "stopped" if any(note.startswith(UNFINISHED) for note in account["notes"]) else "done"
+
+
+def _summary(account: dict[str, Any], state: str) -> dict[str, Any]:
+    totals: dict[tuple[str, str], int] = {}
+    for row in account["rows"]:
+        key = row["role"], row["backend"]
+        totals[key] = totals.get(key, 0) + row["calls"]
+    names = ("number", "prompt_id", "node_id", "nodes", "model", "device", "steps", "seconds")
+    return {
+        **{name: account[name] for name in names},
+        "state": state,
+        "calls": sum(totals.values()),
+        "fallbacks": sum(row["calls"] for row in account["rows"] if row["reason"]),
+        "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
+    }
+
+
+def _going_on() -> list[dict[str, Any]]:
+    """The accounts of the runs that are going on, as they are now, newest first."""
+    with _lock:
+        live = list(_live.values())
+    found = []
+    for head, trace in reversed(live):
+        # The sampler's thread writes to these while we read: each copy is one step of the interpreter.
+        now = replace(trace, rows=dict(trace.rows), notes=dict(trace.notes), categories=dict(trace.categories))
+        found.append({**head, **now.as_dict(), "windows": now.windows()})
+    return found
+
+
+def _choosers(prompt_id: str | None, node_id: str | None) -> list[dict[str, str]]:
+    """Our nodes upstream of the sampler that runs: id, class and backend, so that a page can write beside them.
+
+    From the queue, because a node that ComfyUI took from its cache is not asked again.
+    """
+    from server import PromptServer
+
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    if prompt_id is None or node_id is None or queue is None:
+        return []
+    running, _ = queue.get_current_queue_volatile()
+    prompt = next((item[2] for item in running if item[1] == prompt_id), {})
+    nodes = ((name, prompt[name]) for name in graph.ancestors(prompt, node_id))
+    return [
+        {"id": name, "class_type": node["class_type"], "backend": str(node["inputs"].get("backend", ""))}
+        for name, node in nodes
+        if node["class_type"] in CHOOSERS
+    ]

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ..backends.bench import synchronise
-from ..backends.config import CATEGORY_PARENT
-from ..backends.platform import detect
+from ..backends.config import settings_of
+from ..backends.platform import Platform, detect
 from ..backends.router import NoBackendError, Router
 from ..backends.session import Session
 from ..backends.trace import Trace
 from . import runs, sites
+from .masks import Masks
 from .roles import Role
 
 if TYPE_CHECKING:
@@ -34,10 +36,17 @@ RUN_KEY = "attention_backends_run"
 OVERRIDE = "optimized_attention_override"
 
 
-@lru_cache(maxsize=16)
 def router_for(device: torch.device) -> Router:
-    """The router of a device, kept for the life of the process: it remembers which packages are broken."""
-    return Router(detect(device))
+    """The router of a device, kept for the life of the process: it remembers which packages are broken.
+
+    Another one where a library has switched cuDNN's attention off or on since: each run asks anew.
+    """
+    return _router(detect(device))
+
+
+@lru_cache(maxsize=16)
+def _router(platform: Platform) -> Router:
+    return Router(platform)
 
 
 class Run:
@@ -45,10 +54,8 @@ class Run:
 
     def __init__(self, override: Override) -> None:
         self.override = override
-        self.trace = Trace()
+        self.trace = Trace(layers=override.layers)
         self.reached = False
-        self.roles: set[Role] = set()
-        """The roles of the calls so far, whoever computed them."""
         self._scopes: dict[torch.device, Scope] = {}
         self._marks: dict[int, list[sites.Mark]] = {}
         self._started: float | None = None
@@ -73,12 +80,22 @@ class Run:
 
     def note_unmatched_roles(self) -> None:
         """At the end of a whole run: say which configured roles no attention call of the model had."""
-        if not self.roles:
+        if not self.trace.categories:
             return  # nothing reached us, which has a note of its own
-        known = {name for role in self.roles for name in (role.name, role.category, CATEGORY_PARENT.get(role.category))}
-        names = ", ".join(sorted({role.name for role in self.roles}))
-        for role in sorted({role for layer in self.override.layers for role in layer.per_role} - known):
-            self.note(f"role {role!r} matched no attention call of this model; its roles are: {names}")
+        for finding in asked_and_ran(self.trace):
+            if finding.verdict == NEVER_CALLED:
+                self.note(*finding.reasons)
+
+    def check_asked(self) -> None:
+        """After a whole run, its account published: compare what was asked for with what ran.
+
+        Raises:
+            UnexplainedError: strict, and something else ran without a reason.
+        """
+        if any(scope.session.settings.strict for scope in self._scopes.values()):
+            text = unexplained(asked_and_ran(self.trace))
+            if text is not None:
+                raise UnexplainedError(text)
 
     def stop_clock(self) -> None:
         """At the end of a whole run: wait for the devices and note how long it took."""
@@ -118,8 +135,8 @@ class Run:
         else:
             text = f"a later node replaced the patch: {name_of(installed)} answers every attention call"
             remedy = "remove that node, or switch strict off"
-        top = self.override.layers[0]
-        if top.strict and not (top.default.is_auto and not top.per_role):
+        layers = self.override.layers
+        if settings_of(layers).strict and any(layer.per_role or not layer.default.is_auto for layer in layers):
             raise NoBackendError(f"{text}\n  what to do: {remedy}")
         self.note(text)
 
@@ -135,11 +152,12 @@ class DeviceSession(Session):
 class Scope:
     """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
 
-    __slots__ = ("options", "ordinal", "routed", "run", "session", "site")
+    __slots__ = ("mask_source", "masks", "options", "ordinal", "routed", "run", "session", "site")
 
     def __init__(self, run: Run, session: DeviceSession) -> None:
         self.run = run
         self.session = session
+        self.masks = Masks(run)
         self.begin({})
 
     def begin(self, options: dict[str, Any]) -> None:
@@ -148,11 +166,14 @@ class Scope:
         self.site: sites.Site | None = None
         self.ordinal = 0
         self.routed = 0
+        self.mask_source: torch.Tensor | None = None
+        """What the running module makes its mask from, where it makes one of its own."""
+        self.masks.clear()
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
         role = sites.role_at(self.site, ordinal, q_len, kv_len)
-        self.run.roles.add(role)
+        self.run.trace.categories[role.name] = role.category
         return role
 
     @property
@@ -184,11 +205,11 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     run = Run(override)
     options[RUN_KEY] = run
+    runs.begin(run.trace)
     try:
         output = executor(*args, **kwargs)
         run.stop_clock()
         run.note_unmatched_roles()
-        return output
     except BaseException as error:  # a cancelled run too; its account is not a whole run's
         run.trace.note(f"the run did not finish: {type(error).__name__}")
         raise
@@ -196,6 +217,8 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options.pop(RUN_KEY, None)
         run.close()
         runs.add(run.trace)
+    run.check_asked()
+    return output
 
 
 def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,10 +237,12 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     previous = sites.set_scope(scope)
     try:
         output = executor(*args, **kwargs)
+        run.trace.end_of_model_call()
         if not run.reached:
             run.check_reached(scope, options)
         return output
     finally:
+        scope.masks.clear()
         sites.set_scope(previous)
         if own_run:
             run.close()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import compiled
 from .roles import Family, Role, block_of, family_of, guess, roles_at
 
 _current = threading.local()
@@ -24,13 +25,15 @@ _HOOKED_NAME = "optimized_attention"
 class Site:
     """One attention module of one model: its path, the roles of its calls, its block."""
 
-    __slots__ = ("_module", "block", "path", "roles")
+    __slots__ = ("__weakref__", "_module", "block", "handle", "mask_argument", "path", "roles")
 
     def __init__(self, module: torch.nn.Module, path: str, family: Family | None) -> None:
         self._module = weakref.ref(module)
         self.path = path
         self.block = block_of(path)
         self.roles = roles_at(family, path, type(module).__name__)
+        self.mask_argument = family.mask_argument if family is not None else ""
+        self.handle = compiled.sites.new(self)
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` (from 0) of this module's forward."""
@@ -44,9 +47,15 @@ class Site:
         return getattr(getattr(module, "comfy_attention", None), "function", None)
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, telling the current thread's scope that it runs; after an exception too."""
+        """`forward`, telling the current thread's scope that it runs; after an exception too.
+
+        While torch traces it tells the call instead, see `compiled`: the thread's scope is no part of a graph.
+        """
+        handle = self.handle
 
         def marked(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return compiled.traced_forward(handle, forward, args, kwargs)
             scope = getattr(_current, "scope", None)
             if scope is None:
                 return forward(*args, **kwargs)
@@ -57,7 +66,27 @@ class Site:
             finally:
                 scope.site, scope.ordinal = outer, ordinal
 
-        return marked
+        if not self.mask_argument:
+            return self._with_code_of_its_own(marked)
+
+        def marked_with_mask(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():
+                return marked(*args, **kwargs)
+            scope = getattr(_current, "scope", None)
+            if scope is not None:
+                scope.mask_source = kwargs.get(self.mask_argument)
+            return marked(*args, **kwargs)
+
+        return self._with_code_of_its_own(marked_with_mask)
+
+    def _with_code_of_its_own(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` with a code object for each class of module: torch counts recompilations by code object."""
+        codes = _codes.setdefault(type(self._module()), {})
+        own = codes.setdefault(function.__code__, function.__code__.replace())
+        return types.FunctionType(own, globals(), function.__name__, None, function.__closure__)
+
+
+_codes: weakref.WeakKeyDictionary[type, dict[types.CodeType, types.CodeType]] = weakref.WeakKeyDictionary()
 
 
 class Mark:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from attention_backends.backends.backend import FLOATING, Backend, Limits
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.mask_plan import passed_on
 from attention_backends.backends.platform import KINDS
 from comfy_location import find_comfyui, why_no_comfyui
 
@@ -43,7 +44,12 @@ def nodes_module(name: str) -> ModuleType:
             del sys.modules[package]
 
 
-host, sampling, sites = (nodes_module(name) for name in ("host", "sampling", "sites"))
+host, sampling, sites, masks = (nodes_module(name) for name in ("host", "sampling", "sites", "masks"))
+
+
+def pass_masks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave masks as they are, so that kernels get the very calls of the model."""
+    monkeypatch.setattr(masks, "inspect", lambda mask, kv_len: passed_on(mask))
 
 
 def comfyui() -> Path:

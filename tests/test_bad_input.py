@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.config import AttentionSpec  # noqa: E402
+from attention_backends.backends.config import AttentionSpec, settings_of  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.names import CHOICES  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
@@ -187,8 +187,8 @@ def test_what_only_the_environment_says_holds_for_a_per_role_node(
     monkeypatch.setenv("ATTENTION_BACKENDS_CONFIG", str(file))
     first = selector.environment()
     model = patch.set_role(tiny_sampling.build("wan"), "self", AttentionSpec("sdpa_math"))
-    config = patch.current_config(model)
-    assert (config.strict, config.accuracy) == (True, "quantized")
+    said = settings_of(model.model_options["transformer_options"]["attention_backends"].layers)
+    assert (said.strict, said.accuracy) == (True, "quantized")
     same = patch.current_config(patch.set_role(model, "self", AttentionSpec("auto")))
     assert same.per_role["self"].backend == "sdpa_math", "auto is as if the node were not there"
     file.write_text('{"strict": false}')

@@ -60,6 +60,7 @@ def test_explain_answers_as_data(capsys: pytest.CaptureFixture[str]) -> None:
             "exact_only": False,
         },
         "platform": "cuda, sm_120, torch 2.11.0, CUDA 13.0, cuDNN 91002",
+        "notes": [],
     }
 
 
@@ -132,6 +133,32 @@ def test_the_environment_counts_below_config(
     monkeypatch.setenv("ATTENTION_BACKENDS_CONFIG", '{"default": "cudnn_attn", "strict": true}')
     assert main(["explain", "--platform", "cpu"]) == 2
     assert "asked for cudnn_attn via ATTENTION_BACKENDS_CONFIG.default" in capsys.readouterr().err
+
+
+def test_explain_keeps_the_environments_settings_below_a_configuration_without_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTENTION_BACKENDS_CONFIG", '{"strict": true}')
+    assert main(["explain", "--platform", "cpu", "--config", "cudnn_attn"]) == 2
+    assert "asked for cudnn_attn via --config.default" in capsys.readouterr().err
+    assert explain(capsys, "--platform", "cpu", "--config", "backend=cudnn_attn,strict=false")["asked"] == "cudnn_attn"
+
+
+def test_explain_prints_what_a_name_of_another_system_means_here(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "fa3 (SGLang diffusion 0.5.23) means flash_attn here: the FlashAttention family"
+    (note,) = explain(capsys, "--platform", "cpu", "--config", "fa3")["notes"]
+    assert note.startswith(line)
+    assert main(["explain", "--platform", "cpu", "--config", "fa3"]) == 0
+    assert f"Note: {line}" in capsys.readouterr().out
+
+
+def test_explain_takes_a_component(capsys: pytest.CaptureFixture[str]) -> None:
+    config = "transformer=sdpa_math,transformer_2=sdpa_flash"
+    asked = [
+        explain(capsys, "--platform", "cpu", "--config", config, "--component", component)["asked"]
+        for component in ("transformer", "transformer_2", "transformer_3")
+    ]
+    assert asked == ["sdpa_math", "sdpa_flash", "sdpa_math"]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +261,10 @@ def test_doctor_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["platform"]["kind"] in ("cpu", "cuda", "rocm", "xpu", "mps")
     assert [row["id"] for row in report["backends"]] == list(BACKENDS)
     for row in report["backends"]:
-        assert set(row) == {"id", "accuracy", "available", "reasons", "version", "file", "install", "note"}
+        assert list(row) == [
+            *("id", "accuracy", "available", "reasons", "version", "file", "install", "note"),
+            *("symbols", "cards", "probed"),
+        ]
         assert row["available"] == (not row["reasons"])
         assert (row["install"] is None) == row["available"]
         if "pip install" in (row["install"] or ""):

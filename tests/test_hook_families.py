@@ -20,7 +20,17 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
-from hook_side import ENVIRONMENT, comfyui, last_run, marks_left, selected, sites, with_role  # noqa: E402
+from hook_side import (  # noqa: E402
+    ENVIRONMENT,
+    comfyui,
+    last_run,
+    marks_left,
+    masks,
+    pass_masks_on,
+    selected,
+    sites,
+    with_role,
+)  # fmt: skip
 from record_hook_calls import Recorder  # noqa: E402
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype")]
@@ -82,7 +92,9 @@ def test_every_family_is_expected() -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_torch_sdpa_changes_no_bit_and_leaves_nothing(comfy: Path, name: str) -> None:
+def test_torch_sdpa_changes_no_bit_and_leaves_nothing(comfy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are passed on as they are here: with fewer keys a kernel groups its sums otherwise."""
+    pass_masks_on(monkeypatch)
     patcher, stock = built(name)
     assert torch.equal(tiny_sampling.sample(selected(patcher, "torch_sdpa", strict=name in ROUTED), name), stock)
     assert marks_left(patcher.model.diffusion_model) == []
@@ -90,8 +102,42 @@ def test_torch_sdpa_changes_no_bit_and_leaves_nothing(comfy: Path, name: str) ->
     assert torch.equal(tiny_sampling.sample(patcher, name), stock)
 
 
+HONOURED = {
+    "qwen_image_masked": ({"bias, gathered"}, 1),
+    "ltxv": ({"none", "bias, trimmed"}, 1),
+    "ltxv_guide": ({"bias, trimmed", "bias"}, 3),
+    "hunyuan_video": ({"bias", "bias, gathered"}, 2),
+}
+"""How each masked family's masks are honoured, and how many are read in one model call at most."""
+
+
+@pytest.mark.parametrize("name", HONOURED)
+def test_masked_families_leave_hidden_keys_out(comfy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture stays but for rounding; each source mask is read once in a model call, however many blocks use it."""
+    patcher, stock = built(name)
+    read: list[int] = []
+    inspect, clear = masks.inspect, masks.Masks.clear
+    monkeypatch.setattr("attention_backends.backends.mask_plan.CPU_KEPT", 1.0)  # few keys are hidden in tiny models
+    monkeypatch.setattr(masks, "inspect", lambda *given: read.append(1) or inspect(*given))
+    most: list[int] = []
+
+    def cleared(self: Any) -> None:
+        most.append(len(read))
+        read.clear()
+        clear(self)
+
+    monkeypatch.setattr(masks.Masks, "clear", cleared)
+    ours = tiny_sampling.sample(strictly(patcher, "torch_sdpa"), name)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5 * float(stock.abs().max()))
+    treatments, sources = HONOURED[name]
+    assert {row["mask"] for row in last_run()["rows"]} == treatments
+    assert max(most) == sources
+    assert last_run()["notes"] == []
+
+
 @pytest.mark.parametrize("name", ROUTED)
 def test_every_call_has_its_role_and_block(comfy: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pass_masks_on(monkeypatch)
     patcher, _ = built(name)
     recorder = Recorder(patcher.model.diffusion_model)
     seen: Counter[tuple[Any, ...]] = Counter()

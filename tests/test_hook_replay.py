@@ -18,7 +18,7 @@ from expected_roles import expected_block, expected_role
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from hook_side import comfyui, exact, host, model_call, sampling, stand_in  # noqa: E402
+from hook_side import comfyui, exact, host, model_call, pass_masks_on, sampling, stand_in  # noqa: E402
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("hook_calls_*.json"))
 RECORDED = {path.stem.removeprefix("hook_calls_"): json.loads(path.read_text(encoding="utf-8")) for path in FIXTURES}
@@ -97,7 +97,8 @@ def test_results_and_layouts(version: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("version", "name"), CASES)
-def test_roles_blocks_and_flags(version: str, name: str) -> None:
+def test_roles_blocks_and_flags(version: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pass_masks_on(monkeypatch)
     replay = Replay(RECORDED[version]["families"][name])
     plans = [plan.plan for plan in replay.run.scope(torch.device("cpu")).session.plans.values()]
     found = {(plan.row.role, plan.row.block, plan.request.q_len, plan.request.kv_len) for plan in plans}
@@ -123,7 +124,8 @@ def heads_of_keys(call: dict[str, Any], args: list[Any]) -> int:
 
 @pytest.mark.comfy
 @pytest.mark.parametrize("name", list(dict.fromkeys(case.values[1] for case in CASES)))
-def test_results_equal_comfyuis_own_function(name: str) -> None:
+def test_results_equal_comfyuis_own_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pass_masks_on(monkeypatch)
     comfyui()
     import comfyui_version
     from comfy.ldm.modules.attention import attention_pytorch

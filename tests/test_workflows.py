@@ -99,8 +99,9 @@ def test_per_role_runs_and_reports_each_role(server: Server) -> None:
         ["self", "torch_sdpa", "none", "80"],
         ["cross", "sdpa_math", "none", "80"],
     ]
-    assert " ".join(lines[3]).startswith("not counted, because it never reaches ComfyUI's attention hook: the face")
-    assert len(lines) == 4
+    assert " ".join(lines[3]) == "Asked and ran: self=torch_sdpa as asked; cross=sdpa_math as asked"
+    assert " ".join(lines[4]).startswith("not counted, because it never reaches ComfyUI's attention hook: the face")
+    assert len(lines) == 5
 
 
 @pytest.mark.comfy

@@ -1,0 +1,264 @@
+"""Attention calls of models under torch.compile: in the graph each is one opaque op, and all else happens inside it.
+
+While torch traces, nothing of ours is decided, counted or logged. The op gets the call's tensors and two handles, one
+of the override and one of the module that calls. A handle is a tensor that holds a number: torch neither compiles its
+value into the graph nor guards on it, so blocks, runs and branches with other settings share one compiled graph. When
+the op runs, its handles are looked up and the call goes the way of every other call, with real tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from .host import Override
+    from .sites import Site
+
+POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+"""Arguments of ComfyUI's attention functions after query, key and value."""
+KNOWN_ARGUMENTS = frozenset(
+    {*POSITIONAL, "scale", "enable_gqa", "low_precision_attention", "transformer_options", "_inside_attn_wrapper"}
+)
+"""A call with another argument than these goes to ComfyUI's own function."""
+UNKNOWN_ARGUMENT = "an argument of the call is not known to this version"
+
+T = TypeVar("T")
+
+
+class Handles(Generic[T]):
+    """Numbers for objects, as tensors; an object is not kept alive by its number."""
+
+    def __init__(self) -> None:
+        self._objects: weakref.WeakValueDictionary[int, T] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+
+    def new(self, thing: T) -> torch.Tensor:
+        """A handle for `thing`: int64, no dimensions, always on the CPU, so that reading it waits for no device."""
+        with self._lock:
+            number = next(self._numbers)
+            self._objects[number] = thing
+        with torch.inference_mode(False):  # a tensor made under inference mode would be of another kind to a guard
+            return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+    def get(self, handle: torch.Tensor | None) -> T | None:
+        """The object of a handle; None when it is gone."""
+        return None if handle is None else self._objects.get(int(handle))
+
+
+overrides: Handles[Override] = Handles()
+sites: Handles[Site] = Handles()
+
+
+class Running:
+    """The attention module whose forward is being traced: its handle, and how many calls it has made.
+
+    Only traces use it. In a trace it is a value like any other, and None again at the end, so that threads which run
+    compiled code at the same time see nothing of each other.
+    """
+
+    def __init__(self) -> None:
+        self.site: tuple[torch.Tensor, list[int]] | None = None
+
+
+running = Running()
+
+
+def traced_forward(handle: torch.Tensor, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The forward of an attention module in a trace. Where the graph would break inside, torch calls it untraced."""
+    outer = running.site
+    running.site = (handle, [0])
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        running.site = outer
+
+
+class Routed:
+    """What another pack's override gets as `func` in a trace: our op, as often as it likes."""
+
+    def __init__(self, override: Override, func: Callable[..., torch.Tensor], ordinal: int, site: Any) -> None:
+        self.override = override
+        self.func = func
+        self.ordinal = ordinal
+        self.site = site
+        self.called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.called = True
+        return _as_op(self.override, self.func, self.ordinal, self.site, True, args, kwargs)
+
+
+def traced(override: Override, func: Callable[..., torch.Tensor], args: Any, kwargs: Any) -> torch.Tensor:
+    """One attention call of ComfyUI's hook in a trace."""
+    if isinstance(func, Routed):  # another pack kept us below it; our later override decides
+        return func(*args, **kwargs)
+    ordinal, site = -1, None
+    if running.site is not None:
+        site, calls = running.site
+        ordinal = calls[0]
+        calls[0] = ordinal + 1
+    if override.foreign is None:
+        return _as_op(override, func, ordinal, site, False, args, kwargs)
+    routed = Routed(override, func, ordinal, site)
+    output = override.foreign(routed, *args, **kwargs)
+    if routed.called:
+        return output
+    return _counted(output, args[0], args[1], override.handle, site, ordinal, True)
+
+
+def _as_op(
+    override: Override,
+    func: Callable[..., torch.Tensor],
+    ordinal: int,
+    site: Any,
+    composed: bool,
+    args: Any,
+    kwargs: Any,
+) -> torch.Tensor:
+    query, key, value = args[0], args[1], args[2]
+    given = {**dict(zip(POSITIONAL, args[3:], strict=False)), **kwargs}
+    for name in given:
+        if name not in KNOWN_ARGUMENTS:
+            output = func(*args, **{**kwargs, "_inside_attn_wrapper": True})
+            return _counted(output, query, key, override.handle, site, ordinal, False)
+    skip_reshape = bool(given.get("skip_reshape"))
+    heads = query.shape[1] if skip_reshape else given["heads"]
+    output = _attention(
+        query,
+        key,
+        value,
+        given.get("mask"),
+        heads,
+        skip_reshape,
+        bool(given.get("enable_gqa")),
+        given.get("scale"),
+        given.get("attn_precision"),
+        given.get("low_precision_attention"),
+        override.handle,
+        site,
+        ordinal,
+        composed,
+    )
+    if given.get("skip_output_reshape"):
+        return output.unflatten(2, (heads, -1)).transpose(1, 2)
+    return output
+
+
+def _define(name: str, schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> Any:
+    """Make `run` an op. Each copy of this package in a process has ops of its own, since handles are its own too."""
+    namespace = "attention_backends"
+    known = getattr(torch.ops, namespace)
+    free = (f"{name}_{n}" if n > 1 else name for n in itertools.count(1))
+    name = next(candidate for candidate in free if not hasattr(known, candidate))
+    # What is replayed from a CUDA graph could neither change with the step nor be counted.
+    tags = [getattr(torch.Tag, tag) for tag in ("cudagraph_unsafe", "needs_exact_strides") if hasattr(torch.Tag, tag)]
+    op = torch.library.custom_op(f"{namespace}::{name}", run, mutates_args=(), schema=schema, tags=tags)
+    op.register_fake(fake)
+    return op
+
+
+def comfys_attention() -> Callable[..., torch.Tensor]:
+    """What ComfyUI's models call; a graph holds no functions, so it is looked up when the op runs."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    return optimized_attention  # type: ignore[no-any-return]
+
+
+def _run_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: int,
+    skip_reshape: bool,
+    enable_gqa: bool,
+    scale: float | None,
+    attn_precision: torch.dtype | None,
+    low_precision: bool | None,
+    override: torch.Tensor,
+    site: torch.Tensor | None,
+    ordinal: int,
+    composed: bool,
+) -> torch.Tensor:
+    """The op itself: (B, S, H * D), contiguous, whatever layout the caller wants."""
+    given = {
+        "heads": heads,
+        "mask": mask,
+        "skip_reshape": skip_reshape or None,
+        "enable_gqa": enable_gqa or None,
+        "scale": scale,
+        "attn_precision": attn_precision,
+        "low_precision_attention": low_precision,
+    }
+    kwargs = {name: argument for name, argument in given.items() if argument is not None}
+    func = comfys_attention()
+    asked = overrides.get(override)
+    if asked is None:  # a graph without guards on its options outlived the node
+        output = func(query, key, value, **kwargs)
+    else:
+        args = (query, key, value)
+        output = asked.run_compiled(sites.get(site), ordinal, composed, func, args, kwargs)
+    return output.to(value.dtype).contiguous()
+
+
+def _fake_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: int,
+    skip_reshape: bool,
+    enable_gqa: bool,
+    *rest: object,
+) -> torch.Tensor:
+    """The shape of the output; sizes may be symbols."""
+    if skip_reshape or value.ndim == 4:  # (B, H, S, D), or SD3's values (B, S, H, D)
+        value_dim = value.shape[3]
+    elif enable_gqa:
+        value_dim = value.shape[2] // (key.shape[2] // (query.shape[2] // heads))
+    else:
+        value_dim = value.shape[2] // heads
+    return value.new_empty(query.shape[0], query.shape[2 if skip_reshape else 1], heads * value_dim)
+
+
+def _run_counted(
+    output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    override: torch.Tensor,
+    site: torch.Tensor | None,
+    ordinal: int,
+    by_other: bool,
+) -> torch.Tensor:
+    """The output of a call that did not run here, as it is, once the account has it."""
+    asked = overrides.get(override)
+    if asked is not None:
+        asked.count_compiled(sites.get(site), ordinal, query, key, by_other)
+    return output.clone()
+
+
+def _fake_counted(output: torch.Tensor, *rest: object) -> torch.Tensor:
+    return torch.empty_like(output)
+
+
+_attention = _define(
+    "attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt heads, bool skip_reshape, bool enable_gqa,"
+    " float? scale, ScalarType? attn_precision, bool? low_precision, Tensor override, Tensor? site, int ordinal,"
+    " bool composed) -> Tensor",
+    _run_attention,
+    _fake_attention,
+)
+_counted = _define(
+    "counted",
+    "(Tensor output, Tensor query, Tensor key, Tensor override, Tensor? site, int ordinal, bool by_other) -> Tensor",
+    _run_counted,
+    _fake_counted,
+)

@@ -1,0 +1,101 @@
+"""Settings of the whole machine, kept in one small file in ComfyUI's user folder: Hub downloads and the log's level.
+
+A person's own defaults for new nodes are no business of the server: the front end keeps them with its other settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from ..backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES
+from ..backends.platform import HUB_VARIABLE, hub_allowed
+
+log = logging.getLogger("attention_backends")
+
+FILE = "attention_backends.json"
+LEVELS = ("", "DEBUG", "INFO", "WARNING", "ERROR")
+"""An empty level: as ComfyUI's own log."""
+UNSET: dict[str, Any] = {"hub": False, "log_level": ""}
+
+
+class MachineSettings:
+    """The file's settings, in force from `apply` on. A variable that the person set before the start wins."""
+
+    def __init__(self, folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+        self.file = folder / FILE
+        self.environ = environ
+        self.hub_is_given = bool(environ.get(HUB_VARIABLE, "").strip())
+        self.stored = {**UNSET, **self._read()}
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            return checked(found)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be used, so its settings are as if it were not there: %s", FILE, error)
+            return {}
+
+    def apply(self) -> None:
+        """Put them in force. Probes run in processes of their own, so the Hub's switch goes through the environment."""
+        if not self.hub_is_given:
+            if self.stored["hub"]:
+                self.environ[HUB_VARIABLE] = "1"
+            else:
+                self.environ.pop(HUB_VARIABLE, None)
+        log.setLevel(self.stored["log_level"] or logging.NOTSET)
+
+    def change(self, changes: Mapping[str, Any]) -> None:
+        """Take over checked changes, keep them in the file, and put them in force.
+
+        Raises:
+            PermissionError: a setting is held by an environment variable.
+            OSError: the file cannot be written; then nothing is changed.
+        """
+        if "hub" in changes and self.hub_is_given:
+            raise PermissionError(f"hub is set by the environment variable {HUB_VARIABLE}; change it there")
+        stored = {**self.stored, **changes}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        part.replace(self.file)
+        self.stored = stored
+        self.apply()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Each setting with its value now and the variable that holds it, if one does."""
+        return {
+            "hub": {"value": hub_allowed(), "variable": HUB_VARIABLE if self.hub_is_given else None},
+            "log_level": {"value": self.stored["log_level"], "variable": None},
+        }
+
+    def defaults_from_environment(self) -> dict[str, str]:
+        """Variables that decide where a node says auto, with their texts."""
+        found = {name: self.environ.get(name, "").strip() for name in (CONFIG_VARIABLE, *DEFAULT_VARIABLES)}
+        return {name: text for name, text in found.items() if text}
+
+
+def checked(changes: object) -> dict[str, Any]:
+    """Changes to the settings.
+
+    Raises:
+        ValueError: a setting is not known, or its value is of another kind.
+    """
+    if not isinstance(changes, dict) or not changes:
+        raise ValueError(f"expected an object with one or more of: {', '.join(UNSET)}")
+    unknown = sorted(set(changes) - set(UNSET))
+    if unknown:
+        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(UNSET)}")
+    if not isinstance(changes.get("hub", False), bool):
+        raise ValueError(f"hub must be true or false, not {changes['hub']!r}")
+    if changes.get("log_level", "") not in LEVELS:
+        raise ValueError(
+            f"log_level {changes['log_level']!r} is not one of {', '.join(filter(None, LEVELS))}, or empty"
+        )
+    return changes

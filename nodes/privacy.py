@@ -1,0 +1,36 @@
+"""Texts for a browser or a bug report: without the names of folders, in which people's names stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_POSIX = r"(?<![\w.:/~*-])~?/(?:[^\s/'\"`,;:()<>|\[\]]+/)+([^\s/'\"`,;:()<>|\[\]]*)"
+_WINDOWS = (
+    r"(?<![A-Za-z0-9])(?:[A-Za-z]:|\\\\[^\\/:*?\"<>|\s]+)[\\/]"  # a drive or a share
+    r"(?:[^\\/:*?\"'<>|\r\n,;()]+[\\/])*([^\\/:*?\"'<>|\s,;()]*)"
+)
+_PATH = re.compile(f"{_WINDOWS}|{_POSIX}")
+
+
+def without_paths(text: str) -> str:
+    """The text with each absolute path cut down to its last part: `.../libtorch.so`. Web addresses stay."""
+    home = str(Path.home())
+    if len(home) > 1:  # first, since a home folder may have a space in its name
+        text = text.replace(home, "~")
+    return _PATH.sub(lambda found: f".../{found[1] or found[2] or ''}", text)
+
+
+def clean(data: Any, seen: dict[str, str] | None = None) -> Any:
+    """Plain data with every text in it passed through `without_paths`, each different text once."""
+    seen = {} if seen is None else seen
+    if isinstance(data, str):
+        if data not in seen:
+            seen[data] = without_paths(data)
+        return seen[data]
+    if isinstance(data, dict):
+        return {key: clean(value, seen) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [clean(value, seen) for value in data]
+    return data

@@ -1,0 +1,200 @@
+"""What the routes under /attention_backends/ answer, asked of a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from attention_backends.devtools.server import Server
+from hook_side import nodes_module
+from server_harness import start_server
+from workflow_graphs import Graph, embedded, ksampler
+
+pytestmark = pytest.mark.comfy
+PREFIX = "/attention_backends"
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with start_server(extra_nodes=()) as running:
+        yield running
+
+
+def asked(server: Server, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of any answer; header names are written with underscores."""
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(f"{server.url}{PREFIX}{path}", body, sent)
+    try:
+        with _open(request, timeout=120) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        return error.code, json.loads(text) if text.startswith(b"{") else {"error": text.decode()}
+
+
+def changed(server: Server, body: object, **headers: str) -> tuple[int, dict[str, Any]]:
+    return asked(server, "/settings", json.dumps(body).encode(), **{"Content_Type": "application/json", **headers})
+
+
+def per_role_workflow(steps: int = 4) -> dict[str, Any]:
+    graph = Graph("")
+    model, settings = embedded(graph)
+    model = graph.selector(model, "torch_sdpa")
+    model = graph.add("PerRoleAttentionConfig", model=model, role="cross", backend="sdpa_math", extra="")
+    sampled = ksampler(graph, model, **settings, steps=steps, cfg=4.0, sampler_name="euler", scheduler="simple")
+    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=sampled, scale=2))
+    return graph.nodes
+
+
+def test_the_machine_is_described_without_paths(server: Server) -> None:
+    status, machine = asked(server, "/machine")
+    assert status == 200
+    assert machine["platform"]["kind"] == "cpu"
+    assert machine["platform"]["torch"]
+    rows = {row["id"]: row for row in machine["backends"]}
+    assert rows["torch_sdpa"]["available"]
+    assert rows["cudnn_attn"]["reasons"] == ["device cpu not in (cuda)"]
+    path = machine["interpreter"]["path"]
+    commands = [row["install"]["text"] for row in rows.values() if (row["install"] or {}).get("kind") == "command"]
+    assert all(path in command for command in commands)
+    rest = json.dumps({**machine, "interpreter": None, "backends": [{**row, "install": None} for row in rows.values()]})
+    assert str(server.folder) not in rest
+    assert not re.search(r"[\" ]/\w+/\w+", rest)
+
+
+def test_one_backend_can_be_asked_for(server: Server) -> None:
+    status, answer = asked(server, "/machine?backend=CUDNN_ATTN&backend=torch_sdpa")
+    assert status == 200
+    assert [row["id"] for row in answer["backends"]] == ["cudnn_attn", "torch_sdpa"]
+    assert asked(server, "/machine?backend=torch_spda")[0] == 400
+    status, answer = asked(server, "/machine?backend=auto")
+    assert (status, answer["error"]) == (400, "auto: not one backend, or not in this version")
+    assert asked(server, "/machine?" + "&".join(["backend=torch_sdpa"] * 65))[0] == 400
+
+
+def test_runs_are_listed_and_given_in_full(server: Server) -> None:
+    server.run(per_role_workflow())
+    status, listed = asked(server, "/runs")
+    assert status == 200
+    short = listed["runs"][0]
+    assert short["state"] == "done"
+    assert (short["calls"], short["fallbacks"]) == (32, 0)  # 4 blocks, 4 steps, self and cross
+    assert {"role": "cross", "backend": "sdpa_math", "calls": 16} in short["totals"]
+    assert short["nodes"] == [
+        {"id": "6", "class_type": "PerRoleAttentionConfig", "backend": "sdpa_math"},
+        {"id": "5", "class_type": "AttentionBackendSelector", "backend": "torch_sdpa"},
+    ]
+    status, answer = asked(server, f"/runs/{short['number']}")
+    run = answer["run"]
+    assert (status, answer["numbering"]) == (200, listed["numbering"])
+    assert sum(row["calls"] for row in run["rows"]) == 32
+    assert [(window["first"], window["last"]) for window in run["windows"]] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    counted = [0] * len(run["rows"])
+    for row, calls, milliseconds in (cell for window in run["windows"] for cell in window["cells"]):
+        counted[row] += calls
+        assert milliseconds > 0
+    assert counted == [row["calls"] for row in run["rows"]]
+    assert asked(server, "/last_run")[1]["runs"][0]["rows"] == run["rows"]
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "why"),
+    [
+        ("999999", 404, "run 999999 is not kept; the last 20 are"),
+        ("-1", 400, "the number of a run is a whole number, not '-1'"),
+        ("1e3", 400, "the number of a run is a whole number, not '1e3'"),
+        ("9" * 400, 400, f"the number of a run is a whole number, not '{'9' * 40}'"),
+    ],
+)
+def test_a_wrong_number_is_refused(server: Server, number: str, status: int, why: str) -> None:
+    assert asked(server, f"/runs/{number}") == (status, {"error": why})
+
+
+def test_settings_hold_without_a_restart_and_over_one(server: Server) -> None:
+    status, before = asked(server, "/settings")
+    assert status == 200
+    assert before["choices"][0] == "auto"
+    assert before["machine"]["hub"] == {"value": False, "variable": None}
+    assert asked(server, "/machine")[1]["platform"]["hub"] is False
+    status, after = changed(server, {"hub": True, "log_level": "DEBUG"})
+    assert (status, after["machine"]["hub"]["value"], after["machine"]["log_level"]["value"]) == (200, True, "DEBUG")
+    assert asked(server, "/machine")[1]["platform"]["hub"] is True
+    kept = json.loads((server.folder / "user" / "attention_backends.json").read_text(encoding="utf-8"))
+    assert kept == {"hub": True, "log_level": "DEBUG"}
+    assert changed(server, {"hub": False, "log_level": ""})[1]["machine"]["hub"]["value"] is False
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "why"),
+    [
+        ({"hub": "yes"}, 400, "hub must be true or false, not 'yes'"),
+        ({"hubs": True}, 400, "unknown setting hubs; known: hub, log_level"),
+        ({"log_level": ["DEBUG"]}, 400, "log_level ['DEBUG'] is not one of DEBUG, INFO, WARNING, ERROR, or empty"),
+        ([], 400, "expected an object with one or more of: hub, log_level"),
+        ({"log_level": "x" * 5000}, 413, "more than 4096 bytes"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_reason(server: Server, body: object, status: int, why: str) -> None:
+    assert changed(server, body) == (status, {"error": why})
+
+
+def test_other_sites_and_other_bodies_change_nothing(server: Server) -> None:
+    assert changed(server, {"hub": True}, Content_Type="text/plain")[0] == 415
+    assert changed(server, {"hub": True}, Sec_Fetch_Site="cross-site")[0] == 403
+    assert changed(server, {"hub": True}, Origin="http://elsewhere.example")[0] == 403
+    assert asked(server, "/settings", b"{nonsense", Content_Type="application/json")[0] == 400
+    assert asked(server, "/settings", b"[" * 4000, Content_Type="application/json")[0] == 400
+    assert asked(server, "/settings")[1]["machine"]["hub"]["value"] is False
+
+
+def test_the_bug_report_names_no_path(server: Server) -> None:
+    with _open(f"{server.url}{PREFIX}/bug_report", timeout=120) as answer:
+        text = answer.read().decode()
+        assert answer.headers["Content-Type"].startswith("text/plain")
+    assert "| cudnn_attn | device cpu not in (cuda) |" in text
+    assert "Asked and ran: self=torch_sdpa as asked; cross=sdpa_math as asked" in text
+    assert str(server.folder) not in text
+    assert not re.search(r"(^|[\s'\"`])(~?/\w+/\w+|[A-Z]:\\)", text, re.MULTILINE)
+
+
+def test_a_variable_of_the_person_wins_and_is_said(tmp_path: Any) -> None:
+    MachineSettings = nodes_module("machine_settings").MachineSettings
+
+    environ = {"ATTENTION_BACKENDS_HUB": "0", "DIFFUSION_ATTENTION_BACKEND": "sage_attn"}
+    settings = MachineSettings(tmp_path, environ)
+    assert settings.as_dict()["hub"]["variable"] == "ATTENTION_BACKENDS_HUB"
+    assert settings.defaults_from_environment() == {"DIFFUSION_ATTENTION_BACKEND": "sage_attn"}
+    with pytest.raises(PermissionError, match="set by the environment variable ATTENTION_BACKENDS_HUB"):
+        settings.change({"hub": True})
+    settings.change({"log_level": ""})
+    assert environ["ATTENTION_BACKENDS_HUB"] == "0"
+
+
+def test_a_damaged_file_is_as_none(tmp_path: Any) -> None:
+    settings = nodes_module("machine_settings")
+
+    (tmp_path / "attention_backends.json").write_text("{'hub'", encoding="utf-8")
+    assert settings.MachineSettings(tmp_path, {}).stored == settings.UNSET
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("ImportError: /home/ann/venv/lib/x.so: undefined symbol", "ImportError: .../x.so: undefined symbol"),
+        (r"in C:\Users\Ann Smith\venv\x.pyd, line 3", "in .../x.pyd, line 3"),
+        (r"\\nas\share\models\a.safetensors", ".../a.safetensors"),
+        ("see https://github.com/org/name/issues/1", "see https://github.com/org/name/issues/1"),
+        ("self/cross and 1/2, 8.0-8.7", "self/cross and 1/2, 8.0-8.7"),
+        ("File \"/opt/app/a b/c.py\"", "File \"...a b/c.py\""),
+    ],
+)  # fmt: skip
+def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
+    without_paths = nodes_module("privacy").without_paths
+
+    assert without_paths(text) == shown

@@ -1,0 +1,98 @@
+/** Figures of a run: sums, the short line, and files. No element is made here. */
+
+/**
+ * @typedef {import('./server.js').Row} Row
+ * @typedef {import('./server.js').Run} Run
+ * @typedef {import('./server.js').Total} Total
+ */
+
+export const COLUMNS = /** @type {const} */ ([
+  'role', 'block', 'backend', 'member', 'calls', 'ms', 'mask', 'asked', 'source', 'reason'
+])
+
+/**
+ * Rows of all blocks of a role that took the same path, as one.
+ *
+ * @param {Row[]} rows
+ * @param {(blocks: number) => string} words for a number of blocks
+ * @returns {Row[]}
+ */
+export function byRole(rows, words) {
+  /** @type {Map<string, Row & { blocks: Set<string> }>} */
+  const sums = new Map()
+  for (const row of rows) {
+    const key = JSON.stringify([row.role, row.backend, row.member, row.mask, row.asked, row.reason])
+    const sum = sums.get(key)
+    if (!sum) {
+      sums.set(key, { ...row, blocks: new Set([row.block]) })
+    } else {
+      sum.calls += row.calls
+      sum.ms = sum.ms === null || row.ms === null ? null : sum.ms + row.ms
+      sum.blocks.add(row.block)
+    }
+  }
+  return [...sums.values()].map(({ blocks, ...row }) => ({
+    ...row,
+    block: blocks.size === 1 ? row.block : words(blocks.size)
+  }))
+}
+
+/**
+ * Sorted by one column: numbers by size, texts with the numbers in them by size too (`blocks.9` before `blocks.10`).
+ *
+ * @param {Row[]} rows
+ * @param {keyof Row} column
+ * @param {boolean} descending
+ */
+export function sorted(rows, column, descending) {
+  const words = new Intl.Collator('en', { numeric: true })
+  const sign = descending ? -1 : 1
+  return [...rows].sort((a, b) => {
+    const [x, y] = [a[column], b[column]]
+    if (typeof x === 'number' || typeof y === 'number') return sign * (Number(x ?? -1) - Number(y ?? -1))
+    return sign * words.compare(String(x ?? ''), String(y ?? ''))
+  })
+}
+
+/**
+ * `self cudnn_attn 1200 calls, cross torch_sdpa 600; 2 fallbacks`.
+ *
+ * @param {Total[]} totals
+ * @param {number} fallbacks
+ * @param {import('./words.js').Say} say
+ */
+export function shortLine(totals, fallbacks, say) {
+  if (!totals.length) return say('line.nothing')
+  const parts = totals.map(({ role, backend, calls }, index) => {
+    const counted = index === 0 ? say('line.calls', { calls }) : calls
+    return `${role} ${backend} ${counted}`
+  })
+  return parts.join(', ') + (fallbacks ? `; ${say('line.fallbacks', { fallbacks })}` : '')
+}
+
+/**
+ * The totals of several runs as those of one.
+ *
+ * @param {Total[]} totals
+ * @returns {Total[]}
+ */
+export function addedUp(totals) {
+  /** @type {Map<string, Total>} */
+  const sums = new Map()
+  for (const { role, backend, calls } of totals) {
+    const key = `${role} ${backend}`
+    sums.set(key, { role, backend, calls: calls + (sums.get(key)?.calls ?? 0) })
+  }
+  return [...sums.values()]
+}
+
+/**
+ * The rows of a run as CSV, one line each, every field quoted.
+ *
+ * @param {Run} run
+ */
+export function asCsv(run) {
+  const quoted = (/** @type {unknown} */ value) => `"${String(value ?? '').replaceAll('"', '""')}"`
+  const lines = run.rows.map((row) => COLUMNS.map((column) => quoted(row[column])).join(','))
+  return [COLUMNS.map(quoted).join(','), ...lines].join('\r\n') + '\r\n'
+}

@@ -1,0 +1,141 @@
+/** A picture of a run: roles and blocks downwards, model calls to the right, coloured by backend or by time. */
+
+import { element } from './dom.js'
+
+/**
+ * @typedef {import('./server.js').Run} Run
+ * @typedef {{ role: string, block: string }} Line
+ * @typedef {{ calls: number, ms: number | null, backend: string, most: number }} Cell
+ */
+
+/** Told apart by people with any colour vision, on light and dark ground (Okabe and Ito). */
+const COLOURS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#b8a800', '#8a8a8a']
+const TIME_COLOUR = '#d55e00'
+const MOST_COLUMNS = 512
+
+/**
+ * @param {Run} run
+ * @returns {{ lines: Line[], columns: { first: number, last: number, cells: Map<number, Cell> }[] }}
+ */
+export function grid(run) {
+  /** @type {Line[]} */
+  const lines = []
+  /** @type {Map<string, number>} */
+  const numbers = new Map()
+  const order = new Intl.Collator('en', { numeric: true })
+  const roles = [...new Set(run.rows.map((row) => row.role))]
+  for (const role of roles) {
+    const blocks = [...new Set(run.rows.filter((row) => row.role === role).map((row) => row.block))].sort(order.compare)
+    for (const block of blocks) {
+      numbers.set(`${role}\n${block}`, lines.length)
+      lines.push({ role, block })
+    }
+  }
+  const windows = run.windows.length
+    ? run.windows
+    : [{ first: 1, last: 1, cells: run.rows.map((row, index) => /** @type {const} */ ([index, row.calls, row.ms])) }]
+  const columns = windows.map(({ first, last, cells }) => {
+    /** @type {Map<number, Cell>} */
+    const found = new Map()
+    for (const [index, calls, ms] of cells) {
+      const row = run.rows[index]
+      if (!row) continue
+      const line = numbers.get(`${row.role}\n${row.block}`) ?? 0
+      const cell = found.get(line) ?? { calls: 0, ms: null, backend: row.backend, most: 0 }
+      cell.calls += calls
+      if (ms !== null) cell.ms = (cell.ms ?? 0) + ms
+      if (calls > cell.most) [cell.most, cell.backend] = [calls, row.backend]
+      found.set(line, cell)
+    }
+    return { first, last, cells: found }
+  })
+  return { lines, columns }
+}
+
+/**
+ * The picture with its legend and a line that says what the pointer or the arrow keys are on.
+ *
+ * @param {Run} run
+ * @param {'backend' | 'time'} by
+ * @param {import('./words.js').Say} say
+ * @returns {HTMLElement}
+ */
+export function heatStrip(run, by, say) {
+  const { lines, columns } = grid(run)
+  const last = columns.at(-1)?.last ?? 1
+  const scale = Math.min(1, MOST_COLUMNS / last)
+  const backends = [...new Set(run.rows.map((row) => row.backend))]
+  const colour = (/** @type {string} */ backend) => COLOURS[backends.indexOf(backend) % COLOURS.length]
+  const rate = (/** @type {Cell} */ cell, /** @type {{ first: number, last: number }} */ window) =>
+    (cell.ms ?? 0) / (window.last - window.first + 1)
+  const slowest = Math.max(0, ...columns.flatMap((window) => [...window.cells.values()].map((cell) => rate(cell, window))))
+
+  const canvas = element('canvas', {
+    className: 'ab-strip',
+    width: Math.max(1, Math.round(last * scale)),
+    height: Math.max(1, lines.length),
+    tabIndex: 0,
+    role: 'img',
+    'aria-label': say('strip.label', { lines: lines.length, calls: last, backends: backends.join(', ') }),
+    'data-key': `strip ${run.number}`
+  })
+  canvas.style.height = `${Math.min(280, Math.max(24, lines.length * 6))}px`
+  const context = canvas.getContext('2d')
+  if (context) {
+    for (const window of columns) {
+      const from = Math.floor((window.first - 1) * scale)
+      const width = Math.max(1, Math.floor(window.last * scale) - from)
+      for (const [line, cell] of window.cells) {
+        const share = slowest ? rate(cell, window) / slowest : 0
+        context.globalAlpha = by === 'time' ? 0.12 + 0.88 * share : 1
+        context.fillStyle = by === 'time' ? TIME_COLOUR : colour(cell.backend)
+        context.fillRect(from, line, width, 1)
+      }
+    }
+  }
+
+  const caption = element('p', { className: 'ab-caption', 'aria-live': 'polite' }, say('strip.hint'))
+  let [column, line] = [0, 0]
+  const tell = () => {
+    const window = columns[column]
+    const { role, block } = lines[line] ?? { role: '', block: '' }
+    const cell = window?.cells.get(line)
+    const calls = window.first === window.last ? `${window.first}` : `${window.first}-${window.last}`
+    const what = cell
+      ? `${cell.backend}, ${cell.calls}${cell.ms === null ? '' : `, ${cell.ms.toFixed(2)} ms`}`
+      : say('strip.none')
+    caption.textContent = say('strip.at', { role, block: block || '-', calls, what })
+  }
+  canvas.addEventListener('pointermove', (event) => {
+    const box = canvas.getBoundingClientRect()
+    const call = Math.floor(((event.clientX - box.left) / box.width) * last) + 1
+    column = Math.max(0, columns.findIndex((window) => window.last >= call))
+    line = Math.min(lines.length - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * lines.length)))
+    tell()
+  })
+  canvas.addEventListener('keydown', (event) => {
+    /** @type {Record<string, [number, number]>} */
+    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
+    const move = moves[event.key]
+    if (!move) return
+    event.preventDefault()
+    event.stopPropagation()
+    column = Math.min(columns.length - 1, Math.max(0, column + move[0]))
+    line = Math.min(lines.length - 1, Math.max(0, line + move[1]))
+    tell()
+  })
+
+  const swatch = (/** @type {string} */ background, /** @type {string} */ text) => {
+    const square = element('span', { className: 'ab-swatch', 'aria-hidden': 'true' })
+    square.style.background = background
+    return element('li', {}, square, text)
+  }
+  const legend =
+    by === 'backend'
+      ? backends.map((backend) => swatch(colour(backend), backend))
+      : [
+          swatch(`color-mix(in srgb, ${TIME_COLOUR} 12%, transparent)`, say('strip.fast')),
+          swatch(TIME_COLOUR, say('strip.slow', { ms: slowest.toFixed(2) }))
+        ]
+  return element('div', { className: 'ab-heat' }, canvas, element('ul', { className: 'ab-legend' }, ...legend), caption)
+}

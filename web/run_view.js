@@ -1,0 +1,166 @@
+/** One run in the panel: verdicts, picture, table, reasons, notes, and the files. */
+
+import { COLUMNS, addedUp, asCsv, byRole, shortLine, sorted } from './account.js'
+import { download, element, refill } from './dom.js'
+import { heatStrip } from './heat_strip.js'
+
+/**
+ * @typedef {import('./server.js').Run} Run
+ * @typedef {import('./server.js').Row} Row
+ * @typedef {import('./words.js').Say} Say
+ * @typedef {{ column: keyof Row, descending: boolean, blocks: boolean, all: boolean, by: 'backend' | 'time' }} View
+ */
+
+/** Rows that a table shows at first; more would take longer to lay out than a person waits for. */
+const SHOWN = 100
+
+/** @returns {View} */
+export const firstView = () => ({ column: 'calls', descending: true, blocks: false, all: false, by: 'backend' })
+
+/**
+ * Shows a run in `place`. `view` keeps what the person chose, so that a later call with newer figures looks the same.
+ *
+ * @param {HTMLElement} place
+ * @param {Run} run
+ * @param {View} view
+ * @param {Say} say
+ */
+export function showRun(place, run, view, say) {
+  const again = () => showRun(place, run, view, say)
+  const reasons = [...new Set(run.rows.filter((row) => row.reason).map((row) => `${row.role}: ${row.reason}`))]
+  const fallbacks = run.rows.reduce((sum, row) => sum + (row.reason ? row.calls : 0), 0)
+  const totals = addedUp(run.rows.map(({ role, backend, calls }) => ({ role, backend, calls })))
+  const name = `attention_run_${run.number}`
+  refill(
+    place,
+    element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, say)),
+    list('ab-audit', say('run.audit'), run.audit.map((finding) => verdict(finding, say))),
+    ...(run.rows.length ? picture(run, view, say, again) : []),
+    ...(run.rows.length ? table(run, view, say, again) : []),
+    list('ab-reasons', say('run.reasons'), reasons),
+    list('ab-notes', say('run.notes'), run.notes),
+    run.bypass && list('ab-bypass', say('run.bypass'), [run.bypass]),
+    element(
+      'div',
+      { className: 'ab-buttons' },
+      element('button', {
+        type: 'button', className: 'ab-button', textContent: say('run.json'), 'data-key': `json ${run.number}`,
+        on: { click: () => download(`${name}.json`, 'application/json', JSON.stringify(run, null, 2)) }
+      }),
+      element('button', {
+        type: 'button', className: 'ab-button', textContent: say('run.csv'), 'data-key': `csv ${run.number}`,
+        on: { click: () => download(`${name}.csv`, 'text/csv', asCsv(run)) }
+      })
+    )
+  )
+}
+
+/**
+ * @param {string} className
+ * @param {string} title
+ * @param {(string | HTMLElement)[]} items
+ */
+function list(className, title, items) {
+  if (!items.length) return null
+  return element(
+    'section',
+    { className, 'aria-label': title },
+    element('h4', {}, title),
+    element('ul', {}, ...items.map((item) => element('li', {}, item)))
+  )
+}
+
+/**
+ * @param {import('./server.js').Finding} finding
+ * @param {Say} say
+ */
+function verdict(finding, say) {
+  const known = ['as asked', 'explained', 'unexplained', 'role never called']
+  const kind = known.includes(finding.verdict) ? finding.verdict.replaceAll(' ', '_') : 'unexplained'
+  const ran = Object.entries(finding.ran).map(([backend, calls]) => `${backend} ${calls}`).join(', ') || '-'
+  return element(
+    'span',
+    { title: finding.source },
+    element('strong', {}, finding.role),
+    ` ${say('run.asked', { asked: finding.asked, ran })} `,
+    element('span', { className: `ab-verdict ab-${kind}` }, say(`verdict.${kind}`))
+  )
+}
+
+/**
+ * @param {Run} run
+ * @param {View} view
+ * @param {Say} say
+ * @param {() => void} again
+ */
+function picture(run, view, say, again) {
+  const timed = run.rows.some((row) => row.ms !== null)
+  const choice = (/** @type {'backend' | 'time'} */ by) =>
+    element('button', {
+      type: 'button', className: 'ab-button', textContent: say(`strip.by_${by}`), 'aria-pressed': view.by === by,
+      'data-key': `by ${by} ${run.number}`,
+      on: { click: () => { view.by = by; again() } }
+    })
+  return [
+    element('h4', {}, say('strip.title')),
+    timed && element('div', { className: 'ab-buttons', role: 'group', 'aria-label': say('strip.title') }, choice('backend'), choice('time')),
+    heatStrip(run, timed ? view.by : 'backend', say)
+  ]
+}
+
+/**
+ * @param {Run} run
+ * @param {View} view
+ * @param {Say} say
+ * @param {() => void} again
+ */
+function table(run, view, say, again) {
+  const timed = run.rows.some((row) => row.ms !== null)
+  const member = run.rows.some((row) => row.member)
+  const columns = COLUMNS.filter((name) => (name !== 'ms' || timed) && (name !== 'member' || member) && name !== 'source')
+  const summed = view.blocks ? run.rows : byRole(run.rows, (blocks) => say('columns.blocks', { blocks }))
+  const rows = sorted(summed, view.column, view.descending)
+  const shown = view.all ? rows : rows.slice(0, SHOWN)
+  const head = columns.map((name) => {
+    const order = view.column === name ? (view.descending ? 'descending' : 'ascending') : 'none'
+    const arrow = { descending: ' ▼', ascending: ' ▲', none: '' }[order]
+    const sort = () => {
+      view.descending = view.column === name ? !view.descending : name === 'calls' || name === 'ms'
+      view.column = name
+      again()
+    }
+    return element(
+      'th',
+      { scope: 'col', 'aria-sort': order },
+      element('button', { type: 'button', 'data-key': `sort ${name} ${run.number}`, on: { click: sort } }, say(`columns.${name}`),
+        element('span', { 'aria-hidden': 'true' }, arrow))
+    )
+  })
+  const body = shown.map((row) => {
+    const cells = columns.map((name) => {
+      const value = row[name]
+      const number = name === 'calls' || name === 'ms'
+      const text = name === 'ms' && value !== null ? Number(value).toFixed(1) : String(value ?? '')
+      return element('td', { className: number ? 'ab-number' : '' }, text)
+    })
+    return element('tr', { className: row.reason ? 'ab-fell-back' : '', title: row.source }, ...cells)
+  })
+  const blocks = element('input', {
+    type: 'checkbox', checked: view.blocks, 'data-key': `blocks ${run.number}`,
+    on: { change: () => { view.blocks = !view.blocks; again() } }
+  })
+  return [
+    element('h4', {}, say('run.table')),
+    element('label', { className: 'ab-check' }, blocks, say('run.blocks')),
+    element(
+      'div',
+      { className: 'ab-scroll', role: 'region', tabIndex: 0, 'aria-label': say('run.table'), 'data-key': `table ${run.number}` },
+      element('table', {}, element('thead', {}, element('tr', {}, ...head)), element('tbody', {}, ...body))
+    ),
+    rows.length > shown.length &&
+      element('button', {
+        type: 'button', className: 'ab-button', textContent: say('run.all', { rows: rows.length }), 'data-key': `all ${run.number}`,
+        on: { click: () => { view.all = true; again() } }
+      })
+  ]
+}

@@ -1,0 +1,111 @@
+/**
+ * What the pack's server routes answer (nodes/routes.py), typed.
+ *
+ * @typedef {{ role: string, backend: string, calls: number }} Total
+ * @typedef {{ id: string, class_type: string, backend: string }} Chooser
+ * @typedef {{
+ *   number: number, prompt_id: string | null, node_id: string | null, nodes: Chooser[], model: string,
+ *   device: string, steps: number, seconds: number | null, state: 'running' | 'done' | 'stopped', calls: number,
+ *   fallbacks: number, totals: Total[]
+ * }} RunSummary
+ * @typedef {{
+ *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,
+ *   mask: string, asked: string | null, source: string, reason: string | null
+ * }} Row
+ * @typedef {{ first: number, last: number, cells: [row: number, calls: number, ms: number | null][] }} Window
+ * @typedef {{
+ *   role: string, asked: string, source: string, ran: Record<string, number>, reasons: string[], verdict: string
+ * }} Finding
+ * @typedef {{
+ *   number: number, prompt_id: string | null, model: string, device: string, steps: number, seconds: number | null,
+ *   state: 'running' | 'done' | 'stopped', bypass: string, rows: Row[], audit: Finding[], notes: string[],
+ *   windows: Window[]
+ * }} Run
+ * @typedef {{
+ *   id: string, accuracy: string, available: boolean, reasons: string[], version: string | null, cards: string,
+ *   probed: string | null, install: { kind: 'command' | 'page' | 'nothing', text: string, note: string } | null
+ * }} Backend
+ * @typedef {{
+ *   platform: Record<string, any>, interpreter: { path: string, python: string, machine: string },
+ *   hint: string | null, auto: string, backends: Backend[]
+ * }} Machine
+ * @typedef {{ value: any, variable: string | null }} MachineSetting
+ * @typedef {{
+ *   choices: string[], accuracy: string[], guard: string[], log_levels: string[],
+ *   machine: { hub: MachineSetting, log_level: MachineSetting }, environment: Record<string, string>
+ * }} Settings
+ */
+
+/** A request that the server refused, with its reason. */
+export class Refused extends Error {}
+
+/**
+ * The routes as functions. Each throws `Refused` with the server's reason, or the browser's own error where there is
+ * no connection.
+ *
+ * @param {{ fetchApi(route: string, options?: RequestInit): Promise<Response> }} api
+ */
+export function serverRoutes(api) {
+  /** @type {Map<string, Promise<Backend | undefined>>} */
+  const asked = new Map()
+
+  /**
+   * @param {string} route
+   * @param {RequestInit} [options]
+   */
+  async function answer(route, options) {
+    const response = await api.fetchApi(`/attention_backends/${route}`, options)
+    if (response.ok) return response
+    const said = await response.json().catch(() => ({}))
+    throw new Refused(said.error ?? `${response.status} ${response.statusText}`)
+  }
+
+  /**
+   * @param {string} route
+   * @param {RequestInit} [options]
+   */
+  const json = async (route, options) => (await answer(route, options)).json()
+
+  return {
+    /** @returns {Promise<{ numbering: string, runs: RunSummary[] }>} */
+    runs: () => json('runs'),
+    /** @returns {Promise<{ numbering: string, run: Run }>} */
+    run: (/** @type {number} */ number) => json(`runs/${number}`),
+    /** @returns {Promise<Machine>} */
+    machine: (refresh = false) => json(refresh ? 'machine?refresh=1' : 'machine'),
+    /** @returns {Promise<Settings>} */
+    settings: () => json('settings'),
+    /** @returns {Promise<Settings>} */
+    changeSettings: (/** @type {Record<string, unknown>} */ changes) =>
+      json('settings', {
+        method: 'POST',
+        headers: { 'Content-Type': 'application/json' },
+        body: JSON.stringify(changes)
+      }),
+    bugReport: async () => (await answer('bug_report')).text(),
+
+    /**
+     * One backend's state; undefined where the server does not know it. Asked once per page.
+     *
+     * @param {string} id
+     */
+    backend(id) {
+      let found = asked.get(id)
+      if (!found) {
+        found = json(`machine?backend=${encodeURIComponent(id)}`).then(
+          (machine) => machine.backends[0],
+          (error) => {
+            if (!(error instanceof Refused)) asked.delete(id) // no connection: ask again next time
+            return undefined
+          }
+        )
+        asked.set(id, found)
+      }
+      return found
+    },
+    /** Forget what `backend` was told, e.g. after the server was started again. */
+    forget: () => asked.clear()
+  }
+}
+
+/** @typedef {ReturnType<typeof serverRoutes>} Server */
