@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -54,6 +55,8 @@ POSITIONS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "ring", "cross")
 ALIASES = {"center": "centre", "gray": "grey"}
 MARGIN = 0.05  # between a shape and the border of the picture
+# How much size and place vary by chance. More than this blurs what a small model draws: see the model card.
+SIZE_JITTER, PLACE_JITTER = 0.02, 0.005
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -107,13 +110,13 @@ class Scene:
         return " ".join(word for word in words if word)
 
 
-def random_scene(rng: random.Random) -> Scene:
-    """Any scene; a size or position is left out one time in ten, the background one time in three."""
+def random_scene(rng: random.Random, shapes: Sequence[str] = SHAPES) -> Scene:
+    """Any scene; a size or position is left out one time in twenty, the background one time in three."""
     return Scene(
         colour=rng.choice(list(COLOURS)),
-        shape=rng.choice(SHAPES),
-        size=rng.choice(list(SIZES)) if rng.random() < 0.9 else None,
-        position=rng.choice(list(POSITIONS)) if rng.random() < 0.9 else None,
+        shape=rng.choice(shapes),
+        size=rng.choice(list(SIZES)) if rng.random() < 0.95 else None,
+        position=rng.choice(list(POSITIONS)) if rng.random() < 0.95 else None,
         background=rng.choice(list(BACKGROUNDS)) if rng.random() < 0.67 else None,
     )
 
@@ -147,23 +150,32 @@ def inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
     raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
 
 
-def draw(scene: Scene, height: int, width: int, rng: random.Random) -> Tensor:
-    """The scene as RGB (3, height, width) in 0..1, antialiased by 4 x 4 samples for each pixel.
+def cover(shape: str, x: float, y: float, radius: float, height: int, width: int) -> Tensor:
+    """How much of each pixel (height, width) a shape covers, 0..1, by 4 x 4 samples for each pixel.
 
-    Size and place vary a little by chance, as do a size and a position that the scene leaves open.
+    x, y (its centre) and radius are in units of the picture's shorter side.
     """
     samples = 4
     short = min(height, width)
     rows = (torch.arange(height * samples) + 0.5) / (samples * short)
     columns = (torch.arange(width * samples) + 0.5) / (samples * short)
-    radius = SIZES[scene.size or rng.choice(list(SIZES))] * rng.uniform(0.94, 1.06)
+    hit = inside(shape, (columns[None] - x) / radius, (rows[:, None] - y) / radius)
+    return hit.float().unflatten(0, (-1, samples)).unflatten(2, (-1, samples)).mean((1, 3))
+
+
+def draw(scene: Scene, height: int, width: int, rng: random.Random) -> Tensor:
+    """The scene as RGB (3, height, width) in 0..1, antialiased.
+
+    Size and place vary a little by chance, as do a size and a position that the scene leaves open.
+    """
+    short = min(height, width)
+    radius = SIZES[scene.size or rng.choice(list(SIZES))] * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER)
     where = POSITIONS[scene.position] if scene.position else (rng.uniform(-1, 1), rng.uniform(-1, 1))
     x, y = (
-        side / short / 2 + (side / short / 2 - radius - MARGIN) * at + rng.uniform(-0.02, 0.02)
+        side / short / 2 + (side / short / 2 - radius - MARGIN) * at + rng.uniform(-PLACE_JITTER, PLACE_JITTER)
         for side, at in zip((width, height), where, strict=True)
     )
-    hit = inside(scene.shape, (columns[None] - x) / radius, (rows[:, None] - y) / radius)
-    cover = hit.float().unflatten(0, (-1, samples)).unflatten(2, (-1, samples)).mean((1, 3))
+    covered = cover(scene.shape, x, y, radius, height, width)
     colour = torch.tensor(COLOURS[scene.colour])[:, None, None]
     background = torch.tensor(BACKGROUNDS[scene.background or DEFAULT_BACKGROUND])[:, None, None]
-    return background + (colour - background) * cover
+    return background + (colour - background) * covered
