@@ -53,7 +53,7 @@ class MaskPlan:
     """How the calls with one mask run."""
 
     treatment: str
-    """For reports: `none`, `nothing hidden`, `trimmed`, `gathered`, `per sample`, `causal`, `per block`, `no keys`,
+    """For reports: `none`, `nothing hidden`, `trimmed`, `gathered`, `per sample`, `causal`, `per block`,
     `passed on`."""
     parts: tuple[Part, ...]
     facts: tuple[object, ...] = field(default=())
@@ -71,7 +71,8 @@ class MaskPlan:
         if len(outputs) == 1 and first is not None:
             return first
         query, value = call.query, call.value
-        whole: torch.Tensor = query.new_zeros(*query.shape[:3], value.shape[3])
+        batch, heads, q_len, _ = query.shape
+        whole: torch.Tensor = query.new_zeros(batch, q_len, heads, value.shape[3]).transpose(1, 2)  # as models want it
         for part, output in zip(self.parts, outputs, strict=True):
             if output is not None:
                 whole[part.samples, :, part.rows] = output
@@ -133,7 +134,7 @@ class _Found:
     spans: list[tuple[int, int, int]]
     """For each sample the first and last key that anything sees, and how many there are; (0, 0, 0) for none."""
     rows: list[tuple[int, int, int]]
-    """The same for each query, where there is one sample and one head and queries differ; else empty."""
+    """The same for each query, where all samples and heads see alike; else empty."""
     seen: torch.Tensor
     """(b, k), the keys that some query sees."""
 
@@ -159,16 +160,17 @@ def _read(mask: torch.Tensor) -> _Found:
         biased = (visible & (mask != 0)).any()
         finite = (~visible.any(3, keepdim=True) & (mask != float("-inf"))).any()
     seen = visible.flatten(1, 2).any(1)
-    per_row = visible.shape[0] == visible.shape[1] == 1 and visible.shape[2] > 1
+    one = visible[:1, :1]
     flags = [nan, biased, finite, (visible == seen[:, None, None]).all(), (seen == seen[:1]).all()]
+    flags.append((visible == one).all())
     numbers = [torch.stack(flags).long(), _spans(seen).flatten()]
-    if per_row:
-        numbers.append(_spans(visible[0, 0]).flatten())
+    if visible.shape[2] > 1:
+        numbers.append(_spans(one[0, 0]).flatten())
     values = torch.cat(numbers).tolist()  # the one read-back
-    not_a_number, is_biased, finite_row, uniform, same_samples = map(bool, values[:5])
-    spans = [(values[at], values[at + 1], values[at + 2]) for at in range(5, len(values), 3)]
-    samples = len(seen)
-    return _Found(not_a_number, is_biased, finite_row, uniform, same_samples, spans[:samples], spans[samples:], seen)
+    not_a_number, is_biased, finite_row, uniform, same_samples, same = map(bool, values[:6])
+    spans = [(values[at], values[at + 1], values[at + 2]) for at in range(6, len(values), 3)]
+    samples, rows = spans[: len(seen)], spans[len(seen) :] if same else []
+    return _Found(not_a_number, is_biased, finite_row, uniform, same_samples, samples, rows, seen)
 
 
 def _spans(visible: torch.Tensor) -> torch.Tensor:
@@ -204,8 +206,12 @@ def _uniform(mask: torch.Tensor, found: _Found) -> MaskPlan:
     if found.same_samples:
         count = found.spans[0][2]
         keys = _keys(found.spans[0], kv_len, found.seen[0])
-        scattered = keys is not None and not isinstance(keys, slice)
-        if (keys == ALL and found.biased) or (scattered and mask.device.type == "cpu" and count > CPU_KEPT * kv_len):
+        scattered = not isinstance(keys, slice)
+        if (
+            keys is None
+            or (keys == ALL and found.biased)
+            or (scattered and mask.device.type == "cpu" and count > CPU_KEPT * kv_len)
+        ):
             return passed_on(mask)
         left = _cut(mask, keys) if found.biased else None
         return _plan(_word(keys), [Part(ALL, ALL, keys, left)])
@@ -217,9 +223,7 @@ def _uniform(mask: torch.Tensor, found: _Found) -> MaskPlan:
     return _plan("per sample", parts)
 
 
-def _word(keys: torch.Tensor | slice | None) -> str:
-    if keys is None:
-        return "no keys"
+def _word(keys: torch.Tensor | slice) -> str:
     if isinstance(keys, slice):
         return "nothing hidden" if keys == ALL else "trimmed"
     return "gathered"

@@ -21,18 +21,24 @@ MOST_READ = 4
 
 MADE_ANEW = "this model makes its masks anew in every block: they are passed to kernels as they are"
 COMPILED = "the model is compiled: its masks are passed to kernels as they are"
+COMPOSED = "another pack's override may change masks: they are passed to kernels as they are"
+OUTSIDE = "attention outside a model call: its masks are passed to kernels as they are"
+UNREAD = "a mask could not be read and is passed on as it is"
 
 
 class Masks:
     """The plans of the model call that is running."""
 
-    __slots__ = ("_plans", "_run", "held")
+    __slots__ = ("_plans", "_run", "not_kept")
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._plans: dict[tuple[Any, ...], tuple[torch.Tensor, MaskPlan]] = {}
-        self.held = True
-        """Holding a mask keeps its memory from another use. False in a compiled graph, which plans its memory ahead."""
+        self.not_kept = OUTSIDE
+        """Why no plan may be kept for a later call; empty inside a model call in which nobody else has a hand.
+
+        Keeping a plan means holding its mask, and trusting that nobody writes into it meanwhile.
+        """
 
     def clear(self) -> None:
         """At the begin and the end of a model call: forget everything."""
@@ -45,8 +51,8 @@ class Masks:
             source: the tensor that the model makes this mask from in every block, or None; equal sources stand for
                 equal masks.
         """
-        if not self.held:
-            return self._plan_compiled(mask, kv_len)
+        if self.not_kept:
+            return self._plan_anew(mask, kv_len)
         kept = mask if source is None else source
         key = (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype, mask.shape, kv_len)
         found = self._plans.get(key)
@@ -54,12 +60,19 @@ class Masks:
             if mask.device.type != "cpu" and len(self._plans) >= MOST_READ:
                 self._run.note(MADE_ANEW)
                 return passed_on(as_4d(mask))
-            found = self._plans[key] = (kept, inspect(as_4d(mask), kv_len))
+            found = self._plans[key] = (kept, self._read(mask, kv_len))
         return found[1]
 
-    def _plan_compiled(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
-        """Reading a mask anew at every call costs little on the CPU; on an accelerator each would wait for it."""
+    def _plan_anew(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
+        """Reading a mask at every call costs little on the CPU; on an accelerator each would wait for it."""
         if mask.device.type == "cpu":
-            return inspect(as_4d(mask), kv_len)
-        self._run.note(COMPILED)
+            return self._read(mask, kv_len)
+        self._run.note(self.not_kept)
         return passed_on(as_4d(mask))
+
+    def _read(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
+        try:
+            return inspect(as_4d(mask), kv_len)
+        except RuntimeError as error:  # memory that does not suffice, an operation that this device lacks
+            self._run.note(f"{UNREAD}: {str(error).splitlines()[0]}")
+            return passed_on(as_4d(mask))

@@ -21,7 +21,8 @@ class Comfy(Backend):
     id = "comfy"
     summary = "Whatever ComfyUI would run by itself, its start-up flags and the checkpoint's preference included."
     kinds = KINDS
-    limits = Limits(dtypes=(*FLOATING, "float8_e4m3fn", "float8_e5m2"), causal=False, mixed_head_dims=True)
+    # A causal call is a mask that was read as such; the host has the mask itself.
+    limits = Limits(dtypes=(*FLOATING, "float8_e4m3fn", "float8_e5m2"), causal_cross=True, mixed_head_dims=True)
 
     def load(self, platform: Platform) -> Kernel:
         return run_host

@@ -1,0 +1,229 @@
+"""Masks on their way from ComfyUI's hook to the kernel: right whoever has a hand in, and one call in the account."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from attention_backends.backends import mask_plan  # noqa: E402
+from attention_backends.backends.backend import FLOATING, Limits  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.router import NoBackendError  # noqa: E402
+from hook_side import (  # noqa: E402
+    HEADS,
+    Kernel,
+    exact,
+    host,
+    masks,
+    model_call,
+    optimized_attention,
+    override,
+    rows,
+    sampling,
+    stand_in,
+)  # fmt: skip
+
+HIDDEN = torch.finfo(torch.float32).min
+QUERY, KEY, VALUE = rows(6), rows(9, 1), rows(9, 2)
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def key_mask(*hidden: int, batch: int = 1) -> torch.Tensor:
+    mask = torch.zeros(batch, 1, 9)
+    mask[..., list(hidden)] = HIDDEN
+    return mask
+
+
+class Qwen(torch.nn.Module):
+    """A model that makes its mask anew in each block, from an argument of the module that makes the call."""
+
+
+class Attn(torch.nn.Module):
+    def forward(self, mask: torch.Tensor, encoder_hidden_states_mask: torch.Tensor, options: Any) -> torch.Tensor:
+        return optimized_attention(QUERY, KEY, VALUE, HEADS, mask=mask, transformer_options=options)
+
+
+def qwen() -> torch.nn.Module:
+    model = stand_in(["QwenImageTransformer2DModel"], {"transformer_blocks.0.other": "Linear"})
+    for block in range(3):
+        parent = torch.nn.Module()
+        parent.add_module("attn", Attn())
+        model.transformer_blocks.add_module(str(block), parent)
+    return model
+
+
+def run(ours: Any, body: Callable[[torch.nn.Module, dict[str, Any]], Any], model: torch.nn.Module | None = None) -> Any:
+    """One model call with the override; the run, closed."""
+    made = sampling.Run(ours)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: made}
+    model = model or stand_in(["WanModel"], {"blocks.0.self_attn": "WanSelfAttention"})
+    model_call(model, options, lambda: body(model, options))
+    made.close()
+    return made
+
+
+def assert_right(output: torch.Tensor, mask: torch.Tensor | None) -> None:
+    torch.testing.assert_close(output, exact(QUERY, KEY, VALUE, HEADS, mask), rtol=0, atol=2e-6)
+
+
+def test_a_mask_that_each_block_makes_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    inspect = masks.inspect
+    monkeypatch.setattr(masks, "inspect", lambda *given: read.append(1) or inspect(*given))
+    source = torch.zeros(1, 5)
+
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        for block in model.transformer_blocks.children():
+            if hasattr(block, "attn"):
+                mask = key_mask(2, 3, 4)
+                assert_right(block.attn(mask=mask, encoder_hidden_states_mask=source, options=options), mask)
+
+    run(override("torch_sdpa"), body, qwen())
+    assert read == [1]
+
+
+def test_another_packs_mask_does_not_stand_for_the_models_own() -> None:
+    """Regional prompting gives each block a mask of its own, through an override that ours is composed with."""
+    changed: list[torch.Tensor] = []
+
+    def regional(func: Any, query: Any, key: Any, value: Any, heads: int, **flags: Any) -> torch.Tensor:
+        changed.append(key_mask(*range(len(changed), len(changed) + 4)))
+        return func(query, key, value, heads, **{**flags, "mask": changed[-1]})
+
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        for block in model.transformer_blocks.children():
+            if hasattr(block, "attn"):
+                own = key_mask(2, 3, 4)
+                output = block.attn(mask=own, encoder_hidden_states_mask=torch.zeros(1, 5), options=options)
+                assert_right(output, changed[-1])
+
+    run(override("torch_sdpa", foreign=regional), body, qwen())
+    assert len(changed) == 3
+
+
+def test_a_call_between_the_blocks_has_its_own_mask() -> None:
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        source, mask, other = torch.zeros(1, 5), key_mask(2, 3, 4), key_mask(0, 1)
+        block = model.get_submodule("transformer_blocks.0.attn")
+        assert_right(block(mask=mask, encoder_hidden_states_mask=source, options=options), mask)
+        between = optimized_attention(QUERY, KEY, VALUE, HEADS, mask=other, transformer_options=options)
+        assert_right(between, other)
+
+    run(override("torch_sdpa"), body, qwen())
+
+
+def test_a_mask_that_another_pack_rewrites_in_place_is_read_again() -> None:
+    buffer = key_mask(0)
+
+    def filling(func: Any, *args: Any, **flags: Any) -> torch.Tensor:
+        buffer.copy_(buffer.roll(1, dims=-1))
+        return func(*args, **{**flags, "mask": buffer})
+
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        attend = model.get_submodule("blocks.0.self_attn")
+        for _ in range(3):
+            (output,) = attend([((QUERY, KEY, VALUE, HEADS), {"transformer_options": options})])
+            assert_right(output, buffer)
+
+    with torch.inference_mode():
+        run(override("torch_sdpa", foreign=filling), body)
+
+
+def wan_call(ours: Any, mask: torch.Tensor, times: int = 1) -> Any:
+    """Calls of one Wan module with a mask, each of them right; the run."""
+
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        attend = model.get_submodule("blocks.0.self_attn")
+        size = mask.shape[0] if mask.ndim > 2 else 1
+        query, key, value = (tensor.repeat(size, 1, 1) for tensor in (QUERY, KEY, VALUE))
+        for _ in range(times):
+            (output,) = attend([((query, key, value, HEADS, mask), {"transformer_options": options})])
+            torch.testing.assert_close(output, exact(query, key, value, HEADS, mask), rtol=0, atol=2e-6)
+
+    return run(ours, body)
+
+
+def test_a_call_in_parts_is_one_call_in_the_account() -> None:
+    mask = torch.cat([key_mask(7, 8), key_mask(4, 5, 6, 7, 8)])
+    trace = wan_call(override("torch_sdpa"), mask, times=5).trace
+    assert [(row.mask, row.calls) for row in trace.rows.values()] == [("bias, per sample", 5)]
+
+
+def test_a_call_whose_keys_are_all_hidden_is_counted() -> None:
+    mask = torch.zeros(1, 9, dtype=torch.bool)
+    made = run(
+        override("torch_sdpa"),
+        lambda model, options: model.get_submodule("blocks.0.self_attn")(
+            [((QUERY, KEY, VALUE, HEADS, mask), {"transformer_options": options})]
+        ),
+    )
+    assert sum(row.calls for row in made.trace.rows.values()) == 1
+
+
+CAUSAL = torch.zeros(9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+
+
+class TakesMasksNotCausal(Kernel):
+    limits = Limits(dtypes=FLOATING, causal=False)
+
+
+def causal_call(ours: Any) -> Any:
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        attend = model.get_submodule("blocks.0.self_attn")
+        (output,) = attend([((KEY, KEY, VALUE, HEADS, CAUSAL), {"transformer_options": options})])
+        torch.testing.assert_close(output, exact(KEY, KEY, VALUE, HEADS, CAUSAL), rtol=0, atol=2e-6)
+
+    return run(ours, body)
+
+
+def test_a_kernel_that_takes_the_mask_gets_it_where_it_cannot_have_what_it_means(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Strict must not stop because a mask was recognised as causal."""
+    kernel = TakesMasksNotCausal(
+        "sdpa_math", BACKENDS["torch_sdpa"].load(sampling.router_for(torch.device("cpu")).platform)
+    )
+    monkeypatch.setitem(sampling.router_for(torch.device("cpu")).backends, "sdpa_math", kernel)
+    sampling.router_for(torch.device("cpu"))._unavailable.pop("sdpa_math", None)
+    sampling.router_for(torch.device("cpu"))._kernels.pop(("sdpa_math", ()), None)
+    trace = causal_call(override("sdpa_math", strict=True)).trace
+    assert [(row.backend, row.mask, row.calls) for row in trace.rows.values() if row.calls] == [
+        ("sdpa_math", "bias", 1)
+    ]
+
+
+def test_comfyuis_own_attention_is_the_last_resort_of_a_causal_mask_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: Any) -> torch.Tensor:
+        raise ValueError("broken")
+
+    router = sampling.router_for(torch.device("cpu"))
+    monkeypatch.setitem(router._kernels, ("torch_sdpa", ()), broken)
+    monkeypatch.setitem(router._unavailable, "torch_sdpa", ())
+    trace = causal_call(override()).trace
+    assert {row.backend for row in trace.rows.values() if row.calls} == {"comfy"}
+    with pytest.raises(NoBackendError, match="broken"):
+        causal_call(override("torch_sdpa", strict=True))
+
+
+def test_a_mask_that_cannot_be_read_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(mask: torch.Tensor, kv_len: int) -> mask_plan.MaskPlan:
+        raise RuntimeError("not implemented on this device")
+
+    monkeypatch.setattr(masks, "inspect", unable)
+    made = wan_call(override("torch_sdpa"), key_mask(8))
+    assert [(row.mask, row.calls) for row in made.trace.rows.values()] == [("bias", 1)]
+    assert list(made.trace.notes) == [
+        "a mask could not be read and is passed on as it is: not implemented on this device"
+    ]
+
+
+def test_runs_outside_model_calls_do_not_pile_up() -> None:
+    for _ in range(50):
+        ours = override("torch_sdpa")
+        options = {sampling.KEY: ours, sampling.OVERRIDE: ours}
+        optimized_attention(QUERY, KEY, VALUE, HEADS, mask=key_mask(8), transformer_options=options)
+    assert len(host._outside_runs) <= host.MOST_OUTSIDE
