@@ -19,7 +19,7 @@ HELP = {
     "setup": "make .venv with pinned needs, and those of a ComfyUI where one is found",
     "demo": "run a tiny model in a real ComfyUI with two backends and show what ran",
     "test": "ruff, mypy and pytest; arguments after -- go to pytest (test -- -k router)",
-    "bench": "run the scripts in benchmarks/; names choose some of them (bench overhead)",
+    "bench": "measure what the pack costs and gains here, and compare with the results before; or one: bench overhead",
     "lint": "ruff and mypy",
     "doctor": "each backend: available, or why not and how to get it",
     "docs": "write the pages of docs/ that are made from the code",
@@ -94,17 +94,20 @@ def _lint(root: Path, python: Path) -> int:
 
 
 def _bench(root: Path, names: list[str]) -> int:
-    scripts = sorted((root / "benchmarks").glob("*.py"))
-    chosen = [path for path in scripts if not names or path.stem in names]
-    if not chosen:
-        there = ", ".join(path.stem for path in scripts) or "none"
-        raise Stop(f"No benchmark is called {' or '.join(names) or 'anything'}; there are: {there}.")
+    """Run benchmarks/suite.py, or the scripts that are named; words that begin with `-` go to the script."""
+    flags = [name for name in names if name.startswith("-")]
+    wanted = [name for name in names if not name.startswith("-")] or ["suite"]
+    scripts = {path.stem: path for path in sorted((root / "benchmarks").glob("*.py"))}
+    unknown = [name for name in wanted if name not in scripts]
+    if unknown:
+        raise Stop(f"No benchmark is called {' or '.join(unknown)}; there are: {', '.join(scripts) or 'none'}.")
+    chosen = [scripts[name] for name in wanted]
     python, found = _prepare_and_say(root)
     runner = str(root / "devtools" / "inside" / "with_package.py")
     status = 0
     for path in chosen:
         say(f"\n{path.name}")
-        status = _call(root, python, runner, str(path), comfyui=found) or status
+        status = _call(root, python, runner, str(path), *flags, comfyui=found) or status
     return status
 
 
