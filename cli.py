@@ -19,7 +19,7 @@ from typing import Any
 
 from .backends import probe, remembered, route_report
 from .backends.api import CATEGORIES, category_of
-from .backends.config import AttentionConfig
+from .backends.config import AttentionConfig, joint_note
 from .backends.config_text import from_environment, parse_config
 from .backends.doctor import Row, examine, probe_all, this_machine, why_no_card
 from .backends.install import Interpreter, running_interpreter
@@ -249,10 +249,35 @@ def _explain(options: argparse.Namespace) -> int:
         "rejected": [{"backend": said.backend, "reasons": list(said.reasons)} for said in decision.rejected],
         "request": request._asdict(),
         "platform": router.platform.describe(),
-        "notes": list(dict.fromkeys(note for layer in layers for note in layer.notes)),
+        "notes": [
+            *dict.fromkeys(note for layer in layers for note in layer.notes),
+            *_about_schedules(layers, options.role, category),
+            *filter(None, [joint_note(layers, options.role, category)]),
+            *_about_the_mask(request),
+        ],
     }
     print(json.dumps(answer, indent=2) if options.json else _sentences(answer, request))
     return 0
+
+
+def _about_schedules(layers: tuple[AttentionConfig, ...], role: str, category: str) -> list[str]:
+    return [
+        f"{layer.source}.schedule[{number}] asks for {entry.spec.backend} at {entry.describe()}; what is said here "
+        "holds for the rest of a run"
+        for layer in layers
+        for number, entry in enumerate(layer.schedule)
+        if entry.takes(role, category)
+    ]
+
+
+def _about_the_mask(request: AttentionRequest) -> list[str]:
+    if request.mask == "none":
+        return []
+    return [
+        "a described call has no mask values. In ComfyUI and in attention() the mask can be read: where it only hides "
+        "keys, the call runs on the others without a mask, samples of different lengths as one call over packed "
+        "tokens where the backend has a kernel for that. Ask again with mask=none for what runs then"
+    ]
 
 
 def _platform(described: str | None) -> Platform:

@@ -112,6 +112,10 @@ def attention(
         CheckError: the layout is unknown or the shapes do not fit together; with checks on, also types, devices or the
             mask.
 
+    A mask that only hides keys is honoured with fewer keys where it is read: on the CPU at every call; on an
+    accelerator, where reading waits for the device, only for a backend that was named, refuses the mask and takes the
+    call without it. Elsewhere the mask is handed over as it is.
+
     Under `torch.compile` the call is left out of the graph: what is in force may differ when the graph runs.
     """
     import torch
@@ -135,6 +139,8 @@ def _attention(
     layout: str,
 ) -> torch.Tensor:
     """`attention` outside any graph; the path of every call."""
+    if backend is not None and not isinstance(backend, (str, AttentionConfig)):
+        backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
     stack = current()
     book = stack.account.book() if stack.account is not None else _own_book()
     session_key = (stack.asked, query.device, backend)
@@ -157,10 +163,13 @@ def _attention(
         check(call)
     if known is None:
         check(call, only_shapes=True)
-        known = session.keep(plan_key, call.request(), role, category_of(role))
+        known = session.keep(plan_key, call.request(), role, category_of(role), query.device.type)
     plan, call.enable_gqa = known  # kernels are told of grouping only where there is some
     try:
-        output = session.run(plan, call)
+        if plan is not None:
+            output = session.run(plan, call)
+        else:
+            output = session.run_read(plan_key, call, role, category_of(role))
     except Exception:
         # Either strict, or every backend failed, and then it is the tensors: neither says anything about later calls.
         book.sessions.pop(session_key, None)

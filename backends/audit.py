@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import CATEGORY_PARENT, resolve
+from .config import resolve
 from .names import AUTO
 
 if TYPE_CHECKING:
@@ -135,14 +135,16 @@ def _never_called(trace: Trace) -> list[Finding]:
     """Entries for roles that no call had, neither by name nor by category."""
     known = {row.role for row in trace.rows.values() if row.calls}
     known.update(trace.categories, trace.categories.values())
-    known.update([CATEGORY_PARENT[name] for name in known if name in CATEGORY_PARENT])
     names = ", ".join(sorted(trace.categories)) or "none"
     findings = {}
     for layer in trace.layers:
+        covered = known | {layer.parent_of(name) for name in known}
         for role, spec in layer.per_role.items():
-            if role in known or spec.is_auto or role in findings:
+            if role in covered or spec.is_auto or role in findings:
                 continue
             reason = f"role {role!r} matched no attention call of this model; its roles are: {names}"
+            if role == "self" and "joint" in known:
+                reason += "; joint_is_self: true makes self cover joint attention"
             source = f"{layer.source}.per_role[{role!r}]"
             findings[role] = Finding(role, spec.backend, source, {}, (reason,), NEVER_CALLED)
     return list(findings.values())

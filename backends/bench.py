@@ -17,7 +17,8 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from .bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call, synchronise
+from .bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call
+from .devices import synchronise
 from .names import COMFY
 from .platform import detect
 from .presets import Preset
@@ -256,7 +257,7 @@ def _free(device: torch.device) -> None:
     import torch
 
     gc.collect()
-    if device.type in ("cuda", "xpu", "mps"):
+    if device.type in ("cuda", "xpu", "mps", "npu"):
         getattr(torch, device.type).empty_cache()
 
 

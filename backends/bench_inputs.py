@@ -11,6 +11,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .devices import device_named
 from .kernels.reference import reference_attention
 from .platform import Platform
 from .request import AttentionCall, AttentionRequest
@@ -39,19 +40,7 @@ class Problem:
 
 def device_of(platform: Platform) -> torch.device:
     """torch's device of a platform; ROCm answers to the name cuda."""
-    import torch
-
-    return torch.device("cuda" if platform.kind == "rocm" else platform.kind)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type in ("xpu", "mps"):
-        getattr(torch, device.type).synchronize()
+    return device_named("cuda" if platform.kind == "rocm" else platform.kind)
 
 
 def random_call(request: AttentionRequest, device: torch.device, seed: int, hidden: int | None = None) -> AttentionCall:

@@ -6,23 +6,30 @@ how the entry for one role is found, always with the source as text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .backend import ACCURACY
-from .foreign_options import FOREIGN_OPTIONS
+from .foreign_options import FOREIGN_OPTIONS, foreign_problems
 from .kernels import BACKENDS
 from .kernels.planned import Planned
 from .names import AUTO, canonical
 from .options import problems
 
+if TYPE_CHECKING:
+    from .schedule import ScheduleEntry
+
 GUARD_MODES = ("off", "watch", "enforce")
 
 CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
-"""Joint attention over text and picture falls in category `self` where nothing is said about `joint`."""
+"""Joint attention over text and picture falls in category `self` where nothing is said about `joint`.
+
+Not where `AttentionConfig.joint_is_self` is false, as in text: the systems whose configurations are pasted have
+`joint` as a role of its own.
+"""
 
 
 class ConfigError(ValueError):
@@ -58,12 +65,12 @@ class AttentionSpec:
         declared = {option.name for option in backend.options}
         foreign = [name for name in self.extra if name in FOREIGN_OPTIONS and name not in declared]
         wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
-        wrong += problems(tuple(FOREIGN_OPTIONS.values()), {name: self.extra[name] for name in foreign})
-        if wrong:
+        if wrong or foreign:
+            wrong += foreign_problems({name: self.extra[name] for name in foreign})
             raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
-        for name in foreign:
-            said = FOREIGN_OPTIONS[name].summary
-            raise ConfigError(f"extra of {self.backend}: {name}: understood, but not implemented ({said})")
+        conflicts = backend.option_conflicts(self.extra)
+        if conflicts:
+            raise ConfigError(f"extra of {self.backend}: {'; '.join(conflicts)}")
         if isinstance(backend, Planned):
             raise ConfigError(f"extra of {self.backend}: {', '.join(self.extra)}: understood, but not implemented yet")
 
@@ -94,6 +101,10 @@ class AttentionConfig:
     """Where this came from, for messages: a node, a file, an environment variable."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the person should know about how it was read: names that mean something else here, parts without effect."""
+    schedule: tuple[ScheduleEntry, ...] = ()
+    """Windows of the run with a backend of their own, above the default and the roles; a later one wins."""
+    joint_is_self: bool = True
+    """The entry for `self` covers `joint` too. Text says so itself where it means that (`config_mapping.py`)."""
 
     def __post_init__(self) -> None:
         if self.accuracy is not None and self.accuracy not in ACCURACY:
@@ -102,12 +113,22 @@ class AttentionConfig:
             raise ConfigError(f"guard {self.guard!r} is not one of {', '.join(GUARD_MODES)}")
         if self.strict is not None and not isinstance(self.strict, bool):
             raise ConfigError(f"strict must be true or false, not {self.strict!r}")
+        if not isinstance(self.joint_is_self, bool):
+            raise ConfigError(f"joint_is_self must be true or false, not {self.joint_is_self!r}")
         said = {role: spec for role, spec in self.per_role.items() if not spec.is_auto}
         object.__setattr__(self, "per_role", MappingProxyType(said))
+        if "self" not in said:  # then it says nothing
+            object.__setattr__(self, "joint_is_self", True)
+        object.__setattr__(self, "schedule", tuple(entry for entry in self.schedule if not entry.spec.is_auto))
 
     def __hash__(self) -> int:
         per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
-        return hash((self.default, per_role, self.accuracy, self.strict, self.guard, self.source))
+        return hash((self.default, per_role, self.accuracy, self.strict, self.guard, self.source, self.schedule))
+
+    def parent_of(self, category: str) -> str | None:
+        """The category that counts where nothing is said about `category`."""
+        parent = CATEGORY_PARENT.get(category)
+        return None if parent == "self" and not self.joint_is_self else parent
 
     def lookup(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
         """The entry for `role` and its source as text; None when this configuration says nothing about it."""
@@ -119,10 +140,27 @@ class AttentionConfig:
             spec = self.per_role.get(parent)
             if parent != role and spec is not None and not spec.is_auto:
                 return spec, f"{self.source}.per_role[{parent!r}] (category of {role!r})"
-            parent = CATEGORY_PARENT.get(parent)
+            parent = self.parent_of(parent)
         if not self.default.is_auto:
             return self.default, f"{self.source}.default"
         return None
+
+
+def joint_note(layers: tuple[AttentionConfig, ...], role: str, category: str) -> str | None:
+    """What to say where an entry for `self` would have decided for joint attention, had it not come from text."""
+    for layer in layers:
+        spec = layer.per_role.get("self")
+        if spec is not None and layer.parent_of(category) is None and CATEGORY_PARENT.get(category) == "self":
+            found = layer.lookup(role, category)
+            if found is None or found[1] == f"{layer.source}.default":
+                return (
+                    f"{layer.source}.per_role['self'] ({spec.backend}) does not cover role {role!r}: {category} is a "
+                    f"role of its own in the systems that configurations come from; joint_is_self: true makes self "
+                    f"cover it, per_role.{category} names its backend"
+                )
+        if layer.lookup(role, category) is not None:
+            return None
+    return None
 
 
 class Settings(NamedTuple):
@@ -155,10 +193,18 @@ class Choice:
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
-def resolve(layers: tuple[AttentionConfig, ...], role: str, category: str) -> Choice:
-    """Ask each configuration in turn, highest first; the first that says anything about the role decides."""
+def resolve(
+    layers: tuple[AttentionConfig, ...],
+    role: str,
+    category: str,
+    scheduled: Callable[[AttentionConfig], tuple[AttentionSpec, str] | None] | None = None,
+) -> Choice:
+    """Ask each configuration in turn, highest first; the first that says anything about the role decides.
+
+    `scheduled` gives what the schedule of a configuration says at this place of the run, which stands above its roles.
+    """
     for layer in layers:
-        found = layer.lookup(role, category)
+        found = (scheduled(layer) if scheduled is not None else None) or layer.lookup(role, category)
         if found is not None:
             spec, source = found
             return Choice(spec.backend, source, spec.extra)

@@ -109,7 +109,7 @@ def _loader() -> Any:
             for key, _ in getattr(node, "value", []):
                 if key.tag == "tag:yaml.org,2002:merge":
                     continue
-                if key.value in seen and isinstance(key.value, str):
+                if isinstance(key.value, str) and key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
                 seen.add(key.value if isinstance(key.value, str) else id(key))
             return super().construct_mapping(node, deep)

@@ -11,12 +11,13 @@ import re
 from typing import Any, NamedTuple
 
 from .config import ConfigError
+from .config_places import Place, places_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
 """vLLM-Omni's structured configuration."""
 COMPONENT_FLAG = "component_attention_backends"
 COMMAND_FLAGS = (*CONFIG_FLAGS, "diffusion_attention_backend", "attention_backend", "attention_backend_config",
-                 COMPONENT_FLAG)  # fmt: skip
+                 "diffusion_attention_schedule", COMPONENT_FLAG)  # fmt: skip
 """What is taken from a whole command line; its other flags are the program's own."""
 COMPONENT_NAME = re.compile(
     r"(transformer|unet|text_encoder|image_encoder|vision_encoder|vae|audio_vae|video_vae|vocoder|connectors)(_\d+)?"
@@ -28,6 +29,7 @@ _PROGRAM = re.compile(
 )
 _FLAGS = re.compile(rf"(\$\s+)?(export\s|--?[A-Za-z]|[A-Za-z_][\w.-]*\s*=|({_PROGRAM.pattern})\s)")
 _NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
+_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _CLOSES = {"{": "}", "[": "]"}
 
 
@@ -38,6 +40,17 @@ class Word(NamedTuple):
     line: int
 
 
+class Pair(NamedTuple):
+    """One setting as it is written."""
+
+    name: str
+    value: object
+    text: str
+    """The value's own words."""
+    line: int
+    """Where it begins."""
+
+
 class Flags(NamedTuple):
     """What a text of flags says."""
 
@@ -46,6 +59,8 @@ class Flags(NamedTuple):
     """Variables that stand before the command."""
     skipped: tuple[str, ...]
     """Flags of a command line that are not about attention."""
+    places: list[Place]
+    """Where each setting stands."""
 
 
 def looks_like_flags(text: str) -> bool:
@@ -61,7 +76,7 @@ def parse_flags(text: str, source: str) -> Flags:
     Raises:
         ConfigError: a word is not understood; the message has the word and, in a longer text, its line.
     """
-    words = words_of(text, source)
+    words = _assigned(words_of(text, source))
     environment: dict[str, str] = {}
     while words and (words[0].text in ("$", "export") or _ASSIGNMENT.fullmatch(words[0].text)):
         found = _ASSIGNMENT.fullmatch(words.pop(0).text)
@@ -71,6 +86,7 @@ def parse_flags(text: str, source: str) -> Flags:
     while command and words and not words[0].text.startswith("-") and not _is_attention(words[0].text):
         words.pop(0)
     nested: dict[str, Any] = {}
+    places: list[Place] = []
     skipped = []
     while words:
         word = words.pop(0)
@@ -78,22 +94,42 @@ def parse_flags(text: str, source: str) -> Flags:
             _refuse_near(word, source)
             skipped += [word.text.partition("=")[0]] if re.match("--?[A-Za-z]", word.text) else []
             continue
-        for name, value in _pairs(word, words, source):
-            _put(nested, name, value, f"{source}: {name!r} conflicts with an earlier entry{_at(word)}")
+        for pair in _pairs(word, words, source):
+            _take(nested, pair, source, word)
+            path = tuple(pair.name.split("."))
+            places.append(Place(path, pair.line, "" if isinstance(pair.value, dict) else pair.text))
+            places += places_of(pair.text, pair.line, path) if isinstance(pair.value, dict) else []
     if command and not nested and not environment:
         raise ConfigError(f"{source}: nothing in this command line is about attention; known: {_known()}")
-    return Flags(nested, environment, tuple(skipped))
+    return Flags(nested, environment, tuple(skipped), places)
 
 
 def parse_pairs(text: str, source: str) -> dict[str, Any]:
     """Read `name=value` pairs to a nested mapping; dots in names nest."""
     nested: dict[str, Any] = {}
-    words = words_of(text, source)
+    words = _assigned(words_of(text, source))
     while words:
         word = words.pop(0)
-        for name, value in _pairs(word, words, source):
-            _put(nested, name, value, f"{source}: {name!r} conflicts with an earlier entry{_at(word)}")
+        for pair in _pairs(word, words, source):
+            _take(nested, pair, source, word)
     return nested
+
+
+def _assigned(words: list[Word]) -> list[Word]:
+    """`name = value`, three words of one line, as one word."""
+    joined: list[Word] = []
+    for word in words:
+        before = joined[-2:]
+        if (
+            len(before) == 2
+            and before[1].text == "="
+            and _NAME.fullmatch(before[0].text)
+            and before[0].line == before[1].line == word.line - word.text.count("\n")
+        ):
+            joined[-2:] = [Word(f"{before[0].text}={word.text}", word.line)]
+        else:
+            joined.append(word)
+    return joined
 
 
 def words_of(text: str, source: str) -> list[Word]:
@@ -148,7 +184,7 @@ def words_of(text: str, source: str) -> list[Word]:
     return words
 
 
-def _pairs(word: Word, rest: list[Word], source: str) -> list[tuple[str, object]]:
+def _pairs(word: Word, rest: list[Word], source: str) -> list[Pair]:
     """The settings of one word; a flag without `=` takes the next word as its value."""
     text = word.text
     if text.startswith("-"):
@@ -156,20 +192,21 @@ def _pairs(word: Word, rest: list[Word], source: str) -> list[tuple[str, object]
         if not equals:
             if not rest or rest[0].text.startswith("--"):
                 raise ConfigError(f"{source}: {text!r} is not name=value: its value is missing{_at(word)}")
-            value = rest.pop(0).text
-        return [(name, scalar(value))]
+            word = rest.pop(0)
+            value = word.text
+        return [Pair(name, scalar(value), value, word.line - value.count("\n"))]
     pieces: list[str] = []
     for piece in _at_commas(text):
         if "=" in piece or not pieces:
             pieces.append(piece)
         else:  # a comma inside a value, as in dense_layers=0,1
             pieces[-1] += f",{piece}"
-    found: list[tuple[str, object]] = []
+    found: list[Pair] = []
     for piece in pieces:
         name, equals, value = piece.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"{source}: {piece!r} is not name=value{_at(word)}")
-        found.append((name.strip(), scalar(value)))
+        found.append(Pair(name.strip(), scalar(value), value, word.line - value.count("\n")))
     return found
 
 
@@ -199,6 +236,21 @@ def scalar(text: str) -> object:
     if len(text) > 1 and text[0] == text[-1] == "'":
         return text[1:-1]
     return text
+
+
+def _take(nested: dict[str, Any], pair: Pair, source: str, word: Word) -> None:
+    """Put one setting into `nested`; SGLang's map, as pairs or JSON, one component at a time, so that flags join it."""
+    name, value = pair.name, pair.value
+    inner: dict[str, Any] = {}
+    if name.replace("-", "_") == COMPONENT_FLAG:
+        if isinstance(value, dict):
+            inner = value
+        elif isinstance(value, str) and "=" in value:
+            inner = parse_pairs(value, f"{source}.{COMPONENT_FLAG}")
+            inner = {**inner.pop(COMPONENT_FLAG, {}), **inner}
+    entries = {f"{COMPONENT_FLAG}.{component}": entry for component, entry in inner.items()} or {name: value}
+    for full, entry in entries.items():
+        _put(nested, full, entry, f"{source}: {full!r} conflicts with an earlier entry{_at(word)}")
 
 
 def _put(nested: dict[str, Any], name: str, value: object, conflict: str) -> None:

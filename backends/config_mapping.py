@@ -15,12 +15,15 @@ from typing import Any
 from .config import AttentionConfig, AttentionSpec, ConfigError
 from .config_components import component_entries
 from .config_flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS
-from .foreign_options import BESIDE_BACKEND
+from .config_schedule import FOREIGN_SCHEDULE, foreign_schedule, schedule_of
+from .foreign_options import BESIDE_BACKEND, FOREIGN_OPTIONS, foreign_problems
 from .kernels import BACKENDS
-from .names import UnknownBackendError
+from .names import UnknownBackendError, canonical
+from .schedule import ScheduleEntry
 from .systems import line_of
 
-FIELDS = ("default", "backend", "per_role", "accuracy", "strict", "guard")
+SETTINGS = ("accuracy", "strict", "guard", "joint_is_self")
+FIELDS = ("default", "backend", "per_role", "schedule", *SETTINGS)
 SPEC_FIELDS = ("backend", "extra")
 SHORTHANDS = {
     "backend": "",
@@ -59,7 +62,7 @@ def from_mapping(value: Mapping[Any, Any], reading: Reading) -> AttentionConfig:
     keys = [str(key).replace("-", "_") for key in value]
     system = "vllm_omni" if any(name in keys for name in CONFIG_FLAGS) else ""
     entries = _entries(value, source)
-    known = (*FIELDS, *SHORTHANDS, *OPTION_FIELDS, COMPONENT_FLAG)
+    known = (*FIELDS, *SHORTHANDS, *OPTION_FIELDS, COMPONENT_FLAG, FOREIGN_SCHEDULE)
     unknown = [name for name in entries if name not in known]
     besides = _besides(keys, unknown)
     if besides:
@@ -77,11 +80,15 @@ def from_mapping(value: Mapping[Any, Any], reading: Reading) -> AttentionConfig:
     for name in OPTION_FIELDS:
         if entries.get(name):
             default = _with_options(name, entries[name], default, per_role, reading)
-    settings = {name: entries[name] for name in ("accuracy", "strict", "guard") if entries.get(name) is not None}
+    schedule = _schedule(entries, reading, system)
+    settings = {name: entries[name] for name in SETTINGS if entries.get(name) is not None}
+    settings.setdefault("joint_is_self", False)  # a role of its own in the systems that configurations come from
     if settings.get("guard") is False:
         settings["guard"] = "off"  # YAML reads a bare `off` as false
     try:
-        return AttentionConfig(default, per_role, source=source, notes=tuple(reading.notes), **settings)
+        return AttentionConfig(
+            default, per_role, source=source, notes=tuple(reading.notes), schedule=schedule, **settings
+        )
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{source}: {error}") from error
 
@@ -110,13 +117,14 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
         if twice:
             raise ConfigError(f"{where}: {', '.join(twice)} stands both beside backend and under extra; give one")
         extra = {**(extra or {}), **beside}
+    name = "auto" if name is None else name
     try:
-        spec = AttentionSpec("auto" if name is None else name, {} if extra is None else extra)
+        spec = AttentionSpec(canonical(name, system) if isinstance(name, str) else name, {} if extra is None else extra)
     except UnknownBackendError as error:
         raise type(error)(f"{where}: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    reading.note(line_of(name, system) if isinstance(name, str) else "")
+    reading.note(line_of(name, system) if value.get("backend") is not None else "")
     return spec
 
 
@@ -208,6 +216,25 @@ def _roles(value: Mapping[Any, Any], reading: Reading, system: str, prefix: str 
     return roles
 
 
+def _schedule(entries: Mapping[str, Any], reading: Reading, system: str) -> tuple[ScheduleEntry, ...]:
+    """The windows of the run, ours or vLLM-Omni's."""
+    if entries.get(FOREIGN_SCHEDULE) is None:
+        where = f"{reading.source}.schedule"
+        return schedule_of(entries.get("schedule") or [], where, lambda value, at: spec_of(value, at, reading, system))
+    where = f"{reading.source}.{FOREIGN_SCHEDULE}"
+    if entries.get("schedule"):
+        raise ConfigError(f"{reading.source}: both 'schedule' and {FOREIGN_SCHEDULE!r}; give one of them")
+
+    def profile(value: Mapping[Any, Any], at: str) -> AttentionConfig:
+        inner = Reading(at, reading.component, reading.options_text, reading.notes)
+        return from_mapping(value, inner)
+
+    found, notes = foreign_schedule(entries[FOREIGN_SCHEDULE], where, profile)
+    for note in notes:
+        reading.note(note)
+    return found
+
+
 def _with_components(
     entries: Mapping[str, Any], default: AttentionSpec, per_role: dict[str, AttentionSpec], reading: Reading
 ) -> AttentionSpec:
@@ -254,6 +281,9 @@ def _with_options(
     def given(spec: AttentionSpec) -> AttentionSpec:
         return spec_of({"backend": spec.backend, "extra": {**spec.extra, **value}}, where, reading)
 
+    foreign = {option: value[option] for option in value if option in FOREIGN_OPTIONS}
+    if default.is_auto and foreign and not any(takes(spec) for spec in per_role.values()):
+        raise ConfigError(f"{where}: {'; '.join(foreign_problems(foreign))}")
     takers = [role for role, spec in per_role.items() if takes(spec)]
     for role in takers:
         per_role[role] = given(per_role[role])

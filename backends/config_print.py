@@ -11,6 +11,7 @@ from .config import AttentionConfig, AttentionSpec
 from .config_data import dump_yaml
 from .config_flags import scalar
 from .config_mapping import SPEC_FIELDS
+from .config_schedule import entry_to_dict
 from .foreign_options import BESIDE_BACKEND
 
 FORMATS = ("dict", "json", "yaml", "flags")
@@ -25,7 +26,11 @@ def to_dict(config: AttentionConfig) -> dict[str, Any]:
         found["default"] = _spec(config.default)
     if config.per_role:
         found["per_role"] = {role: _spec(spec) for role, spec in config.per_role.items()}
+    if config.schedule:
+        found["schedule"] = [entry_to_dict(entry) for entry in config.schedule]
     settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
+    if config.joint_is_self and "self" in config.per_role:
+        settings["joint_is_self"] = True  # read from text it would be false
     return {**found, **{name: value for name, value in settings.items() if value is not None}}
 
 
@@ -45,6 +50,8 @@ def to_flags(config: AttentionConfig) -> str:
     Roles that cannot stand in a dotted name (one is the beginning of another, say) are written as JSON together.
     """
     data = to_dict(config)
+    if config.schedule:
+        data["schedule"] = {str(number): entry for number, entry in enumerate(data["schedule"])}
     per_role = data.get("per_role", {})
     if per_role and not all(_dotted(role, per_role) for role in per_role):
         data["per_role"] = json.dumps(per_role)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,8 @@ from .config import AttentionConfig, ConfigError
 from .config_data import load_json, load_yaml
 from .config_flags import looks_like_flags, parse_flags, parse_pairs
 from .config_mapping import FIELDS, Reading, from_mapping, spec_of
+from .config_places import Place, line_of_error, places_of
+from .config_python import python_problem
 from .names import UnknownBackendError
 
 log = logging.getLogger("attention_backends")
@@ -54,14 +56,10 @@ def parse_config(
     if isinstance(value, AttentionConfig):
         return value
     reader = _Reader(source, component, read_files)
-    if isinstance(value, Mapping):
-        config = reader.mapping(value)
-    elif isinstance(value, Path):
-        config = reader.file(value)
-    elif isinstance(value, str):
-        config = reader.text(value.lstrip(BYTE_ORDER_MARK).rstrip())
-    else:
-        raise ConfigError(f"{source}: expected text or a mapping, not {type(value).__name__}")
+    try:
+        config = reader.read(value)
+    except (ConfigError, UnknownBackendError) as error:
+        raise reader.located(error) from error
     for note in config.notes:
         _say_once(note)
     return config
@@ -142,30 +140,47 @@ class _Reader:
         if not isinstance(component, str) or not component.strip():
             raise ConfigError(f"{source}: component must be a name such as transformer, not {component!r}")
         self.source, self.component, self.read_files = source, component, read_files
+        self._places: Callable[[], list[Place]] = list
+        """Where the entries of the text in hand stand, and how messages about it begin."""
+        self._said_of = source
+
+    def read(self, value: object) -> AttentionConfig:
+        if isinstance(value, Mapping):
+            return self.mapping(value)
+        if isinstance(value, Path):
+            return self.file(value)
+        if isinstance(value, str):
+            return self.text(value.lstrip(BYTE_ORDER_MARK).rstrip())
+        raise ConfigError(f"{self.source}: expected text or a mapping, not {type(value).__name__}")
+
+    def located(self, error: ConfigError | UnknownBackendError) -> ConfigError | UnknownBackendError:
+        """The error with the line of the entry that it is about, in a text of several lines."""
+        message = str(error)
+        if re.search(r"\bline \d", message) or not message.startswith(self._said_of):
+            return error
+        line = line_of_error(message, self._said_of, self._places())
+        return error if line is None else type(error)(f"{message} (line {line})")
 
     def mapping(self, value: Mapping[Any, Any], source: str = "") -> AttentionConfig:
         return from_mapping(value, Reading(source or self.source, self.component, self.options))
 
     def text(self, text: str) -> AttentionConfig:
-        if "\n" not in text:
-            return self._text(text)
-        try:
-            return self._text(text)
-        except (ConfigError, UnknownBackendError) as error:
-            raise _located(error, text) from error
-
-    def _text(self, text: str) -> AttentionConfig:
         whole, text = text, text.strip()  # the whole for what counts lines
         if not text:
             return AttentionConfig(source=self.source)
+        if "\n" in text:
+            self._places = lambda: places_of(whole)
         if text.startswith("{"):
             return self.data(load_json(whole, self.source), self.source)
+        python = python_problem(text)
+        if python is not None:
+            raise ConfigError(f"{self.source}: {python}")
         flags = looks_like_flags(text)
         if "\n" not in text and text.lower().endswith(FILE_ENDINGS) and (not flags or self._is_file(text)):
             return self.file(Path(text))
         if flags:
             return self._flags(whole)
-        if "\n" in text or ": " in text:
+        if "\n" in text or ": " in text or text[0] in "[\"'":
             return self.data(load_yaml(whole, self.source), self.source)
         reading = Reading(self.source)
         spec = spec_of(text, self.source, reading)
@@ -173,6 +188,8 @@ class _Reader:
 
     def _flags(self, text: str) -> AttentionConfig:
         flags = parse_flags(text, self.source)
+        if "\n" in text:
+            self._places = lambda: flags.places
         config = self.mapping(flags.nested)
         variables = (CONFIG_VARIABLE, *DEFAULT_VARIABLES)
         if not flags.nested and not set(variables) & set(flags.environment):
@@ -191,6 +208,8 @@ class _Reader:
                     config,
                     default=lower.default,
                     per_role={**lower.per_role, **config.per_role},
+                    schedule=(*lower.schedule, *config.schedule),
+                    joint_is_self=(config if "self" in config.per_role else lower).joint_is_self,
                     notes=(*config.notes, *lower.notes),
                 )
         return config
@@ -201,6 +220,8 @@ class _Reader:
         if isinstance(loaded, str):
             if loaded.lower().endswith(FILE_ENDINGS):
                 raise ConfigError(f"{source}: expected a configuration, not the name of another file: {loaded}")
+            if not loaded.strip():
+                raise ConfigError(f"{source}: an empty name; leave the text empty, or name a backend")
             reading = Reading(source)
             return AttentionConfig(spec_of(loaded, source, reading), source=source, notes=tuple(reading.notes))
         if not isinstance(loaded, Mapping):
@@ -209,7 +230,9 @@ class _Reader:
 
     def file(self, path: Path) -> AttentionConfig:
         source = f"{self.source} ({path.name})"
-        loaded = self._load(path, source)
+        text = self._content(path, source)
+        self._said_of, self._places = source, lambda: places_of(text)
+        loaded = _loaded(text, path, source)
         if path.suffix.lower() == ".json" and not isinstance(loaded, Mapping):
             raise ConfigError(f"{source}: expected a mapping, not {type(loaded).__name__}")
         return self.data(loaded, source)
@@ -217,7 +240,8 @@ class _Reader:
     def options(self, text: str, where: str) -> dict[str, Any]:
         """Options or a component map that is written as text: pairs, JSON, or the path of a file."""
         if "=" not in text and text.strip().lower().endswith(FILE_ENDINGS):
-            loaded = self._load(Path(text.strip()), where)
+            path = Path(text.strip())
+            loaded = _loaded(self._content(path, where), path, where)
             if not isinstance(loaded, dict):
                 raise ConfigError(f"{where}: expected a mapping in {text.strip()}, not {type(loaded).__name__}")
             return loaded
@@ -226,27 +250,17 @@ class _Reader:
     def _is_file(self, text: str) -> bool:
         return self.read_files and Path(text).expanduser().is_file()
 
-    def _load(self, path: Path, source: str) -> object:
+    def _content(self, path: Path, source: str) -> str:
         if not self.read_files:
             raise ConfigError(f"{source}: files are not opened from text here: {path}; choose it as a file instead")
         try:
-            text = path.expanduser().read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+            return path.expanduser().read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
         except (OSError, RuntimeError) as error:
             said = getattr(error, "strerror", None) or error
             raise ConfigError(f"{self.source}: cannot read {path}: {said}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{self.source}: {path} is not UTF-8 text; save it as UTF-8") from error
-        return load_json(text, source) if path.suffix.lower() == ".json" else load_yaml(text, source)
 
 
-def _located(error: Exception, text: str) -> Exception:
-    """The error with the line of the word it is about, where that word stands on one line only."""
-    message = str(error)
-    if re.search(r"\bline \d", message):
-        return error
-    lines = text.splitlines()
-    for word in reversed(re.findall(r"'([^'\n]+)'|unknown entry (\w+)", message)):
-        found = [number for number, line in enumerate(lines, 1) if (word[0] or word[1]) in line]
-        if len(found) == 1:
-            return type(error)(f"{message} (line {found[0]})")
-    return error
+def _loaded(text: str, path: Path, source: str) -> object:
+    return load_json(text, source) if path.suffix.lower() == ".json" else load_yaml(text, source)

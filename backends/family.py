@@ -7,10 +7,14 @@ that kernels need not import one another.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from .backend import Backend, Kernel, Limits
 from .platform import Platform
 from .request import AttentionRequest
+
+if TYPE_CHECKING:
+    from .varlen import VarlenKernel
 
 
 class Family(Backend):
@@ -22,7 +26,7 @@ class Family(Backend):
     def __init__(
         self, backend_id: str, summary: str, order: tuple[Backend, ...], on: Mapping[str, tuple[Backend, ...]]
     ) -> None:
-        """`on` has the order for a name of `Platform.architecture`; `order` is for all others."""
+        """`on` has the order for a name of `Platform.architecture` or a kind; `order` is for all others."""
         self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
         self.summary = summary  # type: ignore[misc]
         self.order = order
@@ -31,7 +35,7 @@ class Family(Backend):
 
     def members(self, platform: Platform) -> tuple[Backend, ...]:
         """The members to try on `platform`, best first."""
-        return self.on.get(platform.architecture, self.order)
+        return self.on.get(platform.architecture or platform.kind, self.order)
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = []
@@ -72,6 +76,16 @@ class Family(Backend):
     def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
         chosen = self._chosen(platform)
         return chosen.unsupported_reasons(request, platform) if chosen else self.unavailable_reasons(platform)
+
+    def varlen_limits(self, platform: Platform) -> Limits | None:
+        chosen = self._chosen(platform)
+        return chosen.varlen_limits(platform) if chosen else None
+
+    def load_varlen(self, platform: Platform) -> VarlenKernel:
+        chosen = self._chosen(platform)
+        if chosen is None:
+            raise ImportError("; ".join(self.unavailable_reasons(platform)))
+        return chosen.load_varlen(platform)
 
     def _chosen(self, platform: Platform) -> Backend | None:
         if platform in self._loaded:

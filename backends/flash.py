@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, ClassVar
 
 from .backend import Backend, Kernel, package_reason
@@ -14,6 +15,8 @@ from .request import AttentionCall, AttentionRequest
 if TYPE_CHECKING:
     import torch
 
+    from .varlen import PackedCall, VarlenKernel
+
 
 class FlashAttention(Backend):
     """`flash_attn_func` of one package (https://github.com/Dao-AILab/flash-attention), or of its build on the Hub.
@@ -23,6 +26,7 @@ class FlashAttention(Backend):
     """
 
     module: ClassVar[str]
+    varlen = True
     hub: ClassVar[HubKernel | None] = None
     """What stands in for the package where that is missing and the person allows downloads."""
 
@@ -65,5 +69,29 @@ class FlashAttention(Backend):
             # Versions 3 and 4 have returned (output, log-sum-exp) as well as the output alone.
             attended: torch.Tensor = output[0] if isinstance(output, tuple) else output
             return to_bshd(attended)
+
+        return run
+
+    def load_varlen(self, platform: Platform) -> VarlenKernel:
+        """`flash_attn_varlen_func` of the same module; betas of version 4 take no longest lengths."""
+        hub = self._from_hub(platform)
+        module = hub.load(platform) if hub else import_module(self.module)
+        flash_attn_varlen_func = module.flash_attn_varlen_func
+        takes_longest = "max_seqlen_q" in signature(flash_attn_varlen_func).parameters
+
+        def run(call: PackedCall) -> torch.Tensor:
+            longest = {"max_seqlen_q": max(call.q_lengths), "max_seqlen_k": max(call.kv_lengths)}
+            with on_device_of(call.query):
+                output = flash_attn_varlen_func(
+                    indexable(call.query),
+                    indexable(call.key),
+                    indexable(call.value),
+                    cu_seqlens_q=call.q_offsets,
+                    cu_seqlens_k=call.kv_offsets,
+                    softmax_scale=call.scale,
+                    **(longest if takes_longest else {}),
+                )
+            attended: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return attended
 
         return run

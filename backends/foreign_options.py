@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .options import Option
+from .options import Option, problems
 
 _SKIP_SOFTMAX = Option(
     "skip_softmax",
@@ -75,3 +75,9 @@ FOREIGN_OPTIONS: Mapping[str, Option] = MappingProxyType(
     }
 )  # fmt: skip
 """By name; the summary says where it comes from, as part of the message that refuses it."""
+
+
+def foreign_problems(given: Mapping[str, object]) -> list[str]:
+    """What there is to say against each of these options: a wrong value, or that it is not implemented."""
+    wrong = problems(tuple(FOREIGN_OPTIONS.values()), given)
+    return wrong or [f"{name}: understood, but not implemented ({FOREIGN_OPTIONS[name].summary})" for name in given]

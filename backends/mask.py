@@ -37,6 +37,15 @@ def as_4d(mask: torch.Tensor) -> torch.Tensor:
     raise ValueError(f"attention mask of shape {tuple(mask.shape)}: expected 2, 3 or 4 dimensions")
 
 
+def without_keys(mask: torch.Tensor) -> torch.Tensor:
+    """True for the query rows that see no key, (..., q_len or 1, 1): False or -inf throughout.
+
+    SDPA gives zeros there; a kernel that adds a finite number to hidden scores gives a mean of hidden values.
+    """
+    visible = mask > float("-inf") if mask.dtype.is_floating_point else mask
+    return visible.any(dim=-1, keepdim=True).logical_not()
+
+
 def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Turn a boolean mask (True: visible) into one that is added to scores; others are returned as they are.
 

@@ -87,8 +87,10 @@ class RefusedBackendError(UnknownBackendError):
     """A name that another system publishes and that means nothing here; the message says why."""
 
 
-def canonical(name: str) -> str:
+def canonical(name: str, system: str = "") -> str:
     """Return the id that `name` means; case, surrounding space and `-` for `_` do not matter.
+
+    `system` is the id of the system that it comes from, where that is known: a refusal speaks of that one.
 
     Raises:
         RefusedBackendError: another system publishes the name, and nothing here is the same; the message says why.
@@ -99,8 +101,8 @@ def canonical(name: str) -> str:
         return key
     if key in ALIASES:
         return ALIASES[key]
-    for system, row in rows_of(key):
-        raise RefusedBackendError(f"attention backend {name!r} of {system.title} is not available here: {row.line}")
+    for one, row in rows_of(key, system):
+        raise RefusedBackendError(f"attention backend {name!r} of {one.title} is not available here: {row.line}")
     near = difflib.get_close_matches(key, [*CHOICES, *ALIASES], n=3, cutoff=0.6)
     hint = f" did you mean {' or '.join(near)}?" if near else ""
     raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(CHOICES)}")

@@ -188,7 +188,7 @@ TORCH_XLA = Package(
 
 PACKAGES_OF: Mapping[str, tuple[Package, ...]] = MappingProxyType(
     {
-        "flash_attn": (FLASH_2, FLASH_3, FLASH_4),
+        "flash_attn": (FLASH_2, FLASH_3, FLASH_4, AITER),
         "flash_attn_2": (FLASH_2,),
         "flash_attn_3": (FLASH_3,),
         "flash_attn_4": (FLASH_4,),

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
+from .devices import kind_beside_torch
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -175,7 +177,7 @@ def _default_device_type() -> str:
         return "xpu"
     if torch.backends.mps.is_available():
         return "mps"
-    return "cpu"
+    return kind_beside_torch() or "cpu"
 
 
 def parse_platform(text: str) -> Platform:
@@ -237,9 +239,16 @@ def _parse_pairs(pairs: list[str]) -> dict[str, str]:
     return values
 
 
+WITHOUT_A_DOT = (
+    "50", "52", "53", "60", "61", "62", "70", "72", "75", "80", "86", "87", "88", "89", "90", "100", "101", "103",
+    "110", "120", "121",
+)  # fmt: skip
+"""Compute capabilities of NVIDIA's list, as in `sm_90`; another number could be split in several ways."""
+
+
 def _parse_capability(text: str) -> tuple[int, int]:
     digits = text.lower().removeprefix("sm_").removeprefix("sm").rstrip("abcf")
-    if "." not in digits and digits.isdigit() and len(digits) >= 2:
+    if "." not in digits and digits in WITHOUT_A_DOT:
         digits = f"{digits[:-1]}.{digits[-1]}"
     major, dot, minor = digits.partition(".")
     if not (dot and major.isdigit() and minor.isdigit()):

@@ -22,6 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from .backend import HALF, Backend
+from .devices import device_named, synchronise
 from .isolated import run, same_interpreter, words_of
 from .kernels import BACKENDS
 from .names import COMFY
@@ -162,7 +163,7 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
         return Outcome("untested", f"takes none of the probe's calls: {'; '.join(why)}")
     import torch
 
-    device = torch.device("cuda" if platform.kind == "rocm" else platform.kind)
+    device = device_named("cuda" if platform.kind == "rocm" else platform.kind)
     query, key, value = tensors(request)
     call = AttentionCall(*(tensor.to(device, copy=True) for tensor in (query, key, value)))  # type: ignore[arg-type]
     _write(stages, {"stage": RUNNING})
@@ -170,7 +171,7 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
         kernel = router.kernel(backend_id)
         start = perf_counter()
         output = kernel(call)
-        _synchronise(device)
+        synchronise(device)
         ms = (perf_counter() - start) * 1e3
         output = output.cpu()
         after = [tensor.cpu() for tensor in (call.query, call.key, call.value)]
@@ -196,13 +197,6 @@ def tensors(request: AttentionRequest) -> tuple[torch.Tensor, torch.Tensor, torc
         return torch.randn(shape, generator=generator).to(getattr(torch, request.dtype))
 
     return rand(request.q_len), rand(request.kv_len), rand(request.kv_len)
-
-
-def _synchronise(device: torch.device) -> None:
-    import torch
-
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def compare(output: torch.Tensor, call: AttentionCall, backend: Backend) -> tuple[str, float | None]:

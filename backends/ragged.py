@@ -7,6 +7,7 @@ becomes THD without a copy.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from .layout import indexable
@@ -35,6 +36,14 @@ def offsets(batch: int, length: int, device: torch.device) -> torch.Tensor:
     import torch
 
     return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def offsets_of(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The same for samples of these lengths; made once, as it takes a copy to the device."""
+    import torch
+
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=64)

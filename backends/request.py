@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
+    from .mask_plan import MaskPlan
+
 MASK_KINDS = ("none", "key_padding", "bool", "bias")
 """`none`; `key_padding`: boolean, the same for every head and query; `bool`: boolean; `bias`: added to scores."""
 
@@ -109,7 +111,10 @@ def _parse_value(name: str, raw: str) -> object:
         return raw.lower() in ("true", "1")
     try:
         if name == "scale":
-            return None if raw.lower() == "none" else float(raw)
+            scale = None if raw.lower() == "none" else float(raw)
+            if scale is not None and not isfinite(scale):
+                raise ValueError(f"request: scale {raw!r} is not a finite number")
+            return scale
         number = int(raw)
     except ValueError as error:
         raise ValueError(f"request: {name} {raw!r} is not a number") from error
@@ -126,9 +131,14 @@ class AttentionCall:
     `host` runs what the calling program would have run by itself and returns BHSD; None outside a host.
     `memo` holds what kernels make of the mask, such as packed bits, for the other calls with this very mask; None
     where nobody says how long a mask stays what it is.
+    `parts` is the plan of the mask, for kernels over packed tokens, which leave out what it hides; else None.
+    `owned` is True where nobody else holds query, key and value: a kernel that no longer needs them may set them to
+    None, and their memory is free while it goes on.
     """
 
-    __slots__ = ("attn_mask", "enable_gqa", "host", "is_causal", "key", "memo", "query", "scale", "value")
+    __slots__ = (
+        *("attn_mask", "enable_gqa", "host", "is_causal", "key", "memo", "owned", "parts", "query", "scale", "value"),
+    )
 
     def __init__(
         self,
@@ -152,6 +162,8 @@ class AttentionCall:
         self.enable_gqa = enable_gqa
         self.host = host
         self.memo = memo
+        self.parts: MaskPlan | None = None
+        self.owned = False
 
     def request(self, *, exact_only: bool = False) -> AttentionRequest:
         """The facts of this call. Reads shapes and types, never values, so it costs no synchronisation."""

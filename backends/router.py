@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from . import remembered
 from .backend import ACCURACY, Backend, Kernel
@@ -21,12 +22,17 @@ from .platform import Platform
 from .request import AttentionRequest
 from .routes import route_for
 
+if TYPE_CHECKING:
+    from .varlen import VarlenKernel
+
 log = logging.getLogger("attention_backends")
 
 ALWAYS = "torch_sdpa"
 
-Failures = Mapping[tuple[str, AttentionRequest], str]
-"""What raised before: (backend id, request) -> the error in words."""
+Failed = tuple[str, tuple[tuple[str, str], ...], AttentionRequest]
+"""A backend with its options, frozen, on one kind of call."""
+Failures = Mapping[Failed, str]
+"""What raised before, and the error in words. With other options the same backend may be sound."""
 NO_FAILURES: Failures = {}
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
 
@@ -54,6 +60,8 @@ class Decision:
     rejected: tuple[Rejection, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     """Options of the backend that was asked for; empty where another one runs."""
+    asked_options: Mapping[str, object] = field(default_factory=dict)
+    """What was asked for with it, whatever runs."""
 
     @property
     def is_fallback(self) -> bool:
@@ -81,6 +89,7 @@ class Router:
         self.route = route_for(platform)
         self._unavailable: dict[str, tuple[str, ...]] = {}
         self._kernels: dict[tuple[str, tuple[tuple[str, str], ...]], Kernel] = {}
+        self._varlen: dict[tuple[str, tuple[tuple[str, str], ...]], VarlenKernel | None] = {}
 
     def unavailable(self, backend_id: str) -> tuple[str, ...]:
         """Why a backend cannot run on this platform; empty when it can. On a real machine this loads it, once."""
@@ -135,14 +144,34 @@ class Router:
             self._kernels[key] = load(self.platform, **options)
         return self._kernels[key]
 
-    def refuse(self, backend_id: str, request: AttentionRequest, failed: Failures = NO_FAILURES) -> tuple[str, ...]:
+    def varlen(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> VarlenKernel | None:
+        """The kernel over packed tokens of a loaded backend; None where it has none, or the package lacks it."""
+        key = (backend_id, frozen(options))
+        if key not in self._varlen:
+            load: Callable[..., VarlenKernel] = self.backends[backend_id].load_varlen
+            try:
+                self._varlen[key] = load(self.platform, **options)
+            except Exception as error:  # a build without it is no reason against the backend
+                log.info("%s has no kernel over packed tokens here: %s: %s", backend_id, type(error).__name__, error)
+                self._varlen[key] = None
+        return self._varlen[key]
+
+    def refuse(
+        self,
+        backend_id: str,
+        request: AttentionRequest,
+        failed: Failures = NO_FAILURES,
+        options: Mapping[str, object] = NO_OPTIONS,
+    ) -> tuple[str, ...]:
         """Why a backend cannot run `request`, unavailability and earlier failures included; empty when it can."""
         reasons = self.unavailable(backend_id)
         if reasons:
             return reasons
-        if (backend_id, request) in failed:
-            return (f"failed before on this call: {failed[backend_id, request]}",)
         backend = self.backends[backend_id]
+        if options and (wrong := backend.option_reasons(self.platform, options)):
+            return tuple(wrong)
+        if failed and (said := failed.get((backend_id, frozen(options), request))):
+            return (f"failed before on this call: {said}",)
         if request.exact_only and backend.accuracy != "exact":
             return (f"accuracy {backend.accuracy}, and the model forbids low precision for this call",)
         return tuple(backend.unsupported_reasons(request, self.platform))
@@ -160,7 +189,7 @@ class Router:
 
         A named backend runs if it can. Otherwise, and for `auto`, the platform's route is walked, taking only
         classes up to `accuracy`; where lossy ones are allowed, the route's lossy backends come first. `failed` holds
-        the (backend, request) pairs that raised before in the same session.
+        what raised before in the same session.
 
         Raises:
             NoBackendError: `strict`, and the named backend cannot run the call for a reason that is not the
@@ -168,9 +197,11 @@ class Router:
         """
         rejected: list[Rejection] = []
         if choice.asked is not None:
-            reasons = self.refuse(choice.asked, request, failed)
+            reasons = self.refuse(choice.asked, request, failed, choice.extra)
             if not reasons:
-                return Decision(choice.asked, choice.source, choice.asked, options=choice.extra)
+                return Decision(
+                    choice.asked, choice.source, choice.asked, options=choice.extra, asked_options=choice.extra
+                )
             rejected.append(Rejection(choice.asked, reasons))
             forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
             if strict and not forbidden:
@@ -186,11 +217,14 @@ class Router:
             if not reasons:
                 reasons = tuple(self.backends[backend_id].avoid_reasons(request, self.platform))
             if not reasons:
-                return Decision(backend_id, choice.source, choice.asked, tuple(rejected))
+                return self._instead(backend_id, choice, rejected)
             rejected.append(Rejection(backend_id, reasons))
         if not self.refuse(COMFY, request, failed):
-            return Decision(COMFY, choice.source, choice.asked, tuple(rejected))
+            return self._instead(COMFY, choice, rejected)
         raise NoBackendError(self.explain_refusal(request, choice, rejected))
+
+    def _instead(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:
+        return Decision(backend_id, choice.source, choice.asked, tuple(rejected), asked_options=choice.extra)
 
     def decide(
         self, request: AttentionRequest, layers: tuple[AttentionConfig, ...], role: str, category: str

@@ -7,6 +7,7 @@ CUDA kernels. Their limits and their defects differ, so the version decides. The
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import isfunction, signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,8 @@ from .request import AttentionCall
 if TYPE_CHECKING:
     import torch
     from packaging.version import Version
+
+    from .varlen import PackedCall, VarlenKernel
 
 REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
 """2.0.x and 2.1.0 were betas with faults of their own; Diffusers too begins at 2.1.1."""
@@ -35,6 +38,9 @@ SECOND_LIMITS = Limits(
 )
 """2.1.1 and 2.2.0, sageattention/core.py: head sizes are padded to 64 or 128, offsets are 32 bits wide, batch and
 heads are grid dimensions."""
+
+FORK_LIMITS = replace(SECOND_LIMITS, max_head_dim=256, padded_head_dims=(64, 128, 256))
+"""woct0rdho e147939: `pad_qkv` of sageattention/core.py pads to 256 too; its sm90 kernel has sizes to 128 only."""
 
 SECOND_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
 """A name that 1.x does not have."""
@@ -100,6 +106,14 @@ def picked(platform: Platform) -> str:
     if platform.capability in ((8, 0), (8, 6), (8, 7)):
         return "sage_fp16_cuda"
     return "sage_fp8_sm90" if platform.capability == (9, 0) else "sage_fp8_cuda"
+
+
+def without_noise(limits: Limits, platform: Platform) -> Limits:
+    """The limits of the FP8 kernel: on sm12x it gives noise from 167,000 keys on, none at 151,000.
+
+    https://github.com/thu-ml/SageAttention/issues/388
+    """
+    return replace(limits, max_kv_len=150_000) if platform.capability in ((12, 0), (12, 1)) else limits
 
 
 def may_read_nan(kernel: str, kv_len: int) -> bool:
@@ -170,18 +184,70 @@ def taken(
     return {name: value for name, value in settings.items() if name in parameters}
 
 
-class SageCuda(Backend):
-    """One CUDA kernel of sageattention 2.x under its own name, `function` of the package."""
+def varlen_limits(platform: Platform) -> Limits | None:
+    """The limits of `sageattn_varlen`, a Triton kernel in 1.0.6 and 2.x alike; None where Triton's is not to be used.
+
+    In 1.0.6 it has the defect of its sibling: keys that fill the last block of 64 count, so the lengths that
+    `sage_attn` refuses stay refused, one sequence at a time. On sm12x the sources of 2.x call this kernel unusable.
+    """
+    if platform.capability in ((12, 0), (12, 1)):
+        return None
+    if is_second(platform):
+        return FORK_LIMITS if is_fork(platform) else SECOND_LIMITS
+    return replace(SECOND_LIMITS, head_dims=(64, 128))
+
+
+def load_varlen(smooth_k: bool) -> VarlenKernel:
+    """`sageattn_varlen`, which subtracts the keys' mean over all sequences, 1.0.6 in the caller's tensor.
+
+    The mean is the same for all keys that a query sees, so it changes no weight; it is subtracted here, in new memory.
+    """
+    import sageattention
+
+    sageattn_varlen = sageattention.sageattn_varlen
+
+    def run(call: PackedCall) -> torch.Tensor:
+        key = call.key - call.key.mean(dim=0, keepdim=True) if smooth_k else call.key
+        head_dim = call.query.shape[-1]
+        with on_device_of(call.query):
+            output: torch.Tensor = sageattn_varlen(
+                indexable(call.query),
+                indexable(key),
+                indexable(call.value),
+                call.q_offsets,
+                call.kv_offsets,
+                max(call.q_lengths),
+                max(call.kv_lengths),
+                is_causal=False,
+                sm_scale=float(head_dim**-0.5) if call.scale is None else call.scale,
+                smooth_k=False,
+            )
+        return output
+
+    return run
+
+
+class SageBackend(Backend):
+    """A kernel of one of the SageAttention packages, which import Triton, all of them."""
 
     accuracy = "quantized"
     kinds = ("cuda",)
-    requires = (REQUIREMENT, "sageattention>=2")
-    limits = SECOND_LIMITS
-    function: ClassVar[str]
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
         return reasons + triton_reasons(platform) if platform.kind in self.kinds else reasons
+
+
+class SageCuda(SageBackend):
+    """One CUDA kernel of sageattention 2.x under its own name, `function` of the package."""
+
+    requires = (REQUIREMENT, "sageattention>=2")
+    limits = SECOND_LIMITS
+    fork_limits = FORK_LIMITS
+    function: ClassVar[str]
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return self.fork_limits if is_fork(platform) else self.limits
 
     def kernel(self, platform: Platform, **settings: object) -> Kernel:
         """The function with these options as its keyword arguments.

@@ -16,9 +16,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .call_checks import checks_from_environment
-from .config import AttentionConfig
+from .config import AttentionConfig, resolve
 from .config_text import from_environment
-from .request import AttentionRequest
+from .mask_plan import MaskPlan, inspect, passed_on
+from .parts import Parts, calls_of, plan_parts, run_parts
+from .request import AttentionCall, AttentionRequest
 from .session import Plan, Session
 from .trace import Row, Trace
 
@@ -61,14 +63,52 @@ class CallSession(Session):
     def __init__(self, router: Router, asked: Asked, layers: tuple[AttentionConfig, ...], trace: Trace) -> None:
         super().__init__(router, layers, trace, checks=False)  # the caller checks before it plans
         self.check_calls = asked.checks
-        self.plans: dict[tuple[object, ...], tuple[Plan, bool]] = {}
+        self.plans: dict[tuple[object, ...], tuple[Plan | None, bool]] = {}
+        """For each kind of call how it runs, None where that is for its mask's values to say, and whether it is
+        grouped."""
+        self.masked: dict[tuple[object, ...], Plan | Parts] = {}
 
-    def keep(self, key: tuple[object, ...], request: AttentionRequest, role: str, category: str) -> tuple[Plan, bool]:
-        """Plan a kind of call and remember it, with whether its query heads are grouped."""
+    def keep(
+        self, key: tuple[object, ...], request: AttentionRequest, role: str, category: str, device: str
+    ) -> tuple[Plan | None, bool]:
+        """Plan a kind of call and remember it."""
         if len(self.plans) >= KEPT:
             self.plans.clear()
-        found = self.plans[key] = self.plan(request, role, category), request.grouped
+        plan = None if self.reads(request, role, category, device) else self.plan(request, role, category)
+        found = self.plans[key] = plan, request.grouped
         return found
+
+    def reads(self, request: AttentionRequest, role: str, category: str, device: str) -> bool:
+        """Whether the values of a mask are read before the call runs.
+
+        On the CPU always: it costs little, and fewer keys are less work. On an accelerator reading waits for all work
+        that was queued, so only where a backend was named that refuses the mask and would take the call without it.
+        """
+        if request.mask == "none" or device == "cpu":
+            return request.mask != "none"
+        asked = resolve(self.layers, role, category).asked
+        if asked is None or not self.router.refuse(asked, request):
+            return False
+        return not self.router.refuse(asked, request._replace(mask="none"))
+
+    def run_read(self, key: tuple[object, ...], call: AttentionCall, role: str, category: str) -> torch.Tensor:
+        """Read the mask of a call, once, and run what it says: fewer keys, or the call as it is."""
+        mask_plan = inspect(call.attn_mask, call.key.shape[2]) if call.attn_mask is not None else passed_on(None)
+        key = (*key, mask_plan.facts)
+        how = self.masked.get(key)
+        if how is None:
+            if len(self.masked) >= KEPT:
+                self.masked.clear()
+            how = self.masked[key] = self._as_read(mask_plan, call, role, category)
+        return run_parts(self, how, mask_plan, call) if isinstance(how, Parts) else self.run(how, call)
+
+    def _as_read(self, mask_plan: MaskPlan, call: AttentionCall, role: str, category: str) -> Plan | Parts:
+        calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked)
+        if not calls:
+            return self.plan(call.request(), role, category)
+        return plan_parts(
+            self, mask_plan, call, calls, lambda part, words: self.plan(part.request(), role, category, mask=words)
+        )
 
 
 class Book:

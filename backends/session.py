@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from .backend import Kernel
 from .call_checks import CheckError, checked, checks_from_environment
-from .config import AttentionConfig, Choice, Settings, resolve, settings_of
+from .config import AttentionConfig, Choice, Settings, frozen, resolve, settings_of
+from .guard import Guard, GuardAlarm
 from .names import COMFY
 from .request import AttentionCall, AttentionRequest
-from .router import Decision, NoBackendError, Router
+from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router
+from .schedule import OUTSIDE_A_SAMPLER, Timetable
 from .trace import Row, Trace
 
 if TYPE_CHECKING:
@@ -72,9 +75,11 @@ class Session:
         self.trace = trace if trace is not None else Trace(device=router.platform.kind, layers=layers)
         self.clock = clock
         self.checks = checks_from_environment() if checks is None else checks
-        self.failed: dict[tuple[str, AttentionRequest], str] = {}
+        self.failed: dict[Failed, str] = {}
         """Quarantine, for as long as this session: an error may be the fault of one run's inputs."""
         self._logged: set[object] = set()
+        mode = self.settings.guard
+        self.guard = Guard(mode, self.trace) if mode != "off" else None
 
     def plan(
         self,
@@ -84,9 +89,11 @@ class Session:
         block: str = "",
         preferred: Choice | None = None,
         mask: str = "",
+        choice: Choice | None = None,
     ) -> Plan:
         """Decide how calls with these facts run in this role and block.
 
+        `choice` is what was asked for, where the host knows it already: a schedule depends on more than the role.
         `mask` says for the account how the mask is honoured, where that is not its kind alone.
         `preferred` is what the checkpoint itself asks for; it counts only where no person named a backend.
 
@@ -94,7 +101,7 @@ class Session:
             NoBackendError: strict was asked for and the named backend cannot run.
         """
         self.trace.categories[role] = category
-        choice = resolve(self.layers, role, category)
+        choice = self._choice(role, category, block) if choice is None else choice
         strict = self.settings.strict
         if choice.asked is None and preferred is not None:
             choice, strict = preferred, False  # nobody insists on what a checkpoint prefers
@@ -103,15 +110,46 @@ class Session:
         )
         if decision.options:
             decision = self._loaded(decision, request, choice, strict)
+        reason = None
+        if self.guard is not None and (refusal := self.guard.refusal(role, block)) and self._is_guarded(decision):
+            reason = f"{decision.backend}: {refusal}"
+            decision = self._exact(decision, request, role, block, refusal)
         self._log_decision(decision, role, category)
-        return self._plan(request, decision, role, block, strict, mask or request.mask)
+        return self._plan(request, decision, role, block, strict, mask or request.mask, reason)
+
+    def _choice(self, role: str, category: str, block: str) -> Choice:
+        """What is asked for where no sampler runs: of a schedule only what is not over time holds."""
+        if not any(layer.schedule for layer in self.layers):
+            return resolve(self.layers, role, category)
+        timetable = Timetable(self.layers, blocks=(block,))
+        if timetable.timed and self.trace.note(OUTSIDE_A_SAMPLER):
+            log.warning("%s", OUTSIDE_A_SAMPLER)
+        return timetable.resolve(timetable.at(None), role, category, block)[0]
+
+    def _is_guarded(self, decision: Decision) -> bool:
+        accuracy = self.router.backends[decision.backend].accuracy
+        return self.guard is not None and self.guard.covers(accuracy)
+
+    def _exact(self, decision: Decision, request: AttentionRequest, role: str, block: str, refusal: str) -> Decision:
+        """An exact backend of the route in place of one that the guard refuses; strict does not forbid that."""
+        caught = {decision.backend}
+        if self.guard is not None and (role, block) in self.guard.refused:
+            caught.add(self.guard.refused[role, block][0])
+        failed = {**self.failed, **{(backend, frozen(NO_OPTIONS), request): refusal for backend in caught}}
+        found = self.router.select(request, Choice(None, decision.source), failed=failed)
+        return replace(
+            found,
+            asked=decision.asked,
+            asked_options=decision.asked_options,
+            rejected=(Rejection(decision.backend, (refusal,)),),
+        )
 
     def _loaded(self, decision: Decision, request: AttentionRequest, choice: Choice, strict: bool) -> Decision:
         """The decision itself, or another one where the installed package refuses its options."""
         try:
             self.router.kernel(decision.backend, decision.options)
         except Exception as error:  # whatever a package raises about an option that it does not have
-            self.failed[decision.backend, request] = f"{type(error).__name__}: {error}"
+            self.failed[decision.backend, frozen(decision.options), request] = f"{type(error).__name__}: {error}"
             return self.router.select(
                 request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
             )
@@ -131,13 +169,23 @@ class Session:
         strict: bool,
         mask: str,
         reason: str | None = None,
+        kernel: Kernel | None = None,
     ) -> Plan:
         row = self.trace.row(
             role, block, decision.backend, decision.source, mask, reason or decision.reason, decision.asked
         )
         row.member = self.router.backends[decision.backend].member(request, self.router.platform)
-        kernel = self._kernel(decision)
+        kernel = self._kernel(decision) if kernel is None else kernel
+        if self.guard is not None and self._is_guarded(decision) and self.guard.refusal(role, block) is None:
+            kernel = self.guard.watched(kernel, self.router.backends[decision.backend].accuracy, row)
         return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict)
+
+    def plan_packed(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan:
+        """The plan of a whole masked call over packed tokens, on the word of the plan that each of its parts has."""
+        row = part.row
+        return self._plan(
+            request, part.decision, row.role, row.block, part.strict, f"{row.mask}, varlen", row.reason, kernel
+        )
 
     def _kernel(self, decision: Decision) -> Kernel:
         kernel = self.router.kernel(decision.backend, decision.options)
@@ -169,25 +217,38 @@ class Session:
         row.nanoseconds += self.clock() - start
         return output
 
+    def run_packed(self, plan: Plan, call: AttentionCall) -> torch.Tensor | None:
+        """Run a call that `plan_packed` planned; None where that failed, and its parts are to run one by one.
+
+        Raises:
+            KernelFaultError, torch.OutOfMemoryError: as in `run`.
+        """
+        start = self.clock()
+        try:
+            output = plan.kernel(call)
+        except GuardAlarm:
+            return None  # the parts are watched too, and run exactly from here on
+        except Exception as error:
+            self._stop_if_hopeless(plan, error)
+            failed = f"{type(error).__name__}: {error}"
+            said = f"{plan.decision.backend}: its packed call failed ({failed}); a call for each part runs instead"
+            if self.trace.note(said):
+                log.warning("%s", said)
+            return None
+        plan.row.calls += 1
+        plan.row.nanoseconds += self.clock() - start
+        return output
+
     def _recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
         """Quarantine the backend for this kind of call and run the next one; change `plan` to it."""
-        import torch
-
-        failed, text = plan.decision.backend, str(error).lower()
-        if (
-            failed == COMFY
-            or isinstance(error, (torch.OutOfMemoryError, CheckError))
-            or any(words in text for words in OUT_OF_MEMORY)
-        ):
+        if isinstance(error, GuardAlarm):
+            return self._run_exactly(plan, call, str(error))
+        if call.query is None:  # an owned call whose kernel has given its tensors up: nothing is left to retry with
             raise error
-        if any(words in text for words in CUDA_FAULTS):
-            raise KernelFaultError(
-                f"the attention kernel {failed} left the GPU unusable: {error}\n"
-                f"  call: {plan.request.describe()}\n"
-                "  what to do: restart ComfyUI and choose another backend for this role"
-            ) from error
-        self.failed[failed, plan.request] = f"{type(error).__name__}: {error}"
-        choice = Choice(plan.decision.asked, plan.decision.source)
+        self._stop_if_hopeless(plan, error)
+        failed = plan.decision.backend
+        self.failed[failed, frozen(plan.decision.options), plan.request] = f"{type(error).__name__}: {error}"
+        choice = Choice(plan.decision.asked, plan.decision.source, plan.decision.asked_options)
         try:
             decision = self.router.select(
                 plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict, failed=self.failed
@@ -206,6 +267,37 @@ class Session:
         replacement = self._plan(
             plan.request, decision, plan.row.role, plan.row.block, plan.strict, plan.row.mask, reason
         )
+        plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
+        return plan.kernel(call)
+
+    def _stop_if_hopeless(self, plan: Plan, error: Exception) -> None:
+        """Raise where no other kernel may be tried after `error`."""
+        import torch
+
+        failed, text = plan.decision.backend, str(error).lower()
+        if (
+            failed == COMFY
+            or isinstance(error, (torch.OutOfMemoryError, CheckError))
+            or any(words in text for words in OUT_OF_MEMORY)
+        ):
+            raise error
+        if any(words in text for words in CUDA_FAULTS):
+            raise KernelFaultError(
+                f"the attention kernel {failed} left the GPU unusable: {error}\n"
+                f"  call: {plan.request.describe()}\n"
+                "  what to do: restart ComfyUI and choose another backend for this role"
+            ) from error
+
+    def _run_exactly(self, plan: Plan, call: AttentionCall, refusal: str) -> torch.Tensor:
+        """Run a call that the guard took from its kernel, and from now on this kind of call, with an exact backend."""
+        row = plan.row
+        decision = self._exact(plan.decision, plan.request, row.role, row.block, refusal)
+        if (row.backend, refusal) not in self._logged:
+            self._logged.add((row.backend, refusal))
+            log.warning("%s in %s %s: %s; %s runs there from now on", row.backend, row.role, row.block, refusal,
+                        decision.backend)  # fmt: skip
+        reason = f"{row.backend}: {refusal}"
+        replacement = self._plan(plan.request, decision, row.role, row.block, plan.strict, row.mask, reason)
         plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
         return plan.kernel(call)
 

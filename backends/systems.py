@@ -36,10 +36,13 @@ class System(NamedTuple):
 _HUB = "the installed package first; the Hub's build only where it is missing and ATTENTION_BACKENDS_HUB=1 allows it"
 _INSTALLED = "the installed package only; this one is never taken from the Hub"
 _FAMILY = "the FlashAttention family, as there: the best installed member for the card, whatever the number says"
+_AITER = "the package amd-aiter, for AMD cards; aiter on PyPI is another package, for asyncio"
 _LENGTHS = "one id for both: whether a call needs variable lengths follows from its mask"
 _ASCEND = "its kernels exist for Ascend NPUs only, and this pack has no sparse kernel for them"
 _INSIDE_SGLANG = "its kernels are a part of SGLang and come in no package of their own; not implemented here"
 _SLA = "Sparse-Linear Attention has weights of its own, so a model must be trained for it; not implemented"
+_NOT_BUILT = "not built yet here: calls fall back, counted, or stop with strict"
+_ADAPTER = "an adapter of vLLM-Omni newer than 0.30.0, for kernels that nothing here calls; not implemented"
 _LISTED = "listed in Smart-Diffusion's schema, but its start-up check stops on it"
 
 VLLM_OMNI = System(
@@ -51,7 +54,9 @@ VLLM_OMNI = System(
         Published(
             "FLASH_ATTN",
             "flash_attn",
-            "only installed packages count, not the kernels that vLLM bundles; on Blackwell version 4 only, as there",
+            "only installed packages count, not the kernels that vLLM bundles. On Blackwell version 4 only, as there: "
+            "plain flash-attn (version 2) is not taken, flash_attn_2 asks for it. On AMD AITER before flash-attn, as "
+            "there. On NPUs vLLM runs mindiesd's kernels; here it falls back",
         ),
         Published("CUDNN_ATTN", "cudnn_attn"),
         Published("FLASHINFER_ATTN", "flashinfer_attn"),
@@ -63,8 +68,7 @@ VLLM_OMNI = System(
         Published(
             "FASTVIDEO_VSA",
             "video_sparse_attn",
-            "vLLM runs dense attention where it does not apply, even if named; here that is a counted fallback, or an "
-            "error with strict",
+            f"vLLM runs dense attention where it does not apply, even if named; {_NOT_BUILT}",
         ),
         Published("FLASH_ATTN_HUB", "flash_attn_2", _HUB),
         Published("FLASH_ATTN_3_HUB", "flash_attn_3", _HUB),
@@ -76,10 +80,14 @@ VLLM_OMNI = System(
         ),
         # Newer than 0.30.0
         Published("SPARSE_ATTN", None, "it dispatches to plugins of vLLM-Omni, which cannot be loaded here"),
-        Published("SOL_ATTN", "sol_attn"),
-        Published("SPARGE", "sparge_attn"),
+        Published("SOL_ATTN", "sol_attn", _NOT_BUILT),
+        Published("SPARGE", "sparge_attn", _NOT_BUILT),
         Published("SLA_ATTN", None, _SLA),
         Published("MINDIE_SLA", None, _ASCEND),
+        Published("aiter_quant", None, f"{_ADAPTER}; aiter is AITER in half precision"),
+        Published("vdnh3", None, f"{_ADAPTER}; its weights belong to one model"),
+        Published("b12x", None, _ADAPTER),
+        Published("flashinfer_sm120", None, f"{_ADAPTER}; flashinfer_attn is FlashInfer's dense attention"),
     ),
 )
 
@@ -92,7 +100,7 @@ SGLANG = System(
         Published(
             "fa", "flash_attn", "on compute capability 12.x SGLang runs SDPA; here version 4, where it has kernels"
         ),
-        Published("fa2", "flash_attn_2"),
+        Published("fa2", "flash_attn_2", "plain flash-attn on every card, Blackwell too; fa takes version 4 there"),
         Published("fa3", "flash_attn", _FAMILY),
         Published("fa4", "flash_attn", _FAMILY),
         Published("torch_sdpa", "torch_sdpa"),
@@ -106,13 +114,18 @@ SGLANG = System(
         ),
         Published("sage_attn", "sage_attn"),
         Published("sage_attn_3", "sage_attn_3"),
-        Published("sparge_attn", "sparge_attn"),
-        Published("sliding_tile_attn", "sliding_tile_attn"),
-        Published("video_sparse_attn", "video_sparse_attn"),
-        Published("vmoba_attn", "vmoba_attn"),
-        Published("sparse_video_gen_2_attn", "sparse_video_gen_2_attn"),
-        Published("sol_attn", "sol_attn"),
-        Published("aiter", "aiter", "SGLANG_DIFFUSION_AITER_FP8_ATTN is not read: half precision only"),
+        Published("sparge_attn", "sparge_attn", _NOT_BUILT),
+        Published("sliding_tile_attn", "sliding_tile_attn", _NOT_BUILT),
+        Published("video_sparse_attn", "video_sparse_attn", _NOT_BUILT),
+        Published("vmoba_attn", "vmoba_attn", _NOT_BUILT),
+        Published("sparse_video_gen_2_attn", "sparse_video_gen_2_attn", _NOT_BUILT),
+        Published("sol_attn", "sol_attn", _NOT_BUILT),
+        Published(
+            "aiter",
+            "aiter",
+            f"{_AITER}. SGLang takes it by itself on AMD, and vLLM runs it there as FLASH_ATTN; "
+            "SGLANG_DIFFUSION_AITER_FP8_ATTN is not read: half precision only",
+        ),
         Published("aiter_sage", None, "AITER's quantised kernels for AMD cards; not implemented"),
         Published("video_sparse_attn_h3", None, _INSIDE_SGLANG),
         Published("hybrid_window_attn_h3", None, _INSIDE_SGLANG),
@@ -139,7 +152,12 @@ DIFFUSERS = System(
         Published("_native_efficient", "sdpa_efficient"),
         Published("_native_flash", "sdpa_flash"),
         Published("_native_math", "sdpa_math"),
-        Published("_native_npu", "npu_fusion", "for Ascend NPUs with torch_npu only"),
+        Published(
+            "_native_npu",
+            "npu_fusion",
+            "for Ascend NPUs with torch_npu only, and only where it is named: auto runs SDPA there, as SGLang does; "
+            "vLLM runs mindiesd's kernels, which this pack does not call",
+        ),
         Published("_native_xla", "xla_flash", "for XLA devices with torch_xla only"),
         Published("flash", "flash_attn_2", "version 2 on Blackwell too; only flash_attn takes version 4 there"),
         Published("flash_hub", "flash_attn_2", _HUB),
@@ -150,8 +168,8 @@ DIFFUSERS = System(
         Published("_flash_varlen_3", "flash_attn_3", _LENGTHS),
         Published("_flash_3_hub", "flash_attn_3", _HUB),
         Published("_flash_3_varlen_hub", "flash_attn_3", f"{_HUB}; {_LENGTHS}"),
-        Published("aiter", "aiter"),
-        Published("aiter_fa2_hub", "aiter", _INSTALLED),
+        Published("aiter", "aiter", _AITER),
+        Published("aiter_fa2_hub", "aiter", f"{_INSTALLED}; {_AITER}"),
         Published("flex", "flex_attn"),
         Published("sage", "sage_attn"),
         Published("sage_hub", "sage_attn", _INSTALLED),
@@ -178,8 +196,8 @@ SMART_DIFFUSION = System(
         ),
         Published("flash_attn", "flash_attn"),
         Published("sage", "sage_attn"),
-        Published("sparge", "sparge_attn", "under this name Smart-Diffusion runs FlashAttention 2; here it is Sparge"),
-        Published("spas_sage", "sparge_attn", "Smart-Diffusion's inner name for sparge"),
+        Published("sparge", "sparge_attn", f"under this name Smart-Diffusion runs FlashAttention 2; {_NOT_BUILT}"),
+        Published("spas_sage", "sparge_attn", f"Smart-Diffusion's inner name for sparge; {_NOT_BUILT}"),
         Published("flash_infer", "flashinfer_attn", f"{_LISTED}; here it runs FlashInfer"),
         Published("npu", "npu_fusion", f"{_LISTED}; here it is for Ascend NPUs with torch_npu only"),
         Published("ref", "reference", f"{_LISTED}; here it is the slow double-precision reference"),
@@ -206,11 +224,11 @@ def rows_of(name: str, system: str = "") -> Iterator[tuple[System, Published]]:
 def line_of(name: str, system: str = "") -> str:
     """The line of an accepted name for messages, or an empty text; `system` (its id) is where the name comes from.
 
-    A name that is also an id of ours has a line only where its system is known: written for us it means what it says.
+    Where its system is not known, the first of them that has something to say about the name says it. A system that
+    has the name and nothing to say means the same by it.
     """
     for one, row in rows_of(name, system):
-        ours = row.means == key_of(row.name)
-        if row.means is not None and row.line and (one.id == system or not ours):
+        if row.means is not None and row.line:
             return f"{row.name} ({one.title}) means {row.means} here: {row.line}"
         if one.id == system:
             return ""
@@ -234,6 +252,14 @@ def systems_page() -> str:
             f"| `{row.name}` | {f'`{row.means}`' if row.means else 'refused'} | {row.line} |" for row in system.names
         ]
     lines += [
+        "",
+        "## Roles",
+        "",
+        "In these systems `joint` is a role of its own, so in a configuration that is read from text, a mapping or the "
+        "environment `per_role.self` does not cover joint attention over text and picture (FLUX, SD3, "
+        "HunyuanVideo): that takes the default. `joint_is_self: true` makes it cover it, and a `per_role.joint` entry "
+        "names another backend. In the nodes, and in an `AttentionConfig` made in Python, `self` covers joint "
+        "attention where nothing is said about `joint`. `explain` says so where it matters.",
         "",
         "## Components",
         "",

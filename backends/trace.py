@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from .audit import asked_and_ran
 from .config import AttentionConfig
+from .guard_findings import Findings, worst_first
 from .timeline import Timeline
 
 
@@ -27,6 +28,8 @@ class Row:
     calls: int = 0
     nanoseconds: int = 0
     """Wall time on the host. Meaningful on the CPU; on an accelerator calls return before the work is done."""
+    guard: Findings | None = None
+    """What the guard found; None where it looked at no call."""
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Trace:
             "seconds": self.seconds,
             "bypass": self.bypass,
             "rows": rows,
+            "guard": worst_first(self.rows.values()),
             "audit": [finding.as_dict() for finding in asked_and_ran(self)],
             "notes": notes,
         }

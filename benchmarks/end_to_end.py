@@ -3,9 +3,10 @@
     python benchmarks/end_to_end.py --server http://127.0.0.1:8188 --output benchmarks/results
 
 It repeats the published comparison of vLLM-Omni: same prompt, sizes, frames and steps; the graphs are those of
-tests/workflows. Time is that of the diffusion stage, as Attention Report measures it: no loading, no decoding. Each
-backend is warmed up once, then timed with other seeds, since ComfyUI would answer the same graph from its cache. A
-backend that did not compute every call has no time: its cell says what happened.
+tests/workflows. The column `comfy` is what that ComfyUI would have run by itself. Time is that of the diffusion stage,
+as Attention Report measures it: no loading, no decoding. Each backend is warmed up once, then timed with other seeds,
+since ComfyUI would answer the same graph from its cache. A backend that did not compute every call has no time: its
+cell says what happened.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "tests" / "workflows"
 FAMILIES = ("hunyuan_video_15", "wan22_14b", "wan22_5b", "qwen_image", "flux2_dev", "ltx2")
-BACKENDS = ("torch_sdpa", "cudnn_attn", "flashinfer_attn")
+BACKENDS = ("torch_sdpa", "cudnn_attn", "flashinfer_attn", "comfy")
 SEED = 42
 Graph = dict[str, dict[str, Any]]
 # A proxy that the environment names must not see requests to one's own machine.
@@ -87,12 +88,12 @@ def run(server: str, graph: Graph) -> dict[str, Any]:
 
 def _refusal(body: bytes) -> str:
     answer = json.loads(body)
-    missing = [
+    missing = sorted(
         str(error["extra_info"].get("received_value", error["details"]))
         for node in answer["node_errors"].values()
         for error in node["errors"]
         if error["type"] == "value_not_in_list"
-    ]
+    )
     return f"model files missing: {', '.join(missing)}" if missing else str(answer["error"]["message"])
 
 

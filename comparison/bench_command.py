@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..backends.presets import MASK_KINDS, PRESETS
-from .command import make_folder, Progress
+from .command import Progress, make_folder
 from .metrics import need
 from .report import ComparisonError
 

@@ -12,12 +12,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..backends.devices import synchronise
 from ..backends.kernels.reference import reference_attention
+from ..backends.mask_plan import inspect
 from ..backends.request import AttentionCall
 from ..backends.router import Router
 from . import metrics
 from .contenders import REFERENCE, Routed
-from .machine import synchronise
 from .report import CallScore, Row, Spread
 from .rounds import Entry, Progress, round_robin
 from .scene import Scene
@@ -55,9 +56,13 @@ def compare_calls(
 ) -> tuple[list[Row], bool]:
     """A row for each backend, with a score for each call; True when a person interrupted it.
 
-    A row's `relative_l2` and `cosine` are those of its worst call; a step is one pass over all calls.
+    A row's `relative_l2` and `cosine` are those of its worst call; a step is one pass over all calls. Masks are read
+    once, before anything is timed, and honoured as in ComfyUI: a backend that takes none runs what they leave visible.
     """
     device = calls[0].call.query.device
+    masks = [
+        None if (mask := entry.call.attn_mask) is None else inspect(mask, entry.call.key.shape[2]) for entry in calls
+    ]
     exact = [exact_rows(entry.call) for entry in calls]
     entries = []
     for backend in backends:
@@ -71,7 +76,7 @@ def compare_calls(
             call = _copy(item.call)  # a kernel that changes its inputs is not to spoil them for the others
             synchronise(device)
             start = perf_counter()
-            output = entry.attention.run(call, item.role, item.block)
+            output = entry.attention.run(call, item.role, item.block, masks[at])
             synchronise(device)
             times.setdefault((entry.row.asked, at), []).append(1e3 * (perf_counter() - start))
             outputs.append(output)
@@ -88,6 +93,8 @@ def compare_calls(
         for at, output in enumerate(entry.result):
             score = entry.row.calls[at]
             score.ms = Spread.of(passes[at])
+            treatment = entry.attention.treatment(calls[at].call, calls[at].role, calls[at].block, masks[at])
+            score.request += f"; mask {treatment}" if treatment else ""
             score.broken = metrics.what_is_not_finite(output)
             rows, wanted = exact[at]
             score.relative_l2 = metrics.relative_l2(output[:, :, rows], wanted)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
+from ..backends.devices import device_named, synchronise
+from ..backends.mask_plan import MaskPlan
 from ..backends.names import AUTO, COMFY, MEASURED, canonical
+from ..backends.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.platform import KINDS, detect
 from ..backends.request import AttentionCall, AttentionRequest
 from ..backends.router import NoBackendError, Router
 from ..backends.session import Plan, Session
-from .machine import synchronise
 from .report import ComparisonError
 
 REFERENCE = "torch_sdpa"
@@ -66,7 +68,7 @@ def router_for(device: str | None) -> Router:
     if device is None:
         return Router(detect())
     try:
-        wanted = torch.device(device)
+        wanted = device_named(device)
         torch.empty(1, device=wanted).fill_(1)
         if wanted.type not in KINDS:
             raise RuntimeError("nothing can be computed there")
@@ -86,36 +88,76 @@ class Routed:
         self.backend = backend
         config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
         self.session = Session(router, (config,))
-        self._plans: dict[tuple[str, str, AttentionRequest], Plan] = {}
+        self._plans: dict[tuple[str, str, AttentionRequest, object], Plan | Parts] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._counted = 0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
         return self.run(AttentionCall(query, key, value), role, str(block))
 
-    def run(self, call: AttentionCall, role: str, block: str) -> Tensor:
+    def run(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None = None) -> Tensor:
         """Run one call, with whatever mask and scale it carries.
+
+        Args:
+            mask_plan: what `inspect` read in the call's mask, to honour it as ComfyUI's calls are; None for its kernel
+                to get the mask as it is.
 
         Raises:
             RefusedError: the backend cannot run it, or it failed.
         """
-        request = call.request()
         try:
-            plan = self._plans.get((role, block, request))
-            if plan is None:
-                plan = self._plans[role, block, request] = self.session.plan(request, role, role, block)
+            plan = self._planned(call, role, block, mask_plan)
             if not call.query.is_cuda:
-                return self.session.run(plan, call)
+                return self._run(plan, call, mask_plan)
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events.append(events)
             stream = torch.cuda.current_stream(call.query.device)
             events[0].record(stream)
-            output = self.session.run(plan, call)
+            output = self._run(plan, call, mask_plan)
             events[1].record(stream)
             return output
         except NoBackendError as error:
-            reasons = "; ".join(self.session.router.refuse(self.backend, request, self.session.failed))
+            parts = [] if mask_plan is None else [part.request() for part in mask_plan.calls(call) if part is not None]
+            refused = (
+                self.session.router.refuse(self.backend, request, self.session.failed)
+                for request in (*parts, call.request())
+            )
+            reasons = "; ".join(next(filter(None, refused), (str(error),)))
             raise RefusedError(f"{role} attention of block {block}: {reasons}") from error
+
+    def treatment(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> str | None:
+        """How the mask of a call that ran was honoured, such as `trimmed`; None where its kernel got it as it is."""
+        plan = None if mask_plan is None else self._plans.get((role, block, call.request(), mask_plan.facts))
+        if mask_plan is None or not isinstance(plan, Parts):
+            return None
+        return mask_plan.treatment if plan.packed is None else f"{mask_plan.treatment}, varlen"
+
+    def _planned(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> Plan | Parts:
+        key = role, block, call.request(), None if mask_plan is None else mask_plan.facts
+        found = self._plans.get(key)
+        if found is not None:
+            return found
+
+        def planned(part: AttentionCall, treatment: str = "") -> Plan:
+            return self.session.plan(part.request(), role, role, block, mask=treatment)
+
+        on_host = self.backend == COMFY  # what ComfyUI would run gets ComfyUI's mask
+        parts = [] if mask_plan is None or on_host else calls_of(self.session, mask_plan, call, self.backend)
+        if mask_plan is None or not parts:
+            self._plans[key] = planned(call)
+        else:
+            self._plans[key] = plan_parts(self.session, mask_plan, call, parts, planned)
+        return self._plans[key]
+
+    def _run(self, plan: Plan | Parts, call: AttentionCall, mask_plan: MaskPlan | None) -> Tensor:
+        if mask_plan is None:
+            assert isinstance(plan, Plan)
+            return self.session.run(plan, call)
+        if isinstance(plan, Parts):
+            return run_parts(self.session, plan, mask_plan, call)
+        if mask_plan.treatment == "passed on":
+            call.memo = mask_plan.parts[0].memo
+        return self.session.run(plan, call)
 
     def attention_ms(self, device: torch.device) -> float | None:
         """Time in attention since this was asked last; None on devices where it cannot be told apart."""

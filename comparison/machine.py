@@ -38,13 +38,6 @@ def module_of(device: torch.device) -> Any:
     return None if device.type == "cpu" else getattr(torch, device.type, None)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    module = module_of(device)
-    if module is not None:
-        module.synchronize(*([] if device.type == "mps" else [device]))  # MPS is one device and takes no name
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

@@ -13,9 +13,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..backends.devices import synchronise
 from ..backends.session import CUDA_FAULTS, OUT_OF_MEMORY
 from .contenders import Routed
-from .machine import module_of, synchronise
+from .machine import module_of
 from .report import Row, Spread
 
 Progress = Callable[[str, int, int], None]

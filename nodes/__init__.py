@@ -15,6 +15,7 @@ from .config_text import AttentionConfigText
 from .demo import AttentionDemoCaption, AttentionDemoImage
 from .per_role import PerRoleAttentionConfig
 from .report import AttentionReport
+from .schedule import AttentionSchedule
 from .selector import AttentionBackendSelector
 
 
@@ -30,6 +31,7 @@ class Extension(ComfyExtension):
         return [
             AttentionBackendSelector,
             PerRoleAttentionConfig,
+            AttentionSchedule,
             AttentionConfigText,
             AttentionReport,
             AttentionCompare,

@@ -8,7 +8,13 @@ from typing import Any
 Prompt = Mapping[str, Mapping[str, Any]]
 """ComfyUI's API form: node id -> {"class_type", "inputs"}; a link is a list of node id and output number."""
 
-OURS = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionReport")
+OURS = (
+    "AttentionBackendSelector",
+    "PerRoleAttentionConfig",
+    "AttentionSchedule",
+    "AttentionConfigText",
+    "AttentionReport",
+)
 """Nodes that make runs differ on purpose: left out of the settings that have to be equal."""
 
 

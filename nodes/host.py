@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 
-from ..backends.config import AttentionConfig, Choice, resolve
+from ..backends.config import AttentionConfig, Choice
 from ..backends.mask import as_4d, as_additive, mask_kind
 from ..backends.mask_plan import MaskPlan
 from ..backends.names import COMFY
+from ..backends.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
 from ..backends.session import Plan
 from . import compiled, sites
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
+from .masks import COMPILED
 from .roles import Role
-from .sampling import KEY, Run, Scope, name_of
+from .sampling import KEY, RUN_KEY, Run, Scope, name_of
 
 log = logging.getLogger("attention_backends")
 
@@ -72,13 +74,16 @@ class Layout:
 class HookPlan(Layout):
     """How every hook call of one kind runs: its layout, and the plan behind it."""
 
-    __slots__ = ("plan", "plans")
+    __slots__ = ("parts", "plan")
     plan: Plan
-    plans: tuple[Plan | None, ...]
-    """One for each part of the mask's plan, None for a part without keys; empty where the mask is passed on whole."""
+    parts: Parts | None
+    """How the parts of the mask's plan run; None where the mask is passed on whole."""
 
 
-_outside_runs: weakref.WeakKeyDictionary[Override, Run] = weakref.WeakKeyDictionary()
+MOST_OUTSIDE = 8
+"""Overrides whose runs outside model calls are kept, so that what such a run has to say is said once."""
+
+_outside_runs: OrderedDict[Override, Run] = OrderedDict()
 
 
 class Override:
@@ -98,6 +103,22 @@ class Override:
     def __deepcopy__(self, memo: dict[int, Any]) -> Override:
         """Itself: it never changes, and a run knows its override by identity."""
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """`container_function`, by which ComfyUI hands over tensors that nobody else holds (0.33 and newer).
+
+        Only where no other pack's override is composed: that one would get no function to call.
+        """
+        if name == "container_function" and self.__dict__.get("foreign") is None:
+            return self.take_over
+        raise AttributeError(name)
+
+    def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a call whose query, key and value come in containers: a kernel that can frees them before its end."""
+        func = compiled.comfys_attention()
+        if torch.compiler.is_dynamo_compiling() or not hasattr(args[0], "peek"):
+            args = (*(container.take() for container in args[:3]), *args[3:])
+        return self(func, *args, **kwargs)
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one attention call of ComfyUI's hook."""
@@ -134,16 +155,20 @@ class Override:
         """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
         if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
             return func(*args, **kwargs)
-        previous = sites.set_scope(self._scope_outside(args[0].device))
+        device = getattr(args[0], "tensor", args[0]).device
+        previous = sites.set_scope(self._scope_outside(device, kwargs.get("transformer_options") or {}))
         try:
             return self(func, *args, **kwargs)
         finally:
             sites.set_scope(previous)
 
-    def _scope_outside(self, device: torch.device) -> Scope:
-        run = _outside_runs.get(self)
-        if run is None:
-            run = _outside_runs[self] = Run(self)  # kept, so that what it has to say is said once
+    def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> Scope:
+        run = options.get(RUN_KEY)
+        if run is None or run.override is not self:
+            run = _outside_runs.pop(self, None) or Run(self)
+            _outside_runs[self] = run
+            if len(_outside_runs) > MOST_OUTSIDE:
+                _outside_runs.popitem(last=False)
         scope = run.scope(device)
         scope.begin({})
         return scope
@@ -165,7 +190,11 @@ class Override:
             composed: another pack's override has had its turn, in the graph.
         """
         with self._at(site, ordinal, args[0].device) as scope:
-            scope.masks.held = False
+            scope.masks.not_kept = COMPILED
+            if composed and self.foreign is None:
+                scope.run.note(
+                    "the compiled model still holds another pack's override; restart ComfyUI to be rid of it"
+                )
             run = partial(route, scope) if composed else self
             return run(func, *args, **kwargs, transformer_options=scope.options)
 
@@ -185,8 +214,8 @@ class Override:
     def _at(self, site: sites.Site | None, ordinal: int, device: torch.device) -> Iterator[Scope]:
         """This thread's scope with `site` as the module that is running."""
         current = sites.current_scope()
-        scope = current if current is not None and current.run.override is self else self._scope_outside(device)
-        before = scope.site, scope.ordinal, scope.masks.held
+        scope = current if current is not None and current.run.override is self else self._scope_outside(device, {})
+        before = scope.site, scope.ordinal, scope.masks.not_kept
         if site is not None:
             scope.site, scope.ordinal = site, ordinal
         sites.set_scope(scope)
@@ -196,7 +225,7 @@ class Override:
             sites.set_scope(current)
             if site is not None:
                 scope.site, scope.ordinal = before[:2]
-            scope.masks.held = before[2]
+            scope.masks.not_kept = before[2]
 
 
 def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -204,6 +233,9 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
     query, key, value = args[0], args[1], args[2]
     if len(args) > 3:
         kwargs.update(zip(POSITIONAL, args[3:], strict=False))
+    owned = type(query) is not torch.Tensor and hasattr(query, "peek")
+    if owned:  # containers: from here on nobody but this frame holds the tensors
+        query, key, value = query.take(), key.take(), value.take()
     options = kwargs.pop("transformer_options", None)
     mask = kwargs.pop("mask", None)
     mask_plan = None if mask is None else scope.masks.plan(mask, scope.mask_source, key.shape[-2])
@@ -213,6 +245,7 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
     # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts.
     plan_key = (
         scope.site,
+        scope.window,
         ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
         query.shape,
         key.shape,
@@ -234,10 +267,17 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
     call = hook_plan.call(query, key, value, mask)
     # Not only for the backend comfy: it is also the last resort when another one fails.
     call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
-    if mask_plan is None or not hook_plan.plans:
+    if mask_plan is None or hook_plan.parts is None:
+        if mask_plan is not None and mask_plan.treatment == "passed on":
+            call.memo = mask_plan.parts[0].memo
+        if owned and scope.session.guard is None and hook_plan.plan.decision.backend != COMFY:
+            call.host, call.owned = None, True
+            del query, key, value
         output = scope.session.run(hook_plan.plan, call)
     else:
-        output = _in_parts(scope, hook_plan, mask_plan, call, func, options, kwargs)
+        preferred = scope.site.preferred_attention() if scope.site is not None else None
+        host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
+        output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
     if hook_plan.skip_output_reshape:
         return output
     batch, heads, q_len, head_dim = output.shape
@@ -263,7 +303,7 @@ def _new_plan(
     kwargs: dict[str, Any],
 ) -> HookPlan:
     hook_plan = HookPlan(query, key, kwargs)
-    hook_plan.plans = ()
+    hook_plan.parts = None
     call = hook_plan.call(query, key, value, mask)
     forbids = kwargs.get("low_precision_attention", True) is False
     upcast = kwargs.get("attn_precision") == torch.float32 and query.dtype != torch.float32
@@ -277,49 +317,26 @@ def _new_plan(
     if site is not None and site.preferred_attention() is not None:
         preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention())})")
     block = site.block if site is not None else ""
-    choice = resolve(scope.session.layers, role.name, role.category)
+    choice = scope.choice(role)
     on_host = COMFY in (choice.asked, preferred.asked if preferred is not None and choice.asked is None else None)
 
     def planned(part: AttentionCall, treatment: str = "") -> Plan:
         facts = part.request(exact_only=request.exact_only)
-        return scope.session.plan(facts, role.name, role.category, block, preferred, treatment)
+        return scope.session.plan(facts, role.name, role.category, block, preferred, treatment, choice)
 
-    if mask_plan is None or mask_plan.treatment == "passed on" or on_host:
+    parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, choice.asked)
+    if mask_plan is None or not parts:
         hook_plan.plan = planned(call)
     else:
-        words = f"{request.mask}, {mask_plan.treatment}"
-        parts = [None if part is None else planned(part, words) for part in mask_plan.calls(call)]
-        hook_plan.plans = tuple(parts)
-        hook_plan.plan = next((part for part in parts if part is not None), None) or planned(call)
+        hook_plan.parts = plan_parts(scope.session, mask_plan, call, parts, planned)
+        hook_plan.plan = next(plan for plan in hook_plan.parts.plans if plan is not None)
     if preferred is not None and hook_plan.plan.decision.source != preferred.source:
         scope.run.note(f"{preferred.source} gave way to {hook_plan.plan.decision.source}")
     return hook_plan
 
 
-def _in_parts(
-    scope: Scope,
-    hook_plan: HookPlan,
-    mask_plan: MaskPlan,
-    call: AttentionCall,
-    func: Callable[..., torch.Tensor],
-    options: Any,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Run a call as the plan of its mask says; each part can fall back by itself."""
-    parts = mask_plan.calls(call)
-    outputs: list[torch.Tensor | None] = []
-    for part, plan in zip(parts, hook_plan.plans, strict=True):
-        if part is None or plan is None:
-            outputs.append(None)
-            continue
-        if len(parts) > 1:  # what the host runs must then be the part alone
-            part.host = partial(_host_part, func, part, options, kwargs)
-        outputs.append(scope.session.run(plan, part))
-    return mask_plan.joined(outputs, call)
-
-
 def _host_part(
-    func: Callable[..., torch.Tensor], part: AttentionCall, options: Any, kwargs: dict[str, Any]
+    func: Callable[..., torch.Tensor], part: AttentionCall, *, options: Any, kwargs: dict[str, Any]
 ) -> torch.Tensor:
     """Run what ComfyUI would have run on one part of a call; BHSD in and out."""
     layout = {"heads": part.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
@@ -384,7 +401,7 @@ def _pass_on(
 
 
 def _count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:
-    choice = resolve(scope.session.layers, role.name, role.category)
+    choice = scope.choice(role)
     if choice.asked not in (None, COMFY) and scope.session.settings.strict:
         raise NoBackendError(
             f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
@@ -401,7 +418,7 @@ def _answered_by_other(scope: Scope, role: Role, other: str) -> None:
     Raises:
         NoBackendError: a backend was named for this role, strictly.
     """
-    choice = resolve(scope.session.layers, role.name, role.category)
+    choice = scope.choice(role)
     text = f"another pack's override ({other}) computed attention of role {role.name} by itself"
     if choice.asked is not None and scope.session.settings.strict:
         raise NoBackendError(

@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config_text import from_environment
 from ..backends.routes import default_line
+from ..backends.schedule import ScheduleEntry
 from .host import Override
 from .sampling import KEY, OVERRIDE, apply_model_wrapper, name_of, outer_sample_wrapper, router_for
 
@@ -49,7 +50,15 @@ def set_role(model: Any, role: str, spec: AttentionSpec) -> Any:
     if spec.is_auto:  # as if this node were not there
         return _patched(model, config, ())
     notes = _replaced(f"role {role}", config.per_role.get(role), spec)
-    return _patched(model, replace(config, per_role={**config.per_role, role: spec}), notes)
+    covers = config.joint_is_self or role == "self"  # a node's own entry for self covers joint attention
+    per_role = {**config.per_role, role: spec}
+    return _patched(model, replace(config, per_role=per_role, joint_is_self=covers), notes)
+
+
+def add_to_schedule(model: Any, entry: ScheduleEntry) -> Any:
+    """A clone of `model` with one more entry in its schedule; where windows overlap, the last writer wins."""
+    config = current_config(model)
+    return _patched(model, replace(config, schedule=(*config.schedule, entry)), ())
 
 
 def set_config(model: Any, config: AttentionConfig) -> Any:
@@ -65,6 +74,8 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
         before,
         default=before.default if config.default.is_auto else config.default,
         per_role={**before.per_role, **config.per_role},
+        schedule=(*before.schedule, *config.schedule),
+        joint_is_self=(config if "self" in config.per_role else before).joint_is_self,
         **{name: value for name, value in settings.items() if value is not None},
     )
     return _patched(model, merged, notes)

@@ -11,6 +11,7 @@ _WINDOWS = (
     r"(?<![A-Za-z0-9])(?:[A-Za-z]:|\\\\[^\\/:*?\"<>|\s]+)[\\/]"  # a drive or a share
     r"(?:[^\\/:*?\"'<>|\r\n,;()]+[\\/])*([^\\/:*?\"'<>|\s,;()]*)"
 )
+_QUOTED = re.compile(r"""(["'])(?:~?/|[A-Za-z]:\\|\\\\)[^"'\r\n]*?([^/\\"'\r\n]*)\1""")
 _PATH = re.compile(f"{_WINDOWS}|{_POSIX}")
 
 
@@ -19,6 +20,7 @@ def without_paths(text: str) -> str:
     home = str(Path.home())
     if len(home) > 1:  # first, since a home folder may have a space in its name
         text = text.replace(home, "~")
+    text = _QUOTED.sub(r"\1.../\2\1", text)  # inside quotes a name may hold spaces
     return _PATH.sub(lambda found: f".../{found[1] or found[2] or ''}", text)
 
 

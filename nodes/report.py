@@ -10,7 +10,7 @@ import comfyui_version
 import torch
 from comfy_api.latest import io
 
-from ..backends import audit
+from ..backends import audit, guard_findings
 from . import graph, runs
 from .selector import CATEGORY
 
@@ -71,6 +71,7 @@ def find_run(prompt: graph.Prompt, node_id: str) -> dict[str, Any] | None:
         "steps": sum(stage["steps"] for stage in stages),
         "seconds": None if None in seconds else sum(seconds),
         "rows": [row for stage in stages for row in stage["rows"]],
+        "guard": [entry for stage in stages for entry in stage["guard"]],
         "audit": audit.merged(stage["audit"] for stage in stages),
         "notes": list(dict.fromkeys(note for stage in stages for note in stage["notes"])),
     }
@@ -100,6 +101,7 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append(audit.line(run["audit"]))
     reasons = dict.fromkeys(f"{row['role']}: {row['reason']}" for row in run["rows"] if row["reason"])
     lines += [f"fallback: {reason}" for reason in reasons]
+    lines += guard_findings.lines(run.get("guard", ()))
     lines += [f"note: {note}" for note in run["notes"]]
     if run.get("bypass"):
         lines.append(f"not counted, because it never reaches ComfyUI's attention hook: {run['bypass']}")

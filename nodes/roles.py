@@ -35,7 +35,7 @@ class Family:
     sites: tuple[tuple[str, tuple[Role, ...]], ...]
     """Regular expression over `path` or `path:ModuleClass`, and the roles of the calls its forward makes."""
     bypass: str = ""
-    """Attention of this family that ComfyUI does not route, for the report."""
+    """Attention of this family that ComfyUI does not route, beside what `BYPASS_EVERYWHERE` names."""
     mask_argument: str = ""
     """Where each block makes its mask anew: the argument of the attention module's forward that it makes it from."""
 
@@ -55,7 +55,8 @@ FAMILIES: tuple[Family, ...] = (
             (r"vace_blocks\.\d+\.self_attn", (Role("wan.vace_self", "self"),)),
             (r"vace_blocks\.\d+\.cross_attn", (Role("wan.vace_cross", "cross"),)),
         ),
-        bypass="the face blocks of Wan Animate, the audio injector of Wan S2V, the music blocks of WanDancer",
+        bypass="the face blocks of Wan Animate, the audio injector of Wan S2V, the music blocks and injector of "
+        "WanDancer, the audio layers of MultiTalk",
     ),
     Family(
         "flux",  # FLUX.1, FLUX.2, Chroma: text first, then the picture
@@ -181,9 +182,19 @@ FAMILIES: tuple[Family, ...] = (
             (r".*time_stack\.\d+\.attn2", (Role("unet.time_cross", "cross"),)),
             # A patch that replaces attention calls it from the block itself: only lengths tell.
         ),
-        bypass="ControlNets of the first kind, which run as models of their own",
+        bypass="the layers of GLIGEN",
     ),
 )
+
+
+BYPASS_EVERYWHERE = "ControlNets, text encoders and the VAE, which run as models of their own"
+"""Of every model: ComfyUI gives them no `transformer_options` (comfy/controlnet.py calls `control_model` without)."""
+
+
+def bypass_of(family: Family | None) -> str:
+    """What the account of a run cannot count, for the report."""
+    own = "" if family is None else family.bypass
+    return "; ".join(filter(None, (own, BYPASS_EVERYWHERE)))
 
 
 def family_of(class_names: tuple[str, ...]) -> Family | None:

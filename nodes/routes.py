@@ -21,6 +21,7 @@ from typing import Any
 
 import folder_paths
 from aiohttp import web
+from comfy_api.latest import io
 from server import PromptServer
 
 from ..backends.backend import ACCURACY
@@ -30,6 +31,7 @@ from ..backends.names import CHOICES, canonical
 from . import machine, runs
 from .machine_settings import LEVELS, MachineSettings, checked
 from .privacy import clean
+from .selector import AttentionBackendSelector
 
 PREFIX = "/attention_backends"
 MOST_BYTES = 4096
@@ -83,7 +85,10 @@ def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machi
 
     @routes.get(f"{PREFIX}/settings")
     async def get_settings(request: web.Request) -> web.Response:
-        """{"choices", "accuracy", "guard", "log_levels", "machine": {name: {"value", "variable"}}, "environment"}."""
+        """{"choices", "accuracy", "guard", "defaults", "log_levels", "machine", "environment"}.
+
+        `machine` is {name: {"value", "variable"}}, the variable being the one that holds the setting, or None.
+        """
         return web.json_response(settings_answer(settings))
 
     @routes.post(f"{PREFIX}/settings")
@@ -145,11 +150,14 @@ async def limited_body(request: web.Request) -> bytes | None:
 
 
 def settings_answer(settings: MachineSettings) -> dict[str, Any]:
-    """What GET settings answers."""
+    """What GET settings answers. `defaults` are the selector's own, which a person's settings begin with."""
+    inputs = AttentionBackendSelector.define_schema().inputs
+    defaults = {one.id: one.default for one in inputs if isinstance(one, io.WidgetInput)}
     return {
         "choices": list(CHOICES),
         "accuracy": list(ACCURACY),
         "guard": list(GUARD_MODES),
+        "defaults": defaults,
         "log_levels": list(LEVELS),
         "machine": settings.as_dict(),
         "environment": clean(settings.defaults_from_environment()),

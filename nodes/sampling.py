@@ -16,14 +16,15 @@ import torch
 
 from ..backends.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ..backends.bench import synchronise
-from ..backends.config import settings_of
+from ..backends.config import Choice, resolve, settings_of
 from ..backends.platform import Platform, detect
 from ..backends.router import NoBackendError, Router
+from ..backends.schedule import Timetable, step_of
 from ..backends.session import Session
 from ..backends.trace import Trace
 from . import runs, sites
-from .masks import Masks
-from .roles import Role
+from .masks import COMPOSED, OUTSIDE, Masks
+from .roles import Role, bypass_of
 
 if TYPE_CHECKING:
     from .host import HookPlan, Override
@@ -59,6 +60,9 @@ class Run:
         self._scopes: dict[torch.device, Scope] = {}
         self._marks: dict[int, list[sites.Mark]] = {}
         self._started: float | None = None
+        self.timeless = Timetable(override.layers) if any(layer.schedule for layer in override.layers) else None
+        """The schedules as they are outside a model call; None where there is none."""
+        self._timetables: dict[int, tuple[Any, Timetable]] = {}
         for text in override.notes:
             self.trace.note(text)
 
@@ -72,16 +76,45 @@ class Run:
         if id(model) not in self._marks:
             self._marks[id(model)] = sites.attach(model.diffusion_model)
             self.trace.model = type(model).__name__
-            family = sites.family_of_model(model.diffusion_model)
-            self.trace.bypass = family.bypass if family is not None else ""
+            self.trace.bypass = bypass_of(sites.family_of_model(model.diffusion_model))
             schedule = options.get("sample_sigmas")
             self.trace.steps = 0 if schedule is None else len(schedule) - 1
             self._started = self._started or perf_counter()
 
+    def timetable(self, model: Any, options: dict[str, Any]) -> Timetable | None:
+        """The schedules on this sampler's sigmas and this model's blocks; None where there is none.
+
+        The sigmas are read from the device once per sampler.
+        """
+        if self.timeless is None:
+            return None
+        sigmas = options.get("sample_sigmas")
+        place = id(model.diffusion_model)
+        before = self._timetables.get(place)
+        if before is not None and before[0] is sigmas:
+            return before[1]
+        found = Timetable(
+            self.override.layers,
+            () if sigmas is None else sigmas.tolist(),
+            getattr(getattr(model, "model_sampling", None), "percent_to_sigma", None),
+            sites.blocks_of(model.diffusion_model),
+        )
+        if before is not None:  # another sampler in the same run
+            found.held, found.used = before[1].held, before[1].used
+        self._timetables[place] = sigmas, found
+        return found
+
     def note_unmatched_roles(self) -> None:
-        """At the end of a whole run: say which configured roles no attention call of the model had."""
+        """At the end of a whole run: say which configured roles and windows no attention call of the model had."""
         if not self.trace.categories:
             return  # nothing reached us, which has a note of its own
+        timetables = [timetable for _, timetable in self._timetables.values()]
+        if timetables:
+            for other in timetables[1:]:  # copies of the model on other devices
+                timetables[0].held |= other.held
+                timetables[0].used |= other.used
+            for text in timetables[0].unused(self.trace.categories):
+                self.note(text)
         for finding in asked_and_ran(self.trace):
             if finding.verdict == NEVER_CALLED:
                 self.note(*finding.reasons)
@@ -105,7 +138,10 @@ class Run:
             self.trace.seconds = round(perf_counter() - self._started, 6)
 
     def close(self) -> None:
-        """Take every mark off again."""
+        """Take every mark off again, and read what the guard still has on a device."""
+        for scope in self._scopes.values():
+            if scope.session.guard is not None:
+                scope.session.guard.flush()
         for marks in self._marks.values():
             for mark in marks:
                 mark.remove()
@@ -136,7 +172,9 @@ class Run:
             text = f"a later node replaced the patch: {name_of(installed)} answers every attention call"
             remedy = "remove that node, or switch strict off"
         layers = self.override.layers
-        if settings_of(layers).strict and any(layer.per_role or not layer.default.is_auto for layer in layers):
+        if settings_of(layers).strict and any(
+            layer.per_role or layer.schedule or not layer.default.is_auto for layer in layers
+        ):
             raise NoBackendError(f"{text}\n  what to do: {remedy}")
         self.note(text)
 
@@ -152,16 +190,29 @@ class DeviceSession(Session):
 class Scope:
     """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
 
-    __slots__ = ("mask_source", "masks", "options", "ordinal", "routed", "run", "session", "site")
+    __slots__ = (
+        "mask_source",
+        "masks",
+        "options",
+        "ordinal",
+        "routed",
+        "run",
+        "session",
+        "site",
+        "timetable",
+        "window",
+    )
 
     def __init__(self, run: Run, session: DeviceSession) -> None:
         self.run = run
         self.session = session
         self.masks = Masks(run)
+        self.timetable = run.timeless
+        """The schedules for this model call and its sampler; set before `begin`."""
         self.begin({})
 
-    def begin(self, options: dict[str, Any]) -> None:
-        """Start a model call with these transformer options."""
+    def begin(self, options: dict[str, Any], *, in_model_call: bool = False) -> None:
+        """Start a model call with these transformer options, or a single call outside any."""
         self.options = options
         self.site: sites.Site | None = None
         self.ordinal = 0
@@ -169,6 +220,38 @@ class Scope:
         self.mask_source: torch.Tensor | None = None
         """What the running module makes its mask from, where it makes one of its own."""
         self.masks.clear()
+        self.masks.not_kept = OUTSIDE if not in_model_call else COMPOSED if self.run.override.foreign else ""
+        self.window = self._window()
+        """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any."""
+
+    def _window(self) -> int:
+        timetable = self.timetable
+        if timetable is None:
+            return 0
+        sigma = self.options.get("sigmas") if timetable.timed else None
+        if sigma is None:
+            return timetable.at(None)
+        value = float(sigma.max())  # the one read from the device, for the whole model call
+        self._say_once(timetable.between(value))
+        return timetable.at(value)
+
+    def choice(self, role: Role) -> Choice:
+        """What is asked for the current call."""
+        timetable = self.timetable
+        if timetable is None:
+            return resolve(self.session.layers, role.name, role.category)
+        block = self.site.block if self.site is not None else ""
+        choice, note = timetable.resolve(self.window, role.name, role.category, block)
+        self._say_once(note)
+        return choice
+
+    def _say_once(self, text: str) -> None:
+        if text and text not in self.run.trace.notes:
+            self.run.note(text)
+
+    def place(self) -> tuple[dict[str, Any], sites.Site | None, int, torch.Tensor | None]:
+        """Where this model call is now."""
+        return self.options, self.site, self.ordinal, self.mask_source
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
@@ -181,15 +264,6 @@ class Scope:
         """The sampler's step of this model call; see `step_of`. Reads a device value: ask once per model call."""
         sigma, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
         return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())
-
-
-def step_of(sigma: float, schedule: list[float]) -> int:
-    """The step, from 0, that a model call belongs to, by sigmas alone: calls can be skipped, doubled or resumed.
-
-    It is the last entry of the sampler's sigmas that is not below the current one, within 1e-4.
-    """
-    bound = sigma * (1 - 1e-4)
-    return max((i for i, value in enumerate(schedule) if value >= bound), default=0)
 
 
 def name_of(func: Any) -> str:
@@ -215,8 +289,10 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     finally:
         options.pop(RUN_KEY, None)
-        run.close()
-        runs.add(run.trace)
+        try:
+            run.close()
+        finally:
+            runs.add(run.trace)  # else it would count as going on for ever
     run.check_asked()
     return output
 
@@ -233,10 +309,12 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run = Run(override)
     run.mark(executor.class_obj, options)
     scope = run.scope(args[0].device)
-    scope.begin(options)
     previous = sites.set_scope(scope)
+    outer = scope.place() if previous is scope else None
+    scope.timetable = run.timetable(executor.class_obj, options)
+    scope.begin(options, in_model_call=True)
     try:
-        output = executor(*args, **kwargs)
+        output = _guarded(scope, options, executor, args, kwargs)
         run.trace.end_of_model_call()
         if not run.reached:
             run.check_reached(scope, options)
@@ -244,5 +322,26 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         scope.masks.clear()
         sites.set_scope(previous)
+        if outer is not None:  # a model call inside another: the outer one goes on where it was
+            scope.options, scope.site, scope.ordinal, scope.mask_source = outer
         if own_run:
             run.close()
+
+
+def _guarded(
+    scope: Scope, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model call, whose output the guard looks at where one is on; see `Guard.model_call`."""
+    guard = scope.session.guard
+    if guard is None:
+        return executor(*args, **kwargs)
+    control = args[4] if len(args) > 4 else None
+    kept = None
+    if guard.enforces and isinstance(control, dict):  # models take its entries out while they run
+        kept = {name: list(parts) if isinstance(parts, list) else parts for name, parts in control.items()}
+
+    def again() -> Any:
+        scope.begin(options, in_model_call=True)
+        return executor(*(args if kept is None else (*args[:4], kept, *args[5:])), **kwargs)
+
+    return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again)

@@ -86,8 +86,12 @@ class AttentionBackendSelector(io.ComfyNode):
                 io.Combo.Input(
                     "guard",
                     options=list(GUARD_MODES),
-                    default="off",
-                    tooltip="Checks lossy kernels while they run. Not active in this version: every value means off.",
+                    default="watch",
+                    tooltip=(
+                        "Compares kernels that are not exact with exact attention now and then, on a few rows. watch: "
+                        "the report says what was found, worst blocks first. enforce: a bad call is computed again "
+                        "exactly, and its block stays exact for the rest of the run. Exact kernels are not checked."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output()],

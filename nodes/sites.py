@@ -73,9 +73,13 @@ class Site:
             if torch.compiler.is_dynamo_compiling():
                 return marked(*args, **kwargs)
             scope = getattr(_current, "scope", None)
-            if scope is not None:
-                scope.mask_source = kwargs.get(self.mask_argument)
-            return marked(*args, **kwargs)
+            if scope is None:
+                return forward(*args, **kwargs)
+            outer, scope.mask_source = scope.mask_source, kwargs.get(self.mask_argument)
+            try:
+                return marked(*args, **kwargs)
+            finally:
+                scope.mask_source = outer
 
         return self._with_code_of_its_own(marked_with_mask)
 
@@ -173,6 +177,13 @@ def attach(diffusion_model: torch.nn.Module) -> list[Mark]:
                 site = _sites[module] = Site(module, path, family)
             marks.append(Mark.on(module, site))
     return marks
+
+
+def blocks_of(diffusion_model: torch.nn.Module) -> tuple[str, ...]:
+    """The blocks of a model that have attention modules, each once, in the model's order."""
+    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+    paths = (name.replace("._orig_mod", "") for name, module in model.named_modules() if makes_attention_calls(module))
+    return tuple(dict.fromkeys(block for path in paths if (block := block_of(path))))
 
 
 _by_class: weakref.WeakKeyDictionary[type, dict[tuple[type, ...], bool]] = weakref.WeakKeyDictionary()

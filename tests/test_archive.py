@@ -77,6 +77,17 @@ def test_the_archive_has_what_a_user_is_led_to() -> None:
     assert not files & left_out()
 
 
+def test_no_page_of_the_archive_leads_out_of_it() -> None:
+    hidden = left_out()
+    for page in [
+        *ROOT.glob("*.md"),
+        *(p for f in ("benchmarks", "demo", "docs", "web") for p in (ROOT / f).rglob("*.md")),
+    ]:
+        for link in re.findall(r"\]\((?![a-z]+:)([^)\s#]+)", text_of(page)):
+            target = (page.parent / link).resolve()
+            assert not target.is_file() or name_of(target) not in hidden, f"{name_of(page)}: {link}"
+
+
 def test_the_readme_names_dev_py_only_for_a_checkout() -> None:
     assert "dev.py" in left_out()
     for section in re.split(r"^## ", text_of(ROOT / "README.md"), flags=re.MULTILINE)[1:]:

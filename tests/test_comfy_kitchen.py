@@ -6,6 +6,7 @@ Through a fake with its checks; where the real package is installed, its signatu
 from __future__ import annotations
 
 import inspect
+import weakref
 from importlib import metadata
 
 import pytest
@@ -49,6 +50,21 @@ def test_rows_that_are_not_aligned_are_an_error_there_and_copied_here(monkeypatc
     with pytest.raises(RuntimeError, match="alignment"):
         comfy_kitchen.int8_attention(call.query, call.key, call.value)
     assert right(ran(router, call), call)
+
+
+def test_tensors_that_nobody_else_holds_are_freed_before_the_second_step(monkeypatch):
+    router, given = machine(monkeypatch, PACKAGE), call_for(PLAIN)
+    expected = given.query.clone(), given.key.clone(), given.value.clone()
+    monkeypatch.setattr(comfy_kitchen, "FREED", [])
+    for owned in (True, False):
+        call = copied(given)
+        call.owned = owned
+        references = [weakref.ref(tensor) for tensor in (call.query, call.key, call.value)]
+        monkeypatch.setattr(comfy_kitchen, "WATCHED", references)
+        output = router.kernel("comfy_kitchen_int8")(call)
+        assert right(output, AttentionCall(*expected))
+        assert (call.query is None) is owned
+    assert comfy_kitchen.FREED == [True]
 
 
 def test_aligned_tensors_and_those_it_pads_itself_are_not_copied(monkeypatch):

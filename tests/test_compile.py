@@ -7,7 +7,9 @@ other. What code inductor makes of our op takes a minute: `-m compile`.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,9 +19,13 @@ from tiny_models import FAMILIES
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
+from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
 from hook_side import (  # noqa: E402
     ENVIRONMENT,
+    HEADS,
+    PLACES,
     ROLES,
     Kernel,
     Outcome,
@@ -30,9 +36,13 @@ from hook_side import (  # noqa: E402
     exact,
     last_run,
     marks_left,
+    model_call,
     nodes_module,
     override,
+    sampling,
     selected,
+    sites,
+    stand_in,
     with_role,
 )
 from test_host import use_kernels  # noqa: E402
@@ -46,12 +56,17 @@ BLOCKS = re.compile(r"(blocks|double_blocks|single_blocks|joint_blocks|layers|tr
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
-    # Past the limit dynamo would go on uncompiled, and a test would see no more recompilations.
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     counters.clear()
-    yield
+    # Past its limit dynamo would go on uncompiled, and a test would see no more recompilations.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
 
 
 def graphs() -> int:
@@ -137,6 +152,22 @@ def test_compiled_equals_eager(
 
 
 @pytest.mark.comfy
+def test_a_schedule_does_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other backends by step and by block, inside one graph for all blocks."""
+    comfyui()
+    patcher = small(monkeypatch, "wan", num_layers=4)
+    schedule = (ScheduleEntry("reference", steps="1-"), ScheduleEntry("torch_sdpa", blocks="2-3", role="self"))
+    config = AttentionConfig(default=AttentionSpec("sdpa_math"), schedule=schedule, strict=True, source="node")
+    ours = nodes_module("patch").set_config(patcher, config)
+    expected = tiny_sampling.sample(ours, "wan", steps=3)
+    wanted = account()
+    assert {row[2] for row in wanted} == {"sdpa_math", "reference", "torch_sdpa"}
+    same(tiny_sampling.sample(each_block(ours), "wan", steps=3), expected)
+    assert account() == wanted
+    assert graphs() == 2, "the first block's input has other strides"
+
+
+@pytest.mark.comfy
 def test_fewer_keys_where_a_mask_hides_some(monkeypatch: pytest.MonkeyPatch) -> None:
     comfyui()
     patcher = small(monkeypatch, "ltxv")
@@ -181,6 +212,46 @@ def test_comfyuis_own_node(monkeypatch: pytest.MonkeyPatch, ours_last: bool) -> 
 
 
 @pytest.mark.comfy
+@pytest.mark.parametrize("what", ["module", "forward"])
+@pytest.mark.parametrize("ours_last", [False, True])
+def test_blocks_compiled_by_object_patches(monkeypatch: pytest.MonkeyPatch, what: str, ours_last: bool) -> None:
+    """As packs do it: a block, or its forward, is replaced for the time of a run. Flux's blocks call attention."""
+    comfyui()
+
+    def patched(model: Any) -> Any:
+        clone = model.clone()
+        for path, block in patcher.model.diffusion_model.named_modules():
+            if BLOCKS.fullmatch(path) and what == "module":
+                clone.add_object_patch(f"diffusion_model.{path}", torch.compile(block, backend="eager"))
+            elif BLOCKS.fullmatch(path):
+                run = torch.compile(block.forward, backend="eager", fullgraph=True)
+                clone.add_object_patch(f"diffusion_model.{path}.forward", run)
+        return clone
+
+    patcher = small(monkeypatch, "flux")
+    ours = with_role(selected(patcher, "sdpa_math", strict=True), "flux.single", "reference")
+    expected = tiny_sampling.sample(ours, "flux")
+    wanted = account()
+    model = with_role(selected(patched(patcher), "sdpa_math", strict=True), "flux.single", "reference")
+    model = model if ours_last else patched(ours)
+    for _ in range(2):
+        same(tiny_sampling.sample(model, "flux"), expected)
+        assert account() == wanted
+    assert graphs() == 2
+
+
+@pytest.mark.comfy
+def test_calls_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    comfyui()
+    patcher = small(monkeypatch, "wan", num_layers=1)
+    model, plain = nodes_module("capture").capturing(patcher)
+    tiny_sampling.sample(model, "wan")
+    model, calls = nodes_module("capture").capturing(patcher)
+    tiny_sampling.sample(each_block(model), "wan")
+    assert list(calls) == list(plain)
+
+
+@pytest.mark.comfy
 @pytest.mark.compile
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_inductor(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
@@ -197,12 +268,8 @@ def test_inductor(monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
 # The op by itself
 
 
-def handles(site: Any = None) -> tuple[Any, Any]:
-    return override("sdpa_math").handle, site
-
-
 @pytest.mark.parametrize("skip_reshape", [False, True])
-def test_the_op_is_what_it_declares(skip_reshape: bool) -> None:
+def test_the_op_is_what_it_declares(skip_reshape: bool, hook: None) -> None:
     """Shape, dtype, no output that shares memory with an input, symbolic sizes: torch's own checks of an op."""
     ours = override("sdpa_math")
     tensors = [Q, Q.clone(), Q.clone()]
@@ -210,18 +277,30 @@ def test_the_op_is_what_it_declares(skip_reshape: bool) -> None:
         tensors = [tensor.unflatten(2, (2, -1)).transpose(1, 2) for tensor in tensors]
     mask = torch.zeros(1, 1, 6)
     args = (*tensors, mask, 2, skip_reshape, False, None, None, None, ours.handle, None, -1, False)
-    # Not for autograd: this project does not train through the op.
     torch.library.opcheck(compiled._attention, args, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_a_graph_that_outlived_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
+def test_a_graph_that_outlived_its_node(hook: None) -> None:
     handle = override("sdpa_math").handle  # of an object that is gone
     output = compiled._attention(Q, Q, Q, None, 2, False, False, None, None, None, handle, None, -1, False)
     close([output], [exact(Q, Q, Q, 2)])
 
 
-def test_kernels_get_real_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_copies_of_the_package_in_one_process(hook: None) -> None:
+    """ComfyUI loads the folder under a name of its own; each copy then has its own handles, hence its own ops."""
+    spec = importlib.util.spec_from_file_location("another_copy", compiled.__file__)
+    assert spec is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    copy.comfys_attention = lambda: exact
+    ours = override("reference")  # of a number that the copy has not given out
+    arguments = (Q, Q, Q, None, 2, False, False, None, None, None, ours.handle, None, -1, False)
+    for module, reached in ((copy, False), (compiled, True)):
+        close([module._attention(*arguments)], [exact(Q, Q, Q, 2)])
+        assert (ours in nodes_module("host")._outside_runs) is reached
+
+
+def test_kernels_get_real_sizes(monkeypatch: pytest.MonkeyPatch, hook: None) -> None:
     """A symbolic head_dim would pass limits that the real one does not."""
     seen: list[Any] = []
 
@@ -229,9 +308,8 @@ def test_kernels_get_real_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(call.request())
         return torch.nn.functional.scaled_dot_product_attention(call.query, call.key, call.value)
 
-    use_kernels(monkeypatch, Kernel("recorded", run))
-    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
-    ours = override("recorded")
+    use_kernels(monkeypatch, Kernel("xformers", run))
+    ours = override("xformers")
 
     @torch.compile(backend="eager", fullgraph=True, dynamic=True)
     def attention(query: Any) -> Any:
@@ -245,6 +323,56 @@ def test_kernels_get_real_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs() == 1
 
 
+def test_gradients_are_comfyuis_own(hook: None) -> None:
+    query = Q.clone().requires_grad_()
+    ours = override("sdpa_math")
+    torch.compile(lambda q: ours(exact, q, q, q, 2), backend="eager", fullgraph=True)(query).square().sum().backward()
+    wanted = Q.clone().requires_grad_()
+    exact(wanted, wanted, wanted, 2).square().sum().backward()
+    torch.testing.assert_close(query.grad, wanted.grad)
+
+
+def test_code_is_counted_for_each_class() -> None:
+    """Torch stops compiling a code object after 8 recompilations, however many classes share it."""
+    one, other, third = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.nn.Identity()
+    codes = [sites.Site(module, "blocks.0", None).wrap(module.forward).__code__ for module in (one, other, third)]
+    assert codes[0] is codes[1]
+    assert codes[0] is not codes[2]
+
+
+# Masks
+
+
+def test_memory_of_a_mask_is_used_again(hook: None) -> None:
+    """Compiled code puts one mask where another was, within one model call."""
+    ours = override("sdpa_math")
+    run = sampling.Run(ours)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
+    masks = [torch.zeros(1, 1, 6), torch.zeros(1, 1, 6)]
+    masks[0][..., 4:] = masks[1][..., :3] = -torch.inf
+    kept = torch.empty(1, 1, 6)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def forward(one: Any, other: Any) -> list[Any]:
+        outputs = []
+        for mask in (one, other):
+            outputs.append(ours(exact, Q, Q, Q, 2, kept.copy_(mask), transformer_options=options))
+        return outputs
+
+    outputs = model_call(stand_in(["WanModel"], PLACES), options, lambda: forward(*masks))
+    run.close()
+    close(outputs, [exact(Q, Q, Q, 2, mask) for mask in masks])
+
+
+def test_no_mask_of_a_compiled_model_is_read_on_an_accelerator() -> None:
+    run = sampling.Run(override())
+    plans = run.scope(torch.device("cpu")).masks
+    plans.not_kept = nodes_module("masks").COMPILED
+    plan = plans.plan(torch.zeros(1, 1, 6, device="meta"), None, 6)  # reading this one would be an error
+    assert plan.treatment == "passed on"
+    assert any("compiled" in note for note in run.trace.notes)
+
+
 # Other packs, unknown arguments, graphs that break: on a stand-in for a Wan model
 
 
@@ -254,11 +382,6 @@ class Compiled(Outcome):
     def prepare(self, model: Any) -> None:
         for path in ("blocks.0.self_attn", "blocks.0.cross_attn"):
             model.get_submodule(path).compile(backend="eager", fullgraph=self.fullgraph)
-
-
-@pytest.fixture
-def hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
 
 
 def doubles_queries(func: Any, q: Any, *args: Any, **kwargs: Any) -> Any:
@@ -350,6 +473,35 @@ def test_a_graph_that_breaks_inside_the_module() -> None:
     close(outcome.outputs, outcome.expected())
     assert counters["graph_break"], "the test is about a graph that breaks"
     assert outcome.rows == [(role, "sdpa_math", 1) for role in ROLES]
+
+
+@pytest.mark.usefixtures("hook")
+def test_threads_share_a_graph() -> None:
+    """As with several devices: each thread's calls go by its own configuration, and into its own account."""
+    model = stand_in(["WanModel"], PLACES)
+    module = model.get_submodule("blocks.0.self_attn")
+    module.compile(backend="eager", fullgraph=True)
+    found = {}
+
+    def work(backend: str) -> None:
+        ours = override(backend)
+        run = sampling.Run(ours)
+        options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
+        for _ in range(40):
+            model_call(model, options, lambda: module([((Q, Q, Q, HEADS), {"transformer_options": options})]))
+        run.close()
+        found[backend] = [(row.role, row.backend, row.calls) for row in run.trace.rows.values()]
+
+    work("sdpa_math")
+    backends = ("sdpa_math", "torch_sdpa", "reference")
+    threads = [threading.Thread(target=work, args=(backend,)) for backend in backends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {backend: [("self", backend, 40)] for backend in backends}
+    assert marks_left(model) == []
+    assert graphs() == 1
 
 
 @pytest.mark.usefixtures("hook")

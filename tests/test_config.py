@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, resolve
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, joint_note, resolve
 from attention_backends.backends.config_text import from_environment, parse_config, parse_extra
 from attention_backends.backends.names import UnknownBackendError
 
@@ -124,14 +124,41 @@ def test_each_role_gets_its_own_backend_and_the_rest_the_default() -> None:
     assert _ask({"default": "flash_attn", "per_role": {"cross": "sdpa_math"}}, "self", "self").asked == "flash_attn"
 
 
-def test_joint_attention_falls_in_category_self() -> None:
-    assert _ask({"per_role": {"self": "sdpa_flash"}}, "joint", "joint").asked == "sdpa_flash"
-    assert _ask({"per_role": {"self": "sdpa_flash"}}, "flux.double", "joint").asked == "sdpa_flash"
-    both = {"per_role": {"self": "sdpa_flash", "joint": "sdpa_math"}}
+def test_joint_attention_falls_in_category_self_where_a_node_or_the_text_says_so() -> None:
+    flash = AttentionSpec("sdpa_flash")
+    covering = ({"per_role": {"self": "sdpa_flash"}, "joint_is_self": True}, AttentionConfig(per_role={"self": flash}))
+    for value in covering:
+        assert _ask(value, "joint", "joint").asked == "sdpa_flash"
+        assert _ask(value, "flux.double", "joint").asked == "sdpa_flash"
+    both = {"per_role": {"self": "sdpa_flash", "joint": "sdpa_math"}, "joint_is_self": True}
     assert _ask(both, "flux.double", "joint").asked == "sdpa_math"
     assert _ask(both, "self", "self").asked == "sdpa_flash"
     assert _ask({"per_role": {"cross": "sdpa_math"}}, "joint", "joint").asked is None
     assert _ask({"per_role": {"joint": "sdpa_math"}}, "self", "self").asked is None
+
+
+def test_in_text_joint_is_a_role_of_its_own() -> None:
+    text = "per_role.self=sdpa_flash"
+    for role in ("joint", "flux.double"):
+        assert _ask(text, role, "joint").asked is None
+        assert _ask(f"{text} default=sdpa_math", role, "joint").asked == "sdpa_math"
+        assert _ask(f"{text} joint_is_self=true", role, "joint").asked == "sdpa_flash"
+    (layer,) = from_environment({"ATTENTION_BACKENDS_CONFIG": '{"per_role": {"self": "sdpa_flash"}}'})
+    assert resolve((layer,), "joint", "joint").asked is None
+    under_a_variable = "ATTENTION_BACKENDS_CONFIG='{\"per_role\": {\"self\": \"sdpa_flash\"}}' per_role.cross=sdpa_math"
+    assert _ask(under_a_variable, "self", "self").asked == "sdpa_flash"
+    assert _ask(under_a_variable, "joint", "joint").asked is None
+    with pytest.raises(ConfigError, match="joint_is_self must be true or false, not 'yes'"):
+        parse_config("joint_is_self=yes")
+
+
+def test_where_self_would_have_decided_for_joint_a_note_says_so() -> None:
+    layers = (parse_config("per_role.self=sdpa_flash"), parse_config("sdpa_math", "file"))
+    said = str(joint_note(layers, "flux.double", "joint"))
+    assert "config.per_role['self'] (sdpa_flash) does not cover role 'flux.double'" in said
+    assert joint_note(layers, "self", "self") is None
+    assert joint_note((parse_config("per_role.joint=sdpa_math"), *layers), "joint", "joint") is None
+    assert joint_note((parse_config("per_role.self=sdpa_flash joint_is_self=true"),), "joint", "joint") is None
 
 
 def test_the_exact_role_wins_over_its_category_and_says_where_it_stands() -> None:
@@ -166,7 +193,8 @@ def test_auto_at_any_level_means_that_nothing_was_said_there(auto: object) -> No
     assert _ask({"default": "sdpa_math", "per_role": {"self": auto}}, "self", "self").asked == "sdpa_math"
     value = {"per_role": {"ltx2.audio_to_video": auto, "cross": "sdpa_math"}}
     assert _ask(value, "ltx2.audio_to_video", "cross").asked == "sdpa_math"
-    assert _ask({"per_role": {"joint": auto, "self": "sdpa_flash"}}, "joint", "joint").asked == "sdpa_flash"
+    value = {"per_role": {"joint": auto, "self": "sdpa_flash"}, "joint_is_self": True}
+    assert _ask(value, "joint", "joint").asked == "sdpa_flash"
 
 
 def test_auto_in_a_higher_layer_lets_the_lower_one_decide() -> None:

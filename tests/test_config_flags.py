@@ -88,6 +88,16 @@ COMMAND_LINES = {
     ),
     "SGLang, the map alone": ("transformer=fa,transformer.cross=torch_sdpa,vae=fa", MIXED),
     "SGLang, as YAML": ("attention_backend: fa\ncomponent-attention-backends:\n  transformer: {cross: sdpa}", MIXED),
+    "SGLang, components and dotted": (
+        "--component-attention-backends transformer=fa --component-attention-backends.transformer.cross=torch_sdpa",
+        MIXED,
+    ),
+    "SGLang, components dotted first": (
+        "--component-attention-backends.transformer.cross=torch_sdpa \\\n"
+        """--component-attention-backends '{"transformer": "fa", "text-encoder": "fa"}'""",
+        MIXED,
+    ),
+    "spaces around =": ("default.backend = flash_attn\nper_role.cross = 'torch_sdpa'  # a word", MIXED),
     "Smart-Diffusion": ("python run.py infer.attn_type=sage infer.steps=40", backends("sage_attn")),
     "Smart-Diffusion, its auto": ("infer.attn_type=auto", {}),
 }
@@ -110,7 +120,7 @@ def test_what_a_command_line_says_besides_is_named() -> None:
         ("BACKEND=fa", "unknown entry BACKEND; known: default, backend"),
         ("vllm serve x --seed 1", "nothing in this command line is about attention; known: --diffusion-attention-co"),
         ("sglang serve --attention-backnd fa", "flag --attention-backnd is about attention and not known here"),
-        ("vllm serve x \\\n --diffusion-attention-schedule '[]'", "not known here; known: --diffusion-attention-conf"),
+        ("vllm serve x \\\n --diffusion-attention-profile '[]'", "not known here; known: --diffusion-attention-conf"),
         ("--attention-backend", "'--attention-backend' is not name=value: its value is missing"),
         ("--attention-backend --strict=true", "'--attention-backend' is not name=value: its value is missing"),
         ("-dac '{\"default\": }'", "config.dac: not valid JSON at line 1, column 13"),
@@ -126,6 +136,14 @@ def test_what_a_command_line_says_besides_is_named() -> None:
         ("default=fa2 transformer=fa", "'default' and component_attention_backends.transformer; give one of them"),
         ("component_attention_backends.tranformer=fa", "no component 'tranformer'; did you mean transformer?"),
         ("attention_backend_config.sparsity=0.5", "options of no backend; name the backend too"),
+        (
+            "--component-attention-backends transformer=fa --component-attention-backends.transformer=fa2",
+            "'component-attention-backends.transformer' conflicts with an earlier entry",
+        ),
+        ("args.infer.attn_config.quant_bits = 8 # 4, 8 supported", "attn_config: quant_bits: understood, but not impl"),
+        ("args.infer.attn_config.quant_symmetric = True", "quant_symmetric: understood, but not implemented (Smart-"),
+        ("args.infer.attn_config.sparsity_ratio = 0.5 # 50% sparse", "sparsity_ratio: understood, but not implemented"),
+        ("args.infer.attn_config.quant_bits = 5", "quant_bits 5 is not one of 4, 8"),
         ("infer.attn_type=sage infer.attn_config.quant_bits=8", "quant_bits: understood, but not implemented"),
         ("infer.attn_type=sage infer.attn_config.quant_bits=5", "quant_bits 5 is not one of 4, 8"),
     ],
@@ -221,8 +239,8 @@ def test_what_could_be_a_slip_is_refused(text: str, wrong: str) -> None:
 
 
 def test_a_component_that_nobody_knows_is_named_and_changes_nothing() -> None:
-    config = parse_config("--component-attention-backends transformer=fa2,denoiser=sdpa")
-    assert to_dict(config) == backends("flash_attn_2")
+    config = parse_config("--component-attention-backends transformer=torch_sdpa,denoiser=sdpa")
+    assert to_dict(config) == backends("torch_sdpa")
     assert config.notes == (
         "component denoiser: not routed here, only the diffusion model is; this entry changes nothing",
     )
@@ -230,7 +248,7 @@ def test_a_component_that_nobody_knows_is_named_and_changes_nothing() -> None:
 
 def test_a_variable_of_attention_that_is_not_read_is_named() -> None:
     config = parse_config(
-        "SGLANG_VARLEN_FA=0 SGLANG_DIFFUSION_ATTENTION_CONFIG=a.json sglang serve --attention-backend fa2"
+        "SGLANG_VARLEN_FA=0 SGLANG_DIFFUSION_ATTENTION_CONFIG=a.json sglang serve --attention-backend torch_sdpa"
     )
     assert config.notes == ("SGLANG_DIFFUSION_ATTENTION_CONFIG: not read from text; without effect here",)
 

@@ -36,16 +36,19 @@ def server() -> Iterator[Server]:
 def test_a_model_that_is_there_is_timed_and_a_fallback_is_not(server: Server, tmp_path: Path) -> None:
     embedded = end_to_end.WORKFLOWS / "compare_sdpa_cudnn_sage.json"
     arguments = ["--server", server.url, "--models", f"{embedded},qwen_image", "--repeat", "2",
-                 "--backends", "torch_sdpa,sdpa_math,cudnn_attn", "--output", str(tmp_path)]  # fmt: skip
+                 "--output", str(tmp_path)]  # fmt: skip
     assert end_to_end.main(arguments) == 0
     results = json.loads((tmp_path / "end-to-end.json").read_text(encoding="utf-8"))["results"]
     cells = results["sdpa_cudnn_sage"]
-    for backend in ("torch_sdpa", "sdpa_math"):
+    assert list(cells) == ["torch_sdpa", "cudnn_attn", "flashinfer_attn", "comfy"]
+    for backend in ("torch_sdpa", "comfy"):
         assert cells[backend]["ran"] == [backend]
         assert cells[backend]["runs"] == 2
         assert 0 < cells[backend]["least"] <= cells[backend]["seconds"] <= cells[backend]["most"]
     assert cells["cudnn_attn"] == {"why": "fell back: cudnn_attn: device cpu not in (cuda)"}
-    assert "model files missing: qwen_image_fp8_e4m3fn.safetensors" in results["qwen_image"]["torch_sdpa"]["why"]
+    assert cells["flashinfer_attn"]["why"].startswith("fell back: flashinfer_attn: device cpu not in (cuda)")
+    missing = {cell["why"] for cell in results["qwen_image"].values()}
+    assert missing == {"model files missing: qwen_2.5_vl_7b_fp8_scaled.safetensors, qwen_image_fp8_e4m3fn.safetensors"}
     page = (tmp_path / "end-to-end.md").read_text(encoding="utf-8")
     assert "| sdpa_cudnn_sage |" in page
     assert "device cpu not in (cuda)" in page

@@ -140,7 +140,7 @@ def test_the_last_resort_is_what_comfyui_would_run() -> None:
 
 def test_a_backend_that_failed_on_a_call_is_not_tried_on_it_again() -> None:
     here = router(Fake("flash_attn"))
-    failed = {("flash_attn", CALL): "RuntimeError: no kernel image"}
+    failed = {("flash_attn", (), CALL): "RuntimeError: no kernel image"}
     decision = here.select(CALL, named("flash_attn"), failed=failed)
     assert decision.backend == "torch_sdpa"
     assert decision.reason == "flash_attn: failed before on this call: RuntimeError: no kernel image"

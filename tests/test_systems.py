@@ -15,6 +15,8 @@ import pytest
 from attention_backends.backends import config_text
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, resolve
 from attention_backends.backends.config_text import from_environment, parse_config
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.names import (
     ALIASES,
     BACKEND_IDS,
@@ -34,7 +36,9 @@ ROWS = [(system, row) for system in SYSTEMS for row in system.names]
 # The names that each system publishes, as its enum or its documents list them.
 PUBLISHED = {
     "vllm_omni": "FLASH_ATTN CUDNN_ATTN FLASHINFER_ATTN TORCH_SDPA SDPA SAGE_ATTN SAGE_ATTN_3 TRTLLM_ATTN "
-    "FASTVIDEO_VSA FLASH_ATTN_HUB FLASH_ATTN_3_HUB RAINFUSION_ATTN SPARSE_BLOCK",
+    "FASTVIDEO_VSA FLASH_ATTN_HUB FLASH_ATTN_3_HUB RAINFUSION_ATTN SPARSE_BLOCK "
+    # Newer than 0.30.0
+    "SPARSE_ATTN SOL_ATTN SPARGE SLA_ATTN MINDIE_SLA aiter_quant vdnh3 b12x flashinfer_sm120",
     "sglang": "fa2 fa fa3 fa4 sliding_tile_attn torch_sdpa torch_cudnn_sdpa cudnn_sdpa dynamic_cudnn_sdpa sage_attn "
     "sage_attn_3 sparge_attn video_sparse_attn video_sparse_attn_h3 hybrid_window_attn_h3 sparse_video_gen_2_attn "
     "vmoba_attn aiter aiter_sage sla_attn sage_sla_attn laser_attn block_sparse_attn rain_fusion_attn sol_attn "
@@ -99,14 +103,46 @@ def test_the_line_of_a_name_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
     assert texts[1].startswith("dynamic_cudnn_sdpa (SGLang diffusion 0.5.23) means cudnn_attn here: ")
 
 
-def test_a_name_that_is_ours_too_has_a_line_only_where_its_system_is_known() -> None:
-    assert parse_config("FLASH_ATTN").notes == ()
-    assert parse_config("auto").notes == ()
+def test_pasting_a_name_on_which_the_systems_disagree_prints_its_line() -> None:
+    """Also where it is an id of ours: a person who pastes it means what their system means."""
+    for text, words in {
+        "aiter": "aiter on PyPI is another package, for asyncio",
+        "FLASH_ATTN": "plain flash-attn (version 2) is not taken",
+        "flash_attn": "On AMD AITER before flash-attn",
+        "fa2": "plain flash-attn on every card, Blackwell too",
+        "fa4": "the FlashAttention family, as there",
+        "_native_npu": "auto runs SDPA there, as SGLang does; vLLM runs mindiesd's kernels",
+        "auto": "prefers lossy kernels",
+        "attention_backend: aiter": "SGLang takes it by itself on AMD, and vLLM runs it there as FLASH_ATTN",
+    }.items():
+        (note,) = parse_config(text).notes
+        assert words in note
+    assert parse_config("torch_sdpa").notes == ()
+    assert parse_config({"per_role": {"cross": None}}).notes == (), "nothing was written"
     assert "that vLLM bundles" in parse_config("--diffusion-attention-backend FLASH_ATTN").notes[0]
     assert "vLLM bundles" in parse_config({"attention_config": {"per_role": {"self": "FLASH_ATTN"}}}).notes[0]
     assert "prefers lossy kernels" in parse_config("infer.attn_type=auto").notes[0]
     assert line_of("sage_attn", "sglang") == ""
     assert line_of("no_attention", "sglang") == "", "a refusal speaks for itself"
+
+
+def test_a_line_says_not_built_of_what_is_not_built_and_of_nothing_else() -> None:
+    for _, row in ROWS:
+        if row.means in BACKENDS:
+            assert ("not built yet" in row.line) == isinstance(BACKENDS[str(row.means)], Planned), row.name
+    (note,) = parse_config("infer.attn_type=sparge").notes
+    assert note.endswith("runs FlashAttention 2; not built yet here: calls fall back, counted, or stop with strict")
+    assert chosen("cuda:9.0", CALL.format(128), "sparge").is_fallback
+
+
+def test_a_refusal_speaks_of_the_system_that_the_name_came_from() -> None:
+    for text, title in {
+        "--attention-backend sla_attn": "SGLang diffusion",
+        "--diffusion-attention-backend SLA_ATTN": "vLLM-Omni",
+        "transformer=sla_attn": "SGLang diffusion",
+    }.items():
+        with pytest.raises(RefusedBackendError, match=f"of {title} .* is not available here: Sparse-Linear"):
+            parse_config(text)
 
 
 def test_the_page_of_names_is_generated() -> None:
@@ -129,8 +165,8 @@ def test_1_a_role_takes_its_own_and_others_the_default() -> None:
     assert ask(value, "cross", "cross").asked == "torch_sdpa"
     cross_only = {"default": "FLASH_ATTN", "per_role": {"cross": "TORCH_SDPA"}}
     assert ask(cross_only, "joint", "joint").asked == "flash_attn"
-    # The one difference: a category of ours, joint, falls in category self where nothing is said of joint.
-    assert ask(value, "joint", "joint").asked == "sage_attn"
+    assert ask(value, "joint", "joint") == Choice("flash_attn", "config.default")
+    assert ask(value, "flux.double", "joint") == Choice("flash_attn", "config.default")
 
 
 def test_2_the_category_counts_where_the_role_is_not_named_and_the_source_says_so() -> None:
@@ -144,7 +180,8 @@ def test_2_the_category_counts_where_the_role_is_not_named_and_the_source_says_s
 
 def test_3_nothing_said_is_the_platforms_route() -> None:
     assert resolve((), "self", "self") == Choice(None, "platform route")
-    assert ask({"per_role": {"self": "SAGE_ATTN"}}, "cross", "cross") == Choice(None, "platform route")
+    for role, category in (("cross", "cross"), ("joint", "joint"), ("flux.double", "joint")):
+        assert ask({"per_role": {"self": "SAGE_ATTN"}}, role, category) == Choice(None, "platform route")
 
 
 def test_4_nested_roles_and_every_kind_of_spec_are_equal_and_nothing_is_changed() -> None:

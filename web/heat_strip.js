@@ -68,7 +68,8 @@ export function heatStrip(run, by, say) {
   const colour = (/** @type {string} */ backend) => COLOURS[backends.indexOf(backend) % COLOURS.length]
   const rate = (/** @type {Cell} */ cell, /** @type {{ first: number, last: number }} */ window) =>
     (cell.ms ?? 0) / (window.last - window.first + 1)
-  const slowest = Math.max(0, ...columns.flatMap((window) => [...window.cells.values()].map((cell) => rate(cell, window))))
+  const rates = columns.flatMap((window) => [...window.cells.values()].map((cell) => rate(cell, window)))
+  const slowest = Math.max(0, ...rates)
 
   const canvas = element('canvas', {
     className: 'ab-strip',

@@ -34,10 +34,10 @@ export function copyButton(label, key, text, say) {
 export function machineView(machine, say) {
   const { platform, backends } = machine
   const ready = backends.filter((backend) => backend.available)
-  const card = [platform.card || platform.kind.toUpperCase(), platform.architecture, platform.sm].filter(Boolean).join(', ')
+  const card = [platform.card || platform.kind.toUpperCase(), platform.architecture, platform.sm]
   const packages = Object.entries(platform.packages).map(([name, version]) => `${name} ${version}`).join(', ')
   const facts = {
-    card,
+    card: card.filter(Boolean).join(', '),
     driver: platform.driver,
     torch: [platform.torch, platform.cuda && `CUDA ${platform.cuda}`].filter(Boolean).join(', '),
     cudnn: platform.cudnn,
@@ -52,7 +52,10 @@ export function machineView(machine, say) {
     element(
       'dl',
       { className: 'ab-facts' },
-      ...entries.flatMap(([name, value]) => [element('dt', {}, say(`machine.${name}`)), element('dd', {}, String(value))])
+      ...entries.flatMap(([name, value]) => [
+        element('dt', {}, say(`machine.${name}`)),
+        element('dd', {}, String(value))
+      ])
     ),
     ...(machine.hint ? [element('p', { className: 'ab-hint' }, machine.hint)] : []),
     group(say('machine.available', { count: ready.length }), 'available', true, ready, say),

@@ -1,4 +1,7 @@
-/** The sidebar tab: the runs and this machine. It asks the server while something runs, so a lost answer heals itself. */
+/**
+ * The sidebar tab: the runs and this machine. It asks the server again and again while something runs, so every tab
+ * shows the same and a lost answer heals itself.
+ */
 
 import { shortLine } from './account.js'
 import { element, refill } from './dom.js'
@@ -15,13 +18,15 @@ import { Refused } from './server.js'
 const WHILE_RUNNING = 1000
 const WITHOUT_CONNECTION = 3000
 /** Events of ComfyUI after which there may be something new. */
-const EVENTS = ['status', 'execution_start', 'execution_success', 'execution_error', 'execution_interrupted', 'reconnected']
+const EVENTS = /** @type {const} */ ([
+  'status', 'execution_start', 'execution_success', 'execution_error', 'execution_interrupted', 'reconnected'
+])
 
 /**
  * Opens the panel in `place`.
  *
  * @param {HTMLElement} place
- * @param {EventTarget} events ComfyUI's events
+ * @param {import('@comfyorg/comfyui-frontend-types').ComfyApi} events ComfyUI's events
  * @param {Server} server
  * @param {Say} say
  * @returns {{ element: HTMLElement, close: () => void }}
@@ -36,7 +41,12 @@ export function openPanel(place, events, server, say) {
     element('link', { rel: 'stylesheet', href: new URL('./panel.css', import.meta.url).href }),
     element('h2', {}, say('panel.title')),
     status,
-    element('section', { 'aria-labelledby': 'ab-runs-title' }, element('h3', { id: 'ab-runs-title' }, say('runs.title')), runs),
+    element(
+      'section',
+      { 'aria-labelledby': 'ab-runs-title' },
+      element('h3', { id: 'ab-runs-title' }, say('runs.title')),
+      runs
+    ),
     element(
       'section',
       { 'aria-labelledby': 'ab-machine-title' },
@@ -147,7 +157,10 @@ export function openPanel(place, events, server, say) {
       {},
       element(
         'button',
-        { type: 'button', className: 'ab-toggle', 'aria-expanded': Boolean(shown), 'data-key': `run ${run.number}`, on: { click: toggle } },
+        {
+          type: 'button', className: 'ab-toggle', 'aria-expanded': Boolean(shown), 'data-key': `run ${run.number}`,
+          on: { click: toggle }
+        },
         element('span', { className: `ab-state ab-${run.state}` }, say(`state.${run.state}`)),
         element('strong', {}, `${run.number}. ${run.model || '?'}`),
         element('span', {}, `${say('runs.steps', { steps: run.steps })}${seconds}`),

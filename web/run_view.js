@@ -14,6 +14,9 @@ import { heatStrip } from './heat_strip.js'
 /** Rows that a table shows at first; more would take longer to lay out than a person waits for. */
 const SHOWN = 100
 
+/** Findings of the guard that are shown, worst first. */
+const GUARDED = 8
+
 /** @returns {View} */
 export const firstView = () => ({ column: 'calls', descending: true, blocks: false, all: false, by: 'backend' })
 
@@ -38,6 +41,7 @@ export function showRun(place, run, view, say) {
     ...(run.rows.length ? picture(run, view, say, again) : []),
     ...(run.rows.length ? table(run, view, say, again) : []),
     list('ab-reasons', say('run.reasons'), reasons),
+    list('ab-guard', say('run.guard'), (run.guard ?? []).slice(0, GUARDED).map((found) => guarded(found, say))),
     list('ab-notes', say('run.notes'), run.notes),
     run.bypass && list('ab-bypass', say('run.bypass'), [run.bypass]),
     element(
@@ -88,6 +92,16 @@ function verdict(finding, say) {
 }
 
 /**
+ * @param {import('./server.js').Guarded} found
+ * @param {Say} say
+ */
+function guarded(found, say) {
+  const { role, block, backend, checked, alarms, relative_l2: error } = found
+  const text = say('run.guarded', { role, block: block || '-', backend, checked, alarms, error: error ?? 'inf' })
+  return alarms ? element('span', { className: 'ab-unexplained', title: found.first_alarm ?? '' }, text) : text
+}
+
+/**
  * @param {Run} run
  * @param {View} view
  * @param {Say} say
@@ -103,7 +117,13 @@ function picture(run, view, say, again) {
     })
   return [
     element('h4', {}, say('strip.title')),
-    timed && element('div', { className: 'ab-buttons', role: 'group', 'aria-label': say('strip.title') }, choice('backend'), choice('time')),
+    timed &&
+      element(
+        'div',
+        { className: 'ab-buttons', role: 'group', 'aria-label': say('strip.title') },
+        choice('backend'),
+        choice('time')
+      ),
     heatStrip(run, timed ? view.by : 'backend', say)
   ]
 }
@@ -117,7 +137,8 @@ function picture(run, view, say, again) {
 function table(run, view, say, again) {
   const timed = run.rows.some((row) => row.ms !== null)
   const member = run.rows.some((row) => row.member)
-  const columns = COLUMNS.filter((name) => (name !== 'ms' || timed) && (name !== 'member' || member) && name !== 'source')
+  const left = { ms: timed, member, source: false } // the source stands in each row's tooltip
+  const columns = COLUMNS.filter((name) => Reflect.get(left, name) !== false)
   const summed = view.blocks ? run.rows : byRole(run.rows, (blocks) => say('columns.blocks', { blocks }))
   const rows = sorted(summed, view.column, view.descending)
   const shown = view.all ? rows : rows.slice(0, SHOWN)
@@ -132,8 +153,12 @@ function table(run, view, say, again) {
     return element(
       'th',
       { scope: 'col', 'aria-sort': order },
-      element('button', { type: 'button', 'data-key': `sort ${name} ${run.number}`, on: { click: sort } }, say(`columns.${name}`),
-        element('span', { 'aria-hidden': 'true' }, arrow))
+      element(
+        'button',
+        { type: 'button', 'data-key': `sort ${name} ${run.number}`, on: { click: sort } },
+        say(`columns.${name}`),
+        element('span', { 'aria-hidden': 'true' }, arrow)
+      )
     )
   })
   const body = shown.map((row) => {
@@ -154,12 +179,16 @@ function table(run, view, say, again) {
     element('label', { className: 'ab-check' }, blocks, say('run.blocks')),
     element(
       'div',
-      { className: 'ab-scroll', role: 'region', tabIndex: 0, 'aria-label': say('run.table'), 'data-key': `table ${run.number}` },
+      {
+        className: 'ab-scroll', role: 'region', tabIndex: 0, 'aria-label': say('run.table'),
+        'data-key': `table ${run.number}`
+      },
       element('table', {}, element('thead', {}, element('tr', {}, ...head)), element('tbody', {}, ...body))
     ),
     rows.length > shown.length &&
       element('button', {
-        type: 'button', className: 'ab-button', textContent: say('run.all', { rows: rows.length }), 'data-key': `all ${run.number}`,
+        type: 'button', className: 'ab-button', textContent: say('run.all', { rows: rows.length }),
+        'data-key': `all ${run.number}`,
         on: { click: () => { view.all = true; again() } }
       })
   ]

@@ -17,9 +17,13 @@
  *   role: string, asked: string, source: string, ran: Record<string, number>, reasons: string[], verdict: string
  * }} Finding
  * @typedef {{
+ *   role: string, block: string, backend: string, checked: number, alarms: number, relative_l2: number | null,
+ *   first_alarm: string | null
+ * }} Guarded
+ * @typedef {{
  *   number: number, prompt_id: string | null, model: string, device: string, steps: number, seconds: number | null,
  *   state: 'running' | 'done' | 'stopped', bypass: string, rows: Row[], audit: Finding[], notes: string[],
- *   windows: Window[]
+ *   windows: Window[], guard?: Guarded[]
  * }} Run
  * @typedef {{
  *   id: string, accuracy: string, available: boolean, reasons: string[], version: string | null, cards: string,
@@ -31,7 +35,7 @@
  * }} Machine
  * @typedef {{ value: any, variable: string | null }} MachineSetting
  * @typedef {{
- *   choices: string[], accuracy: string[], guard: string[], log_levels: string[],
+ *   choices: string[], accuracy: string[], guard: string[], defaults: Record<string, any>, log_levels: string[],
  *   machine: { hub: MachineSetting, log_level: MachineSetting }, environment: Record<string, string>
  * }} Settings
  */

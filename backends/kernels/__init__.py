@@ -31,14 +31,14 @@ from .trtllm_attn import TRTLLMAttn
 from .xformers import Xformers
 from .xla_flash import XlaFlash
 
-_flash_2, _flash_3, _flash_4 = FlashAttn2(), FlashAttn3(), FlashAttn4()
+_flash_2, _flash_3, _flash_4, _aiter = FlashAttn2(), FlashAttn3(), FlashAttn4(), Aiter()
 
 BACKENDS: dict[str, Backend] = {
     backend.id: backend
     for backend in (
         TorchSDPA(),
         CudnnAttn(),
-        flash_attn(_flash_2, _flash_3, _flash_4),
+        flash_attn(_flash_2, _flash_3, _flash_4, _aiter),
         _flash_2,
         _flash_3,
         _flash_4,
@@ -55,7 +55,7 @@ BACKENDS: dict[str, Backend] = {
         SDPAFlash(),
         SDPAEfficient(),
         SDPAMath(),
-        Aiter(),
+        _aiter,
         NpuFusion(),
         XlaFlash(),
         Comfy(),

@@ -50,11 +50,13 @@ class ComfyKitchenInt8(Backend):
     )
 
     def load(self, platform: Platform) -> Kernel:
+        import comfy_kitchen
         import torch
         from comfy_kitchen import int8_attention, int8_attention_is_available
 
         if not int8_attention_is_available():
             raise ImportError("comfy_kitchen says that it has no INT8 attention for this device")
+        prequantize = getattr(comfy_kitchen, "prequantize_int8_attention", None)
         taken = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 
         def run(call: AttentionCall) -> torch.Tensor:
@@ -62,8 +64,16 @@ class ComfyKitchenInt8(Backend):
             if mask is not None and mask.dtype not in taken:
                 mask = mask.to(torch.float32 if mask.dtype.is_floating_point else torch.bool)
             query, key, value = (aligned(tensor) for tensor in (call.query, call.key, call.value))
+            output: torch.Tensor
             with on_device_of(query):
-                output: torch.Tensor = int8_attention(query, key, value, scale=call.scale, attn_mask=mask)
+                if not call.owned or prequantize is None:
+                    output = int8_attention(query, key, value, scale=call.scale, attn_mask=mask)
+                    return output
+                quantized = prequantize(query, key, value, scale=call.scale, attn_mask=mask)
+                # From here on only the 8-bit copies are needed: half the memory, or a quarter.
+                del query, key, value
+                call.query = call.key = call.value = None  # type: ignore[assignment]  # given up for good
+                output = comfy_kitchen.int8_attention_from_prequantized(quantized)
             return output
 
         return run

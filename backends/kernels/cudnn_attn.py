@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..backend import HALF, Limits
 from ..platform import Platform
 from ..request import AttentionRequest
@@ -26,9 +28,7 @@ class CudnnAttn(PinnedSDPA):
     min_capability = (8, 0)
     pin = "CUDNN_ATTENTION"
     limits = Limits(dtypes=HALF, max_head_dim=128, head_dim_multiple=8, min_kv_len=2, max_batch=65535, max_heads=65535)
-    wide_limits = Limits(
-        dtypes=HALF, max_head_dim=256, head_dim_multiple=8, min_kv_len=2, max_batch=65535, max_heads=65535
-    )
+    wide_limits = replace(limits, max_head_dim=256)
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)

@@ -6,11 +6,15 @@ from ..backend import Backend
 from ..family import Family
 
 
-def flash_attn(version_2: Backend, version_3: Backend, version_4: Backend) -> Family:
-    """Hopper: 3, then 4, then 2. Blackwell: 4 only, as in vLLM-Omni. All other cards: 2."""
+def flash_attn(version_2: Backend, version_3: Backend, version_4: Backend, amd: Backend) -> Family:
+    """Hopper: 3, then 4, then 2. Blackwell: 4 only, as in vLLM-Omni. AMD: AITER, as there, then 2. All others: 2."""
     return Family(
         "flash_attn",
-        "FlashAttention, the best installed version for the card. Exact; takes no masks.",
+        "FlashAttention, the best installed version for the card; AITER on AMD. Exact; takes no masks.",
         order=(version_2,),
-        on={"Hopper": (version_3, version_4, version_2), "Blackwell": (version_4,)},
+        on={
+            "Hopper": (version_3, version_4, version_2),
+            "Blackwell": (version_4,),
+            "rocm": (amd, version_2),
+        },
     )

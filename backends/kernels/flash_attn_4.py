@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..backend import HALF, Limits
 from ..flash import FlashAttention
 from ..hub import HubKernel
@@ -33,14 +35,7 @@ class FlashAttn4(FlashAttention):
         max_elements=INT32_ELEMENTS,
         max_batch=65535,
     )
-    hopper_limits = Limits(
-        dtypes=HALF,
-        max_head_dim=256,
-        head_dim_multiple=8,
-        masks=("none",),
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-    )
+    hopper_limits = replace(limits, max_head_dim=256)
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.hopper_limits if platform.architecture == "Hopper" else self.limits

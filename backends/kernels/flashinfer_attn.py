@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..backend import HALF, Backend, Kernel, Limits
 from ..layout import INT32_ELEMENTS, indexable, on_device_of
 from ..platform import Platform
-from ..ragged import offsets, stream_of, to_bhsd, to_thd, workspace
-from ..request import AttentionCall, AttentionRequest
+from ..ragged import offsets_of, stream_of, to_bhsd, to_thd, workspace
+from ..request import AttentionCall
 
 if TYPE_CHECKING:
     import torch
+
+    from ..varlen import PackedCall, VarlenKernel
 
 PLANS = 8
 """Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""
@@ -41,17 +43,13 @@ class FlashInferAttn(Backend):
         head_dims=(64, 128, 256),
         masks=("none", "key_padding", "bool"),
         max_elements=INT32_ELEMENTS,
+        max_masked_batch=MASKED_BATCH,
     )
     turing_limits = replace(limits, dtypes=("float16",))
+    varlen = True
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.turing_limits if platform.architecture == "Turing" else self.limits
-
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = super().unsupported_reasons(request, platform)
-        if request.mask != "none" and request.batch > MASKED_BATCH:
-            reasons.append(f"batch {request.batch} > {MASKED_BATCH} with a mask")
-        return reasons
 
     def load(self, platform: Platform) -> Kernel:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper, packbits, single_prefill_with_kv_cache
@@ -60,17 +58,7 @@ class FlashInferAttn(Backend):
         def planned(shapes: Shapes, stream: int) -> Any:
             """A wrapper of its own for each kind of call: what one call planned must not reach another."""
             wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace(self.id, shapes.device, stream), "NHD")
-            wrapper.plan(
-                offsets(shapes.batch, shapes.q_len, shapes.device),
-                offsets(shapes.batch, shapes.kv_len, shapes.device),
-                shapes.num_heads,
-                shapes.num_kv_heads,
-                shapes.head_dim,
-                causal=shapes.is_causal,
-                sm_scale=shapes.scale,
-                q_data_type=shapes.dtype,
-            )
-            return wrapper
+            return shapes.plan(wrapper)
 
         def attend(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: torch.Tensor | None, call: AttentionCall
@@ -124,6 +112,27 @@ class FlashInferAttn(Backend):
 
         return run
 
+    def load_varlen(self, platform: Platform) -> VarlenKernel:
+        """The wrapper for batches with the lengths that it is made for; a plan for each set of lengths."""
+        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+        @lru_cache(maxsize=PLANS)
+        def planned(shapes: Shapes, stream: int) -> Any:
+            wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace(self.id, shapes.device, stream), "NHD")
+            return shapes.plan(wrapper)
+
+        def run(call: PackedCall) -> torch.Tensor:
+            (_, heads, head_dim), kv_heads = call.query.shape, call.key.shape[1]
+            scale = float(head_dim**-0.5) if call.scale is None else call.scale
+            device, dtype = call.query.device, call.query.dtype
+            shapes = Shapes(device, dtype, call.q_lengths, call.kv_lengths, heads, kv_heads, head_dim, False, scale)
+            with on_device_of(call.query):
+                wrapper = planned(shapes, stream_of(call.query))
+                output: torch.Tensor = wrapper.run(indexable(call.query), call.key, call.value)
+            return output
+
+        return run
+
 
 def _scale(call: AttentionCall) -> float:
     return float(call.query.shape[-1] ** -0.5) if call.scale is None else call.scale
@@ -134,9 +143,8 @@ class Shapes(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    batch: int
-    q_len: int
-    kv_len: int
+    q_lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -150,9 +158,23 @@ class Shapes(NamedTuple):
         kv_heads, kv_len = call.key.shape[1:3]
         query = call.query
         return cls(
-            *(query.device, query.dtype, batch, q_len, kv_len, num_heads, kv_heads, head_dim),
+            *(query.device, query.dtype, (q_len,) * batch, (kv_len,) * batch, num_heads, kv_heads, head_dim),
             *(call.is_causal, _scale(call)),
         )
+
+    def plan(self, wrapper: Any) -> Any:
+        """The wrapper, told of everything that stands here."""
+        wrapper.plan(
+            offsets_of(self.q_lengths, self.device),
+            offsets_of(self.kv_lengths, self.device),
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            causal=self.is_causal,
+            sm_scale=self.scale,
+            q_data_type=self.dtype,
+        )
+        return wrapper
 
 
 Bits = list[list["torch.Tensor | None"]]

@@ -51,9 +51,20 @@ class FlexAttn(Backend):
     requires = ("torch>=2.5",)
     torch_of_kind: ClassVar[Mapping[str, str]] = MappingProxyType({"cpu": "torch>=2.6", "xpu": "torch>=2.9"})
     """Kinds that came later than the first release."""
-    limits = Limits(dtypes=("float16", "bfloat16", "float32"), causal_cross=True, mixed_head_dims=True)
+    limits = Limits(
+        dtypes=("float16", "bfloat16", "float32"),
+        causal_cross=True,
+        mixed_head_dims=True,
+        max_mask_elements=INT32_ELEMENTS,
+    )
     card_limits = replace(
-        limits, max_head_dim=256, max_elements=INT32_ELEMENTS, max_batch=MAX_HEADS, max_heads=MAX_HEADS
+        limits,
+        min_head_dim=16,
+        max_head_dim=256,
+        max_elements=INT32_ELEMENTS,
+        max_batch=MAX_HEADS,
+        max_heads=MAX_HEADS,
+        max_heads_of_all=MAX_HEADS,
     )
     powers_of_two = (16, 32, 64, 128, 256)
 
@@ -79,17 +90,6 @@ class FlexAttn(Backend):
         limits = self.card_limits if platform.kind in GPU_KINDS else self.limits
         with_torch = replace(platform, packages=(("torch", platform.torch),))
         return replace(limits, head_dims=self.powers_of_two) if package_reason("torch>=2.7", with_torch) else limits
-
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = super().unsupported_reasons(request, platform)
-        smallest = min(request.head_dim, request.v_head_dim or request.head_dim)
-        if platform.kind in GPU_KINDS and smallest < 16:
-            reasons.append(f"head_dim {smallest} < 16")
-        if platform.kind in GPU_KINDS and (heads := request.batch * request.num_heads) > MAX_HEADS:
-            reasons.append(f"{heads} heads in all samples > {MAX_HEADS}")
-        if request.mask in ("bool", "bias") and request.q_len * request.kv_len > INT32_ELEMENTS:
-            reasons.append(f"{request.q_len * request.kv_len} elements in the mask of one head > {INT32_ELEMENTS}")
-        return reasons
 
     def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
         reasons = ["the first call of each kind is compiled, which takes seconds to tens of seconds"]

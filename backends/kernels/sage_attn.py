@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .. import sage
-from ..backend import Backend, Kernel, Limits
+from ..backend import Kernel, Limits
 from ..layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest
@@ -14,12 +14,14 @@ from ..request import AttentionCall, AttentionRequest
 if TYPE_CHECKING:
     import torch
 
+    from ..varlen import VarlenKernel
+
 CARDS = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
 FORK_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """What `sageattn` of 2.2.0 dispatches on, in thu-ml d1a57a5 and in woct0rdho e147939."""
 
 
-class SageAttn(Backend):
+class SageAttn(sage.SageBackend):
     """`sageattn` takes any keyword and drops those it does not know: only names that it has are passed, never a mask.
 
     1.0.6: keys that fill the last block of 64 are counted with score 0, so without is_causal other lengths are
@@ -32,8 +34,6 @@ class SageAttn(Backend):
 
     id = "sage_attn"
     summary = "SageAttention, the kernel its installed version picks for the card. INT8 scores; takes no masks."
-    accuracy = "quantized"
-    kinds = ("cuda",)
     requires = (sage.REQUIREMENT,)
     options = (sage.SMOOTH_K,)  # of 1.x; `sageattn` of 2.x has none that changes what it computes
     limits = Limits(
@@ -45,22 +45,17 @@ class SageAttn(Backend):
         max_batch=65535,
         max_heads=65535,
     )
-    second_limits = sage.SECOND_LIMITS
-    second_limits_sm12x = replace(sage.SECOND_LIMITS, max_kv_len=150_000)
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         if sage.is_second(platform) and not sage.is_fork(platform):
             return CARDS
         return FORK_CARDS  # 1.0.6 is Triton alone: the same cards as the fork, whose oldest ones run Triton too
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        reasons = super().unavailable_reasons(platform)
-        return reasons + sage.triton_reasons(platform) if platform.kind in self.kinds else reasons
-
     def limits_on(self, platform: Platform) -> Limits:
         if not sage.is_second(platform):
             return self.limits
-        return self.second_limits_sm12x if platform.capability in ((12, 0), (12, 1)) else self.second_limits
+        wide = sage.is_fork(platform) and platform.capability != (9, 0)
+        return sage.without_noise(sage.FORK_LIMITS if wide else sage.SECOND_LIMITS, platform)
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         if not sage.is_second(platform):
@@ -68,15 +63,24 @@ class SageAttn(Backend):
         picked = sage.picked(platform)
         return "sage_fp16_triton" if sage.may_read_nan(picked, request.kv_len) else picked
 
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+        if options.get("smooth_k", True) or not sage.is_second(platform):
+            return []
+        return [
+            f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; {sage.picked(platform)}, "
+            "which it runs here, has one"
+        ]
+
     def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel:
         if not sage.is_second(platform):
             return _first(smooth_k)
-        if not smooth_k:
-            raise NotImplementedError(
-                f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; "
-                f"{sage.picked(platform)}, which it runs here, has one"
-            )
         return _second(platform)
+
+    def varlen_limits(self, platform: Platform) -> Limits | None:
+        return sage.varlen_limits(platform)
+
+    def load_varlen(self, platform: Platform, *, smooth_k: bool = True) -> VarlenKernel:
+        return sage.load_varlen(smooth_k)
 
 
 def _first(smooth_k: bool) -> Kernel:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import sage
-from ..backend import HALF, Backend, Kernel, Limits
+from ..backend import HALF, Kernel, Limits
 from ..layout import INT32_ELEMENTS, on_device_of
 from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..request import AttentionCall
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ BLOCK = 128
 """Tokens to which query and key are padded."""
 
 
-class SageAttn3(Backend):
+class SageAttn3(sage.SageBackend):
     """sageattn3_blackwell of 1.0.0 (sageattention3_blackwell/sageattn3/api.py; arXiv:2505.11594).
 
     It takes a mask and any keyword and uses none of them, computes with head_dim ** -0.5 only, has no grouped heads,
@@ -28,8 +28,6 @@ class SageAttn3(Backend):
 
     id = "sage_attn_3"
     summary = "SageAttention 3 in FP4, for Blackwell cards. The fastest and the least exact; takes no masks."
-    accuracy = "quantized"
-    kinds = ("cuda",)
     requires = ("sageattn3",)
     limits = Limits(
         dtypes=HALF,
@@ -37,6 +35,7 @@ class SageAttn3(Backend):
         masks=("none",),
         gqa=False,
         scale=False,
+        correction_block=BLOCK,
         max_elements=INT32_ELEMENTS,
         max_batch=65535,
         max_heads=65535,
@@ -44,18 +43,6 @@ class SageAttn3(Backend):
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((10, 0), (12, 0), (12, 1))  # what setup.py builds; sm103 is not among them
-
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        reasons = super().unavailable_reasons(platform)
-        return reasons + sage.triton_reasons(platform) if platform.kind in self.kinds else reasons
-
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = super().unsupported_reasons(request, platform)
-        blocks, keys = -(-request.q_len // BLOCK), -(-request.kv_len // BLOCK) * BLOCK
-        correction = request.num_heads * blocks * keys
-        if correction > INT32_ELEMENTS:
-            reasons.append(f"{correction} elements in the correction of one sample > {INT32_ELEMENTS}")
-        return reasons
 
     def load(self, platform: Platform) -> Kernel:
         from sageattn3 import sageattn3_blackwell

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from dataclasses import replace
+
 from .. import sage
 from ..backend import Kernel
 from ..options import Option
 from ..platform import Platform
-from ..request import AttentionRequest
 
 CARDS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 FORK_CARDS = ((8, 0), (8, 6), (8, 7), (8, 9))
@@ -24,6 +27,8 @@ class SageFP16Cuda(sage.SageCuda):
     id = "sage_fp16_cuda"
     summary = "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel. Takes no masks."
     function = "sageattn_qk_int8_pv_fp16_cuda"
+    limits = replace(sage.SECOND_LIMITS, kv_block=sage.TAIL_BLOCK, kv_block_causal=True)
+    fork_limits = replace(sage.FORK_LIMITS, kv_block=sage.TAIL_BLOCK, kv_block_causal=True)
     options = (
         sage.GRANULARITY,
         Option(
@@ -40,12 +45,6 @@ class SageFP16Cuda(sage.SageCuda):
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return FORK_CARDS if sage.is_fork(platform) else CARDS
 
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = super().unsupported_reasons(request, platform)
-        if sage.may_read_nan(self.id, request.kv_len):
-            reasons.append(f"kv_len {request.kv_len} is not a multiple of {sage.TAIL_BLOCK}")
-        return reasons
-
     def load(
         self,
         platform: Platform,
@@ -55,8 +54,6 @@ class SageFP16Cuda(sage.SageCuda):
         smooth_k: bool = True,
         smooth_v: bool = False,
     ) -> Kernel:
-        if smooth_v and pv_accum_dtype != "fp16":
-            raise NotImplementedError(f"smooth_v has no effect with pv_accum_dtype {pv_accum_dtype}, only with fp16")
         return self.kernel(
             platform,
             qk_quant_gran=qk_quant_gran,

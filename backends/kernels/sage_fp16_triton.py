@@ -8,8 +8,9 @@ from math import log
 from typing import TYPE_CHECKING
 
 from .. import sage
-from ..backend import ANY_MASK, Backend, Kernel, Limits
+from ..backend import ANY_MASK, Kernel, Limits
 from ..layout import indexable, on_device_of, to_bshd
+from ..mask import without_keys
 from ..options import Option
 from ..platform import Platform
 from ..request import AttentionCall
@@ -17,10 +18,12 @@ from ..request import AttentionCall
 if TYPE_CHECKING:
     import torch
 
+    from ..varlen import VarlenKernel
+
 LOG2_E = 1 / log(2)
 
 
-class SageFP16Triton(Backend):
+class SageFP16Triton(sage.SageBackend):
     """sageattn_qk_int8_pv_fp16_triton of 2.2.0; its masks came in August 2025, within that version.
 
     It computes softmax in powers of two and adds a float mask to scores that are in log2 units by then (triton/
@@ -32,8 +35,6 @@ class SageFP16Triton(Backend):
 
     id = "sage_fp16_triton"
     summary = "SageAttention 2 with INT8 scores and FP16 values, Triton kernel. The Sage kernel that takes masks."
-    accuracy = "quantized"
-    kinds = ("cuda",)
     min_capability = (7, 5)
     requires = (sage.REQUIREMENT, "sageattention>=2")
     options = (
@@ -47,17 +48,16 @@ class SageFP16Triton(Backend):
         ),
     )
     limits = sage.SECOND_LIMITS
-    masked_limits = replace(sage.SECOND_LIMITS, masks=ANY_MASK)
+    masked_limits = replace(limits, masks=ANY_MASK)
+    fork_limits = replace(sage.FORK_LIMITS, masks=ANY_MASK)
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         """Not sm12x: SageAttention's own sources call this kernel unusable there."""
         return ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0))
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        reasons = super().unavailable_reasons(platform)
-        return reasons + sage.triton_reasons(platform) if platform.kind in self.kinds else reasons
-
     def limits_on(self, platform: Platform) -> Limits:
+        if sage.is_fork(platform):
+            return self.fork_limits
         return self.masked_limits if sage.installed(platform).release >= (2, 2) else self.limits
 
     def load(self, platform: Platform, *, smooth_k: bool = True, quantization_backend: str = "triton") -> Kernel:
@@ -94,6 +94,16 @@ class SageFP16Triton(Backend):
 
         return run
 
+    def varlen_limits(self, platform: Platform) -> Limits | None:
+        return sage.varlen_limits(platform)
+
+    def load_varlen(
+        self, platform: Platform, *, smooth_k: bool = True, quantization_backend: str = "triton"
+    ) -> VarlenKernel:
+        if quantization_backend != "triton":
+            raise NotImplementedError(f"sageattn_varlen has no quantization_backend {quantization_backend}")
+        return sage.load_varlen(smooth_k)
+
 
 def in_log2_units(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A boolean mask as it is; a bias times log2(e), finite, in the dtype that the kernel wants: that of the query."""
@@ -117,9 +127,3 @@ def filled(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[
         torch.nn.functional.pad(value, (0, 0, 0, 0, 0, tail)),
         torch.nn.functional.pad(bias, (0, tail), value=float("-inf")),
     )
-
-
-def without_keys(mask: torch.Tensor) -> torch.Tensor:
-    """True for the query rows that see no key, (..., q_len or 1, 1): False or -inf throughout."""
-    visible = mask > float("-inf") if mask.dtype.is_floating_point else mask
-    return visible.any(dim=-1, keepdim=True).logical_not()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from collections.abc import Mapping
 from .. import sage
 from ..backend import Kernel, Limits
 from ..options import Option
@@ -25,7 +24,6 @@ class SageFP8Cuda(sage.SageCuda):
     id = "sage_fp8_cuda"
     summary = "SageAttention 2 with INT8 scores and FP8 values, CUDA kernel. Takes no masks."
     function = "sageattn_qk_int8_pv_fp8_cuda"
-    limits_sm12x = replace(sage.SECOND_LIMITS, max_kv_len=150_000)
     options = (
         sage.GRANULARITY,
         Option(
@@ -44,7 +42,19 @@ class SageFP8Cuda(sage.SageCuda):
         return FORK_CARDS if sage.is_fork(platform) else CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
-        return self.limits_sm12x if platform.capability in ((12, 0), (12, 1)) else self.limits
+        return sage.without_noise(super().limits_on(platform), platform)
+
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        chosen = options.get("pv_accum_dtype", sage.AS_PACKAGE)
+        if not options.get("smooth_v") or chosen in (sage.AS_PACKAGE, "fp32"):
+            return []
+        return [f"smooth_v has no effect with pv_accum_dtype {chosen}, only with fp32"]
+
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+        version = sage.installed(platform)
+        if options.get("pv_accum_dtype") != "fp32+fp16" or version.release >= (2, 2):
+            return []
+        return [f"sageattention {version} has no pv_accum_dtype fp32+fp16, which came with 2.2"]
 
     def load(
         self,
@@ -55,13 +65,8 @@ class SageFP8Cuda(sage.SageCuda):
         smooth_k: bool = True,
         smooth_v: bool = False,
     ) -> Kernel:
-        version = sage.installed(platform)
         if pv_accum_dtype == sage.AS_PACKAGE:
             pv_accum_dtype = "fp32" if smooth_v else accumulator(platform)
-        if pv_accum_dtype == "fp32+fp16" and version.release < (2, 2):
-            raise NotImplementedError(f"sageattention {version} has no pv_accum_dtype fp32+fp16, which came with 2.2")
-        if smooth_v and pv_accum_dtype != "fp32":
-            raise NotImplementedError(f"smooth_v has no effect with pv_accum_dtype {pv_accum_dtype}, only with fp32")
         return self.kernel(
             platform,
             qk_quant_gran=qk_quant_gran,

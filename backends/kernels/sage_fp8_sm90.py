@@ -18,6 +18,7 @@ class SageFP8SM90(sage.SageCuda):
     id = "sage_fp8_sm90"
     summary = "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel. Takes no masks."
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
+    fork_limits = sage.SECOND_LIMITS
     options = (
         sage.GRANULARITY,
         Option(

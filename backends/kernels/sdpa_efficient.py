@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..backend import Limits
 from ..platform import Platform
-from ..request import AttentionRequest
 from ..sdpa import PinnedSDPA
 
 
@@ -18,17 +19,14 @@ class SDPAEfficient(PinnedSDPA):
     pin = "EFFICIENT_ATTENTION"
     expands_gqa = True
     limits = Limits(
-        dtypes=("float16", "bfloat16", "float32"), head_dim_multiple=4, causal_cross=True, mixed_head_dims=True
+        dtypes=("float16", "bfloat16", "float32"),
+        head_dim_multiple=4,
+        head_dim_steps=(("float16", 8), ("bfloat16", 8)),
+        causal_cross=True,
+        mixed_head_dims=True,
     )
+    old_limits = replace(limits, dtypes=("float16", "float32"))
 
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = super().unsupported_reasons(request, platform)
-        if request.dtype in ("float16", "bfloat16"):
-            for size in dict.fromkeys((request.head_dim, request.v_head_dim or request.head_dim)):
-                if size % 8:
-                    reasons.append(f"head_dim {size} is not a multiple of 8 for {request.dtype}")
-        if request.dtype == "bfloat16" and platform.capability is not None and platform.capability < (8, 0):
-            reasons.append(
-                f"dtype bfloat16 needs compute capability 8.0 > {platform.capability[0]}.{platform.capability[1]}"
-            )
-        return reasons
+    def limits_on(self, platform: Platform) -> Limits:
+        old = platform.capability is not None and platform.capability < (8, 0)
+        return self.old_limits if old else self.limits

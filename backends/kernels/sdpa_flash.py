@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from ..backend import FLOATING, HALF, Limits
+from dataclasses import replace
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING
+
+from ..backend import FLOATING, HALF, Limits, package_reason
+from ..layout import on_device_of
 from ..platform import Platform
 from ..sdpa import PinnedSDPA
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..varlen import PackedCall, VarlenKernel
 
 
 class SDPAFlash(PinnedSDPA):
@@ -17,9 +28,42 @@ class SDPAFlash(PinnedSDPA):
     pin = "FLASH_ATTENTION"
     limits = Limits(dtypes=HALF, max_head_dim=256, masks=("none",))
     cpu_limits = Limits(dtypes=FLOATING)
+    varlen = True
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.cpu_limits if platform.kind == "cpu" else self.limits
+
+    def varlen_limits(self, platform: Platform) -> Limits | None:
+        """torch.nn.attention.varlen came with 2.10, which takes neither a scale nor, by its word, grouped heads.
+
+        https://docs.pytorch.org/docs/2.10/nn.attention.varlen.html; the scale came with 2.11, enable_gqa with 2.12.
+        """
+        with_torch = replace(platform, packages=(("torch", platform.torch),))
+        if platform.kind != "cuda" or package_reason("torch>=2.10", with_torch):
+            return None
+        scale = package_reason("torch>=2.11", with_torch) is None
+        return replace(self.limits, scale=scale, gqa=package_reason("torch>=2.12", with_torch) is None)
+
+    def load_varlen(self, platform: Platform) -> VarlenKernel:
+        varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
+        known = signature(varlen_attn).parameters
+
+        def run(call: PackedCall) -> torch.Tensor:
+            given: dict[str, object] = {"scale": call.scale, "enable_gqa": call.query.shape[1] != call.key.shape[1]}
+            with on_device_of(call.query):
+                output: torch.Tensor = varlen_attn(
+                    call.query,
+                    call.key,
+                    call.value,
+                    call.q_offsets,
+                    call.kv_offsets,
+                    max(call.q_lengths),
+                    max(call.kv_lengths),
+                    **{name: value for name, value in given.items() if name in known},
+                )
+            return output
+
+        return run
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)

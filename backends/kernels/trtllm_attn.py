@@ -27,6 +27,7 @@ class TRTLLMAttn(Backend):
     summary = "TensorRT-LLM's kernel for B200 and B300, through FlashInfer, which fetches it once. Exact; no masks."
     kinds = ("cuda",)
     requires = ("flashinfer-python>=0.6",)
+    remarks = ("needs flashinfer-cubin, or downloads allowed by ATTENTION_BACKENDS_HUB=1",)
     limits = Limits(
         dtypes=HALF,
         head_dims=(128,),

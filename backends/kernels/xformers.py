@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..backend import HALF, Backend, Kernel, Limits
 from ..layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
-from ..mask import as_additive
+from ..mask import as_additive, without_keys
 from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..request import AttentionCall
 from ..sdpa import expanded
 
 if TYPE_CHECKING:
@@ -37,31 +38,24 @@ class Xformers(Backend):
     min_capability = (5, 0)
     requires = ("xformers>=0.0.29",)
     limits = Limits(
-        dtypes=("float16", "bfloat16", "float32"), max_elements=INT32_ELEMENTS, max_batch=65535, max_heads=65535
-    )
-    old_limits = Limits(dtypes=("float16", "float32"), max_elements=INT32_ELEMENTS, max_batch=65535, max_heads=65535)
-    blackwell_limits = Limits(
-        dtypes=HALF,
-        max_head_dim=256,
-        masks=("none",),
+        dtypes=("float16", "bfloat16", "float32"),
+        head_dim_steps=(("float16", 8), ("bfloat16", 8), ("float32", 4)),
         max_elements=INT32_ELEMENTS,
         max_batch=65535,
         max_heads=65535,
     )
+    turing_limits = replace(limits, dtypes=("float16", "float32"), head_dim_steps=(("float16", 8),))
+    old_limits = replace(turing_limits, head_dim_steps=())
+    blackwell_limits = replace(limits, dtypes=HALF, max_head_dim=256, masks=("none",))
 
     def limits_on(self, platform: Platform) -> Limits:
+        """Head sizes fill 16 bytes where tensor cores load them; those before sm80 know no float32."""
         if platform.architecture == "Blackwell":
             return self.blackwell_limits
-        return self.limits if platform.capability and platform.capability >= (8, 0) else self.old_limits
-
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = super().unsupported_reasons(request, platform)
-        step = _head_dim_step(request.dtype, platform)
-        return reasons + [
-            f"head_dim {size} is not a multiple of {step} for {request.dtype}"
-            for size in dict.fromkeys((request.head_dim, request.v_head_dim or request.head_dim))
-            if size % step
-        ]
+        capability = platform.capability or (0, 0)
+        if capability >= (8, 0):
+            return self.limits
+        return self.turing_limits if capability >= (7, 0) else self.old_limits
 
     def load(self, platform: Platform) -> Kernel:
         try:
@@ -87,17 +81,9 @@ class Xformers(Backend):
             with on_device_of(query):
                 output: torch.Tensor = attention(query, key, value, attn_bias=bias, scale=call.scale)
             output = to_bshd(output)
-            return output if call.attn_mask is None else output.masked_fill(_without_keys(call.attn_mask), 0.0)
+            return output if call.attn_mask is None else output.masked_fill(without_keys(call.attn_mask), 0.0)
 
         return run
-
-
-def _head_dim_step(dtype: str, platform: Platform) -> int:
-    """Of what head sizes are multiples: tensor cores load 16 bytes, and those of sm70 know no float32."""
-    capability = platform.capability or (0, 0)
-    if dtype == "float32":
-        return 4 if capability >= (8, 0) else 1
-    return 8 if capability >= (7, 0) else 1
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,9 +108,3 @@ def bias_of(call: AttentionCall) -> torch.Tensor | None:
     bias = rows[..., :kv_len]
     bias.copy_(additive).clamp_(min=torch.finfo(dtype).min / 2)  # rows of -inf alone are not left to the kernel
     return bias.expand(*call.query.shape[:3], kv_len)
-
-
-def _without_keys(mask: torch.Tensor) -> torch.Tensor:
-    """True for query rows that see no key, (..., q_len or 1, 1): zeros by SDPA, a mean of hidden values by a bias."""
-    visible = mask > float("-inf") if mask.dtype.is_floating_point else mask
-    return visible.any(dim=-1, keepdim=True).logical_not()

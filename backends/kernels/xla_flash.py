@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING
 
 from ..backend import Backend, Kernel, Limits, package_reason
 from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..request import AttentionCall
 from ..sdpa import expanded
 
 if TYPE_CHECKING:
@@ -33,20 +34,11 @@ class XlaFlash(Backend):
     summary = "Flash attention of PyTorch/XLA, for TPUs. Exact in bfloat16; takes padding masks."
     kinds = ("xla",)
     requires = ("torch-xla>=2.2",)
-    limits = Limits(dtypes=("bfloat16",), max_head_dim=256, masks=("none", "key_padding"))
-    first_limits = Limits(dtypes=("bfloat16",), max_head_dim=256, masks=("none",))
+    limits = Limits(dtypes=("bfloat16",), max_head_dim=256, wide_head_dim_multiple=LANES, masks=("none", "key_padding"))
+    first_limits = replace(limits, masks=("none",), long_kv_block=BLOCK)
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.limits if _has_segments(platform) else self.first_limits
-
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = super().unsupported_reasons(request, platform)
-        if request.head_dim > LANES and request.head_dim % LANES:
-            reasons.append(f"head_dim {request.head_dim} > {LANES} is not a multiple of {LANES}")
-        if not _has_segments(platform) and _padding(request.kv_len, masked=False):
-            version = platform.version("torch-xla")
-            reasons.append(f"kv_len {request.kv_len} > {BLOCK} is not a multiple of {BLOCK} (torch-xla {version})")
-        return reasons
 
     def load(self, platform: Platform) -> Kernel:
         from torch_xla import runtime

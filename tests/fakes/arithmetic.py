@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 
 INT32 = 2**31 - 1
@@ -55,6 +58,35 @@ def exact(
         scores = scores.masked_fill(~visible, float("-inf"))
     weights = softmax_base_2(scores).to(query.dtype).float()
     return (weights @ value.float()).to(query.dtype)
+
+
+def by_sequence(
+    attend: Callable[..., torch.Tensor],
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+) -> torch.Tensor:
+    """A kernel over packed tokens: `attend` on the BHSD tensors of each sequence, (tokens, heads, head_dim) out.
+
+    Rows beyond the longest length that it was told, or in no sequence, are not computed, as in a real grid.
+    """
+    q, k, v = tensors
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32, "cu_seqlens_q must have dtype int32"
+    assert len(cu_seqlens_q) == len(cu_seqlens_k), "cu_seqlens_k must have shape (batch_size + 1)"
+    assert all(tensor.ndim == 3 and tensor.stride(-1) == 1 for tensor in tensors)
+    rows, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    if rows[-1] != len(q) or keys[-1] != len(k):
+        raise IndexError("CUDA error: an illegal memory access was encountered")
+    output = torch.full((*q.shape[:2], v.shape[-1]), float("nan"), dtype=q.dtype)
+    for (a, b), (c, d) in zip(pairwise(rows), pairwise(keys), strict=True):
+        assert b > a, "the fakes are given no empty sequence"
+        assert d > c, "no kernel is called without keys"
+        b, d = min(b, a + (max_seqlen_q or b)), min(d, c + (max_seqlen_k or d))
+        query, key, value = (part.transpose(0, 1)[None] for part in (q[a:b], k[c:d], v[c:d]))
+        output[a:b] = attend(query, key, value)[0].transpose(0, 1)
+    return output
 
 
 def int8_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:

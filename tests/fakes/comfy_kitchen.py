@@ -6,6 +6,8 @@ rotation is left out, and where the package subtracts a key that it picks, this 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import arithmetic
@@ -60,6 +62,30 @@ def int8_attention(
     output = (weights @ value).masked_fill(hidden.expand(scores.shape).all(dim=-1, keepdim=True), 0.0)
     kept = torch.bfloat16 if q.dtype == torch.float32 else q.dtype
     return output.to(kept).to(q.dtype)
+
+
+def prequantize_int8_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    attn_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Stands for the 8-bit copies: what the second step needs, in memory of its own."""
+    arithmetic.CALLS.append("prequantize_int8_attention")
+    return int8_attention(q, k, v, scale=scale, attn_mask=attn_mask).clone(), q.new_zeros(1)
+
+
+def int8_attention_from_prequantized(quantized: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    FREED.append(all(reference() is None for reference in WATCHED))
+    return quantized[0]
+
+
+WATCHED: list[Callable[[], torch.Tensor | None]] = []
+"""Weak references to tensors that a test handed over."""
+FREED: list[bool] = []
+"""For each second step, whether all of them were gone by then."""
 
 
 def _check_alignment(tensor: torch.Tensor, size: int) -> None:

@@ -35,3 +35,34 @@ def flash_attn_func(
     visible = arithmetic.causal_mask(q.shape[1], k.shape[1], bottom_right=True) if causal else None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return arithmetic.exact(query, key, value, scale, visible).transpose(1, 2)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    arithmetic.CALLS.append("flash_attn_varlen_func")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    if q.shape[-1] > 256 or q.shape[1] % k.shape[1]:
+        raise RuntimeError("FlashAttention forward only supports head dimension at most 256")
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return arithmetic.exact(query, key, value, scale)
+
+    return arithmetic.by_sequence(attend, (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

@@ -54,3 +54,32 @@ def flash_attn_func(
     visible = arithmetic.causal_mask(q.shape[1], k.shape[1], bottom_right=True) if causal else None
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     return arithmetic.exact(query, key, value, scale, visible).transpose(1, 2), None
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+) -> tuple[torch.Tensor, None]:
+    arithmetic.CALLS.append("flash_attn_4.flash_attn_varlen_func")
+    assert q.dtype in (torch.float16, torch.bfloat16), "inputs must be float16 or bfloat16"
+    assert cu_seqlens_q is not None
+    assert cu_seqlens_k is not None
+    if q.shape[-1] > (256 if CAPABILITY == (9, 0) else 192) or q.shape[-1] % 8:
+        raise RuntimeError("cute.compile failed: the tile does not fit in shared memory")
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return arithmetic.exact(query, key, value, scale)
+
+    return arithmetic.by_sequence(attend, (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), None

@@ -48,3 +48,32 @@ def sageattn(
         value = torch.nn.functional.pad(value, (0, 0, 0, tail))
     output = (arithmetic.softmax_base_2(scores).half().float() @ value).to(q.dtype)
     return output.transpose(1, 2) if tensor_layout == "NHD" else output
+
+
+def sageattn_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    smooth_k: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The mean of the keys is that of all sequences; what fills a last block counts, as in `sageattn`."""
+    arithmetic.CALLS.append("sageattention_1.sageattn_varlen")
+    assert q.size(-1) in (64, 128), "varlen only support head_dim [64, 128]."
+    if smooth_k:
+        k -= k.mean(dim=0, keepdim=True)
+    scale = q.size(-1) ** -0.5 if sm_scale is None else sm_scale
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        before = list(arithmetic.CALLS)
+        output = sageattn(query, key, value, "HND", is_causal, scale, smooth_k=False)
+        arithmetic.CALLS[:] = before
+        return output
+
+    return arithmetic.by_sequence(attend, (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

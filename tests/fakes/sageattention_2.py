@@ -219,3 +219,29 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _output(output: torch.Tensor, q: torch.Tensor, layout: str) -> torch.Tensor:
     output = output.to(q.dtype)
     return output.transpose(1, 2) if layout == "NHD" else output
+
+
+def sageattn_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    smooth_k: bool = True,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The Triton kernel, on every card; the mean of the keys is that of all sequences."""
+    arithmetic.CALLS.append("sageattention_2.sageattn_varlen")
+    if smooth_k:
+        k = k - k.mean(dim=0, keepdim=True)
+    scale = q.size(-1) ** -0.5 if sm_scale is None else sm_scale
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        scores, values = _scores(query, key, value, "HND", is_causal, scale, smooth_k=False)
+        return _output(arithmetic.softmax_base_2(scores).half().float() @ values.half().float(), query, "HND")
+
+    return arithmetic.by_sequence(attend, (q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

@@ -1,0 +1,91 @@
+"""Devices: those that a package beside torch brings (Ascend NPUs, XLA devices), and waiting for any of them.
+
+torch knows an NPU only once torch_npu is imported, and an XLA device only through torch_xla. They are imported where
+they are installed and torch itself sees no accelerator, or where a person names such a device; never otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("attention_backends")
+
+BROUGHT_BY = {"npu": ("torch-npu", "torch_npu"), "xla": ("torch-xla", "torch_xla")}
+"""The kind of device, and the distribution and the module that it takes."""
+
+
+def brought(kind: str) -> bool:
+    """Whether a device of this kind is there; imports its package where that is installed."""
+    distribution, module = BROUGHT_BY[kind]
+    try:
+        metadata.version(distribution)
+    except Exception:  # not installed, or damaged metadata
+        return False
+    try:
+        import_module(module)
+        return _npu_is_there() if kind == "npu" else _xla_is_there()
+    except (Exception, SystemExit) as error:  # a build for another torch, a missing driver: no such device then
+        log.warning("%s is installed and cannot be used: %s: %s", distribution, type(error).__name__, error)
+        return False
+
+
+def _npu_is_there() -> bool:
+    import torch
+
+    there: bool = torch.npu.is_available()  # type: ignore[attr-defined]  # torch_npu puts it there
+    return there
+
+
+def _xla_is_there() -> bool:
+    # The CPU can play an XLA device too: that is for tests, and no reason to leave torch's own CPU kernels.
+    return str(import_module("torch_xla.runtime").device_type() or "CPU").upper() != "CPU"
+
+
+def kind_beside_torch() -> str | None:
+    """`npu` or `xla`, the first that is there; None for neither."""
+    return next((kind for kind in BROUGHT_BY if brought(kind)), None)
+
+
+def device_named(text: str) -> torch.device:
+    """torch's device of a name such as `cpu`, `cuda:1` or `npu`; what it takes is imported first.
+
+    Raises:
+        RuntimeError: torch knows no such device.
+    """
+    import torch
+
+    kind = text.partition(":")[0].strip().lower()
+    if kind in BROUGHT_BY:
+        brought(kind)
+    return torch.device(text)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    import torch
+
+    if device.type == "xla":
+        _synchronise_xla()
+    elif device.type == "mps":
+        torch.mps.synchronize()  # one device, which takes no name
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+def _synchronise_xla() -> None:
+    """XLA computes only when its graph is cut, and cutting it alone does not wait.
+
+    `torch_xla.sync` does both since 2.7; before it, `mark_step` and `wait_device_ops` of xla_model.
+    """
+    package = import_module("torch_xla")
+    if hasattr(package, "sync"):
+        package.sync(wait=True)
+        return
+    model = import_module("torch_xla.core.xla_model")
+    model.mark_step()
+    model.wait_device_ops()

@@ -1,0 +1,162 @@
+"""In a real ComfyUI: a kernel that goes wrong in one block during a run, and what watch and enforce make of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import tiny_sampling  # noqa: E402
+from attention_backends.backends.guard import Guard  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.platform import detect  # noqa: E402
+from attention_backends.backends.router import Router  # noqa: E402
+from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
+from hook_side import (  # noqa: E402
+    ENVIRONMENT,
+    comfyui,
+    counts,
+    last_run,
+    marks_left,
+    nodes_module,
+    sampling,
+    selected,
+    sites,
+)
+
+STEPS = 5
+comfy_only = pytest.mark.comfy
+Wrong = Callable[[Any, str, int], torch.Tensor]
+
+
+@pytest.fixture
+def wan(monkeypatch: pytest.MonkeyPatch) -> Any:
+    comfyui()
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    return tiny_sampling.build("wan")
+
+
+def sampled(model: Any) -> torch.Tensor:
+    return tiny_sampling.sample(model, "wan", steps=STEPS)
+
+
+def with_kernel(monkeypatch: pytest.MonkeyPatch, wrong: Wrong) -> None:
+    """LOSSY computes `wrong(call, block, step)`."""
+
+    def kernel(call: Any) -> torch.Tensor:
+        scope = sites.current_scope()
+        return wrong(call, f"{scope.role(0, 1, 2).name} {scope.site.block}", scope.step)
+
+    router = Router(detect(torch.device("cpu")), {**BACKENDS, LOSSY: Lossy(kernel)})
+    monkeypatch.setattr(sampling, "router_for", lambda device: router)
+
+
+def guarded(model: Any, mode: str) -> Any:
+    return nodes_module("patch").set_default(model, LOSSY, accuracy="exact", strict=True, guard=mode)
+
+
+def nan_from_step_2(call: Any, place: str, step: int) -> torch.Tensor:
+    output = sdpa(call)
+    if step >= 2 and place == "self blocks.1":
+        output = output.clone()
+        output[:, :, 0] = float("nan")
+    return output
+
+
+def zeroed_tail(call: Any, place: str, step: int) -> torch.Tensor:
+    output = sdpa(call)
+    if place == "self blocks.1":
+        output = output.clone()
+        output[:, :, -3:] = 0
+    return output
+
+
+@comfy_only
+def test_nan_in_one_block_from_step_2_on(wan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = sampled(selected(wan, "torch_sdpa"))
+    with_kernel(monkeypatch, nan_from_step_2)
+    assert sampled(guarded(wan, "off")).isnan().any()
+    assert not any(note.startswith("guard") for note in last_run()["notes"])
+    assert sampled(guarded(wan, "watch")).isnan().any()
+    (note,) = (note for note in last_run()["notes"] if note.startswith("guard"))
+    assert note == "guard: the output of model call 3 was not finite, the first of this run"
+    assert torch.equal(sampled(guarded(wan, "enforce")), exact)
+    run = last_run()
+    assert any("it was computed again with exact kernels" in note for note in run["notes"])
+    ran = counts(run)
+    assert ran["self", LOSSY] == 2 * 3
+    assert ran["self", "torch_sdpa"] == 2 * (STEPS - 2), "the rerun of one step, and the steps after it"
+    assert {finding["verdict"] for finding in run["audit"]} == {"explained"}, "strict does not forbid it"
+    assert marks_left(wan.model.diffusion_model) == []
+
+
+@comfy_only
+def test_a_bad_block_is_replaced_and_reported(wan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = sampled(selected(wan, "torch_sdpa"))
+    with_kernel(monkeypatch, zeroed_tail)
+    assert not torch.equal(sampled(guarded(wan, "watch")), exact)
+    watched = last_run()["guard"]
+    assert torch.equal(sampled(guarded(wan, "enforce")), exact)
+    run = last_run()
+    ran = {(row["role"], row["block"], row["backend"]): row["calls"] for row in run["rows"]}
+    assert ran == {
+        ("self", "blocks.0", LOSSY): STEPS, ("cross", "blocks.0", LOSSY): STEPS, ("cross", "blocks.1", LOSSY): STEPS,
+        ("self", "blocks.1", "torch_sdpa"): STEPS,
+    }  # fmt: skip
+    for found in (watched, run["guard"]):
+        assert (found[0]["role"], found[0]["block"], found[0]["alarms"]) == ("self", "blocks.1", 1)
+        assert [entry["alarms"] for entry in found] == [1, 0, 0, 0]
+        assert all(entry["checked"] == 1 for entry in found)
+    text = nodes_module("report").as_text({"run": run})
+    assert "guard: 4 calls checked on 16 query rows per head, 1 bad; 15 ran" in text
+    assert f"guard: self blocks.1, {LOSSY}: relative L2" in text
+    assert text.index("guard: self blocks.1") < text.index("guard: self blocks.0")
+    assert "chance that 1 checks" in text
+
+
+@comfy_only
+def test_exact_kernels_cost_no_check(wan: Any) -> None:
+    model = nodes_module("patch").set_default(wan, "torch_sdpa", accuracy="exact", strict=False, guard="enforce")
+    plain = sampled(selected(wan, "torch_sdpa"))
+    assert torch.equal(sampled(model), plain)
+    assert last_run()["guard"] == []
+
+
+@comfy_only
+def test_the_widget(wan: Any) -> None:
+    schema = nodes_module("selector").AttentionBackendSelector.define_schema()
+    (widget,) = (one for one in schema.inputs if one.id == "guard")
+    assert widget.options == ["off", "watch", "enforce"]
+    assert widget.default == "watch"
+    assert "Not active" not in widget.tooltip
+
+
+def test_what_a_model_takes_out_of_its_control_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's UNet pops the outputs of a ControlNet while it runs; the second run needs them too."""
+    guard = Guard("enforce", SimpleNamespace(note=lambda text: False))  # type: ignore[arg-type]
+    guard._watched = 1
+    taken = []
+
+    def executor(x: Any, t: Any, concat: Any, context: Any, control: Any, options: Any) -> torch.Tensor:
+        taken.append(control["output"].pop())
+        return torch.full((2,), float("nan") if len(taken) == 1 else 1.0)
+
+    begun: list[Any] = []
+    scope = SimpleNamespace(session=SimpleNamespace(guard=guard), begin=lambda options, **_: begun.append(options))
+    control = {"output": ["first", "last"], "middle": None}
+    output = sampling._guarded(scope, {"sigmas": 1}, executor, (0, 0, None, None, control, {}), {})
+    assert output.tolist() == [1.0, 1.0]
+    assert taken == ["last", "last"]
+    assert begun == [{"sigmas": 1}], "the calls of the model are numbered anew"
+
+
+def test_the_guard_knows_nothing_of_comfyui() -> None:
+    for name in ("guard", "guard_rows", "guard_findings"):
+        module = __import__(f"attention_backends.backends.{name}", fromlist=[name])
+        assert "import comfy" not in inspect.getsource(module)

@@ -1,0 +1,334 @@
+"""The Attention tab and the lines on nodes, in the real front end on a real server."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_backends.devtools.server import Server, WorkflowError
+from browser import load_workflow, open_comfyui, why_no_browser
+from server_harness import ROOT, start_server
+
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.browser,
+    pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}"),
+]
+OURS = (f"/extensions/{ROOT.name}/", "attention_backends", "AttentionBackends", "Attention Backends")
+PANEL = ".attention-backends"
+LINE = "[data-testid=attention_backends_line]"
+SAVED = """() => JSON.stringify(window.app.graph.serialize().nodes
+  .filter((node) => node.type.includes('Attention')).map((node) => [node.type, node.widgets_values]))"""
+RENDERERS = pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2.0"])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with start_server(extra_nodes=()) as running:
+        yield running
+
+
+def workflow(**changes: Any) -> dict[str, Any]:
+    """The shipped workflow per_role; `backend`, `guard` and `steps` can differ, so that nothing comes from a cache."""
+    saved: dict[str, Any] = json.loads((ROOT / "workflows" / "per_role.json").read_text(encoding="utf-8"))
+    for node in saved["nodes"]:
+        if node["type"] == "AttentionBackendSelector":
+            values = node["widgets_values"]
+            values[0], values[3] = changes.get("backend", values[0]), changes.get("guard", values[3])
+        if node["type"] == "KSampler" and "steps" in changes:
+            node["widgets_values"][2] = changes["steps"]
+    return saved
+
+
+def ours(page: Any) -> list[str]:
+    return [text for text in page.problems if any(word in text for word in OURS)]
+
+
+def run_workflow(page: Any, server: Server) -> dict[str, Any]:
+    """Queues what the page shows, waits, and returns the server's account of the run."""
+    before = {run["number"] for run in server.get("/attention_backends/runs")["runs"]}
+    page.evaluate("async () => { await window.app.queuePrompt(0) }")
+    for _ in range(600):
+        new = [run for run in server.get("/attention_backends/runs")["runs"] if run["number"] not in before]
+        if new and new[0]["state"] != "running":
+            page.wait_for_timeout(700)
+            run: dict[str, Any] = server.get(f"/attention_backends/runs/{new[0]['number']}")["run"]
+            return run
+        page.wait_for_timeout(100)
+    raise WorkflowError(server.tail())
+
+
+def open_tab(page: Any) -> Any:
+    page.evaluate("async () => { await window.app.extensionManager.command.execute('AttentionBackends.ShowReport') }")
+    panel = page.locator(PANEL)
+    panel.wait_for(timeout=10_000)
+    return panel
+
+
+def table(panel: Any) -> list[list[str]]:
+    return [row.locator("td").all_inner_texts() for row in panel.locator("tbody tr").all()]
+
+
+@RENDERERS
+def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    steps = 6 if nodes_2 else 5
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        load_workflow(page, workflow(steps=steps))
+        saved = page.evaluate(SAVED)
+        prompt = page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)")
+        account = run_workflow(page, server)
+        panel = open_tab(page)
+        panel.locator("tbody tr").first.wait_for()
+        page.screenshot(path=tmp_path / f"panel_{nodes_2}.png")
+
+        calls = 4 * steps
+        assert sorted(row[:4] for row in table(panel)) == [
+            ["cross", "4 blocks", "sdpa_math", str(calls)],
+            ["self", "4 blocks", "torch_sdpa", str(calls)],
+        ]
+        panel.get_by_label("One row for each block").check()
+        shown = {(row[0], row[1], row[2], int(row[3])) for row in table(panel)}
+        counted = {(row["role"], row["block"], row["backend"], row["calls"]) for row in account["rows"]}
+        assert shown == counted
+        with page.expect_download() as download:
+            panel.get_by_role("button", name="Save as JSON").click()
+        exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+        assert exported == account
+        with page.expect_download() as download:
+            panel.get_by_role("button", name="Save as CSV").click()
+        lines = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
+        assert {(line["role"], line["block"], line["backend"], int(line["calls"])) for line in lines} == counted
+        assert "the face" in panel.locator(".ab-bypass").inner_text()  # what never reached the hook
+
+        # The line on the node, which is in no saved workflow and in no prompt.
+        page.locator(LINE).wait_for(timeout=20_000)
+        assert page.locator(LINE).inner_text() == f"self torch_sdpa {calls} calls, cross sdpa_math {calls}"
+        after = page.evaluate(SAVED)
+        assert after == saved
+        assert page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)") == prompt
+        assert ours(page) == []
+
+
+@RENDERERS
+def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        steps = 4 + nodes_2  # the second time nothing may come from the cache
+        load_workflow(page, workflow(backend="cudnn_attn", steps=steps))
+        line = page.locator(LINE)
+        line.wait_for(timeout=20_000)
+        assert line.inner_text() == "⚠ cudnn_attn cannot run here: device cpu not in (cuda)"
+        page.screenshot(path=tmp_path / f"warning_{nodes_2}.png")
+        account = run_workflow(page, server)
+        fallbacks = sum(row["calls"] for row in account["rows"] if row["reason"])
+        assert fallbacks == 4 * steps
+        page.locator(f"{LINE}[title*=fallbacks]").wait_for(timeout=20_000)
+        title = line.get_attribute("title")
+        assert title.endswith(f"self torch_sdpa {fallbacks} calls, cross sdpa_math {fallbacks}; {fallbacks} fallbacks")
+        panel = open_tab(page)
+        panel.locator(".ab-reasons").wait_for()
+        assert "self: cudnn_attn: device cpu not in (cuda)" in panel.locator(".ab-reasons").inner_text()
+        assert "another one ran, see the reasons" in panel.locator(".ab-audit").inner_text()
+        assert ours(page) == []
+
+
+def test_the_table_sorts_and_works_by_keyboard(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        load_workflow(page, workflow(steps=3))
+        run_workflow(page, server)
+        panel = open_tab(page)
+        panel.locator("tbody tr").first.wait_for()
+        panel.get_by_label("One row for each block").check()
+        button = panel.get_by_role("columnheader", name="Block").get_by_role("button")
+        button.focus()
+        page.keyboard.press("Enter")
+        blocks = [row[1] for row in table(panel)]
+        assert blocks == sorted(blocks)
+        assert panel.get_by_role("columnheader", name="Block").get_attribute("aria-sort") == "ascending"
+        page.keyboard.press("Enter")  # the focus has stayed on the button of the new table
+        assert [row[1] for row in table(panel)] == blocks[::-1]
+        strip = panel.get_by_role("img")
+        strip.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowDown")
+        assert "model call 2: torch_sdpa, 1" in panel.locator(".ab-heat .ab-caption").inner_text()
+        roles = panel.evaluate(
+            "panel => [...panel.querySelectorAll('button, input, canvas, code')]"
+            ".filter(e => !(e.innerText || e.getAttribute('aria-label') || e.closest('label'))).length"
+        )
+        assert roles == 0  # everything that can be used has a name
+        assert ours(page) == []
+
+
+def test_what_the_guard_found_is_listed(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        load_workflow(page, workflow(backend="emulated_int8", guard="watch", steps=9))
+        found = run_workflow(page, server)["guard"]
+        assert found
+        panel = open_tab(page)
+        items = panel.locator(".ab-guard li")
+        items.first.wait_for()
+        assert items.count() == min(8, len(found))
+        checked = f"{found[0]['block']}, emulated_int8: {found[0]['checked']} calls checked"
+        assert checked in items.first.inner_text()
+        assert ours(page) == []
+
+
+def test_missing_backends_have_commands_for_this_interpreter(server: Server, tmp_path: Path) -> None:
+    machine = server.get("/attention_backends/machine")
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        panel = open_tab(page)
+        panel.get_by_text("Cannot run here (").wait_for(timeout=60_000)
+        panel.get_by_text("Cannot run here (").click()
+        commands = [
+            row["install"]["text"] for row in machine["backends"] if (row["install"] or {}).get("kind") == "command"
+        ]
+        assert panel.locator("code").all_inner_texts() == commands
+        entries = panel.locator(".ab-backends > li").all_inner_texts()
+        assert len(entries) == len(machine["backends"])
+        page.screenshot(path=tmp_path / "machine.png")
+        for width in (300, 460):
+            panel.evaluate("(panel, width) => { panel.style.width = `${width}px` }", width)
+            page.screenshot(path=tmp_path / f"machine_{width}.png")
+        assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
+        assert ours(page) == []
+
+
+def synthetic(rows: int) -> dict[str, Any]:
+    """A run with one call in each of many rows."""
+    return {
+        "number": 1, "prompt_id": None, "node_id": None, "model": "M", "device": "cuda", "steps": 20, "seconds": 1.0,
+        "state": "done", "bypass": "", "notes": [],
+        "rows": [
+            {"role": "self", "block": f"blocks.{i % 100}", "backend": "torch_sdpa", "member": None, "calls": 1,
+             "ms": None, "mask": f"mask {i}", "asked": None, "source": "default", "reason": None} for i in range(rows)
+        ],
+        "audit": [],
+        "windows": [{"first": i + 1, "last": i + 1, "cells": [[row, 1, None] for row in range(i, rows, 64)]}
+                    for i in range(64)],
+    }  # fmt: skip
+
+
+def test_ten_thousand_calls_render_in_under_100_ms(server: Server, tmp_path: Path) -> None:
+    """The worst form of it: every call in a row of its own."""
+    script = """async ([base, run]) => {
+      const { showRun, firstView } = await import(`${base}/run_view.js`)
+      const place = document.body.appendChild(document.createElement('div'))
+      place.className = 'attention-backends'
+      const times = []
+      for (let i = 0; i < 5; i++) {
+        const start = performance.now()
+        showRun(place, run, { ...firstView(), blocks: i % 2 === 1 }, (key) => key)
+        place.getBoundingClientRect()
+        times.push(performance.now() - start)
+      }
+      place.remove()
+      return times
+    }"""
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        times = page.evaluate(script, [f"/extensions/{ROOT.name}", synthetic(10_000)])
+        assert sorted(times)[2] < 100, times
+
+
+def test_two_tabs_a_cancelled_run_and_live_figures(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        other = page.context.new_page()
+        other.goto(server.url)
+        other.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
+        other.wait_for_timeout(1500)
+        panels = [open_tab(page), open_tab(other)]
+        load_workflow(page, workflow(steps=4000))
+        page.evaluate("async () => { await window.app.queuePrompt(0) }")
+        seen = []
+        for panel in panels:
+            panel.locator(".ab-running").first.wait_for(timeout=60_000)
+            panel.locator("tbody tr").first.wait_for()
+        for _ in range(2):
+            seen.append([int(table(panel)[0][3]) for panel in panels])
+            page.wait_for_timeout(2500)
+        assert all(after > before > 0 for before, after in zip(*seen, strict=True)), seen
+        server.post("/interrupt", {})
+        for panel in panels:
+            panel.locator(".ab-stopped").first.wait_for(timeout=60_000)
+            assert "the run did not finish" in panel.locator(".ab-notes").inner_text()
+        last = server.get("/attention_backends/runs")["runs"][0]
+        full = server.get(f"/attention_backends/runs/{last['number']}")["run"]
+        assert len(full["windows"]) <= 64
+        page.wait_for_timeout(1500)
+        totals = {total["role"]: str(total["calls"]) for total in last["totals"]}
+        for panel in panels:
+            assert {row[0]: row[3] for row in table(panel)} == totals
+        # Only the tab that queued it writes on its node.
+        assert page.locator(LINE).count() == 1
+        assert other.locator(LINE).count() == 0
+        assert ours(page) == []
+
+
+def test_it_comes_back_after_the_connection_was_lost(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        load_workflow(page, workflow(steps=2))
+        run_workflow(page, server)
+        panel = open_tab(page)
+        panel.locator("tbody tr").first.wait_for()
+        panel.get_by_text("Can run here (").wait_for(timeout=60_000)
+        page.context.set_offline(True)
+        page.evaluate("() => window.app.api.dispatchCustomEvent('status', { exec_info: { queue_remaining: 1 } })")
+        panel.get_by_text("No connection to the server; asking again.").wait_for(timeout=20_000)
+        page.context.set_offline(False)
+        panel.get_by_text("No connection to the server").wait_for(state="detached", timeout=20_000)
+
+        # A server that was started again: the old numbers mean nothing any more, and the panel begins anew.
+        answer = json.dumps({"numbering": "another", "runs": []})
+        page.route(
+            "**/attention_backends/runs", lambda route: route.fulfill(body=answer, content_type="application/json")
+        )
+        page.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
+        panel.get_by_text("No run yet.").wait_for(timeout=20_000)
+        assert ours(page) == []
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palette: str) -> None:
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.ColorPalette": palette}) as page:
+        load_workflow(page, workflow(backend="sage_attn", steps=7 if palette == "dark" else 8))
+        run_workflow(page, server)
+        panel = open_tab(page)
+        panel.locator("tbody tr").first.wait_for()
+        panel.get_by_text("Can run here (").wait_for(timeout=60_000)
+        page.screenshot(path=tmp_path / f"{palette}.png")
+        panel.get_by_role("button", name="By time").click()
+        panel.get_by_label("One row for each block").check()
+        panel.evaluate("panel => { panel.style.width = '300px' }")
+        page.screenshot(path=tmp_path / f"{palette}_300.png")
+        assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
+        contrast = panel.evaluate(CONTRAST)
+        assert contrast["worst"] >= 4.5, contrast
+        assert ours(page) == []
+
+
+CONTRAST = """panel => {
+  const numbers = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number)
+  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0)
+  const ground = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = numbers(getComputedStyle(at).backgroundColor)
+      if (colour.length === 3 || colour[3] === 1) return colour
+    }
+    return [255, 255, 255]
+  }
+  let worst = 99, where = ''
+  for (const element of panel.querySelectorAll('*')) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())
+    if (!own || !element.getClientRects().length) continue
+    const [a, b] = [light(numbers(getComputedStyle(element).color)), light(ground(element))]
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)
+    if (ratio < worst) [worst, where] = [ratio, `${element.className} ${element.textContent.slice(0, 40)}`]
+  }
+  return { worst, where }
+}"""

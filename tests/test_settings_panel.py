@@ -1,0 +1,148 @@
+"""The settings panel in the real front end: a person's defaults seed new nodes, and only those."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_backends.devtools.server import Server
+from browser import load_workflow, open_comfyui, why_no_browser
+from make_workflows import UI_FORM
+from server_harness import start_server
+from test_panel import RENDERERS, ours
+
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.browser,
+    pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}"),
+]
+CHOSEN = {
+    "AttentionBackends.NewNodes.Backend": "torch_sdpa",
+    "AttentionBackends.NewNodes.Self": "sdpa_flash",
+    "AttentionBackends.NewNodes.Cross": "sdpa_math",
+    "AttentionBackends.NewNodes.Accuracy": "quantized",
+    "AttentionBackends.NewNodes.Strict": True,
+    "AttentionBackends.NewNodes.Guard": "enforce",
+}
+ADD = """(type) => {
+  const node = window.LiteGraph.createNode(type)
+  window.app.graph.add(node)
+  return [node.id, ...node.widgets.map((widget) => widget.value)]
+}"""
+VALUES = "(id) => window.app.graph.getNodeById(id).widgets.filter((w) => w.serialize !== false).map((w) => w.value)"
+
+SET_ROLE = """([id, role]) => {
+  const widget = window.app.graph.getNodeById(id).widgets[0]
+  widget.value = role
+  widget.callback?.(role)
+}"""
+COPY = "(id) => window.app.graph.getNodeById(id).clone().widgets.map((widget) => widget.value)"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    variables = {"DIFFUSION_ATTENTION_BACKEND": "torch_sdpa"}
+    with start_server(extra_nodes=(), environ=variables) as running:
+        yield running
+
+
+def choose(page: Any, values: dict[str, Any]) -> None:
+    page.evaluate(
+        "async (values) => { for (const [id, value] of Object.entries(values))"
+        " await window.app.extensionManager.setting.set(id, value) }",
+        values,
+    )
+
+
+@RENDERERS
+def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    saved = json.loads((UI_FORM / "per_role.json").read_text(encoding="utf-8"))
+    inputs = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]["input"]["required"]
+    backend, *defaults = [inputs[name][1]["default"] for name in ("backend", "accuracy", "strict", "guard")]
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        load_workflow(page, saved)
+        before, *values = page.evaluate(ADD, "AttentionBackendSelector")
+        assert values == [backend, *defaults]  # nothing was chosen yet
+        choose(page, CHOSEN)
+        assert page.evaluate(VALUES, before) == values  # it exists: it stays
+        _, *values = page.evaluate(ADD, "AttentionBackendSelector")
+        assert values == ["torch_sdpa", "quantized", True, "enforce"]
+
+        number, *values = page.evaluate(ADD, "PerRoleAttentionConfig")
+        assert values == ["self", "sdpa_flash", ""]
+        page.evaluate(SET_ROLE, [number, "cross"])
+        assert page.evaluate(VALUES, number) == ["cross", "sdpa_math", ""]
+        page.evaluate("(id) => { window.app.graph.getNodeById(id).widgets[1].value = 'xformers' }", number)
+        page.evaluate(SET_ROLE, [number, "self"])
+        assert page.evaluate(VALUES, number) == ["self", "xformers", ""]  # the person's own choice stays
+
+        load_workflow(page, saved)
+        loaded = {node["type"]: node.get("widgets_values") for node in saved["nodes"]}
+        for kind in ("AttentionBackendSelector", "PerRoleAttentionConfig"):
+            found = page.evaluate(f"() => window.app.graph.nodes.find((n) => n.type === '{kind}').id")
+            assert page.evaluate(VALUES, found) == loaded[kind]
+        # A graph from before an input was added: that input gets the node's own default.
+        old = json.loads(json.dumps(saved))
+        next(node for node in old["nodes"] if node["type"] == "AttentionBackendSelector")["widgets_values"] = ["comfy"]
+        load_workflow(page, old)
+        found = page.evaluate("() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').id")
+        assert page.evaluate(VALUES, found) == ["comfy", *defaults]
+        assert page.evaluate(COPY, found)[0] == "comfy"
+        choose(page, dict(zip(CHOSEN, (backend, "auto", "auto", *defaults), strict=True)))
+        assert ours(page) == []
+
+
+def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tmp_path: Path) -> None:
+    kept = server.folder / "user" / "attention_backends.json"
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
+        dialog = page.get_by_role("dialog")
+        dialog.wait_for()
+        dialog.get_by_text("Attention Backends", exact=True).first.click()
+        hub = dialog.get_by_label("Downloads of kernels from the Hugging Face Hub").last
+        hub.wait_for()
+        page.wait_for_timeout(500)
+        page.screenshot(path=tmp_path / "settings.png")
+        words = dialog.inner_text()
+        for text in ("Backend for role cross", "Strict", "Guard", "DIFFUSION_ATTENTION_BACKEND=torch_sdpa"):
+            assert text in words
+        hub.check()
+        level = dialog.get_by_label("Log of this pack").last
+        level.select_option("DEBUG")
+        page.wait_for_timeout(500)
+        assert json.loads(kept.read_text(encoding="utf-8")) == {"hub": True, "log_level": "DEBUG"}
+        assert server.get("/attention_backends/machine?backend=torch_sdpa")["platform"]["hub"] is True
+        hub.uncheck()
+        page.wait_for_timeout(500)
+        assert server.get("/attention_backends/machine?backend=torch_sdpa")["platform"]["hub"] is False
+        assert ours(page) == []
+
+
+def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
+    with (
+        start_server(extra_nodes=(), environ={"ATTENTION_BACKENDS_HUB": "1"}) as server,
+        open_comfyui(server.url, tmp_path / "profile") as page,
+    ):
+        page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_text("Attention Backends", exact=True).first.click()
+        dialog.get_by_text("set by ATTENTION_BACKENDS_HUB").wait_for()
+        hub = dialog.get_by_label("Downloads of kernels from the Hugging Face Hub").last
+        assert hub.is_checked()
+        assert hub.is_disabled()
+
+
+def test_command_key_menu_and_badge(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        page.keyboard.press("Alt+Shift+A")
+        page.locator(".attention-backends").wait_for(timeout=10_000)
+        page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_text("About", exact=True).first.click()
+        badge = dialog.get_by_role("link", name="Attention Backends: report for a bug")
+        badge.wait_for()
+        assert badge.get_attribute("href").endswith("/attention_backends/bug_report")
+        assert ours(page) == []

@@ -1,0 +1,83 @@
+"""The front-end files by themselves: their types, their texts, and that they stay in their place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import make_locales
+import pytest
+from attention_backends.devtools.server import Server
+from server_harness import start_server
+
+ROOT = Path(__file__).resolve().parent.parent
+WEB = ROOT / "web"
+CHECK = ROOT / "tests" / "web"
+SCRIPTS = sorted(WEB.glob("*.js"))
+ENGLISH = ROOT / "locales" / "en"
+
+
+def words() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ENGLISH / "main.json").read_text(encoding="utf-8"))["attentionBackends"]
+    return found
+
+
+def leaves(book: dict[str, Any], path: str = "") -> set[str]:
+    found = set()
+    for name, value in book.items():
+        found |= leaves(value, f"{path}{name}.") if isinstance(value, dict) else {path + name}
+    return found
+
+
+def test_types_are_right() -> None:
+    node, compiler = shutil.which("node"), CHECK / "node_modules" / "typescript" / "bin" / "tsc"
+    if node is None or not compiler.is_file():
+        pytest.skip("node or its packages are missing: npm install --no-package-lock in tests/web")
+    result = subprocess.run([node, str(compiler), "--project", str(CHECK)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_text_is_there_and_none_is_left_over() -> None:
+    source = "\n".join(script.read_text(encoding="utf-8") for script in SCRIPTS)
+    used = set(re.findall(r"""say\(\s*['"]([\w.]+)['"]""", source))
+    # Keys that are put together: `say(done ? 'copy.done' : 'copy.failed')` and `columns.${name}`.
+    used |= set(re.findall(r"""say\(\w+ \? '([\w.]+)'""", source)) | set(re.findall(r""" : '(copy\.\w+)'\)""", source))
+    parts = set(re.findall(r"say\(`([\w.]+)\$\{", source))
+    known = leaves(words())
+    assert used <= known
+    assert {key for key in known - used if not any(key.startswith(part) for part in parts)} == set()
+
+
+def test_scripts_keep_to_themselves() -> None:
+    """No globals, no prototypes of others, no text as HTML, no address outside the server."""
+    forbidden = (
+        r"\bwindow\.\w+\s*=[^=]", r"globalThis\.\w+\s*=[^=]", r"\.prototype\b", r"innerHTML", r"insertAdjacentHTML",
+        r"\beval\(", r"new Function", r"https?://", r"document\.(body|head)", r"localStorage",
+    )  # fmt: skip
+    for script in SCRIPTS:
+        text = script.read_text(encoding="utf-8")
+        assert [pattern for pattern in forbidden if re.search(pattern, text)] == [], script.name
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    with start_server(extra_nodes=()) as running:
+        yield running
+
+
+@pytest.mark.comfy
+def test_english_repeats_the_code(server: Server) -> None:
+    for name, content in make_locales.files(server).items():
+        stored = json.loads((ENGLISH / name).read_text(encoding="utf-8"))
+        assert stored == content, f"{name}: run python tests/make_locales.py"
+
+
+@pytest.mark.comfy
+def test_the_server_gives_the_texts_and_the_scripts(server: Server) -> None:
+    assert server.get("/api/i18n")["en"]["attentionBackends"] == words()
+    served = {path for path in server.get("/extensions") if path.startswith(f"/extensions/{ROOT.name}/")}
+    assert served == {f"/extensions/{ROOT.name}/{script.name}" for script in SCRIPTS}

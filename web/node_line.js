@@ -1,0 +1,150 @@
+/**
+ * A line on our nodes: what ran, and before that whether the chosen backend can run on this server.
+ *
+ * The line is a widget that only shows: it is in no saved workflow and in no prompt, and stands after all others, so
+ * the order of a node's saved values stays as it is.
+ */
+
+import { addedUp, shortLine } from './account.js'
+import { element } from './dom.js'
+
+/**
+ * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApp} ComfyApp
+ * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApi} ComfyApi
+ * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyExtension} ComfyExtension
+ * @typedef {Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0]} LGraphNode
+ * @typedef {import('./server.js').Total} Total
+ * @typedef {{ ran: string, warning: string, text?: HTMLElement, widget?: any }} Line
+ */
+
+const NAME = 'attention_backends_line'
+const HEIGHT = 38
+const SHOW_RUNS = ['AttentionBackendSelector', 'AttentionConfigText']
+const CHOOSE = ['AttentionBackendSelector', 'PerRoleAttentionConfig', 'AttentionSchedule']
+const NOT_ONE_BACKEND = ['auto', 'measured']
+const OVER = /** @type {const} */ (['execution_success', 'execution_error', 'execution_interrupted'])
+
+/**
+ * The class of a node as the server names it.
+ *
+ * @param {LGraphNode} node
+ * @returns {string}
+ */
+export function classOf(node) {
+  return String(/** @type {any} */ (node.constructor).comfyClass ?? node.type ?? '')
+}
+
+/**
+ * @param {ComfyApp} app
+ * @param {ComfyApi} events
+ * @param {import('./server.js').Server} server
+ * @param {import('./words.js').Say} say
+ */
+export function nodeLines(app, events, server, say) {
+  /** @type {WeakMap<LGraphNode, Line>} */
+  const lines = new WeakMap()
+
+  /**
+   * @param {LGraphNode} node
+   * @param {Partial<Line>} change
+   */
+  function show(node, change) {
+    const line = Object.assign(lines.get(node) ?? { ran: '', warning: '' }, change)
+    lines.set(node, line)
+    const said = line.warning || line.ran
+    if (!said && !line.widget) return
+    if (!line.text || !node.widgets?.some((widget) => widget.name === NAME)) addWidget(node, line)
+    if (!line.text) return
+    line.text.textContent = line.warning ? `⚠ ${said}` : said
+    line.text.title = [line.warning, line.ran].filter(Boolean).join('\n')
+    line.text.style.color = line.warning ? 'var(--error-text, #ff7b72)' : 'var(--descrip-text, #999)'
+    node.setDirtyCanvas(true, true)
+  }
+
+  /**
+   * @param {LGraphNode} node
+   * @param {Line} line
+   */
+  function addWidget(node, line) {
+    line.text = element('div', { 'data-testid': NAME })
+    Object.assign(line.text.style, {
+      overflow: 'hidden', font: '11px/1.35 sans-serif', display: '-webkit-box', webkitBoxOrient: 'vertical',
+      webkitLineClamp: '2', overflowWrap: 'anywhere', height: 'auto', maxHeight: `${HEIGHT - 8}px`
+    })
+    // The published types lack this method.
+    line.widget = /** @type {any} */ (node).addDOMWidget(NAME, NAME, line.text, {
+      serialize: false, hideOnZoom: false, margin: 8, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT,
+      getValue: () => '', setValue() {}
+    })
+    line.widget.serialize = false
+    const [width, height] = node.computeSize()
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
+  }
+
+  /** @param {LGraphNode} node */
+  async function check(node) {
+    const backend = String(node.widgets?.find((widget) => widget.name === 'backend')?.value ?? '')
+    const found = backend && !NOT_ONE_BACKEND.includes(backend) ? await server.backend(backend) : undefined
+    const now = String(node.widgets?.find((widget) => widget.name === 'backend')?.value ?? '')
+    if (now !== backend) return // changed while we asked
+    const reasons = found && !found.available ? found.reasons.join('; ') : ''
+    show(node, { warning: reasons && say('line.cannot', { backend, reasons }) })
+  }
+
+  /** @param {Event} event */
+  async function tellRun(event) {
+    const prompt = event instanceof CustomEvent ? event.detail?.prompt_id : undefined
+    if (!prompt) return
+    const { runs } = await server.runs().catch(() => ({ runs: [] }))
+    /** @type {Map<LGraphNode, { totals: Total[], fallbacks: number }>} */
+    const told = new Map()
+    for (const run of runs.filter((one) => one.prompt_id === prompt)) {
+      for (const chooser of run.nodes) {
+        const node = nodeOf(app, chooser.id)
+        if (!node || classOf(node) !== chooser.class_type || !SHOW_RUNS.includes(chooser.class_type)) continue
+        const sum = told.get(node) ?? { totals: [], fallbacks: 0 }
+        sum.totals.push(...run.totals)
+        sum.fallbacks += run.fallbacks
+        told.set(node, sum)
+      }
+    }
+    for (const [node, { totals, fallbacks }] of told) show(node, { ran: shortLine(addedUp(totals), fallbacks, say) })
+  }
+
+  for (const name of OVER) events.addEventListener(name, tellRun)
+
+  return {
+    /**
+     * Watches the backend that a node names.
+     *
+     * @param {LGraphNode} node
+     */
+    watch(node) {
+      if (!CHOOSE.includes(classOf(node))) return
+      const widget = node.widgets?.find((one) => one.name === 'backend')
+      if (!widget) return
+      const before = widget.callback
+      widget.callback = function (...given) {
+        const result = before?.apply(this, given)
+        check(node)
+        return result
+      }
+      setTimeout(() => check(node)) // a loaded node gets its values right after it was made
+    }
+  }
+}
+
+/**
+ * The node that a prompt names, e.g. `7`, or `12:3` for node 3 in the subgraph of node 12.
+ *
+ * @param {ComfyApp} app
+ * @param {string} id
+ * @returns {LGraphNode | undefined}
+ */
+function nodeOf(app, id) {
+  /** @type {any} */
+  let graph = app.rootGraph ?? app.graph
+  const path = id.split(':')
+  for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph
+  return graph?.getNodeById(path.at(-1)) ?? graph?.getNodeById(Number(path.at(-1))) ?? undefined
+}

@@ -1,0 +1,126 @@
+/** The settings panel: a person's defaults for new nodes, and the switches of the machine that the server keeps. */
+
+import { element } from './dom.js'
+import { Refused } from './server.js'
+
+/**
+ * @typedef {NonNullable<import('@comfyorg/comfyui-frontend-types').ComfyExtension['settings']>[number]} SettingParams
+ * @typedef {import('./server.js').Settings} Settings
+ * @typedef {import('./server.js').Server} Server
+ * @typedef {import('./words.js').Say} Say
+ */
+
+const CATEGORY = 'Attention Backends'
+const NEW_NODES = 'New nodes'
+const MACHINE = 'This server'
+
+/**
+ * The settings. The front end lists them from the last to the first.
+ *
+ * @param {Settings | null} found
+ * @param {Server} server
+ * @param {Say} say
+ * @returns {SettingParams[]}
+ */
+export function settings(found, server, say) {
+  if (!found) return [] // a server that could not be asked: new nodes keep their own defaults
+  const { choices, accuracy, guard, defaults } = found
+  const combo = (/** @type {string[]} */ options, /** @type {unknown} */ first) => ({
+    type: 'combo',
+    options,
+    defaultValue: first
+  })
+  const role = (/** @type {string} */ name) => ({
+    ...combo(choices, choices[0]),
+    name: say('settings.role', { role: name }),
+    tooltip: say('settings.roles')
+  })
+  const seed = (/** @type {string} */ name) => ({ name, tooltip: say('settings.new_nodes') })
+  const own = (/** @type {() => HTMLElement} */ type) => ({ type, defaultValue: null })
+  const environment = Object.entries(found.environment).map(([name, text]) => `${name}=${text}`)
+  const variables = () => element('code', { style: 'white-space: pre-wrap; font-size: 12px' }, environment.join('\n'))
+  /** @type {[group: string, name: string, rest: any][]} */
+  const all = [
+    [NEW_NODES, 'Backend', { ...seed(say('settings.backend')), ...combo(choices, defaults.backend) }],
+    [NEW_NODES, 'Self', role('self')],
+    [NEW_NODES, 'Cross', role('cross')],
+    [NEW_NODES, 'Joint', role('joint')],
+    [NEW_NODES, 'Accuracy', { ...seed(say('settings.accuracy')), ...combo(accuracy, defaults.accuracy) }],
+    [NEW_NODES, 'Strict', { ...seed(say('settings.strict')), type: 'boolean', defaultValue: defaults.strict }],
+    [NEW_NODES, 'Guard', { ...seed(say('settings.guard')), ...combo(guard, defaults.guard) }],
+    [
+      MACHINE,
+      'Hub',
+      { name: say('settings.hub'), tooltip: say('settings.hub_tip'), ...own(() => hubSwitch(server, say)) }
+    ],
+    [
+      MACHINE,
+      'LogLevel',
+      { name: say('settings.log_level'), tooltip: say('settings.log_tip'), ...own(() => levelSelect(server, say)) }
+    ]
+  ]
+  if (environment.length) {
+    const words = { name: say('settings.environment'), tooltip: say('settings.environment_tip') }
+    all.push([MACHINE, 'Environment', { ...words, ...own(variables) }])
+  }
+  return all.map(([group, name, rest], index) => {
+    const id = `AttentionBackends.${group === MACHINE ? 'Machine' : 'NewNodes'}.${name}`
+    return { id, category: [CATEGORY, group, name], sortOrder: all.length - index, ...rest }
+  })
+}
+
+/**
+ * A control of a setting that the server keeps. It shows what the server says, also after a refusal.
+ *
+ * @param {HTMLInputElement | HTMLSelectElement} control
+ * @param {'hub' | 'log_level'} name
+ * @param {() => unknown} value of the control
+ * @param {(value: any, settings: Settings) => void} put the server's value into the control
+ * @param {Server} server
+ * @param {Say} say
+ */
+function serverSetting(control, name, value, put, server, say) {
+  const said = element('span', { role: 'status', style: 'font-size: 12px; margin-inline-start: 8px' })
+  const show = (/** @type {Settings} */ settings) => {
+    const { value: now, variable } = settings.machine[name]
+    put(now, settings)
+    control.disabled = variable !== null
+    said.textContent = variable ? say('settings.held', { variable }) : ''
+  }
+  const failed = (/** @type {unknown} */ error) => {
+    said.textContent = error instanceof Refused ? error.message : say('panel.lost')
+  }
+  control.disabled = true
+  control.addEventListener('change', () => {
+    server.changeSettings({ [name]: value() }).then(show, async (error) => {
+      await server.settings().then(show, () => undefined)
+      failed(error)
+    })
+  })
+  server.settings().then(show, failed)
+  return element('span', {}, control, said)
+}
+
+/**
+ * @param {Server} server
+ * @param {Say} say
+ */
+function hubSwitch(server, say) {
+  const box = element('input', { type: 'checkbox', 'aria-label': say('settings.hub') })
+  return serverSetting(box, 'hub', () => box.checked, (value) => (box.checked = value), server, say)
+}
+
+/**
+ * @param {Server} server
+ * @param {Say} say
+ */
+function levelSelect(server, say) {
+  const style = 'background: var(--comfy-input-bg); color: var(--input-text); padding: 4px; border-radius: 4px'
+  const select = element('select', { 'aria-label': say('settings.log_level'), style })
+  const put = (/** @type {string} */ value, /** @type {Settings} */ found) => {
+    const words = (/** @type {string} */ level) => level || say('settings.log_as_comfyui')
+    select.replaceChildren(...found.log_levels.map((level) => element('option', { value: level }, words(level))))
+    select.value = value
+  }
+  return serverSetting(select, 'log_level', () => select.value, put, server, say)
+}
