@@ -253,6 +253,7 @@ def _explain(options: argparse.Namespace) -> int:
             *dict.fromkeys(note for layer in layers for note in layer.notes),
             *_about_schedules(layers, options.role, category),
             *filter(None, [joint_note(layers, options.role, category)]),
+            *decision.notes,
             *_about_the_mask(request),
         ],
     }

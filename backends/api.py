@@ -87,7 +87,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    backend: str | AttentionConfig | None = None,
+    backend: object = None,
     role: str = "self",
     layout: str = "BHSD",
 ) -> torch.Tensor:
@@ -100,7 +100,8 @@ def attention(
             boolean (True: visible) or added to the scores.
         scale: what scores are multiplied by; None stands for head_dim ** -0.5.
         enable_gqa: several query heads share one key head.
-        backend: for this call, in place of what blocks around it say; nothing overrides `force_backend`.
+        backend: for this call, in place of what blocks around it say: a name, or a configuration in any form that
+            `config_text.parse_config` reads; nothing overrides `force_backend`.
         role: which attention of a model it is: `self`, `cross`, `joint`, or a dotted name such as
             `ltx2.audio_to_video`; per-role entries are found by it.
 
@@ -134,7 +135,7 @@ def _attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    backend: str | AttentionConfig | None,
+    backend: object,
     role: str,
     layout: str,
 ) -> torch.Tensor:

@@ -7,9 +7,7 @@ means yes. A reason is lower case and names the value and the limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from math import isclose
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from .limits import ANY_MASK, FLOATING, HALF, Limits
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
     from .varlen import VarlenKernel
 
-__all__ = ["ACCURACY", "ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "package_reason"]
+__all__ = ["ACCURACY", "ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "on_copies", "package_reason"]
 
 Kernel = Callable[[AttentionCall], "torch.Tensor"]
 """Computes one call; returns (batch, num_heads, q_len, v_head_dim)."""
@@ -112,7 +110,7 @@ class Backend:
     def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
         """Why a route passes over this backend for `request` although it could run: others are known to be faster.
 
-        Not asked when a person names the backend.
+        Where a person names the backend it runs all the same, and these are notes.
         """
         return []
 
@@ -140,6 +138,16 @@ class Backend:
             Exception: whatever the package raises; then one call runs for each sequence.
         """
         raise NotImplementedError
+
+
+def on_copies(kernel: Kernel) -> Kernel:
+    """A kernel that changes its inputs, given copies: the caller keeps them, for a fallback after a failure too."""
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        query, key, value = call.query.clone(), call.key.clone(), call.value.clone()
+        return kernel(AttentionCall(query, key, value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa))
+
+    return run
 
 
 def _dotted(capability: tuple[int, int]) -> str:

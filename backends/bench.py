@@ -17,6 +17,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from .backend import on_copies
 from .bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call
 from .devices import synchronise
 from .names import COMFY
@@ -199,7 +200,7 @@ def _measure(row: KernelResult, router: Router, problem: Problem, device: torch.
 
     kernel = router.kernel(row.backend)
     if router.backends[row.backend].changes_inputs:
-        kernel = partial(_on_copies, kernel)  # as in use, where the copies are part of its price
+        kernel = on_copies(kernel)  # as in use, where the copies are part of its price
     counted = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if counted else 0
     times: list[float] = []
@@ -234,11 +235,6 @@ def _score(row: KernelResult, output: torch.Tensor, problem: Problem) -> None:
         raise RuntimeError(f"output of shape {tuple(output.shape)} for {problem.calls[0].request().describe()}")
     row.relative_l2 = float((found - wanted).norm() / wanted.norm())
     row.cosine = float(torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0))
-
-
-def _on_copies(kernel: Callable[[AttentionCall], torch.Tensor], call: AttentionCall) -> torch.Tensor:
-    query, key, value = call.query.clone(), call.key.clone(), call.value.clone()
-    return kernel(AttentionCall(query, key, value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa))
 
 
 def _is_fault(error: BaseException) -> bool:

@@ -117,13 +117,18 @@ class AttentionConfig:
             raise ConfigError(f"joint_is_self must be true or false, not {self.joint_is_self!r}")
         said = {role: spec for role, spec in self.per_role.items() if not spec.is_auto}
         object.__setattr__(self, "per_role", MappingProxyType(said))
-        if "self" not in said:  # then it says nothing
-            object.__setattr__(self, "joint_is_self", True)
         object.__setattr__(self, "schedule", tuple(entry for entry in self.schedule if not entry.spec.is_auto))
+        if not self.names_self:
+            object.__setattr__(self, "joint_is_self", True)  # it says nothing then
 
     def __hash__(self) -> int:
         per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
         return hash((self.default, per_role, self.accuracy, self.strict, self.guard, self.source, self.schedule))
+
+    @property
+    def names_self(self) -> bool:
+        """True when an entry is for `self`, so that `joint_is_self` matters."""
+        return "self" in self.per_role or any(entry.role == "self" for entry in self.schedule)
 
     def parent_of(self, category: str) -> str | None:
         """The category that counts where nothing is said about `category`."""

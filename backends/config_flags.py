@@ -1,17 +1,16 @@
-"""Command lines, flags and `name=value` pairs to a nested mapping: the words, their values, and what they set.
+"""Command lines, flags and `name=value` pairs to a nested mapping.
 
-What the mapping means is in `config_mapping.py`. Quotes, brackets, `#` comments and lines continued with a backslash
-are read as a shell would; a value is a number, true, false, a list or a mapping where it is written like one.
+Their words are in `config_words.py`; what the mapping means is in `config_mapping.py`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, NamedTuple
 
 from .config import ConfigError
 from .config_places import Place, places_of
+from .config_words import Word, at_commas, scalar, with_assignments, words_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
 """vLLM-Omni's structured configuration."""
@@ -28,16 +27,6 @@ _PROGRAM = re.compile(
     r"([\w.-]*/.*|.*\.(py|sh|exe)|python[\d.]*|py|vllm|vllm-omni|sglang|torchrun|accelerate|uv|uvx|env|sudo|srun|docker)"
 )
 _FLAGS = re.compile(rf"(\$\s+)?(export\s|--?[A-Za-z]|[A-Za-z_][\w.-]*\s*=|({_PROGRAM.pattern})\s)")
-_NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
-_NAME = re.compile(r"[A-Za-z_][\w.-]*")
-_CLOSES = {"{": "}", "[": "]"}
-
-
-class Word(NamedTuple):
-    """One word of a command line, without its quotes."""
-
-    text: str
-    line: int
 
 
 class Pair(NamedTuple):
@@ -76,7 +65,7 @@ def parse_flags(text: str, source: str) -> Flags:
     Raises:
         ConfigError: a word is not understood; the message has the word and, in a longer text, its line.
     """
-    words = _assigned(words_of(text, source))
+    words = with_assignments(words_of(text, source))
     environment: dict[str, str] = {}
     while words and (words[0].text in ("$", "export") or _ASSIGNMENT.fullmatch(words[0].text)):
         found = _ASSIGNMENT.fullmatch(words.pop(0).text)
@@ -107,81 +96,12 @@ def parse_flags(text: str, source: str) -> Flags:
 def parse_pairs(text: str, source: str) -> dict[str, Any]:
     """Read `name=value` pairs to a nested mapping; dots in names nest."""
     nested: dict[str, Any] = {}
-    words = _assigned(words_of(text, source))
+    words = with_assignments(words_of(text, source))
     while words:
         word = words.pop(0)
         for pair in _pairs(word, words, source):
             _take(nested, pair, source, word)
     return nested
-
-
-def _assigned(words: list[Word]) -> list[Word]:
-    """`name = value`, three words of one line, as one word."""
-    joined: list[Word] = []
-    for word in words:
-        before = joined[-2:]
-        if (
-            len(before) == 2
-            and before[1].text == "="
-            and _NAME.fullmatch(before[0].text)
-            and before[0].line == before[1].line == word.line - word.text.count("\n")
-        ):
-            joined[-2:] = [Word(f"{before[0].text}={word.text}", word.line)]
-        else:
-            joined.append(word)
-    return joined
-
-
-def words_of(text: str, source: str) -> list[Word]:
-    """Split at white space outside quotes and brackets.
-
-    Raises:
-        ConfigError: a quote or a bracket is never closed.
-    """
-    words: list[Word] = []
-    current: list[str] = []
-    started, line, quote, opened, closing = False, 1, "", 1, []  # type: tuple[bool, int, str, int, list[str]]
-    index = 0
-    while index < len(text):
-        char, after = text[index], text[index + 1 : index + 2]
-        index += 1
-        if char == "\n":
-            line += 1
-        if quote:
-            if char == quote:
-                quote = ""
-                current += [char] if closing else []
-            elif char == "\\" and quote == '"' and after in ('"', "\\") and not closing:
-                current.append(after)
-                index += 1
-            else:
-                current.append(char)
-        elif char in "'\"" and (closing or not started or current[-1:] in (["="], [","])):
-            quote, opened, started = char, line, True
-            current += [char] if closing else []
-        elif char in "\\^`" and after in ("\n", "\r") and not closing:  # also as Windows' shells continue a line
-            continue
-        elif char in _CLOSES:
-            closing.append(_CLOSES[char])
-            opened, started = line, True
-            current.append(char)
-        elif closing and char == closing[-1]:
-            closing.pop()
-            current.append(char)
-        elif closing or not char.isspace():
-            if char == "#" and not started:
-                index = text.find("\n", index) if "\n" in text[index:] else len(text)
-                continue
-            started = True
-            current.append(char)
-        elif started:
-            words.append(Word("".join(current), line - (char == "\n")))
-            current, started = [], False
-    if quote or closing:
-        raise ConfigError(f"{source}: {quote or closing[-1]!r} is missing: what opens on line {opened} is never closed")
-    if started:
-        words.append(Word("".join(current), line))
-    return words
 
 
 def _pairs(word: Word, rest: list[Word], source: str) -> list[Pair]:
@@ -196,7 +116,7 @@ def _pairs(word: Word, rest: list[Word], source: str) -> list[Pair]:
             value = word.text
         return [Pair(name, scalar(value), value, word.line - value.count("\n"))]
     pieces: list[str] = []
-    for piece in _at_commas(text):
+    for piece in at_commas(text):
         if "=" in piece or not pieces:
             pieces.append(piece)
         else:  # a comma inside a value, as in dense_layers=0,1
@@ -208,34 +128,6 @@ def _pairs(word: Word, rest: list[Word], source: str) -> list[Pair]:
             raise ConfigError(f"{source}: {piece!r} is not name=value{_at(word)}")
         found.append(Pair(name.strip(), scalar(value), value, word.line - value.count("\n")))
     return found
-
-
-def _at_commas(text: str) -> list[str]:
-    pieces, depth = [""], 0
-    for char in text:
-        depth += (char in "{[") - (char in "}]")
-        if char == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += char
-    return [piece for piece in pieces if piece.strip()]
-
-
-def scalar(text: str) -> object:
-    """A value as it is written: true, false, a number, JSON (a list, a mapping, a quoted text), else the text."""
-    text = text.strip()
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if _NUMBER.fullmatch(text):
-        return float(text) if any(mark in text for mark in ".eE") else int(text)
-    if text[:1] in ("{", "[", '"'):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
-    if len(text) > 1 and text[0] == text[-1] == "'":
-        return text[1:-1]
-    return text
 
 
 def _take(nested: dict[str, Any], pair: Pair, source: str, word: Word) -> None:

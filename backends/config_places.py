@@ -72,7 +72,8 @@ def line_of_error(message: str, source: str, places: list[Place]) -> int | None:
     steps = [next(filter(None, step), "") for step in _STEP.findall(where)]
     inside, own = _below(steps, places)
     if said.startswith("extra of "):
-        inside = [place for place in inside if "extra" in place.path] or inside
+        said = said.partition(": ")[2]
+        inside = [place for place in inside if "extra" in place.path[:-1]] or inside
     words = [a or b for a, b in re.findall(r"'([^'\n]+)'|\"([^\"\n]+)\"", said)] + re.findall(r"[\w.-]+", said)
     again = "given twice" in said or "conflicts with" in said
     for word in words:

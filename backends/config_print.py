@@ -9,9 +9,9 @@ from typing import Any
 
 from .config import AttentionConfig, AttentionSpec
 from .config_data import dump_yaml
-from .config_flags import scalar
 from .config_mapping import SPEC_FIELDS
 from .config_schedule import entry_to_dict
+from .config_words import scalar
 from .foreign_options import BESIDE_BACKEND
 
 FORMATS = ("dict", "json", "yaml", "flags")
@@ -29,7 +29,7 @@ def to_dict(config: AttentionConfig) -> dict[str, Any]:
     if config.schedule:
         found["schedule"] = [entry_to_dict(entry) for entry in config.schedule]
     settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
-    if config.joint_is_self and "self" in config.per_role:
+    if config.joint_is_self and config.names_self:
         settings["joint_is_self"] = True  # read from text it would be false
     return {**found, **{name: value for name, value in settings.items() if value is not None}}
 

@@ -209,7 +209,7 @@ class _Reader:
                     default=lower.default,
                     per_role={**lower.per_role, **config.per_role},
                     schedule=(*lower.schedule, *config.schedule),
-                    joint_is_self=(config if "self" in config.per_role else lower).joint_is_self,
+                    joint_is_self=(config if config.names_self else lower).joint_is_self,
                     notes=(*config.notes, *lower.notes),
                 )
         return config

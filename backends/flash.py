@@ -6,11 +6,11 @@ from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, ClassVar
 
-from .backend import Backend, Kernel, package_reason
-from .hub import HubKernel
+from .backend import Kernel
+from .hub import FromHub
 from .layout import indexable, on_device_of, to_bshd
 from .platform import Platform
-from .request import AttentionCall, AttentionRequest
+from .request import AttentionCall
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .varlen import PackedCall, VarlenKernel
 
 
-class FlashAttention(Backend):
+class FlashAttention(FromHub):
     """`flash_attn_func` of one package (https://github.com/Dao-AILab/flash-attention), or of its build on the Hub.
 
     `causal` there is aligned to the bottom right, in SDPA to the top left; the two agree only where q_len equals
@@ -27,38 +27,10 @@ class FlashAttention(Backend):
 
     module: ClassVar[str]
     varlen = True
-    hub: ClassVar[HubKernel | None] = None
-    """What stands in for the package where that is missing and the person allows downloads."""
-
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        reasons = super().unavailable_reasons(platform)
-        lacking = self._lacking(platform)
-        if self.hub is None or not lacking or not self.hub.fits(platform):
-            return reasons
-        others = [reason for reason in reasons if reason not in lacking]
-        obstacle = self.hub.obstacle(platform)
-        return [*others, f"{'; '.join(lacking)}, and {obstacle}"] if obstacle else others
-
-    def _lacking(self, platform: Platform) -> list[str]:
-        return [reason for need in self.requires if (reason := package_reason(need, platform))]
-
-    def _from_hub(self, platform: Platform) -> HubKernel | None:
-        """The repository that its function is taken from; None where its own package is used, or nothing is."""
-        hub = self.hub
-        usable = hub is not None and hub.fits(platform) and hub.obstacle(platform) is None
-        return hub if usable and self._lacking(platform) else None
-
-    def origin(self, platform: Platform) -> str | None:
-        hub = self._from_hub(platform)
-        return f"Hub: {hub.name}" if hub else None
-
-    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
-        origin = self.origin(platform)
-        return f"{self.id} ({origin})" if origin else None
 
     def load(self, platform: Platform) -> Kernel:
         # Packages of this family share the folder `flash_attn`: that it can be imported says little.
-        hub = self._from_hub(platform)
+        hub = self.from_hub(platform)
         module = hub.load(platform) if hub else import_module(self.module)
         flash_attn_func = module.flash_attn_func
 
@@ -74,7 +46,7 @@ class FlashAttention(Backend):
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
         """`flash_attn_varlen_func` of the same module; betas of version 4 take no longest lengths."""
-        hub = self._from_hub(platform)
+        hub = self.from_hub(platform)
         module = hub.load(platform) if hub else import_module(self.module)
         flash_attn_varlen_func = module.flash_attn_varlen_func
         takes_longest = "max_seqlen_q" in signature(flash_attn_varlen_func).parameters

@@ -12,9 +12,11 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import ClassVar
 
-from .backend import package_reason
+from .backend import Backend, package_reason
 from .platform import HUB_VARIABLE, Platform
+from .request import AttentionRequest
 
 REQUIREMENT = "kernels>=0.15"
 """0.14 began to check who published a repository, 0.15 to work from its cache when it is told to stay offline."""
@@ -29,8 +31,10 @@ class HubKernel:
 
     repository: str
     version: int
-    cards: tuple[tuple[int, int], ...]
+    cards: tuple[tuple[int, int], ...] = ()
     """CUDA compute capabilities."""
+    architectures: tuple[str, ...] = ()
+    """AMD architectures."""
 
     def __post_init__(self) -> None:
         if self.repository.partition("/")[0] not in TRUSTED:
@@ -43,7 +47,8 @@ class HubKernel:
 
     def fits(self, platform: Platform) -> bool:
         """True where a build for this machine is known: these cards, on Linux."""
-        return platform.kind == "cuda" and platform.os == "linux" and platform.capability in self.cards
+        on_amd = platform.kind == "rocm" and platform.gfx in self.architectures
+        return platform.os == "linux" and (on_amd or (platform.kind == "cuda" and platform.capability in self.cards))
 
     def obstacle(self, platform: Platform) -> str | None:
         """Why it is not taken from the Hub on a machine that it fits, in words that follow `and`; None if it is."""
@@ -67,3 +72,36 @@ class HubKernel:
             warnings.filterwarnings("error", message=".*redirected to")
             module: ModuleType = get_kernel(self.repository, version=self.version, trust_remote_code=False)
         return module
+
+
+class FromHub(Backend):
+    """A backend whose package, where it is missing, a repository on the Hub stands in for."""
+
+    hub: ClassVar[HubKernel | None] = None
+    """What is taken where the person allows downloads; None for nothing."""
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        lacking = self._lacking(platform)
+        if self.hub is None or not lacking or not self.hub.fits(platform):
+            return reasons
+        others = [reason for reason in reasons if reason not in lacking]
+        obstacle = self.hub.obstacle(platform)
+        return [*others, f"{'; '.join(lacking)}, and {obstacle}"] if obstacle else others
+
+    def _lacking(self, platform: Platform) -> list[str]:
+        return [reason for need in self.requires if (reason := package_reason(need, platform))]
+
+    def from_hub(self, platform: Platform) -> HubKernel | None:
+        """The repository that its function is taken from; None where its own package is used, or nothing is."""
+        hub = self.hub
+        usable = hub is not None and hub.fits(platform) and hub.obstacle(platform) is None
+        return hub if usable and self._lacking(platform) else None
+
+    def origin(self, platform: Platform) -> str | None:
+        hub = self.from_hub(platform)
+        return f"Hub: {hub.name}" if hub else None
+
+    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+        origin = self.origin(platform)
+        return f"{self.id} ({origin})" if origin else None

@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -61,6 +61,32 @@ def problems() -> Iterator[AttentionRequest]:
         for kv_len in (200, 256):
             for head_dim in (64, 128):
                 yield AttentionRequest(batch=1, num_heads=2, q_len=256, kv_len=kv_len, head_dim=head_dim, dtype=dtype)
+
+
+def harder(backend: Backend, platform: Platform, plain: AttentionRequest) -> list[AttentionRequest]:
+    """The same call with what a build may drop without a word: a mask, grouped heads, a scale, causality.
+
+    As many of them as the backend takes, one after another; several in one call where it takes them together.
+    """
+    kv_heads = {"num_heads": 4, "num_kv_heads": 2}
+    wanted: list[dict[str, object]] = [
+        {**kv_heads, "scale": 0.05, "mask": "key_padding"},
+        {**kv_heads, "scale": 0.05, "is_causal": True, "kv_len": plain.q_len},
+        {"mask": "key_padding"},
+        {"mask": "bool"},
+        kv_heads,
+        {"scale": 0.05},
+        {"is_causal": True, "kv_len": plain.q_len},
+    ]
+    taken: list[AttentionRequest] = []
+    covered: set[str] = set()
+    for changes in wanted:
+        request = plain._replace(**changes)
+        new = {name for name in ("mask", "num_kv_heads", "scale", "is_causal") if name in changes} - covered
+        if new and not backend.unsupported_reasons(request, platform):
+            taken.append(request)
+            covered |= new
+    return taken
 
 
 def probe(backend_id: str, timeout: float = TIMEOUT, source: str = "") -> Outcome:
@@ -164,26 +190,73 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
     import torch
 
     device = device_named("cuda" if platform.kind == "rocm" else platform.kind)
-    query, key, value = tensors(request)
-    call = AttentionCall(*(tensor.to(device, copy=True) for tensor in (query, key, value)))  # type: ignore[arg-type]
     _write(stages, {"stage": RUNNING})
     try:
-        kernel = router.kernel(backend_id)
-        start = perf_counter()
-        output = kernel(call)
-        synchronise(device)
-        ms = (perf_counter() - start) * 1e3
-        output = output.cpu()
-        after = [tensor.cpu() for tensor in (call.query, call.key, call.value)]
+        outcome = _tried(router, backend, request, device)
+        for other in harder(backend, platform, request):
+            if outcome.status != "ok":
+                break
+            found = _tried(router, backend, other, device)
+            if found.status != "ok":
+                outcome = replace(found, reason=f"{found.reason} (with {_different(other, request)})")
     except (Exception, SystemExit) as error:  # whatever a kernel raises is what is asked for here
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         no_memory = isinstance(error, torch.OutOfMemoryError) or any(word in text.lower() for word in OUT_OF_MEMORY)
         return Outcome("untested", f"out of memory: {text}") if no_memory else Outcome("failed", f"raised {text}")
-    reason, error_of = compare(output, AttentionCall(query, key, value), backend)
+    return outcome
+
+
+def _different(request: AttentionRequest, plain: AttentionRequest) -> str:
+    asked = ("mask", "num_kv_heads", "scale", "is_causal")
+    names = [name for name in asked if getattr(request, name) != getattr(plain, name)]
+    return ", ".join(f"{name} {getattr(request, name)}" for name in names)
+
+
+def _tried(router: Router, backend: Backend, request: AttentionRequest, device: torch.device) -> Outcome:
+    """Run one call and compare it.
+
+    Raises:
+        Exception: whatever the kernel raises.
+    """
+    import torch
+
+    call = call_of(request)
+    query, key, value, mask = call.query, call.key, call.value, call.attn_mask
+    moved = AttentionCall(
+        query.to(device, copy=True),
+        key.to(device, copy=True),
+        value.to(device, copy=True),
+        None if mask is None else mask.to(device),
+        call.is_causal,
+        call.scale,
+        call.enable_gqa,
+    )
+    start = perf_counter()
+    output = router.kernel(backend.id)(moved)
+    synchronise(device)
+    ms = (perf_counter() - start) * 1e3
+    output = output.cpu()
+    after = [tensor.cpu() for tensor in (moved.query, moved.key, moved.value)]
+    reason, error_of = compare(output, call, backend)
     same = all(map(torch.equal, after, (query, key, value)))
     if not reason and not same and not backend.changes_inputs:
         reason = "wrong: it changed its inputs"
     return Outcome("failed" if reason else "ok", reason, error_of, round(ms, 3))
+
+
+def call_of(request: AttentionRequest) -> AttentionCall:
+    """A problem as a call on the CPU; a mask hides the last third of the keys, kind bool one key less in odd rows."""
+    import torch
+
+    query, key, value = tensors(request)
+    mask = None
+    if request.mask != "none":
+        visible = torch.arange(request.kv_len) < request.kv_len * 2 // 3
+        mask = visible.expand(1, 1, 1, -1).contiguous()
+        if request.mask == "bool":
+            rows = torch.arange(request.q_len)[:, None] % 2
+            mask = (torch.arange(request.kv_len)[None] < request.kv_len * 2 // 3 + rows)[None, None]
+    return AttentionCall(query, key, value, mask, request.is_causal, request.scale, request.grouped)
 
 
 def tensors(request: AttentionRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -192,16 +265,20 @@ def tensors(request: AttentionRequest) -> tuple[torch.Tensor, torch.Tensor, torc
 
     generator = torch.Generator().manual_seed(0)
 
-    def rand(length: int) -> torch.Tensor:
-        shape = (request.batch, request.num_heads, length, request.head_dim)
+    def rand(length: int, heads: int) -> torch.Tensor:
+        shape = (request.batch, heads, length, request.head_dim)
         return torch.randn(shape, generator=generator).to(getattr(torch, request.dtype))
 
-    return rand(request.q_len), rand(request.kv_len), rand(request.kv_len)
+    kv_heads = request.num_kv_heads or request.num_heads
+    return rand(request.q_len, request.num_heads), rand(request.kv_len, kv_heads), rand(request.kv_len, kv_heads)
 
 
 def compare(output: torch.Tensor, call: AttentionCall, backend: Backend) -> tuple[str, float | None]:
     """What is wrong with an output, empty if nothing, and its relative L2 distance from float64; all on the CPU."""
-    wide = AttentionCall(call.query.double(), call.key.double(), call.value.double())
+    wide = AttentionCall(
+        call.query.double(), call.key.double(), call.value.double(),
+        call.attn_mask, call.is_causal, call.scale, call.enable_gqa,
+    )  # fmt: skip
     expected = BACKENDS["reference"].load(Platform("cpu"))(wide)
     if output.shape != expected.shape:
         return f"wrong: output {tuple(output.shape)} is not {tuple(expected.shape)}", None
@@ -219,8 +296,18 @@ def compare(output: torch.Tensor, call: AttentionCall, backend: Backend) -> tupl
 
 def _in_steps(call: AttentionCall) -> torch.Tensor:
     """Attention with every step rounded to the dtype of the call."""
-    scores = call.query @ call.key.transpose(-2, -1) * call.query.shape[-1] ** -0.5
-    attended: torch.Tensor = scores.softmax(dim=-1) @ call.value
+    import torch
+
+    group = call.query.shape[1] // call.key.shape[1]
+    key, value = call.key.repeat_interleave(group, 1), call.value.repeat_interleave(group, 1)
+    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    scores = call.query @ key.transpose(-2, -1) * scale
+    visible = call.attn_mask
+    if call.is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    attended: torch.Tensor = scores.softmax(dim=-1) @ value
     return attended
 
 

@@ -107,7 +107,7 @@ def forget(ids: Iterable[str] = ()) -> int:
 def key(backend_id: str, platform: Platform) -> str:
     """The environment that an outcome belongs to, readable: the backend first, then what it ran on."""
     names = {package.distribution for package in PACKAGES_OF.get(backend_id, ())}
-    names |= {name for name in COMPILERS if names}
+    names.update(COMPILERS)  # what torch itself compiles, such as flex_attn, depends on them too
     packages = sorted(f"{name} {version}" for name, version in platform.packages if name in names)
     card = " ".join(filter(None, (platform.kind, platform.name, platform.sm or platform.gfx)))
     parts = (

@@ -7,6 +7,7 @@ text of an error, the input of `explain` and the input of a test.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -94,6 +95,13 @@ def parse_request(text: str) -> AttentionRequest:
     return request
 
 
+def _scale(raw: str) -> float | None:
+    scale = None if raw.lower() == "none" else float(raw)
+    if scale is not None and not isfinite(scale):
+        raise ValueError("nan and inf")
+    return scale
+
+
 def _parse_value(name: str, raw: str) -> object:
     if name == "dtype":
         short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
@@ -111,10 +119,7 @@ def _parse_value(name: str, raw: str) -> object:
         return raw.lower() in ("true", "1")
     try:
         if name == "scale":
-            scale = None if raw.lower() == "none" else float(raw)
-            if scale is not None and not isfinite(scale):
-                raise ValueError(f"request: scale {raw!r} is not a finite number")
-            return scale
+            return _scale(raw)
         number = int(raw)
     except ValueError as error:
         raise ValueError(f"request: {name} {raw!r} is not a number") from error

@@ -62,6 +62,8 @@ class Decision:
     """Options of the backend that was asked for; empty where another one runs."""
     asked_options: Mapping[str, object] = field(default_factory=dict)
     """What was asked for with it, whatever runs."""
+    notes: tuple[str, ...] = ()
+    """What a person who named this backend should know: why a route would have passed over it."""
 
     @property
     def is_fallback(self) -> bool:
@@ -199,9 +201,10 @@ class Router:
         if choice.asked is not None:
             reasons = self.refuse(choice.asked, request, failed, choice.extra)
             if not reasons:
-                return Decision(
-                    choice.asked, choice.source, choice.asked, options=choice.extra, asked_options=choice.extra
-                )
+                against = self.backends[choice.asked].avoid_reasons(request, self.platform)
+                notes = tuple(f"{choice.asked}: {reason}" for reason in against)
+                extra = choice.extra
+                return Decision(choice.asked, choice.source, choice.asked, (), extra, extra, notes)
             rejected.append(Rejection(choice.asked, reasons))
             forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
             if strict and not forbidden:

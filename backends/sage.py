@@ -12,7 +12,8 @@ from inspect import isfunction, signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .backend import HALF, Backend, Kernel, Limits, package_reason
+from .backend import HALF, Kernel, Limits, package_reason
+from .hub import FromHub
 from .layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
 from .options import Option
 from .platform import Platform
@@ -227,7 +228,7 @@ def load_varlen(smooth_k: bool) -> VarlenKernel:
     return run
 
 
-class SageBackend(Backend):
+class SageBackend(FromHub):
     """A kernel of one of the SageAttention packages, which import Triton, all of them."""
 
     accuracy = "quantized"

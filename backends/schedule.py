@@ -71,11 +71,11 @@ class ScheduleEntry:
         """Where it holds, in one line."""
         return ", ".join(f"{name} {text}" for name, text in self.windows().items())
 
-    def takes(self, role: str, category: str) -> bool:
-        """True when it is for this role."""
+    def takes(self, role: str, category: str, parent_of: Callable[[str], str | None] = CATEGORY_PARENT.get) -> bool:
+        """True when it is for this role; `parent_of` is the one of its configuration."""
         parent: str | None = category
         while self.role and parent and self.role not in (role, parent):
-            parent = CATEGORY_PARENT.get(parent)
+            parent = parent_of(parent)
         return not self.role or bool(parent)
 
 
@@ -160,7 +160,7 @@ class Timetable:
                 for bit, placed in enumerate(self._entries)
                 if active >> bit & 1
                 and placed.layer is layer
-                and placed.entry.takes(role, category)
+                and placed.entry.takes(role, category, placed.layer.parent_of)
                 and (not placed.entry.blocks or block in placed.blocks)
             ]
             if not found:

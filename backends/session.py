@@ -11,7 +11,7 @@ from dataclasses import replace
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from .backend import Kernel
+from .backend import Kernel, on_copies
 from .call_checks import CheckError, checked, checks_from_environment
 from .config import AttentionConfig, Choice, Settings, frozen, resolve, settings_of
 from .guard import Guard, GuardAlarm
@@ -189,15 +189,7 @@ class Session:
 
     def _kernel(self, decision: Decision) -> Kernel:
         kernel = self.router.kernel(decision.backend, decision.options)
-        if not self.router.backends[decision.backend].changes_inputs:
-            return kernel
-
-        def on_copies(call: AttentionCall) -> torch.Tensor:
-            # A call of its own, so that a fallback after a failure still has the originals.
-            query, key, value = call.query.clone(), call.key.clone(), call.value.clone()
-            return kernel(AttentionCall(query, key, value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa))
-
-        return on_copies
+        return on_copies(kernel) if self.router.backends[decision.backend].changes_inputs else kernel
 
     def run(self, plan: Plan, call: AttentionCall) -> torch.Tensor:
         """Run one call; on failure fall back once, as the design's rules say.
@@ -309,6 +301,10 @@ class Session:
             of = f" (category={category!r})" if category and category != role else ""
             log.info("Resolved diffusion attention backend %r for role=%r%s via %s", decision.backend.upper(), role, of,
                      decision.source)  # fmt: skip
+        for note in decision.notes:
+            if note not in self._logged:  # once, however many kinds of call there are
+                self._logged.add(note)
+                self.trace.note(note)
         if decision.reason and (role, decision.reason) not in self._logged:
             self._logged.add((role, decision.reason))
             log.warning("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)

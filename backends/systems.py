@@ -34,7 +34,10 @@ class System(NamedTuple):
 
 
 _HUB = "the installed package first; the Hub's build only where it is missing and ATTENTION_BACKENDS_HUB=1 allows it"
-_INSTALLED = "the installed package only; this one is never taken from the Hub"
+_SAGE_HUB = (
+    "the installed package only, never the Hub's build: which of its kernels runs on which card is not published for "
+    "the version that Diffusers pins"
+)
 _FAMILY = "the FlashAttention family, as there: the best installed member for the card, whatever the number says"
 _AITER = "the package amd-aiter, for AMD cards; aiter on PyPI is another package, for asyncio"
 _LENGTHS = "one id for both: whether a call needs variable lengths follows from its mask"
@@ -85,7 +88,7 @@ VLLM_OMNI = System(
         Published("SLA_ATTN", None, _SLA),
         Published("MINDIE_SLA", None, _ASCEND),
         Published("aiter_quant", None, f"{_ADAPTER}; aiter is AITER in half precision"),
-        Published("vdnh3", None, f"{_ADAPTER}; its weights belong to one model"),
+        Published("vdnh3", None, "for MiniMax-H3, with an adapter's weights of its own; not implemented"),
         Published("b12x", None, _ADAPTER),
         Published("flashinfer_sm120", None, f"{_ADAPTER}; flashinfer_attn is FlashInfer's dense attention"),
     ),
@@ -169,12 +172,12 @@ DIFFUSERS = System(
         Published("_flash_3_hub", "flash_attn_3", _HUB),
         Published("_flash_3_varlen_hub", "flash_attn_3", f"{_HUB}; {_LENGTHS}"),
         Published("aiter", "aiter", _AITER),
-        Published("aiter_fa2_hub", "aiter", f"{_INSTALLED}; {_AITER}"),
+        Published("aiter_fa2_hub", "aiter", f"{_HUB}; {_AITER}"),
         Published("flex", "flex_attn"),
         Published("sage", "sage_attn"),
-        Published("sage_hub", "sage_attn", _INSTALLED),
+        Published("sage_hub", "sage_attn", _SAGE_HUB),
         Published("sage_varlen", "sage_attn", _LENGTHS),
-        Published("sage_blackwell_hub", "sage_attn_3", _INSTALLED),
+        Published("sage_blackwell_hub", "sage_attn_3", _HUB),
         Published("_sage_qk_int8_pv_fp8_cuda", "sage_fp8_cuda"),
         Published("_sage_qk_int8_pv_fp8_cuda_sm90", "sage_fp8_sm90"),
         Published("_sage_qk_int8_pv_fp16_cuda", "sage_fp16_cuda"),

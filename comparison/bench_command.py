@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .bench_run import Asked
 
 HELP = "time every kernel on the attention calls of real models, with its error and its memory"
+ONLY_NAMED = ("flash_attn", "flex_attn", "emulated_int8", "reference")
+"""What runs here and is left out unless named; `bench_run.choose_backends` says why."""
 FILES = ("benchmark.png", "benchmark.json", "benchmark.md")
 EXAMPLES = f"""examples:
   %(prog)s --presets hv15
@@ -36,7 +38,10 @@ it. The mask hides the last keys; --mask-kind bias hands it over as a full (1, 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--presets", default="", help="names, separated by commas; default: all")
-    parser.add_argument("--backends", help="names, separated by commas; default: all that run here")
+    parser.add_argument(
+        "--backends",
+        help=f"names, separated by commas; default: all that run here but {', '.join(ONLY_NAMED)}",
+    )
     masks = parser.add_mutually_exclusive_group()
     masks.add_argument("--masked", action="store_const", dest="masks", const="masked", help="only with a mask")
     masks.add_argument("--unmasked", action="store_const", dest="masks", const="unmasked", help="only without")

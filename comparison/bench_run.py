@@ -27,6 +27,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 EMULATION = "emulated_int8"
 MOST_TOKENS = 2**20
+UNASKED = "measured only where they are named (--backends, or the node's list)"
+"""A family whose members are measured anyway, what compiles for tens of seconds, the yardstick and the emulation."""
 
 
 @dataclass
@@ -121,10 +123,11 @@ def _scaling(tokens: int, scaled: int, count: int) -> list[str]:
 
 
 def _not_here(backends: Sequence[str], router: Router, named: str) -> list[str]:
-    """Where nobody named backends: which ones were left out because this machine cannot run them."""
+    """Where nobody named backends: which ones were left out, and whether this machine cannot run them."""
     if named.strip():
         return []
-    absent = [name for name in router.backends if name not in backends and router.unavailable(name)]
-    if not absent:
-        return []
-    return [f"not available here, the command doctor says why: {', '.join(absent)}"]
+    left_out = [name for name in router.backends if name not in backends]
+    absent = [name for name in left_out if router.unavailable(name)]
+    unasked = [name for name in left_out if name not in absent]
+    notes = [f"not available here, the command doctor says why: {', '.join(absent)}"] if absent else []
+    return notes + ([f"{UNASKED}: {', '.join(unasked)}"] if unasked else [])

@@ -6,6 +6,7 @@ Boundary: `backends/` and torch. Names are strict: nothing runs in the place of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -150,14 +151,11 @@ class Routed:
         return self._plans[key]
 
     def _run(self, plan: Plan | Parts, call: AttentionCall, mask_plan: MaskPlan | None) -> Tensor:
-        if mask_plan is None:
-            assert isinstance(plan, Plan)
-            return self.session.run(plan, call)
-        if isinstance(plan, Parts):
+        if mask_plan is not None and isinstance(plan, Parts):
             return run_parts(self.session, plan, mask_plan, call)
-        if mask_plan.treatment == "passed on":
+        if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
-        return self.session.run(plan, call)
+        return self.session.run(cast(Plan, plan), call)
 
     def attention_ms(self, device: torch.device) -> float | None:
         """Time in attention since this was asked last; None on devices where it cannot be told apart."""

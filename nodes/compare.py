@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ from .capture import capturing
 from .pictures import decode
 from .sampling import router_for
 from .selector import CATEGORY
+from .timed import timed
+
+log = logging.getLogger("attention_backends")
 
 PATCHED = ("model_1", "model_2", "model_3", "model_4")
 NOT_MEASURED = "VBench: not measured; it scores many prompts and seeds, a comparison has one"
@@ -63,8 +67,9 @@ class AttentionCompare(io.ComfyNode):
                     options=list(MODES),
                     default="end_to_end",
                     tooltip="end_to_end: the finished pictures. one_step: one step from the same half-finished "
-                    "latent, which shows a kernel's error before sampling amplifies it. attention: the same query, "
-                    "key and value, taken from the model, against float64.",
+                    "latent, which shows a kernel's error before sampling amplifies it; with sigmas of one step, that "
+                    "step from the noise. attention: the same query, key and value, taken from the model, against "
+                    "float64.",
                 ),
                 io.Int.Input("repeat", default=1, min=1, max=20, tooltip="Timed runs of each backend after warm-up."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, tooltip="Used with model, not with a guider."),
@@ -146,14 +151,15 @@ class SetUp:
         self.seed = noise.seed
         self.noise_mask = latent.get("noise_mask")
         image = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"])
+        check_latent(image, guider.model_patcher)
         self.latent = image
         self.noise = noise.generate_noise({**latent, "samples": image})
         self.sigmas = sigmas
-        if mode != "end_to_end":
-            middle = max(1, (len(sigmas) - 1) // 2)
+        middle = (len(sigmas) - 1) // 2
+        if mode != "end_to_end" and middle:  # of a single step nothing can be sampled before
             self.latent = self.sample(guider.model_patcher, sigmas[: middle + 1])
             self.noise = torch.zeros_like(self.noise)
-            self.sigmas = sigmas[middle : middle + 2] if len(sigmas) > middle + 1 else sigmas[-2:]
+            self.sigmas = sigmas[middle : middle + 2]
 
     @property
     def steps(self) -> int:
@@ -172,12 +178,25 @@ class SetUp:
         return result.cpu()
 
 
+def check_latent(latent: torch.Tensor, model: Any) -> None:
+    """Raises ComparisonError for a latent that is another model's: its error would otherwise stand in every row."""
+    if latent.is_nested:
+        return
+    expected = model.get_model_object("latent_format")
+    shape, dimensions = tuple(latent.shape), expected.latent_dimensions + 2
+    if len(shape) != dimensions or shape[1] != expected.latent_channels:
+        raise ComparisonError(
+            f"latent_image of shape {shape} is not one of this model, which has {expected.latent_channels} channels in "
+            f"{dimensions} dimensions, batch and channels first: make it with this model's empty latent node or VAE"
+        )
+
+
 class Variant:
     """One patched model in the race; what `rounds.round_robin` asks of an attention."""
 
     def __init__(self, row: Row, model: Any) -> None:
         self.row = row
-        self.model = model
+        self.model, self._timed = timed(model)
         self.account: dict[str, Any] | None = None
         self._asked_before: dict[str, Any] | None = None
 
@@ -188,11 +207,18 @@ class Variant:
         return " + ".join(dict.fromkeys(row["member"] or row["backend"] for row in rows)) or None
 
     def attention_ms(self, device: torch.device) -> float | None:
-        """Time in attention of the run since this was asked last; None where it is not measured."""
-        account = self.account
-        if account is None or account is self._asked_before or any(row["ms"] is None for row in account["rows"]):
+        """Time in attention of the run since this was asked last; None where it is not measured, or not of each call.
+
+        On a GPU the device has come to rest by now, so its events can be read.
+        """
+        account = self.account if self.account is not self._asked_before else None
+        self._asked_before = self.account
+        if self._timed is not None and self._timed.times(device):
+            milliseconds, counted = self._timed.milliseconds()
+            calls = 0 if account is None else sum(row["calls"] for row in account["rows"])
+            return milliseconds if 0 < calls == counted else None
+        if account is None or any(row["ms"] is None for row in account["rows"]):
             return None
-        self._asked_before = account
         return float(sum(row["ms"] for row in account["rows"]))
 
 
@@ -211,6 +237,8 @@ def compare_attention(setup: SetUp, backends: str, patched: dict[str, Any], repe
     """Every backend on the same calls, one of each role and shape, from a step in the middle of sampling."""
     if patched:
         raise ComparisonError("mode attention compares backends by name: disconnect model_1 to model_4")
+    if not backends.strip():
+        raise ComparisonError("nothing to compare: name backends, such as sdpa_math")
     router = router_for(setup.guider.model_patcher.load_device)
     names = backend_names(backends)
     rows = [Row(name, failed="; ".join(router.unavailable(name)) or None) for name in names]
@@ -221,14 +249,19 @@ def compare_attention(setup: SetUp, backends: str, patched: dict[str, Any], repe
     able = [row.asked for row in rows if row.failed is None]
     progress_bar = comfy.utils.ProgressBar((repeat + 1) * len(able))
 
+    cancelled = Cancelled()
+
     def progress(what: str, done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        progress_bar.update_absolute(done, total)
+        with cancelled:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress_bar.update_absolute(done, total)
 
     measured, _ = compare_calls(list(calls.values()), able, router, repeat, progress)
     found = {row.asked: row for row in measured}
     report = make_report(setup, [found.get(row.asked, row) for row in rows])
     report.relate()
+    cancelled.go_on(report)
+    progress_bar.update_absolute(progress_bar.total)
     report.notes.append("one call of each role and shape, from one step in the middle of sampling")
     return report
 
@@ -260,41 +293,81 @@ def compare(setup: SetUp, variants: list[Variant], repeat: int) -> tuple[Report,
     device = setup.guider.model_patcher.load_device
     entries = {id(variant): Entry(variant.row, variant) for variant in variants}  # type: ignore[arg-type]
     able = [variant for variant in variants if variant.row.failed is None]
-    steps_done = comfy.utils.ProgressBar(setup.steps * repeat * len(able) + len(able))
+    progress = Steps(setup.steps, repeat, len(able))
     by_entry = {id(entries[id(variant)]): variant for variant in variants}
-    interrupts: list[BaseException] = []
+    cancelled = Cancelled()
 
     def run(entry: Entry, lap: Callable[[], None], sigmas: torch.Tensor) -> list[torch.Tensor]:
         variant = by_entry[id(entry)]
 
         def on_step(*_: Any) -> None:
-            steps_done.update(1)
+            progress.bar.update(1)
             lap()
 
         before = runs.recent()[:1]
         try:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            result = setup.sample(variant.model, sigmas, on_step)
-        except comfy.model_management.InterruptProcessingException as error:
-            interrupts.append(error)
-            raise KeyboardInterrupt from error
+            with cancelled:
+                result = setup.sample(variant.model, sigmas, on_step)
         except NoBackendError as error:
             raise RefusedError(first_reason(error)) from error
         newest = runs.recent()[:1]
         variant.account = newest[0] if newest != before else None
         return [result]
 
+    def begin_run(what: str, done: int, total: int) -> None:
+        with cancelled:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.begin_run(done)
+
     round_robin(
         [entries[id(variant)] for variant in able], repeat,
         lambda entry, lap: run(entry, lambda: None, setup.sigmas[:2]),
         lambda entry, lap: run(entry, lap, setup.sigmas),
-        device, lambda what, done, total: None,
+        device, begin_run,
     )  # fmt: skip
-    if interrupts:
-        raise interrupts[0]
-    return make_report(setup, [variant.row for variant in variants]), [
-        entries[id(variant)].result[0] if entries[id(variant)].result else None for variant in variants
-    ]
+    report = make_report(setup, [variant.row for variant in variants])
+    cancelled.go_on(report)
+    progress.end()
+    return report, [entries[id(variant)].result[0] if entries[id(variant)].result else None for variant in variants]
+
+
+class Cancelled:
+    """Around what ComfyUI can cancel: tells it to `round_robin` as a keyboard's interrupt, and keeps it."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, comfy.model_management.InterruptProcessingException):
+            self.error = error
+            raise KeyboardInterrupt from error
+
+    def go_on(self, report: Report) -> None:
+        """Go on cancelling, if that was asked for; what was measured before is in the log then."""
+        if self.error is not None:
+            report.relate()
+            log.info("the comparison was cancelled; what was measured before:\n%s", tables.console(report))
+            raise self.error
+
+
+class Steps:
+    """The progress bar over all runs: warm-ups of one step each, then `repeat` rounds of whole runs."""
+
+    def __init__(self, steps: int, repeat: int, rows: int) -> None:
+        self.steps = steps
+        self.rows = rows
+        self.bar = comfy.utils.ProgressBar(rows * (1 + steps * repeat))
+
+    def begin_run(self, done: int) -> None:
+        """Go to where run number `done` begins, also past runs that failed before their end."""
+        if done:
+            self.bar.update_absolute(min(done, self.rows) + max(0, done - self.rows) * self.steps)
+
+    def end(self) -> None:
+        """All is done, whatever failed."""
+        self.bar.update_absolute(self.bar.total)
 
 
 def first_reason(error: NoBackendError) -> str:

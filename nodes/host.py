@@ -231,7 +231,9 @@ class Override:
 def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     """Route one call; `func` is what ComfyUI would have run."""
     query, key, value = args[0], args[1], args[2]
-    if len(args) > 3:
+    if len(args) == 4:
+        kwargs["heads"] = args[3]
+    elif len(args) > 4:
         kwargs.update(zip(POSITIONAL, args[3:], strict=False))
     owned = type(query) is not torch.Tensor and hasattr(query, "peek")
     if owned:  # containers: from here on nobody but this frame holds the tensors

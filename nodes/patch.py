@@ -11,8 +11,10 @@ from comfy.patcher_extension import WrappersMP
 
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config_text import from_environment
+from ..backends.names import CHOICES
 from ..backends.routes import default_line
 from ..backends.schedule import ScheduleEntry
+from ..backends.systems import key_of, line_of
 from .host import Override
 from .sampling import KEY, OVERRIDE, apply_model_wrapper, name_of, outer_sample_wrapper, router_for
 
@@ -41,24 +43,34 @@ def set_default(model: Any, backend: str, *, accuracy: str, strict: bool, guard:
     """A clone of `model` whose default backend and settings are these; its per-role entries stay."""
     before, default = current_config(model), AttentionSpec(backend)
     config = replace(before, default=default, accuracy=accuracy, strict=strict, guard=guard)
-    return _patched(model, config, _replaced("the default", before.default, default))
+    return _patched(model, config, line_of_alias(backend) + _replaced("the default", before.default, default))
 
 
-def set_role(model: Any, role: str, spec: AttentionSpec) -> Any:
-    """A clone of `model` with one more per-role entry; the last writer of a role wins, and the account says so."""
+def set_role(model: Any, role: str, spec: AttentionSpec, said: tuple[str, ...] = ()) -> Any:
+    """A clone of `model` with one more per-role entry; the last writer of a role wins, and the account says so.
+
+    `said` is what there is to say about the name that the person wrote.
+    """
     config = current_config(model)
     if spec.is_auto:  # as if this node were not there
         return _patched(model, config, ())
-    notes = _replaced(f"role {role}", config.per_role.get(role), spec)
+    notes = said + _replaced(f"role {role}", config.per_role.get(role), spec)
     covers = config.joint_is_self or role == "self"  # a node's own entry for self covers joint attention
     per_role = {**config.per_role, role: spec}
     return _patched(model, replace(config, per_role=per_role, joint_is_self=covers), notes)
 
 
+def line_of_alias(name: str) -> tuple[str, ...]:
+    """What another system's name for a backend means here; nothing for a name of our menu."""
+    line = line_of(name) if key_of(name) not in CHOICES else ""
+    return (line,) if line else ()
+
+
 def add_to_schedule(model: Any, entry: ScheduleEntry) -> Any:
     """A clone of `model` with one more entry in its schedule; where windows overlap, the last writer wins."""
     config = current_config(model)
-    return _patched(model, replace(config, schedule=(*config.schedule, entry)), ())
+    covers = config.joint_is_self or entry.role == "self"
+    return _patched(model, replace(config, schedule=(*config.schedule, entry), joint_is_self=covers), ())
 
 
 def set_config(model: Any, config: AttentionConfig) -> Any:
@@ -75,7 +87,7 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
         default=before.default if config.default.is_auto else config.default,
         per_role={**before.per_role, **config.per_role},
         schedule=(*before.schedule, *config.schedule),
-        joint_is_self=(config if "self" in config.per_role else before).joint_is_self,
+        joint_is_self=(config if config.names_self else before).joint_is_self,
         **{name: value for name, value in settings.items() if value is not None},
     )
     return _patched(model, merged, notes)

@@ -71,4 +71,5 @@ class PerRoleAttentionConfig(io.ComfyNode):
         name = role.strip()
         if not name:
             raise ConfigError("role is empty; write self, cross, joint, or a role of the model such as flux.single")
-        return io.NodeOutput(patch.set_role(model, name, AttentionSpec(backend, parse_extra(extra))))
+        spec = AttentionSpec(backend, parse_extra(extra))
+        return io.NodeOutput(patch.set_role(model, name, spec, patch.line_of_alias(backend)))

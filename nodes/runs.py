@@ -41,14 +41,21 @@ _lock = threading.Lock()
 
 def begin(trace: Trace) -> None:
     """A run begins: from now on its account can be read while it grows."""
-    from comfy_execution.utils import get_executing_context
-
-    context = get_executing_context()
-    prompt_id, node_id = (context.prompt_id, context.node_id) if context else (None, None)
+    prompt_id, node_id = _executing()
     nodes = _choosers(prompt_id, node_id)
     with _lock:
         head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
         _live[id(trace)] = head, trace
+
+
+def _executing() -> tuple[str | None, str | None]:
+    """The prompt and the node that ComfyUI is executing; None where a program samples without a server."""
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ModuleNotFoundError:
+        return None, None
+    context = get_executing_context()
+    return (context.prompt_id, context.node_id) if context else (None, None)
 
 
 def add(trace: Trace) -> None:

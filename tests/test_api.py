@@ -27,6 +27,7 @@ from attention_backends.backends import (  # noqa: E402
     read_environment,
     scopes,
 )
+from attention_backends.backends.config import AttentionConfig, ConfigError  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
@@ -62,6 +63,17 @@ def test_the_output_has_the_callers_layout(backend: str | None) -> None:
     assert straight.shape == (2, 4, 6, 16)
     assert swapped.shape == (2, 6, 4, 16)
     close(swapped.transpose(1, 2), straight)
+
+
+def test_a_call_takes_a_configuration_in_any_form() -> None:
+    close(attention(Q, K, V, backend={"per_role": {"self": "sdpa_math"}}), sdpa(Q, K, V))
+    with account() as trace:
+        for backend in ({"default": "sdpa_math"}, {"backend": "sdpa_math"}, "default=sdpa_math", AttentionConfig()):
+            attention(Q, K, V, backend=backend)
+    assert {row.backend: row.calls for row in trace.rows.values() if row.backend == "sdpa_math"} == {"sdpa_math": 3}
+    for wrong, message in ((["sdpa_math"], "expected text or a mapping, not list"), (7, "not int")):
+        with pytest.raises(ConfigError, match=rf"^attention\(backend\): .*{message}"):
+            attention(Q, K, V, backend=wrong)
 
 
 def test_every_fact_of_a_call_has_a_plan_of_its_own() -> None:

@@ -98,7 +98,8 @@ def test_one_reason_does_not_explain_another_block() -> None:
 
 def test_a_role_is_found_by_its_category() -> None:
     config = {
-        "per_role": {"cross": "sdpa_math", "self": "sdpa_math", "wan.image_cross": "sdpa_math", "flux.single": "auto"}
+        "per_role": {"cross": "sdpa_math", "self": "sdpa_math", "wan.image_cross": "sdpa_math", "flux.single": "auto"},
+        "joint_is_self": True,
     }
     rows = (
         ("ltx2.audio_to_video", "sdpa_math", "sdpa_math", None, 2),
@@ -117,6 +118,15 @@ def test_a_role_is_found_by_its_category() -> None:
     assert never.reasons == (f"role 'wan.image_cross' matched no attention call of this model; its roles are: {roles}",)
     assert said(trace).endswith("wan.image_cross=sdpa_math never called")
     assert unexplained(found.values()) is None
+
+
+def test_self_from_a_text_was_never_called_where_there_is_joint_attention_only() -> None:
+    rows = [("flux.single", "torch_sdpa", None, None, 2)]
+    trace = traced({"per_role": {"self": "sdpa_math"}}, *rows, categories={"flux.single": "joint"})
+    auto, never = asked_and_ran(trace)
+    assert (auto.asked, auto.verdict) == ("auto", "as asked")
+    assert (never.role, never.verdict) == ("self", "role never called")
+    assert never.reasons[0].endswith("its roles are: flux.single; joint_is_self: true makes self cover joint attention")
 
 
 def test_a_role_that_something_else_answered_needs_a_note() -> None:

@@ -492,3 +492,23 @@ def test_help_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "--presets" in done.stdout
     assert "ltx2_audio_to_video" in done.stdout
+
+
+def test_what_is_left_out_without_a_name_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    from attention_backends.backends.platform import Platform
+    from attention_backends.backends.router import Router
+    from attention_backends.comparison import bench_command, bench_run
+
+    packages = (("flash-attn", "2.8.3"), ("triton", "3.6.0"))
+    router = Router(Platform("cuda", capability=(8, 6), torch="2.11.0", cudnn=91002, packages=packages, described=True))
+    chosen = bench_run.choose_backends("", router)
+    assert not set(bench_command.ONLY_NAMED) & set(chosen)
+    (absent, unasked) = bench_run._not_here(chosen, router, "")
+    assert unasked.startswith("measured only where they are named")
+    assert set(unasked.partition(": ")[2].split(", ")) == set(bench_command.ONLY_NAMED)
+    assert not set(bench_command.ONLY_NAMED) & set(absent.partition(": ")[2].split(", "))
+    assert bench_run._not_here(chosen, router, "flash_attn") == []
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "all that run here but flash_attn, flex_attn, emulated_int8, reference" in said

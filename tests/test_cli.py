@@ -184,6 +184,15 @@ def test_the_category_follows_from_the_name_and_can_be_given(
     assert (given["category"], given["category_derived"]) == ("joint", False)
 
 
+def test_it_says_where_self_does_not_cover_joint_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--platform", "cpu", "--role", "flux.single", "--config")
+    answer = explain(capsys, *arguments, "per_role.self=sdpa_math")
+    assert answer["source"] == "platform route"
+    assert "--config.per_role['self'] (sdpa_math) does not cover role 'flux.single'" in answer["notes"][0]
+    answer = explain(capsys, *arguments, "per_role.self=sdpa_math joint_is_self=true")
+    assert (answer["backend"], answer["notes"]) == ("sdpa_math", [])
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_strict_refuses_with_the_whole_story(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
     arguments = ["explain", "--platform", "cuda:7.5", "--request", CALL, "--config", "backend=cudnn_attn,strict=true"]

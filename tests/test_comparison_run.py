@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from attention_backends.backends.backend import FLOATING
 from attention_backends.backends.names import UnknownBackendError
 from attention_backends.backends.request import AttentionCall
 from attention_backends.backends.sdpa import plain_sdpa
+from attention_backends.comparison import metrics
 from attention_backends.comparison.calls import CapturedCall, compare_calls
-from attention_backends.comparison.contenders import default_backends, parse_backends, router_for
-from attention_backends.comparison.report import LEVEL, ComparisonError
+from attention_backends.comparison.contenders import Routed, default_backends, parse_backends, router_for
+from attention_backends.comparison.report import LEVEL, ComparisonError, Row
 from attention_backends.comparison.run import Comparison, compare, quiet
-from attention_backends.comparison.scene import Settings
+from attention_backends.comparison.scene import Scene, Settings, picture_of
+from attention_backends.demo import captions
 from broken_backends import (
     AGAIN,
     CALLS,
@@ -145,6 +148,39 @@ def test_a_wrong_scale_is_unmistakable() -> None:
     assert row.verdict == "a different picture"
 
 
+def padded(routed: Routed, visible: int) -> Any:
+    """Attention for a context that holds more than the caption: a mask hides the rest from every query."""
+
+    def attention(query: Any, key: Any, value: Any, *, role: str, block: int) -> torch.Tensor:
+        mask = None if role != "cross" else (torch.arange(key.shape[2]) < visible)[None, None, None]
+        return routed.run(AttentionCall(query, key, value, mask), role, str(block))
+
+    return attention
+
+
+def test_a_dropped_mask_is_another_picture() -> None:
+    """The caption's tokens, then those of another caption as padding: who drops the mask draws both."""
+    scene = Scene(small(steps=8), torch.device("cpu"))
+    alone = picture_of(scene.sample(Routed(router(), "torch_sdpa")))
+    other = captions.encode("a small blue square on the right on black")[None]
+    visible = scene.positive.shape[1]
+    assert scene.negative.shape[1] == visible
+    scene.positive, scene.negative = (torch.cat([part, other], dim=1) for part in (scene.positive, scene.negative))
+    made = router(Wrong(DROPPED_MASK, dropped_mask))
+    rows = {}
+    for name in ("torch_sdpa", "sdpa_math", DROPPED_MASK):
+        rows[name] = Row(name)
+        metrics.score(rows[name], picture_of(scene.sample(padded(Routed(made, name), visible))), alone)
+    for name in ("torch_sdpa", "sdpa_math"):
+        assert rows[name].max_difference < LEVEL / 10
+        assert rows[name].ssim > 0.9999
+    row = rows[DROPPED_MASK]
+    assert row.verdict == "a different picture"
+    assert row.psnr < 20, row
+    assert row.ssim < 0.9
+    assert row.max_difference > 0.3
+
+
 def test_nan_in_one_block_is_named_and_crashes_nothing() -> None:
     found = compare(small(), ["sdpa_math", NAN], router=router(Wrong(NAN, nan_in_block_2())))
     row = row_of(found, NAN)
@@ -183,8 +219,7 @@ def test_attention_alone_covers_each_role_and_block() -> None:
 def masked_call() -> CapturedCall:
     made = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(1, 2, 48, 64, generator=made) for _ in range(3))
-    mask = torch.ones(1, 1, 1, 48, dtype=torch.bool)
-    mask[..., 30:] = False
+    mask = torch.rand(1, 1, 48, 48, generator=made) > 0.5  # each query sees other keys: none can be left out
     return CapturedCall("cross", 0, AttentionCall(query, key, value, mask))
 
 
@@ -195,7 +230,60 @@ def test_a_dropped_mask_is_unmistakable() -> None:
     assert rows[1].relative_l2 < 1e-6
     assert rows[2].relative_l2 > 0.3
     assert rows[2].cosine < 0.95
-    assert "mask key_padding" in rows[2].calls[0].request
+    assert rows[2].calls[0].request.endswith("mask bool")
+
+
+def without_masks(backend: str = AGAIN) -> Wrong:
+    """PyTorch's attention as a library that takes no mask of any kind, and raises where it gets one."""
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        assert call.attn_mask is None
+        assert not call.is_causal
+        return plain_sdpa()(call)
+
+    made = Wrong(backend, run)
+    made.limits = type(made.limits)(dtypes=FLOATING, masks=("none",))  # type: ignore[misc]
+    return made
+
+
+def hiding(kind: str) -> CapturedCall:
+    """The masked call with keys hidden from all queries, from each sample's by itself, or only made weaker."""
+    call = masked_call().call
+    query, key, value = (tensor.expand(2, -1, -1, -1) for tensor in (call.query, call.key, call.value))
+    mask = torch.ones(2, 1, 1, 48, dtype=torch.bool)
+    mask[0, ..., 30:] = False
+    mask[1, ..., 30 if kind == "trimmed" else 20 :] = False
+    if kind == "weaker":
+        mask = torch.zeros(2, 1, 1, 48).masked_fill(~mask, -0.5)
+    return CapturedCall("cross", "0", AttentionCall(query, key, value, mask))
+
+
+@pytest.mark.parametrize("kind", ["trimmed", "per sample"])
+def test_a_backend_that_takes_no_masks_runs_what_they_leave(kind: str) -> None:
+    rows, _ = compare_calls([hiding(kind)], ["torch_sdpa", AGAIN], router(without_masks()), 2, quiet)
+    for row in rows:
+        assert row.failed is None
+        assert row.runs == 2
+        assert row.relative_l2 < 1e-6
+        assert row.calls[0].request.endswith(f"mask key_padding; mask {kind}"), row.calls[0].request
+
+
+def test_a_mask_of_which_nothing_can_be_left_out_is_refused_by_name() -> None:
+    calls = [hiding("weaker")]
+    rows, _ = compare_calls(calls, ["torch_sdpa", AGAIN], router(without_masks()), 1, quiet)
+    assert rows[0].relative_l2 < 1e-6
+    assert rows[0].calls[0].request.endswith("mask bias")
+    assert rows[1].failed == "cross attention of block 0: mask kind bias not in (none) (in the warm-up)"
+
+
+def test_masks_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attention_backends.comparison import calls
+
+    read: list[int] = []
+    inspect = calls.inspect
+    monkeypatch.setattr(calls, "inspect", lambda *given: read.append(1) or inspect(*given))
+    compare_calls([hiding("trimmed"), hiding("per sample")], ["torch_sdpa", "sdpa_math"], router(), 3, quiet)
+    assert len(read) == 2
 
 
 def test_a_kernel_that_spoils_its_inputs_spoils_only_its_own_row() -> None:

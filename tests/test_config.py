@@ -145,7 +145,7 @@ def test_in_text_joint_is_a_role_of_its_own() -> None:
         assert _ask(f"{text} joint_is_self=true", role, "joint").asked == "sdpa_flash"
     (layer,) = from_environment({"ATTENTION_BACKENDS_CONFIG": '{"per_role": {"self": "sdpa_flash"}}'})
     assert resolve((layer,), "joint", "joint").asked is None
-    under_a_variable = "ATTENTION_BACKENDS_CONFIG='{\"per_role\": {\"self\": \"sdpa_flash\"}}' per_role.cross=sdpa_math"
+    under_a_variable = 'ATTENTION_BACKENDS_CONFIG=\'{"per_role": {"self": "sdpa_flash"}}\' per_role.cross=sdpa_math'
     assert _ask(under_a_variable, "self", "self").asked == "sdpa_flash"
     assert _ask(under_a_variable, "joint", "joint").asked is None
     with pytest.raises(ConfigError, match="joint_is_self must be true or false, not 'yes'"):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import ConfigError
-from attention_backends.backends.config_flags import scalar, words_of
 from attention_backends.backends.config_print import to_dict
 from attention_backends.backends.config_text import parse_config, parse_extra
+from attention_backends.backends.config_words import scalar, words_of
 from attention_backends.backends.names import RefusedBackendError, UnknownBackendError
 
 
@@ -191,6 +191,8 @@ def test_pairs_keep_lists_and_commas_inside_values() -> None:
     expected = {"a": [1, -2], "b": "0,1", "c": -1, "d": 1e-3, "e": {"f": "g h"}}
     assert parse_extra("""a=[1, -2],b=0,1, c=-1 d=1e-3 e='{"f": "g h"}'""") == expected
     assert parse_extra(json.dumps(expected)) == expected
+    brackets = {"a": {"]": [1, "}"], 'b"': '\\"'}, "c": 2}
+    assert parse_extra("a='" + json.dumps(brackets["a"]) + "',c=2") == brackets
 
 
 # Components

@@ -128,5 +128,7 @@ def test_the_example_of_vllms_document_is_refused_for_its_true_reason() -> None:
         "--diffusion-attention-config.per_role.self.backend SPARSE_BLOCK "
         "--diffusion-attention-config.per_role.self.extra.block_size 128"
     )
-    with pytest.raises(RefusedBackendError, match=r"per_role\['self'\]: .*'SPARSE_BLOCK' of vLLM-Omni .*no such backend"):
+    with pytest.raises(
+        RefusedBackendError, match=r"per_role\['self'\]: .*'SPARSE_BLOCK' of vLLM-Omni .*no such backend"
+    ):
         parse_config(text)

@@ -72,6 +72,31 @@ def test_the_account_says_what_was_read_without_effect_and_what_a_name_means(mod
     assert "--model-path: not about attention" in notes
 
 
+def test_a_name_of_another_system_prints_its_line_in_the_other_nodes_too(model: Any) -> None:
+    selector, per_role = nodes_module("selector").AttentionBackendSelector, nodes_module("per_role")
+    patched = selector.execute(model, "fa3", "exact", False, "off").args[0]
+    patched = per_role.PerRoleAttentionConfig.execute(patched, "cross", "_native_npu", "").args[0]
+    patched = per_role.PerRoleAttentionConfig.execute(patched, "self", "flash_attn", "").args[0]
+    family, npu = patched.model_options["transformer_options"]["attention_backends"].notes
+    assert family.startswith("fa3 (SGLang diffusion 0.5.23) means flash_attn here: the FlashAttention family")
+    assert npu.startswith("_native_npu (Diffusers 0.42.1) means npu_fusion here: ")
+
+
+def test_self_covers_joint_where_a_node_says_it_and_not_where_a_text_does(model: Any) -> None:
+    def joint(patched: Any) -> str | None:
+        found = layers(patched)[0].lookup("flux.double", "joint")
+        return found[0].backend if found else None
+
+    by_node = with_role(selected(model, "sdpa_math"), "self", "sdpa_flash")
+    assert joint(by_node) == "sdpa_flash"
+    by_text = with_text(by_node, "per_role.self=sdpa_efficient")
+    assert joint(by_text) == "sdpa_math", "the last writer of self says what it covers"
+    assert joint(with_text(by_node, "per_role.cross=sdpa_efficient")) == "sdpa_flash"
+    assert joint(with_role(by_text, "cross", "sdpa_efficient")) == "sdpa_math"
+    assert joint(with_role(by_text, "self", "sdpa_flash")) == "sdpa_flash"
+    assert joint(with_text(model, "per_role.self=sdpa_efficient joint_is_self=true")) == "sdpa_efficient"
+
+
 def test_it_wins_over_earlier_nodes_and_later_ones_over_it(model: Any) -> None:
     before = with_role(
         with_role(selected(model, "sdpa_flash", strict=True), "cross", "sdpa_math"), "joint", "sdpa_math"

@@ -308,3 +308,15 @@ def test_our_version_is_the_one_of_the_project_file() -> None:
     assert f'version = "{remembered.own_version()}"' in (
         Path(__file__).resolve().parent.parent / "pyproject.toml"
     ).read_text(encoding="utf-8")
+
+
+def test_triton_is_a_part_of_every_environment() -> None:
+    """flex_attn has no package of its own, and is compiled by Triton: what one version broke another may not."""
+    from attention_backends.backends import remembered
+    from attention_backends.backends.platform import Platform
+
+    def key(version: str) -> str:
+        return remembered.key("flex_attn", Platform("cuda", torch="2.11.0", packages=(("triton", version),)))
+
+    assert "triton 3.6.0" in key("3.6.0")
+    assert key("3.6.0") != key("3.7.0")

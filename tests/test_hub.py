@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,50 @@ print([name for name in router.backends if not router.unavailable(name)])
     assert done.returncode == 0, done.stderr
     assert "'flash_attn_2'" in done.stdout
     assert "'xformers'" in done.stdout
+
+
+AMD = Platform("rocm", gfx="gfx942", torch="2.11.0", packages=(KERNELS,), os="linux", hub=True)
+
+
+def test_aiter_from_the_hub_has_the_limits_of_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = on_platform(monkeypatch, AMD)
+    assert router.unavailable("aiter") == ()
+    assert fake.DOWNLOADS == ["kernels-community/aiter-flash-attn-ck@1"]
+    call = call_for(CALL)
+    assert error(router.kernel("aiter")(call), truth(call)).within(allowed(call, "exact"))
+    assert router.backends["aiter"].origin(router.platform) == "Hub: kernels-community/aiter-flash-attn-ck v1"
+    assert router.refuse("aiter", CALL._replace(dtype="float16")) == ("dtype float16 not in (bfloat16)",)
+    assert router.refuse("aiter", CALL._replace(head_dim=96)) == ("head_dim 96 not in (64, 128)",)
+    assert str(router.backends["flash_attn"].member(CALL, router.platform)).startswith("aiter (Hub")
+    installed = replace(AMD, packages=(KERNELS, ("amd-aiter", "0.1.7")))
+    assert BACKENDS["aiter"].origin(installed) is None
+    assert on_platform(monkeypatch, installed).refuse("aiter", CALL._replace(dtype="float16")) == ()
+
+
+@pytest.mark.parametrize(("backend", "machine"), [("aiter", AMD), ("sage_attn_3", None)])
+def test_they_too_are_taken_only_where_it_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, backend: str, machine: Platform | None
+) -> None:
+    monkeypatch.setattr(fake, "FORBIDDEN", True)
+    triton = ("triton", "3.6.0")
+    router = on_platform(monkeypatch, replace(machine or card((12, 0), KERNELS, triton), hub=False))
+    (reason,) = router.unavailable(backend)
+    assert reason.endswith(f"is not installed, and {OFF}")
+
+
+def test_sage_3_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = ("triton", "3.6.0")
+    router = on_platform(monkeypatch, card((12, 0), KERNELS, triton))
+    assert router.unavailable("sage_attn_3") == ()
+    assert fake.DOWNLOADS == ["kernels-community/sage-blackwell@1"]
+    call = call_for(CALL)
+    key = call.key.clone()
+    assert error(router.kernel("sage_attn_3")(call), truth(call)).within(allowed(call, "fp4"))
+    assert bool((call.key == key).all())  # the Hub's build writes into it too
+    assert router.backends["sage_attn_3"].member(CALL, router.platform) == (
+        "sage_attn_3 (Hub: kernels-community/sage-blackwell v1)"
+    )
+    # The Hub has no build for other Blackwell cards.
+    assert on_platform(monkeypatch, card((10, 0), KERNELS, triton)).unavailable("sage_attn_3") == (
+        "package sageattn3 is not installed",
+    )

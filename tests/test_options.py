@@ -11,8 +11,8 @@ from attention_backends.backends.config_text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.options import Option, problems
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import AttentionRequest
+from attention_backends.backends.platform import Platform, parse_platform
+from attention_backends.backends.request import AttentionCall, AttentionRequest
 from attention_backends.backends.router import NoBackendError, Router
 from attention_backends.backends.session import Session
 
@@ -119,6 +119,55 @@ def test_options_reach_the_role_that_asked(tunable: Backend) -> None:
     session = Session(Router(Platform("cpu", torch="2.11.0")), (config,))
     assert session.plan(REQUEST, "self", "self").kernel(None)[1] == 4  # type: ignore[arg-type, index]
     assert session.plan(REQUEST, "cross", "cross").kernel(None)[1] == 7  # type: ignore[arg-type, index]
+
+
+def test_a_failure_with_some_options_says_nothing_of_others(tunable: Backend) -> None:
+    good, plain = AttentionSpec(tunable.id, {"mode": "good"}), AttentionSpec(tunable.id)
+    roles = {"self": good, "cross": plain, "other": AttentionSpec(tunable.id, {"steps": 2})}
+    session = Session(Router(Platform("cpu", torch="2.11.0")), (AttentionConfig(per_role=roles),))
+    assert session.plan(REQUEST, "self", "self").decision.backend == "torch_sdpa"
+    assert session.plan(REQUEST, "cross", "cross").decision.backend == tunable.id, "the sound one runs"
+    assert session.plan(REQUEST, "other", "cross").decision.options == {"steps": 2}
+    assert "failed before on this call" in str(session.plan(REQUEST, "self", "self").decision.reason)
+
+
+def test_a_fallback_that_fails_too_does_not_bring_back_the_backend_without_its_options(
+    tunable: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    router = Router(Platform("cpu", torch="2.11.0"), {**BACKENDS, tunable.id: tunable})
+    config = AttentionConfig(default=AttentionSpec(tunable.id, {"mode": "good"}))
+    session = Session(router, (config,))
+    plan = session.plan(REQUEST, "self", "self")
+    assert plan.decision.backend == "torch_sdpa"
+
+    def fails(call: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    plan.kernel = fails  # type: ignore[assignment]
+    q = torch.zeros(1, 2, 16, 64)
+    session.run(plan, AttentionCall(q, q, q, host=lambda: q))
+    assert plan.decision.backend == "comfy", "not the backend that was asked for with other options"
+
+
+def test_options_that_a_version_lacks_are_known_before_anything_is_loaded() -> None:
+    card = "cuda:8.9,packages=sageattention=={};triton==3.6.0"
+    for version, extra, words in (
+        ("2.2.0", {"backend": "sage_attn", "extra": {"smooth_k": False}}, "sageattn has no option smooth_k"),
+        (
+            "2.1.1",
+            {"backend": "sage_fp8_cuda", "extra": {"pv_accum_dtype": "fp32+fp16"}},
+            "sageattention 2.1.1 has no pv_accum_dtype fp32+fp16, which came with 2.2",
+        ),
+    ):
+        router = Router(parse_platform(card.format(version)))
+        decision = router.decide(REQUEST, (parse_config({"default": extra}),), "self", "self")
+        assert decision.is_fallback
+        assert words in str(decision.reason)
+        with pytest.raises(NoBackendError, match=words.replace("+", r"\+")):
+            router.decide(REQUEST, (parse_config({"default": extra, "strict": True}),), "self", "self")
+    newer = Router(parse_platform(card.format("2.2.0")))
+    assert not newer.decide(REQUEST, (parse_config({"default": extra}),), "self", "self").is_fallback
 
 
 def test_an_option_that_the_package_refuses_is_a_fallback_with_its_reason(tunable: Backend) -> None:

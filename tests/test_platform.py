@@ -70,6 +70,8 @@ def test_package_names_are_written_as_people_like() -> None:
         ("gpu", "'gpu' is not one of cpu, cuda"),
         ("cuda:new", "'new' is not a compute capability such as 9.0 or sm_90"),
         ("cuda:9", "'9' is not a compute capability"),
+        ("cuda:99", "'99' is not a compute capability such as 9.0 or sm_90"),
+        ("cuda:sm_1210", "'sm_1210' is not a compute capability"),
         ("cpu:avx512", "cpu takes no card, got 'avx512'"),
         ("cuda:9.0,cudnn=new", "cudnn 'new' is not a version number such as 91002"),
         ("cuda:9.0,os=beos", "os 'beos' is not one of linux, windows"),

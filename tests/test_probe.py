@@ -534,3 +534,44 @@ def test_every_backend_of_this_card_passes_its_probe(name: str) -> None:
         pytest.skip(f"GPU: {name}: {'; '.join(reasons)}")
     outcome = probe(name)
     assert outcome.status in (("untested",) if name == "comfy" else ("ok", "unavailable")), outcome
+
+
+DROPS = {
+    "mask": lambda call: (None, call.is_causal, call.scale),
+    "scale": lambda call: (call.attn_mask, call.is_causal, None),
+    "is_causal": lambda call: (call.attn_mask, False, call.scale),
+}
+
+
+@pytest.mark.parametrize("dropped", [*DROPS, "num_kv_heads", "nothing"])
+def test_a_build_that_drops_an_argument_is_seen(monkeypatch: pytest.MonkeyPatch, dropped: str) -> None:
+    """The plain problem alone would not show it."""
+    import torch
+    from attention_backends.backends.kernels import BACKENDS
+    from attention_backends.backends.platform import Platform
+    from attention_backends.backends.request import AttentionCall
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def kernel(call: AttentionCall) -> torch.Tensor:
+        mask, causal, scale = DROPS.get(dropped, DROPS["mask"])(call)
+        if dropped not in DROPS:
+            mask = call.attn_mask
+        key, value = call.key, call.value
+        if key.shape[1] != call.query.shape[1]:
+            group = call.query.shape[1] // key.shape[1]
+            if dropped == "num_kv_heads":  # heads in another order
+                key, value = key.repeat(1, group, 1, 1), value.repeat(1, group, 1, 1)
+            else:
+                key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        return sdpa(call.query, key, value, mask, is_causal=causal, scale=scale)
+
+    backend = BACKENDS["torch_sdpa"]
+    monkeypatch.setattr(type(backend), "load", lambda self, platform: kernel)
+    outcome = probe.judge("torch_sdpa", Platform("cpu", torch=torch.__version__), BACKENDS)
+    if dropped == "nothing":
+        assert outcome.status == "ok", outcome.reason
+    else:
+        assert outcome.status == "failed"
+        assert "wrong: relative L2" in outcome.reason
+        assert dropped in outcome.reason

@@ -50,6 +50,8 @@ def test_short_names_of_types(short: str, long: str) -> None:
         ("num_heads=1,q_len=4,head_dim=8,mask=causal", "mask 'causal' is not one of none, key_padding"),
         ("num_heads=1,q_len=4,head_dim=8,is_causal=maybe", "is_causal 'maybe' is neither true nor false"),
         ("num_heads=1,q_len=4,head_dim=8,scale=big", "scale 'big' is not a number"),
+        ("num_heads=1,q_len=4,head_dim=8,scale=nan", "scale 'nan' is not a number"),
+        ("num_heads=1,q_len=4,head_dim=8,scale=-inf", "scale '-inf' is not a number"),
         ("num_heads=24,num_kv_heads=7,q_len=4,head_dim=8", "num_heads 24 is not a multiple of num_kv_heads 7"),
         ("num_heads=2,num_kv_heads=4,q_len=4,head_dim=8", "num_heads 2 is not a multiple of num_kv_heads 4"),
     ],

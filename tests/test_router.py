@@ -240,3 +240,36 @@ def test_roles_of_one_configuration_run_on_different_backends() -> None:
     decision = here.decide(CALL, layers, "ltx2.audio_to_video", "cross")
     assert decision.backend == "sdpa_math"
     assert decision.source == "node.per_role['cross'] (category of 'ltx2.audio_to_video')"
+
+
+def test_what_a_route_has_against_a_backend_is_a_note_where_a_person_names_it() -> None:
+    """flex_attn is compiled at its first call and skips nothing without a mask: it runs all the same, and says so."""
+    machine = parse_platform("cuda:9.0,torch=2.11.0,packages=triton==3.6.0")
+    router = Router(machine)
+    named = router.select(CALL, Choice("flex_attn", "test"))
+    assert (named.backend, named.rejected) == ("flex_attn", ())
+    assert named.notes == (
+        "flex_attn: the first call of each kind is compiled, which takes seconds to tens of seconds",
+        "flex_attn: mask kind none not in (key_padding, bool): no block is skipped, SDPA is faster",
+    )
+    assert router.select(CALL, Choice(None, "test")).notes == ()
+    assert router.select(CALL, Choice("torch_sdpa", "test")).notes == ()
+
+
+def test_the_note_is_in_the_account_once_and_in_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    from attention_backends import cli
+    from attention_backends.backends.kernels import BACKENDS
+    from attention_backends.backends.session import Session
+
+    class Slow(type(BACKENDS["reference"])):  # type: ignore[misc]
+        def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+            return ["slow here"]
+
+    router = Router(Platform("cpu"), {**BACKENDS, "reference": Slow()})
+    session = Session(router)
+    for q_len in (8, 16, 24):
+        session.plan(CALL._replace(q_len=q_len), f"role{q_len}", "self", choice=Choice("reference", "test"))
+    assert session.trace.notes == {"reference: slow here": 1}
+    words = ["explain", "--config", "flex", "--platform", "cuda:9.0,packages=triton==3.6.0"]
+    assert cli.main(words) == 0
+    assert "Note: flex_attn: the first call of each kind is compiled" in capsys.readouterr().out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.options import Option
 from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import DTYPES, AttentionRequest
+from attention_backends.backends.request import DTYPES, MASK_KINDS, AttentionRequest
 from attention_backends.backends.router import Router
 from attention_backends.backends.routes import ROUTES
 from attention_backends.backends.support import support_page
@@ -181,6 +183,108 @@ def test_dtypes_in_the_table_are_those_of_the_router(backend: str) -> None:
                 )
             }
             assert taken in listed, (one.describe(), taken)
+
+
+def _row_of(backend: str, machine: Platform, release: str) -> tuple[str, ...]:
+    """The row that the table has for a machine with a release, as a reader finds it: by the words under `where`."""
+    found = []
+    for row in _rows(backend):
+        for line in row[0].split("<br>"):
+            version, colon, places = line.rpartition(": ")
+            if not line or (version == release and (not places or machine in _named(places))):
+                found.append(row)
+            assert not colon or places
+    assert len(found) == 1, (machine.describe(), release, [row[0] for row in found])
+    return found[0]
+
+
+def _head_dim_fits(cell: str, size: int, dtype: str) -> bool:
+    """What the words of a head_dim cell say about one size."""
+    if cell[0].isdigit():
+        return str(size) in cell.split(", ")
+    for part in cell.split(", "):
+        numbers = [int(number) for number in re.findall(r"\d+", part)]
+        in_dtypes = part.partition(" in ")[2]
+        if part.startswith("above"):
+            fits = size <= numbers[0] or size % numbers[1] == 0
+        elif part.startswith("multiples"):
+            fits = bool(in_dtypes and support_limits.SHORT[dtype] not in in_dtypes) or size % numbers[0] == 0
+        elif part.startswith("from"):
+            fits = size >= numbers[0] and (len(numbers) < 2 or size <= numbers[1])
+        else:
+            assert part == "any" or part.startswith("to "), part
+            fits = part == "any" or size <= numbers[0]
+        if not fits:
+            return False
+    return True
+
+
+def _length_fits(cell: str, kv_len: int, causal: bool) -> bool:
+    """What the words of the last cell say about one number of keys."""
+    for part in cell.split("; "):
+        numbers = [int(number) for number in re.findall(r"\d+", part)]
+        if part.startswith("kv_len from"):
+            fits = kv_len >= numbers[0]
+        elif part.startswith("kv_len to"):
+            fits = kv_len <= numbers[0]
+        elif part.startswith("kv_len a multiple"):
+            fits = kv_len % numbers[0] == 0 or (causal and part.endswith("unless causal"))
+        elif part.startswith("kv_len above"):
+            fits = kv_len <= numbers[0] or kv_len % numbers[0] == 0
+        else:
+            fits = True
+        if not fits:
+            return False
+    return True
+
+
+def _masks_of(cell: str) -> set[str]:
+    return set(MASK_KINDS) if cell == "all" else {"none", *(cell.split(", ") if cell != "no" else [])}
+
+
+@pytest.mark.parametrize("backend", [name for name in BUILT if name != "flash_attn"])
+def test_every_row_says_what_the_router_says(backend: str) -> None:
+    """Head sizes, masks, lengths and dtypes, on each machine with each package that can serve it."""
+    checked = 0
+    for machine in support_limits.MACHINES:
+        for release, one in support_limits.equipped(BACKENDS[backend], machine):
+            router = Router(one)
+            if router.unavailable(backend):
+                continue
+            _, dtypes, head_dim, masks, _, _, _, further = _row_of(backend, machine, release)
+            dtype = next(name for name in DTYPES if support_limits.SHORT.get(name, name) == dtypes.split(", ")[0])
+            able = next(size for size in (64, 128) if _head_dim_fits(head_dim, size, dtype))
+            call = AttentionRequest(1, 8, 256, 256, able, dtype)
+
+            def refused(call: AttentionRequest, router: Router = router) -> bool:
+                return bool(router.refuse(backend, call))
+
+            for size, each in product((4, 8, 12, 16, 17, 40, 64, 80, 96, 128, 160, 192, 256, 264, 512, 520), DTYPES):
+                said = support_limits.SHORT.get(each, each) in dtypes.split(", ")
+                said = said and _head_dim_fits(head_dim, size, each)
+                assert refused(call._replace(head_dim=size, dtype=each)) != said, (one.describe(), size, each)
+            for mask in MASK_KINDS:
+                assert refused(call._replace(mask=mask)) != (mask in _masks_of(masks)), (one.describe(), mask)
+            for kv_len, causal in product((1, 2, 64, 77, 128, 520, 1024, 150_001), (False, True)):
+                if causal and refused(call._replace(is_causal=True)):
+                    continue
+                asked = call._replace(q_len=kv_len, kv_len=kv_len, is_causal=causal, num_heads=1)
+                assert refused(asked) != _length_fits(further, kv_len, causal), (one.describe(), kv_len, causal)
+            batch = call._replace(batch=65, mask="bool")
+            if "bool" in _masks_of(masks):
+                assert refused(batch) == ("batch to 64 with a mask" in further)
+            checked += 1
+    assert checked
+
+
+def test_a_row_that_said_something_else_would_be_seen() -> None:
+    assert not _head_dim_fits("to 256, multiples of 8 in fp16 and bf16, multiples of 4 in fp32", 12, "float16")
+    assert _head_dim_fits("to 256, multiples of 8 in fp16 and bf16, multiples of 4 in fp32", 12, "float32")
+    assert not _head_dim_fits("from 16 to 256", 8, "float16")
+    assert not _head_dim_fits("to 256, above 128 multiples of 128", 160, "bfloat16")
+    assert not _length_fits("kv_len a multiple of 64; batch to 65535", 77, True)
+    assert _length_fits("kv_len a multiple of 64 unless causal", 77, True)
+    assert not _length_fits("kv_len above 512 a multiple of 512", 520, False)
 
 
 def _rows(backend: str) -> list[tuple[str, ...]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 from ..backend import HALF, Kernel, Limits
 from ..flash import FlashAttention
+from ..hub import HubKernel
 from ..layout import INT32_ELEMENTS
 from ..platform import Platform
 
@@ -18,7 +20,9 @@ class Aiter(FlashAttention):
 
     It takes a bias of (q_len, kv_len) only, the same for every head and sample, so masks are refused. The first call
     of a kind compiles its kernel with hipcc. Some versions return a tuple of one. PyPI's package `aiter` is another
-    one, for asyncio, so what was imported is looked at.
+    one, for asyncio, so what was imported is looked at. The Hub's build, which Diffusers 0.42 pins, was compiled ahead
+    of time for bfloat16 and two head sizes (aiter-flash-attn-ck/README.md of
+    https://github.com/huggingface/kernels-community).
     """
 
     id = "aiter"
@@ -27,6 +31,8 @@ class Aiter(FlashAttention):
     architectures = AMD_CARDS
     requires = ("amd-aiter>=0.1.5",)
     module = "aiter"
+    varlen = False  # its flash_attn_varlen_func differs between versions, and no fake of it could be checked
+    hub = HubKernel("kernels-community/aiter-flash-attn-ck", 1, architectures=AMD_CARDS)
     limits = Limits(
         dtypes=HALF,
         max_head_dim=256,
@@ -36,6 +42,11 @@ class Aiter(FlashAttention):
         max_heads=65535,
     )
 
+    hub_limits = replace(limits, dtypes=("bfloat16",), head_dims=(64, 128), max_head_dim=None)
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return self.hub_limits if self.from_hub(platform) else self.limits
+
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
         other = platform.version("aiter")
@@ -44,6 +55,8 @@ class Aiter(FlashAttention):
         return reasons
 
     def load(self, platform: Platform) -> Kernel:
+        if self.from_hub(platform):
+            return super().load(platform)
         module = import_module("aiter")
         if not hasattr(module, "flash_attn_func"):
             raise ImportError(

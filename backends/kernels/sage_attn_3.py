@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .. import sage
 from ..backend import HALF, Kernel, Limits
+from ..hub import HubKernel
 from ..layout import INT32_ELEMENTS, on_device_of
 from ..platform import Platform
 from ..request import AttentionCall
@@ -23,12 +25,14 @@ class SageAttn3(sage.SageBackend):
     It takes a mask and any keyword and uses none of them, computes with head_dim ** -0.5 only, has no grouped heads,
     and subtracts the keys' mean in place, so it gets a copy of the keys. Head sizes of 256 and more run PyTorch's
     attention under its name. Its correction matrix, heads x query blocks x keys, is addressed in 32 bits and faults
-    beyond (https://github.com/thu-ml/SageAttention/pull/394).
+    beyond (https://github.com/thu-ml/SageAttention/pull/394). The Hub's build, which Diffusers 0.42 pins, is the same
+    function, for sm120 alone (sage-blackwell/README.md of https://github.com/huggingface/kernels-community).
     """
 
     id = "sage_attn_3"
     summary = "SageAttention 3 in FP4, for Blackwell cards. The fastest and the least exact; takes no masks."
     requires = ("sageattn3",)
+    hub = HubKernel("kernels-community/sage-blackwell", 1, ((12, 0),))
     limits = Limits(
         dtypes=HALF,
         head_dims=(64, 128),
@@ -45,7 +49,8 @@ class SageAttn3(sage.SageBackend):
         return ((10, 0), (12, 0), (12, 1))  # what setup.py builds; sm103 is not among them
 
     def load(self, platform: Platform) -> Kernel:
-        from sageattn3 import sageattn3_blackwell
+        hub = self.from_hub(platform)
+        sageattn3_blackwell = (hub.load(platform) if hub else import_module("sageattn3")).sageattn3_blackwell
 
         def run(call: AttentionCall) -> torch.Tensor:
             with on_device_of(call.query):

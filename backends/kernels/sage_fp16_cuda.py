@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
 from dataclasses import replace
 
 from .. import sage
@@ -44,6 +43,12 @@ class SageFP16Cuda(sage.SageCuda):
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return FORK_CARDS if sage.is_fork(platform) else CARDS
+
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        chosen = options.get("pv_accum_dtype", "fp32")
+        if not options.get("smooth_v") or chosen == "fp16":
+            return []
+        return [f"smooth_v has no effect with pv_accum_dtype {chosen}, only with fp16"]
 
     def load(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+
 from .. import sage
 from ..backend import Kernel, Limits
 from ..options import Option

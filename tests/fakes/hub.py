@@ -10,12 +10,14 @@ from types import ModuleType
 
 import pytest
 
-from . import flash_attn_2, flash_attn_3, flash_attn_4
+from . import amd_aiter, flash_attn_2, flash_attn_3, flash_attn_4, sageattn3
 
 REPOSITORIES = {
     ("kernels-community/flash-attn2", 3): flash_attn_2,
     ("kernels-community/flash-attn3", 1): flash_attn_3,
     ("kernels-community/flash-attn4", 0): flash_attn_4,
+    ("kernels-community/sage-blackwell", 1): sageattn3,
+    ("kernels-community/aiter-flash-attn-ck", 1): amd_aiter,
 }
 PUBLISHERS = {"kernels-community"}
 REDIRECTIONS: dict[str, str] = {}

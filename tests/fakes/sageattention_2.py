@@ -165,7 +165,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     assert qk_quant_gran in ("per_warp", "per_thread"), "qk_quant_gran must be either 'per_warp' or 'per_thread'."
     if pv_accum_dtype == "fp32":
         raise NotImplementedError("Please use pv_accum_dtype='fp32+fp32' for sm90.")
-    scores, value = _scores(q, k, v, tensor_layout, is_causal, sm_scale, smooth_k)
+    scores, value = _scores(q, k, v, tensor_layout, is_causal, sm_scale, smooth_k, most=128)
     operator = core.sm90_compile.qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf
     if not isinstance(operator, _Operator):
         return _output(torch.full((*scores.shape[:3], value.shape[3]), UNWRITTEN), q, tensor_layout)
@@ -181,13 +181,14 @@ def _scores(
     is_causal: bool,
     sm_scale: float | None,
     smooth_k: bool,
+    most: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores in log2 units from INT8 query and key, and the values for each query head, both (batch, heads, ...)."""
     assert q.dtype in (torch.float16, torch.bfloat16), (
         "Input tensors must be in dtype of torch.float16 or torch.bfloat16"
     )
     assert q.dtype == k.dtype == v.dtype, "All tensors must have the same dtype."
-    if q.size(-1) > 128:
+    if q.size(-1) > (256 if FORK and most is None else most or 128):
         raise ValueError(f"Unsupported head_dim: {q.size(-1)}")
     assert all(tensor.stride(-1) == 1 for tensor in (q, k, v)), "Last dim of qkv must be contiguous."
     query, key, value = (arithmetic.as_32_bit_code_reads(tensor) for tensor in (q, k, v))

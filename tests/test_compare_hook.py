@@ -1,0 +1,194 @@
+"""Compare Attention Backends without a server: backends that are wrong on purpose, and the time spent in attention."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import tiny_sampling  # noqa: E402
+from broken_backends import DROPPED_MASK, NAN, WRONG_SCALE, Wrong, dropped_mask, router, wrong_scale  # noqa: E402
+from hook_side import ENVIRONMENT, comfyui, last_run, nodes_module, selected  # noqa: E402
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture(autouse=True)
+def _comfy(monkeypatch: pytest.MonkeyPatch) -> None:
+    comfyui()
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+class Noise:
+    """What RandomNoise hands over."""
+
+    seed = 3
+
+    def generate_noise(self, latent: dict[str, Any]) -> Any:
+        return torch.randn(latent["samples"].shape, generator=torch.Generator().manual_seed(self.seed))
+
+
+def set_up(family: str, steps: int = 4) -> Any:
+    import comfy.samplers
+
+    compare = nodes_module("compare")
+    model = tiny_sampling.build(family)
+    positive, negative = tiny_sampling.conditioning(family)
+    guider = compare.make_guider(model, positive, negative, tiny_sampling.FAMILIES[family].cfg)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    latent = {"samples": torch.zeros(tiny_sampling.FAMILIES[family].latents[0])}
+    return compare.SetUp(guider, Noise(), comfy.samplers.sampler_object("euler"), sigmas, latent, "end_to_end")
+
+
+def compared(family: str, backends: str) -> tuple[dict[str, Any], list[Any]]:
+    """The node's work from variants to judged rows and pictures."""
+    compare = nodes_module("compare")
+    with torch.inference_mode():
+        setup = set_up(family)
+        model = setup.guider.model_patcher
+        report, results = compare.compare(setup, compare.make_variants(model, backends, {}), 1)
+        pictures = compare.judge(report, results, model, None)
+    return {row.asked: row for row in report.rows}, pictures
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nan_in_a_corner(call: Any) -> Any:
+        output = wrong_scale(call).clone()
+        output[:, :, 3] = float("nan")
+        return output
+
+    made = router(Wrong(DROPPED_MASK, dropped_mask), Wrong(WRONG_SCALE, wrong_scale), Wrong(NAN, nan_in_a_corner))
+    for module in ("compare", "sampling"):
+        monkeypatch.setattr(nodes_module(module), "router_for", lambda device: made)
+
+
+@pytest.mark.parametrize("family", ["flux_masked", "hunyuan_video"])
+def test_a_dropped_mask_is_unmistakable_in_the_numbers(broken: None, family: str) -> None:
+    """Random weights hardly heed what they attend to; what a trained model draws is in test_comparison_run.py."""
+    rows, pictures = compared(family, f"sdpa_math, {DROPPED_MASK}, {WRONG_SCALE}")
+    assert rows["sdpa_math"].verdict in ("same to the eye", "identical to the bit")
+    for name in (DROPPED_MASK, WRONG_SCALE):
+        row = rows[name]
+        assert row.ran == name
+        assert not row.identical
+        assert row.relative_l2 > 300 * rows["sdpa_math"].relative_l2
+        assert row.psnr < rows["sdpa_math"].psnr - 40
+    assert not torch.equal(pictures[0], pictures[list(rows).index(DROPPED_MASK)])
+
+
+def test_nan_is_named_in_the_row(broken: None) -> None:
+    rows, _ = compared("wan", NAN)
+    assert "NaN" in rows[NAN].verdict
+
+
+class Event:
+    """A GPU's event on a made-up clock: it is passed when the stream gets there, and read only at rest."""
+
+    clock: ClassVar[float] = 0.0
+    at_rest: ClassVar[bool] = False
+    passed: float | None = None
+
+    def record(self, stream: Any) -> None:
+        self.passed = Event.clock
+        Event.clock += 1.5  # milliseconds of whatever comes next
+
+    def elapsed_time(self, end: Event) -> float:
+        assert Event.at_rest, "an event was read before the device had come to rest: that is a synchronisation"
+        assert self.passed is not None
+        assert end.passed is not None
+        return end.passed - self.passed
+
+
+def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the account has no times: every call between two events, none of them read in a step."""
+    from attention_backends.comparison import rounds
+
+    timed, compare = nodes_module("timed"), nodes_module("compare")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(timed.Timed, "new_event", Event)
+    monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
+
+    def at_rest(device: Any) -> None:
+        Event.at_rest = True
+
+    def run(variant: Any) -> None:
+        Event.at_rest = False
+        setup.sample(variant.model)
+        variant.account = last_run()
+        at_rest(gpu)
+
+    monkeypatch.setattr(rounds, "synchronise", at_rest)
+    setup = set_up("wan", steps=2)
+    variants = compare.make_variants(setup.guider.model_patcher, "sdpa_math, comfy", {})
+    for variant in variants:
+        assert variant.attention_ms(gpu) is None, "nothing ran"
+        run(variant)
+        calls = sum(row["calls"] for row in last_run()["rows"])
+        assert calls == 8
+        assert variant.attention_ms(gpu) == pytest.approx(1.5 * calls)
+        assert variant.attention_ms(gpu) is None, "asked twice of one run"
+        run(variant)
+        assert variant.attention_ms(gpu) == pytest.approx(1.5 * calls), "of this run alone"
+
+
+def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, compare = nodes_module("timed"), nodes_module("compare")
+    monkeypatch.setattr(timed.Timed, "new_event", Event)
+    monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
+    monkeypatch.setattr(Event, "at_rest", True)
+    setup = set_up("wan", steps=2)
+    variant = compare.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
+    setup.sample(variant.model)
+    variant.account = last_run()
+    variant._timed.pairs.pop()
+    assert variant.attention_ms(torch.device("cuda")) is None
+
+
+def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed, compare = nodes_module("timed"), nodes_module("compare")
+    monkeypatch.setattr(timed.Timed, "new_event", staticmethod(lambda: pytest.fail("an event on the CPU")))
+    setup = set_up("wan", steps=2)
+    variant = compare.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
+    setup.sample(variant.model)
+    variant.account = last_run()
+    assert variant.attention_ms(torch.device("cpu")) == pytest.approx(sum(row["ms"] for row in last_run()["rows"]))
+
+
+def test_another_packs_model_is_left_as_it_is() -> None:
+    """Where another pack answers the calls, our override is not asked first, so nothing is timed."""
+    timed, compare = nodes_module("timed"), nodes_module("compare")
+    plain = tiny_sampling.build("wan")
+    assert timed.timed(plain) == (plain, None)
+    ours = selected(plain, "sdpa_math")
+    ours.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: None
+    assert timed.timed(ours) == (ours, None)
+    assert compare.Variant(compare.Row("model_1"), ours).attention_ms(torch.device("cuda")) is None
+
+
+def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
+    setup = set_up("wan", steps=2)
+    ours = selected(setup.guider.model_patcher, "torch_sdpa", strict=True)
+    clone, override = nodes_module("timed").timed(ours)
+    assert override is not None
+    assert clone is not ours
+    assert ours.model_options["transformer_options"]["attention_backends"] is not override
+    assert torch.equal(setup.sample(clone), setup.sample(ours))
+
+
+@pytest.mark.gpu
+def test_on_a_card_each_row_has_its_share_of_attention() -> None:
+    compare = nodes_module("compare")
+    setup = set_up("wan", steps=2)
+    gpu = torch.device("cuda")
+    setup.guider.model_patcher.load_device = gpu
+    with torch.inference_mode():
+        variants = compare.make_variants(setup.guider.model_patcher, "torch_sdpa, sdpa_math", {})
+        report, _ = compare.compare(setup, variants, 2)
+    for row in report.rows:
+        assert row.failed is None
+        assert row.attention_share is not None
+        assert 0 < row.attention_share < 1
