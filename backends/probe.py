@@ -68,7 +68,7 @@ def harder(backend: Backend, platform: Platform, plain: AttentionRequest) -> lis
 
     As many of them as the backend takes, one after another; several in one call where it takes them together.
     """
-    kv_heads = {"num_heads": 4, "num_kv_heads": 2}
+    kv_heads: dict[str, object] = {"num_heads": 4, "num_kv_heads": 2}
     wanted: list[dict[str, object]] = [
         {**kv_heads, "scale": 0.05, "mask": "key_padding"},
         {**kv_heads, "scale": 0.05, "is_causal": True, "kv_len": plain.q_len},
@@ -81,7 +81,7 @@ def harder(backend: Backend, platform: Platform, plain: AttentionRequest) -> lis
     taken: list[AttentionRequest] = []
     covered: set[str] = set()
     for changes in wanted:
-        request = plain._replace(**changes)
+        request = plain._replace(**changes)  # type: ignore[arg-type]  # each value has its field's type
         new = {name for name in ("mask", "num_kv_heads", "scale", "is_causal") if name in changes} - covered
         if new and not backend.unsupported_reasons(request, platform):
             taken.append(request)

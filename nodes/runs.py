@@ -129,10 +129,12 @@ def _choosers(prompt_id: str | None, node_id: str | None) -> list[dict[str, str]
 
     From the queue, because a node that ComfyUI took from its cache is not asked again.
     """
+    if prompt_id is None or node_id is None:
+        return []
     from server import PromptServer
 
     queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
-    if prompt_id is None or node_id is None or queue is None:
+    if queue is None:
         return []
     running, _ = queue.get_current_queue_volatile()
     prompt = next((item[2] for item in running if item[1] == prompt_id), {})

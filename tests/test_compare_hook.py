@@ -9,8 +9,18 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from broken_backends import DROPPED_MASK, NAN, WRONG_SCALE, Wrong, dropped_mask, router, wrong_scale  # noqa: E402
-from hook_side import ENVIRONMENT, comfyui, last_run, nodes_module, selected  # noqa: E402
+from hook_side import (  # noqa: E402
+    ENVIRONMENT,
+    PLACES,
+    comfyui,
+    last_run,
+    model_call,
+    nodes_module,
+    selected,
+    stand_in,
+)  # fmt: skip
 
 pytestmark = pytest.mark.comfy
 
@@ -180,15 +190,20 @@ def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_card_each_row_has_its_share_of_attention() -> None:
-    compare = nodes_module("compare")
-    setup = set_up("wan", steps=2)
-    gpu = torch.device("cuda")
-    setup.guider.model_patcher.load_device = gpu
-    with torch.inference_mode():
-        variants = compare.make_variants(setup.guider.model_patcher, "torch_sdpa, sdpa_math", {})
-        report, _ = compare.compare(setup, variants, 2)
-    for row in report.rows:
-        assert row.failed is None
-        assert row.attention_share is not None
-        assert 0 < row.attention_share < 1
+def test_on_a_card_the_events_give_a_time() -> None:
+    """Through the hook's own stand-in for a model, whose calls and tensors lie on the card."""
+    timed, sampling = nodes_module("timed"), nodes_module("sampling")
+    ours = timed.Timed((AttentionConfig(default=AttentionSpec("sdpa_math"), source="node"),))
+    ours.pairs = []
+    run = sampling.Run(ours)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
+    model = stand_in(["WanModel"], PLACES)
+    tokens = torch.randn(1, 512, 32, device="cuda")
+    calls = [((tokens, tokens, tokens, 2), {"transformer_options": options})] * 5
+    model_call(model, options, lambda: model.get_submodule("blocks.0.self_attn")(calls), "cuda")
+    run.close()
+    torch.cuda.synchronize()
+    milliseconds, counted = ours.milliseconds()
+    assert counted == 5
+    assert milliseconds > 0
+    assert ours.milliseconds() == (0, 0)

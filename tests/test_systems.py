@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from attention_backends.backends import config_text
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, resolve
+from attention_backends.backends.config_print import to_json
 from attention_backends.backends.config_text import from_environment, parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
@@ -28,6 +29,7 @@ from attention_backends.backends.names import (
 from attention_backends.backends.platform import parse_platform
 from attention_backends.backends.request import parse_request
 from attention_backends.backends.router import NoBackendError, Router
+from attention_backends.backends.schedule import ScheduleEntry, Timetable
 from attention_backends.backends.systems import SYSTEMS, key_of, line_of, systems_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -280,6 +282,22 @@ def test_9_an_option_of_another_backend_is_an_error_when_it_is_read(place: str) 
         spec = {"backend": "TORCH_SDPA", "extra": extra}
         with pytest.raises(ConfigError, match=f"extra of torch_sdpa: .*{next(iter(extra))}"):
             parse_config({"default": spec} if place == "default" else {"per_role": {"never.used": spec}})
+
+
+def test_3_a_schedule_that_is_pasted_leaves_joint_attention_alone_too() -> None:
+    profiles = {"sage": {"per_role": {"self": "SAGE_ATTN"}}}
+    pasted = {"diffusion_attention_schedule": {"profiles": profiles, "default": [{"start": 0, "profile": "sage"}]}}
+    ours = {"schedule": [{"backend": "SAGE_ATTN", "role": "self", "steps": "0-"}]}
+    for value in (pasted, ours):
+        for more, joint in (({}, None), ({"joint_is_self": True}, "sage_attn")):
+            config = parse_config({**value, **more})
+            table = Timetable((config,), (1.0, 0.5, 0.0))
+            asked = [table.resolve(table.at(1.0), role, role, "")[0].asked for role in ("self", "joint")]
+            assert asked == ["sage_attn", joint]
+            assert parse_config(to_json(config)) == config
+    entry = ScheduleEntry(AttentionSpec("sage_attn"), role="self")
+    table = Timetable((AttentionConfig(schedule=(entry,)),))
+    assert table.resolve(table.at(None), "joint", "joint", "")[0].asked == "sage_attn", "a node's entry covers it"
 
 
 # 10 to 12: selection on described machines
