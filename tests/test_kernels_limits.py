@@ -258,10 +258,41 @@ def test_a_scale_equal_to_the_default_is_no_scale_of_its_own(monkeypatch: pytest
     assert router.refuse("sage_attn_3", AttentionRequest(1, 2, 128, 128, 128, "float16", scale=128**-0.5)) == ()
 
 
+@pytest.mark.parametrize(
+    ("backend", "packages", "capability"),
+    [
+        ("flash_attn_2", "flash-attn==2.7.3", (12, 0)),
+        ("flash_attn_2", "flash-attn==2.7.2", (9, 0)),
+        ("flashinfer_attn", "flashinfer-python==0.6.16", (7, 5)),
+        ("flashinfer_attn", "flashinfer-python==0.6.15", (8, 0)),
+    ],
+)
+def test_a_limit_of_one_version_or_card_is_not_that_of_the_next(
+    monkeypatch: pytest.MonkeyPatch, backend: str, packages: str, capability: tuple[int, int]
+) -> None:
+    router = machine(monkeypatch, packages, capability)
+    assert router.refuse(backend, AttentionRequest(1, 2, 128, 128, 128, "float16")) == ()
+
+
+def test_flashinfer_before_0_6_16_has_too_large_kernels_for_turing(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = machine(monkeypatch, "flashinfer-python==0.6.15", (7, 5))
+    request = AttentionRequest(1, 2, 128, 128, 128, "float16")
+    for head_dim in (128, 256):
+        refused = router.refuse("flashinfer_attn", request._replace(head_dim=head_dim))
+        assert refused == (f"head_dim {head_dim} not in (64,)",)
+    assert router.refuse("flashinfer_attn", request._replace(head_dim=64)) == ()
+
+
 # Why a backend is not available at all: card, package, version.
 UNAVAILABLE = [
     ("flash_attn_2", "flash-attn==2.6.0", (8, 0), "package flash-attn 2.6.0 does not meet >=2.6.3"),
     ("flash_attn_2", "flash-attn==2.8.3", (7, 5), "compute capability 7.5 < 8.0"),
+    (
+        "flash_attn_2",
+        "flash-attn==2.7.2",
+        (12, 0),
+        "package flash-attn 2.7.2 does not meet >=2.7.3, which sm_120 needs",
+    ),
     ("flash_attn_2", "flash-attn==2.8.3", None, "compute capability unknown"),
     ("flash_attn_2", "flash-attn-4==4.0.0b36", (9, 0), "package flash-attn is not installed"),
     ("flash_attn_3", "flash-attn-3==3.0.0", (8, 0), "compute capability 8.0 not in (9.0)"),
@@ -292,7 +323,12 @@ UNAVAILABLE = [
     ("comfy_kitchen_int8", "comfy-kitchen==0.2.31", (7, 0), "compute capability 7.0 < 7.5"),
     ("trtllm_attn", "flashinfer-python==0.7.2", (12, 0), "compute capability 12.0 not in (10.0, 10.3)"),
     ("trtllm_attn", "", (10, 0), "package flashinfer-python is not installed"),
-    ("trtllm_attn", "flashinfer-python==0.7.2", (10, 0), "package flashinfer-cubin is not installed, and downloads are"),
+    (
+        "trtllm_attn",
+        "flashinfer-python==0.7.2",
+        (10, 0),
+        "package flashinfer-cubin is not installed, and downloads are",
+    ),
     ("sage_attn_3", f"sageattn3==1.0.0 {TRITON}", (10, 3), "compute capability 10.3 not in (10.0, 12.0, 12.1)"),
     ("flashinfer_attn", "flashinfer-python==0.5.3", (9, 0), "package flashinfer-python 0.5.3 does not meet >=0.6"),
     ("xformers", "xformers==0.0.28", (8, 6), "package xformers 0.0.28 does not meet >=0.0.29"),

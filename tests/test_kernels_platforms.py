@@ -225,7 +225,7 @@ class TestAiter:
     def test_the_package_for_asyncio_is_another_one(self, monkeypatch):
         other = Platform("rocm", gfx="gfx942", torch="2.11.0", packages=(("aiter", "0.13.20191203"),))
         assert on_platform(monkeypatch, other).unavailable("aiter") == (
-            "package amd-aiter is not installed",
+            "package amd-aiter is not installed, and Hub kernels are off (ATTENTION_BACKENDS_HUB=1 allows downloads)",
             "package aiter 0.13.20191203 is a library for asyncio with the same name",
         )
         both = Platform("rocm", gfx="gfx942", packages=(("amd-aiter", "0.1.7"), ("aiter", "0.13.20191203")))
@@ -245,7 +245,8 @@ class TestAiter:
         ],
     )
     def test_cards_and_versions(self, machine_text, reason):
-        assert Router(parse_platform(machine_text)).unavailable("aiter") == (reason,)
+        (found,) = Router(parse_platform(machine_text)).unavailable("aiter")
+        assert found.removesuffix(", and Hub kernels are off (ATTENTION_BACKENDS_HUB=1 allows downloads)") == reason
 
     def test_a_route_takes_it_where_it_can_and_something_else_for_masks(self, monkeypatch):
         router = on_platform(monkeypatch, AITER)

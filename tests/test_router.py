@@ -273,3 +273,10 @@ def test_the_note_is_in_the_account_once_and_in_explain(capsys: pytest.CaptureFi
     words = ["explain", "--config", "flex", "--platform", "cuda:9.0,packages=triton==3.6.0"]
     assert cli.main(words) == 0
     assert "Note: flex_attn: the first call of each kind is compiled" in capsys.readouterr().out
+
+
+def test_no_reason_is_said_twice() -> None:
+    """Two requirements of one package that is missing are one reason."""
+    router = Router(parse_platform("cuda:8.9,packages=triton==3.6.0"))
+    for backend in ("sage_fp16_cuda", "sage_fp16_triton", "sage_fp8_cuda"):
+        assert router.unavailable(backend) == ("package sageattention is not installed",)

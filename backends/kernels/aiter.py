@@ -50,7 +50,8 @@ class Aiter(FlashAttention):
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
         other = platform.version("aiter")
-        if platform.kind in self.kinds and other and platform.version("amd-aiter") is None:
+        missing = platform.version("amd-aiter") is None and self.from_hub(platform) is None
+        if platform.kind in self.kinds and other and missing:
             reasons.append(f"package aiter {other} is a library for asyncio with the same name")
         return reasons
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..backend import HALF, Limits
+from ..backend import HALF, Limits, package_reason
 from ..flash import FlashAttention
 from ..hub import HubKernel
 from ..layout import INT32_ELEMENTS
+from ..platform import Platform
 
 AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 """MI200, MI300 and MI350: what the released Composable Kernel backend lists (flash-attention, README)."""
@@ -16,7 +17,8 @@ class FlashAttn2(FlashAttention):
 
     Tensors of 2**31 elements or more: an index is multiplied in `int`, and reads elsewhere
     (https://github.com/Dao-AILab/flash-attention/issues/767, fixed in the sources by pull request 2260).
-    Batch and heads are grid dimensions, which end at 65,535. 2.6.3 is the oldest version that Diffusers accepts.
+    Batch and heads are grid dimensions, which end at 65,535. 2.6.3 is the oldest version that Diffusers accepts; its
+    limits are the same, but up to 2.7.2 there are no kernels for Blackwell (setup.py of the tags, pull request 1436).
     On the Hub: the version that Diffusers 0.42 pins, on the cards that vLLM-Omni 0.30 uses it on.
     """
 
@@ -36,3 +38,10 @@ class FlashAttn2(FlashAttention):
         max_batch=65535,
         max_heads=65535,
     )
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        if platform.architecture == "Blackwell" and platform.version("flash-attn"):
+            reason = package_reason("flash-attn>=2.7.3", platform)
+            reasons += [f"{reason}, which {platform.sm} needs"] if reason else []
+        return reasons

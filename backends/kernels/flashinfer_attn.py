@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backend import HALF, Backend, Kernel, Limits
+from ..backend import HALF, Backend, Kernel, Limits, package_reason
 from ..layout import INT32_ELEMENTS, indexable, on_device_of
 from ..platform import Platform
 from ..ragged import offsets_of, stream_of, to_bhsd, to_thd, workspace
@@ -30,7 +30,9 @@ class FlashInferAttn(Backend):
     Sizes and strides are 32 bits wide. A mask is boolean, the same for every head, and switches `causal` off without
     a word, so the two together are refused. Masked calls run sample by sample, and head by head where heads differ:
     the wrapper for batches takes offsets into packed bits for offsets into bytes, and a mask once planned stays in it.
-    Kernels are compiled at the first call with nvcc where no prebuilt ones fit.
+    Kernels are compiled at the first call with nvcc where no prebuilt ones fit. Before 0.6.16 they ask at head_dim 128
+    and 256 for more shared memory than Turing has (flashinfer-ai/flashinfer: issue 3620, pull request 3526); from 0.6
+    on no other limit is known to differ.
     """
 
     id = "flashinfer_attn"
@@ -46,10 +48,14 @@ class FlashInferAttn(Backend):
         max_masked_batch=MASKED_BATCH,
     )
     turing_limits = replace(limits, dtypes=("float16",))
+    old_turing_limits = replace(turing_limits, head_dims=(64,))
     varlen = True
 
     def limits_on(self, platform: Platform) -> Limits:
-        return self.turing_limits if platform.architecture == "Turing" else self.limits
+        if platform.architecture != "Turing":
+            return self.limits
+        old = platform.version("flashinfer-python") and package_reason("flashinfer-python>=0.6.16", platform)
+        return self.old_turing_limits if old else self.turing_limits
 
     def load(self, platform: Platform) -> Kernel:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper, packbits, single_prefill_with_kv_cache
