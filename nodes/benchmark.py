@@ -19,7 +19,7 @@ from ..comparison.bench_chart import draw_benchmark
 from ..comparison.bench_run import DTYPES, MASKS, MOST_TOKENS, Asked, measure
 from ..comparison.bench_tables import console
 from ..comparison.contenders import parse_backends
-from .host import run_comfy
+from .hook_calls import run_comfy
 from .sampling import name_of, router_for
 from .selector import CATEGORY
 

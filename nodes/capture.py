@@ -12,7 +12,9 @@ from ..backends.request import AttentionCall, AttentionRequest
 from ..comparison.calls import CapturedCall
 from ..comparison.contenders import REFERENCE
 from . import patch, sites
-from .host import POSITIONAL, Layout, Override, run_comfy
+from .compiled import POSITIONAL
+from .hook_calls import Layout, run_comfy
+from .host import Override
 from .sampling import KEY, OVERRIDE
 
 

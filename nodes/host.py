@@ -1,15 +1,14 @@
-"""ComfyUI's attention hook on one side, `AttentionCall` on the other; the only module that knows the hook.
+"""ComfyUI's attention hook: the object that it asks at each attention call of a patched model.
 
 ComfyUI calls `transformer_options["optimized_attention_override"](func, q, k, v, heads, ...)` for each attention
 call of a patched model. `Override` is that object. It holds the configuration and nothing of a run; a run's state
 is a `Run`, and the part that belongs to one model call a `Scope`, which the wrapper around the model call sets for
-its thread and clears again.
+its thread and clears again. What becomes of one call is in `hook_calls.py`.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,67 +17,13 @@ from typing import Any
 
 import torch
 
-from ..backends.config import AttentionConfig, Choice
-from ..backends.mask import as_4d, as_additive, mask_kind
-from ..backends.mask_plan import MaskPlan
-from ..backends.names import COMFY
-from ..backends.parts import Parts, calls_of, plan_parts, run_parts
-from ..backends.request import AttentionCall
-from ..backends.router import NoBackendError
-from ..backends.session import Plan
+from ..backends.config import AttentionConfig
 from . import compiled, sites
-from .compiled import KNOWN_ARGUMENTS, POSITIONAL
+from .hook_calls import answered_by_other, count_passed_on, route
 from .masks import COMPILED
-from .roles import Role
 from .sampling import KEY, RUN_KEY, Run, Scope, name_of
 
 log = logging.getLogger("attention_backends")
-
-
-MAX_CALLS_TOLD_APART = 4
-"""Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
-RIGHT_WITH_BOOL_MASKS = ("attention_pytorch",)
-"""ComfyUI's functions that read boolean masks as torch does; others add them, or read them as weights."""
-
-
-class Layout:
-    """How the caller's tensors become BHSD views, and what stays the same for every call of one kind."""
-
-    __slots__ = ("enable_gqa", "heads", "kv_heads", "scale", "skip_output_reshape", "skip_reshape")
-
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        self.skip_reshape = bool(kwargs.get("skip_reshape"))
-        self.skip_output_reshape = bool(kwargs.get("skip_output_reshape"))
-        self.scale: float | None = kwargs.get("scale")
-        if self.skip_reshape:
-            self.heads, self.kv_heads = query.shape[1], key.shape[1]
-        else:
-            self.heads = kwargs["heads"]
-            head_dim = query.shape[-1] // self.heads
-            self.kv_heads = key.shape[-1] // head_dim if kwargs.get("enable_gqa") else self.heads
-        self.enable_gqa = self.heads != self.kv_heads
-
-    def call(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> AttentionCall:
-        """The call as kernels see it; only views are made."""
-        if not self.skip_reshape:
-            query = _to_bhsd(query, self.heads)
-            key = _to_bhsd(key, self.kv_heads)
-            value = _to_bhsd(value, self.kv_heads)
-        if mask is not None:
-            mask = as_4d(mask)
-        return AttentionCall(query, key, value, mask, False, self.scale, self.enable_gqa)
-
-
-class HookPlan(Layout):
-    """How every hook call of one kind runs: its layout, and the plan behind it."""
-
-    __slots__ = ("parts", "plan")
-    plan: Plan
-    parts: Parts | None
-    """How the parts of the mask's plan run; None where the mask is passed on whole."""
-
 
 MOST_OUTSIDE = 8
 """Overrides whose runs outside model calls are kept, so that what such a run has to say is said once."""
@@ -147,7 +92,7 @@ class Override:
         output = foreign(routed, *args, **kwargs)
         if scope.routed == before:
             scope.run.reached = True
-            _answered_by_other(scope, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]), name_of(foreign))
+            answered_by_other(scope, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]), name_of(foreign))
         scope.ordinal = ordinal + 1
         return output
 
@@ -201,14 +146,14 @@ class Override:
     def count_compiled(
         self, site: sites.Site | None, ordinal: int, query: torch.Tensor, key: torch.Tensor, by_other: bool
     ) -> None:
-        """Account for a call in a compiled graph that did not come to us; see `_answered_by_other` and `_pass_on`."""
+        """Account for a call in a compiled graph that did not come to us; see `answered_by_other` and `_pass_on`."""
         with self._at(site, ordinal, query.device) as scope:
             scope.run.reached = True
             role = scope.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
             if by_other:
-                _answered_by_other(scope, role, name_of(self.foreign))
+                answered_by_other(scope, role, name_of(self.foreign))
             else:
-                _count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
+                count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
 
     @contextmanager
     def _at(self, site: sites.Site | None, ordinal: int, device: torch.device) -> Iterator[Scope]:
@@ -226,205 +171,3 @@ class Override:
             if site is not None:
                 scope.site, scope.ordinal = before[:2]
             scope.masks.not_kept = before[2]
-
-
-def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Route one call; `func` is what ComfyUI would have run."""
-    query, key, value = args[0], args[1], args[2]
-    if len(args) == 4:
-        kwargs["heads"] = args[3]
-    elif len(args) > 4:
-        kwargs.update(zip(POSITIONAL, args[3:], strict=False))
-    owned = type(query) is not torch.Tensor and hasattr(query, "peek")
-    if owned:  # containers: from here on nobody but this frame holds the tensors
-        query, key, value = query.take(), key.take(), value.take()
-    options = kwargs.pop("transformer_options", None)
-    mask = kwargs.pop("mask", None)
-    mask_plan = None if mask is None else scope.masks.plan(mask, scope.mask_source, key.shape[-2])
-    ordinal = scope.ordinal
-    scope.ordinal = ordinal + 1
-    scope.routed += 1
-    # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts.
-    plan_key = (
-        scope.site,
-        scope.window,
-        ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
-        query.shape,
-        key.shape,
-        value.shape,
-        query.dtype,
-        None if mask_plan is None else (mask_plan.facts, mask.dtype, mask.shape, mask.stride()),
-        *kwargs.items(),
-    )
-    try:
-        hook_plan = scope.session.plans.get(plan_key)
-    except TypeError:  # an argument of a later ComfyUI that is not hashable, hence not one of ours
-        return _pass_on(scope, func, query, key, value, mask, options, kwargs)
-    if hook_plan is None:
-        if not KNOWN_ARGUMENTS.issuperset(kwargs):
-            return _pass_on(scope, func, query, key, value, mask, options, kwargs)
-        hook_plan = scope.session.plans[plan_key] = _new_plan(
-            scope, ordinal, query, key, value, mask, mask_plan, kwargs
-        )
-    call = hook_plan.call(query, key, value, mask)
-    # Not only for the backend comfy: it is also the last resort when another one fails.
-    call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
-    if mask_plan is None or hook_plan.parts is None:
-        if mask_plan is not None and mask_plan.treatment == "passed on":
-            call.memo = mask_plan.parts[0].memo
-        if owned and scope.session.guard is None and hook_plan.plan.decision.backend != COMFY:
-            call.host, call.owned = None, True
-            del query, key, value
-        output = scope.session.run(hook_plan.plan, call)
-    else:
-        preferred = scope.site.preferred_attention() if scope.site is not None else None
-        host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
-        output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
-    if hook_plan.skip_output_reshape:
-        return output
-    batch, heads, q_len, head_dim = output.shape
-    return output.transpose(1, 2).reshape(batch, q_len, heads * head_dim)
-
-
-def _to_bhsd(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, S, H*D), or SD3's (B, S, H, D) values, as a (B, H, S, D) view."""
-    if tensor.ndim == 4:
-        return tensor.transpose(1, 2)
-    batch, length, inner = tensor.shape
-    return tensor.view(batch, length, heads, inner // heads).transpose(1, 2)
-
-
-def _new_plan(
-    scope: Scope,
-    ordinal: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    mask_plan: MaskPlan | None,
-    kwargs: dict[str, Any],
-) -> HookPlan:
-    hook_plan = HookPlan(query, key, kwargs)
-    hook_plan.parts = None
-    call = hook_plan.call(query, key, value, mask)
-    forbids = kwargs.get("low_precision_attention", True) is False
-    upcast = kwargs.get("attn_precision") == torch.float32 and query.dtype != torch.float32
-    request = call.request(exact_only=forbids or upcast)
-    site = scope.site
-    role = scope.role(ordinal, request.q_len, request.kv_len)
-    if role.guessed:
-        path = re.sub(r"\d+", "*", site.path) if site is not None else "an unknown module"
-        scope.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
-    preferred = None
-    if site is not None and site.preferred_attention() is not None:
-        preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention())})")
-    block = site.block if site is not None else ""
-    choice = scope.choice(role)
-    on_host = COMFY in (choice.asked, preferred.asked if preferred is not None and choice.asked is None else None)
-
-    def planned(part: AttentionCall, treatment: str = "") -> Plan:
-        facts = part.request(exact_only=request.exact_only)
-        return scope.session.plan(facts, role.name, role.category, block, preferred, treatment, choice)
-
-    parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, choice.asked)
-    if mask_plan is None or not parts:
-        hook_plan.plan = planned(call)
-    else:
-        hook_plan.parts = plan_parts(scope.session, mask_plan, call, parts, planned)
-        hook_plan.plan = next(plan for plan in hook_plan.parts.plans if plan is not None)
-    if preferred is not None and hook_plan.plan.decision.source != preferred.source:
-        scope.run.note(f"{preferred.source} gave way to {hook_plan.plan.decision.source}")
-    return hook_plan
-
-
-def _host_part(
-    func: Callable[..., torch.Tensor], part: AttentionCall, *, options: Any, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Run what ComfyUI would have run on one part of a call; BHSD in and out."""
-    layout = {"heads": part.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
-    return run_comfy(func, part.query, part.key, part.value, part.attn_mask, options, {**kwargs, **layout})
-
-
-def _host_call(
-    scope: Scope,
-    hook_plan: HookPlan,
-    func: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: Any,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Run what ComfyUI would have run, on the caller's own tensors; return it as BHSD."""
-    preferred = scope.site.preferred_attention() if scope.site is not None else None
-    output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
-    return output if hook_plan.skip_output_reshape else _to_bhsd(output, hook_plan.heads)
-
-
-def run_comfy(
-    func: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: Any,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Call one of ComfyUI's functions with every argument; boolean masks become additive where it needs that."""
-    if mask is not None and mask.dtype == torch.bool and name_of(func) not in RIGHT_WITH_BOOL_MASKS:
-        mask = as_additive(mask, query.dtype)
-    if options is not None:
-        kwargs = {**kwargs, "transformer_options": options}
-    # Without this key ComfyUI's wrapper would call our override again.
-    return func(query, key, value, **{**kwargs, "mask": mask, "_inside_attn_wrapper": True})
-
-
-def _pass_on(
-    scope: Scope,
-    func: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: Any,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """A call with an argument that this version does not know goes to ComfyUI's own function, and is counted.
-
-    Raises:
-        NoBackendError: a backend was named for this role, strictly.
-    """
-    unknown = ", ".join(sorted(set(kwargs) - KNOWN_ARGUMENTS)) or "of an unknown kind"
-    role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
-    kind = "none" if mask is None else mask_kind(as_4d(mask))
-    _count_passed_on(scope, role, kind, f"argument {unknown} is not known to this version")
-    return run_comfy(func, query, key, value, mask, options, kwargs)
-
-
-def _count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:
-    choice = scope.choice(role)
-    if choice.asked not in (None, COMFY) and scope.session.settings.strict:
-        raise NoBackendError(
-            f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
-            f"{choice.source}\n  what to do: switch strict off, or update this pack"
-        )
-    scope.run.note(f"ComfyUI's own attention ran: {text}")
-    block = scope.site.block if scope.site is not None else ""
-    scope.run.trace.row(role.name, block, COMFY, choice.source, kind, text, choice.asked).calls += 1
-
-
-def _answered_by_other(scope: Scope, role: Role, other: str) -> None:
-    """Another pack's override answered a call without asking us.
-
-    Raises:
-        NoBackendError: a backend was named for this role, strictly.
-    """
-    choice = scope.choice(role)
-    text = f"another pack's override ({other}) computed attention of role {role.name} by itself"
-    if choice.asked is not None and scope.session.settings.strict:
-        raise NoBackendError(
-            f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
-            "  what to do: remove the other node, or switch strict off"
-        )
-    scope.run.note(text)

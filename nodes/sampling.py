@@ -27,7 +27,8 @@ from .masks import COMPOSED, OUTSIDE, Masks
 from .roles import Role, bypass_of
 
 if TYPE_CHECKING:
-    from .host import HookPlan, Override
+    from .hook_calls import HookPlan
+    from .host import Override
 
 log = logging.getLogger("attention_backends")
 

@@ -44,7 +44,9 @@ def nodes_module(name: str) -> ModuleType:
             del sys.modules[package]
 
 
-host, sampling, sites, masks = (nodes_module(name) for name in ("host", "sampling", "sites", "masks"))
+compiled, host, sampling, sites, masks = (
+    nodes_module(name) for name in ("compiled", "host", "sampling", "sites", "masks")
+)
 
 
 def pass_masks_on(monkeypatch: pytest.MonkeyPatch) -> None:

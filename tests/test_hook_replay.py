@@ -18,7 +18,7 @@ from expected_roles import expected_block, expected_role
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from hook_side import comfyui, exact, host, model_call, pass_masks_on, sampling, stand_in  # noqa: E402
+from hook_side import comfyui, compiled, exact, host, model_call, pass_masks_on, sampling, stand_in  # noqa: E402
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("hook_calls_*.json"))
 RECORDED = {path.stem.removeprefix("hook_calls_"): json.loads(path.read_text(encoding="utf-8")) for path in FIXTURES}
@@ -53,7 +53,7 @@ def arguments(call: dict[str, Any], options: dict[str, Any]) -> tuple[list[Any],
     """The arguments of a recorded call, each in the form that the model used: by position or by name."""
     named = {"heads": call["heads"], "mask": mask_of(call["mask"]), **call["flags"], "transformer_options": options}
     args: list[Any] = [tensor(call[which], seed) for seed, which in enumerate("qkv")]
-    args += [named.pop(name) for name in host.POSITIONAL[: call["positional"] - 3]]
+    args += [named.pop(name) for name in compiled.POSITIONAL[: call["positional"] - 3]]
     return args, {name: named[name] for name in call["keywords"] if name != "_inside_attn_wrapper"}
 
 
@@ -187,7 +187,7 @@ def test_each_argument_is_honoured(case: str, backend: str) -> None:
     options = {sampling.KEY: override, sampling.OVERRIDE: override}
     with torch.inference_mode():
         output = override(exact, *args, **flags, transformer_options=options, _inside_attn_wrapper=True)
-    names = dict(zip(host.POSITIONAL, args[3:], strict=False)) | flags
+    names = dict(zip(compiled.POSITIONAL, args[3:], strict=False)) | flags
     expected = exact(*args[:3], **names)
     assert output.shape == expected.shape
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
