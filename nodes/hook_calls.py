@@ -114,7 +114,8 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
         if owned and scope.session.guard is None and hook_plan.plan.decision.backend != COMFY:
-            call.host, call.owned = None, True
+            # The host's own function remains the last resort, on what the call itself still holds.
+            call.host, call.owned = partial(_host_part, func, call, options, kwargs), True
             del query, key, value
         output = scope.session.run(hook_plan.plan, call)
     else:
@@ -169,7 +170,8 @@ def _new_plan(
 
     parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, choice.asked)
     if mask_plan is None or not parts:
-        hook_plan.plan = planned(call)
+        pattern = mask_plan.pattern if mask_plan is not None and not on_host else ""
+        hook_plan.plan = planned(call, f"{request.mask}, {pattern}" if pattern else "")
     else:
         hook_plan.parts = plan_parts(scope.session, mask_plan, call, parts, planned)
         hook_plan.plan = next(plan for plan in hook_plan.parts.plans if plan is not None)

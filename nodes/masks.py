@@ -22,6 +22,7 @@ MOST_READ = 4
 MADE_ANEW = "this model makes its masks anew in every block: they are passed to kernels as they are"
 COMPILED = "the model is compiled: its masks are passed to kernels as they are"
 COMPOSED = "another pack's override may change masks: they are passed to kernels as they are"
+PATCHED = "another pack's patch may change masks: they are passed to kernels as they are"
 OUTSIDE = "attention outside a model call: its masks are passed to kernels as they are"
 UNREAD = "a mask could not be read and is passed on as it is"
 
@@ -54,7 +55,7 @@ class Masks:
         if self.not_kept:
             return self._plan_anew(mask, kv_len)
         kept = mask if source is None else source
-        key = (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype, mask.shape, kv_len)
+        key = (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype, mask.shape, mask.stride(), mask.dtype, kv_len)
         found = self._plans.get(key)
         if found is None:
             if mask.device.type != "cpu" and len(self._plans) >= MOST_READ:

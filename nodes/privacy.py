@@ -6,13 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-_POSIX = r"(?<![\w.:/~*-])~?/(?:[^\s/'\"`,;:()<>|\[\]]+/)+([^\s/'\"`,;:()<>|\[\]]*)"
+_POSIX = r"(?<![\w./~*-])(?!//)(?:~[\w.-]*)?/(?:[^\s/'\"`,;:()<>|\[\]]+/)+([^\s/'\"`,;:()<>|\[\]]*)"
 _WINDOWS = (
     r"(?<![A-Za-z0-9])(?:[A-Za-z]:|\\\\[^\\/:*?\"<>|\s]+)[\\/]"  # a drive or a share
     r"(?:[^\\/:*?\"'<>|\r\n,;()]+[\\/])*([^\\/:*?\"'<>|\s,;()]*)"
 )
 _QUOTED = re.compile(r"""(["'])(?:~?/|[A-Za-z]:\\|\\\\)[^"'\r\n]*?([^/\\"'\r\n]*)\1""")
 _PATH = re.compile(f"{_WINDOWS}|{_POSIX}")
+_LOGIN = re.compile(r"(?<=://)[^\s/@]+@")
+_HOMES = r"(?:/home|/Users|[A-Za-z]:[\\/]Users)[\\/]"
+_NAME = r"[^\\/\r\n'\":;,<>|()]"
+_IN_HOME = re.compile(f"{_HOMES}{_NAME}+(?=[\\\\/])")
+_HOME = re.compile(f"{_HOMES}{_NAME}+?(?=$|[\\r\\n'\":;,<>|()]| (?![A-Z]))")
 
 
 def without_paths(text: str) -> str:
@@ -20,6 +25,10 @@ def without_paths(text: str) -> str:
     home = str(Path.home())
     if len(home) > 1:  # first, since a home folder may have a space in its name
         text = text.replace(home, "~")
+    text = _LOGIN.sub("", text).replace("file://", "")
+    # The folder that bears a person's name, which may hold spaces: in the middle of a path, then at its end.
+    text = _IN_HOME.sub(lambda found: "C:" if found[0][1] == ":" else "~", text)
+    text = _HOME.sub("~", text)
     text = _QUOTED.sub(r"\1.../\2\1", text)  # inside quotes a name may hold spaces
     return _PATH.sub(lambda found: f".../{found[1] or found[2] or ''}", text)
 

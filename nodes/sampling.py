@@ -23,7 +23,7 @@ from ..backends.schedule import Timetable, step_of
 from ..backends.session import Session
 from ..backends.trace import Trace
 from . import runs, sites
-from .masks import COMPOSED, OUTSIDE, Masks
+from .masks import COMPOSED, OUTSIDE, PATCHED, Masks
 from .roles import Role, bypass_of
 
 if TYPE_CHECKING:
@@ -221,9 +221,17 @@ class Scope:
         self.mask_source: torch.Tensor | None = None
         """What the running module makes its mask from, where it makes one of its own."""
         self.masks.clear()
-        self.masks.not_kept = OUTSIDE if not in_model_call else COMPOSED if self.run.override.foreign else ""
+        self.masks.not_kept = self._masks_not_kept(in_model_call)
         self.window = self._window()
         """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any."""
+
+    def _masks_not_kept(self, in_model_call: bool) -> str:
+        """Why masks may change between the blocks of this model call; empty where nobody else has a hand in."""
+        if not in_model_call:
+            return OUTSIDE
+        if self.run.override.foreign is not None:
+            return COMPOSED
+        return PATCHED if any(self.options.get(name) for name in ("patches", "patches_replace")) else ""
 
     def _window(self) -> int:
         timetable = self.timetable

@@ -95,6 +95,31 @@ def test_nan_is_named_in_the_row(broken: None) -> None:
     assert "NaN" in rows[NAN].verdict
 
 
+def test_cancel_while_attention_alone_is_compared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import comfy.model_management
+    import comfy.utils
+
+    compare = nodes_module("compare")
+    begun: list[int] = []
+
+    def update(self: Any, done: int, *_: Any) -> None:
+        begun.append(done)
+        if done == 4:  # three rows: the warm-ups, the first row's first run, then Cancel
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", update)
+    caplog.set_level("INFO", logger="attention_backends")
+    with torch.inference_mode(), pytest.raises(comfy.model_management.InterruptProcessingException):
+        compare.compare_attention(set_up("wan"), "sdpa_math", {}, 2)
+    assert begun == [0, 1, 2, 3, 4]
+    table = next(text for text in caplog.messages if text.startswith("the comparison was cancelled"))
+    rows = {line.split()[0]: line for line in table.splitlines()[2:] if line}
+    assert "interrupted" not in rows["torch_sdpa"], "its first run was finished"
+    assert "interrupted before its first run was finished" in rows["sdpa_math"]
+
+
 class Event:
     """A GPU's event on a made-up clock: it is passed when the stream gets there, and read only at rest."""
 

@@ -80,6 +80,16 @@ def test_comfyuis_own_attention_gets_tensors(freed: list[bool]) -> None:
     assert freed == []
 
 
+def test_comfyuis_own_attention_is_the_last_resort_here_too(freed: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: Any) -> torch.Tensor:
+        raise ValueError("broken")
+
+    router = sampling.router_for(torch.device("cpu"))
+    monkeypatch.setitem(router._unavailable, "torch_sdpa", ())
+    monkeypatch.setitem(router._kernels, ("torch_sdpa", ()), broken)
+    handed_over(override("torch_sdpa"))
+
+
 def test_there_is_none_where_another_pack_has_its_say() -> None:
     """It would be called without a function to compute with."""
     assert hasattr(override("sdpa_math"), "container_function")

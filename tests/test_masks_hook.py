@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from attention_backends.backends import mask_plan  # noqa: E402
 from attention_backends.backends.backend import FLOATING, Limits  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
+from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
     Kernel,
@@ -24,8 +25,16 @@ from hook_side import (  # noqa: E402
     override,
     rows,
     sampling,
+    sites,
     stand_in,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _as_comfyui() -> Iterator[None]:
+    with as_comfyui_runs():
+        yield
+
 
 HIDDEN = torch.finfo(torch.float32).min
 QUERY, KEY, VALUE = rows(6), rows(9, 1), rows(9, 2)
@@ -131,6 +140,23 @@ def test_a_mask_that_another_pack_rewrites_in_place_is_read_again() -> None:
 
     with torch.inference_mode():
         run(override("torch_sdpa", foreign=filling), body)
+
+
+def test_masks_are_read_again_where_patches_may_change_them() -> None:
+    """A block patch of another pack may fill one buffer anew for each block."""
+    buffer = key_mask(0)
+
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        options["patches"] = {"attn1_patch": [lambda *args: None]}
+        attend = model.get_submodule("blocks.0.self_attn")
+        sampling_scope = sites.current_scope()
+        sampling_scope.begin(options, in_model_call=True)
+        for _ in range(3):
+            buffer.copy_(buffer.roll(1, dims=-1))
+            (output,) = attend([((QUERY, KEY, VALUE, HEADS, buffer), {"transformer_options": options})])
+            assert_right(output, buffer)
+
+    run(override("torch_sdpa"), body)
 
 
 def wan_call(ours: Any, mask: torch.Tensor, times: int = 1) -> Any:

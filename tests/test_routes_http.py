@@ -193,6 +193,14 @@ def test_a_damaged_file_is_as_none(tmp_path: Any) -> None:
         ("self/cross and 1/2, 8.0-8.7", "self/cross and 1/2, 8.0-8.7"),
         ('File "/srv/Ann Smith/c.py", line 1', 'File ".../c.py", line 1'),
         ("said '/s' and \"x\"", "said '.../s' and \"x\""),
+        ("cannot write /home/alice", "cannot write ~"),
+        ("cannot write /home/alice: full", "cannot write ~: full"),
+        (r"cannot write C:\Users\Alice Smith", "cannot write ~"),
+        ("in /home/alice doe/lib/x.so: gone", "in .../x.so: gone"),
+        ("file:///mnt/data/alice/x", ".../x"),
+        ("path:/home/alice/x/y", "path:.../y"),
+        ("~alice/lib/x", ".../x"),
+        ("from https://alice:secret@host/simple", "from https://host/simple"),
     ],
 )  # fmt: skip
 def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
