@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 Prompt = Mapping[str, Mapping[str, Any]]
@@ -18,22 +20,57 @@ OURS = (
 """Nodes that make runs differ on purpose: left out of the settings that have to be equal."""
 
 
-def ancestors(prompt: Prompt, node_id: str) -> list[str]:
-    """Ids of every node that `node_id` depends on, nearest first."""
-    found: list[str] = []
+def ancestors(prompt: Prompt, node_id: str, stop: Container[str] = ()) -> list[str]:
+    """Ids of every node that `node_id` depends on, nearest first; nodes in `stop` are named but not followed."""
+    found: dict[str, None] = {}
     pending = list(_links(prompt.get(node_id, {})))
-    while pending:
-        current = pending.pop(0)
+    for current in pending:  # it grows while we read it
         if current not in found and current in prompt:
-            found.append(current)
-            pending += _links(prompt[current])
-    return found
+            found[current] = None
+            pending += () if current in stop else _links(prompt[current])
+    return list(found)
 
 
 def _links(node: Mapping[str, Any]) -> Iterator[str]:
-    for value in node.get("inputs", {}).values():
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
+    for _, value in sorted(node.get("inputs", {}).items()):
+        if _is_link(value):
             yield str(value[0])
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)
+
+
+def signature(prompt: Prompt, node_id: str) -> str:
+    """A hash of what decides a node's output: its class and inputs, and those of everything it depends on.
+
+    Node ids and titles are not in it, as they are not in the key of ComfyUI's cache (`CacheKeySetInputSignature`):
+    a graph with other numbers takes the same result from the cache. A file that changed under its name is not seen.
+    """
+    names = [node_id, *ancestors(prompt, node_id)]
+    places = {name: place for place, name in enumerate(names)}
+    nodes = [
+        [
+            prompt[name].get("class_type"),
+            [
+                [key, "link", places.get(str(value[0])), value[1]] if _is_link(value) else [key, "value", value]
+                for key, value in sorted(prompt[name].get("inputs", {}).items())
+            ],
+        ]
+        for name in names
+    ]
+    return hashlib.sha256(json.dumps(nodes, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def origin(prompt: Prompt, node_id: str) -> str | None:
+    """The node of the graph that a running node stands for: itself, or the one that ComfyUI expanded into it.
+
+    The id of an expanded node begins with that of its origin and a point (`GraphBuilder.alloc_prefix`).
+    """
+    name = node_id
+    while name not in prompt and "." in name:
+        name = name.rpartition(".")[0]
+    return name if name in prompt else None
 
 
 def settings(prompt: Prompt, node_id: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Container
 from typing import Any
 
 import comfyui_version
@@ -45,25 +46,68 @@ class AttentionReport(io.ComfyNode):
         prompt, node_id = cls.hidden.prompt or {}, str(cls.hidden.unique_id)
         latent = samples["samples"]
         parts = list(latent.unbind()) if latent.is_nested else [latent]
+        run, missing = find_run(prompt, node_id, runs.executing()[0])
         report = {
-            "run": find_run(prompt, node_id),
+            "run": run,
+            "not_counted": missing,
             "settings": {**graph.settings(prompt, node_id), "latent": [list(part.shape) for part in parts]},
             "versions": versions(),
         }
         return io.NodeOutput(samples, as_text(report), json.dumps(report))
 
 
-def find_run(prompt: graph.Prompt, node_id: str) -> dict[str, Any] | None:
-    """The newest run of a sampler upstream of this node, or None when no patched model was sampled there.
+def find_run(
+    prompt: graph.Prompt, node_id: str, prompt_id: str | None
+) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+    """The account of the samplers upstream of this node, or None; and the samplers that have none, nearest first.
 
-    Stages that ran in one prompt, such as the two samplers of Wan 2.2 14B, become one account: steps and seconds are
-    added up. A stage that ComfyUI took from its cache is not in it.
+    Only accounts of the executions that made what this node got count (`runs.of_node`), from an earlier prompt where
+    ComfyUI took a sampler from its cache. Stages, such as the two samplers of Wan 2.2 14B, become one account: steps
+    and seconds are added up.
     """
     upstream = graph.ancestors(prompt, node_id)
-    found = [run for run in runs.recent() if run["node_id"] in upstream]
-    stages = [run for run in reversed(found) if run["prompt_id"] == found[0]["prompt_id"]]
-    if len(stages) < 2:
-        return stages[0] if stages else None
+    accounts = {name: runs.of_node(prompt, name, prompt_id) for name in upstream}
+    known = runs.sampling_classes()
+    samplers = [name for name in upstream if accounts[name] or is_sampler(prompt[name]["class_type"], known)]
+    missing = [
+        {"node_id": name, "class_type": prompt[name]["class_type"], "reason": why_not_counted(prompt, name, samplers)}
+        for name in samplers
+        if not accounts[name]
+    ]
+    by_number = {run["number"]: run for found in accounts.values() for run in found}
+    stages = [by_number[number] for number in sorted(by_number)]
+    return merged(stages) if stages else None, missing
+
+
+def is_sampler(class_type: str, known: Container[str]) -> bool:
+    """Whether nodes of this class sample: one of them did, or a sampler by its name that makes a LATENT of a model.
+
+    The name alone would take in upsamplers and the choice of a sampler; the sockets alone, nodes that add noise.
+    """
+    if class_type in known:
+        return True
+    import nodes as comfy_nodes
+
+    node = comfy_nodes.NODE_CLASS_MAPPINGS.get(class_type)
+    if node is None or "sampler" not in class_type.lower() or "LATENT" not in node.RETURN_TYPES:
+        return False
+    groups = node.INPUT_TYPES()
+    taken = [spec[0] for group in ("required", "optional") for spec in groups.get(group, {}).values() if spec]
+    return "MODEL" in taken or "GUIDER" in taken
+
+
+def why_not_counted(prompt: graph.Prompt, sampler: str, samplers: Container[str]) -> str:
+    """Why a sampler has no account: none of our nodes is between it and the samplers before it, or it is not kept."""
+    before = graph.ancestors(prompt, sampler, stop=samplers)
+    if any(prompt[name]["class_type"] in runs.CHOOSERS for name in before):
+        return f"no account is kept: it is older than the last {runs.KEPT} runs, or sampled a model without our patch"
+    return "this sampler ran without our patch"
+
+
+def merged(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """One account of one or more stages, oldest first."""
+    if len(stages) == 1:
+        return stages[0]
     seconds = [stage["seconds"] for stage in stages]
     return {
         **stages[-1],
@@ -86,15 +130,19 @@ def versions() -> dict[str, str]:
 def as_text(report: dict[str, Any]) -> str:
     """The table a person reads: one line per role and backend, then fallbacks and notes."""
     run = report["run"]
+    missing = [f"node {one['node_id']} ({one['class_type']}): {one['reason']}" for one in report.get("not_counted", ())]
     if run is None:
-        return "no account: the model before this sampler has no Attention Backend Selector, or it ran too long ago"
+        text = "no account: the model before this sampler has no Attention Backend Selector, or it ran too long ago"
+        return "\n".join([text, *missing])
     totals: dict[tuple[str, str, str], list[float]] = {}
     for row in run["rows"]:
         total = totals.setdefault((row["role"], row["backend"], row["mask"]), [0, 0.0])
         total[0] += row["calls"]
         total[1] += row["ms"] or 0.0
     timed = run["device"] == "cpu"
-    lines = [f"{'role':24} {'backend':18} {'mask':12} {'calls':>7} {'ms':>10}"]
+    if missing:
+        missing.append("the lines below are of the other samplers before this node")
+    lines = [*missing, f"{'role':24} {'backend':18} {'mask':12} {'calls':>7} {'ms':>10}"]
     for (role, backend, mask), (calls, milliseconds) in totals.items():
         shown = f"{milliseconds:10.1f}" if timed else f"{'-':>10}"
         lines.append(f"{role:24} {backend:18} {mask:12} {calls:7.0f} {shown}")

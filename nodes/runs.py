@@ -25,30 +25,45 @@ CHOOSERS = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConf
 """Our nodes that decide something, as they stand in a graph."""
 
 
+class Maker(NamedTuple):
+    """The node of the graph that sampled, as it stood in the queue; no `signature` where there was no queue."""
+
+    node_id: str | None
+    class_type: str
+    signature: str | None
+
+
 class Kept(NamedTuple):
     """A run that is over. `account` is what other modules see."""
 
     account: dict[str, Any]
     summary: dict[str, Any]
     windows: list[dict[str, object]]
+    maker: Maker
 
 
 _runs: deque[Kept] = deque(maxlen=KEPT)
-_live: dict[int, tuple[dict[str, Any], Trace]] = {}
+_live: dict[int, tuple[dict[str, Any], Trace, Maker]] = {}
 _numbers = itertools.count(1)
 _lock = threading.Lock()
 
 
 def begin(trace: Trace) -> None:
     """A run begins: from now on its account can be read while it grows."""
-    prompt_id, node_id = _executing()
-    nodes = _choosers(prompt_id, node_id)
+    prompt_id, node_id = executing()
+    prompt = _queued(prompt_id)
+    sampler = graph.origin(prompt, node_id) if node_id is not None else None
+    if sampler is None:
+        nodes, maker = [], Maker(node_id, "", None)
+    else:
+        nodes = _choosers(prompt, sampler)
+        maker = Maker(sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler))
     with _lock:
         head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
-        _live[id(trace)] = head, trace
+        _live[id(trace)] = head, trace, maker
 
 
-def _executing() -> tuple[str | None, str | None]:
+def executing() -> tuple[str | None, str | None]:
     """The prompt and the node that ComfyUI is executing; None where a program samples without a server."""
     try:
         from comfy_execution.utils import get_executing_context
@@ -63,9 +78,9 @@ def add(trace: Trace) -> None:
     if id(trace) not in _live:
         begin(trace)
     with _lock:
-        head, _ = _live.pop(id(trace))
+        head, _, maker = _live.pop(id(trace))
         account = {**head, **trace.as_dict()}
-        _runs.appendleft(Kept(account, _summary(account, state(account)), trace.windows()))
+        _runs.appendleft(Kept(account, _summary(account, state(account)), trace.windows(), maker))
     log.info("attention of this run: %s", trace.summary())
     log.info("%s", audit.line(account["audit"]))
 
@@ -74,6 +89,36 @@ def recent() -> list[dict[str, Any]]:
     """The last runs, newest first."""
     with _lock:
         return [kept.account for kept in _runs]
+
+
+def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[dict[str, Any]]:
+    """The accounts of the execution that made this node's output, oldest first; empty where none is kept.
+
+    Where ComfyUI took the output from its cache, that is the execution of an earlier prompt which had the same node
+    with everything upstream equal. A run that failed made no output.
+    """
+    with _lock:
+        done = [kept for kept in _runs if kept.summary["state"] == "done"]
+    if not done:
+        return []
+    wanted = graph.signature(prompt, node_id)
+    here = prompt_id, node_id
+    found = [
+        kept
+        for kept in done
+        if kept.maker.signature == wanted
+        or (kept.maker.signature is None and (kept.account["prompt_id"], kept.maker.node_id) == here)
+    ]
+    # Two equal nodes of one graph may have run both; a graph with other ids has none of its own.
+    found = [kept for kept in found if kept.maker.node_id == node_id] or found
+    made = [(kept.account["prompt_id"], kept.maker.node_id) for kept in found]
+    return [kept.account for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
+
+
+def sampling_classes() -> set[str]:
+    """Classes of the nodes whose accounts are kept: whatever they are called, they sample."""
+    with _lock:
+        return {kept.maker.class_type for kept in _runs}
 
 
 def summaries() -> list[dict[str, Any]]:
@@ -117,27 +162,32 @@ def _going_on() -> list[dict[str, Any]]:
     with _lock:
         live = list(_live.values())
     found = []
-    for head, trace in reversed(live):
+    for head, trace, _ in reversed(live):
         # The sampler's thread writes to these while we read: each copy is one step of the interpreter.
         now = replace(trace, rows=dict(trace.rows), notes=dict(trace.notes), categories=dict(trace.categories))
         found.append({**head, **now.as_dict(), "windows": now.windows()})
     return found
 
 
-def _choosers(prompt_id: str | None, node_id: str | None) -> list[dict[str, str]]:
-    """Our nodes upstream of the sampler that runs: id, class and backend, so that a page can write beside them.
+def _queued(prompt_id: str | None) -> graph.Prompt:
+    """The graph of the prompt that runs; empty where there is no queue.
 
     From the queue, because a node that ComfyUI took from its cache is not asked again.
     """
-    if prompt_id is None or node_id is None:
-        return []
+    if prompt_id is None:
+        return {}
     from server import PromptServer
 
     queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
     if queue is None:
-        return []
+        return {}
     running, _ = queue.get_current_queue_volatile()
-    prompt = next((item[2] for item in running if item[1] == prompt_id), {})
+    found: graph.Prompt = next((item[2] for item in running if item[1] == prompt_id), {})
+    return found
+
+
+def _choosers(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:
+    """Our nodes upstream of the sampler that runs: id, class and backend, so that a page can write beside them."""
     nodes = ((name, prompt[name]) for name in graph.ancestors(prompt, node_id))
     return [
         {"id": name, "class_type": node["class_type"], "backend": str(node["inputs"].get("backend", ""))}
