@@ -13,6 +13,7 @@ import pytest
 from attention_backends.devtools.server import Server, WorkflowError
 from browser import load_workflow, open_comfyui, why_no_browser
 from server_harness import ROOT, start_server
+from test_web import words
 
 pytestmark = [
     pytest.mark.comfy,
@@ -134,6 +135,79 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_p
         assert "self: cudnn_attn: device cpu not in (cuda)" in panel.locator(".ab-reasons").inner_text()
         assert "another one ran, see the reasons" in panel.locator(".ab-audit").inner_text()
         assert ours(page) == []
+
+
+@RENDERERS
+def test_a_line_stays_with_the_workflow_that_queued_it(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    """Two open workflows with the same node ids, and the same id of their graphs, as copies of a template have them."""
+    switch = """async (step) => {
+      const before = window.app.extensionManager.workflow.activeWorkflow.path
+      await window.app.extensionManager.command.execute(`Workspace.${step}OpenedWorkflow`)
+      return before !== window.app.extensionManager.workflow.activeWorkflow.path
+    }"""
+    steps = 40 + nodes_2
+    line = f"self torch_sdpa {4 * steps} calls, cross sdpa_math {4 * steps}"
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        load_workflow(page, workflow(steps=steps))
+        page.evaluate("async () => { await window.app.queuePrompt(0) }")
+        load_workflow(page, workflow(steps=2))  # a second tab, while the first one's run goes on
+        for _ in range(600):
+            newest = server.get("/attention_backends/runs")["runs"][:1]
+            if newest and newest[0]["steps"] == steps and newest[0]["state"] == "done":
+                break
+            page.wait_for_timeout(100)
+        page.wait_for_timeout(1500)
+        assert page.locator(LINE).all_inner_texts() == []
+        assert page.evaluate(switch, "Previous")
+        page.locator(LINE).wait_for(timeout=20_000)
+        assert page.locator(LINE).all_inner_texts() == [line]
+        load_workflow(page, workflow(steps=steps + 2))  # a third tab, with a run of its own
+        assert page.locator(LINE).all_inner_texts() == []
+        run_workflow(page, server)
+        page.locator(LINE).wait_for(timeout=20_000)
+        assert page.locator(LINE).inner_text() != line
+        assert ours(page) == []
+
+
+def test_a_strict_stop_is_not_called_nothing(server: Server, tmp_path: Path) -> None:
+    stopped = words()["line"]["stopped"]
+    refusing = workflow(backend="cudnn_attn", steps=11)
+    selector = next(node for node in refusing["nodes"] if node["type"] == "AttentionBackendSelector")
+    selector["widgets_values"][2] = True  # strict
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        load_workflow(page, refusing)
+        account = run_workflow(page, server)
+        assert (account["state"], account["rows"]) == ("stopped", [])
+        page.locator(f"{LINE}[title*='{stopped}']").wait_for(timeout=20_000)
+        panel = open_tab(page)
+        panel.locator(".ab-run .ab-line").wait_for()
+        assert panel.locator(".ab-run .ab-line").inner_text() == stopped
+        assert words()["line"]["nothing"] not in panel.inner_text()
+        assert ours(page) == []
+
+
+def test_every_value_can_be_read_at_300_px(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        load_workflow(page, workflow(backend="cudnn_attn", steps=13))
+        run_workflow(page, server)
+        panel = open_tab(page)
+        panel.locator("tbody tr").first.wait_for()
+        for width in (300, 460, 900):
+            panel.evaluate("(panel, width) => { panel.style.width = `${width}px` }", width)
+            page.wait_for_timeout(200)
+            panel.screenshot(path=tmp_path / f"table_{width}.png")
+            cut = panel.evaluate(CUT_OFF)
+            assert cut == [] or width == 900, (width, cut)
+        assert "device cpu not in (cuda)" in panel.locator("tbody").inner_text()
+
+
+CUT_OFF = """panel => {
+  const place = panel.querySelector('.ab-scroll').getBoundingClientRect()
+  return [...panel.querySelectorAll('tbody td, th button')]
+    .filter((cell) => cell.textContent && cell.getBoundingClientRect().right > place.right)
+    .map((cell) => cell.textContent)
+}"""
+"""Cells of the table that end outside of the part that is seen."""
 
 
 def test_the_table_sorts_and_works_by_keyboard(server: Server, tmp_path: Path) -> None:

@@ -41,6 +41,43 @@ def test_types_are_right() -> None:
     assert result.returncode == 0, result.stdout
 
 
+OLD_FRONT_END = """
+import { app } from './scripts/app.js'
+const [manager] = process.argv.slice(2)
+if (manager !== 'none') app.extensionManager = JSON.parse(manager)
+globalThis.document = {}
+await import('./extensions/ours/attention.js')
+const [extension] = app.registered
+await extension.setup()
+for (const type of ['AttentionBackendSelector', 'PerRoleAttentionConfig', 'KSampler']) {
+  await extension.nodeCreated({ type, widgets: [{ name: 'backend', value: 'auto' }, { name: 'role', value: 'self' }] })
+}
+await extension.commands[0].function()
+console.log('works')
+"""
+
+
+@pytest.mark.parametrize("manager", ["none", "{}", '{"setting": {}, "command": {}, "workflow": {}}'])
+def test_a_front_end_without_its_manager_gets_no_error(tmp_path: Path, manager: str) -> None:
+    """The nodes work without tab and settings; a TypeError in `nodeCreated` would stop them from being added."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is missing")
+    (tmp_path / "scripts").mkdir()
+    shutil.copytree(WEB, tmp_path / "extensions" / "ours")
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "scripts" / "app.js").write_text(
+        "export const app = { registered: [], registerExtension(one) { this.registered.push(one) } }"
+    )
+    (tmp_path / "scripts" / "api.js").write_text(
+        "export const api = { addEventListener() {}, apiURL: (path) => path,"
+        " fetchApi: async () => ({ ok: true, json: async () => ({ environment: {}, choices: [], defaults: {} }) }) }"
+    )
+    (tmp_path / "start.js").write_text(OLD_FRONT_END)
+    result = subprocess.run([node, "start.js", manager], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "works\n"), result.stderr
+
+
 def test_every_text_is_there_and_none_is_left_over() -> None:
     source = "\n".join(script.read_text(encoding="utf-8") for script in SCRIPTS)
     used = set(re.findall(r"""say\(\s*['"]([\w.]+)['"]""", source))

@@ -59,9 +59,11 @@ export function sorted(rows, column, descending) {
  *
  * @param {Total[]} totals
  * @param {number} fallbacks
+ * @param {boolean} stopped the run was cancelled or failed, e.g. because a strict node refused a call
  * @param {import('./words.js').Say} say
  */
-export function shortLine(totals, fallbacks, say) {
+export function shortLine(totals, fallbacks, stopped, say) {
+  if (!totals.length && stopped) return say('line.stopped')
   if (!totals.length) return say('line.nothing')
   const parts = totals.map(({ role, backend, calls }, index) => {
     const counted = index === 0 ? say('line.calls', { calls }) : calls

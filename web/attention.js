@@ -13,7 +13,7 @@ const TAB = 'attention-backends'
 const SHOW = 'AttentionBackends.ShowReport'
 
 const server = serverRoutes(api)
-const language = app.extensionManager?.setting?.get('Comfy.Locale') ?? 'en'
+const language = app.extensionManager?.setting?.get?.('Comfy.Locale') ?? 'en'
 const [say, found] = await Promise.all([loadWords(api, String(language)), server.settings().catch(() => null)])
 const lines = nodeLines(app, api, server, say)
 
@@ -30,7 +30,8 @@ const extension = {
       label: say('command.show'),
       icon: 'pi pi-bolt',
       function: async () => {
-        if (!panel?.element.isConnected) await app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`)
+        if (panel?.element.isConnected) return
+        await app.extensionManager?.command?.execute?.(`Workspace.ToggleSidebarTab.${TAB}`)
       }
     }
   ],
@@ -40,6 +41,7 @@ const extension = {
     { label: say('about.badge'), url: api.apiURL('/attention_backends/bug_report'), icon: 'pi pi-bolt' }
   ],
   setup() {
+    if (!app.extensionManager?.registerSidebarTab) return // an older front end has no such tabs
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: 'pi pi-bolt',
@@ -58,7 +60,8 @@ const extension = {
     })
   },
   nodeCreated(node) {
-    seed(node, app.configuringGraph, (id) => app.extensionManager.setting.get(id))
+    const setting = app.extensionManager?.setting
+    if (setting?.get) seed(node, app.configuringGraph, (id) => setting.get(id))
     lines.watch(node)
   }
 }

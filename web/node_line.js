@@ -2,11 +2,13 @@
  * A line on our nodes: what ran, and before that whether the chosen backend can run on this server.
  *
  * The line is a widget that only shows: it is in no saved workflow and in no prompt, and stands after all others, so
- * the order of a node's saved values stays as it is.
+ * the order of a node's saved values stays as it is. A run's line belongs to the workflow that queued it
+ * (workflow_runs.js), as another open one may have nodes with the same ids.
  */
 
 import { addedUp, shortLine } from './account.js'
 import { element } from './dom.js'
+import { workflowRuns } from './workflow_runs.js'
 
 /**
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApp} ComfyApp
@@ -43,6 +45,9 @@ export function classOf(node) {
 export function nodeLines(app, events, server, say) {
   /** @type {WeakMap<LGraphNode, Line>} */
   const lines = new WeakMap()
+  /** The nodes that say what ran. @type {Set<LGraphNode>} */
+  let told = new Set()
+  const runsOf = workflowRuns(app, events, refill)
 
   /**
    * @param {LGraphNode} node
@@ -96,19 +101,35 @@ export function nodeLines(app, events, server, say) {
     const prompt = event instanceof CustomEvent ? event.detail?.prompt_id : undefined
     if (!prompt) return
     const { runs } = await server.runs().catch(() => ({ runs: [] }))
-    /** @type {Map<LGraphNode, { totals: Total[], fallbacks: number }>} */
-    const told = new Map()
+    /** @type {Map<string, { class_type: string, totals: Total[], fallbacks: number, stopped: boolean }>} */
+    const sums = new Map()
     for (const run of runs.filter((one) => one.prompt_id === prompt)) {
-      for (const chooser of run.nodes) {
-        const node = nodeOf(app, chooser.id)
-        if (!node || classOf(node) !== chooser.class_type || !SHOW_RUNS.includes(chooser.class_type)) continue
-        const sum = told.get(node) ?? { totals: [], fallbacks: 0 }
+      for (const { id, class_type } of run.nodes.filter((one) => SHOW_RUNS.includes(one.class_type))) {
+        const sum = sums.get(id) ?? { class_type, totals: [], fallbacks: 0, stopped: false }
         sum.totals.push(...run.totals)
         sum.fallbacks += run.fallbacks
-        told.set(node, sum)
+        sum.stopped ||= run.state === 'stopped'
+        sums.set(id, sum)
       }
     }
-    for (const [node, { totals, fallbacks }] of told) show(node, { ran: shortLine(addedUp(totals), fallbacks, say) })
+    const texts = [...sums].map(([id, { class_type, totals, fallbacks, stopped }]) => {
+      return /** @type {const} */ ([id, { class_type, text: shortLine(addedUp(totals), fallbacks, stopped, say) }])
+    })
+    await runsOf.keep(prompt, texts)
+    refill()
+  }
+
+  /** Writes what the shown workflow's runs did on its nodes, which are new ones each time that it is opened. */
+  function refill() {
+    const before = told
+    told = new Set()
+    for (const [id, { class_type, text }] of runsOf.shown()) {
+      const node = nodeOf(app, id)
+      if (!node || classOf(node) !== class_type) continue
+      told.add(node)
+      show(node, { ran: text })
+    }
+    for (const node of before) if (!told.has(node)) show(node, { ran: '' })
   }
 
   for (const name of OVER) events.addEventListener(name, tellRun)

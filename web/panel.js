@@ -151,6 +151,7 @@ export function openPanel(place, events, server, say) {
       }
       update()
     }
+    const line = shortLine(run.totals, run.fallbacks, run.state === 'stopped', say)
     const seconds = run.seconds === null ? '' : `, ${run.seconds.toFixed(1)} s`
     return element(
       'li',
@@ -164,7 +165,7 @@ export function openPanel(place, events, server, say) {
         element('span', { className: `ab-state ab-${run.state}` }, say(`state.${run.state}`)),
         element('strong', {}, `${run.number}. ${run.model || '?'}`),
         element('span', {}, `${say('runs.steps', { steps: run.steps })}${seconds}`),
-        !shown && element('span', { className: 'ab-line' }, shortLine(run.totals, run.fallbacks, say))
+        !shown && element('span', { className: 'ab-line' }, line)
       ),
       shown && shown.place
     )

@@ -36,7 +36,7 @@ export function showRun(place, run, view, say) {
   const name = `attention_run_${run.number}`
   refill(
     place,
-    element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, say)),
+    element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, run.state === 'stopped', say)),
     list('ab-audit', say('run.audit'), run.audit.map((finding) => verdict(finding, say))),
     ...(run.rows.length ? picture(run, view, say, again) : []),
     ...(run.rows.length ? table(run, view, say, again) : []),
@@ -166,7 +166,8 @@ function table(run, view, say, again) {
       const value = row[name]
       const number = name === 'calls' || name === 'ms'
       const text = name === 'ms' && value !== null ? Number(value).toFixed(1) : String(value ?? '')
-      return element('td', { className: number ? 'ab-number' : '' }, text)
+      // The label is shown where the panel is narrow and a row wraps.
+      return element('td', { className: number ? 'ab-number' : '', 'data-label': say(`columns.${name}`) }, text)
     })
     return element('tr', { className: row.reason ? 'ab-fell-back' : '', title: row.source }, ...cells)
   })
