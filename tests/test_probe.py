@@ -219,7 +219,9 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     # The waiting process is interrupted; what it waits for, and that one's child, must go too.
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     code = (
-        "import importlib.util, sys\n"
+        # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+        "import importlib.util, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"spec = importlib.util.spec_from_file_location('isolated', {str(ROOT / 'backends' / 'isolated.py')!r})\n"
         "isolated = importlib.util.module_from_spec(spec); spec.loader.exec_module(isolated)\n"
         f"isolated.run([sys.executable, '-c', {child!r}], 600)\n"
