@@ -293,7 +293,7 @@ def _plan(treatment: str, parts: list[Part], pattern: str = "") -> MaskPlan:
         for part in parts
     )
     remembering = tuple(part if part.mask is None else part._replace(memo={}) for part in parts)
-    return MaskPlan(treatment, remembering, (treatment, *facts), pattern)
+    return MaskPlan(treatment, remembering, (treatment, pattern, *facts), pattern)
 
 
 def _count(keys: torch.Tensor | slice | None) -> object:

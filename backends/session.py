@@ -41,6 +41,18 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """Words of out-of-memory errors that reach Python as another type than torch.OutOfMemoryError."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an error that says so by its type or in words."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def is_cuda_fault(error: BaseException) -> bool:
+    """True for an error after which the GPU's context is unusable."""
+    return any(words in str(error).lower() for words in CUDA_FAULTS)
+
+
 class KernelFaultError(RuntimeError):
     """A kernel left the device in a state in which nothing further can run."""
 
@@ -149,6 +161,8 @@ class Session:
         try:
             self.router.kernel(decision.backend, decision.options)
         except Exception as error:  # whatever a package raises about an option that it does not have
+            if is_out_of_memory(error) or is_cuda_fault(error):
+                raise
             self.failed[decision.backend, frozen(decision.options), request] = f"{type(error).__name__}: {error}"
             return self.router.select(
                 request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
@@ -264,16 +278,10 @@ class Session:
 
     def _stop_if_hopeless(self, plan: Plan, error: Exception) -> None:
         """Raise where no other kernel may be tried after `error`."""
-        import torch
-
-        failed, text = plan.decision.backend, str(error).lower()
-        if (
-            failed == COMFY
-            or isinstance(error, (torch.OutOfMemoryError, CheckError))
-            or any(words in text for words in OUT_OF_MEMORY)
-        ):
+        failed = plan.decision.backend
+        if failed == COMFY or isinstance(error, CheckError) or is_out_of_memory(error):
             raise error
-        if any(words in text for words in CUDA_FAULTS):
+        if is_cuda_fault(error):
             raise KernelFaultError(
                 f"the attention kernel {failed} left the GPU unusable: {error}\n"
                 f"  call: {plan.request.describe()}\n"

@@ -115,7 +115,9 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
             call.memo = mask_plan.parts[0].memo
         if owned and scope.session.guard is None and hook_plan.plan.decision.backend != COMFY:
             # The host's own function remains the last resort, on what the call itself still holds.
-            call.host, call.owned = partial(_host_part, func, call, options=options, kwargs=kwargs), True
+            preferred = scope.site.preferred_attention() if scope.site is not None else None
+            call.host = partial(_host_part, preferred or func, call, options=options, kwargs=kwargs)
+            call.owned = True
             del query, key, value
         output = scope.session.run(hook_plan.plan, call)
     else:

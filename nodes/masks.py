@@ -12,6 +12,7 @@ import torch
 
 from ..backends.mask import as_4d
 from ..backends.mask_plan import MaskPlan, inspect, passed_on
+from ..backends.session import is_cuda_fault
 
 if TYPE_CHECKING:
     from .sampling import Run
@@ -74,6 +75,9 @@ class Masks:
     def _read(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
         try:
             return inspect(as_4d(mask), kv_len)
-        except RuntimeError as error:  # memory that does not suffice, an operation that this device lacks
+        except RuntimeError as error:
+            if is_cuda_fault(error):  # an earlier kernel's: reading waits for the device, so it shows here
+                raise
+            # An operation that this device lacks, or too little memory to read it: the kernel may still have enough.
             self._run.note(f"{UNREAD}: {str(error).splitlines()[0]}")
             return passed_on(as_4d(mask))

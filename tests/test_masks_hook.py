@@ -247,6 +247,15 @@ def test_a_mask_that_cannot_be_read_is_passed_on(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_a_fault_of_the_gpu_that_shows_while_a_mask_is_read_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(mask: torch.Tensor, kv_len: int) -> mask_plan.MaskPlan:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(masks, "inspect", faulty)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        wan_call(override("torch_sdpa"), key_mask(8))
+
+
 def test_runs_outside_model_calls_do_not_pile_up() -> None:
     for _ in range(50):
         ours = override("torch_sdpa")

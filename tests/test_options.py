@@ -180,3 +180,15 @@ def test_an_option_that_the_package_refuses_is_a_fallback_with_its_reason(tunabl
     assert "this version has no good mode" in str(decision.reason)
     with pytest.raises(NoBackendError, match="this version has no good mode"):
         session(strict=True).plan(REQUEST, "self", "self")
+
+
+def test_out_of_memory_while_options_load_is_passed_on(tunable: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(platform: Platform, **options: object) -> None:
+        if options:
+            raise MemoryError("out of memory")
+
+    monkeypatch.setattr(tunable, "load", load)
+    config = AttentionConfig(default=AttentionSpec(tunable.id, {"steps": 2}))
+    session = Session(Router(Platform("cpu", torch="2.11.0")), (config,))
+    with pytest.raises(MemoryError):
+        session.plan(REQUEST, "self", "self")
