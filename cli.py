@@ -1,6 +1,6 @@
 """The command line: what every backend needs here (`doctor`), what would run for a call and why (`explain`), in which
-order a machine tries backends (`route`), what they do to a picture (`compare`) and how long they
-take (`bench`); the last two are in `comparison/`.
+order a machine tries backends (`route`), what they do to a picture (`compare`), how long they take (`bench`), which
+is fastest for a kind of call (`tune`), and what a picture's record says (`replay`); the last four are in `comparison/`.
 
 It reads arguments and prints; what is true is decided in `backends/`. Bad arguments and strict refusals end with
 status 2 and their reason on stderr, everything else with 0.
@@ -19,17 +19,21 @@ from typing import Any
 
 from .backends import probe, remembered, route_report
 from .backends.api import CATEGORIES, category_of
-from .backends.config import AttentionConfig, joint_note
+from .backends.config import AttentionConfig, joint_note, record_of, settings_of
 from .backends.config_text import from_environment, parse_config
 from .backends.doctor import Row, examine, probe_all, this_machine, why_no_card
 from .backends.install import Interpreter, running_interpreter
 from .backends.kernels import BACKENDS
+from .backends.measured_store import Store, default_path
 from .backends.names import canonical
 from .backends.platform import Platform, parse_platform
 from .backends.request import AttentionRequest, parse_request
 from .backends.router import NoBackendError, Router
+from .backends.tuner import with_store
 from .comparison import bench_command as bench
 from .comparison import command as compare
+from .comparison import replay_command as replay
+from .comparison import tune_command as tune
 
 EXAMPLE_REQUEST = "batch=1,num_heads=24,q_len=4096,kv_len=4096,head_dim=128,dtype=bfloat16,mask=none"
 EXAMPLE_PLATFORM = "cuda:12.0,cudnn=91002,packages=flashinfer-python==0.7.2;flash-attn==2.8.3"
@@ -74,10 +78,10 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
         return probe.child(argv[1:])
     options = _parser(program).parse_args(_joined(argv))
     try:
-        if options.command in ("compare", "bench"):
-            status = {"compare": compare, "bench": bench}[options.command].run(options, program)
+        if options.command in ("compare", "bench", "tune"):
+            status = {"compare": compare, "bench": bench, "tune": tune}[options.command].run(options, program)
         else:
-            commands = {"doctor": _doctor, "explain": _explain, "route": _route}
+            commands = {"doctor": _doctor, "explain": _explain, "route": _route, "replay": _replay}
             status = commands[options.command](options)
         sys.stdout.flush()
         return status
@@ -130,6 +134,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
     route.add_argument("--all", action="store_true", help="every row of the table, for all kinds of machine")
     compare.add_arguments(command("compare", compare.HELP, compare.EXAMPLES))
     bench.add_arguments(command("bench", bench.HELP, bench.EXAMPLES))
+    tune.add_arguments(command("tune", tune.HELP, tune.EXAMPLES))
+    replay.add_arguments(command("replay", replay.HELP, replay.EXAMPLES))
     return parser
 
 
@@ -228,6 +234,12 @@ def _route(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(options: argparse.Namespace) -> int:
+    record = replay.load(options.file)  # first, since asking a machine takes seconds
+    router = Router(_platform(options.platform))
+    return replay.run(options, record, router)
+
+
 def _explain(options: argparse.Namespace) -> int:
     request = parse_request(options.request)
     named: tuple[AttentionConfig, ...] = ()
@@ -238,6 +250,8 @@ def _explain(options: argparse.Namespace) -> int:
     router = Router(_platform(options.platform))
     with contextlib.redirect_stdout(sys.stderr):
         decision = router.decide(request, layers, options.role, category)
+        accuracy, store = settings_of(layers).accuracy, Store(default_path())
+        decision = with_store(decision, request, options.role, category, accuracy, router, store)
     answer = {
         "backend": decision.backend,
         "member": router.backends[decision.backend].member(request, router.platform),
@@ -252,6 +266,7 @@ def _explain(options: argparse.Namespace) -> int:
         "notes": [
             *dict.fromkeys(note for layer in layers for note in layer.notes),
             *_about_schedules(layers, options.role, category),
+            *_about_records(layers),
             *filter(None, [joint_note(layers, options.role, category)]),
             *decision.notes,
             *_about_the_mask(request),
@@ -269,6 +284,13 @@ def _about_schedules(layers: tuple[AttentionConfig, ...], role: str, category: s
         for number, entry in enumerate(layer.schedule)
         if entry.takes(role, category)
     ]
+
+
+def _about_records(layers: tuple[AttentionConfig, ...]) -> list[str]:
+    record = record_of(layers)
+    if record is None:
+        return []
+    return [f"the record in {record.source} decides by block and model call, which are not known here; see replay"]
 
 
 def _about_the_mask(request: AttentionRequest) -> list[str]:

@@ -25,7 +25,7 @@ from .config_text import parse_config
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
 from .mask import as_4d
-from .names import COMFY
+from .names import AUTO, COMFY, MEASURED
 from .platform import Platform, detect
 from .request import AttentionCall
 from .router import NoBackendError, Router
@@ -221,8 +221,10 @@ def force_backend(backend: object, *, device: torch.device | None = None) -> Ite
         NoBackendError: it cannot run on `device`. Nothing was changed.
     """
     config = replace(parse_config(backend, "force_backend"), strict=True)
-    if config.default.is_auto:
-        raise ConfigError("force_backend: auto forces nothing; name a backend, or use attention_backend")
+    if config.default.backend in (AUTO, MEASURED):
+        raise ConfigError(
+            f"force_backend: {config.default.backend} forces nothing; name a backend, or use attention_backend"
+        )
     _must_be_available(config, (config,), device)
     with entered(Entry(config, forced=True)):
         yield
@@ -240,7 +242,8 @@ def checks(on: bool = True) -> AbstractContextManager[None]:
 def account() -> Iterator[Trace]:
     """Keep account of the calls inside the block: which backend ran for each role, how often, and why not another.
 
-    Calls of other threads that run in this context are added when the block ends. Accounts nest.
+    Calls of other threads that run in this context are added when the block ends. Accounts nest. Nothing waits for an
+    accelerator: the times of what it has not done by the end of the block come with `Trace.end_of_run`, which waits.
     """
     before = current().account
     entry = Entry(account=(kept := Account()))
@@ -261,7 +264,7 @@ def _own_book() -> Book:
     try:
         book: Book = _thread.book
     except AttributeError:
-        book = _thread.book = Book(Trace())
+        book = _thread.book = Book(Trace(mode="off"))  # which nobody reads
     return book
 
 
@@ -297,7 +300,7 @@ def _must_be_available(
     if not settings_of(layers).strict:
         return
     router = router_for(device)
-    named = {spec.backend for spec in (config.default, *config.per_role.values()) if not spec.is_auto}
+    named = {spec.backend for spec in (config.default, *config.per_role.values())} - {AUTO, MEASURED}
     refused = [f"  {name}: {'; '.join(reasons)}" for name in sorted(named) if (reasons := router.unavailable(name))]
     if refused:
         able = [name for name, known in router.backends.items() if known.accuracy == "exact"]

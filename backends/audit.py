@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import resolve
-from .names import AUTO
+from .config import RECOMMENDED, resolve
+from .names import AUTO, MEASURED
 
 if TYPE_CHECKING:
     from .trace import Row, Trace
@@ -103,8 +103,12 @@ def line(audit: Iterable[Mapping[str, Any]]) -> str:
 
 def _asked(trace: Trace, row: Row) -> tuple[str, str]:
     """What was asked for a row's calls, and on whose word: as the row says, or else as the configuration does."""
+    if row.asked == MEASURED:  # what was found stands behind whose word it is, and changes during a run
+        return MEASURED, row.source.partition(f": {MEASURED}")[0]
     if row.asked is not None:
         return row.asked, row.source
+    if row.source.startswith(RECOMMENDED):  # an exact kernel, whichever the route has, in place of the default
+        return AUTO, row.source
     choice = resolve(trace.layers, row.role, trace.categories.get(row.role, row.role))
     return (choice.asked, choice.source) if choice.asked is not None else (AUTO, row.source)
 
@@ -113,7 +117,7 @@ def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
     ran: dict[str, int] = {}
     for row in rows:
         ran[row.backend] = ran.get(row.backend, 0) + row.calls
-    other = [row for row in rows if asked != AUTO and row.backend != asked]
+    other = [row for row in rows if asked not in (AUTO, MEASURED) and row.backend != asked]
     reasons = tuple(dict.fromkeys(row.reason for row in other if row.reason))
     explained = EXPLAINED if all(row.reason for row in other) else UNEXPLAINED
     verdict = explained if other else AS_ASKED
@@ -156,7 +160,7 @@ def _part(finding: Mapping[str, Any]) -> str:
     if finding["verdict"] == NEVER_CALLED:
         return f"{head} never called"
     if finding["verdict"] == AS_ASKED:
-        return f"{head} -> {_counted(ran)}" if asked == AUTO else f"{head} as asked"
+        return f"{head} -> {_counted(ran)}" if asked in (AUTO, MEASURED) else f"{head} as asked"
     others = {backend: calls for backend, calls in ran.items() if backend != asked}
     shown = _counted(ran if len(ran) > len(others) else others) or "elsewhere"
     why = "; ".join(reason.removeprefix(f"{asked}: ") for reason in reasons)

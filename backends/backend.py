@@ -93,6 +93,13 @@ class Backend:
         """Why this backend, available on `platform`, cannot run `request`; empty when it can."""
         return self.limits_on(platform).reasons(request)
 
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Bytes that one call takes at most beyond query, key, value, mask and output (`memory.py`).
+
+        A host is told, so that it makes room; what is a few numbers for each query is not worth telling.
+        """
+        return 0
+
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         """Which of these options contradict each other on every machine; asked when a configuration is read.
 

@@ -16,13 +16,19 @@ from .backend import ACCURACY
 from .foreign_options import FOREIGN_OPTIONS, foreign_problems
 from .kernels import BACKENDS
 from .kernels.planned import Planned
-from .names import AUTO, canonical
+from .names import AUTO, MEASURED, canonical
 from .options import problems
 
 if TYPE_CHECKING:
+    from .recommended import Precaution
+    from .replay import Recorded
     from .schedule import ScheduleEntry
 
 GUARD_MODES = ("off", "watch", "enforce")
+PLATFORM_ROUTE = "platform route"
+"""The source of a choice that nobody made."""
+RECOMMENDED = "recommended for "
+"""How the source of a choice begins that a precaution made."""
 
 CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
 """Joint attention over text and picture falls in category `self` where nothing is said about `joint`.
@@ -103,8 +109,12 @@ class AttentionConfig:
     """What the person should know about how it was read: names that mean something else here, parts without effect."""
     schedule: tuple[ScheduleEntry, ...] = ()
     """Windows of the run with a backend of their own, above the default and the roles; a later one wins."""
+    recommended: tuple[Precaution, ...] = ()
+    """What is recommended for this model family and was switched on: above every default, below all else."""
     joint_is_self: bool = True
     """The entry for `self` covers `joint` too. Text says so itself where it means that (`config_mapping.py`)."""
+    record: Recorded | None = None
+    """A run to repeat: below the roles and the schedule, above what is recommended and the default."""
 
     def __post_init__(self) -> None:
         if self.accuracy is not None and self.accuracy not in ACCURACY:
@@ -123,7 +133,8 @@ class AttentionConfig:
 
     def __hash__(self) -> int:
         per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
-        return hash((self.default, per_role, self.accuracy, self.strict, self.guard, self.source, self.schedule))
+        settings = (self.accuracy, self.strict, self.guard)
+        return hash((self.default, per_role, settings, self.source, self.schedule, self.recommended, self.record))
 
     @property
     def names_self(self) -> bool:
@@ -137,6 +148,13 @@ class AttentionConfig:
 
     def lookup(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
         """The entry for `role` and its source as text; None when this configuration says nothing about it."""
+        found = self.of_role(role, category)
+        if found is None and not self.default.is_auto:
+            return self.default, f"{self.source}.default"
+        return found
+
+    def of_role(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
+        """As `lookup`, of the entries for roles alone."""
         exact = self.per_role.get(role)
         if exact is not None and not exact.is_auto:
             return exact, f"{self.source}.per_role[{role!r}]"
@@ -146,8 +164,6 @@ class AttentionConfig:
             if parent != role and spec is not None and not spec.is_auto:
                 return spec, f"{self.source}.per_role[{parent!r}] (category of {role!r})"
             parent = self.parent_of(parent)
-        if not self.default.is_auto:
-            return self.default, f"{self.source}.default"
         return None
 
 
@@ -189,6 +205,24 @@ def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
     return Settings(*map(said, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
 
 
+def record_of(layers: tuple[AttentionConfig, ...]) -> Recorded | None:
+    """The run to repeat; None where no configuration has one."""
+    return next((layer.record for layer in layers if layer.record is not None), None)
+
+
+def default_of(layers: tuple[AttentionConfig, ...]) -> str | None:
+    """The backend that holds where nothing is said of a role; None where the platform's route decides."""
+    return next((layer.default.backend for layer in layers if not layer.default.is_auto), None)
+
+
+def precautions_of(layers: tuple[AttentionConfig, ...]) -> tuple[Precaution, ...]:
+    """What was switched on of what is recommended, and matters with the default that holds."""
+    if not any(layer.recommended for layer in layers):
+        return ()
+    asked, accuracy = default_of(layers), settings_of(layers).accuracy
+    return tuple(one for layer in layers for one in layer.recommended if one.concerns(asked, accuracy))
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was asked for one role: a canonical id, or None where the platform's route decides."""
@@ -196,6 +230,17 @@ class Choice:
     asked: str | None
     source: str
     extra: Mapping[str, object] = field(default_factory=dict)
+    accuracy: str | None = None
+    """The least exact class that the route may take for it; None for what holds for the whole run."""
+    by_default: bool = field(default=False, compare=False)
+    """True where nothing was said of the role, nor of this place in the run."""
+    record: Recorded | None = None
+    """Decides instead of all this for calls that it knows (`Session.recorded`): more than the role tells them apart."""
+
+    @property
+    def is_open(self) -> bool:
+        """True where nobody named a backend or an accuracy, so that a checkpoint's own preference counts."""
+        return self.asked in (None, MEASURED) and self.accuracy is None
 
 
 def resolve(
@@ -208,9 +253,13 @@ def resolve(
 
     `scheduled` gives what the schedule of a configuration says at this place of the run, which stands above its roles.
     """
+    record = None
     for layer in layers:
-        found = (scheduled(layer) if scheduled is not None else None) or layer.lookup(role, category)
+        found = (scheduled(layer) if scheduled is not None else None) or layer.of_role(role, category)
+        record = record or (layer.record if found is None else None)
+        found = found or layer.lookup(role, category)
         if found is not None:
             spec, source = found
-            return Choice(spec.backend, source, spec.extra)
-    return Choice(None, "platform route")
+            by_default = source == f"{layer.source}.default"
+            return Choice(spec.backend, source, spec.extra, by_default=by_default, record=record)
+    return Choice(None, PLATFORM_ROUTE, by_default=True, record=record)

@@ -21,7 +21,7 @@ _PLAIN_VALUE = re.compile(r"[\w.+/:-]+", re.ASCII)
 
 def to_dict(config: AttentionConfig) -> dict[str, Any]:
     """As plain data; what was not said is left out, and so are its source and notes."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if config.record is None else config.record.data
     if not config.default.is_auto:
         found["default"] = _spec(config.default)
     if config.per_role:

@@ -16,7 +16,7 @@ from .schedule import ScheduleEntry
 
 FOREIGN_SCHEDULE = "diffusion_attention_schedule"
 """vLLM-Omni's name, as a flag or an entry of a stage."""
-ENTRY_FIELDS = ("backend", "extra", "steps", "percent", "sigmas", "blocks", "role")
+ENTRY_FIELDS = ("backend", "extra", "steps", "percent", "sigmas", "blocks", "role", "masked")
 
 ReadSpec = Callable[[object, str], AttentionSpec]
 ReadConfig = Callable[[Mapping[Any, Any], str], AttentionConfig]

@@ -22,6 +22,8 @@ from .config_mapping import FIELDS, Reading, from_mapping, spec_of
 from .config_places import Place, line_of_error, places_of
 from .config_python import python_problem
 from .names import UnknownBackendError
+from .record_reader import FIELDS as RECORD_FIELDS
+from .record_reader import is_record, read
 
 log = logging.getLogger("attention_backends")
 
@@ -162,7 +164,13 @@ class _Reader:
         return error if line is None else type(error)(f"{message} (line {line})")
 
     def mapping(self, value: Mapping[Any, Any], source: str = "") -> AttentionConfig:
-        return from_mapping(value, Reading(source or self.source, self.component, self.options))
+        source = source or self.source
+        if not is_record(value):
+            return from_mapping(value, Reading(source, self.component, self.options))
+        # Beside a record may stand whatever a configuration has, such as strict.
+        rest = {name: entry for name, entry in value.items() if name not in RECORD_FIELDS}
+        config = from_mapping(rest, Reading(source, self.component, self.options))
+        return replace(config, record=read(value, source, self.component))
 
     def text(self, text: str) -> AttentionConfig:
         whole, text = text, text.strip()  # the whole for what counts lines

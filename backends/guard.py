@@ -96,6 +96,7 @@ class Guard:
 
         from . import guard_rows
 
+        call.owned = False  # the inputs are compared after the kernel: it may not give them up
         places = guard_rows.Places.of(call, self._source)
         with torch.no_grad():
             expected, twin = guard_rows.exact_rows(call, places)
@@ -145,7 +146,7 @@ class Guard:
         """Enter the figures of one check; why it was bad, or None."""
         findings = watch.row.guard
         if findings is None:
-            findings = watch.row.guard = Findings()
+            findings = watch.row.guard = Findings(*watch.budget)
         if not found.finite and not found.changed:  # the inputs were not: not this kernel's doing
             findings.checked += 1
             return None

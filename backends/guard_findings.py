@@ -23,6 +23,9 @@ SHOWN = 8
 class Findings:
     """The guard's figures over the checked calls of one row of an account; the worst of each."""
 
+    relative_l2_limit: float | None = None
+    row_error_limit: float | None = None
+    """Above these a check is bad."""
     checked: int = 0
     relative_l2: float = 0.0
     """Of the worst head of a sample: error of its rows over their size."""
@@ -47,6 +50,8 @@ class Findings:
         return {
             "checked": self.checked,
             **{name: float(f"{value:.4g}") if math.isfinite(value) else None for name, value in figures.items()},
+            "relative_l2_limit": self.relative_l2_limit,
+            "row_error_limit": self.row_error_limit,
             "alarms": self.alarms,
             "first_alarm": self.first_alarm or None,
         }

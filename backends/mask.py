@@ -1,6 +1,6 @@
 """What kind of mask a call carries, and exact rewrites of a mask from one form to another.
 
-A mask reaches kernels with four dimensions, each of which may be 1. Nothing here reads a mask's values.
+A mask reaches kernels with four dimensions, each of which may be 1. Nothing here waits for a mask's values.
 """
 
 from __future__ import annotations
@@ -58,3 +58,10 @@ def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return mask
     hidden = torch.finfo(dtype).min / 2
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask.logical_not(), hidden)
+
+
+def visible_keys(mask: torch.Tensor) -> torch.Tensor:
+    """True where a mask shows a key, whatever its numbers say of that key."""
+    import torch
+
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

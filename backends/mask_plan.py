@@ -2,8 +2,7 @@
 
 A mask that hides keys from every query is honoured by leaving those keys out: attention over fewer keys is faster, and
 kernels that take no masks become eligible. `inspect` reads a mask's values once, with one read-back from the device;
-`MaskPlan.parts` applies the result to a call. Under torch.inference_mode a tensor has no version, so a plan is good for
-one model call and no longer; who keeps it must keep the mask too.
+`MaskPlan` (`mask_parts.py`) applies the result to a call.
 
 A key is hidden by False, -inf, or a number of at most half the dtype's most negative one, in rows that keep a visible
 key; other numbers are a bias. Rows that False or -inf leaves without a key give zeros, as in SDPA; rows of finite most
@@ -12,12 +11,13 @@ negative numbers give what SDPA gives, so a mask with such a row is left as it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .mask import mask_kind
-from .request import AttentionCall
+from .mask import visible_keys
+from .mask_parts import ALL, AS_BOOLEANS, NOTHING_HIDDEN, PASSED_ON, MaskPlan, Part, passed_on, plan_of
+
+__all__ = ["ALL", "AS_BOOLEANS", "NOTHING_HIDDEN", "PASSED_ON", "MaskPlan", "Part", "inspect", "passed_on"]
 
 if TYPE_CHECKING:
     import torch
@@ -29,77 +29,6 @@ MOST_BLOCKS = 16
 CPU_KEPT = 15 / 16
 """On the CPU, whose kernels all take masks, keys are gathered only if fewer stay: copying them costs 3 to 4 % of a call
 at 1,024 keys and the mask 2 to 4 % (benchmarks/masks.py, one thread)."""
-
-
-class Part(NamedTuple):
-    """A call that computes a part of the output: `samples` and `rows` of it, with these keys and this mask."""
-
-    samples: slice
-    rows: slice
-    keys: torch.Tensor | slice | None
-    """A slice of the keys, indices of those to gather, or None where no key is visible and the output is zero."""
-    mask: torch.Tensor | None = None
-    """What is left of the mask, four-dimensional, already cut to the part."""
-    is_causal: bool = False
-    memo: dict[object, object] | None = None
-    """What kernels make of `mask`, for as long as the plan lives."""
-
-
-ALL = slice(None)
-
-
-@dataclass(frozen=True)
-class MaskPlan:
-    """How the calls with one mask run."""
-
-    treatment: str
-    """For reports: `none`, `nothing hidden`, `trimmed`, `gathered`, `per sample`, `causal`, `per block`,
-    `passed on`."""
-    parts: tuple[Part, ...]
-    facts: tuple[object, ...] = field(default=())
-    """Equal for masks whose calls have the same shapes: what a decision may be kept under."""
-    pattern: str = ""
-    """What the mask is, where that is more than the treatment says: `sliding window`, `causal, bottom right`."""
-
-    def calls(self, call: AttentionCall) -> list[AttentionCall | None]:
-        """The call of each part; None for a part whose output is zero. Views, except for gathered keys."""
-        return [_call(part, call) for part in self.parts]
-
-    def joined(self, outputs: Sequence[torch.Tensor | None], call: AttentionCall) -> torch.Tensor:
-        """The whole output, (batch, num_heads, q_len, v_head_dim), from those of the parts in their order."""
-        first = outputs[0]
-        if len(outputs) == 1 and first is not None:
-            return first
-        query, value = call.query, call.value
-        batch, heads, q_len, _ = query.shape
-        whole: torch.Tensor = query.new_zeros(batch, q_len, heads, value.shape[3]).transpose(1, 2)  # as models want it
-        for part, output in zip(self.parts, outputs, strict=True):
-            if output is not None:
-                whole[part.samples, :, part.rows] = output
-        return whole
-
-
-def _call(part: Part, call: AttentionCall) -> AttentionCall | None:
-    if part.keys is None:
-        return None
-    query, key, value = call.query, call.key, call.value
-    if part.samples != ALL:
-        query, key, value = query[part.samples], key[part.samples], value[part.samples]
-    if part.rows != ALL:
-        query = query[:, :, part.rows]
-    if isinstance(part.keys, slice):
-        if part.keys != ALL:
-            key, value = key[:, :, part.keys], value[:, :, part.keys]
-    else:
-        key, value = key.index_select(2, part.keys), value.index_select(2, part.keys)
-    return AttentionCall(
-        query, key, value, part.mask, part.is_causal, call.scale, call.enable_gqa, host=call.host, memo=part.memo
-    )
-
-
-def passed_on(mask: torch.Tensor | None, pattern: str = "") -> MaskPlan:
-    """The plan that changes nothing; for masks that are not inspected too."""
-    return _plan("passed on" if mask is not None else "none", [Part(ALL, ALL, ALL, mask)], pattern)
 
 
 def inspect(mask: torch.Tensor, kv_len: int) -> MaskPlan:
@@ -152,10 +81,10 @@ def _read(mask: torch.Tensor) -> _Found:
 
     device = mask.device
     no = torch.zeros((), dtype=torch.bool, device=device)
+    visible = visible_keys(mask)
     if mask.dtype == torch.bool:
-        visible, nan, biased, finite = mask, no, no, no
+        nan, biased, finite = no, no, no
     else:
-        visible = mask > torch.finfo(mask.dtype).min / 2
         nan = mask.isnan().any()
         biased = (visible & (mask != 0)).any()
         finite = (~visible.any(3, keepdim=True) & (mask != float("-inf"))).any()
@@ -212,20 +141,20 @@ def _uniform(mask: torch.Tensor, found: _Found) -> MaskPlan:
             or (keys == ALL and found.biased)
             or (scattered and mask.device.type == "cpu" and count > CPU_KEPT * kv_len)
         ):
-            return passed_on(mask)
+            return passed_on(mask, only_hides=_only_hides(mask, found))
         left = _cut(mask, keys) if found.biased else None
-        return _plan(_word(keys), [Part(ALL, ALL, keys, left)])
+        return plan_of(_word(keys), [Part(ALL, ALL, keys, left)])
     parts = []
     for sample, span in enumerate(found.spans):
         keys = _keys(span, kv_len, found.seen[sample])
         left = _cut(mask[sample : sample + 1], keys) if found.biased else None
         parts.append(Part(slice(sample, sample + 1), ALL, keys, left))
-    return _plan("per sample", parts)
+    return plan_of("per sample", parts)
 
 
 def _word(keys: torch.Tensor | slice) -> str:
     if isinstance(keys, slice):
-        return "nothing hidden" if keys == ALL else "trimmed"
+        return NOTHING_HIDDEN if keys == ALL else "trimmed"
     return "gathered"
 
 
@@ -239,18 +168,23 @@ def _varied(mask: torch.Tensor, found: _Found) -> MaskPlan:
     pattern = _pattern(rows, first, last) if rows and together else ""
     if pattern == "causal":
         keys = slice(first, last + 1) if last - first + 1 < kv_len else ALL
-        return _plan("causal", [Part(ALL, ALL, keys, None, True)])
+        return plan_of("causal", [Part(ALL, ALL, keys, None, True)])
     if rows and together:
         blocks = _blocks(rows)
         if len(blocks) <= MOST_BLOCKS:
             parts = [
                 Part(ALL, span, None if not count else slice(first, last + 1)) for span, (first, last, count) in blocks
             ]
-            return _plan("per block", parts)
+            return plan_of("per block", parts)
+    only_hides = _only_hides(mask, found)
     if last - first + 1 == kv_len:
-        return passed_on(mask, pattern)
+        return passed_on(mask, pattern, only_hides=only_hides)
     keys = slice(first, last + 1)
-    return _plan("trimmed", [Part(ALL, ALL, keys, _cut(mask, keys))], pattern)
+    return plan_of("trimmed", [Part(ALL, ALL, keys, _cut(mask, keys))], pattern, only_hides)
+
+
+def _only_hides(mask: torch.Tensor, found: _Found) -> bool:
+    return mask.dtype.is_floating_point and not found.biased
 
 
 def _pattern(rows: list[tuple[int, int, int]], first: int, last: int) -> str:
@@ -279,24 +213,3 @@ def _blocks(rows: list[tuple[int, int, int]]) -> list[tuple[slice, tuple[int, in
         else:
             blocks.append((slice(at, at + 1), row))
     return blocks
-
-
-def _plan(treatment: str, parts: list[Part], pattern: str = "") -> MaskPlan:
-    facts = tuple(
-        (
-            part.samples.start,
-            (part.rows.start, part.rows.stop),
-            _count(part.keys),
-            None if part.mask is None else (mask_kind(part.mask), part.mask.shape, part.mask.dtype),
-            part.is_causal,
-        )
-        for part in parts
-    )
-    remembering = tuple(part if part.mask is None else part._replace(memo={}) for part in parts)
-    return MaskPlan(treatment, remembering, (treatment, pattern, *facts), pattern)
-
-
-def _count(keys: torch.Tensor | slice | None) -> object:
-    if keys is None:
-        return 0
-    return (keys.start, keys.stop) if isinstance(keys, slice) else len(keys)

@@ -17,7 +17,7 @@ from .backend import ACCURACY, Backend, Kernel
 from .config import AttentionConfig, Choice, frozen, resolve, settings_of
 from .family import Family
 from .kernels import BACKENDS
-from .names import COMFY
+from .names import COMFY, MEASURED
 from .platform import Platform
 from .request import AttentionRequest
 from .routes import route_for
@@ -35,6 +35,8 @@ Failures = Mapping[Failed, str]
 """What raised before, and the error in words. With other options the same backend may be sound."""
 NO_FAILURES: Failures = {}
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
+NOTHING_MEASURES = "measured: nothing was measured or is measured here, so it is what auto takes"
+"""A note where `measured` was asked for: selection alone knows no times, see `tuner.py`."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class Decision:
     """What was asked for with it, whatever runs."""
     notes: tuple[str, ...] = ()
     """What a person who named this backend should know: why a route would have passed over it."""
+    accuracy: str | None = None
+    """The least exact class that was allowed for this call, where that is not what holds for the run."""
 
     @property
     def is_fallback(self) -> bool:
         """True when something else runs than what was asked for."""
-        return self.asked is not None and self.asked != self.backend
+        return self.asked not in (None, MEASURED, self.backend)
 
     @property
     def reason(self) -> str | None:
@@ -190,15 +194,16 @@ class Router:
         """Choose the backend for `request`.
 
         A named backend runs if it can. Otherwise, and for `auto`, the platform's route is walked, taking only
-        classes up to `accuracy`; where lossy ones are allowed, the route's lossy backends come first. `failed` holds
-        what raised before in the same session.
+        classes up to the choice's own accuracy, or else `accuracy`; where lossy ones are allowed, the route's lossy
+        backends come first; `measured` is walked as `auto` is, with a note. `failed` holds what raised before in the
+        same session.
 
         Raises:
             NoBackendError: `strict`, and the named backend cannot run the call for a reason that is not the
                 model's own wish; the message lists the request and every refusal.
         """
         rejected: list[Rejection] = []
-        if choice.asked is not None:
+        if choice.asked not in (None, MEASURED):
             reasons = self.refuse(choice.asked, request, failed, choice.extra)
             if not reasons:
                 against = self.backends[choice.asked].avoid_reasons(request, self.platform)
@@ -209,6 +214,7 @@ class Router:
             forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
             if strict and not forbidden:
                 raise NoBackendError(self.explain_refusal(request, choice, rejected))
+        accuracy = choice.accuracy or accuracy
         allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
         lossy = () if accuracy == "exact" else self.route.lossy
         for backend_id in (*lossy, *self.route.order):
@@ -227,7 +233,9 @@ class Router:
         raise NoBackendError(self.explain_refusal(request, choice, rejected))
 
     def _instead(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:
-        return Decision(backend_id, choice.source, choice.asked, tuple(rejected), asked_options=choice.extra)
+        extra, accuracy = choice.extra, choice.accuracy
+        notes = (NOTHING_MEASURES,) if choice.asked == MEASURED else ()
+        return Decision(backend_id, choice.source, choice.asked, tuple(rejected), {}, extra, notes, accuracy)
 
     def decide(
         self, request: AttentionRequest, layers: tuple[AttentionConfig, ...], role: str, category: str

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .backend import HALF, Kernel, Limits, package_reason
 from .hub import FromHub
 from .layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from .memory import item_bytes, key_size, rounded_bytes, value_size
 from .options import Option
 from .platform import Platform
-from .request import AttentionCall
+from .request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -233,6 +234,11 @@ class SageBackend(FromHub):
 
     accuracy = "quantized"
     kinds = ("cuda",)
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Query and key in 8 bits, the smoothed keys, and the values turned and in 8 bits where a kernel does that."""
+        wide = (key_size(request) + value_size(request)) * item_bytes(request)
+        return rounded_bytes(request) + wide + value_size(request)
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)

@@ -14,8 +14,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .config import CATEGORY_PARENT, AttentionConfig, AttentionSpec, Choice, ConfigError, resolve
-from .windows import Numbers, Span, parse_numbers, parse_percent, parse_sigmas
+from .config import (
+    CATEGORY_PARENT,
+    AttentionConfig,
+    AttentionSpec,
+    Choice,
+    ConfigError,
+    precautions_of,
+    resolve,
+)
+from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 
 ROUNDING = 1e-4
 """Two sigmas that differ by less than this part of them are one: samplers compute with float32, some by a detour."""
@@ -28,7 +36,7 @@ TIMES = ("steps", "percent", "sigmas")
 
 @dataclass(frozen=True)
 class ScheduleEntry:
-    """A backend, and where it holds: steps, percent or sigmas; blocks; role. What is not said is everywhere.
+    """A backend, and where it holds: steps, percent or sigmas; blocks; role; masks. What is not said is everywhere.
 
     Windows are given as text and kept parsed. A role is matched by its name or its category.
     """
@@ -39,6 +47,8 @@ class ScheduleEntry:
     sigmas: tuple[Span, ...] = ()
     blocks: tuple[Numbers, ...] = ()
     role: str = ""
+    masked: bool = False
+    """Only calls with a mask that hides or weighs something, also where hidden keys are left out before the kernel."""
 
     def __post_init__(self) -> None:
         readers: Mapping[str, Callable[[object], object]] = {
@@ -56,20 +66,25 @@ class ScheduleEntry:
         if not isinstance(self.role, str):
             raise ConfigError(f"role must be text, not {self.role!r}")
         object.__setattr__(self, "role", self.role.strip())
+        object.__setattr__(self, "masked", parse_flag(self.masked, "masked"))
         times = [name for name in TIMES if getattr(self, name)]
         if len(times) > 1:
             raise ConfigError(f"{' and '.join(times)} in one entry; give one of them, and another entry for the other")
-        if not times and not self.blocks and not self.role:
-            raise ConfigError("an entry of a schedule says where it holds: steps, percent, sigmas, blocks or role")
+        if not times and not self.blocks and not self.role and not self.masked:
+            raise ConfigError(
+                "an entry of a schedule says where it holds: steps, percent, sigmas, blocks, role or masked"
+            )
 
     def windows(self) -> dict[str, str]:
         """What was said about where it holds, as text that reads to the same."""
         said = {name: ",".join(map(str, getattr(self, name))) for name in (*TIMES, "blocks")}
-        return {name: text for name, text in {**said, "role": self.role}.items() if text}
+        said |= {"role": self.role, "masked": "true" if self.masked else ""}
+        return {name: text for name, text in said.items() if text}
 
     def describe(self) -> str:
         """Where it holds, in one line."""
-        return ", ".join(f"{name} {text}" for name, text in self.windows().items())
+        parts = (f"{name} {text}" for name, text in self.windows().items() if name != "masked")
+        return ", ".join([*parts, "masked calls"] if self.masked else parts)
 
     def takes(self, role: str, category: str, parent_of: Callable[[str], str | None] = CATEGORY_PARENT.get) -> bool:
         """True when it is for this role; `parent_of` is the one of its configuration."""
@@ -97,6 +112,21 @@ class _Placed(NamedTuple):
     steps: frozenset[int]
     spans: tuple[Span, ...]
     blocks: frozenset[str]
+    recommended: bool = False
+    """A precaution: it stands above the default alone."""
+
+    def takes(self, role: str, category: str, block: str, masked: bool) -> bool:
+        """True when it is for such calls, whenever they are made."""
+        return (
+            self.entry.takes(role, category, self.layer.parent_of)
+            and (not self.entry.blocks or block in self.blocks)
+            and (masked or not self.entry.masked)
+        )
+
+
+def is_scheduled(layers: tuple[AttentionConfig, ...]) -> bool:
+    """True when a choice can depend on more than the role."""
+    return any(layer.schedule for layer in layers) or bool(precautions_of(layers))
 
 
 class Timetable:
@@ -119,15 +149,19 @@ class Timetable:
         self.blocks = tuple(blocks)
         series = _by_series(self.blocks)
         self._entries: list[_Placed] = []
-        for layer in layers:
-            for index, entry in enumerate(layer.schedule):
-                steps = {step for part in entry.steps for step in part.among(range(self.count))}
-                spans = entry.sigmas
-                if entry.percent and percent_to_sigma is not None:
-                    spans = tuple(_as_sigmas(span, percent_to_sigma) for span in entry.percent)
-                source = f"{layer.source}.schedule[{index}] ({entry.describe()})"
-                named = _blocks_of(entry.blocks, series)
-                self._entries.append(_Placed(layer, source, entry, frozenset(steps), spans, named))
+        held = [
+            (layer, f"{layer.source}.schedule[{index}] ({entry.describe()})", entry, False)
+            for layer in layers
+            for index, entry in enumerate(layer.schedule)
+        ]
+        held += [(layers[0], precaution.said, precaution.where, True) for precaution in precautions_of(layers)]
+        for layer, source, entry, recommended in held:
+            steps = {step for part in entry.steps for step in part.among(range(self.count))}
+            spans = entry.sigmas
+            if entry.percent and percent_to_sigma is not None:
+                spans = tuple(_as_sigmas(span, percent_to_sigma) for span in entry.percent)
+            named = _blocks_of(entry.blocks, series)
+            self._entries.append(_Placed(layer, source, entry, frozenset(steps), spans, named, recommended))
         self._always = sum(
             1 << bit
             for bit, placed in enumerate(self._entries)
@@ -149,7 +183,7 @@ class Timetable:
         self.held |= active
         return active
 
-    def resolve(self, active: int, role: str, category: str, block: str) -> tuple[Choice, str]:
+    def resolve(self, active: int, role: str, category: str, block: str, masked: bool = False) -> tuple[Choice, str]:
         """What is asked for a call where the entries `active` hold, and a note where several of them meet, or ""."""
         note = ""
 
@@ -159,9 +193,9 @@ class Timetable:
                 (bit, placed)
                 for bit, placed in enumerate(self._entries)
                 if active >> bit & 1
+                and not placed.recommended
                 and placed.layer is layer
-                and placed.entry.takes(role, category, placed.layer.parent_of)
-                and (not placed.entry.blocks or block in placed.blocks)
+                and placed.takes(role, category, block, masked)
             ]
             if not found:
                 return None
@@ -173,7 +207,18 @@ class Timetable:
                 note = f"windows of the schedule overlap: {last.source} wins over {', '.join(lost)}"
             return last.entry.spec, last.source
 
-        return resolve(self.layers, role, category, scheduled), note
+        choice = resolve(self.layers, role, category, scheduled)
+        if choice.by_default and (source := self.precaution(active, role, category, block, masked)):
+            choice = Choice(None, source, accuracy="exact", record=choice.record)
+        return choice, note
+
+    def precaution(self, active: int, role: str, category: str, block: str, masked: bool) -> str:
+        """The source of the precaution that makes such calls exact where nothing was said of them, or ""."""
+        for bit, placed in enumerate(self._entries):
+            if active >> bit & 1 and placed.recommended and placed.takes(role, category, block, masked):
+                self.used |= 1 << bit
+                return placed.source
+        return ""
 
     def between(self, sigma: float) -> str:
         """The note about a sampler that goes by sigmas of its own, where a model call is at one; else ""."""
@@ -202,7 +247,9 @@ class Timetable:
         for bit, placed in enumerate(self._entries):
             if self.used >> bit & 1:
                 continue
-            if not self.held >> bit & 1:
+            if placed.recommended:
+                notes.append(f"{placed.source}: no call of this run was concerned")
+            elif not self.held >> bit & 1:
                 had = f"it had {self.count} steps, sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}" if self.count \
                     else "no sampler ran"  # fmt: skip
                 notes.append(f"{placed.source} never held in this run: {had}")

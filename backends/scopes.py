@@ -137,8 +137,9 @@ class Account:
         return found
 
     def close(self) -> None:
-        """Put what other threads did into the trace."""
+        """Put what other threads did into the trace, with the times that are there by now."""
         for book in list(self.books.values()):
+            book.trace.collect()
             if book.trace is not self.trace:
                 add_up(self.trace, book.trace)
 
@@ -151,6 +152,8 @@ def add_up(total: Trace, more: Trace) -> None:
             mine = total.rows[key] = Row(row.role, row.block, row.backend, row.source, row.mask, row.reason, row.asked)
             mine.member = row.member
         mine.calls += row.calls
+        mine.launches += row.launches
+        mine.timed += row.timed
         mine.nanoseconds += row.nanoseconds
     if more.rows:
         total.device = more.device

@@ -6,23 +6,24 @@ A host keeps the `Plan` of a kind of call and runs later calls of that kind thro
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from .backend import Kernel, on_copies
 from .call_checks import CheckError, checked, checks_from_environment
 from .config import AttentionConfig, Choice, Settings, frozen, resolve, settings_of
 from .guard import Guard, GuardAlarm
-from .names import COMFY
+from .names import COMFY, MEASURED
 from .request import AttentionCall, AttentionRequest
 from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router
-from .schedule import OUTSIDE_A_SAMPLER, Timetable
+from .schedule import OUTSIDE_A_SAMPLER, Timetable, is_scheduled
+from .timed_kernel import timed_kernel
 from .trace import Row, Trace
 
 if TYPE_CHECKING:
     import torch
+
+    from .tuner import Tuner
 
 log = logging.getLogger("attention_backends")
 
@@ -78,20 +79,22 @@ class Session:
         router: Router,
         layers: tuple[AttentionConfig, ...] = (),
         trace: Trace | None = None,
-        clock: Callable[[], int] = perf_counter_ns,
         checks: bool | None = None,
     ) -> None:
         """`checks`: look over each call before its kernel runs; None leaves it to the environment, as it is now."""
         self.router = router
         self.layers = layers
         self.trace = trace if trace is not None else Trace(device=router.platform.kind, layers=layers)
-        self.clock = clock
+        self.device_clock = self.trace.new_clock(router.platform.kind)
+        """Times the kernels of this session's plans; None where the trace is off or the device has no such clock."""
         self.checks = checks_from_environment() if checks is None else checks
         self.failed: dict[Failed, str] = {}
         """Quarantine, for as long as this session: an error may be the fault of one run's inputs."""
         self._logged: set[object] = set()
         mode = self.settings.guard
         self.guard = Guard(mode, self.trace) if mode != "off" else None
+        self.tuner: Tuner | None = None
+        """Decides where `measured` is asked for; without one that is `auto`."""
 
     def plan(
         self,
@@ -113,9 +116,11 @@ class Session:
             NoBackendError: strict was asked for and the named backend cannot run.
         """
         self.trace.categories[role] = category
-        choice = self._choice(role, category, block) if choice is None else choice
+        choice = self._choice(role, category, block, request.mask != "none") if choice is None else choice
+        if choice.record is not None:
+            choice = self._as_recorded(choice, role, block, request)
         strict = self.settings.strict
-        if choice.asked is None and preferred is not None:
+        if choice.is_open and preferred is not None:
             choice, strict = preferred, False  # nobody insists on what a checkpoint prefers
         decision = self.router.select(
             request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
@@ -126,17 +131,43 @@ class Session:
         if self.guard is not None and (refusal := self.guard.refusal(role, block)) and self._is_guarded(decision):
             reason = f"{decision.backend}: {refusal}"
             decision = self._exact(decision, request, role, block, refusal)
-        self._log_decision(decision, role, category)
-        return self._plan(request, decision, role, block, strict, mask or request.mask, reason)
+        plan = None
+        if choice.asked == MEASURED and self.tuner is not None and reason is None:
+            plan = self.tuner.plan(request, decision, role, category, block, mask or request.mask)
+        self._log_decision(decision if plan is None else plan.decision, role, category)
+        if plan is None:
+            plan = self._plan(request, decision, role, block, strict, mask or request.mask, reason)
+        if self.trace.ledger is not None:
+            self.trace.ledger.planned(plan, category, self.router)
+        return plan
 
-    def _choice(self, role: str, category: str, block: str) -> Choice:
+    def recorded(self, choice: Choice, role: str, block: str, request: AttentionRequest) -> Choice | None:
+        """What the record of a choice says of a call with these facts now; None where it does not know, or is none."""
+        if choice.record is None:
+            return None
+        run = choice.record.run_of(self.trace.node_id)
+        return run.choice(role, block, request, self.trace.timeline.model_calls + 1)
+
+    def _as_recorded(self, choice: Choice, role: str, block: str, request: AttentionRequest) -> Choice:
+        found = self.recorded(choice, role, block, request)
+        if found is not None:
+            return found
+        decides = f"{choice.asked or 'auto'} via {choice.source} decides"
+        said = f"role {role}: the record does not know some of its calls; {decides}"
+        if said not in self._logged:
+            self._logged.add(said)
+            self.trace.note(said)
+            log.warning("role %s %s: the record does not know this call: %s", role, block, request.describe())
+        return replace(choice, record=None)
+
+    def _choice(self, role: str, category: str, block: str, masked: bool) -> Choice:
         """What is asked for where no sampler runs: of a schedule only what is not over time holds."""
-        if not any(layer.schedule for layer in self.layers):
+        if not is_scheduled(self.layers):
             return resolve(self.layers, role, category)
         timetable = Timetable(self.layers, blocks=(block,))
         if timetable.timed and self.trace.note(OUTSIDE_A_SAMPLER):
             log.warning("%s", OUTSIDE_A_SAMPLER)
-        return timetable.resolve(timetable.at(None), role, category, block)[0]
+        return timetable.resolve(timetable.at(None), role, category, block, masked)[0]
 
     def _is_guarded(self, decision: Decision) -> bool:
         accuracy = self.router.backends[decision.backend].accuracy
@@ -190,13 +221,20 @@ class Session:
         )
         row.member = self.router.backends[decision.backend].member(request, self.router.platform)
         kernel = self._kernel(decision) if kernel is None else kernel
+        if self.device_clock is not None:
+            kernel = timed_kernel(kernel, self.device_clock, row)
         if self.guard is not None and self._is_guarded(decision) and self.guard.refusal(role, block) is None:
             kernel = self.guard.watched(kernel, self.router.backends[decision.backend].accuracy, row)
         return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict)
 
-    def plan_packed(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan:
-        """The plan of a whole masked call over packed tokens, on the word of the plan that each of its parts has."""
+    def plan_packed(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan | None:
+        """The plan of a whole masked call over packed tokens, on the word of the plan that each of its parts has.
+
+        None while parts are measured, which is done one by one.
+        """
         row = part.row
+        if self.tuner is not None and self.tuner.is_trying(part):
+            return None
         return self._plan(
             request, part.decision, row.role, row.block, part.strict, f"{row.mask}, varlen", row.reason, kernel
         )
@@ -213,14 +251,11 @@ class Session:
             torch.OutOfMemoryError: passed on, never retried with another kernel.
             NoBackendError: strict, and the named backend failed.
         """
-        start = self.clock()
         try:
             output = plan.kernel(call)
         except Exception as error:
             output = self._recover(plan, call, error)
-        row = plan.row
-        row.calls += 1
-        row.nanoseconds += self.clock() - start
+        plan.row.calls += 1
         return output
 
     def run_packed(self, plan: Plan, call: AttentionCall) -> torch.Tensor | None:
@@ -229,7 +264,6 @@ class Session:
         Raises:
             KernelFaultError, torch.OutOfMemoryError: as in `run`.
         """
-        start = self.clock()
         try:
             output = plan.kernel(call)
         except GuardAlarm:
@@ -242,7 +276,6 @@ class Session:
                 log.warning("%s", said)
             return None
         plan.row.calls += 1
-        plan.row.nanoseconds += self.clock() - start
         return output
 
     def _recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
@@ -254,7 +287,8 @@ class Session:
         self._stop_if_hopeless(plan, error)
         failed = plan.decision.backend
         self.failed[failed, frozen(plan.decision.options), plan.request] = f"{type(error).__name__}: {error}"
-        choice = Choice(plan.decision.asked, plan.decision.source, plan.decision.asked_options)
+        decided = plan.decision
+        choice = Choice(decided.asked, decided.source, decided.asked_options, decided.accuracy)
         try:
             decision = self.router.select(
                 plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict, failed=self.failed
@@ -274,6 +308,8 @@ class Session:
             plan.request, decision, plan.row.role, plan.row.block, plan.strict, plan.row.mask, reason
         )
         plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
+        if self.trace.ledger is not None:
+            self.trace.ledger.changed(plan, self.router)
         return plan.kernel(call)
 
     def _stop_if_hopeless(self, plan: Plan, error: Exception) -> None:
@@ -299,6 +335,8 @@ class Session:
         reason = f"{row.backend}: {refusal}"
         replacement = self._plan(plan.request, decision, row.role, row.block, plan.strict, row.mask, reason)
         plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
+        if self.trace.ledger is not None:
+            self.trace.ledger.changed(plan, self.router)
         return plan.kernel(call)
 
     def _log_decision(self, decision: Decision, role: str, category: str) -> None:

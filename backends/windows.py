@@ -126,6 +126,18 @@ def parse_sigmas(value: object) -> tuple[Span, ...]:
     return tuple(found)
 
 
+def parse_flag(value: object, what: str) -> bool:
+    """True or false, as such or as text.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    said = {"true": True, "false": False}.get(str(value).strip().lower())
+    if said is None:
+        raise ConfigError(f"{what} must be true or false, not {value!r}")
+    return said
+
+
 def _parts(value: object, what: str) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [part for each in value for part in _parts(each, what)]

@@ -1,8 +1,11 @@
 """What routing costs: our path against ComfyUI's own, per attention call, on tensors too small to hide it.
 
-Two figures, both in microseconds per attention call:
-1. The override path (ComfyUI's wrapper, our override, selection, SDPA) over a bare SDPA call, on 1x8x16x64.
-2. A whole model call of a tiny Wan, hooks and all, ours minus stock with PyTorch attention.
+Figures, all in microseconds per attention call:
+1. The override path (ComfyUI's wrapper, our override, selection, SDPA) over a bare SDPA call, on 1x8x16x64. Of it,
+   reading the facts and selecting: the path with a kernel that does nothing, less ComfyUI's wrapper with an override
+   that does nothing, less running a call that is already planned.
+2. Finding the plan of a mask that was read before in the same model call.
+3. A whole model call of a tiny Wan, hooks and all, ours minus stock with PyTorch attention.
 
 Stock and ours alternate in short blocks, order balanced, so that drift of the machine falls on both; the figure is
 the median of the paired differences with a 95 % interval by bootstrap.
@@ -67,8 +70,11 @@ def override_path(pairs: int) -> dict[str, Any]:
     flags = {"mask": None, "skip_reshape": True, "skip_output_reshape": True}
     sdpa, stock_attention = torch.nn.functional.scaled_dot_product_attention, comfy_attention.attention_pytorch
 
-    def bare() -> None:
-        sdpa(query, key, value)
+    def bare() -> torch.Tensor:
+        return sdpa(query, key, value)
+
+    def ignore(func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """An override that does nothing."""
 
     def stock() -> None:
         stock_attention(query, key, value, 8, transformer_options={}, **flags)
@@ -81,16 +87,45 @@ def override_path(pairs: int) -> dict[str, Any]:
     previous = sites.set_scope(scope)
     try:
         times = alternate(kinds, pairs, calls=200)
+        (hook_plan,) = scope.session.plans.values()
+        output = bare()
+        hook_plan.plan.kernel = lambda call: output
+
+        def nothing() -> None:
+            stock_attention(query, key, value, 8, transformer_options={sampling.OVERRIDE: ignore}, **flags)
+
+        def planned() -> None:
+            scope.session.run(hook_plan.plan, hook_plan.call(query, key, value, None))
+
+        without = alternate([ours, nothing, planned], pairs, calls=200)
     finally:
         sites.set_scope(previous)
+    selecting = zip(without["ours"], without["nothing"], without["planned"], strict=True)
     return {
         "bare_sdpa_us": round(statistics.median(times["bare"]), 2),
         "stock_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["stock"], strict=True)]),
         "ours_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["ours"], strict=True)]),
+        "reading_and_selecting_us": interval([whole - wrapper - rest for whole, wrapper, rest in selecting]),
     }
 
 
-def alternate(kinds: list[Callable[[], None]], rounds: int, calls: int) -> dict[str, list[float]]:
+def mask_lookup(rounds: int) -> dict[str, float]:
+    """Finding the plan of a (1, 1, 1, 512) mask again, in one model call."""
+    from attention_backends.backends.config import AttentionConfig
+    from attention_backends.nodes import host, sampling
+
+    scope = sampling.Run(host.Override((AttentionConfig(),))).scope(torch.device("cpu"))
+    scope.begin({}, in_model_call=True)
+    mask = torch.ones(1, 1, 1, 512, dtype=torch.bool)
+    mask[..., 256:] = False
+
+    def find() -> None:
+        scope.masks.plan(mask, None, 512)
+
+    return interval(alternate([find], rounds, calls=1000)["find"])
+
+
+def alternate(kinds: list[Callable[[], Any]], rounds: int, calls: int) -> dict[str, list[float]]:
     """Time blocks of each kind in a new order every round."""
     rng = random.Random(0)
     times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
@@ -171,6 +206,7 @@ def main() -> None:
     with torch.inference_mode():
         result = {
             "override_path_1x8x16x64": override_path(pairs=300),
+            "mask_plan_lookup_us": mask_lookup(rounds=300),
             "tiny_wan": tiny_wan(rounds=300),
             "comfyui": comfyui_version.__version__,
             "torch": torch.__version__,

@@ -1,14 +1,16 @@
-"""All figures of this machine that the project lives by: what routing costs, masks, whole models, copies.
+"""All figures of this machine that the project lives by: what routing costs, masks, whole models, memory.
 
-    python3 dev.py bench
+    python3 dev.py bench [--accept]
 
-It runs each benchmark in a process of its own, writes benchmarks/results/suite-cpu.json, a page with the same name and
-a chart, and says what became slower than the results that were there before: a figure whose interval lies wholly on
-the worse side of the old one's. It takes about ten minutes; let the machine do nothing else meanwhile.
+It runs each benchmark in a process of its own and says what became worse than the committed results: a figure whose
+interval lies wholly on the worse side of the old one's. The results are benchmarks/results/suite-cpu.json, a page with
+the same name and a chart. Where something became worse they are written beside those, as suite-cpu.new.*, unless
+`--accept` says that it is meant. It takes about ten minutes; let the machine do nothing else meanwhile.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,6 +23,7 @@ PYTORCH = "--use-pytorch-cross-attention"
 PARTS: dict[str, list[str]] = {
     "overhead": ["overhead.py"],
     "masks": ["masks.py"],
+    "memory": ["memory.py"],
     "sampling_pytorch": ["sampling.py", f"--flag={PYTORCH}"],
     "sampling_default": ["sampling.py"],
 }
@@ -31,6 +34,23 @@ def run(part: str) -> dict[str, Any]:
     command = [sys.executable, str(HERE / PARTS[part][0]), *PARTS[part][1:]]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     found: dict[str, Any] = json.loads(output[output.index("\n{\n") :] if not output.startswith("{") else output)
+    return found
+
+
+def committed(path: Path = RESULTS) -> dict[str, Any]:
+    """The results of the last commit; those on disk where there is no git, or they were never committed."""
+    command = ["git", "-C", str(path.parent), "show", f"HEAD:./{path.name}"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    except OSError:  # no git
+        shown = None
+    if shown is not None and shown.returncode == 0:
+        text = shown.stdout
+    elif path.exists():
+        text = path.read_text(encoding="utf-8")
+    else:
+        return {}
+    found: dict[str, Any] = json.loads(text)
     return found
 
 
@@ -50,7 +70,7 @@ def figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def worse(now: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> list[str]:
-    """What became worse beyond both intervals: of ratios (`faster`) less is worse, of microseconds more."""
+    """What became worse beyond both intervals: of ratios (`faster`) less is worse, of microseconds and bytes more."""
     found = []
     for name, figure in now.items():
         old = before.get(name)
@@ -63,7 +83,7 @@ def worse(now: dict[str, dict[str, float]], before: dict[str, dict[str, float]])
 
 
 def page(results: dict[str, Any], regressions: list[str]) -> str:
-    """The results as Markdown: ratios, then microseconds."""
+    """The results as Markdown: ratios, then microseconds, then memory."""
     found = figures(results)
     lines = [
         "# Benchmarks of this machine",
@@ -80,13 +100,33 @@ def page(results: dict[str, Any], regressions: list[str]) -> str:
     lines += [f"| {name.removesuffix(', faster')} | {text(figure)} |" for name, figure in found.items()
               if name.endswith("faster")]  # fmt: skip
     lines += ["", "| cost of one attention call | us |", "|---|---|"]
-    lines += [f"| {name} | {text(figure)} |" for name, figure in found.items() if not name.endswith("faster")]
+    lines += [
+        f"| {name} | {text(figure)} |" for name, figure in found.items() if not name.endswith(("faster", "_bytes"))
+    ]
+    lines += ["", "| memory of one attention call at its peak | KiB | beside it |", "|---|---:|---|"]
+    lines += memory_lines(results.get("memory", {}))
     lines += [
         "",
-        "Slower than the results before:" if regressions else "Nothing is slower than the results before.",
+        "Worse than the committed results:" if regressions else "Nothing is worse than the committed results.",
         "",
     ]
     return "\n".join([*lines, *(f"- {line}" for line in regressions)]).rstrip() + "\n"
+
+
+def memory_lines(memory: dict[str, Any]) -> list[str]:
+    """A line for each figure of memory, with what it is to be compared with."""
+    beside = {
+        "calls": ("ours_bytes", "stock_bytes", "PyTorch's own call"),
+        "declared": ("measured_bytes", "declared_bytes", "declared"),
+        "owned": ("owned_bytes", "kept_bytes", "with tensors that the caller keeps"),
+    }
+    lines = []
+    for group, (figure, other, words) in beside.items():
+        for name, found in memory.get(group, {}).items():
+            lines.append(
+                f"| {group}, {name} | {found[figure]['median'] / 1024:,.0f} | {found[other] / 1024:,.0f} {words} |"
+            )
+    return lines
 
 
 def text(figure: dict[str, float]) -> str:
@@ -116,9 +156,27 @@ def chart(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> int:
-    """Run everything; status 1 when something became slower."""
-    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+def write(results: dict[str, Any], regressions: list[str], accept: bool, path: Path = RESULTS) -> Path:
+    """Write the results, their page and their chart; where they are worse and not accepted, beside the old ones."""
+    beside = path.with_suffix(f".new{path.suffix}")
+    target = beside if regressions and not accept else path
+    target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    target.with_suffix(".md").write_text(
+        page(results, regressions).replace(f"({path.stem}.png)", f"({target.stem}.png)"), encoding="utf-8"
+    )
+    chart(results, target.with_suffix(".png"))
+    if target is path:  # what an earlier try left
+        for suffix in (".json", ".md", ".png"):
+            beside.with_suffix(suffix).unlink(missing_ok=True)
+    return target
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run everything; status 1 when something became worse and that was not accepted."""
+    parser = argparse.ArgumentParser(description="Measure everything, and compare with the committed results.")
+    parser.add_argument("--accept", action="store_true", help="take the results although some figures became worse")
+    accept = parser.parse_args(arguments).accept
+    before = committed()
     results: dict[str, Any] = {}
     for part in PARTS:
         print(f"{part} ...", file=sys.stderr, flush=True)
@@ -126,11 +184,12 @@ def main() -> int:
     facts = results["masks"]
     results = {"machine": facts["machine"], "torch": facts["torch"], **results}
     regressions = worse(figures(results), figures(before))
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    RESULTS.with_suffix(".md").write_text(page(results, regressions), encoding="utf-8")
-    chart(results, RESULTS.with_suffix(".png"))
+    target = write(results, regressions, accept)
     print(page(results, regressions))
-    return 1 if regressions else 0
+    if regressions and not accept:
+        print(f"{RESULTS.name} is as it was; the new figures are in {target.name} (--accept takes them)")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from ..backends.platform import KINDS, detect
 from ..backends.request import AttentionCall, AttentionRequest
 from ..backends.router import NoBackendError, Router
 from ..backends.session import Plan, Session
+from ..backends.trace import Trace
 from .report import ComparisonError
 
 REFERENCE = "torch_sdpa"
@@ -88,7 +89,9 @@ class Routed:
     def __init__(self, router: Router, backend: str) -> None:
         self.backend = backend
         config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
-        self.session = Session(router, (config,))
+        kind = router.platform.kind  # on other devices than the CPU the times are taken here
+        trace = Trace(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
+        self.session = Session(router, (config,), trace)
         self._plans: dict[tuple[str, str, AttentionRequest, object], Plan | Parts] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._counted = 0

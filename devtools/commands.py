@@ -80,7 +80,8 @@ def _test(root: Path, arguments: list[str]) -> int:
     python, found = _prepare_and_say(root)
     linted = _lint(root, python)
     say("pytest")
-    tested = _call(root, python, "-m", "pytest", *arguments, comfyui=found)
+    # A file's tests stay in one process: many share a model or a server that takes seconds to make.
+    tested = _call(root, python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *arguments, comfyui=found)
     if linted:
         say("The tests are not all: ruff or mypy found something, see above.")
     return tested or linted

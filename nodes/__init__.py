@@ -14,6 +14,7 @@ from .comparison import AttentionComparison
 from .config_text import AttentionConfigText
 from .demo import AttentionDemoCaption, AttentionDemoImage
 from .per_role import PerRoleAttentionConfig
+from .record import AttentionRecord
 from .report import AttentionReport
 from .schedule import AttentionSchedule
 from .selector import AttentionBackendSelector
@@ -34,6 +35,7 @@ class Extension(ComfyExtension):
             AttentionSchedule,
             AttentionConfigText,
             AttentionReport,
+            AttentionRecord,
             AttentionCompare,
             AttentionComparison,
             AttentionBenchmark,

@@ -217,7 +217,7 @@ class Variant:
             milliseconds, counted = self._timed.milliseconds()
             calls = 0 if account is None else sum(row["calls"] for row in account["rows"])
             return milliseconds if 0 < calls == counted else None
-        if account is None or any(row["ms"] is None for row in account["rows"]):
+        if account is None or any(row["timed"] != row["calls"] for row in account["rows"]):
             return None
         return float(sum(row["ms"] for row in account["rows"]))
 

@@ -126,6 +126,15 @@ def fallback_notes(rows: list[Row], reports: dict[int, dict[str, Any]]) -> list[
     return notes
 
 
+def not_counted_notes(reports: dict[int, dict[str, Any]]) -> list[str]:
+    """For each sampler of a branch that has no account: which one and why; times and rows are without it."""
+    return [
+        f"branch {number}: node {one['node_id']} ({one['class_type']}) is not counted: {one['reason']}"
+        for number, report in reports.items()
+        for one in report.get("not_counted", ())
+    ]
+
+
 def draw(images: list[torch.Tensor], rows: list[Row], reports: dict[int, dict[str, Any]]) -> tuple[torch.Tensor, str]:
     """The picture and the table; the first branch is the reference."""
     known = next((report for report in reports.values() if report), {"settings": {}, "versions": {}, "run": None})
@@ -149,7 +158,7 @@ def draw(images: list[torch.Tensor], rows: list[Row], reports: dict[int, dict[st
         machine=known["versions"].get("device", ""),
         versions=known["versions"],
         rows=rows,
-        notes=fallback_notes(rows, reports),
+        notes=[*fallback_notes(rows, reports), *not_counted_notes(reports)],
     )
     if not all(reports.values()):
         report.notes.append("without reports nothing says that these branches are comparable")

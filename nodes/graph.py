@@ -16,6 +16,7 @@ OURS = (
     "AttentionSchedule",
     "AttentionConfigText",
     "AttentionReport",
+    "AttentionRecord",
 )
 """Nodes that make runs differ on purpose: left out of the settings that have to be equal."""
 
@@ -39,6 +40,25 @@ def _links(node: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[1], int)
+
+
+def is_taken(prompt: Prompt, node_id: str, number: int) -> bool:
+    """Whether any node takes this output. True where that cannot be known: the node is not in the graph as queued."""
+    if node_id not in prompt:
+        return True
+    inputs = (value for node in prompt.values() for value in node.get("inputs", {}).values())
+    return any(_is_link(value) and (str(value[0]), value[1]) == (node_id, number) for value in inputs)
+
+
+def descendants(prompt: Prompt, node_id: str) -> list[str]:
+    """Ids of every node that depends on `node_id`, in order."""
+    found = {node_id}
+    for _ in prompt:  # at most as many rounds as nodes
+        more = {name for name, node in prompt.items() if name not in found and found & set(_links(node))}
+        if not more:
+            break
+        found |= more
+    return sorted(found - {node_id})
 
 
 def signature(prompt: Prompt, node_id: str) -> str:

@@ -14,8 +14,8 @@ import torch
 
 from ..backends.config import Choice
 from ..backends.mask import as_4d, as_additive, mask_kind
-from ..backends.mask_plan import MaskPlan
-from ..backends.names import COMFY
+from ..backends.mask_plan import NOTHING_HIDDEN, MaskPlan
+from ..backends.names import COMFY, MEASURED
 from ..backends.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
@@ -69,23 +69,33 @@ class HookPlan(Layout):
     """How the parts of the mask's plan run; None where the mask is passed on whole."""
 
 
-def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Route one call; `func` is what ComfyUI would have run."""
-    query, key, value = args[0], args[1], args[2]
+def route(
+    scope: Scope,
+    func: Callable[..., torch.Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    owned: bool = False,
+) -> torch.Tensor:
+    """Route one call; `func` is what ComfyUI would have run, with `args` and `kwargs`, which are used up.
+
+    `owned`: query, key and value come in containers, and nobody else holds the tensors.
+    """
     if len(args) == 4:
-        kwargs["heads"] = args[3]
-    elif len(args) > 4:
+        query, key, value, kwargs["heads"] = args
+    else:
+        query, key, value = args[:3]
         kwargs.update(zip(POSITIONAL, args[3:], strict=False))
-    owned = type(query) is not torch.Tensor and hasattr(query, "peek")
-    if owned:  # containers: from here on nobody but this frame holds the tensors
+    if owned:
         query, key, value = query.take(), key.take(), value.take()
-    options = kwargs.pop("transformer_options", None)
-    mask = kwargs.pop("mask", None)
+    pop = kwargs.pop
+    options, mask = pop("transformer_options", None), pop("mask", None)
+    pop("_inside_attn_wrapper", None)  # always there, so it tells no calls apart
     mask_plan = None if mask is None else scope.masks.plan(mask, scope.mask_source, key.shape[-2])
     ordinal = scope.ordinal
     scope.ordinal = ordinal + 1
     scope.routed += 1
-    # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts.
+    # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts. Names, then
+    # values: half the time of pairs.
     plan_key = (
         scope.site,
         scope.window,
@@ -95,31 +105,34 @@ def route(scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs:
         value.shape,
         query.dtype,
         None if mask_plan is None else (mask_plan.facts, mask.dtype, mask.shape, mask.stride()),
-        *kwargs.items(),
+        *kwargs,
+        *kwargs.values(),
     )
     try:
-        hook_plan = scope.session.plans.get(plan_key)
+        hook_plan = scope.plans.get(plan_key)
     except TypeError:  # an argument of a later ComfyUI that is not hashable, hence not one of ours
         return _pass_on(scope, func, query, key, value, mask, options, kwargs)
     if hook_plan is None:
         if not KNOWN_ARGUMENTS.issuperset(kwargs):
             return _pass_on(scope, func, query, key, value, mask, options, kwargs)
-        hook_plan = scope.session.plans[plan_key] = _new_plan(
-            scope, ordinal, query, key, value, mask, mask_plan, kwargs
-        )
+        hook_plan = scope.plans[plan_key] = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs)
     call = hook_plan.call(query, key, value, mask)
     # Not only for the backend comfy: it is also the last resort when another one fails.
-    call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
+    owned = owned and hook_plan.plan.decision.backend != COMFY
+    if owned:
+        call.owned = True
+        del query, key, value  # the last resort then gets what the call itself still holds
+    else:
+        call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
     if mask_plan is None or hook_plan.parts is None:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
-        if owned and scope.session.guard is None and hook_plan.plan.decision.backend != COMFY:
-            # The host's own function remains the last resort, on what the call itself still holds.
+        if owned:
             preferred = scope.site.preferred_attention() if scope.site is not None else None
             call.host = partial(_host_part, preferred or func, call, options=options, kwargs=kwargs)
-            call.owned = True
-            del query, key, value
         output = scope.session.run(hook_plan.plan, call)
+        if owned:
+            call.host = None  # it holds the call, which would keep its tensors until Python looks for such circles
     else:
         preferred = scope.site.preferred_attention() if scope.site is not None else None
         host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
@@ -163,14 +176,18 @@ def _new_plan(
     if site is not None and site.preferred_attention() is not None:
         preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention())})")
     block = site.block if site is not None else ""
-    choice = scope.choice(role)
-    on_host = COMFY in (choice.asked, preferred.asked if preferred is not None and choice.asked is None else None)
+    choice = scope.choice(role, masked=mask_plan is not None and mask_plan.treatment not in ("none", NOTHING_HIDDEN))
+    asked = choice.asked
+    if choice.record is not None:  # what it knows of the whole call; it may know the parts instead
+        found = scope.session.recorded(choice, role.name, block, request)
+        asked = None if found is None else found.asked
+    on_host = COMFY in (asked, preferred.asked if preferred is not None and choice.is_open else None)
 
     def planned(part: AttentionCall, treatment: str = "") -> Plan:
         facts = part.request(exact_only=request.exact_only)
         return scope.session.plan(facts, role.name, role.category, block, preferred, treatment, choice)
 
-    parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, choice.asked)
+    parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, asked)
     if mask_plan is None or not parts:
         pattern = mask_plan.pattern if mask_plan is not None and not on_host else ""
         hook_plan.plan = planned(call, f"{request.mask}, {pattern}" if pattern else "")
@@ -249,7 +266,7 @@ def _pass_on(
 
 def count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:
     choice = scope.choice(role)
-    if choice.asked not in (None, COMFY) and scope.session.settings.strict:
+    if choice.asked not in (None, MEASURED, COMFY) and scope.session.settings.strict:
         raise NoBackendError(
             f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
             f"{choice.source}\n  what to do: switch strict off, or update this pack"
@@ -267,7 +284,7 @@ def answered_by_other(scope: Scope, role: Role, other: str) -> None:
     """
     choice = scope.choice(role)
     text = f"another pack's override ({other}) computed attention of role {role.name} by itself"
-    if choice.asked is not None and scope.session.settings.strict:
+    if choice.asked not in (None, MEASURED) and scope.session.settings.strict:
         raise NoBackendError(
             f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
             "  what to do: remove the other node, or switch strict off"

@@ -12,16 +12,17 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from ..backends.config import AttentionConfig
 from . import compiled, sites
 from .hook_calls import answered_by_other, count_passed_on, route
 from .masks import COMPILED
 from .sampling import KEY, RUN_KEY, Run, Scope, name_of
+from .sites import current
 
 log = logging.getLogger("attention_backends")
 
@@ -61,31 +62,33 @@ class Override:
     def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a call whose query, key and value come in containers: a kernel that can frees them before its end."""
         func = compiled.comfys_attention()
-        if torch.compiler.is_dynamo_compiling() or not hasattr(args[0], "peek"):
-            args = (*(container.take() for container in args[:3]), *args[3:])
-        return self(func, *args, **kwargs)
+        if not is_dynamo_compiling():
+            scope = getattr(current, "scope", None)
+            if scope is not None and scope.override is self:
+                return route(scope, func, args, kwargs, owned=True)
+        return self(func, *(container.take() for container in args[:3]), *args[3:], **kwargs)
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one attention call of ComfyUI's hook."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return compiled.traced(self, func, args, kwargs)
-        scope = sites.current_scope()
-        if scope is None or scope.run.override is not self:
+        scope = getattr(current, "scope", None)
+        if scope is None or scope.override is not self:
             return self._outside(func, *args, **kwargs)
         if self.foreign is None:
-            return route(scope, func, *args, **kwargs)
+            return route(scope, func, args, kwargs)
         return self._composed(scope, func, *args, **kwargs)
 
     def _composed(self, scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Let the other pack's override run with our routing in place of ComfyUI's function."""
         foreign = self.foreign
         if foreign is None:
-            return route(scope, func, *args, **kwargs)
+            return route(scope, func, args, kwargs)
         before, ordinal = scope.routed, scope.ordinal
 
         def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
             scope.ordinal = ordinal  # however often the other pack calls, it is one call of the model
-            return route(scope, func, *args, **kwargs)
+            return route(scope, func, args, kwargs)
 
         routed.__name__ = name_of(func)
         routed.__dict__[KEY] = self
@@ -140,8 +143,8 @@ class Override:
                 scope.run.note(
                     "the compiled model still holds another pack's override; restart ComfyUI to be rid of it"
                 )
-            run = partial(route, scope) if composed else self
-            return run(func, *args, **kwargs, transformer_options=scope.options)
+            kwargs = {**kwargs, "transformer_options": scope.options}
+            return route(scope, func, args, kwargs) if composed else self(func, *args, **kwargs)
 
     def count_compiled(
         self, site: sites.Site | None, ordinal: int, query: torch.Tensor, key: torch.Tensor, by_other: bool

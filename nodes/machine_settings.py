@@ -1,4 +1,4 @@
-"""Settings of the whole machine, kept in one small file in ComfyUI's user folder: Hub downloads and the log's level.
+"""Settings of the whole machine, kept in one small file in ComfyUI's user folder: Hub downloads, the log, the trace.
 
 A person's own defaults for new nodes are no business of the server: the front end keeps them with its other settings.
 """
@@ -14,13 +14,15 @@ from typing import Any
 
 from ..backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from ..backends.platform import HUB_VARIABLE, hub_allowed
+from ..backends.trace import MODES, trace_mode
+from ..backends.trace import VARIABLE as TRACE_VARIABLE
 
 log = logging.getLogger("attention_backends")
 
 FILE = "attention_backends.json"
 LEVELS = ("", "DEBUG", "INFO", "WARNING", "ERROR")
 """An empty level: as ComfyUI's own log."""
-UNSET: dict[str, Any] = {"hub": False, "log_level": ""}
+UNSET: dict[str, Any] = {"hub": False, "log_level": "", "trace": MODES[0]}
 
 
 class MachineSettings:
@@ -30,6 +32,7 @@ class MachineSettings:
         self.file = folder / FILE
         self.environ = environ
         self.hub_is_given = bool(environ.get(HUB_VARIABLE, "").strip())
+        self.trace_is_given = bool(environ.get(TRACE_VARIABLE, "").strip())
         self.stored = {**UNSET, **self._read()}
 
     def _read(self) -> dict[str, Any]:
@@ -43,12 +46,21 @@ class MachineSettings:
             return {}
 
     def apply(self) -> None:
-        """Put them in force. Probes run in processes of their own, so the Hub's switch goes through the environment."""
+        """Put them in force, the trace's from the next run on.
+
+        The Hub's switch goes through the environment because probes run in processes of their own, the trace's because
+        `backends` knows nothing of this file.
+        """
         if not self.hub_is_given:
             if self.stored["hub"]:
                 self.environ[HUB_VARIABLE] = "1"
             else:
                 self.environ.pop(HUB_VARIABLE, None)
+        if not self.trace_is_given:
+            if self.stored["trace"] != UNSET["trace"]:
+                self.environ[TRACE_VARIABLE] = self.stored["trace"]
+            else:
+                self.environ.pop(TRACE_VARIABLE, None)
         log.setLevel(self.stored["log_level"] or logging.NOTSET)
 
     def change(self, changes: Mapping[str, Any]) -> None:
@@ -58,8 +70,10 @@ class MachineSettings:
             PermissionError: a setting is held by an environment variable.
             OSError: the file cannot be written; then nothing is changed.
         """
-        if "hub" in changes and self.hub_is_given:
-            raise PermissionError(f"hub is set by the environment variable {HUB_VARIABLE}; change it there")
+        held = {"hub": (self.hub_is_given, HUB_VARIABLE), "trace": (self.trace_is_given, TRACE_VARIABLE)}
+        for name, (is_given, variable) in held.items():
+            if name in changes and is_given:
+                raise PermissionError(f"{name} is set by the environment variable {variable}; change it there")
         stored = {**self.stored, **changes}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
@@ -73,6 +87,10 @@ class MachineSettings:
         return {
             "hub": {"value": hub_allowed(), "variable": HUB_VARIABLE if self.hub_is_given else None},
             "log_level": {"value": self.stored["log_level"], "variable": None},
+            "trace": {
+                "value": trace_mode(self.environ),
+                "variable": TRACE_VARIABLE if self.trace_is_given else None,
+            },
         }
 
     def defaults_from_environment(self) -> dict[str, str]:
@@ -98,4 +116,6 @@ def checked(changes: object) -> dict[str, Any]:
         raise ValueError(
             f"log_level {changes['log_level']!r} is not one of {', '.join(filter(None, LEVELS))}, or empty"
         )
+    if changes.get("trace", MODES[0]) not in MODES:
+        raise ValueError(f"trace {changes['trace']!r} is not one of {', '.join(MODES)}")
     return changes

@@ -55,8 +55,11 @@ class Masks:
         """
         if self.not_kept:
             return self._plan_anew(mask, kv_len)
-        kept = mask if source is None else source
-        key = (kept.data_ptr(), kept.shape, kept.stride(), kept.dtype, mask.shape, mask.stride(), mask.dtype, kv_len)
+        kept = mask
+        key: tuple[Any, ...] = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, kv_len)
+        if source is not None:
+            kept = source
+            key = (source.data_ptr(), source.shape, source.stride(), source.dtype, *key[1:])
         found = self._plans.get(key)
         if found is None:
             if mask.device.type != "cpu" and len(self._plans) >= MOST_READ:

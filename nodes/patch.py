@@ -9,13 +9,16 @@ from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
-from ..backends.config import AttentionConfig, AttentionSpec
+from ..backends.config import AttentionConfig, AttentionSpec, record_of
 from ..backends.config_text import from_environment
-from ..backends.names import CHOICES
+from ..backends.names import CHOICES, MEASURED
+from ..backends.recommended import for_family, nothing_for
 from ..backends.routes import default_line
 from ..backends.schedule import ScheduleEntry
 from ..backends.systems import key_of, line_of
+from . import sites
 from .host import Override
+from .memory import calc_cond_batch_wrapper, prepare_sampling_wrapper
 from .sampling import KEY, OVERRIDE, apply_model_wrapper, name_of, outer_sample_wrapper, router_for
 
 log = logging.getLogger("attention_backends")
@@ -39,11 +42,23 @@ def current_config(model: Any) -> AttentionConfig:
     return AttentionConfig(source=NODE_SOURCE)  # what it does not say comes from the environment
 
 
-def set_default(model: Any, backend: str, *, accuracy: str, strict: bool, guard: str) -> Any:
-    """A clone of `model` whose default backend and settings are these; its per-role entries stay."""
+def set_default(
+    model: Any, backend: str, *, accuracy: str, strict: bool, guard: str, recommended: bool | None = None
+) -> Any:
+    """A clone of `model` whose default backend and settings are these; its per-role entries stay.
+
+    `recommended` switches on or off what is recommended for the family of this model; None leaves it as it is.
+    """
     before, default = current_config(model), AttentionSpec(backend)
     config = replace(before, default=default, accuracy=accuracy, strict=strict, guard=guard)
-    return _patched(model, config, line_of_alias(backend) + _replaced("the default", before.default, default))
+    notes = line_of_alias(backend) + _replaced("the default", before.default, default)
+    if recommended is not None:
+        family = sites.family_of_model(model.model.diffusion_model)
+        name = family.name if family is not None else ""
+        config = replace(config, recommended=for_family(name) if recommended else ())
+        if recommended and (note := nothing_for(name, (config, *from_environment(above=(config,))))):
+            notes += (note,)
+    return _patched(model, config, notes)
 
 
 def set_role(model: Any, role: str, spec: AttentionSpec, said: tuple[str, ...] = ()) -> Any:
@@ -77,6 +92,9 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
     """A clone of `model` with everything that `config` says; what it does not say stays as earlier nodes had it."""
     before = current_config(model)
     notes = config.notes
+    if config.record is not None:  # it says of every role and of the whole run what is to happen
+        notes += _gone(before)
+        before = replace(before, per_role={}, schedule=(), record=config.record)
     if not config.default.is_auto:
         notes += _replaced("the default", before.default, config.default)
     for role, spec in config.per_role.items():
@@ -91,6 +109,14 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
         **{name: value for name, value in settings.items() if value is not None},
     )
     return _patched(model, merged, notes)
+
+
+def _gone(earlier: AttentionConfig) -> tuple[str, ...]:
+    """The note about what earlier nodes said and a record takes the place of."""
+    said = [f"role {role} ({spec.backend})" for role, spec in earlier.per_role.items()]
+    said += [f"the schedule's {entry.describe()} ({entry.spec.backend})" for entry in earlier.schedule]
+    said += ["an earlier record"] if earlier.record is not None else []
+    return (f"the record replaces what earlier nodes said: {', '.join(said)}",) if said else ()
 
 
 def _replaced(what: str, earlier: AttentionSpec | None, spec: AttentionSpec) -> tuple[str, ...]:
@@ -130,6 +156,8 @@ def _patched(model: Any, config: AttentionConfig, notes: tuple[str, ...]) -> Any
     wrappers = options.setdefault("wrappers", {})
     wrappers.setdefault(WrappersMP.OUTER_SAMPLE, {})[KEY] = [outer_sample_wrapper]
     wrappers.setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [apply_model_wrapper]
+    wrappers.setdefault(WrappersMP.PREPARE_SAMPLING, {})[KEY] = [prepare_sampling_wrapper]
+    wrappers.setdefault(WrappersMP.CALC_COND_BATCH, {})[KEY] = [calc_cond_batch_wrapper]
     _announce(clone, override)
     return clone
 
@@ -137,10 +165,13 @@ def _patched(model: Any, config: AttentionConfig, notes: tuple[str, ...]) -> Any
 def _announce(model: Any, override: Override) -> None:
     """Log what the default resolves to, in the words that users of vLLM-Omni know."""
     router = router_for(model.load_device)
+    if (record := record_of(override.layers)) is not None:
+        log.info("Attention backends as in the record from %s", record.source)
+        return
     asked = next((layer.default.backend for layer in override.layers if not layer.default.is_auto), None)
     if asked is None:
         log.info("%s", default_line(router.platform, router.default_backend()))
-    elif reasons := router.unavailable(asked):
+    elif asked != MEASURED and (reasons := router.unavailable(asked)):
         log.warning("attention backend %s cannot run here: %s", asked, "; ".join(reasons))
     else:
         log.info("Using diffusion attention backend %r", asked.upper())

@@ -12,8 +12,11 @@ import torch
 from comfy_api.latest import io
 
 from ..backends import audit, guard_findings
-from . import graph, runs
+from . import graph, report_picture, runs
 from .selector import CATEGORY
+
+PICTURE = 3
+"""Which output the picture is."""
 
 
 class AttentionReport(io.ComfyNode):
@@ -36,10 +39,16 @@ class AttentionReport(io.ComfyNode):
                 io.Latent.Output(display_name="samples"),
                 io.String.Output(display_name="text", tooltip="A table to read; connect a Preview as Text node."),
                 io.String.Output(display_name="report", tooltip="JSON, for Attention Comparison and for scripts."),
+                io.Image.Output(display_name="picture", tooltip="The table as an image, drawn where it is connected."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             not_idempotent=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, samples: Any) -> bool:
+        """Whether the picture is drawn. ComfyUI's cache has to tell apart an answer with it and one without."""
+        return graph.is_taken(runs.queued(runs.executing()[0]), str(cls.hidden.unique_id), PICTURE)
 
     @classmethod
     def execute(cls, samples: dict[str, Any]) -> io.NodeOutput:
@@ -53,7 +62,9 @@ class AttentionReport(io.ComfyNode):
             "settings": {**graph.settings(prompt, node_id), "latent": [list(part.shape) for part in parts]},
             "versions": versions(),
         }
-        return io.NodeOutput(samples, as_text(report), json.dumps(report))
+        wanted = graph.is_taken(prompt, node_id, PICTURE)
+        picture = report_picture.draw(report, remarks(report)) if wanted else None
+        return io.NodeOutput(samples, as_text(report), json.dumps(report), picture)
 
 
 def find_run(
@@ -61,9 +72,19 @@ def find_run(
 ) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
     """The account of the samplers upstream of this node, or None; and the samplers that have none, nearest first.
 
+    Stages, such as the two samplers of Wan 2.2 14B, become one account: steps and seconds are added up.
+    """
+    stages, missing = find_stages(prompt, node_id, prompt_id)
+    return merged(stages) if stages else None, missing
+
+
+def find_stages(
+    prompt: graph.Prompt, node_id: str, prompt_id: str | None
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The accounts of the samplers upstream of this node, oldest first; and the samplers that have none.
+
     Only accounts of the executions that made what this node got count (`runs.of_node`), from an earlier prompt where
-    ComfyUI took a sampler from its cache. Stages, such as the two samplers of Wan 2.2 14B, become one account: steps
-    and seconds are added up.
+    ComfyUI took a sampler from its cache.
     """
     upstream = graph.ancestors(prompt, node_id)
     accounts = {name: runs.of_node(prompt, name, prompt_id) for name in upstream}
@@ -75,8 +96,7 @@ def find_run(
         if not accounts[name]
     ]
     by_number = {run["number"]: run for found in accounts.values() for run in found}
-    stages = [by_number[number] for number in sorted(by_number)]
-    return merged(stages) if stages else None, missing
+    return [by_number[number] for number in sorted(by_number)], missing
 
 
 def is_sampler(class_type: str, known: Container[str]) -> bool:
@@ -130,29 +150,62 @@ def versions() -> dict[str, str]:
 def as_text(report: dict[str, Any]) -> str:
     """The table a person reads: one line per role and backend, then fallbacks and notes."""
     run = report["run"]
-    missing = [f"node {one['node_id']} ({one['class_type']}): {one['reason']}" for one in report.get("not_counted", ())]
     if run is None:
-        text = "no account: the model before this sampler has no Attention Backend Selector, or it ran too long ago"
-        return "\n".join([text, *missing])
+        return "\n".join(remarks(report))
     totals: dict[tuple[str, str, str], list[float]] = {}
     for row in run["rows"]:
-        total = totals.setdefault((row["role"], row["backend"], row["mask"]), [0, 0.0])
+        total = totals.setdefault((row["role"], row["backend"], row["mask"]), [0, 0.0, 0])
         total[0] += row["calls"]
         total[1] += row["ms"] or 0.0
-    timed = run["device"] == "cpu"
-    if missing:
-        missing.append("the lines below are of the other samplers before this node")
-    lines = [*missing, f"{'role':24} {'backend':18} {'mask':12} {'calls':>7} {'ms':>10}"]
-    for (role, backend, mask), (calls, milliseconds) in totals.items():
+        total[2] += row["timed"]
+    lines = not_counted(report)
+    if lines:
+        lines.append("the lines below are of the other samplers before this node")
+    lines.append(f"{'role':24} {'backend':18} {'mask':12} {'calls':>7} {'ms':>10}")
+    for (role, backend, mask), (calls, milliseconds, timed) in totals.items():
         shown = f"{milliseconds:10.1f}" if timed else f"{'-':>10}"
         lines.append(f"{role:24} {backend:18} {mask:12} {calls:7.0f} {shown}")
-    lines.append(audit.line(run["audit"]))
+    lines += findings(run)
+    if about := about_times(run):
+        lines.append(about)
+    return "\n".join(lines)
+
+
+def about_times(run: dict[str, Any]) -> str:
+    """What the column of milliseconds rests on; empty where every call was timed."""
+    calls = sum(row["calls"] for row in run["rows"])
+    timed = sum(row["timed"] for row in run["rows"])
+    if timed == calls:
+        return ""
+    if run["trace"] == "off":
+        return "ms: not measured, the trace of times is off in the settings"
+    if timed:
+        return f"ms: {timed} of {calls} calls were timed; the others are taken to be as long, row by row"
+    if run["trace"] == "sampled":
+        return "ms: not measured, none of these model calls was among those that are sampled"
+    return f"ms: not measured, device {run['device']} has no events that are timed"
+
+
+def not_counted(report: dict[str, Any]) -> list[str]:
+    """One line for each sampler that has no account."""
+    missing = report.get("not_counted", ())
+    return [f"node {one['node_id']} ({one['class_type']}): {one['reason']}" for one in missing]
+
+
+def findings(run: dict[str, Any]) -> list[str]:
+    """What a person should know beside the figures: asked and ran, fallbacks, the guard, notes."""
     reasons = dict.fromkeys(f"{row['role']}: {row['reason']}" for row in run["rows"] if row["reason"])
-    lines += [f"fallback: {reason}" for reason in reasons]
+    lines = [audit.line(run["audit"]), *(f"fallback: {reason}" for reason in reasons)]
     lines += guard_findings.lines(run.get("guard", ()))
     lines += [f"note: {note}" for note in run["notes"]]
     if run.get("bypass"):
         lines.append(f"not counted, because it never reaches ComfyUI's attention hook: {run['bypass']}")
-    if not timed:
-        lines.append("ms: measured on the CPU only; on an accelerator calls return before the work is done")
-    return "\n".join(lines)
+    return lines
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """Everything beside the table."""
+    if report["run"] is not None:
+        return [*not_counted(report), *findings(report["run"])]
+    text = "no account: the model before this sampler has no Attention Backend Selector, or it ran too long ago"
+    return [text, *not_counted(report)]

@@ -8,6 +8,8 @@
     POST settings    change settings of the machine
     GET  bug_report  machine, backends and last run as Markdown, without paths
 
+The measured choices have routes of their own, `measured_routes.py`.
+
 No answer holds a path, but for the interpreter in installation commands. Wrong requests get 4xx and {"error": why}.
 ComfyUI serves the same under /api/ and refuses other origins where it listens on this machine alone; what changes
 something also asks for a JSON body, which a page of another origin cannot send unasked.
@@ -15,7 +17,6 @@ something also asks for a JSON body, which a page of another origin cannot send 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from ..backends.backend import ACCURACY
 from ..backends.config import GUARD_MODES
 from ..backends.kernels import BACKENDS
 from ..backends.names import CHOICES, canonical
-from . import machine, runs
+from ..backends.trace import MODES
+from . import machine, measured_routes, recommended_routes, runs
+from .answers import PREFIX, RefusedError, posted, refused
 from .machine_settings import LEVELS, MachineSettings, checked
 from .privacy import clean
 from .selector import AttentionBackendSelector
 
-PREFIX = "/attention_backends"
 MOST_BYTES = 4096
 """Of a request's body; the settings need a hundred."""
 MOST_NAMED = 64
@@ -48,6 +50,8 @@ def register() -> None:
     settings = MachineSettings(Path(folder_paths.get_user_directory()))
     settings.apply()
     add_routes(server.routes, settings, machine.Machine())
+    measured_routes.add_routes(server.routes, measured_routes.users_store)
+    recommended_routes.add_routes(server.routes)
 
 
 def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machine.Machine) -> None:
@@ -85,7 +89,7 @@ def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machi
 
     @routes.get(f"{PREFIX}/settings")
     async def get_settings(request: web.Request) -> web.Response:
-        """{"choices", "accuracy", "guard", "defaults", "log_levels", "machine", "environment"}.
+        """{"choices", "accuracy", "guard", "defaults", "log_levels", "traces", "machine", "environment"}.
 
         `machine` is {name: {"value", "variable"}}, the variable being the one that holds the setting, or None.
         """
@@ -93,23 +97,18 @@ def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machi
 
     @routes.post(f"{PREFIX}/settings")
     async def post_settings(request: web.Request) -> web.Response:
-        """Takes {"hub": bool, "log_level": str} or a part of it, and answers as GET does."""
-        if request.headers.get("Sec-Fetch-Site") == "cross-site":
-            return refused(403, "settings are not changed from another site")
-        if request.content_type != "application/json":
-            return refused(415, f"expected application/json, not {request.content_type[:40]!r}")
-        body = await limited_body(request)
-        if body is None:
-            return refused(413, f"more than {MOST_BYTES} bytes")
+        """Takes {"hub": bool, "log_level": str, "trace": str} or a part of it, and answers as GET does."""
         try:
-            settings.change(checked(json.loads(body)))
+            settings.change(checked(await posted(request, MOST_BYTES, "settings")))
+        except RefusedError as error:
+            return error.answer
         except PermissionError as error:
             if error.errno is not None:  # the file's, not ours
                 return refused(500, f"the settings cannot be written: {error.strerror}")
             return refused(409, str(error))
         except OSError as error:
             return refused(500, f"the settings cannot be written: {error.strerror}")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             return refused(400, str(error)[:200])
         return web.json_response(settings_answer(settings))
 
@@ -117,11 +116,6 @@ def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machi
     async def bug_report(request: web.Request) -> web.Response:
         """Markdown to paste into an issue."""
         return web.Response(text=machine.bug_report(await here.describe()))  # plain, so that a browser shows it
-
-
-def refused(status: int, why: str) -> web.Response:
-    """An answer that says what was wrong with the request."""
-    return web.json_response({"error": why}, status=status)
 
 
 def named(names: list[str]) -> tuple[str, ...]:
@@ -139,16 +133,6 @@ def named(names: list[str]) -> tuple[str, ...]:
     return ids
 
 
-async def limited_body(request: web.Request) -> bytes | None:
-    """The body, or None where it is longer than `MOST_BYTES`; no more than that is read."""
-    body = b""
-    async for part in request.content.iter_chunked(MOST_BYTES):
-        body += part
-        if len(body) > MOST_BYTES:
-            return None
-    return body
-
-
 def settings_answer(settings: MachineSettings) -> dict[str, Any]:
     """What GET settings answers. `defaults` are the selector's own, which a person's settings begin with."""
     inputs = AttentionBackendSelector.define_schema().inputs
@@ -159,6 +143,7 @@ def settings_answer(settings: MachineSettings) -> dict[str, Any]:
         "guard": list(GUARD_MODES),
         "defaults": defaults,
         "log_levels": list(LEVELS),
+        "traces": list(MODES),
         "machine": settings.as_dict(),
         "environment": clean(settings.defaults_from_environment()),
     }

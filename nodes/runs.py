@@ -10,7 +10,8 @@ from collections import deque
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..backends import audit
+from ..backends import audit, record
+from ..backends.recommended import NOT_USED
 from ..backends.trace import Trace
 from . import graph
 
@@ -40,6 +41,8 @@ class Kept(NamedTuple):
     summary: dict[str, Any]
     windows: list[dict[str, object]]
     maker: Maker
+    record: dict[str, Any] | None = None
+    """Its decisions, as node Attention Record writes them."""
 
 
 _runs: deque[Kept] = deque(maxlen=KEPT)
@@ -51,13 +54,14 @@ _lock = threading.Lock()
 def begin(trace: Trace) -> None:
     """A run begins: from now on its account can be read while it grows."""
     prompt_id, node_id = executing()
-    prompt = _queued(prompt_id)
+    prompt = queued(prompt_id)
     sampler = graph.origin(prompt, node_id) if node_id is not None else None
     if sampler is None:
         nodes, maker = [], Maker(node_id, "", None)
     else:
         nodes = _choosers(prompt, sampler)
         maker = Maker(sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler))
+    trace.node_id = maker.node_id or ""
     with _lock:
         head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
         _live[id(trace)] = head, trace, maker
@@ -80,7 +84,8 @@ def add(trace: Trace) -> None:
     with _lock:
         head, _, maker = _live.pop(id(trace))
         account = {**head, **trace.as_dict()}
-        _runs.appendleft(Kept(account, _summary(account, state(account)), trace.windows(), maker))
+        decided = record.of_run(trace)
+        _runs.appendleft(Kept(account, _summary(account, state(account)), trace.windows(), maker, decided))
     log.info("attention of this run: %s", trace.summary())
     log.info("%s", audit.line(account["audit"]))
 
@@ -113,6 +118,12 @@ def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[d
     found = [kept for kept in found if kept.maker.node_id == node_id] or found
     made = [(kept.account["prompt_id"], kept.maker.node_id) for kept in found]
     return [kept.account for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
+
+
+def decisions(number: int) -> dict[str, Any] | None:
+    """What a run decided, as `record.of_run` has it; None where it is not kept any more."""
+    with _lock:
+        return next((kept.record for kept in _runs if kept.account["number"] == number), None)
 
 
 def sampling_classes() -> set[str]:
@@ -151,9 +162,11 @@ def _summary(account: dict[str, Any], state: str) -> dict[str, Any]:
     return {
         **{name: account[name] for name in names},
         "state": state,
+        "tuning": account["tuning"],
         "calls": sum(totals.values()),
         "fallbacks": sum(row["calls"] for row in account["rows"] if row["reason"]),
         "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
+        "offers": [note for note in account["notes"] if note.endswith(NOT_USED)],
     }
 
 
@@ -169,7 +182,7 @@ def _going_on() -> list[dict[str, Any]]:
     return found
 
 
-def _queued(prompt_id: str | None) -> graph.Prompt:
+def queued(prompt_id: str | None) -> graph.Prompt:
     """The graph of the prompt that runs; empty where there is no queue.
 
     From the queue, because a node that ComfyUI took from its cache is not asked again.

@@ -16,13 +16,16 @@ import torch
 
 from ..backends.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ..backends.bench import synchronise
-from ..backends.config import Choice, resolve, settings_of
+from ..backends.config import Choice, record_of, resolve, settings_of
+from ..backends.ledger import Ledger
 from ..backends.platform import Platform, detect
+from ..backends.recommended import offers
 from ..backends.router import NoBackendError, Router
-from ..backends.schedule import Timetable, step_of
+from ..backends.schedule import Timetable, is_scheduled, step_of
 from ..backends.session import Session
 from ..backends.trace import Trace
-from . import runs, sites
+from ..backends.tuner import Tuner, asks_for_measured, names_backends
+from . import memory, runs, sites
 from .masks import COMPOSED, OUTSIDE, PATCHED, Masks
 from .roles import Role, bypass_of
 
@@ -36,6 +39,8 @@ KEY = "attention_backends"
 """Where our override stands in `transformer_options`, beside ComfyUI's own key for it."""
 RUN_KEY = "attention_backends_run"
 OVERRIDE = "optimized_attention_override"
+PARTS = 256
+"""More entries of schedules than a run has."""
 
 
 def router_for(device: torch.device) -> Router:
@@ -58,10 +63,18 @@ class Run:
         self.override = override
         self.trace = Trace(layers=override.layers)
         self.reached = False
+        self.family = ""
+        """Of the model, as `roles.py` names it; empty where that does not know it."""
         self._scopes: dict[torch.device, Scope] = {}
         self._marks: dict[int, list[sites.Mark]] = {}
         self._started: float | None = None
-        self.timeless = Timetable(override.layers) if any(layer.schedule for layer in override.layers) else None
+        self.samples = 0
+        """Most samples in one model call so far: prompts that ComfyUI batches count each."""
+        self.place: memory.Place | None = None
+        """What the calls of this run are remembered under; None where no sampler prepared it."""
+        self.extra_bytes = 0.0
+        """What its kernels take for each sample beyond ComfyUI's estimate."""
+        self.timeless = Timetable(override.layers) if is_scheduled(override.layers) else None
         """The schedules as they are outside a model call; None where there is none."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         for text in override.notes:
@@ -77,7 +90,9 @@ class Run:
         if id(model) not in self._marks:
             self._marks[id(model)] = sites.attach(model.diffusion_model)
             self.trace.model = type(model).__name__
-            self.trace.bypass = bypass_of(sites.family_of_model(model.diffusion_model))
+            family = sites.family_of_model(model.diffusion_model)
+            self.family = family.name if family is not None else ""
+            self.trace.bypass = bypass_of(family)
             schedule = options.get("sample_sigmas")
             self.trace.steps = 0 if schedule is None else len(schedule) - 1
             self._started = self._started or perf_counter()
@@ -119,6 +134,15 @@ class Run:
         for finding in asked_and_ran(self.trace):
             if finding.verdict == NEVER_CALLED:
                 self.note(*finding.reasons)
+        if (record := record_of(self.override.layers)) is not None:
+            for text in record.after(self.trace.node_id, self.trace.timeline.model_calls):
+                self.note(text)
+
+    def offer(self) -> None:
+        """At the end of a whole run: say what is recommended for this model and was not switched on."""
+        for text in offers(self.family, self.trace):
+            if self.trace.note(text):
+                log.info("%s", text)
 
     def check_asked(self) -> None:
         """After a whole run, its account published: compare what was asked for with what ran.
@@ -137,16 +161,24 @@ class Run:
             for device in self._scopes:
                 synchronise(device)
             self.trace.seconds = round(perf_counter() - self._started, 6)
+            self.trace.end_of_run()
 
     def close(self) -> None:
         """Take every mark off again, and read what the guard still has on a device."""
         for scope in self._scopes.values():
             if scope.session.guard is not None:
                 scope.session.guard.flush()
+            if scope.session.tuner is not None:
+                scope.session.tuner.close()
+        self.trace.collect()  # of a run that was cancelled; else they all are there
         for marks in self._marks.values():
             for mark in marks:
                 mark.remove()
         self._marks.clear()
+
+    def scopes(self) -> list[Scope]:
+        """The scopes of all devices so far."""
+        return list(self._scopes.values())
 
     def scope(self, device: torch.device) -> Scope:
         """The scope of a device, made on first use."""
@@ -154,7 +186,19 @@ class Run:
         if found is None:
             self.trace.device = device.type
             found = self._scopes[device] = Scope(self, DeviceSession(self, device))
+            if (record := record_of(self.override.layers)) is not None:
+                for text in record.remarks(self.trace.node_id, found.session.router.platform):
+                    self.note(text)
         return found
+
+    def begin_model_call(self, window: int) -> int:
+        """Note what holds at this model call: the entries of the schedules, and beside them the part of a record."""
+        number = self.trace.timeline.model_calls + 1
+        if (record := record_of(self.override.layers)) is not None:
+            window += record.run_of(self.trace.node_id).part(number) << PARTS
+        if self.trace.ledger is not None:
+            self.trace.ledger.begin_model_call(number, window)
+        return window
 
     def check_reached(self, scope: Scope, options: dict[str, Any]) -> None:
         """After a model call: say so when no attention call of the run has reached us so far.
@@ -173,9 +217,7 @@ class Run:
             text = f"a later node replaced the patch: {name_of(installed)} answers every attention call"
             remedy = "remove that node, or switch strict off"
         layers = self.override.layers
-        if settings_of(layers).strict and any(
-            layer.per_role or layer.schedule or not layer.default.is_auto for layer in layers
-        ):
+        if settings_of(layers).strict and (record_of(layers) is not None or names_backends(layers)):
             raise NoBackendError(f"{text}\n  what to do: {remedy}")
         self.note(text)
 
@@ -185,6 +227,7 @@ class DeviceSession(Session):
 
     def __init__(self, run: Run, device: torch.device) -> None:
         super().__init__(router_for(device), run.override.layers, run.trace)
+        self.tuner = _tuner_of(self)
         self.plans: dict[tuple[Any, ...], HookPlan] = {}
 
 
@@ -196,6 +239,8 @@ class Scope:
         "masks",
         "options",
         "ordinal",
+        "override",
+        "plans",
         "routed",
         "run",
         "session",
@@ -206,7 +251,9 @@ class Scope:
 
     def __init__(self, run: Run, session: DeviceSession) -> None:
         self.run = run
+        self.override = run.override
         self.session = session
+        self.plans = session.plans
         self.masks = Masks(run)
         self.timetable = run.timeless
         """The schedules for this model call and its sampler; set before `begin`."""
@@ -223,7 +270,12 @@ class Scope:
         self.masks.clear()
         self.masks.not_kept = self._masks_not_kept(in_model_call)
         self.window = self._window()
-        """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any."""
+        """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any.
+
+        Above `PARTS` bits it has which part of a recorded run this is.
+        """
+        if in_model_call:
+            self.window = self.run.begin_model_call(self.window)
 
     def _masks_not_kept(self, in_model_call: bool) -> str:
         """Why masks may change between the blocks of this model call; empty where nobody else has a hand in."""
@@ -244,13 +296,13 @@ class Scope:
         self._say_once(timetable.between(value))
         return timetable.at(value)
 
-    def choice(self, role: Role) -> Choice:
-        """What is asked for the current call."""
+    def choice(self, role: Role, *, masked: bool = False) -> Choice:
+        """What is asked for the current call; `masked` where a mask hides or weighs something in it."""
         timetable = self.timetable
         if timetable is None:
             return resolve(self.session.layers, role.name, role.category)
         block = self.site.block if self.site is not None else ""
-        choice, note = timetable.resolve(self.window, role.name, role.category, block)
+        choice, note = timetable.resolve(self.window, role.name, role.category, block, masked)
         self._say_once(note)
         return choice
 
@@ -275,6 +327,17 @@ class Scope:
         return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())
 
 
+def _tuner_of(session: Session) -> Tuner | None:
+    """What decides where `measured` is asked for, with the store of this ComfyUI's user; None where nobody does."""
+    if not asks_for_measured(session.layers):
+        return None
+    import folder_paths
+
+    from ..backends.measured_store import path_in, shared_store
+
+    return Tuner(session, shared_store(path_in(folder_paths.get_user_directory())))
+
+
 def name_of(func: Any) -> str:
     """A function's name as a person would recognise it."""
     return getattr(func, "__qualname__", None) or type(func).__qualname__
@@ -287,18 +350,21 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if override is None:
         return executor(*args, **kwargs)
     run = Run(override)
+    run.trace.ledger = Ledger()
     options[RUN_KEY] = run
     runs.begin(run.trace)
     try:
         output = executor(*args, **kwargs)
         run.stop_clock()
         run.note_unmatched_roles()
+        run.offer()
     except BaseException as error:  # a cancelled run too; its account is not a whole run's
         run.trace.note(f"the run did not finish: {type(error).__name__}")
         raise
     finally:
         options.pop(RUN_KEY, None)
         try:
+            memory.learn(run)
             run.close()
         finally:
             runs.add(run.trace)  # else it would count as going on for ever
@@ -317,14 +383,18 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if own_run:  # a program that calls the model without a sampler
         run = Run(override)
     run.mark(executor.class_obj, options)
+    run.samples = max(run.samples, args[0].shape[0])
     scope = run.scope(args[0].device)
     previous = sites.set_scope(scope)
     outer = scope.place() if previous is scope else None
     scope.timetable = run.timetable(executor.class_obj, options)
     scope.begin(options, in_model_call=True)
+    if scope.session.tuner is not None:
+        scope.session.tuner.model_call(options.get("sigmas"))
     try:
         output = _guarded(scope, options, executor, args, kwargs)
-        run.trace.end_of_model_call()
+        clock, sigma = scope.session.device_clock, options.get("sigmas")
+        run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"))
         if not run.reached:
             run.check_reached(scope, options)
         return output

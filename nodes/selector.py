@@ -93,6 +93,17 @@ class AttentionBackendSelector(io.ComfyNode):
                         "exactly, and its block stays exact for the rest of the run. Exact kernels are not checked."
                     ),
                 ),
+                io.Boolean.Input(
+                    "recommended",
+                    display_name="recommended for this model",
+                    default=False,
+                    optional=True,  # graphs from before it was there have no value for it
+                    tooltip=(
+                        "On: with a kernel that is not exact, calls of which trouble is known in this model family run "
+                        "exactly: masked text, cross-attention, the last blocks or the first and last step. What you "
+                        "set by role or schedule wins. Off: the report says what would have applied."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -107,5 +118,8 @@ class AttentionBackendSelector(io.ComfyNode):
         return environment()
 
     @classmethod
-    def execute(cls, model: Any, backend: str, accuracy: str, strict: bool, guard: str) -> io.NodeOutput:
-        return io.NodeOutput(patch.set_default(model, backend, accuracy=accuracy, strict=strict, guard=guard))
+    def execute(
+        cls, model: Any, backend: str, accuracy: str, strict: bool, guard: str, recommended: bool = False
+    ) -> io.NodeOutput:
+        settings: dict[str, Any] = {"accuracy": accuracy, "strict": strict, "guard": guard}
+        return io.NodeOutput(patch.set_default(model, backend, **settings, recommended=recommended))

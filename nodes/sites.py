@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import compiled
 from .roles import Family, Role, block_of, family_of, guess, roles_at
 
-_current = threading.local()
+current = threading.local()
+"""`scope`: the scope of the model call that this thread is in, or None."""
 _HOOKED_NAME = "optimized_attention"
 
 
@@ -54,9 +56,9 @@ class Site:
         handle = self.handle
 
         def marked(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_dynamo_compiling():
+            if is_dynamo_compiling():
                 return compiled.traced_forward(handle, forward, args, kwargs)
-            scope = getattr(_current, "scope", None)
+            scope = getattr(current, "scope", None)
             if scope is None:
                 return forward(*args, **kwargs)
             outer, ordinal = scope.site, scope.ordinal
@@ -70,9 +72,9 @@ class Site:
             return self._with_code_of_its_own(marked)
 
         def marked_with_mask(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_dynamo_compiling():
+            if is_dynamo_compiling():
                 return marked(*args, **kwargs)
-            scope = getattr(_current, "scope", None)
+            scope = getattr(current, "scope", None)
             if scope is None:
                 return forward(*args, **kwargs)
             outer, scope.mask_source = scope.mask_source, kwargs.get(self.mask_argument)
@@ -145,13 +147,13 @@ def role_at(site: Site | None, ordinal: int, q_len: int, kv_len: int) -> Role:
 
 def current_scope() -> Any:
     """The scope of the model call that this thread is in, or None."""
-    return getattr(_current, "scope", None)
+    return getattr(current, "scope", None)
 
 
 def set_scope(scope: Any) -> Any:
     """Make `scope` the current one of this thread; return the one before."""
-    previous = getattr(_current, "scope", None)
-    _current.scope = scope
+    previous = getattr(current, "scope", None)
+    current.scope = scope
     return previous
 
 

@@ -34,9 +34,23 @@ def _load_package() -> None:
     spec.loader.exec_module(package)
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has its core; before torch counts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `python -m pytest` puts the working folder on the path; "" means the working folder too.
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != str(ROOT)]
 _load_package()
+try:  # how fast a machine is must not decide a test
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("here")
+except ModuleNotFoundError:
+    pass  # the tests that use it are skipped
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes for `-n auto`: one for each core up to four; one where tests would share a GPU."""
+    return 1 if _why_no_cuda() is None else min(4, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,9 @@ from comfy_location import find_comfyui, why_no_comfyui
 ROOT = Path(__file__).resolve().parent.parent
 FLAG = "--use-pytorch-cross-attention"
 # What a person may have set for daily use must not decide a test.
-ENVIRONMENT = ("ATTENTION_BACKENDS_CONFIG", "DIFFUSION_ATTENTION_BACKEND", "DIFFUSERS_ATTN_BACKEND")
+ENVIRONMENT = (
+    *("ATTENTION_BACKENDS_CONFIG", "ATTENTION_BACKENDS_TRACE", "DIFFUSION_ATTENTION_BACKEND", "DIFFUSERS_ATTN_BACKEND"),
+)
 
 
 def nodes_module(name: str) -> ModuleType:

@@ -62,6 +62,7 @@ def settings() -> dict[str, Any]:
         "NewNodes_Guard": ("guard", "new_nodes"),
         "Machine_Hub": ("hub", "hub_tip"),
         "Machine_LogLevel": ("log_level", "log_tip"),
+        "Machine_Trace": ("trace", "trace_tip"),
         "Machine_Environment": ("environment", "environment_tip"),
     }
     found = {key: {"name": words[name], "tooltip": words[tooltip]} for key, (name, tooltip) in named.items()}

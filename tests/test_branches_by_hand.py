@@ -100,3 +100,16 @@ def test_without_reports_the_table_says_that_nothing_was_checked(server: Server)
     table = text_of(server, graph, output(comparison, 1))
     assert "without reports nothing says that these branches are comparable" in table
     assert "branch 1" in table
+
+
+def test_a_sampler_that_is_not_counted_is_named(server: Server) -> None:
+    graph = Graph("")
+    model, settings = embedded(graph)
+    patched = graph.selector(model, "torch_sdpa")
+    first = branch(graph, patched, settings)
+    second = branch(graph, model, settings)
+    sampler = next(number for number, node in graph.nodes.items() if node["inputs"].get("model") == model
+                   and node["class_type"] == "KSampler")  # fmt: skip
+    table = text_of(server, graph, compare(graph, first, second)).splitlines()
+    assert f"Note: branch 2: node {sampler} (KSampler) is not counted: this sampler ran without our patch" in table
+    assert not any(line.startswith("Note: branch 1: node") for line in table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -9,7 +10,20 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from hook_side import HEADS, Kernel, exact, host, nodes_module, override, rows, sampling, sites  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from hook_side import (  # noqa: E402
+    HEADS,
+    Kernel,
+    exact,
+    host,
+    model_call,
+    nodes_module,
+    override,
+    rows,
+    sampling,
+    sites,
+    stand_in,
+)
 
 compiled = nodes_module("compiled")
 
@@ -53,8 +67,12 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def handed_over(ours: Any) -> torch.Tensor:
     options = {sampling.KEY: ours, sampling.OVERRIDE: ours}
     containers = [Container(rows(6, seed)) for seed in range(3)]
-    with torch.inference_mode():
+
+    def body() -> torch.Tensor:
         output: torch.Tensor = ours.container_function(*containers, HEADS, transformer_options=options)
+        return output
+
+    output: torch.Tensor = model_call(stand_in(["WanModel"], {}), options, body)
     assert all(container.tensor is None for container in containers)
     torch.testing.assert_close(output, exact(*(rows(6, seed) for seed in range(3)), HEADS), rtol=0, atol=2e-6)
     return output
@@ -110,3 +128,120 @@ def test_a_kernel_that_fails_after_it_gave_its_inputs_up_is_told_as_it_is(
         handed_over(override("sdpa_math"))
     assert sites.current_scope() is None
     host._outside_runs.clear()
+
+
+def storages(tensors: list[torch.Tensor]) -> list[Any]:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+
+
+class LettingGo:
+    """A kernel that copies its inputs, lets go of them, and sees whose memory is free before its output exists."""
+
+    def __init__(self) -> None:
+        self.watched: list[Any] = []
+        self.free: list[list[bool]] = []
+
+    def __call__(self, call: Any) -> torch.Tensor:
+        copies = [tensor.clone() for tensor in (call.query, call.key, call.value)]
+        mask, causal = call.attn_mask, call.is_causal
+        if call.owned:
+            call.query = call.key = call.value = None
+        self.free.append([storage.expired() for storage in self.watched])
+        output: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(*copies, mask, is_causal=causal)
+        return output
+
+
+@pytest.fixture
+def letting_go(monkeypatch: pytest.MonkeyPatch) -> LettingGo:
+    kernel = LettingGo()
+    router = sampling.router_for(torch.device("cpu"))
+    for name, accuracy in (("sdpa_math", "exact"), ("emulated_int8", "quantized")):
+        monkeypatch.setitem(router.backends, name, Kernel(name, kernel, accuracy))
+        monkeypatch.setitem(router._unavailable, name, ())
+        monkeypatch.setitem(router._kernels, (name, ()), kernel)
+    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
+    return kernel
+
+
+def hand_over(run: Any, kernel: LettingGo, mask: torch.Tensor | None = None, batch: int = 1) -> None:
+    """One call in containers; its output is right, and its tensors are gone after it."""
+    tensors = [torch.randn(batch, 24, HEADS * 16) for _ in range(3)]
+    expected = exact(*tensors, HEADS, mask)
+    containers = [Container(tensors.pop(0)) for _ in range(3)]
+    kernel.watched = storages([container.peek() for container in containers])
+    ours = run.override
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
+
+    def body() -> torch.Tensor:
+        output: torch.Tensor = ours.container_function(*containers, HEADS, mask=mask, transformer_options=options)
+        return output
+
+    gc.collect()
+    gc.disable()
+    try:
+        output = model_call(stand_in(["WanModel"], {}), options, body)
+        assert all(storage.expired() for storage in kernel.watched), "kept until Python looks for circles"
+    finally:
+        gc.enable()
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
+
+
+def hidden(*keys: slice, batch: int = 1) -> torch.Tensor:
+    mask = torch.zeros(batch, 1, 24)
+    for sample in range(batch):
+        for span in keys[sample : sample + 1] if batch > 1 else keys:
+            mask[sample, :, span] = float("-inf")
+    return mask
+
+
+MASKS = {
+    "none": None,
+    "passed on": torch.randn(1, 24, 24),
+    "suffix": hidden(slice(15, None)),
+    "gap": hidden(slice(5, 15)),
+    "per sample": hidden(slice(20, None), slice(11, None), batch=2),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_memory_is_free_before_the_output_exists(letting_go: LettingGo, name: str) -> None:
+    """With a mask too; where each sample runs by itself, with the last one, as they share their memory."""
+    mask, run = MASKS[name], sampling.Run(override("sdpa_math", strict=True))
+    for _ in range(2):  # the first call of a kind plans
+        letting_go.free.clear()
+        hand_over(run, letting_go, mask, 1 if mask is None else mask.shape[0])
+        assert letting_go.free[-1] == [True] * 3
+        assert letting_go.free[:-1] == [[False] * 3] * (1 if name == "per sample" else 0)
+
+
+@pytest.mark.parametrize("name", ["none", "passed on", "per sample"])
+def test_nothing_is_kept_after_the_call_by_kernels_that_free_nothing(letting_go: LettingGo, name: str) -> None:
+    mask = MASKS[name]
+    hand_over(sampling.Run(override("torch_sdpa")), letting_go, mask, 1 if mask is None else mask.shape[0])
+
+
+def test_gathered_keys_are_freed_even_by_kernels_that_free_nothing(letting_go: LettingGo) -> None:
+    """The copies are all that is needed: the originals go before the kernel runs, which is ComfyUI's SDPA here."""
+    free: list[list[bool]] = []
+    router = sampling.router_for(torch.device("cpu"))
+    plain = router.kernel("torch_sdpa")
+
+    def watching(call: Any) -> torch.Tensor:
+        free.append([storage.expired() for storage in letting_go.watched])
+        return plain(call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(router._kernels, ("torch_sdpa", ()), watching)
+        hand_over(sampling.Run(override("torch_sdpa")), letting_go, MASKS["gap"])
+    assert free == [[False, True, True]]
+
+
+@pytest.mark.parametrize("mode", ["watch", "enforce"])
+def test_the_guard_keeps_what_it_checks_and_no_more(letting_go: LettingGo, mode: str) -> None:
+    config = AttentionConfig(default=AttentionSpec("emulated_int8"), accuracy="quantized", guard=mode, source="node")
+    run = sampling.Run(host.Override((config,)))
+    for _ in range(4):
+        hand_over(run, letting_go)
+    assert letting_go.free == [[False] * 3, *[[True] * 3] * 3]  # the first call is checked, then the ninth or later

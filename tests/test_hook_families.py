@@ -133,7 +133,7 @@ def test_masked_families_leave_hidden_keys_out(comfy: Path, name: str, monkeypat
     treatments, sources = HONOURED[name]
     assert {row["mask"] for row in last_run()["rows"]} == treatments
     assert max(most) == sources
-    assert last_run()["notes"] == []
+    assert [note for note in last_run()["notes"] if not note.startswith("recommended for")] == []
 
 
 @pytest.mark.parametrize("name", ROUTED)
@@ -191,7 +191,7 @@ def test_int8_gives_nearly_the_same_picture(comfy: Path, name: str) -> None:
     assert ran == {
         (role, "torch_sdpa", FORBIDDEN) if role in refused else (role, "emulated_int8", None) for role in roles
     }
-    assert last_run()["notes"] == []
+    assert [note for note in last_run()["notes"] if not note.startswith("recommended for")] == []
 
 
 # The only other backend that runs on a CPU. One family: it compiles a kernel for each kind of call, which takes tens of
@@ -213,7 +213,7 @@ def test_each_role_gets_its_own_backend(comfy: Path, name: str) -> None:
         model = with_role(model, role, backend)
     assert_close(tiny_sampling.sample(model, name), stock)
     assert {(row["role"], row["backend"]) for row in last_run()["rows"]} == set(wanted.items())
-    assert last_run()["notes"] == []
+    assert [note for note in last_run()["notes"] if not note.startswith("recommended for")] == []
 
 
 def test_a_model_that_bypasses_the_hook_is_told(comfy: Path) -> None:

@@ -218,4 +218,4 @@ def test_the_front_end_shows_names_and_help(tmp_path: Path, setting: str, shown:
     assert title == texts["display_name"]
     assert outputs == [output["name"] for output in texts["outputs"].values()]
     assert heading == page("AttentionReport", shown).splitlines()[0].removeprefix("# ")
-    assert rows == 6  # a head and the rows of two tables
+    assert rows == 7  # a head and the rows of two tables

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from attention_backends.devtools.server import Server, WorkflowError
 from browser import load_workflow, open_comfyui, why_no_browser
+from panel_pictures import keep
 from server_harness import ROOT, start_server
 from test_web import words
+from workflow_graphs import Graph, embedded, ksampler
 
 pytestmark = [
     pytest.mark.comfy,
@@ -85,7 +87,7 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
         account = run_workflow(page, server)
         panel = open_tab(page)
         panel.locator("tbody tr").first.wait_for()
-        page.screenshot(path=tmp_path / f"panel_{nodes_2}.png")
+        page.screenshot(path=keep(tmp_path, f"panel_{nodes_2}.png"))
 
         calls = 4 * steps
         assert sorted(row[:4] for row in table(panel)) == [
@@ -123,7 +125,7 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_p
         line = page.locator(LINE)
         line.wait_for(timeout=20_000)
         assert line.inner_text() == "⚠ cudnn_attn cannot run here: device cpu not in (cuda)"
-        page.screenshot(path=tmp_path / f"warning_{nodes_2}.png")
+        page.screenshot(path=keep(tmp_path, f"warning_{nodes_2}.png"))
         account = run_workflow(page, server)
         fallbacks = sum(row["calls"] for row in account["rows"] if row["reason"])
         assert fallbacks == 4 * steps
@@ -195,7 +197,7 @@ def test_every_value_can_be_read_at_300_px(server: Server, tmp_path: Path) -> No
         for width in (300, 460, 900):
             panel.evaluate("(panel, width) => { panel.style.width = `${width}px` }", width)
             page.wait_for_timeout(200)
-            panel.screenshot(path=tmp_path / f"table_{width}.png")
+            panel.screenshot(path=keep(tmp_path, f"table_{width}.png"))
             cut = panel.evaluate(CUT_OFF)
             assert cut == [] or width == 900, (width, cut)
         assert "device cpu not in (cuda)" in panel.locator("tbody").inner_text()
@@ -229,12 +231,43 @@ def test_the_table_sorts_and_works_by_keyboard(server: Server, tmp_path: Path) -
         strip.focus()
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowDown")
-        assert "model call 2: torch_sdpa, 1" in panel.locator(".ab-heat .ab-caption").inner_text()
+        assert "step 1: torch_sdpa, 1" in panel.locator(".ab-heat .ab-caption").inner_text()
         roles = panel.evaluate(
             "panel => [...panel.querySelectorAll('button, input, canvas, code')]"
             ".filter(e => !(e.innerText || e.getAttribute('aria-label') || e.closest('label'))).length"
         )
         assert roles == 0  # everything that can be used has a name
+        assert ours(page) == []
+
+
+def test_the_strip_shows_a_schedule_step_by_step(server: Server, tmp_path: Path) -> None:
+    """A sampler with two model calls in a step: the picture is over steps all the same."""
+    graph = Graph("")
+    model, settings = embedded(graph)
+    model = graph.selector(model, "torch_sdpa")
+    model = graph.add("AttentionSchedule", model=model, backend="sdpa_math", when="steps", window="1-2,last 1", role="")
+    graph.nodes[model[0]]["inputs"]["blocks"] = ""
+    settings |= {"steps": 6, "cfg": 1.0, "sampler_name": "dpmpp_2s_ancestral", "scheduler": "simple"}
+    graph.add(
+        "PreviewImage", images=graph.add("AttentionDemoImage", samples=ksampler(graph, model, **settings), scale=2)
+    )
+    server.run(graph.nodes)
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        panel = open_tab(page)
+        strip = panel.get_by_role("img")
+        strip.wait_for()
+        assert "8 roles and blocks over 6 steps" in strip.get_attribute("aria-label")
+        strip.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowLeft")
+        seen = []
+        for _ in range(6):
+            seen.append(panel.locator(".ab-heat .ab-caption").inner_text())
+            page.keyboard.press("ArrowRight")
+        panel.screenshot(path=keep(tmp_path, "schedule.png"))
+        backends = ["torch_sdpa", "sdpa_math", "sdpa_math", "torch_sdpa", "torch_sdpa", "sdpa_math"]
+        places = [f"self, block blocks.0, step {step}: {backend}, " for step, backend in enumerate(backends)]
+        assert [text[: len(place)] for text, place in zip(seen, places, strict=True)] == places
         assert ours(page) == []
 
 
@@ -249,6 +282,11 @@ def test_what_the_guard_found_is_listed(server: Server, tmp_path: Path) -> None:
         assert items.count() == min(8, len(found))
         checked = f"{found[0]['block']}, emulated_int8: {found[0]['checked']} calls checked"
         assert checked in items.first.inner_text()
+        limit = found[0]["relative_l2_limit"]
+        assert limit == 0.1  # of kernels that quantise, as docs/guard.md has it
+        assert f"relative L2 {found[0]['relative_l2']:g} (limit {limit:g})" in items.first.inner_text()
+        errors = [float(text.split("relative L2 ")[1].split()[0]) for text in items.all_inner_texts()]
+        assert errors == sorted(errors, reverse=True)
         assert ours(page) == []
 
 
@@ -264,10 +302,10 @@ def test_missing_backends_have_commands_for_this_interpreter(server: Server, tmp
         assert panel.locator("code").all_inner_texts() == commands
         entries = panel.locator(".ab-backends > li").all_inner_texts()
         assert len(entries) == len(machine["backends"])
-        page.screenshot(path=tmp_path / "machine.png")
+        page.screenshot(path=keep(tmp_path, "machine.png"))
         for width in (300, 460):
             panel.evaluate("(panel, width) => { panel.style.width = `${width}px` }", width)
-            page.screenshot(path=tmp_path / f"machine_{width}.png")
+            page.screenshot(path=keep(tmp_path, f"machine_{width}.png"))
         assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
         assert ours(page) == []
 
@@ -282,8 +320,10 @@ def synthetic(rows: int) -> dict[str, Any]:
              "ms": None, "mask": f"mask {i}", "asked": None, "source": "default", "reason": None} for i in range(rows)
         ],
         "audit": [],
-        "windows": [{"first": i + 1, "last": i + 1, "cells": [[row, 1, None] for row in range(i, rows, 64)]}
-                    for i in range(64)],
+        "windows": [
+            {"first": i + 1, "last": i + 1, "steps": [i, i], "cells": [[row, 1, None] for row in range(i, rows, 64)]}
+            for i in range(64)
+        ],
     }  # fmt: skip
 
 
@@ -306,6 +346,48 @@ def test_ten_thousand_calls_render_in_under_100_ms(server: Server, tmp_path: Pat
     with open_comfyui(server.url, tmp_path / "profile") as page:
         times = page.evaluate(script, [f"/extensions/{ROOT.name}", synthetic(10_000)])
         assert sorted(times)[2] < 100, times
+        for steps, known, shown in COLUMNS:
+            windows = [{"first": i + 1, "last": i + 1, "steps": one, "cells": [[0, 1, None]]}
+                       for i, one in enumerate(steps)]  # fmt: skip
+            found = page.evaluate(PARTS, [f"/extensions/{ROOT.name}", windows])
+            assert [found["steps"], found["parts"]] == [known, shown], steps
+        alarm = {"role": "self", "block": "blocks.3", "backend": "sage_attn", "checked": 4, "relative_l2": 0.3,
+                 "relative_l2_limit": 0.1, "alarms": 1, "first_alarm": "relative L2 0.3 of a head > 0.1"}  # fmt: skip
+        assert page.evaluate(GUARDED, [f"/extensions/{ROOT.name}", {**synthetic(1), "guard": [alarm]}]) == (
+            f"run.guarded; {alarm['first_alarm']}"
+        )
+        summary = page.evaluate(TUNED, [f"/extensions/{ROOT.name}", words()["tuning"]])
+        assert summary == "tuning, kinds of call: 6 (1 known from before, 2 decided in this run, 3 still being tried)"
+
+
+PARTS = """async ([base, windows]) => {
+  const strip = await import(`${base}/heat_strip.js`)
+  const { steps, parts } = strip.parts(windows)
+  return { steps, parts: parts.map(({ first, last, label, cells }) => [first, last, label, cells.length]) }
+}"""
+COLUMNS: list[tuple[list[Any], bool, list[Any]]] = [
+    ([[0, 0], [1, 1], [2, 2]], True, [[0, 0, "0", 1], [1, 1, "1", 1], [2, 2, "2", 1]]),
+    ([[0, 0], [0, 0], [1, 1]], True, [[0, 0, "0", 2], [1, 1, "1", 1]]),  # two model calls in a step
+    ([[0, 1], [1, 2], [3, 3]], True, [[0, 1, "0-1", 1], [2, 2, "1-2", 1], [3, 3, "3", 1]]),  # windows end inside one
+    ([[5, 5], [7, 9]], True, [[5, 5, "5", 1], [7, 9, "7-9", 1]]),  # a part of a schedule, and a step left out
+    ([[0, 0], None], False, [[1, 1, "1", 1], [2, 2, "2", 1]]),  # not known: model calls
+    ([[0, 0], [1, 1], [0, 0]], False, [[1, 1, "1", 1], [2, 2, "2", 1], [3, 3, "3", 1]]),  # two samplers
+]
+"""Steps of windows; whether the picture is over steps; its columns: from, to, label, cells."""
+
+GUARDED = """async ([base, run]) => {
+  const { showRun, firstView } = await import(`${base}/run_view.js`)
+  const place = document.createElement('div')
+  showRun(place, run, firstView(), (key) => key)
+  return place.querySelector('.ab-guard li').textContent
+}"""
+"""What a run's list of bad checks says; words are their keys."""
+
+TUNED = """async ([base, words]) => {
+  const { tuned } = await import(`${base}/run_view.js`)
+  const say = (key, values = {}) => words[key.split('.')[1]].replace(/\\{(\\w+)\\}/g, (_, name) => values[name])
+  return tuned({ state: 'tuning', kinds: 6, from_store: 1, decided: 2, open: 3, not_tuned: 0 }, say).textContent
+}"""
 
 
 def test_two_tabs_a_cancelled_run_and_live_figures(server: Server, tmp_path: Path) -> None:
@@ -373,11 +455,11 @@ def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palett
         panel = open_tab(page)
         panel.locator("tbody tr").first.wait_for()
         panel.get_by_text("Can run here (").wait_for(timeout=60_000)
-        page.screenshot(path=tmp_path / f"{palette}.png")
+        page.screenshot(path=keep(tmp_path, f"{palette}.png"))
         panel.get_by_role("button", name="By time").click()
         panel.get_by_label("One row for each block").check()
         panel.evaluate("panel => { panel.style.width = '300px' }")
-        page.screenshot(path=tmp_path / f"{palette}_300.png")
+        page.screenshot(path=keep(tmp_path, f"{palette}_300.png"))
         assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
         contrast = panel.evaluate(CONTRAST)
         assert contrast["worst"] >= 4.5, contrast

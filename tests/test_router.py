@@ -120,8 +120,20 @@ def test_a_model_that_forbids_low_precision_wins_without_breaking_strict() -> No
 
 
 def test_a_name_that_no_backend_has_is_a_reason() -> None:
-    decision = router().select(CALL, named("measured"))
-    assert decision.reason == "measured: not a backend of this version"
+    decision = router().select(CALL, named("later_attn"))
+    assert decision.reason == "later_attn: not a backend of this version"
+
+
+def test_measured_without_a_measurement_is_auto_with_a_note_and_never_refuses() -> None:
+    for strict in (False, True):
+        decision = router(Fake("flash_attn")).select(CALL, named("measured"), strict=strict)
+        assert (decision.backend, decision.asked, decision.source) == ("flash_attn", "measured", "node.default")
+        assert decision.notes == ("measured: nothing was measured or is measured here, so it is what auto takes",)
+        assert not decision.is_fallback
+        assert decision.reason is None
+    wide = router(Fake("flash_attn")).select(WIDE, named("measured"), strict=True)
+    assert wide.rejected == (Rejection("flash_attn", ("head_dim 256 > 128",)),)
+    assert wide.backend == "torch_sdpa"
 
 
 def test_the_last_resort_is_what_comfyui_would_run() -> None:

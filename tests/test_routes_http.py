@@ -126,7 +126,7 @@ def test_settings_hold_without_a_restart_and_over_one(server: Server) -> None:
     assert (status, after["machine"]["hub"]["value"], after["machine"]["log_level"]["value"]) == (200, True, "DEBUG")
     assert asked(server, "/machine")[1]["platform"]["hub"] is True
     kept = json.loads((server.folder / "user" / "attention_backends.json").read_text(encoding="utf-8"))
-    assert kept == {"hub": True, "log_level": "DEBUG"}
+    assert kept == {"hub": True, "log_level": "DEBUG", "trace": "full"}
     assert changed(server, {"hub": False, "log_level": ""})[1]["machine"]["hub"]["value"] is False
 
 
@@ -134,9 +134,10 @@ def test_settings_hold_without_a_restart_and_over_one(server: Server) -> None:
     ("body", "status", "why"),
     [
         ({"hub": "yes"}, 400, "hub must be true or false, not 'yes'"),
-        ({"hubs": True}, 400, "unknown setting hubs; known: hub, log_level"),
+        ({"hubs": True}, 400, "unknown setting hubs; known: hub, log_level, trace"),
         ({"log_level": ["DEBUG"]}, 400, "log_level ['DEBUG'] is not one of DEBUG, INFO, WARNING, ERROR, or empty"),
-        ([], 400, "expected an object with one or more of: hub, log_level"),
+        ({"trace": "some"}, 400, "trace 'some' is not one of full, sampled, off"),
+        ([], 400, "expected an object with one or more of: hub, log_level, trace"),
         ({"log_level": "x" * 5000}, 413, "more than 4096 bytes"),
     ],
 )

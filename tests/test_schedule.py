@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said_with_what_is_accepted(read: str, text: Any, messa
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({}, "says where it holds: steps, percent, sigmas, blocks or role"),
+        ({}, "says where it holds: steps, percent, sigmas, blocks, role or masked"),
         ({"role": "  ", "steps": ""}, "says where it holds"),
         ({"steps": "0", "sigmas": "1-0"}, "steps and sigmas in one entry"),
         ({"role": 3}, "role must be text"),

@@ -11,8 +11,10 @@ import pytest
 from attention_backends.devtools.server import Server
 from browser import load_workflow, open_comfyui, why_no_browser
 from make_workflows import UI_FORM
+from panel_pictures import keep
 from server_harness import start_server
-from test_panel import RENDERERS, ours
+from test_panel import RENDERERS, open_tab, ours, run_workflow, workflow
+from test_routes_http import changed
 
 pytestmark = [
     pytest.mark.comfy,
@@ -60,8 +62,10 @@ def choose(page: Any, values: dict[str, Any]) -> None:
 @RENDERERS
 def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     saved = json.loads((UI_FORM / "per_role.json").read_text(encoding="utf-8"))
-    inputs = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]["input"]["required"]
-    backend, *defaults = [inputs[name][1]["default"] for name in ("backend", "accuracy", "strict", "guard")]
+    groups = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]["input"]
+    inputs = {**groups["required"], **groups["optional"]}
+    names = ("backend", "accuracy", "strict", "guard", "recommended")
+    backend, *defaults = [inputs[name][1]["default"] for name in names]
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         load_workflow(page, saved)
         before, *values = page.evaluate(ADD, "AttentionBackendSelector")
@@ -69,7 +73,7 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
         choose(page, CHOSEN)
         assert page.evaluate(VALUES, before) == values  # it exists: it stays
         _, *values = page.evaluate(ADD, "AttentionBackendSelector")
-        assert values == ["torch_sdpa", "quantized", True, "enforce"]
+        assert values == ["torch_sdpa", "quantized", True, "enforce", defaults[-1]]
 
         number, *values = page.evaluate(ADD, "PerRoleAttentionConfig")
         assert values == ["self", "sdpa_flash", ""]
@@ -91,7 +95,7 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
         found = page.evaluate("() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').id")
         assert page.evaluate(VALUES, found) == ["comfy", *defaults]
         assert page.evaluate(COPY, found)[0] == "comfy"
-        choose(page, dict(zip(CHOSEN, (backend, "auto", "auto", *defaults), strict=True)))
+        choose(page, dict(zip(CHOSEN, (backend, "auto", "auto", *defaults[:3]), strict=True)))
         assert ours(page) == []
 
 
@@ -105,7 +109,7 @@ def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tm
         hub = dialog.get_by_label("Downloads of kernels from the Hugging Face Hub").last
         hub.wait_for()
         page.wait_for_timeout(500)
-        page.screenshot(path=tmp_path / "settings.png")
+        page.screenshot(path=keep(tmp_path, "settings.png"))
         words = dialog.inner_text()
         for text in ("Backend for role cross", "Strict", "Guard", "DIFFUSION_ATTENTION_BACKEND=torch_sdpa"):
             assert text in words
@@ -113,7 +117,7 @@ def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tm
         level = dialog.get_by_label("Log of this pack").last
         level.select_option("DEBUG")
         page.wait_for_timeout(500)
-        assert json.loads(kept.read_text(encoding="utf-8")) == {"hub": True, "log_level": "DEBUG"}
+        assert json.loads(kept.read_text(encoding="utf-8")) == {"hub": True, "log_level": "DEBUG", "trace": "full"}
         assert server.get("/attention_backends/machine?backend=torch_sdpa")["platform"]["hub"] is True
         hub.uncheck()
         page.wait_for_timeout(500)
@@ -121,9 +125,38 @@ def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tm
         assert ours(page) == []
 
 
+@RENDERERS
+def test_a_changed_setting_holds_for_the_next_run(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    steps = 5 + nodes_2  # the second time nothing may come from the cache
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        load_workflow(page, workflow(steps=steps))
+        assert len(run_workflow(page, server)["windows"]) == steps
+        panel = open_tab(page)
+        panel.locator("canvas").wait_for()
+        page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_text("Attention Backends", exact=True).first.click()
+        times = dialog.get_by_label("Times in the account of a run").last
+        assert times.locator("option").all_inner_texts() == ["of every call", "of some model calls", "none"]
+        times.select_option("none")
+        page.wait_for_timeout(500)
+        assert server.get("/attention_backends/settings")["machine"]["trace"] == {"value": "off", "variable": None}
+        page.keyboard.press("Escape")
+        load_workflow(page, workflow(steps=steps + 2))
+        account = run_workflow(page, server)
+        assert (account["windows"], account["rows"][0]["ms"]) == ([], None)
+        assert sum(row["calls"] for row in account["rows"]) == 8 * (steps + 2)
+        panel.locator("canvas").wait_for(state="detached")  # no times, no picture of them; the table stays
+        calls = sum(int(text) for text in panel.locator("tbody .ab-number").all_inner_texts())
+        assert calls == 8 * (steps + 2)
+        assert changed(server, {"trace": "full"})[0] == 200
+        assert ours(page) == []
+
+
 def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
+    held = {"ATTENTION_BACKENDS_HUB": "1", "ATTENTION_BACKENDS_TRACE": "sampled"}
     with (
-        start_server(extra_nodes=(), environ={"ATTENTION_BACKENDS_HUB": "1"}) as server,
+        start_server(extra_nodes=(), environ=held) as server,
         open_comfyui(server.url, tmp_path / "profile") as page,
     ):
         page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
@@ -133,6 +166,16 @@ def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
         hub = dialog.get_by_label("Downloads of kernels from the Hugging Face Hub").last
         assert hub.is_checked()
         assert hub.is_disabled()
+        dialog.get_by_text("set by ATTENTION_BACKENDS_TRACE").wait_for()
+        times = dialog.get_by_label("Times in the account of a run").last
+        assert times.is_disabled()
+        assert times.input_value() == "sampled"
+        for change, variable in (({"hub": False}, "HUB"), ({"trace": "off", "log_level": "DEBUG"}, "TRACE")):
+            status, answer = changed(server, change)
+            assert status == 409
+            assert f"set by the environment variable ATTENTION_BACKENDS_{variable}" in answer["error"]
+        settings = server.get("/attention_backends/settings")["machine"]
+        assert [settings[name]["value"] for name in ("hub", "trace", "log_level")] == [True, "sampled", ""]
 
 
 def test_command_key_menu_and_badge(server: Server, tmp_path: Path) -> None:

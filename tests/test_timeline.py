@@ -1,31 +1,45 @@
-"""The timeline of a run: nothing is lost in it, it stays short, and it costs next to nothing."""
+"""The timeline of a run: nothing is lost in it, it stays short, nothing waits for it, and it costs next to nothing."""
 
 from __future__ import annotations
 
 from time import perf_counter
 
 import pytest
+import torch
+from attention_backends.backends.device_clock import DeviceClock
+from attention_backends.backends.steps import Steps
 from attention_backends.backends.timeline import MOST
-from attention_backends.backends.trace import Trace
+from attention_backends.backends.trace import Row, Trace
+from test_device_clock import Gpu
+
+SIGMAS = torch.linspace(1.0, 0.0, 11)
+"""Of ten steps."""
 
 
-def run(device: str, model_calls: int, rows: int = 4) -> Trace:
+def rows_of(trace: Trace, rows: int = 4) -> list[Row]:
+    return [trace.row("self", str(block), "torch_sdpa", "default", "none", None, None) for block in range(rows)]
+
+
+def run(clock: DeviceClock | None, model_calls: int) -> Trace:
     """Each model call runs each row once, and takes 1 ms in it; the first row falls silent after half of them."""
-    trace = Trace(device=device)
-    made = [trace.row("self", str(block), "torch_sdpa", "default", "none", None, None) for block in range(rows)]
+    trace = Trace(mode="full")
+    rows = rows_of(trace)
     for call in range(model_calls):
-        for number, row in enumerate(made):
+        for number, row in enumerate(rows):
             if number or call < model_calls // 2:
                 row.calls += 1
-                row.nanoseconds += 1_000_000
-        trace.end_of_model_call()
+                row.launches += 1
+                if clock is not None:
+                    row.took(1.0)
+        trace.end_of_model_call(clock)
+    trace.end_of_run()
     return trace
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "no clock"])
 @pytest.mark.parametrize("model_calls", [1, 7, MOST, MOST + 1, 1000])
-def test_the_windows_add_up_and_follow_one_another(device: str, model_calls: int) -> None:
-    trace = run(device, model_calls)
+def test_the_windows_add_up_and_follow_one_another(kind: str, model_calls: int) -> None:
+    trace = run(DeviceClock("cpu") if kind == "cpu" else None, model_calls)
     windows = trace.windows()
     assert len(windows) <= MOST
     edges = [edge for window in windows for edge in (window["first"], window["last"])]
@@ -38,35 +52,136 @@ def test_the_windows_add_up_and_follow_one_another(device: str, model_calls: int
         counted[row][0] += calls
         counted[row][1] += milliseconds or 0.0
     assert [calls for calls, _ in counted] == [row["calls"] for row in rows]
-    if device == "cpu":
+    if kind == "cpu":
         assert [total for _, total in counted] == pytest.approx([row["ms"] for row in rows])
+        assert all(row["timed"] == row["calls"] for row in rows)
+    else:
+        assert all(row["ms"] is None and row["timed"] == 0 for row in rows)
 
 
-def test_where_times_mean_nothing_equal_model_calls_share_a_window() -> None:
-    windows = run("cuda", 1000).windows()
-    assert [(window["first"], window["last"]) for window in windows] == [(1, 500), (501, 1000)]
-    assert windows[0]["cells"][0] == [0, 500, None]
+def test_without_times_equal_model_calls_share_a_window() -> None:
+    windows = run(None, 60).windows()
+    assert [(window["first"], window["last"]) for window in windows] == [(1, 30), (31, 60)]
+    assert windows[0]["cells"][0] == [0, 30, None]
 
 
 def test_a_row_that_never_ran_is_counted_by_nobody() -> None:
-    trace = Trace(device="cpu")
+    trace = Trace(mode="full")
     trace.row("self", "0", "sage_attn", "default", "none", None, None)  # planned, then its kernel failed
     ran = trace.row("self", "0", "torch_sdpa", "default", "none", "failed", None)
-    ran.calls += 1
-    trace.end_of_model_call()
+    ran.calls = ran.launches = 1
+    ran.took(2.0)
+    trace.end_of_model_call(DeviceClock("cpu"))
     assert trace.as_dict()["rows"][0]["backend"] == "torch_sdpa"
-    assert trace.windows()[0]["cells"] == [[0, 1, 0.0]]
+    assert trace.windows()[0]["cells"] == [[0, 1, 2.0]]
+
+
+def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() -> None:
+    """Each model call takes 1 ms more than the one before; the device is two of them behind, then comes to rest."""
+    gpu, trace = Gpu(), Trace(mode="full")
+    clock = gpu.clock()
+    trace.clocks.append(clock)
+    row = rows_of(trace, 1)[0]
+    for number in range(1, 6):
+        token = clock.start()
+        gpu.work(number)
+        clock.stop(token, row.took)
+        row.calls += 1
+        row.launches += 1
+        gpu.done = sum(range(number - 1))
+        trace.end_of_model_call(clock)
+    assert gpu.synchronised == 0
+    assert [window["cells"][0][2] for window in trace.windows()] == [1.0, 2.0, 3.0, None]
+    assert trace.windows()[-1]["cells"] == [[0, 2, None]], "two whose times are under way"
+    assert trace.as_dict()["rows"][0]["timed"] == 3
+    trace.end_of_run()
+    assert [window["cells"] for window in trace.windows()] == [[[0, 1, float(number)]] for number in range(1, 6)]
+    assert trace.as_dict()["rows"][0]["ms"] == 15.0
+
+
+def test_a_row_of_which_some_calls_were_timed_says_how_many() -> None:
+    trace = Trace(mode="full")
+    row = rows_of(trace, 1)[0]
+    row.calls, row.launches = 30, 60  # a mask divides each call into two
+    for _ in range(20):
+        row.took(1.5)
+    told = trace.as_dict()["rows"][0]
+    assert (told["timed"], told["ms"]) == (10, 90.0)
+
+
+def test_each_window_has_its_steps() -> None:
+    """A sampler that calls the model twice per step, the second time between two sigmas."""
+    trace = Trace(mode="full")
+    row = rows_of(trace, 1)[0]
+    for step in range(10):
+        for sigma in (SIGMAS[step], (SIGMAS[step] + SIGMAS[step + 1]) / 2):
+            row.calls += 1
+            row.launches += 1
+            row.took(1.0)
+            trace.end_of_model_call(DeviceClock("cpu"), None, sigma.repeat(2), SIGMAS)
+    windows = trace.windows()
+    assert [window["steps"] for window in windows] == [[step, step] for step in range(10) for _ in range(2)]
+    trace.end_of_model_call(DeviceClock("cpu"))  # and a model call outside any sampler
+    assert trace.windows()[-1]["steps"] is None
+
+
+def test_long_windows_have_more_than_one_step() -> None:
+    trace = Trace(mode="full")
+    row = rows_of(trace, 1)[0]
+    schedule = torch.linspace(1.0, 0.0, 201)
+    for sigma in schedule[:-1]:
+        row.calls += 1
+        row.launches += 1
+        row.took(1.0)  # else they would become one window
+        trace.end_of_model_call(DeviceClock("cpu"), None, sigma[None], schedule)
+    steps = [step for window in trace.windows() for step in window["steps"]]
+    assert (steps[0], steps[-1]) == (0, 199)
+    assert steps[2::2] == [step + 1 for step in steps[1:-1:2]]
+
+
+def test_a_sigma_that_cannot_be_copied_ahead_is_not_read_inside_a_run() -> None:
+    steps, elsewhere = Steps(), SIGMAS.to("meta")  # reading it raises, as waiting would be wrong
+    steps.add(1, elsewhere[:1], elsewhere)
+    steps.settle(1)
+    assert steps.between(1, 1) is None
+    assert len(steps._waiting) == 1
+
+
+@pytest.mark.gpu
+def test_on_a_card_sigmas_are_read_without_waiting() -> None:
+    """The last sigma is given while much work waits before it; its step is known when the work is done."""
+    trace = Trace(mode="full")
+    clock = trace.new_clock("cuda")
+    schedule, matrix = SIGMAS.cuda(), torch.randn(4096, 4096, device="cuda")
+    row = rows_of(trace, 1)[0]
+    torch.cuda.synchronize()
+    with torch.inference_mode():
+        for step in range(10):
+            token = clock.start(matrix.device)
+            for _ in range(20):
+                matrix @ matrix
+            clock.stop(token, row.took)
+            row.calls += 1
+            row.launches += 1
+            trace.end_of_model_call(clock, matrix.device, schedule[step] * torch.ones(2, device="cuda"), schedule)
+        assert trace.windows()[-1]["steps"] != [9, 9], "it waited"
+        torch.cuda.synchronize()
+    trace.end_of_run()
+    assert [window["steps"] for window in trace.windows()] == [[step, step] for step in range(10)]
+    assert all(window["cells"][0][2] > 0 for window in trace.windows())
 
 
 def test_it_costs_less_than_a_thousandth_of_a_model_call_of_half_a_second() -> None:
-    trace = run("cpu", 1, rows=200)
-    best = min(_seconds(trace) for _ in range(20))
-    assert best < 0.5e-3
+    trace = Trace(mode="full")
+    rows, clock = rows_of(trace, 200), DeviceClock("cpu")
+    assert min(_seconds(trace, rows, clock) for _ in range(20)) < 0.5e-3
 
 
-def _seconds(trace: Trace) -> float:
-    for row in trace.rows.values():
+def _seconds(trace: Trace, rows: list[Row], clock: DeviceClock) -> float:
+    for row in rows:
         row.calls += 1
+        row.launches += 1
+        row.took(1.0)
     start = perf_counter()
-    trace.end_of_model_call()
+    trace.end_of_model_call(clock, None, SIGMAS[:2], SIGMAS)
     return perf_counter() - start

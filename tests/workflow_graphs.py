@@ -35,9 +35,8 @@ class Graph:
         return [number, 0]
 
     def selector(self, model: Link, backend: str, title: str = "") -> Link:
-        return self.add(
-            "AttentionBackendSelector", title, model=model, backend=backend, accuracy="exact", strict=False, guard="off"
-        )
+        settings: dict[str, Any] = {"accuracy": "exact", "strict": False, "guard": "off", "recommended": False}
+        return self.add("AttentionBackendSelector", title, model=model, backend=backend, **settings)
 
 
 def output(link: Link, number: int) -> Link:

@@ -1,4 +1,4 @@
-/** A picture of a run: roles and blocks downwards, model calls to the right, coloured by backend or by time. */
+/** A picture of a run: roles and blocks downwards, steps to the right, coloured by backend or by time. */
 
 import { element } from './dom.js'
 
@@ -6,6 +6,9 @@ import { element } from './dom.js'
  * @typedef {import('./server.js').Run} Run
  * @typedef {{ role: string, block: string }} Line
  * @typedef {{ calls: number, ms: number | null, backend: string, most: number }} Cell
+ * @typedef {import('./server.js').Window} Window
+ * @typedef {{ first: number, last: number, label: string, cells: Window['cells'] }} Part
+ * @typedef {{ first: number, last: number, label: string, cells: Map<number, Cell> }} Column
  */
 
 /** Told apart by people with any colour vision, on light and dark ground (Okabe and Ito). */
@@ -14,8 +17,38 @@ const TIME_COLOUR = '#d55e00'
 const MOST_COLUMNS = 512
 
 /**
+ * The parts of a run to the right: the sampler's steps, from 0, or where they are not known its model calls, from 1.
+ * Model calls of one step are one part. `label` differs from the place where a part begins inside a step.
+ *
+ * @param {Window[]} windows
+ * @returns {{ steps: boolean, parts: Part[] }}
+ */
+export function parts(windows) {
+  /** @type {Part[]} */
+  const found = []
+  for (const { steps, cells } of windows) {
+    const before = found.at(-1)
+    // Two samplers in one run begin at step 0 twice.
+    if (!steps || (before && steps[0] < before.last)) return { steps: false, parts: windows.map((one) => part(one)) }
+    const [first, last] = steps
+    if (before && last === before.last) before.cells = [...before.cells, ...cells]
+    else found.push(part({ first: before?.last === first ? first + 1 : first, last, cells }, first))
+  }
+  return { steps: found.length > 0, parts: found }
+}
+
+/**
+ * @param {{ first: number, last: number, cells: Window['cells'] }} window
+ * @param {number} from where it really begins
+ * @returns {Part}
+ */
+function part({ first, last, cells }, from = first) {
+  return { first, last, cells, label: from === last ? `${last}` : `${from}-${last}` }
+}
+
+/**
  * @param {Run} run
- * @returns {{ lines: Line[], columns: { first: number, last: number, cells: Map<number, Cell> }[] }}
+ * @returns {{ lines: Line[], steps: boolean, columns: Column[] }}
  */
 export function grid(run) {
   /** @type {Line[]} */
@@ -31,25 +64,23 @@ export function grid(run) {
       lines.push({ role, block })
     }
   }
-  const windows = run.windows.length
-    ? run.windows
-    : [{ first: 1, last: 1, cells: run.rows.map((row, index) => /** @type {const} */ ([index, row.calls, row.ms])) }]
-  const columns = windows.map(({ first, last, cells }) => {
+  const { steps, parts: found } = parts(run.windows)
+  const columns = found.map(({ first, last, label, cells }) => {
     /** @type {Map<number, Cell>} */
-    const found = new Map()
+    const inside = new Map()
     for (const [index, calls, ms] of cells) {
       const row = run.rows[index]
       if (!row) continue
       const line = numbers.get(`${row.role}\n${row.block}`) ?? 0
-      const cell = found.get(line) ?? { calls: 0, ms: null, backend: row.backend, most: 0 }
+      const cell = inside.get(line) ?? { calls: 0, ms: null, backend: row.backend, most: 0 }
       cell.calls += calls
       if (ms !== null) cell.ms = (cell.ms ?? 0) + ms
       if (calls > cell.most) [cell.most, cell.backend] = [calls, row.backend]
-      found.set(line, cell)
+      inside.set(line, cell)
     }
-    return { first, last, cells: found }
+    return { first, last, label, cells: inside }
   })
-  return { lines, columns }
+  return { lines, steps, columns }
 }
 
 /**
@@ -61,9 +92,11 @@ export function grid(run) {
  * @returns {HTMLElement}
  */
 export function heatStrip(run, by, say) {
-  const { lines, columns } = grid(run)
-  const last = columns.at(-1)?.last ?? 1
-  const scale = Math.min(1, MOST_COLUMNS / last)
+  const { lines, steps, columns } = grid(run)
+  const begin = columns[0]?.first ?? 1
+  const length = (columns.at(-1)?.last ?? 1) - begin + 1
+  const scale = Math.min(1, MOST_COLUMNS / length)
+  const unit = steps ? 'steps' : 'calls'
   const backends = [...new Set(run.rows.map((row) => row.backend))]
   const colour = (/** @type {string} */ backend) => COLOURS[backends.indexOf(backend) % COLOURS.length]
   const rate = (/** @type {Cell} */ cell, /** @type {{ first: number, last: number }} */ window) =>
@@ -73,19 +106,19 @@ export function heatStrip(run, by, say) {
 
   const canvas = element('canvas', {
     className: 'ab-strip',
-    width: Math.max(1, Math.round(last * scale)),
+    width: Math.max(1, Math.round(length * scale)),
     height: Math.max(1, lines.length),
     tabIndex: 0,
     role: 'img',
-    'aria-label': say('strip.label', { lines: lines.length, calls: last, backends: backends.join(', ') }),
+    'aria-label': say(`strip.label_${unit}`, { lines: lines.length, count: length, backends: backends.join(', ') }),
     'data-key': `strip ${run.number}`
   })
   canvas.style.height = `${Math.min(280, Math.max(24, lines.length * 6))}px`
   const context = canvas.getContext('2d')
   if (context) {
     for (const window of columns) {
-      const from = Math.floor((window.first - 1) * scale)
-      const width = Math.max(1, Math.floor(window.last * scale) - from)
+      const from = Math.floor((window.first - begin) * scale)
+      const width = Math.max(1, Math.floor((window.last - begin + 1) * scale) - from)
       for (const [line, cell] of window.cells) {
         const share = slowest ? rate(cell, window) / slowest : 0
         context.globalAlpha = by === 'time' ? 0.12 + 0.88 * share : 1
@@ -101,16 +134,15 @@ export function heatStrip(run, by, say) {
     const window = columns[column]
     const { role, block } = lines[line] ?? { role: '', block: '' }
     const cell = window?.cells.get(line)
-    const calls = window.first === window.last ? `${window.first}` : `${window.first}-${window.last}`
     const what = cell
       ? `${cell.backend}, ${cell.calls}${cell.ms === null ? '' : `, ${cell.ms.toFixed(2)} ms`}`
       : say('strip.none')
-    caption.textContent = say('strip.at', { role, block: block || '-', calls, what })
+    caption.textContent = say(`strip.at_${unit}`, { role, block: block || '-', where: window?.label ?? '-', what })
   }
   canvas.addEventListener('pointermove', (event) => {
     const box = canvas.getBoundingClientRect()
-    const call = Math.floor(((event.clientX - box.left) / box.width) * last) + 1
-    column = Math.max(0, columns.findIndex((window) => window.last >= call))
+    const at = Math.floor(((event.clientX - box.left) / box.width) * length) + begin
+    column = Math.max(0, columns.findIndex((window) => window.last >= at))
     line = Math.min(lines.length - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * lines.length)))
     tell()
   })
@@ -136,7 +168,7 @@ export function heatStrip(run, by, say) {
       ? backends.map((backend) => swatch(colour(backend), backend))
       : [
           swatch(`color-mix(in srgb, ${TIME_COLOUR} 12%, transparent)`, say('strip.fast')),
-          swatch(TIME_COLOUR, say('strip.slow', { ms: slowest.toFixed(2) }))
+          swatch(TIME_COLOUR, say(`strip.slow_${unit}`, { ms: slowest.toFixed(2) }))
         ]
   return element('div', { className: 'ab-heat' }, canvas, element('ul', { className: 'ab-legend' }, ...legend), caption)
 }

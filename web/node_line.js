@@ -56,7 +56,8 @@ export function nodeLines(app, events, server, say) {
   function show(node, change) {
     const line = Object.assign(lines.get(node) ?? { ran: '', warning: '' }, change)
     lines.set(node, line)
-    const said = line.warning || line.ran
+    const [ran, ...offers] = line.ran.split('\n')
+    const said = line.warning || (offers.length ? `${ran}; ${say('line.recommended')}` : ran)
     if (!said && !line.widget) return
     if (!line.text || !node.widgets?.some((widget) => widget.name === NAME)) addWidget(node, line)
     if (!line.text) return
@@ -101,19 +102,22 @@ export function nodeLines(app, events, server, say) {
     const prompt = event instanceof CustomEvent ? event.detail?.prompt_id : undefined
     if (!prompt) return
     const { runs } = await server.runs().catch(() => ({ runs: [] }))
-    /** @type {Map<string, { class_type: string, totals: Total[], fallbacks: number, stopped: boolean }>} */
+    /** @typedef {{ class_type: string, totals: Total[], fallbacks: number, stopped: boolean, offers: string[] }} Sum */
+    /** @type {Map<string, Sum>} */
     const sums = new Map()
     for (const run of runs.filter((one) => one.prompt_id === prompt)) {
       for (const { id, class_type } of run.nodes.filter((one) => SHOW_RUNS.includes(one.class_type))) {
-        const sum = sums.get(id) ?? { class_type, totals: [], fallbacks: 0, stopped: false }
+        const sum = sums.get(id) ?? { class_type, totals: [], fallbacks: 0, stopped: false, offers: [] }
         sum.totals.push(...run.totals)
         sum.fallbacks += run.fallbacks
         sum.stopped ||= run.state === 'stopped'
+        sum.offers.push(...(run.offers ?? []).filter((offer) => !sum.offers.includes(offer)))
         sums.set(id, sum)
       }
     }
-    const texts = [...sums].map(([id, { class_type, totals, fallbacks, stopped }]) => {
-      return /** @type {const} */ ([id, { class_type, text: shortLine(addedUp(totals), fallbacks, stopped, say) }])
+    const texts = [...sums].map(([id, { class_type, totals, fallbacks, stopped, offers }]) => {
+      const text = [shortLine(addedUp(totals), fallbacks, stopped, say), ...offers].join('\n')
+      return /** @type {const} */ ([id, { class_type, text }])
     })
     await runsOf.keep(prompt, texts)
     refill()

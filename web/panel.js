@@ -6,6 +6,7 @@
 import { shortLine } from './account.js'
 import { element, refill } from './dom.js'
 import { copyButton, machineView } from './machine_view.js'
+import { measuredSection } from './measured_view.js'
 import { firstView, showRun } from './run_view.js'
 import { Refused } from './server.js'
 
@@ -22,6 +23,9 @@ const EVENTS = /** @type {const} */ ([
   'status', 'execution_start', 'execution_success', 'execution_error', 'execution_interrupted', 'reconnected'
 ])
 
+/** Those after which a run may have measured something. */
+const OVER = ['execution_success', 'execution_error', 'execution_interrupted', 'reconnected']
+
 /**
  * Opens the panel in `place`.
  *
@@ -35,6 +39,7 @@ export function openPanel(place, events, server, say) {
   const status = element('p', { className: 'ab-status', role: 'status' })
   const runs = element('ul', { className: 'ab-runs' })
   const machine = element('div', {}, element('p', { className: 'ab-caption' }, say('machine.asking')))
+  const measured = measuredSection(server, say)
   const root = element(
     'div',
     { className: 'attention-backends', role: 'region', 'aria-label': say('panel.title') },
@@ -46,6 +51,12 @@ export function openPanel(place, events, server, say) {
       { 'aria-labelledby': 'ab-runs-title' },
       element('h3', { id: 'ab-runs-title' }, say('runs.title')),
       runs
+    ),
+    element(
+      'section',
+      { 'aria-labelledby': 'ab-measured-title' },
+      element('h3', { id: 'ab-measured-title' }, say('measured.title')),
+      measured.element
     ),
     element(
       'section',
@@ -105,6 +116,7 @@ export function openPanel(place, events, server, say) {
       }
       numbering = answer.numbering
       showList(answer.runs)
+      measured.newest(answer.runs[0])
       await Promise.all(answer.runs.filter((run) => open.has(run.number)).map(showOpen))
       const running = answer.runs.filter((run) => run.state === 'running').length
       status.textContent = running ? say('panel.running') : ''
@@ -186,10 +198,12 @@ export function openPanel(place, events, server, say) {
     const left = event instanceof CustomEvent ? event.detail?.exec_info?.queue_remaining : undefined
     if (typeof left === 'number') busy = left > 0
     update()
+    if (OVER.includes(event.type)) measured.update()
   }
   for (const name of EVENTS) events.addEventListener(name, onEvent)
   place.replaceChildren(root)
   update()
+  measured.update()
   showMachine()
   return {
     element: root,

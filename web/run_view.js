@@ -38,8 +38,9 @@ export function showRun(place, run, view, say) {
     place,
     element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, run.state === 'stopped', say)),
     list('ab-audit', say('run.audit'), run.audit.map((finding) => verdict(finding, say))),
-    ...(run.rows.length ? picture(run, view, say, again) : []),
+    ...(run.windows.length ? picture(run, view, say, again) : []), // none where the trace is off
     ...(run.rows.length ? table(run, view, say, again) : []),
+    list('ab-tuned', say('run.tuning'), run.tuning?.state ? [tuned(run.tuning, say)] : []),
     list('ab-reasons', say('run.reasons'), reasons),
     list('ab-guard', say('run.guard'), (run.guard ?? []).slice(0, GUARDED).map((found) => guarded(found, say))),
     list('ab-notes', say('run.notes'), run.notes),
@@ -96,9 +97,28 @@ function verdict(finding, say) {
  * @param {Say} say
  */
 function guarded(found, say) {
-  const { role, block, backend, checked, alarms, relative_l2: error } = found
-  const text = say('run.guarded', { role, block: block || '-', backend, checked, alarms, error: error ?? 'inf' })
-  return alarms ? element('span', { className: 'ab-unexplained', title: found.first_alarm ?? '' }, text) : text
+  const { role, block, backend, checked, alarms, relative_l2: error, relative_l2_limit: limit } = found
+  const text = say('run.guarded', {
+    role, block: block || '-', backend, checked, alarms, error: error ?? 'inf', limit: limit ?? '-'
+  })
+  return alarms ? element('span', { className: 'ab-unexplained' }, `${text}; ${found.first_alarm ?? ''}`) : text
+}
+
+/**
+ * What became of the kinds of call for which `measured` was asked for.
+ *
+ * @param {import('./server.js').Tuning} tuning
+ * @param {Say} say
+ */
+export function tuned(tuning, say) {
+  const counts = /** @type {const} */ (['from_store', 'decided', 'open', 'not_tuned']).filter((name) => tuning[name])
+  const words = counts.map((name) => say(`tuning.${name}`, { count: tuning[name] })).join(', ')
+  return element(
+    'span',
+    {},
+    element('strong', { className: `ab-${tuning.state}` }, say(`tuning.${tuning.state}`)),
+    `, ${say('tuning.kinds', { kinds: tuning.kinds })} (${words})`
+  )
 }
 
 /**

@@ -6,24 +6,31 @@
  * @typedef {{
  *   number: number, prompt_id: string | null, node_id: string | null, nodes: Chooser[], model: string,
  *   device: string, steps: number, seconds: number | null, state: 'running' | 'done' | 'stopped', calls: number,
- *   fallbacks: number, totals: Total[]
+ *   fallbacks: number, totals: Total[], offers?: string[], tuning?: Tuning
  * }} RunSummary
  * @typedef {{
  *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,
  *   mask: string, asked: string | null, source: string, reason: string | null
  * }} Row
- * @typedef {{ first: number, last: number, cells: [row: number, calls: number, ms: number | null][] }} Window
+ * @typedef {{
+ *   first: number, last: number, steps?: [first: number, last: number] | null,
+ *   cells: [row: number, calls: number, ms: number | null][]
+ * }} Window
  * @typedef {{
  *   role: string, asked: string, source: string, ran: Record<string, number>, reasons: string[], verdict: string
  * }} Finding
  * @typedef {{
  *   role: string, block: string, backend: string, checked: number, alarms: number, relative_l2: number | null,
- *   first_alarm: string | null
+ *   first_alarm: string | null, relative_l2_limit?: number | null
  * }} Guarded
+ * @typedef {{
+ *   state: 'tuning' | 'measured' | null, kinds: number, open: number, decided: number, from_store: number,
+ *   not_tuned: number
+ * }} Tuning
  * @typedef {{
  *   number: number, prompt_id: string | null, model: string, device: string, steps: number, seconds: number | null,
  *   state: 'running' | 'done' | 'stopped', bypass: string, rows: Row[], audit: Finding[], notes: string[],
- *   windows: Window[], guard?: Guarded[]
+ *   windows: Window[], guard?: Guarded[], tuning?: Tuning
  * }} Run
  * @typedef {{
  *   id: string, accuracy: string, available: boolean, reasons: string[], version: string | null, cards: string,
@@ -36,8 +43,20 @@
  * @typedef {{ value: any, variable: string | null }} MachineSetting
  * @typedef {{
  *   choices: string[], accuracy: string[], guard: string[], defaults: Record<string, any>, log_levels: string[],
- *   machine: { hub: MachineSetting, log_level: MachineSetting }, environment: Record<string, string>
+ *   traces?: string[], machine: { hub: MachineSetting, log_level: MachineSetting, trace?: MachineSetting },
+ *   environment: Record<string, string>
  * }} Settings
+ * @typedef {{
+ *   role: string, dtype: string, batch: number, num_heads: number, num_kv_heads: number, q_len: number,
+ *   kv_len: number, head_dim: number, v_head_dim: number, mask: string, is_causal: boolean, exact_only: boolean,
+ *   environment: string, here: boolean, accuracy: string, winner: string, incumbent: string,
+ *   ms: Record<string, number>, rejected: Record<string, string>, put_off: Record<string, number>,
+ *   written: number, origin: string
+ * }} Choice
+ * @typedef {{
+ *   summary: { path_name: string, entries: number, entries_here: number, bytes: number, problem: string | null },
+ *   entries: Choice[]
+ * }} Measured
  */
 
 /** A request that the server refused, with its reason. */
@@ -70,6 +89,13 @@ export function serverRoutes(api) {
    */
   const json = async (route, options) => (await answer(route, options)).json()
 
+  /**
+   * @param {string} route
+   * @param {string} body JSON
+   */
+  const post = (route, body) =>
+    json(route, { method: 'POST', headers: { 'Content-Type': 'application/json' }, body })
+
   return {
     /** @returns {Promise<{ numbering: string, runs: RunSummary[] }>} */
     runs: () => json('runs'),
@@ -80,12 +106,15 @@ export function serverRoutes(api) {
     /** @returns {Promise<Settings>} */
     settings: () => json('settings'),
     /** @returns {Promise<Settings>} */
-    changeSettings: (/** @type {Record<string, unknown>} */ changes) =>
-      json('settings', {
-        method: 'POST',
-        headers: { 'Content-Type': 'application/json' },
-        body: JSON.stringify(changes)
-      }),
+    changeSettings: (/** @type {Record<string, unknown>} */ changes) => post('settings', JSON.stringify(changes)),
+    /** @returns {Promise<Measured>} */
+    measured: () => json('measured'),
+    /** @returns {Promise<Measured & { removed: number }>} */
+    clearMeasured: () => post('measured/clear', '{}'),
+    /** @returns {Promise<unknown>} */
+    exportMeasured: () => json('measured/export'),
+    /** @returns {Promise<Measured & { taken: number }>} */
+    importMeasured: (/** @type {string} */ document) => post('measured/import', document),
     bugReport: async () => (await answer('bug_report')).text(),
 
     /**

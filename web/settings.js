@@ -59,6 +59,10 @@ export function settings(found, server, say) {
       { name: say('settings.log_level'), tooltip: say('settings.log_tip'), ...own(() => levelSelect(server, say)) }
     ]
   ]
+  if (found.machine?.trace) {
+    const words = { name: say('settings.trace'), tooltip: say('settings.trace_tip') }
+    all.push([MACHINE, 'Trace', { ...words, ...own(() => traceSelect(server, say)) }])
+  }
   if (environment.length) {
     const words = { name: say('settings.environment'), tooltip: say('settings.environment_tip') }
     all.push([MACHINE, 'Environment', { ...words, ...own(variables) }])
@@ -73,7 +77,7 @@ export function settings(found, server, say) {
  * A control of a setting that the server keeps. It shows what the server says, also after a refusal.
  *
  * @param {HTMLInputElement | HTMLSelectElement} control
- * @param {'hub' | 'log_level'} name
+ * @param {'hub' | 'log_level' | 'trace'} name
  * @param {() => unknown} value of the control
  * @param {(value: any, settings: Settings) => void} put the server's value into the control
  * @param {Server} server
@@ -82,7 +86,7 @@ export function settings(found, server, say) {
 function serverSetting(control, name, value, put, server, say) {
   const said = element('span', { role: 'status', style: 'font-size: 12px; margin-inline-start: 8px' })
   const show = (/** @type {Settings} */ settings) => {
-    const { value: now, variable } = settings.machine[name]
+    const { value: now, variable } = settings.machine[name] ?? { value: undefined, variable: null }
     put(now, settings)
     control.disabled = variable !== null
     said.textContent = variable ? say('settings.held', { variable }) : ''
@@ -111,16 +115,39 @@ function hubSwitch(server, say) {
 }
 
 /**
+ * A choice that the server keeps.
+ *
+ * @param {'log_level' | 'trace'} name
+ * @param {string} label
+ * @param {(settings: Settings) => string[]} options
+ * @param {(option: string) => string} words
+ * @param {Server} server
+ * @param {Say} say
+ */
+function select(name, label, options, words, server, say) {
+  const style = 'background: var(--comfy-input-bg); color: var(--input-text); padding: 4px; border-radius: 4px'
+  const made = element('select', { 'aria-label': label, style })
+  const put = (/** @type {string} */ value, /** @type {Settings} */ found) => {
+    made.replaceChildren(...options(found).map((option) => element('option', { value: option }, words(option))))
+    made.value = value
+  }
+  return serverSetting(made, name, () => made.value, put, server, say)
+}
+
+/**
  * @param {Server} server
  * @param {Say} say
  */
 function levelSelect(server, say) {
-  const style = 'background: var(--comfy-input-bg); color: var(--input-text); padding: 4px; border-radius: 4px'
-  const select = element('select', { 'aria-label': say('settings.log_level'), style })
-  const put = (/** @type {string} */ value, /** @type {Settings} */ found) => {
-    const words = (/** @type {string} */ level) => level || say('settings.log_as_comfyui')
-    select.replaceChildren(...found.log_levels.map((level) => element('option', { value: level }, words(level))))
-    select.value = value
-  }
-  return serverSetting(select, 'log_level', () => select.value, put, server, say)
+  const words = (/** @type {string} */ level) => level || say('settings.log_as_comfyui')
+  return select('log_level', say('settings.log_level'), (found) => found.log_levels, words, server, say)
+}
+
+/**
+ * @param {Server} server
+ * @param {Say} say
+ */
+function traceSelect(server, say) {
+  const words = (/** @type {string} */ mode) => say(`settings.trace_${mode}`)
+  return select('trace', say('settings.trace'), (found) => found.traces ?? [], words, server, say)
 }

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from ..backend import Backend, Kernel, Limits
 from ..layout import INT32_ELEMENTS, on_device_of
+from ..memory import key_size, query_size, value_size
 from ..platform import Platform
-from ..request import AttentionCall
+from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,12 @@ class ComfyKitchenInt8(Backend):
         max_batch=65535,
         max_heads=65535,
     )
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Query, key and value in 8 bits, their heads padded to a size that it has."""
+        padded = next((size for size in HEAD_DIMS if size >= request.head_dim), request.head_dim)
+        wide = request._replace(head_dim=padded, v_head_dim=padded)
+        return query_size(wide) + key_size(wide) + value_size(wide)
 
     def load(self, platform: Platform) -> Kernel:
         import comfy_kitchen

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, Backend, Kernel, Limits
+from ..memory import expanded_bytes, item_bytes, key_size, query_size
 from ..platform import KINDS, Platform
-from ..request import AttentionCall
+from ..request import AttentionCall, AttentionRequest
 from ..sdpa import expanded, plain_sdpa
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class EmulatedInt8(Backend):
     accuracy = "quantized"
     kinds = KINDS
     limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """The most of three moments: the query is rounded, the key is, and the kernel runs on both."""
+        query, key, item = query_size(request), key_size(request), item_bytes(request)
+        rounding = 3 * 4  # float32: the numbers by their scale, those rounded, and those times the scale again
+        expanding = expanded_bytes(request) if request.mask != "none" else 0
+        return max(rounding * query, (query + key) * item + max(rounding * key, expanding))
 
     def load(self, platform: Platform) -> Kernel:
         sdpa = plain_sdpa()

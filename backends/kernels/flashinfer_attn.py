@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..backend import HALF, Backend, Kernel, Limits, package_reason
 from ..layout import INT32_ELEMENTS, indexable, on_device_of
+from ..memory import item_bytes, mask_size, output_size
 from ..platform import Platform
-from ..ragged import offsets_of, stream_of, to_bhsd, to_thd, workspace
-from ..request import AttentionCall
+from ..ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
+from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,13 @@ class FlashInferAttn(Backend):
             return self.limits
         old = platform.version("flashinfer-python") and package_reason("flashinfer-python>=0.6.16", platform)
         return self.old_turing_limits if old else self.turing_limits
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """The package's own workspace where a batch runs as one; else packed masks and the samples' outputs."""
+        if request.mask == "none":
+            return WORKSPACE_BYTES if request.batch > 1 else 0
+        one = request.q_len * request.kv_len  # the mask of a sample, spread out before it is packed
+        return one + max(mask_size(request), one) // 8 + output_size(request) * item_bytes(request)
 
     def load(self, platform: Platform) -> Kernel:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper, packbits, single_prefill_with_kv_cache

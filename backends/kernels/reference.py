@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, Backend, Kernel, Limits
+from ..memory import key_size, output_size, query_size, score_size, value_size
 from ..platform import KINDS, Platform
-from ..request import AttentionCall
+from ..request import AttentionCall, AttentionRequest
 from ..sdpa import expand_kv
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ class Reference(Backend):
     )
     kinds = KINDS
     limits = Limits(dtypes=FLOATING, causal_cross=True, mask_and_causal=True, mixed_head_dims=True)
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Everything in float64, and three matrices of scores: before the mask, after it, and as weights."""
+        heads = request.num_heads
+        inputs = query_size(request) + key_size(request, heads) + value_size(request, heads)
+        return (3 * score_size(request) + 2 * inputs + output_size(request)) * 8
 
     def load(self, platform: Platform) -> Kernel:
         return reference_attention

@@ -9,8 +9,9 @@ from .. import sage
 from ..backend import HALF, Kernel, Limits
 from ..hub import HubKernel
 from ..layout import INT32_ELEMENTS, on_device_of
+from ..memory import item_bytes, key_size, query_size, value_size
 from ..platform import Platform
-from ..request import AttentionCall
+from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,12 @@ class SageAttn3(sage.SageBackend):
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((10, 0), (12, 0), (12, 1))  # what setup.py builds; sm103 is not among them
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """The keys' copy, the query less its blocks' means, the correction in float32, and everything in 4 bits."""
+        query, key = query_size(request), key_size(request)
+        correction = request.batch * request.num_heads * -(-request.q_len // BLOCK) * request.kv_len * 4
+        return (query + key) * item_bytes(request) + correction + (query + key + value_size(request)) // 2
 
     def load(self, platform: Platform) -> Kernel:
         hub = self.from_hub(platform)

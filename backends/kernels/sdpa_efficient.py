@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..backend import Limits
+from ..memory import expanded_bytes
 from ..platform import Platform
+from ..request import AttentionRequest
 from ..sdpa import PinnedSDPA
 
 
@@ -26,6 +28,9 @@ class SDPAEfficient(PinnedSDPA):
         mixed_head_dims=True,
     )
     old_limits = replace(limits, dtypes=("float16", "float32"))
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        return expanded_bytes(request)
 
     def limits_on(self, platform: Platform) -> Limits:
         old = platform.capability is not None and platform.capability < (8, 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..backend import FLOATING, Limits
-from ..platform import KINDS
+from ..memory import expanded_bytes, inputs_bytes, item_bytes, key_size, mask_size, query_size, score_size
+from ..platform import KINDS, Platform
+from ..request import AttentionRequest
 from ..sdpa import PinnedSDPA
 
 
@@ -17,3 +19,14 @@ class SDPAMath(PinnedSDPA):
     kinds = KINDS
     pin = "MATH"
     limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Scores, weights and which scores are -inf; query and key scaled; half types as float32; the mask as a bias.
+
+        As _scaled_dot_product_attention_math of torch 2.13 does it (ATen/native/transformers/attention.cpp).
+        """
+        item = max(4, item_bytes(request))
+        widened = inputs_bytes(request) // item_bytes(request) * item if item_bytes(request) < item else 0
+        scaled = (query_size(request) + key_size(request, request.num_heads)) * item
+        bias = mask_size(request) * item + mask_size(request) if request.mask != "none" or request.is_causal else 0
+        return score_size(request) * (2 * item + 1) + scaled + widened + bias + expanded_bytes(request)

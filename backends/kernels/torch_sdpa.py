@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, Backend, Kernel, Limits
+from ..memory import expanded_bytes
 from ..platform import KINDS, Platform
-from ..request import AttentionCall
+from ..request import AttentionCall, AttentionRequest
 from ..sdpa import expanded, plain_sdpa
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class TorchSDPA(Backend):
     kinds = KINDS
     limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
 
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Nothing of its own where torch has a fused kernel for grouped heads with a mask, which is on CUDA only."""
+        return expanded_bytes(request) if request.mask != "none" and platform.kind != "cuda" else 0
+
     def load(self, platform: Platform) -> Kernel:
         if platform.kind == "cuda":
             return _cuda_kernel()
@@ -36,11 +41,17 @@ class TorchSDPA(Backend):
 
 
 def _portable() -> Kernel:
+    from torch.nn.functional import scaled_dot_product_attention
+
     sdpa = plain_sdpa()
 
     def run(call: AttentionCall) -> torch.Tensor:
-        # Grouped heads with a mask have no fused kernel outside CUDA; torch would materialise the scores.
-        return sdpa(expanded(call) if call.enable_gqa and call.attn_mask is not None else call)
+        if call.enable_gqa:
+            # Grouped heads with a mask have no fused kernel outside CUDA; torch would materialise the scores.
+            return sdpa(expanded(call) if call.attn_mask is not None else call)
+        return scaled_dot_product_attention(
+            call.query, call.key, call.value, attn_mask=call.attn_mask, is_causal=call.is_causal, scale=call.scale
+        )
 
     return run
 

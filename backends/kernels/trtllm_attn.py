@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from ..backend import HALF, Backend, Kernel, Limits
 from ..layout import INT32_ELEMENTS, on_device_of
+from ..memory import item_bytes, query_size
 from ..platform import Platform
-from ..ragged import lengths, offsets, stream_of, to_bhsd, to_thd, workspace
-from ..request import AttentionCall
+from ..ragged import WORKSPACE_BYTES, lengths, offsets, stream_of, to_bhsd, to_thd, workspace
+from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,10 @@ class TRTLLMAttn(Backend):
                 "(ATTENTION_BACKENDS_HUB=1 allows them)"
             )
         return reasons
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """The package's workspace, and the query where its memory is not in the kernel's order."""
+        return WORKSPACE_BYTES + query_size(request) * item_bytes(request)
 
     def load(self, platform: Platform) -> Kernel:
         import torch

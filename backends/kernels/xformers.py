@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from ..backend import HALF, Backend, Kernel, Limits
 from ..layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
 from ..mask import as_additive, without_keys
+from ..memory import expanded_bytes, item_bytes, mask_size
 from ..platform import Platform
-from ..request import AttentionCall
+from ..request import AttentionCall, AttentionRequest
 from ..sdpa import expanded
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Xformers(Backend):
         if capability >= (8, 0):
             return self.limits
         return self.turing_limits if capability >= (7, 0) else self.old_limits
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """The mask as a bias, once as it is made and once as it is laid out (`bias_of`)."""
+        return expanded_bytes(request) + 2 * mask_size(request) * item_bytes(request)
 
     def load(self, platform: Platform) -> Kernel:
         try:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from attention_backends.backends.recommended import recommended_page
 from attention_backends.backends.support import support_page
 from attention_backends.backends.systems import systems_page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = {"backends.md": support_page, "systems.md": systems_page}
+PAGES = {"backends.md": support_page, "systems.md": systems_page, "recommended.md": recommended_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -1,0 +1,176 @@
+"""How long work takes on a device, without waiting for it: a pair of events in its stream, read once they have passed.
+
+Where a device has no events to time with, the times are the host's: right on the CPU, and on other devices only the
+time that it takes to ask for the work (`of_the_work` is False there).
+
+Boundary: it knows of torch's streams and events, and nothing of attention.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("attention_backends")
+
+EVENTS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
+"""Kinds of device that have events which are timed, and torch's module for them."""
+MOST_PENDING = 4096
+"""Pieces of work whose times may wait to be read; past that, work goes untimed."""
+
+Sink = Callable[[float], None]
+"""Takes the milliseconds of one piece of work."""
+
+
+class DeviceClock:
+    """Times work on devices of one kind. Not shared between threads.
+
+    Between `start` and `stop` work is put into the current stream. Times are delivered in the order of `stop`, by
+    `collect`; on the CPU at once. No event is recorded while a CUDA graph is, or while torch.compile traces.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        new_event: Callable[[], Any] | None = None,
+        current_stream: Callable[[torch.device | None], Any] | None = None,
+        is_capturing: Callable[[], bool] | None = None,
+        most_pending: int = MOST_PENDING,
+    ) -> None:
+        """`kind` as in `platform.KINDS`. `new_event`, `current_stream`, `is_capturing`: in place of torch's own."""
+        self.paused = False
+        """While True nothing is timed: `start` gives None."""
+        self.untimed = 0
+        """Pieces of work without a time: too many were waiting, a graph was recorded, or the device would not say."""
+        self._most_pending = most_pending
+        self._broken = False
+        self._pending: deque[tuple[Any, Any, torch.device | None, Callable[..., None]]] = deque()
+        self._free: dict[torch.device | None, list[Any]] = {}
+        self._new_event = new_event
+        self._current_stream = current_stream or (lambda device: None)
+        self._is_capturing = is_capturing or (lambda: False)
+        self._is_tracing: Callable[[], bool] = lambda: False
+        if new_event is None and kind in EVENTS:
+            self._use_torch(EVENTS[kind])
+        self.has_events = self._new_event is not None
+        self.of_the_work = kind == "cpu" or self.has_events
+        """Whether the times are those of the work itself."""
+
+    def _use_torch(self, name: str) -> None:
+        import torch
+
+        module = getattr(torch, name)
+        if not hasattr(module, "Event"):
+            return
+        self._new_event = lambda: module.Event(enable_timing=True)
+        self._current_stream = module.current_stream
+        self._is_capturing = getattr(module, "is_current_stream_capturing", self._is_capturing)
+        self._is_tracing = torch.compiler.is_dynamo_compiling
+
+    @property
+    def pending(self) -> int:
+        """Times and marks that were not delivered yet."""
+        return len(self._pending)
+
+    def start(self, device: torch.device | None = None) -> Any:
+        """Begin to time work in the current stream of `device`, or of the current device. Returns what `stop` takes."""
+        if self.paused:
+            return None
+        if self._new_event is None:
+            return perf_counter_ns()
+        if self._is_tracing():
+            return None
+        if len(self._pending) >= self._most_pending:
+            self.collect()
+        if self._broken or len(self._pending) >= self._most_pending:
+            self.untimed += 1
+            return None
+        free = self._free.setdefault(device, [])  # an event belongs to the device where it was used first
+        try:
+            if self._is_capturing():
+                self.untimed += 1
+                return None
+            before = free.pop() if free else self._new_event()
+            behind = free.pop() if free else self._new_event()
+            stream = self._current_stream(device)
+            before.record(stream)
+        except Exception as error:  # whatever a driver or a build of torch raises: a time is not worth a run
+            self.untimed += 1
+            self._give_up(error)
+            return None
+        return before, behind, stream, device
+
+    def stop(self, token: Any, sink: Sink) -> None:
+        """The work is asked for: `sink` gets its milliseconds, later. Nothing happens where `start` timed nothing."""
+        if token is None:
+            return
+        if self._new_event is None:
+            sink((perf_counter_ns() - token) / 1e6)
+            return
+        before, behind, stream, device = token
+        try:
+            behind.record(stream)
+        except Exception as error:  # as in `start`
+            self.untimed += 1
+            self._give_up(error)
+            return
+        self._pending.append((before, behind, device, sink))
+
+    def mark(self, reached: Callable[[], None], device: torch.device | None = None) -> None:
+        """Have `reached` called, by `collect`, once all work asked for so far is done and its times are delivered.
+
+        At once where there are no events; never where the device will not say.
+        """
+        if self._new_event is None:
+            reached()
+            return
+        if self._broken:
+            return
+        free = self._free.setdefault(device, [])
+        try:
+            if self._is_capturing():
+                return
+            behind = free.pop() if free else self._new_event()
+            behind.record(self._current_stream(device))
+        except Exception as error:  # as in `start`
+            self._give_up(error)
+            return
+        self._pending.append((None, behind, device, reached))
+
+    def collect(self, wait: bool = False) -> None:
+        """Deliver the times of work that is done. `wait`: of all of it; for the end of a run."""
+        pending = self._pending
+        while pending:
+            before, behind, device, sink = pending[0]
+            try:
+                if wait:
+                    behind.synchronize()
+                elif not behind.query():
+                    return
+                milliseconds = None if before is None else before.elapsed_time(behind)
+            except Exception as error:  # as in `start`
+                self._give_up(error)
+                return
+            pending.popleft()
+            free = self._free.setdefault(device, [])
+            free.append(behind)
+            if milliseconds is None:
+                sink()
+            else:
+                free.append(before)
+                sink(milliseconds)
+
+    def _give_up(self, error: Exception) -> None:
+        """Time nothing any more. A fault of the device shows itself to who asked for the work, too."""
+        log.debug("the device's times cannot be read: %s: %s", type(error).__name__, error)
+        self._broken = True
+        self.untimed += sum(before is not None for before, *_ in self._pending)
+        self._pending.clear()
+        self._free.clear()

@@ -1,0 +1,157 @@
+"""The command `replay`: what a picture's record says, whether it can run here, and the configuration that repeats it.
+
+Boundary: the terminal and files. What a record means is in `backends/replay.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..backends.config import ConfigError
+from ..backends.config_data import load_json
+from ..backends.record import MARK
+from ..backends.record_reader import is_record, read
+from ..backends.replay import Held, Recorded, differences
+from ..backends.request import AttentionRequest
+from ..backends.router import Router
+from .metadata import texts_of
+from .report import ComparisonError
+
+HELP = "what a picture's attention record says, and the configuration that repeats it"
+KEY = "attention_backends"
+"""As node Attention Record names its entry of a file's metadata."""
+EXAMPLES = """examples:
+  %(prog)s picture.png
+  %(prog)s picture.png --output same_again.json
+  %(prog)s same_again.json --platform cuda:9.0 --json
+
+The record is what node Attention Record put into the metadata of a PNG, WebP or .latent file, or a .json file with it.
+The configuration repeats it: paste it into node Attention Config From Text in the workflow of the picture, in place of
+the other attention nodes. What cannot run here falls back, and says so."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("file", type=Path, help="a picture with a record, or the record as .json")
+    parser.add_argument("--platform", help="a machine, described as for explain; default: this one")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the configuration there, as JSON")
+
+
+def run(options: argparse.Namespace, record: Recorded, router: Router) -> int:
+    """Print what was recorded, and whether it can run on the router's machine; write the configuration if asked to.
+
+    Raises:
+        ComparisonError: the configuration cannot be written.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # what packages print while they load is no part of the answer
+        report = report_of(record, router)
+    if options.output is not None:
+        try:
+            options.output.write_text(json.dumps(record.data, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ComparisonError(f"cannot write {options.output}: {error.strerror or error}") from error
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(as_text(report))
+        if options.output is not None:
+            print(f"Configuration: {options.output}")
+    return 0
+
+
+def load(path: Path) -> Recorded:
+    """The record of a file.
+
+    Raises:
+        ComparisonError, ConfigError: it has none, or it cannot be read.
+    """
+    if path.suffix.lower() == ".json":
+        try:
+            text = path.expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ComparisonError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        data = load_json(text, path.name)
+    else:
+        found = texts_of(path)
+        if KEY not in found:
+            there = ", ".join(found) or "none"
+            raise ComparisonError(
+                f"{path.name} has no attention record (its metadata: {there}). It is written where node Attention "
+                "Record stands between the sampler and the node that saves, and ComfyUI runs without --disable-metadata"
+            )
+        data = load_json(found[KEY], path.name)
+    if not is_record(data):
+        raise ConfigError(f"{path.name}: not a record of attention-backends: it has no entry {MARK}")
+    return read(data, path.name)
+
+
+def report_of(record: Recorded, router: Router) -> dict[str, Any]:
+    """The record beside what this machine can do, as plain data."""
+    data = record.data
+    version = str(data["made_by"].get("attention_backends", ""))
+    return {
+        "made_by": data["made_by"],
+        "machine": router.platform.describe(),
+        "not_recorded": data["not_recorded"],
+        "runs": [
+            {
+                **{name: kept[name] for name in kept if name != "decisions"},
+                "differences": differences(run.machine, router.platform, version),
+                "decisions": [
+                    _decision(entry, held, router) for entry, held in zip(kept["decisions"], run.held, strict=True)
+                ],
+            }
+            for kept, run in zip(data["runs"], record.runs, strict=True)
+        ],
+        "config": data,
+    }
+
+
+def _decision(entry: Mapping[str, Any], held: Held, router: Router) -> dict[str, Any]:
+    """An entry with `cannot_run` in each part: why not here, for any of its calls; empty where it can."""
+    requests = [AttentionRequest(**call) for call in entry["calls"]]
+    parts = []
+    for ran, choice in zip(entry["ran"], held.choices, strict=True):
+        refused = (router.refuse(choice.asked or "", request, options=choice.extra) for request in requests)
+        parts.append({**ran, "cannot_run": list(dict.fromkeys(reason for reasons in refused for reason in reasons))})
+    return {**entry, "ran": parts}
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The table a person reads."""
+    by = ", ".join(f"{name} {version}" for name, version in report["made_by"].items())
+    lines = [f"Recorded by: {by}", f"Machine:     {report['machine']}"]
+    for run in report["runs"]:
+        steady = "the same kernels throughout" if run.get("steady") else "kernels changed while it ran"
+        node = f", node {run['node_id']}" if run.get("node_id") else ""
+        lines += ["", f"{run.get('model') or 'A model'}{node}: {run['model_calls']} model calls; {steady}"]
+        if run["differences"]:
+            lines.append(f"The same seed may give another picture here: {'; '.join(run['differences'])}")
+        lines += [f"Changed: {text}" for text in run.get("changes", ())]
+        lines += [f"Not repeated: {text}" for text in run.get("not_repeated", ())]
+        if run.get("guard_alarms"):
+            lines.append(f"The guard found {run['guard_alarms']} bad calls; the first: {run.get('first_alarm')}")
+        lines += _table(run["decisions"])
+    for one in report["not_recorded"]:
+        lines += ["", f"Not recorded: node {one.get('node_id')} ({one.get('class_type')}): {one.get('reason')}"]
+    return "\n".join(lines)
+
+
+def _table(decisions: list[dict[str, Any]]) -> list[str]:
+    rows = [("ROLE", "BLOCKS", "FROM", "RAN", "HERE")]
+    for entry in decisions:
+        blocks = ", ".join(block or "-" for block in entry["blocks"])
+        for ran in entry["ran"]:
+            options = ", ".join(f"{name}={value}" for name, value in (ran.get("options") or {}).items())
+            what = f"{ran['backend']} ({ran['member']})" if ran.get("member") else ran["backend"]
+            here = f"no: {'; '.join(ran['cannot_run'])}" if ran["cannot_run"] else "yes"
+            said = f"{what}, {options}" if options else what
+            rows.append((entry["role"], blocks, f"model call {ran['from_model_call']}", said, here))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["  ".join([*(f"{row[column]:{widths[column]}}" for column in range(4)), row[4]]) for row in rows]
