@@ -17,19 +17,20 @@ from dataclasses import asdict, replace
 from io import TextIOWrapper
 from typing import Any
 
-from .backends import probe, remembered, route_report
+from .backends import route_report
 from .backends.api import CATEGORIES, category_of
 from .backends.config import AttentionConfig, joint_note, record_of, settings_of
-from .backends.config_text import from_environment, parse_config
-from .backends.doctor import Row, examine, probe_all, this_machine, why_no_card
-from .backends.install import Interpreter, running_interpreter
+from .backends.config.text import from_environment, parse_config
 from .backends.kernels import BACKENDS
-from .backends.measured_store import Store, default_path
+from .backends.machine import probe, remembered
+from .backends.machine.doctor import Row, examine, probe_all, this_machine, why_no_card
+from .backends.machine.install import Interpreter, running_interpreter
+from .backends.measured.store import Store, default_path
+from .backends.measured.tuner import with_store
 from .backends.names import canonical
 from .backends.platform import Platform, parse_platform
 from .backends.request import AttentionRequest, parse_request
 from .backends.router import NoBackendError, Router
-from .backends.tuner import with_store
 from .comparison import bench_command as bench
 from .comparison import command as compare
 from .comparison import replay_command as replay

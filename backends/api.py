@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from .call_checks import CheckError, check
 from .config import AttentionConfig, ConfigError, settings_of
-from .config_text import parse_config
+from .config.text import parse_config
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
 from .mask import as_4d

@@ -18,7 +18,7 @@ from .request import AttentionCall, AttentionRequest
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import VarlenKernel
+    from .mask.varlen import VarlenKernel
 
 __all__ = ["ACCURACY", "ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "on_copies", "package_reason"]
 

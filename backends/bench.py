@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from .backend import on_copies
 from .bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call
-from .devices import synchronise
+from .machine.devices import synchronise
 from .names import COMFY
 from .platform import detect
 from .presets import Preset

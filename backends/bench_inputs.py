@@ -11,8 +11,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .devices import device_named
 from .kernels.reference import reference_attention
+from .machine.devices import device_named
 from .platform import Platform
 from .request import AttentionCall, AttentionRequest
 

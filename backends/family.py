@@ -14,7 +14,7 @@ from .platform import Platform
 from .request import AttentionRequest
 
 if TYPE_CHECKING:
-    from .varlen import VarlenKernel
+    from .mask.varlen import VarlenKernel
 
 
 class Family(Backend):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
-from .devices import kind_beside_torch
+from .machine.devices import kind_beside_torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

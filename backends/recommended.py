@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import PLATFORM_ROUTE, RECOMMENDED, AttentionConfig, AttentionSpec, default_of, settings_of
 from .kernels import BACKENDS
-from .mask_plan import NOTHING_HIDDEN
+from .mask.plan import NOTHING_HIDDEN
 from .names import AUTO, MEASURED
 from .routes import ROUTES
 from .schedule import ScheduleEntry, Timetable

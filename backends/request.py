@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from .mask_plan import MaskPlan
+    from .mask.plan import MaskPlan
 
 MASK_KINDS = ("none", "key_padding", "bool", "bias")
 """`none`; `key_padding`: boolean, the same for every head and query; `bool`: boolean; `bias`: added to scores."""

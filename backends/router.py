@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from . import remembered
 from .backend import ACCURACY, Backend, Kernel
 from .config import AttentionConfig, Choice, frozen, resolve, settings_of
 from .family import Family
 from .kernels import BACKENDS
+from .machine import remembered
 from .names import COMFY, MEASURED
 from .platform import Platform
 from .request import AttentionRequest
 from .routes import route_for
 
 if TYPE_CHECKING:
-    from .varlen import VarlenKernel
+    from .mask.varlen import VarlenKernel
 
 log = logging.getLogger("attention_backends")
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from .call_checks import checks_from_environment
 from .config import AttentionConfig, resolve
-from .config_text import from_environment
-from .mask_plan import MaskPlan, inspect, passed_on
-from .parts import Parts, calls_of, plan_parts, run_parts
+from .config.text import from_environment
+from .mask.parts import Parts, calls_of, plan_parts, run_parts
+from .mask.plan import MaskPlan, inspect, passed_on
 from .request import AttentionCall, AttentionRequest
 from .session import Plan, Session
 from .trace import Row, Trace

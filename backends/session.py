@@ -17,13 +17,13 @@ from .names import COMFY, MEASURED
 from .request import AttentionCall, AttentionRequest
 from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router
 from .schedule import OUTSIDE_A_SAMPLER, Timetable, is_scheduled
-from .timed_kernel import timed_kernel
 from .trace import Row, Trace
+from .trace.timed_kernel import timed_kernel
 
 if TYPE_CHECKING:
     import torch
 
-    from .tuner import Tuner
+    from .measured.tuner import Tuner
 
 log = logging.getLogger("attention_backends")
 

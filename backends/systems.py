@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .foreign_options import FOREIGN_OPTIONS
+from .options.foreign import FOREIGN_OPTIONS
 
 
 class Published(NamedTuple):

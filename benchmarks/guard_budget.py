@@ -3,7 +3,7 @@
 The first part samples the embedded model with attention of which each row is off by a given share of its own size, in a
 random direction in every call, in all roles and blocks, and compares the picture with the exact one. The second part
 looks at every call of such runs as the guard does, with arithmetic that real kernels have (tests/tolerance.py emulates
-it). Budgets in backends/guard.py stand between the two. The third part times a watched kernel.
+it). Budgets in backends/guard/__init__.py stand between the two. The third part times a watched kernel.
 
 Run: python benchmarks/guard_budget.py [--json FILE]   (no ComfyUI needed; about four minutes on one core)
 """

@@ -1,4 +1,4 @@
-"""What a mask costs: SDPA with the mask against the same call honoured by its plan (backends/mask_plan.py).
+"""What a mask costs: SDPA with the mask against the same call honoured by its plan (backends/mask/plan.py).
 
 For each form the plan is made once, as at the first block of a model call, and every call after it is timed; what
 making it costs stands beside. `same` says whether both gave the same bits, else how far they are apart.
@@ -46,7 +46,7 @@ def forms(tokens: int) -> dict[str, torch.Tensor]:
 
 def measure(sizes: tuple[int, ...] = SIZES, rounds: int = 15) -> dict[str, Any]:
     """Each form at each size, batch 1, float32."""
-    from attention_backends.backends.mask_plan import inspect
+    from attention_backends.backends.mask.plan import inspect
     from attention_backends.backends.request import AttentionCall
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -82,7 +82,7 @@ def measure(sizes: tuple[int, ...] = SIZES, rounds: int = 15) -> dict[str, Any]:
 
 def reading(mask: torch.Tensor, tokens: int) -> float:
     """Milliseconds to make the plan once, the median of five."""
-    from attention_backends.backends.mask_plan import inspect
+    from attention_backends.backends.mask.plan import inspect
 
     times = []
     for _ in range(5):

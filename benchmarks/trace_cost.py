@@ -116,9 +116,9 @@ def best(work: Callable[[], Any], number: int = 2000, rounds: int = 25) -> float
 
 def counted(model: Model) -> dict[str, Any]:
     """What each attention call and each model call pay for the trace, and their share of a step of `STEP_MS`."""
-    from attention_backends.backends.device_clock import DeviceClock
-    from attention_backends.backends.timed_kernel import timed_kernel
     from attention_backends.backends.trace import Row
+    from attention_backends.backends.trace.device_clock import DeviceClock
+    from attention_backends.backends.trace.timed_kernel import timed_kernel
 
     run = model.new_run("full")
     model.call(run, 0)

@@ -12,9 +12,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..backends.devices import synchronise
 from ..backends.kernels.reference import reference_attention
-from ..backends.mask_plan import inspect
+from ..backends.machine.devices import synchronise
+from ..backends.mask.plan import inspect
 from ..backends.request import AttentionCall
 from ..backends.router import Router
 from . import metrics

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
-from ..backends.devices import device_named, synchronise
-from ..backends.mask_plan import MaskPlan
+from ..backends.machine.devices import device_named, synchronise
+from ..backends.mask.parts import Parts, calls_of, plan_parts, run_parts
+from ..backends.mask.plan import MaskPlan
 from ..backends.names import AUTO, COMFY, MEASURED, canonical
-from ..backends.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.platform import KINDS, detect
 from ..backends.request import AttentionCall, AttentionRequest
 from ..backends.router import NoBackendError, Router

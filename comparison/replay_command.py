@@ -1,6 +1,6 @@
 """The command `replay`: what a picture's record says, whether it can run here, and the configuration that repeats it.
 
-Boundary: the terminal and files. What a record means is in `backends/replay.py`.
+Boundary: the terminal and files. What a record means is in `backends/records/replay.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.config import ConfigError
-from ..backends.config_data import load_json
-from ..backends.record import MARK
-from ..backends.record_reader import is_record, read
-from ..backends.replay import Held, Recorded, differences
+from ..backends.config.data import load_json
+from ..backends.records.reader import is_record, read
+from ..backends.records.record import MARK
+from ..backends.records.replay import Held, Recorded, differences
 from ..backends.request import AttentionRequest
 from ..backends.router import Router
 from .metadata import texts_of

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends.backend import ACCURACY
-from ..backends.measured_store import VARIABLE, Store, default_path
+from ..backends.measured.store import VARIABLE, Store, default_path
 from ..backends.presets import PRESETS, Preset, parse_presets
 from .command import Progress
 from .report import ComparisonError
@@ -163,9 +163,9 @@ def measure(
 
     from ..backends.bench_inputs import random_call
     from ..backends.config import AttentionConfig, AttentionSpec
+    from ..backends.measured.tuner import Tuner
     from ..backends.names import MEASURED
     from ..backends.session import Session, is_out_of_memory
-    from ..backends.tuner import Tuner
 
     session = Session(router, (AttentionConfig(AttentionSpec(MEASURED), accuracy=accuracy, source="tune"),))
     session.tuner = tuner = Tuner(session, store, anew=True)

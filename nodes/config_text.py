@@ -10,7 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..backends.config import AttentionConfig, ConfigError
-from ..backends.config_text import FILE_ENDINGS, parse_config
+from ..backends.config.text import FILE_ENDINGS, parse_config
 from . import patch
 from .selector import CATEGORY, environment
 

@@ -14,9 +14,9 @@ import torch
 
 from ..backends.config import Choice
 from ..backends.mask import as_4d, as_additive, mask_kind
-from ..backends.mask_plan import NOTHING_HIDDEN, MaskPlan
+from ..backends.mask.parts import Parts, calls_of, plan_parts, run_parts
+from ..backends.mask.plan import NOTHING_HIDDEN, MaskPlan
 from ..backends.names import COMFY, MEASURED
-from ..backends.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
 from ..backends.session import Plan

@@ -9,11 +9,12 @@ from typing import Any
 import comfy.model_management
 import comfyui_version
 
-from ..backends import audit, remembered
-from ..backends.doctor import Row, examine, why_no_card
-from ..backends.install import Interpreter, running_interpreter
+from ..backends.machine import remembered
+from ..backends.machine.doctor import Row, examine, why_no_card
+from ..backends.machine.install import Interpreter, running_interpreter
 from ..backends.platform import Platform, detect
 from ..backends.router import Router
+from ..backends.trace import audit
 from . import runs
 from .privacy import clean, without_paths
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from ..backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES
+from ..backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from ..backends.platform import HUB_VARIABLE, hub_allowed
 from ..backends.trace import MODES, trace_mode
 from ..backends.trace import VARIABLE as TRACE_VARIABLE

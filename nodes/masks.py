@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backends.mask import as_4d
-from ..backends.mask_plan import MaskPlan, inspect, passed_on
+from ..backends.mask.plan import MaskPlan, inspect, passed_on
 from ..backends.session import is_cuda_fault
 
 if TYPE_CHECKING:

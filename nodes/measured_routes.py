@@ -1,4 +1,4 @@
-"""Routes of the measured choices, which are kept over runs (backends/measured_store.py).
+"""Routes of the measured choices, which are kept over runs (backends/measured/store.py).
 
 GET  measured         summary and entries
 POST measured/clear   forget all of them; the body is {}
@@ -20,7 +20,7 @@ from .answers import PREFIX, RefusedError, posted
 from .privacy import clean
 
 if TYPE_CHECKING:
-    from ..backends.measured_store import Store
+    from ..backends.measured.store import Store
 
 MOST_BYTES = 1 << 20
 """Of a document that is imported: some thousand choices."""
@@ -62,7 +62,7 @@ def add_routes(routes: web.RouteTableDef, store: Callable[[], Store]) -> None:
 
 def users_store() -> Store:
     """The one of this server."""
-    from ..backends.measured_store import path_in, shared_store
+    from ..backends.measured.store import path_in, shared_store
 
     return shared_store(path_in(folder_paths.get_user_directory()))
 

@@ -10,7 +10,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from ..backends.config import AttentionConfig, AttentionSpec, record_of
-from ..backends.config_text import from_environment
+from ..backends.config.text import from_environment
 from ..backends.names import CHOICES, MEASURED
 from ..backends.recommended import for_family, nothing_for
 from ..backends.routes import default_line

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..backends.config import AttentionSpec, ConfigError
-from ..backends.config_text import parse_extra
+from ..backends.config.text import parse_extra
 from ..backends.names import AUTO, CHOICES
 from . import patch
 from .selector import CATEGORY, check_backend, environment

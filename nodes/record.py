@@ -11,7 +11,7 @@ from typing import Any
 import comfyui_version
 from comfy_api.latest import io
 
-from ..backends.record import as_record
+from ..backends.records.record import as_record
 from . import graph, runs
 from .privacy import clean
 from .report import find_stages

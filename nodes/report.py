@@ -11,7 +11,8 @@ import comfyui_version
 import torch
 from comfy_api.latest import io
 
-from ..backends import audit, guard_findings
+from ..backends.guard import findings as guard_findings
+from ..backends.trace import audit
 from . import graph, report_picture, runs
 from .selector import CATEGORY
 

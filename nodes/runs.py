@@ -10,9 +10,9 @@ from collections import deque
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ..backends import audit, record
 from ..backends.recommended import NOT_USED
-from ..backends.trace import Trace
+from ..backends.records import record
+from ..backends.trace import Trace, audit
 from . import graph
 
 log = logging.getLogger("attention_backends")

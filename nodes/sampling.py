@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ..backends.bench import synchronise
 from ..backends.config import Choice, record_of, resolve, settings_of
-from ..backends.ledger import Ledger
+from ..backends.measured.tuner import Tuner, asks_for_measured, names_backends
 from ..backends.platform import Platform, detect
 from ..backends.recommended import offers
+from ..backends.records.ledger import Ledger
 from ..backends.router import NoBackendError, Router
 from ..backends.schedule import Timetable, is_scheduled, step_of
 from ..backends.session import Session
 from ..backends.trace import Trace
-from ..backends.tuner import Tuner, asks_for_measured, names_backends
+from ..backends.trace.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from . import memory, runs, sites
 from .masks import COMPOSED, OUTSIDE, PATCHED, Masks
 from .roles import Role, bypass_of
@@ -333,7 +333,7 @@ def _tuner_of(session: Session) -> Tuner | None:
         return None
     import folder_paths
 
-    from ..backends.measured_store import path_in, shared_store
+    from ..backends.measured.store import path_in, shared_store
 
     return Tuner(session, shared_store(path_in(folder_paths.get_user_directory())))
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..backends.backend import ACCURACY
 from ..backends.config import GUARD_MODES
-from ..backends.config_text import from_environment
+from ..backends.config.text import from_environment
 from ..backends.kernels import BACKENDS
 from ..backends.names import AUTO, CHOICES, canonical
 from . import patch

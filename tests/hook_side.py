@@ -19,7 +19,7 @@ import pytest
 import torch
 from attention_backends.backends.backend import FLOATING, Backend, Limits
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
-from attention_backends.backends.mask_plan import passed_on
+from attention_backends.backends.mask.plan import passed_on
 from attention_backends.backends.platform import KINDS
 from comfy_location import find_comfyui, why_no_comfyui
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from attention_backends.backends.backend import FLOATING, Backend, Kernel, Limits
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.kernel_support.sdpa import plain_sdpa
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.measured_store import Store
+from attention_backends.backends.measured.store import Store
+from attention_backends.backends.measured.tuner import Tuner
 from attention_backends.backends.platform import KINDS, Platform, detect
 from attention_backends.backends.request import AttentionCall
 from attention_backends.backends.router import Router
-from attention_backends.backends.sdpa import plain_sdpa
 from attention_backends.backends.session import Plan, Session
-from attention_backends.backends.tuner import Tuner
 
 INCUMBENT = "torch_sdpa"
 """What the route of a CPU takes."""

@@ -6,19 +6,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from attention_backends.backends.audit import (
+from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.platform import Platform, parse_platform
+from attention_backends.backends.request import parse_request
+from attention_backends.backends.router import Decision, Router
+from attention_backends.backends.session import Session
+from attention_backends.backends.trace import Trace
+from attention_backends.backends.trace.audit import (
     UnexplainedError,
     asked_and_ran,
     line,
     merged,
     unexplained,
 )
-from attention_backends.backends.config_text import parse_config
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.request import parse_request
-from attention_backends.backends.router import Decision, Router
-from attention_backends.backends.session import Session
-from attention_backends.backends.trace import Trace
 
 CALL = parse_request("num_heads=8,q_len=4096,kv_len=77,head_dim=64,dtype=float32")
 

@@ -19,12 +19,12 @@ import broken_backends as broken  # noqa: E402
 from attention_backends.backends import bench, bench_inputs  # noqa: E402
 from attention_backends.backends.bench import Case, make_cases, run_cases  # noqa: E402
 from attention_backends.backends.bench_inputs import exact_rows, make_inputs  # noqa: E402
+from attention_backends.backends.kernel_support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.presets import PRESETS, parse_presets  # noqa: E402
 from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
 from attention_backends.comparison import bench_command, bench_report, bench_run, bench_tables  # noqa: E402
 from attention_backends.comparison.bench_run import Asked, choose_backends, measure  # noqa: E402

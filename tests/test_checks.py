@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.call_checks import CheckError, check, checked, checks_from_environment  # noqa: E402
-from attention_backends.backends.config_text import parse_config  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.platform import Platform  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.backend import Backend, Kernel
-from attention_backends.backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES
+from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.names import CHOICES
 from attention_backends.backends.platform import Platform

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, joint_note, resolve
-from attention_backends.backends.config_text import from_environment, parse_config, parse_extra
+from attention_backends.backends.config.text import from_environment, parse_config, parse_extra
 from attention_backends.backends.names import UnknownBackendError
 
 LTX2 = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import AttentionSpec, ConfigError
-from attention_backends.backends.config_text import parse_config
+from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.names import RefusedBackendError
 from option_backend import WithOptions

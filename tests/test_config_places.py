@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from attention_backends.backends.config import ConfigError
-from attention_backends.backends.config_text import parse_config
+from attention_backends.backends.config.text import parse_config
 
 PLACES = {
     "an option among many words": (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
-from attention_backends.backends.config_print import to_dict, to_flags, to_json, to_text, to_yaml
-from attention_backends.backends.config_text import parse_config
+from attention_backends.backends.config.print import to_dict, to_flags, to_json, to_text, to_yaml
+from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.names import BACKEND_IDS
 from hypothesis import given, settings

@@ -11,9 +11,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import devices, platform, probe  # noqa: E402
+from attention_backends.backends import platform  # noqa: E402
 from attention_backends.backends.bench_inputs import device_of  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.machine import devices, probe  # noqa: E402
 from attention_backends.backends.platform import Platform, detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402

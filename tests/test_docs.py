@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from attention_backends import cli
-from attention_backends.backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES, parse_config
+from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES, parse_config
 from attention_backends.backends.names import canonical
 from attention_backends.backends.platform import PACKAGES
 from attention_backends.backends.presets import parse_presets

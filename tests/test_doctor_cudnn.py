@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from attention_backends.backends import platform as platform_module  # noqa: E402
-from attention_backends.backends.doctor import examine  # noqa: E402
-from attention_backends.backends.install import Interpreter  # noqa: E402
+from attention_backends.backends.machine.doctor import examine  # noqa: E402
+from attention_backends.backends.machine.install import Interpreter  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from hook_side import sampling  # noqa: E402

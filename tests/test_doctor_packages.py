@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.doctor import Cards, cards_of
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
-from attention_backends.backends.packages import PACKAGES_OF, SYMBOLS_OF
+from attention_backends.backends.machine.doctor import Cards, cards_of
+from attention_backends.backends.machine.packages import PACKAGES_OF, SYMBOLS_OF
+from attention_backends.backends.machine.symbols import find, needs_of
 from attention_backends.backends.platform import KINDS, Platform, parse_platform
-from attention_backends.backends.symbols import find, needs_of
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,8 +31,8 @@ sys.modules["attention_backends"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["attention_backends"])
 
 import contextlib
-from attention_backends.backends.doctor import examine
-from attention_backends.backends.install import running_interpreter
+from attention_backends.backends.machine.doctor import examine
+from attention_backends.backends.machine.install import running_interpreter
 from attention_backends.backends.platform import Platform, installed_packages
 from attention_backends.backends.router import Router
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.packages import PACKAGES_OF, SYMBOLS_OF
+from attention_backends.backends.machine.packages import PACKAGES_OF, SYMBOLS_OF
 from attention_backends.backends.platform import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ sys.modules["attention_backends"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["attention_backends"])
 import attention_backends.backends.kernels, attention_backends.cli
 for found in pkgutil.walk_packages(attention_backends.backends.__path__, "attention_backends.backends."):
-    if found.name != "attention_backends.backends.guard_rows":  # arithmetic in torch, for when a guard looks
+    if found.name != "attention_backends.backends.guard.rows":  # arithmetic in torch, for when a guard looks
         importlib.import_module(found.name)
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "tops": sorted({name.split(".")[0] for name in set(sys.modules) - before})}))

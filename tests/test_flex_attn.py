@@ -18,7 +18,7 @@ from attention_backends.backends.routes import ROUTES
 torch = pytest.importorskip("torch", reason="torch is not installed")
 flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="this torch has no FlexAttention")
 
-from attention_backends.backends import flex_blocks  # noqa: E402
+from attention_backends.backends.kernel_support import flex_blocks  # noqa: E402
 from attention_backends.backends.kernels import flex_attn  # noqa: E402
 from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402

@@ -13,10 +13,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import guard_rows  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.guard import BUDGETS, VARIABLE, Guard, GuardAlarm, Watch  # noqa: E402
-from attention_backends.backends.guard_findings import ROWS, Findings, chance, lines, worst_first  # noqa: E402
+from attention_backends.backends.guard import rows as guard_rows  # noqa: E402
+from attention_backends.backends.guard.findings import ROWS, Findings, chance, lines, worst_first  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.platform import Platform  # noqa: E402
 from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402

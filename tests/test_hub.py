@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from attention_backends.backends import hub, platform
+from attention_backends.backends import platform
 from attention_backends.backends.config import Choice
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.machine import hub
 from attention_backends.backends.platform import HUB_VARIABLE, Platform, detect, hub_allowed, parse_platform
 from attention_backends.backends.request import AttentionRequest
 from attention_backends.backends.router import Router
 
 pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.doctor import examine
-from attention_backends.backends.install import Interpreter
+from attention_backends.backends.machine.doctor import examine
+from attention_backends.backends.machine.install import Interpreter
 from attention_backends.backends.session import Session
 from attention_calls import as_comfyui_runs, call_for
 from fakes import hub as fake

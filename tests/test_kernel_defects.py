@@ -14,7 +14,7 @@ from kernel_machines import SAGE_1, SAGE_2, SAGE_FORK, TRITON
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import layout  # noqa: E402
+from attention_backends.backends.kernel_support import layout  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from fakes import (  # noqa: E402
     arithmetic,

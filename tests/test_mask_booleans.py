@@ -10,12 +10,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import mask_parts  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.mask import as_4d  # noqa: E402
-from attention_backends.backends.mask_plan import AS_BOOLEANS, PASSED_ON, inspect  # noqa: E402
-from attention_backends.backends.parts import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.mask import pieces as mask_parts  # noqa: E402
+from attention_backends.backends.mask.parts import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.mask.plan import AS_BOOLEANS, PASSED_ON, inspect  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.mask import as_4d  # noqa: E402
-from attention_backends.backends.mask_plan import ALL, MaskPlan, inspect  # noqa: E402
+from attention_backends.backends.mask.plan import ALL, MaskPlan, inspect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402

@@ -9,9 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import mask_plan  # noqa: E402
 from attention_backends.backends.backend import FLOATING, Limits  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.mask import plan as mask_plan  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import (  # noqa: E402

@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
-from attention_backends.backends import tuner  # noqa: E402
+from attention_backends.backends.kernel_support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.measured_store import VARIABLE, Store, shared_store  # noqa: E402
+from attention_backends.backends.measured import tuner  # noqa: E402
+from attention_backends.backends.measured.store import VARIABLE, Store, shared_store  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.sdpa import plain_sdpa  # noqa: E402
 from hook_side import ENVIRONMENT, comfyui, counts, last_run, marks_left, nodes_module, sampling  # noqa: E402
 from measured_machines import Clock, Costed  # noqa: E402
 

@@ -15,8 +15,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import measured_store, remembered  # noqa: E402
-from attention_backends.backends.measured_store import (  # noqa: E402
+from attention_backends.backends.machine import remembered  # noqa: E402
+from attention_backends.backends.measured import store as measured_store  # noqa: E402
+from attention_backends.backends.measured.key import bucket  # noqa: E402
+from attention_backends.backends.measured.store import (  # noqa: E402
     FILE,
     MOST,
     VARIABLE,
@@ -27,7 +29,6 @@ from attention_backends.backends.measured_store import (  # noqa: E402
     shared_store,
 )
 from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
-from attention_backends.backends.tuning_key import bucket  # noqa: E402
 from measured_entries import ELSEWHERE, MS, entry, key, some  # noqa: E402
 from measured_machines import INCUMBENT, Machine, small_call  # noqa: E402
 
@@ -303,7 +304,7 @@ import sys
 sys.path[:0] = [{tests!r}]
 import conftest, random
 from pathlib import Path
-from attention_backends.backends.measured_store import Store
+from attention_backends.backends.measured.store import Store
 from measured_machines import INCUMBENT, Machine, noisy, small_call
 me = int(sys.argv[1])
 source = random.Random(me)

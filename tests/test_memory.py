@@ -12,8 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import mask_plan  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.mask import plan as mask_plan  # noqa: E402
 from attention_backends.backends.memory import extra_bytes, inputs_bytes, item_bytes, output_size  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionRequest  # noqa: E402

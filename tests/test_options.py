@@ -7,7 +7,7 @@ import inspect
 import pytest
 from attention_backends.backends.backend import Backend
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
-from attention_backends.backends.config_text import parse_config
+from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.options import Option, problems

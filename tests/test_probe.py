@@ -19,17 +19,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from attention_backends.backends import remembered  # noqa: E402
 from attention_backends.backends.backend import HALF, Backend, Kernel, Limits  # noqa: E402
-from attention_backends.backends.doctor import probe_all  # noqa: E402
-from attention_backends.backends.isolated import run, words_of  # noqa: E402
+from attention_backends.backends.kernel_support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.machine import remembered  # noqa: E402
+from attention_backends.backends.machine.doctor import probe_all  # noqa: E402
+from attention_backends.backends.machine.isolated import run, words_of  # noqa: E402
+from attention_backends.backends.machine.probe import judge, probe, problems, tensors  # noqa: E402
+from attention_backends.backends.machine.remembered import Outcome  # noqa: E402
 from attention_backends.backends.platform import Platform, detect  # noqa: E402
-from attention_backends.backends.probe import judge, probe, problems, tensors  # noqa: E402
-from attention_backends.backends.remembered import Outcome  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.sdpa import plain_sdpa  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups are POSIX's")
@@ -40,7 +40,7 @@ from pathlib import Path
 
 from attention_backends.backends.backend import FLOATING, Backend, Limits
 from attention_backends.backends.platform import KINDS
-from attention_backends.backends.sdpa import plain_sdpa
+from attention_backends.backends.kernel_support.sdpa import plain_sdpa
 
 
 class Kernel(Backend):
@@ -222,7 +222,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
         "import importlib.util, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"spec = importlib.util.spec_from_file_location('isolated', {str(ROOT / 'backends' / 'isolated.py')!r})\n"
+        f"path = {str(ROOT / 'backends' / 'machine' / 'isolated.py')!r}\n"
+        "spec = importlib.util.spec_from_file_location('isolated', path)\n"
         "isolated = importlib.util.module_from_spec(spec); spec.loader.exec_module(isolated)\n"
         f"isolated.run([sys.executable, '-c', {child!r}], 600)\n"
     )
@@ -370,7 +371,7 @@ def test_the_tolerance_is_that_of_the_class(
 
 
 def test_every_limit_leaves_room_for_arithmetic_of_its_class_and_for_no_more() -> None:
-    from attention_backends.backends.probe import LIMIT_OF, LOSSY_LIMIT
+    from attention_backends.backends.machine.probe import LIMIT_OF, LOSSY_LIMIT
     from tolerance import _fp4, _int8_fp8, error, truth
 
     for request in problems():
@@ -551,8 +552,8 @@ def test_a_build_that_drops_an_argument_is_seen(monkeypatch: pytest.MonkeyPatch,
     """The plain problem alone would not show it."""
     import torch
     from attention_backends.backends.kernels import BACKENDS
+    from attention_backends.backends.machine.probe import judge
     from attention_backends.backends.platform import Platform
-    from attention_backends.backends.probe import judge
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
 

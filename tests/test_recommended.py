@@ -12,10 +12,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.audit import AS_ASKED, asked_and_ran  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError  # noqa: E402
-from attention_backends.backends.config_print import to_text  # noqa: E402
-from attention_backends.backends.config_text import parse_config  # noqa: E402
+from attention_backends.backends.config.print import to_text  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
 from attention_backends.backends.recommended import (  # noqa: E402
@@ -33,6 +32,7 @@ from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.backends.schedule import ScheduleEntry, Timetable, is_scheduled  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
 from attention_backends.backends.trace import Trace  # noqa: E402
+from attention_backends.backends.trace.audit import AS_ASKED, asked_and_ran  # noqa: E402
 from hook_side import (  # noqa: E402
     ENVIRONMENT,
     Kernel,

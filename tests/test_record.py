@@ -16,18 +16,18 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError  # noqa: E402
-from attention_backends.backends.config_print import to_json  # noqa: E402
-from attention_backends.backends.config_text import parse_config  # noqa: E402
+from attention_backends.backends.config.print import to_json  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.ledger import Ledger  # noqa: E402
-from attention_backends.backends.measured_store import Store  # noqa: E402
+from attention_backends.backends.measured.store import Store  # noqa: E402
+from attention_backends.backends.measured.tuner import Tuner, asks_for_measured  # noqa: E402
 from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
-from attention_backends.backends.record import MARK, as_record, facts_of, normal, ranges  # noqa: E402
+from attention_backends.backends.records.ledger import Ledger  # noqa: E402
+from attention_backends.backends.records.record import MARK, as_record, facts_of, normal, ranges  # noqa: E402
 from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
 from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
-from attention_backends.backends.tuner import Tuner, asks_for_measured  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
 from hook_side import (  # noqa: E402
     ENVIRONMENT,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from attention_backends import cli
-from attention_backends.backends.config_text import parse_config
-from attention_backends.backends.record import as_record
+from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.records.record import as_record
 from attention_backends.comparison.metadata import PNG, texts_of
 from test_record import made_up
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 from attention_backends.backends.config import Choice
-from attention_backends.backends.config_text import parse_config
+from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.request import parse_request

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError, resolve
-from attention_backends.backends.config_print import FORMATS, to_dict, to_flags, to_text
-from attention_backends.backends.config_text import parse_config
+from attention_backends.backends.config.print import FORMATS, to_dict, to_flags, to_text
+from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.names import UnknownBackendError
 from attention_backends.backends.platform import detect
 from attention_backends.backends.request import AttentionCall
 from attention_backends.backends.router import Router
 from attention_backends.backends.schedule import ScheduleEntry, Timetable, step_of
+from attention_backends.backends.schedule.windows import parse_numbers, parse_percent, parse_sigmas
 from attention_backends.backends.session import Session
-from attention_backends.backends.windows import parse_numbers, parse_percent, parse_sigmas
 from attention_backends.cli import main
 from hypothesis import given
 from hypothesis import strategies as st

@@ -19,7 +19,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
-from attention_backends.backends.windows import parse_numbers  # noqa: E402
+from attention_backends.backends.schedule.windows import parse_numbers  # noqa: E402
 from hook_side import (  # noqa: E402
     ENVIRONMENT,
     Kernel,

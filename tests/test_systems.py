@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends import config_text
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, resolve
-from attention_backends.backends.config_print import to_json
-from attention_backends.backends.config_text import from_environment, parse_config
+from attention_backends.backends.config import text as config_text
+from attention_backends.backends.config.print import to_json
+from attention_backends.backends.config.text import from_environment, parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.names import (

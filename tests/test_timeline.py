@@ -6,10 +6,10 @@ from time import perf_counter
 
 import pytest
 import torch
-from attention_backends.backends.device_clock import DeviceClock
-from attention_backends.backends.steps import Steps
-from attention_backends.backends.timeline import MOST
 from attention_backends.backends.trace import Row, Trace
+from attention_backends.backends.trace.device_clock import DeviceClock
+from attention_backends.backends.trace.steps import Steps
+from attention_backends.backends.trace.timeline import MOST
 from test_device_clock import Gpu
 
 SIGMAS = torch.linspace(1.0, 0.0, 11)

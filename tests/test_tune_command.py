@@ -10,9 +10,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import tuner  # noqa: E402
-from attention_backends.backends.config_text import CONFIG_VARIABLE, DEFAULT_VARIABLES  # noqa: E402
-from attention_backends.backends.measured_store import VARIABLE, Store  # noqa: E402
+from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES  # noqa: E402
+from attention_backends.backends.measured import tuner  # noqa: E402
+from attention_backends.backends.measured.store import VARIABLE, Store  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.presets import PRESETS  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402

@@ -12,9 +12,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends import api, attention, attention_backend  # noqa: E402
-from attention_backends.backends.config_text import parse_config  # noqa: E402
-from attention_backends.backends.mask_plan import inspect  # noqa: E402
-from attention_backends.backends.parts import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.mask.parts import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.mask.plan import inspect  # noqa: E402
 from attention_backends.backends.platform import Platform  # noqa: E402
 from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.backends.router import NoBackendError, Router  # noqa: E402

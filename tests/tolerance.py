@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from attention_backends.backends.kernel_support.sdpa import expand_kv
 from attention_backends.backends.kernels.emulated_int8 import KEY_BLOCK, QUERY_BLOCK, round_trip
 from attention_backends.backends.kernels.reference import reference_attention
 from attention_backends.backends.request import AttentionCall
-from attention_backends.backends.sdpa import expand_kv
 from attention_calls import cast
 from fakes.arithmetic import fp4_blocks, fp4_weights, fp8_channels, fp8_weights
 

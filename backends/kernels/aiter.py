@@ -6,9 +6,9 @@ from dataclasses import replace
 from importlib import import_module
 
 from ..backend import HALF, Kernel, Limits
-from ..flash import FlashAttention
-from ..hub import HubKernel
-from ..layout import INT32_ELEMENTS
+from ..kernel_support.flash import FlashAttention
+from ..kernel_support.layout import INT32_ELEMENTS
+from ..machine.hub import HubKernel
 from ..platform import Platform
 
 AMD_CARDS = ("gfx942", "gfx950")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import Backend, Kernel, Limits
-from ..layout import INT32_ELEMENTS, on_device_of
+from ..kernel_support.layout import INT32_ELEMENTS, on_device_of
 from ..memory import key_size, query_size, value_size
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..backend import HALF, Limits
+from ..kernel_support.sdpa import PinnedSDPA
 from ..platform import Platform
 from ..request import AttentionRequest
-from ..sdpa import PinnedSDPA
 
 MIN_CUDNN = 90500
 """vLLM-Omni's floor for routing to cuDNN by itself; newer reports say 9.7 for native Blackwell kernels."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..backend import HALF, Limits, package_reason
-from ..flash import FlashAttention
-from ..hub import HubKernel
-from ..layout import INT32_ELEMENTS
+from ..kernel_support.flash import FlashAttention
+from ..kernel_support.layout import INT32_ELEMENTS
+from ..machine.hub import HubKernel
 from ..platform import Platform
 
 AMD_CARDS = ("gfx90a", "gfx942", "gfx950")

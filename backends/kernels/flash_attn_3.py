@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..backend import HALF, Limits
-from ..flash import FlashAttention
-from ..hub import HubKernel
+from ..kernel_support.flash import FlashAttention
+from ..machine.hub import HubKernel
 from ..platform import Platform
 
 

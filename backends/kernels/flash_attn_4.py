@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..backend import HALF, Limits
-from ..flash import FlashAttention
-from ..hub import HubKernel
-from ..layout import INT32_ELEMENTS
+from ..kernel_support.flash import FlashAttention
+from ..kernel_support.layout import INT32_ELEMENTS
+from ..machine.hub import HubKernel
 from ..platform import Platform
 
 

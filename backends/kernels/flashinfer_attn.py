@@ -7,16 +7,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..backend import HALF, Backend, Kernel, Limits, package_reason
-from ..layout import INT32_ELEMENTS, indexable, on_device_of
+from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of
+from ..mask.ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
 from ..memory import item_bytes, mask_size, output_size
 from ..platform import Platform
-from ..ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
 from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from ..varlen import PackedCall, VarlenKernel
+    from ..mask.varlen import PackedCall, VarlenKernel
 
 PLANS = 8
 """Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""

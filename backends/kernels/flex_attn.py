@@ -16,8 +16,8 @@ from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from ..backend import Backend, Kernel, Limits, package_reason
-from ..flex_blocks import causal_blocks, masked_blocks
-from ..layout import INT32_ELEMENTS, indexable, on_device_of
+from ..kernel_support.flex_blocks import causal_blocks, masked_blocks
+from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import HALF, Backend, Kernel, Limits
-from ..layout import to_bshd
+from ..kernel_support.layout import to_bshd
+from ..kernel_support.sdpa import expanded
 from ..platform import Platform
 from ..request import AttentionCall
-from ..sdpa import expanded
 
 if TYPE_CHECKING:
     import torch

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .. import sparse_options
 from ..backend import Backend
 from ..options import Option
+from ..options import sparse as sparse_options
 from ..platform import Platform
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, Backend, Kernel, Limits
+from ..kernel_support.sdpa import expand_kv
 from ..memory import key_size, output_size, query_size, score_size, value_size
 from ..platform import KINDS, Platform
 from ..request import AttentionCall, AttentionRequest
-from ..sdpa import expand_kv
 
 if TYPE_CHECKING:
     import torch

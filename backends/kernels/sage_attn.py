@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .. import sage
 from ..backend import Kernel, Limits
-from ..layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from ..kernel_support import sage
+from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
 
-    from ..varlen import VarlenKernel
+    from ..mask.varlen import VarlenKernel
 
 CARDS = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
 FORK_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))

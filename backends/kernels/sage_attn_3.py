@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .. import sage
 from ..backend import HALF, Kernel, Limits
-from ..hub import HubKernel
-from ..layout import INT32_ELEMENTS, on_device_of
+from ..kernel_support import sage
+from ..kernel_support.layout import INT32_ELEMENTS, on_device_of
+from ..machine.hub import HubKernel
 from ..memory import item_bytes, key_size, query_size, value_size
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .. import sage
 from ..backend import Kernel
+from ..kernel_support import sage
 from ..options import Option
 from ..platform import Platform
 

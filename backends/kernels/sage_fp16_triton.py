@@ -7,9 +7,9 @@ from inspect import signature
 from math import log
 from typing import TYPE_CHECKING
 
-from .. import sage
 from ..backend import ANY_MASK, Kernel, Limits
-from ..layout import indexable, on_device_of, to_bshd
+from ..kernel_support import sage
+from ..kernel_support.layout import indexable, on_device_of, to_bshd
 from ..mask import without_keys
 from ..options import Option
 from ..platform import Platform
@@ -18,7 +18,7 @@ from ..request import AttentionCall
 if TYPE_CHECKING:
     import torch
 
-    from ..varlen import VarlenKernel
+    from ..mask.varlen import VarlenKernel
 
 LOG2_E = 1 / log(2)
 

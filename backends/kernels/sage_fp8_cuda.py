@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .. import sage
 from ..backend import Kernel, Limits
+from ..kernel_support import sage
 from ..options import Option
 from ..platform import Platform
 

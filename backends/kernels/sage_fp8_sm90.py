@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .. import sage
 from ..backend import Kernel
+from ..kernel_support import sage
 from ..options import Option
 from ..platform import Platform
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..backend import Limits
+from ..kernel_support.sdpa import PinnedSDPA
 from ..memory import expanded_bytes
 from ..platform import Platform
 from ..request import AttentionRequest
-from ..sdpa import PinnedSDPA
 
 
 class SDPAEfficient(PinnedSDPA):

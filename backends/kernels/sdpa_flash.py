@@ -8,14 +8,14 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, HALF, Limits, package_reason
-from ..layout import on_device_of
+from ..kernel_support.layout import on_device_of
+from ..kernel_support.sdpa import PinnedSDPA
 from ..platform import Platform
-from ..sdpa import PinnedSDPA
 
 if TYPE_CHECKING:
     import torch
 
-    from ..varlen import PackedCall, VarlenKernel
+    from ..mask.varlen import PackedCall, VarlenKernel
 
 
 class SDPAFlash(PinnedSDPA):

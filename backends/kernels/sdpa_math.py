@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..backend import FLOATING, Limits
+from ..kernel_support.sdpa import PinnedSDPA
 from ..memory import expanded_bytes, inputs_bytes, item_bytes, key_size, mask_size, query_size, score_size
 from ..platform import KINDS, Platform
 from ..request import AttentionRequest
-from ..sdpa import PinnedSDPA
 
 
 class SDPAMath(PinnedSDPA):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, Backend, Kernel, Limits
+from ..kernel_support.sdpa import expanded, plain_sdpa
 from ..memory import expanded_bytes
 from ..platform import KINDS, Platform
 from ..request import AttentionCall, AttentionRequest
-from ..sdpa import expanded, plain_sdpa
 
 if TYPE_CHECKING:
     import torch

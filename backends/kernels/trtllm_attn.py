@@ -6,10 +6,10 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from ..backend import HALF, Backend, Kernel, Limits
-from ..layout import INT32_ELEMENTS, on_device_of
+from ..kernel_support.layout import INT32_ELEMENTS, on_device_of
+from ..mask.ragged import WORKSPACE_BYTES, lengths, offsets, stream_of, to_bhsd, to_thd, workspace
 from ..memory import item_bytes, query_size
 from ..platform import Platform
-from ..ragged import WORKSPACE_BYTES, lengths, offsets, stream_of, to_bhsd, to_thd, workspace
 from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:

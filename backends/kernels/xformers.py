@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..backend import HALF, Backend, Kernel, Limits
-from ..layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from ..kernel_support.sdpa import expanded
 from ..mask import as_additive, without_keys
 from ..memory import expanded_bytes, item_bytes, mask_size
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest
-from ..sdpa import expanded
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,9 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from ..backend import Backend, Kernel, Limits, package_reason
+from ..kernel_support.sdpa import expanded
 from ..platform import Platform
 from ..request import AttentionCall
-from ..sdpa import expanded
 
 if TYPE_CHECKING:
     import torch

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from attention_backends.backends.machine.support import support_page
 from attention_backends.backends.recommended import recommended_page
-from attention_backends.backends.support import support_page
 from attention_backends.backends.systems import systems_page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

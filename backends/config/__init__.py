@@ -1,0 +1,265 @@
+"""What a person asked for: a backend per role, what accuracy is allowed, and what to do when it cannot run.
+
+`parse_config` (in `config_text.py`) reads every accepted text form into these types. Here is what they mean and
+how the entry for one role is found, always with the source as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..backend import ACCURACY
+from ..kernels import BACKENDS
+from ..kernels.planned import Planned
+from ..names import AUTO, MEASURED, canonical
+from ..options import problems
+from ..options.foreign import FOREIGN_OPTIONS, foreign_problems
+
+if TYPE_CHECKING:
+    from ..recommended import Precaution
+    from ..records.replay import Recorded
+    from ..schedule import ScheduleEntry
+
+GUARD_MODES = ("off", "watch", "enforce")
+PLATFORM_ROUTE = "platform route"
+"""The source of a choice that nobody made."""
+RECOMMENDED = "recommended for "
+"""How the source of a choice begins that a precaution made."""
+
+CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
+"""Joint attention over text and picture falls in category `self` where nothing is said about `joint`.
+
+Not where `AttentionConfig.joint_is_self` is false, as in text: the systems whose configurations are pasted have
+`joint` as a role of its own.
+"""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be understood; the message says which part and what is accepted."""
+
+
+def frozen(options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Options as a hashable key."""
+    return tuple(sorted((name, repr(value)) for name, value in options.items()))
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One backend with its options. The name is any accepted spelling and is stored as the canonical id."""
+
+    backend: str = AUTO
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.backend, str):
+            raise ConfigError(f"backend must be a name, not {type(self.backend).__name__}: {self.backend!r}")
+        object.__setattr__(self, "backend", canonical(self.backend))
+        if not isinstance(self.extra, Mapping):
+            raise ConfigError(f"extra must be a mapping, not {type(self.extra).__name__}: {self.extra!r}")
+        object.__setattr__(self, "extra", MappingProxyType(deepcopy(dict(self.extra))))
+        if self.extra:
+            self._check_extra()
+
+    def _check_extra(self) -> None:
+        backend = BACKENDS.get(self.backend)
+        if backend is None:
+            raise ConfigError(f"extra: {self.backend} takes no options, it chooses; name a backend to set its options")
+        declared = {option.name for option in backend.options}
+        foreign = [name for name in self.extra if name in FOREIGN_OPTIONS and name not in declared]
+        wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
+        if wrong or foreign:
+            wrong += foreign_problems({name: self.extra[name] for name in foreign})
+            raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
+        conflicts = backend.option_conflicts(self.extra)
+        if conflicts:
+            raise ConfigError(f"extra of {self.backend}: {'; '.join(conflicts)}")
+        if isinstance(backend, Planned):
+            raise ConfigError(f"extra of {self.backend}: {', '.join(self.extra)}: understood, but not implemented yet")
+
+    def __hash__(self) -> int:
+        return hash((self.backend, frozen(self.extra)))
+
+    @property
+    def is_auto(self) -> bool:
+        """True when this entry says nothing: the next source decides."""
+        return self.backend == AUTO
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Default and per-role specs. A role is a dotted string such as `self`, `cross` or `ltx2.audio_to_video`.
+
+    A setting that is None was not said here: the next configuration's counts, and at the end `UNSAID`.
+    """
+
+    default: AttentionSpec = field(default_factory=AttentionSpec)
+    per_role: Mapping[str, AttentionSpec] = field(default_factory=dict)
+    """Entries that say `auto` say nothing, and are left out."""
+    accuracy: str | None = None
+    """The least exact class that `auto` may pick: one of `backend.ACCURACY`, each including those before it."""
+    strict: bool | None = None
+    guard: str | None = None
+    source: str = "config"
+    """Where this came from, for messages: a node, a file, an environment variable."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the person should know about how it was read: names that mean something else here, parts without effect."""
+    schedule: tuple[ScheduleEntry, ...] = ()
+    """Windows of the run with a backend of their own, above the default and the roles; a later one wins."""
+    recommended: tuple[Precaution, ...] = ()
+    """What is recommended for this model family and was switched on: above every default, below all else."""
+    joint_is_self: bool = True
+    """The entry for `self` covers `joint` too. Text says so itself where it means that (`config_mapping.py`)."""
+    record: Recorded | None = None
+    """A run to repeat: below the roles and the schedule, above what is recommended and the default."""
+
+    def __post_init__(self) -> None:
+        if self.accuracy is not None and self.accuracy not in ACCURACY:
+            raise ConfigError(f"accuracy {self.accuracy!r} is not one of {', '.join(ACCURACY)}")
+        if self.guard is not None and self.guard not in GUARD_MODES:
+            raise ConfigError(f"guard {self.guard!r} is not one of {', '.join(GUARD_MODES)}")
+        if self.strict is not None and not isinstance(self.strict, bool):
+            raise ConfigError(f"strict must be true or false, not {self.strict!r}")
+        if not isinstance(self.joint_is_self, bool):
+            raise ConfigError(f"joint_is_self must be true or false, not {self.joint_is_self!r}")
+        said = {role: spec for role, spec in self.per_role.items() if not spec.is_auto}
+        object.__setattr__(self, "per_role", MappingProxyType(said))
+        object.__setattr__(self, "schedule", tuple(entry for entry in self.schedule if not entry.spec.is_auto))
+        if not self.names_self:
+            object.__setattr__(self, "joint_is_self", True)  # it says nothing then
+
+    def __hash__(self) -> int:
+        per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
+        settings = (self.accuracy, self.strict, self.guard)
+        return hash((self.default, per_role, settings, self.source, self.schedule, self.recommended, self.record))
+
+    @property
+    def names_self(self) -> bool:
+        """True when an entry is for `self`, so that `joint_is_self` matters."""
+        return "self" in self.per_role or any(entry.role == "self" for entry in self.schedule)
+
+    def parent_of(self, category: str) -> str | None:
+        """The category that counts where nothing is said about `category`."""
+        parent = CATEGORY_PARENT.get(category)
+        return None if parent == "self" and not self.joint_is_self else parent
+
+    def lookup(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
+        """The entry for `role` and its source as text; None when this configuration says nothing about it."""
+        found = self.of_role(role, category)
+        if found is None and not self.default.is_auto:
+            return self.default, f"{self.source}.default"
+        return found
+
+    def of_role(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
+        """As `lookup`, of the entries for roles alone."""
+        exact = self.per_role.get(role)
+        if exact is not None and not exact.is_auto:
+            return exact, f"{self.source}.per_role[{role!r}]"
+        parent: str | None = category
+        while parent:
+            spec = self.per_role.get(parent)
+            if parent != role and spec is not None and not spec.is_auto:
+                return spec, f"{self.source}.per_role[{parent!r}] (category of {role!r})"
+            parent = self.parent_of(parent)
+        return None
+
+
+def joint_note(layers: tuple[AttentionConfig, ...], role: str, category: str) -> str | None:
+    """What to say where an entry for `self` would have decided for joint attention, had it not come from text."""
+    for layer in layers:
+        spec = layer.per_role.get("self")
+        if spec is not None and layer.parent_of(category) is None and CATEGORY_PARENT.get(category) == "self":
+            found = layer.lookup(role, category)
+            if found is None or found[1] == f"{layer.source}.default":
+                return (
+                    f"{layer.source}.per_role['self'] ({spec.backend}) does not cover role {role!r}: {category} is a "
+                    f"role of its own in the systems that configurations come from; joint_is_self: true makes self "
+                    f"cover it, per_role.{category} names its backend"
+                )
+        if layer.lookup(role, category) is not None:
+            return None
+    return None
+
+
+class Settings(NamedTuple):
+    """What holds for every role of a run."""
+
+    accuracy: str
+    strict: bool
+    guard: str
+
+
+UNSAID = Settings(accuracy="exact", strict=False, guard="off")
+
+
+def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
+    """Each setting as the highest configuration that says anything about it has it."""
+
+    def said(name: str) -> object:
+        values = (getattr(layer, name) for layer in layers)
+        return next((value for value in values if value is not None), getattr(UNSAID, name))
+
+    return Settings(*map(said, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
+
+
+def record_of(layers: tuple[AttentionConfig, ...]) -> Recorded | None:
+    """The run to repeat; None where no configuration has one."""
+    return next((layer.record for layer in layers if layer.record is not None), None)
+
+
+def default_of(layers: tuple[AttentionConfig, ...]) -> str | None:
+    """The backend that holds where nothing is said of a role; None where the platform's route decides."""
+    return next((layer.default.backend for layer in layers if not layer.default.is_auto), None)
+
+
+def precautions_of(layers: tuple[AttentionConfig, ...]) -> tuple[Precaution, ...]:
+    """What was switched on of what is recommended, and matters with the default that holds."""
+    if not any(layer.recommended for layer in layers):
+        return ()
+    asked, accuracy = default_of(layers), settings_of(layers).accuracy
+    return tuple(one for layer in layers for one in layer.recommended if one.concerns(asked, accuracy))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for one role: a canonical id, or None where the platform's route decides."""
+
+    asked: str | None
+    source: str
+    extra: Mapping[str, object] = field(default_factory=dict)
+    accuracy: str | None = None
+    """The least exact class that the route may take for it; None for what holds for the whole run."""
+    by_default: bool = field(default=False, compare=False)
+    """True where nothing was said of the role, nor of this place in the run."""
+    record: Recorded | None = None
+    """Decides instead of all this for calls that it knows (`Session.recorded`): more than the role tells them apart."""
+
+    @property
+    def is_open(self) -> bool:
+        """True where nobody named a backend or an accuracy, so that a checkpoint's own preference counts."""
+        return self.asked in (None, MEASURED) and self.accuracy is None
+
+
+def resolve(
+    layers: tuple[AttentionConfig, ...],
+    role: str,
+    category: str,
+    scheduled: Callable[[AttentionConfig], tuple[AttentionSpec, str] | None] | None = None,
+) -> Choice:
+    """Ask each configuration in turn, highest first; the first that says anything about the role decides.
+
+    `scheduled` gives what the schedule of a configuration says at this place of the run, which stands above its roles.
+    """
+    record = None
+    for layer in layers:
+        found = (scheduled(layer) if scheduled is not None else None) or layer.of_role(role, category)
+        record = record or (layer.record if found is None else None)
+        found = found or layer.lookup(role, category)
+        if found is not None:
+            spec, source = found
+            by_default = source == f"{layer.source}.default"
+            return Choice(spec.backend, source, spec.extra, by_default=by_default, record=record)
+    return Choice(None, PLATFORM_ROUTE, by_default=True, record=record)

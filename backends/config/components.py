@@ -1,0 +1,92 @@
+"""SGLang's map from components of a pipeline to backends, and the part of it that concerns one diffusion model.
+
+A ComfyUI MODEL is the diffusion model: `transformer`, or `transformer_2` for a second expert (Wan 2.2's low-noise
+model). Text encoders and autoencoders are other objects there, and nothing here routes them: their entries are
+recognised, checked, and change nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Callable, Mapping
+
+from ..names import RefusedBackendError
+from . import AttentionSpec, ConfigError
+from .flags import COMPONENT_NAME
+
+KNOWN = ("transformer", "unet", "text_encoder", "image_encoder", "vae", "audio_vae", "video_vae")
+_DIFFUSION_MODEL = re.compile(r"transformer(_\d+)?")
+
+Read = Callable[[object, str], AttentionSpec]
+
+
+def component_name(name: str) -> str:
+    """A component's name as SGLang compares it: `_` for `-`; a U-Net is the diffusion model too."""
+    return re.sub(r"^unet(?=(_\d+)?$)", "transformer", str(name).strip().replace("-", "_"))
+
+
+def component_entries(
+    value: object, component: str, read: Read, where: str
+) -> tuple[AttentionSpec, dict[str, AttentionSpec], list[str]]:
+    """What a component map says about `component`: its backend, its roles' backends, and notes about the rest.
+
+    `x_2` takes what stands under `x` where nothing stands under its own name.
+
+    Raises:
+        ConfigError: it is no map, or a name is nearly that of a component.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected component=backend entries, not {type(value).__name__}")
+    wanted = component_name(component)
+    names = [wanted.rpartition("_")[0], wanted] if re.fullmatch(r".+_\d+", wanted) else [wanted]
+    own, roles, notes = AttentionSpec(), dict[str, AttentionSpec](), list[str]()
+    entries = _flat(value, where)
+    for name in names:  # its own name last, so that it wins
+        for (of, role), entry in entries.items():
+            if of != name:
+                continue
+            spec = read(entry, f"{of}.{role}" if role else of)
+            if spec.is_auto:
+                continue
+            if role:
+                roles[role] = spec
+            else:
+                own = spec
+    for (of, role), entry in entries.items():
+        if of not in names:
+            notes.append(_elsewhere(of, role, entry, wanted, read))
+    return own, roles, notes
+
+
+def _flat(value: Mapping[object, object], where: str) -> dict[tuple[str, str], object]:
+    """Entries by component and role; a role may stand in a dotted name or in a mapping."""
+    entries: dict[tuple[str, str], object] = {}
+    for key, entry in value.items():
+        name, _, role = str(key).partition(".")
+        of = component_name(name)
+        _check_name(of, where)
+        inner = entry if isinstance(entry, Mapping) and not {"backend", "extra"} & set(entry) else {"": entry}
+        for inner_role, spec in inner.items():
+            full = ".".join(filter(None, (role, str(inner_role))))
+            if (of, full) in entries:
+                raise ConfigError(f"{where}: {'.'.join(filter(None, (of, full)))} is given twice")
+            entries[of, full] = spec
+    return entries
+
+
+def _check_name(name: str, where: str) -> None:
+    near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.85)
+    if near and not COMPONENT_NAME.fullmatch(name):
+        raise ConfigError(f"{where}: no component {name!r}; did you mean {near[0]}?")
+
+
+def _elsewhere(of: str, role: str, entry: object, wanted: str, read: Read) -> str:
+    """The note about an entry for another component; a wrong name in it is still an error."""
+    name = f"{of}.{role}" if role else of
+    with contextlib.suppress(RefusedBackendError):  # it would not run here either way
+        read(entry, name)
+    if _DIFFUSION_MODEL.fullmatch(of):
+        return f"component {name}: for another diffusion model than {wanted}; choose component {of} on that model"
+    return f"component {name}: not routed here, only the diffusion model is; this entry changes nothing"

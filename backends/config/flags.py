@@ -1,0 +1,191 @@
+"""Command lines, flags and `name=value` pairs to a nested mapping.
+
+Their words are in `config_words.py`; what the mapping means is in `config_mapping.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from . import ConfigError
+from .places import Place, places_of
+from .words import Word, at_commas, scalar, with_assignments, words_of
+
+CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
+"""vLLM-Omni's structured configuration."""
+COMPONENT_FLAG = "component_attention_backends"
+COMMAND_FLAGS = (*CONFIG_FLAGS, "diffusion_attention_backend", "attention_backend", "attention_backend_config",
+                 "diffusion_attention_schedule", COMPONENT_FLAG)  # fmt: skip
+"""What is taken from a whole command line; its other flags are the program's own."""
+COMPONENT_NAME = re.compile(
+    r"(transformer|unet|text_encoder|image_encoder|vision_encoder|vae|audio_vae|video_vae|vocoder|connectors)(_\d+)?"
+)
+
+_ASSIGNMENT = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
+_PROGRAM = re.compile(
+    r"([\w.-]*/.*|.*\.(py|sh|exe)|python[\d.]*|py|vllm|vllm-omni|sglang|torchrun|accelerate|uv|uvx|env|sudo|srun|docker)"
+)
+_FLAGS = re.compile(rf"(\$\s+)?(export\s|--?[A-Za-z]|[A-Za-z_][\w.-]*\s*=|({_PROGRAM.pattern})\s)")
+
+
+class Pair(NamedTuple):
+    """One setting as it is written."""
+
+    name: str
+    value: object
+    text: str
+    """The value's own words."""
+    line: int
+    """Where it begins."""
+
+
+class Flags(NamedTuple):
+    """What a text of flags says."""
+
+    nested: dict[str, Any]
+    environment: dict[str, str]
+    """Variables that stand before the command."""
+    skipped: tuple[str, ...]
+    """Flags of a command line that are not about attention."""
+    places: list[Place]
+    """Where each setting stands."""
+
+
+def looks_like_flags(text: str) -> bool:
+    """True where the first line that says something is a flag, an assignment or a command."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    return _FLAGS.match(first) is not None
+
+
+def parse_flags(text: str, source: str) -> Flags:
+    """Read flags, pairs, or a whole command line.
+
+    Raises:
+        ConfigError: a word is not understood; the message has the word and, in a longer text, its line.
+    """
+    words = with_assignments(words_of(text, source))
+    environment: dict[str, str] = {}
+    while words and (words[0].text in ("$", "export") or _ASSIGNMENT.fullmatch(words[0].text)):
+        found = _ASSIGNMENT.fullmatch(words.pop(0).text)
+        if found:
+            environment[found[1]] = found[2]
+    command = bool(words) and _PROGRAM.fullmatch(words[0].text) is not None
+    while command and words and not words[0].text.startswith("-") and not _is_attention(words[0].text):
+        words.pop(0)
+    nested: dict[str, Any] = {}
+    places: list[Place] = []
+    skipped = []
+    while words:
+        word = words.pop(0)
+        if command and not _is_attention(word.text):
+            _refuse_near(word, source)
+            skipped += [word.text.partition("=")[0]] if re.match("--?[A-Za-z]", word.text) else []
+            continue
+        for pair in _pairs(word, words, source):
+            _take(nested, pair, source, word)
+            path = tuple(pair.name.split("."))
+            places.append(Place(path, pair.line, "" if isinstance(pair.value, dict) else pair.text))
+            places += places_of(pair.text, pair.line, path) if isinstance(pair.value, dict) else []
+    if command and not nested and not environment:
+        raise ConfigError(f"{source}: nothing in this command line is about attention; known: {_known()}")
+    return Flags(nested, environment, tuple(skipped), places)
+
+
+def parse_pairs(text: str, source: str) -> dict[str, Any]:
+    """Read `name=value` pairs to a nested mapping; dots in names nest."""
+    nested: dict[str, Any] = {}
+    words = with_assignments(words_of(text, source))
+    while words:
+        word = words.pop(0)
+        for pair in _pairs(word, words, source):
+            _take(nested, pair, source, word)
+    return nested
+
+
+def _pairs(word: Word, rest: list[Word], source: str) -> list[Pair]:
+    """The settings of one word; a flag without `=` takes the next word as its value."""
+    text = word.text
+    if text.startswith("-"):
+        name, equals, value = text.lstrip("-").partition("=")
+        if not equals:
+            if not rest or rest[0].text.startswith("--"):
+                raise ConfigError(f"{source}: {text!r} is not name=value: its value is missing{_at(word)}")
+            word = rest.pop(0)
+            value = word.text
+        return [Pair(name, scalar(value), value, word.line - value.count("\n"))]
+    pieces: list[str] = []
+    for piece in at_commas(text):
+        if "=" in piece or not pieces:
+            pieces.append(piece)
+        else:  # a comma inside a value, as in dense_layers=0,1
+            pieces[-1] += f",{piece}"
+    found: list[Pair] = []
+    for piece in pieces:
+        name, equals, value = piece.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"{source}: {piece!r} is not name=value{_at(word)}")
+        found.append(Pair(name.strip(), scalar(value), value, word.line - value.count("\n")))
+    return found
+
+
+def _take(nested: dict[str, Any], pair: Pair, source: str, word: Word) -> None:
+    """Put one setting into `nested`; SGLang's map, as pairs or JSON, one component at a time, so that flags join it."""
+    name, value = pair.name, pair.value
+    inner: dict[str, Any] = {}
+    if name.replace("-", "_") == COMPONENT_FLAG:
+        if isinstance(value, dict):
+            inner = value
+        elif isinstance(value, str) and "=" in value:
+            inner = parse_pairs(value, f"{source}.{COMPONENT_FLAG}")
+            inner = {**inner.pop(COMPONENT_FLAG, {}), **inner}
+    entries = {f"{COMPONENT_FLAG}.{component}": entry for component, entry in inner.items()} or {name: value}
+    for full, entry in entries.items():
+        _put(nested, full, entry, f"{source}: {full!r} conflicts with an earlier entry{_at(word)}")
+
+
+def _put(nested: dict[str, Any], name: str, value: object, conflict: str) -> None:
+    """Put `a.b.c` into nested dicts; names of components keep their dots."""
+    head, _, tail = name.partition(".")
+    head = head.replace("-", "_")
+    if COMPONENT_NAME.fullmatch(head):
+        head, tail = COMPONENT_FLAG, name
+    parts = [head, tail] if head == COMPONENT_FLAG and tail else [head, *tail.split(".")] if tail else [head]
+    *parents, last = parts
+    for parent in parents:
+        nested = nested.setdefault(parent, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(conflict)
+    if last in nested:
+        raise ConfigError(conflict)
+    nested[last] = value
+
+
+def _head(word: str) -> str:
+    return re.split(r"[.=]", word.lstrip("-"), maxsplit=1)[0].replace("-", "_")
+
+
+def _is_attention(word: str) -> bool:
+    if not word.startswith("-"):
+        return re.match(r"(args\.)?infer\.attn_(type|config\b)[\w.]*=", word) is not None
+    return _head(word) in COMMAND_FLAGS
+
+
+def _refuse_near(word: Word, source: str) -> None:
+    """A flag of a command line that speaks of attention and is not known must not be passed over.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if word.text.startswith("--") and "attention" in _head(word.text):
+        name = word.text.partition("=")[0]
+        raise ConfigError(f"{source}: flag {name} is about attention and not known here; known: {_known()}{_at(word)}")
+
+
+def _known() -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in COMMAND_FLAGS)
+
+
+def _at(word: Word) -> str:
+    return f" (line {word.line})" if word.line > 1 else ""

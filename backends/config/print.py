@@ -1,0 +1,101 @@
+"""An `AttentionConfig` back to the forms that people write; what is printed reads to the same configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..options.foreign import BESIDE_BACKEND
+from . import AttentionConfig, AttentionSpec
+from .data import dump_yaml
+from .mapping import SPEC_FIELDS
+from .schedule import entry_to_dict
+from .words import scalar
+
+FORMATS = ("dict", "json", "yaml", "flags")
+_PLAIN_ROLE = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+_PLAIN_VALUE = re.compile(r"[\w.+/:-]+", re.ASCII)
+
+
+def to_dict(config: AttentionConfig) -> dict[str, Any]:
+    """As plain data; what was not said is left out, and so are its source and notes."""
+    found: dict[str, Any] = {} if config.record is None else config.record.data
+    if not config.default.is_auto:
+        found["default"] = _spec(config.default)
+    if config.per_role:
+        found["per_role"] = {role: _spec(spec) for role, spec in config.per_role.items()}
+    if config.schedule:
+        found["schedule"] = [entry_to_dict(entry) for entry in config.schedule]
+    settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
+    if config.joint_is_self and config.names_self:
+        settings["joint_is_self"] = True  # read from text it would be false
+    return {**found, **{name: value for name, value in settings.items() if value is not None}}
+
+
+def to_json(config: AttentionConfig) -> str:
+    """As JSON of several lines."""
+    return json.dumps(to_dict(config), indent=2)
+
+
+def to_yaml(config: AttentionConfig) -> str:
+    """As YAML."""
+    return dump_yaml(to_dict(config))
+
+
+def to_flags(config: AttentionConfig) -> str:
+    """As `name=value` pairs in one line, with quotes where a shell and our reader need them.
+
+    Roles that cannot stand in a dotted name (one is the beginning of another, say) are written as JSON together.
+    """
+    data = to_dict(config)
+    if config.schedule:
+        data["schedule"] = {str(number): entry for number, entry in enumerate(data["schedule"])}
+    per_role = data.get("per_role", {})
+    if per_role and not all(_dotted(role, per_role) for role in per_role):
+        data["per_role"] = json.dumps(per_role)
+        return " ".join(_word(name, value) for name, value in _leaves(data, raw=("per_role",)))
+    return " ".join(_word(name, value) for name, value in _leaves(data))
+
+
+def to_text(config: AttentionConfig, form: str) -> str:
+    """As text of one of the forms `json`, `yaml` and `flags`."""
+    return {"json": to_json, "yaml": to_yaml, "flags": to_flags}[form](config)
+
+
+def _spec(spec: AttentionSpec) -> dict[str, Any]:
+    return {"backend": spec.backend, **({"extra": dict(spec.extra)} if spec.extra else {})}
+
+
+def _dotted(role: str, roles: Mapping[str, Any]) -> bool:
+    parts = role.split(".")
+    return (
+        _PLAIN_ROLE.fullmatch(role) is not None
+        and not {*SPEC_FIELDS, *BESIDE_BACKEND} & set(parts)
+        and not any(other != role and other.startswith(f"{role}.") for other in roles)
+    )
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "", raw: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    for name, value in data.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and not prefix.endswith("extra."):  # an option that is a mapping
+            yield from _leaves(value, f"{full}.")
+        else:
+            yield full, value if name in raw else _value(value)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, str) and scalar(value) == value and value == value.strip() and value:
+        return value
+    return json.dumps(value)
+
+
+def _word(name: str, value: str) -> str:
+    if _PLAIN_VALUE.fullmatch(value):
+        return f"{name}={value}"
+    if "'" not in value:
+        return f"{name}='{value}'"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'

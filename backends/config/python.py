@@ -1,0 +1,53 @@
+"""Python that was pasted where a configuration belongs: recognised, and answered with the names that stand in it.
+
+The documents of vLLM-Omni and Diffusers show their settings as Python. Nothing here runs it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+
+from ..names import AUTO, UnknownBackendError, canonical
+
+_OF_THE_SYSTEMS = re.compile(
+    r"\b(set_attention_backend|attention_backend|force_backend|AttentionConfig|AttentionSpec|OmniDiffusionConfig)\s*\("
+)
+_CODE = (ast.Call, ast.Import, ast.ImportFrom, ast.With, ast.FunctionDef)
+_LONGEST = 20_000
+
+
+def python_problem(text: str) -> str | None:
+    """What to say about a text that is Python, with the backends that it names; None where it is none."""
+    if not _is_python(text):
+        return None
+    quoted = dict.fromkeys(a or b for a, b in re.findall(r"\"([^\"\n]+)\"|'([^'\n]+)'", text))
+    names = [name for name in quoted if _is_backend(name)]
+    if len(names) == 1:
+        return f"this is Python; paste the name alone: {names[0]}"
+    if names:
+        said = ", ".join(names)
+        return f"this is Python; paste its names ({said}) as text, such as default: {names[0]} and per_role: entries"
+    return "this is Python; paste a backend's name, flags, JSON or YAML"
+
+
+def _is_python(text: str) -> bool:
+    if _OF_THE_SYSTEMS.search(text):
+        return True
+    if len(text) > _LONGEST or not ("(" in text or re.match(r"\s*(import|from|with)\s", text)):
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as a backslash that Python does not know
+            tree = ast.parse(text.strip())
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(isinstance(node, _CODE) for node in ast.walk(tree))
+
+
+def _is_backend(name: str) -> bool:
+    try:
+        return canonical(name) != AUTO
+    except UnknownBackendError:
+        return False

@@ -1,0 +1,274 @@
+"""Reading a configuration from the forms people write: dict, JSON, YAML, files, command lines, key=value pairs.
+
+All forms become one `AttentionConfig`; what it means is in `config.py`, which entries there are in
+`config_mapping.py`, how flags are read in `config_flags.py`, and the way back in `config_print.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..names import UnknownBackendError
+from ..records.reader import FIELDS as RECORD_FIELDS
+from ..records.reader import is_record, read
+from . import AttentionConfig, ConfigError
+from .data import load_json, load_yaml
+from .flags import looks_like_flags, parse_flags, parse_pairs
+from .mapping import FIELDS, Reading, from_mapping, spec_of
+from .places import Place, line_of_error, places_of
+from .python import python_problem
+
+log = logging.getLogger("attention_backends")
+
+FILE_ENDINGS = (".json", ".yaml", ".yml")
+BYTE_ORDER_MARK = chr(0xFEFF)
+"""Windows editors begin a file with it, and so may what is pasted from one."""
+
+CONFIG_VARIABLE = "ATTENTION_BACKENDS_CONFIG"
+DEFAULT_VARIABLES = ("DIFFUSION_ATTENTION_BACKEND", "DIFFUSERS_ATTN_BACKEND")
+_SYSTEM_OF = {"DIFFUSION_ATTENTION_BACKEND": "vllm_omni", "DIFFUSERS_ATTN_BACKEND": "diffusers"}
+
+
+def parse_config(
+    value: object, source: str = "config", *, component: str = "transformer", read_files: bool = True
+) -> AttentionConfig:
+    """Read a configuration.
+
+    Args:
+        value: an AttentionConfig, a mapping, or text: a backend's name; JSON; YAML; the path of a `.json`,
+            `.yaml` or `.yml` file; flags of vLLM-Omni (`--diffusion-attention-config.per_role.cross.backend X`,
+            `-dac '{...}'`), SGLang (`--attention-backend X`, `--component-attention-backends transformer=fa`) or
+            Smart-Diffusion (`infer.attn_type=sage`), alone or in a whole command line; or `key=value` pairs
+            separated by commas or spaces.
+        source: how messages name it.
+        component: which diffusion model of a pipeline it is for, where SGLang's component map tells them apart.
+        read_files: False for text from somebody who must not name files of this machine.
+
+    Raises:
+        ConfigError: something in it is not understood; the message says what and what is accepted.
+        UnknownBackendError: a backend's name is not known, or is known and refused.
+    """
+    if isinstance(value, AttentionConfig):
+        return value
+    reader = _Reader(source, component, read_files)
+    try:
+        config = reader.read(value)
+    except (ConfigError, UnknownBackendError) as error:
+        raise reader.located(error) from error
+    for note in config.notes:
+        _say_once(note)
+    return config
+
+
+def from_environment(
+    environ: Mapping[str, str] | None = None, above: tuple[AttentionConfig, ...] = ()
+) -> tuple[AttentionConfig, ...]:
+    """The configurations that environment variables give, highest first, below those in `above`.
+
+    A variable that cannot be read is passed over, with a warning, where a default above it decides every role anyway.
+
+    Raises:
+        ConfigError, UnknownBackendError: a variable that could decide something cannot be read.
+    """
+    return _layers(os.environ if environ is None else environ, above)
+
+
+def _layers(environ: Mapping[str, str], above: tuple[AttentionConfig, ...], **how: Any) -> tuple[AttentionConfig, ...]:
+    """As `from_environment`; `how` is handed to `parse_config`."""
+    layers: list[AttentionConfig] = []
+    for variable in (CONFIG_VARIABLE, *DEFAULT_VARIABLES):
+        text = environ.get(variable, "").strip()
+        if not text:
+            continue
+        try:
+            layers.append(
+                parse_config(text, variable, **how) if variable == CONFIG_VARIABLE else _named(text, variable)
+            )
+        except (ConfigError, UnknownBackendError) as error:
+            if all(layer.default.is_auto for layer in (*above, *layers)):
+                raise
+            _warn_once(f"{error}; it is passed over, since a default above it decides")
+    return tuple(layers)
+
+
+def parse_extra(text: str) -> dict[str, Any]:
+    """Options of one backend, as JSON or as `name=value` pairs; an empty text gives none.
+
+    Raises:
+        ConfigError: the text has neither form.
+    """
+    return _options(text, "extra")
+
+
+def _options(text: str, where: str) -> dict[str, Any]:
+    text = text.strip()
+    if not text.startswith("{"):
+        return parse_pairs(text, where)
+    loaded = load_json(text, where)
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{where}: expected name=value pairs, not {type(loaded).__name__}")
+    return loaded
+
+
+def _named(name: str, variable: str) -> AttentionConfig:
+    reading = Reading(variable)
+    config = AttentionConfig(spec_of(name, variable, reading, _SYSTEM_OF[variable]), source=variable)
+    for note in reading.notes:
+        _say_once(note)
+    return replace(config, notes=tuple(reading.notes))
+
+
+@lru_cache(maxsize=256)
+def _say_once(note: str) -> None:
+    log.info("%s", note)
+
+
+@lru_cache(maxsize=256)
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+class _Reader:
+    """One reading: where it comes from and what it may open."""
+
+    def __init__(self, source: str, component: str, read_files: bool) -> None:
+        if not isinstance(component, str) or not component.strip():
+            raise ConfigError(f"{source}: component must be a name such as transformer, not {component!r}")
+        self.source, self.component, self.read_files = source, component, read_files
+        self._places: Callable[[], list[Place]] = list
+        """Where the entries of the text in hand stand, and how messages about it begin."""
+        self._said_of = source
+
+    def read(self, value: object) -> AttentionConfig:
+        if isinstance(value, Mapping):
+            return self.mapping(value)
+        if isinstance(value, Path):
+            return self.file(value)
+        if isinstance(value, str):
+            return self.text(value.lstrip(BYTE_ORDER_MARK).rstrip())
+        raise ConfigError(f"{self.source}: expected text or a mapping, not {type(value).__name__}")
+
+    def located(self, error: ConfigError | UnknownBackendError) -> ConfigError | UnknownBackendError:
+        """The error with the line of the entry that it is about, in a text of several lines."""
+        message = str(error)
+        if re.search(r"\bline \d", message) or not message.startswith(self._said_of):
+            return error
+        line = line_of_error(message, self._said_of, self._places())
+        return error if line is None else type(error)(f"{message} (line {line})")
+
+    def mapping(self, value: Mapping[Any, Any], source: str = "") -> AttentionConfig:
+        source = source or self.source
+        if not is_record(value):
+            return from_mapping(value, Reading(source, self.component, self.options))
+        # Beside a record may stand whatever a configuration has, such as strict.
+        rest = {name: entry for name, entry in value.items() if name not in RECORD_FIELDS}
+        config = from_mapping(rest, Reading(source, self.component, self.options))
+        return replace(config, record=read(value, source, self.component))
+
+    def text(self, text: str) -> AttentionConfig:
+        whole, text = text, text.strip()  # the whole for what counts lines
+        if not text:
+            return AttentionConfig(source=self.source)
+        if "\n" in text:
+            self._places = lambda: places_of(whole)
+        if text.startswith("{"):
+            return self.data(load_json(whole, self.source), self.source)
+        python = python_problem(text)
+        if python is not None:
+            raise ConfigError(f"{self.source}: {python}")
+        flags = looks_like_flags(text)
+        if "\n" not in text and text.lower().endswith(FILE_ENDINGS) and (not flags or self._is_file(text)):
+            return self.file(Path(text))
+        if flags:
+            return self._flags(whole)
+        if "\n" in text or ": " in text or text[0] in "[\"'":
+            return self.data(load_yaml(whole, self.source), self.source)
+        reading = Reading(self.source)
+        spec = spec_of(text, self.source, reading)
+        return AttentionConfig(spec, source=self.source, notes=tuple(reading.notes))
+
+    def _flags(self, text: str) -> AttentionConfig:
+        flags = parse_flags(text, self.source)
+        if "\n" in text:
+            self._places = lambda: flags.places
+        config = self.mapping(flags.nested)
+        variables = (CONFIG_VARIABLE, *DEFAULT_VARIABLES)
+        if not flags.nested and not set(variables) & set(flags.environment):
+            unknown = ", ".join(flags.environment)
+            raise ConfigError(f"{self.source}: unknown entry {unknown}; known: {', '.join((*FIELDS, *variables))}")
+        if flags.skipped:
+            note = f"{', '.join(flags.skipped)}: not about attention; without effect here"
+            config = replace(config, notes=(*config.notes, note))
+        for name in flags.environment:
+            if "ATT" in name and name not in variables:
+                config = replace(config, notes=(*config.notes, f"{name}: not read from text; without effect here"))
+        how = {"component": self.component, "read_files": self.read_files}
+        for lower in _layers(flags.environment, (config,), **how):
+            if config.default.is_auto:
+                config = replace(
+                    config,
+                    default=lower.default,
+                    per_role={**lower.per_role, **config.per_role},
+                    schedule=(*lower.schedule, *config.schedule),
+                    joint_is_self=(config if config.names_self else lower).joint_is_self,
+                    notes=(*config.notes, *lower.notes),
+                )
+        return config
+
+    def data(self, loaded: object, source: str) -> AttentionConfig:
+        if loaded is None:
+            return AttentionConfig(source=source)
+        if isinstance(loaded, str):
+            if loaded.lower().endswith(FILE_ENDINGS):
+                raise ConfigError(f"{source}: expected a configuration, not the name of another file: {loaded}")
+            if not loaded.strip():
+                raise ConfigError(f"{source}: an empty name; leave the text empty, or name a backend")
+            reading = Reading(source)
+            return AttentionConfig(spec_of(loaded, source, reading), source=source, notes=tuple(reading.notes))
+        if not isinstance(loaded, Mapping):
+            raise ConfigError(f"{source}: expected text or a mapping, not {type(loaded).__name__}")
+        return self.mapping(loaded, source)
+
+    def file(self, path: Path) -> AttentionConfig:
+        source = f"{self.source} ({path.name})"
+        text = self._content(path, source)
+        self._said_of, self._places = source, lambda: places_of(text)
+        loaded = _loaded(text, path, source)
+        if path.suffix.lower() == ".json" and not isinstance(loaded, Mapping):
+            raise ConfigError(f"{source}: expected a mapping, not {type(loaded).__name__}")
+        return self.data(loaded, source)
+
+    def options(self, text: str, where: str) -> dict[str, Any]:
+        """Options or a component map that is written as text: pairs, JSON, or the path of a file."""
+        if "=" not in text and text.strip().lower().endswith(FILE_ENDINGS):
+            path = Path(text.strip())
+            loaded = _loaded(self._content(path, where), path, where)
+            if not isinstance(loaded, dict):
+                raise ConfigError(f"{where}: expected a mapping in {text.strip()}, not {type(loaded).__name__}")
+            return loaded
+        return _options(text, where)
+
+    def _is_file(self, text: str) -> bool:
+        return self.read_files and Path(text).expanduser().is_file()
+
+    def _content(self, path: Path, source: str) -> str:
+        if not self.read_files:
+            raise ConfigError(f"{source}: files are not opened from text here: {path}; choose it as a file instead")
+        try:
+            return path.expanduser().read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+        except (OSError, RuntimeError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{self.source}: cannot read {path}: {said}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.source}: {path} is not UTF-8 text; save it as UTF-8") from error
+
+
+def _loaded(text: str, path: Path, source: str) -> object:
+    return load_json(text, source) if path.suffix.lower() == ".json" else load_yaml(text, source)

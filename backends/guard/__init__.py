@@ -1,0 +1,268 @@
+"""The guard: a lossy kernel's output is compared now and then, on a few query rows, with attention from the definition.
+
+The first call of each role, block and kind of call is checked, then ever fewer. The rows of the reference are computed
+before the kernel runs, so a kernel that changes its inputs is seen and cannot spoil them. Figures stay on the device
+and are read once per step; on the CPU, and in mode `enforce`, at once. What it cannot see is in docs/guard.md.
+
+Boundary: kernels in, watched kernels out; it knows nothing of ComfyUI, and of a session only that an alarm in mode
+`enforce` is an error that the session answers with an exact backend.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..backend import Kernel
+from ..request import AttentionCall
+from .findings import Findings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..trace import Row, Trace
+    from .rows import Figures
+
+log = logging.getLogger("attention_backends")
+
+VARIABLE = "ATTENTION_BACKENDS_GUARD"
+"""`all` in this variable has exact kernels checked too, where a guard is on."""
+FIRST_GAP = 8
+"""Calls from the first check of a block to its second, to which the block's number adds up to 7; then it doubles."""
+MOST_PENDING = 256
+"""Checks whose figures may wait on a device; a program without steps reads them then."""
+
+
+class Budget(NamedTuple):
+    """The errors up to which a check is good: of the worst head, and of the worst row."""
+
+    relative_l2: float
+    row_error: float
+
+
+BUDGETS: Mapping[str, Budget] = {
+    "exact": Budget(0.05, 0.2),
+    "quantized": Budget(0.1, 0.4),
+    "sparse": Budget(0.3, 1.2),
+}
+"""Per accuracy class; where they come from, and what they mean for a picture, is in docs/guard.md."""
+
+
+class GuardAlarm(Exception):  # not an error of the program: the session answers it
+    """A kernel is not to be trusted with this call; its inputs are as they were before it ran."""
+
+
+class Guard:
+    """Watches the kernels of one session in mode `watch` or `enforce`. Not shared between threads."""
+
+    def __init__(self, mode: str, trace: Trace, *, everything: bool | None = None, seed: int = 0) -> None:
+        """`everything`: exact kernels too; None leaves it to the environment. `seed` draws rows, nothing else."""
+        self.enforces = mode == "enforce"
+        self.trace = trace
+        self.everything = os.environ.get(VARIABLE, "").strip().lower() == "all" if everything is None else everything
+        self.refused: dict[tuple[str, str], tuple[str, str]] = {}
+        """Role and block -> the backend that was caught there, and why."""
+        self.refused_everywhere: str | None = None
+        self._source = random.Random(seed)  # noqa: S311  # of its own, so that no seed of a run is touched
+        self._watched = 0
+        self._pending: list[tuple[Callable[[list[float]], None], torch.Tensor]] = []
+        self._step: object = None
+        self._model_calls = 0
+        self._logged: set[str] = set()
+
+    def covers(self, accuracy: str) -> bool:
+        """Whether kernels of this class are watched."""
+        return self.everything or accuracy != "exact"
+
+    def watched(self, kernel: Kernel, accuracy: str, row: Row) -> Kernel:
+        """The kernel with checks of some of its calls, whose figures go to `row`."""
+        self._watched += 1
+        return Watch(self, kernel, BUDGETS[accuracy], row, self._watched)
+
+    def refusal(self, role: str, block: str) -> str | None:
+        """Why only exact kernels may run in this role and block; None where others may."""
+        return self.refused_everywhere or self.refused.get((role, block), (None, None))[1]
+
+    def check(self, watch: Watch, call: AttentionCall, number: int) -> torch.Tensor:
+        """Run one call and look at it.
+
+        Raises:
+            GuardAlarm: in mode `enforce`, and it was bad.
+        """
+        import torch
+
+        from . import rows as guard_rows
+
+        call.owned = False  # the inputs are compared after the kernel: it may not give them up
+        places = guard_rows.Places.of(call, self._source)
+        with torch.no_grad():
+            expected, twin = guard_rows.exact_rows(call, places)
+            # In mode enforce the whole of them, to put them back: the exact kernel needs what the first one got.
+            inputs = [call.query, call.key, call.value]
+            before = [tensor.clone() for tensor in inputs] if self.enforces else places.inputs(call)
+        output = watch.kernel(call)
+        with torch.no_grad():
+            changed = guard_rows.differ(before, inputs if self.enforces else places.inputs(call))
+            rows = guard_rows.take(output[places.samples], places.rows)
+            figures = guard_rows.compared(rows, expected, twin, changed)
+            if self.enforces:
+                found = guard_rows.Figures(*figures.tolist())
+                reason = self._judged(watch, found, number)
+                if reason is not None:
+                    if found.changed:
+                        for tensor, kept in zip(inputs, before, strict=True):
+                            tensor.copy_(kept)
+                    self.refused[watch.place] = (watch.row.backend, reason)
+                    raise GuardAlarm(reason)
+            else:
+                self._later(lambda values: self._warn(watch, guard_rows.Figures(*values), number), figures)
+        return output
+
+    def _later(self, read: Callable[[list[float]], None], figures: torch.Tensor) -> None:
+        self._pending.append((read, figures))
+        if figures.device.type == "cpu" or len(self._pending) >= MOST_PENDING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read what waits on the device, with one synchronisation; nothing waits on the CPU."""
+        import torch
+
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        try:
+            values = torch.cat([figures for _, figures in pending]).tolist()
+        except RuntimeError as error:  # a fault of the device: what raised first says more
+            log.debug("the guard's figures could not be read: %s", error)
+            return
+        for read, figures in pending:
+            read(values[: len(figures)])
+            del values[: len(figures)]
+
+    def _judged(self, watch: Watch, found: Figures, number: int) -> str | None:
+        """Enter the figures of one check; why it was bad, or None."""
+        findings = watch.row.guard
+        if findings is None:
+            findings = watch.row.guard = Findings(*watch.budget)
+        if not found.finite and not found.changed:  # the inputs were not: not this kernel's doing
+            findings.checked += 1
+            return None
+        findings.add(found.relative_l2, found.row_error, found.cosine)
+        reason = _reason(found, watch.budget)
+        if reason is None:
+            return None
+        reason = f"guard: {reason} in call {number + 1} of the block"
+        findings.alarms += 1
+        findings.first_alarm = findings.first_alarm or reason.removeprefix("guard: ")
+        return reason
+
+    def _warn(self, watch: Watch, found: Figures, number: int) -> None:
+        reason = self._judged(watch, found, number)
+        if reason is not None and watch.row.backend not in self._logged:
+            self._logged.add(watch.row.backend)
+            log.warning("%s in %s %s: %s; further ones are in the report", watch.row.backend, *watch.place, reason)
+
+    def model_call(self, step: object, run: Callable[[], Any], again: Callable[[], Any]) -> Any:
+        """Run one model call and look whether its output is finite.
+
+        Args:
+            step: an object that is the same for all model calls of one step, and another for the next step.
+            run: the model call.
+            again: the same once more, from the same inputs; used in mode `enforce`.
+        """
+        import torch
+
+        if step is None or step is not self._step:
+            self.flush()
+            self._step = step
+        self._model_calls += 1
+        output = run()
+        tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+        if not self._watched or not tensors:
+            return output
+        number = self._model_calls
+        with torch.no_grad():
+            flag = torch.stack([tensor.isfinite().all() for tensor in tensors]).all().reshape(1).float()
+        if not self.enforces:
+            self._later(lambda values: self._note_output(values, number), flag)
+            return output
+        if flag.item() or self.refused_everywhere is not None:
+            return output
+        text = f"guard: the output of model call {number} was not finite"
+        self.refused_everywhere = text
+        output = again()
+        if all(bool(tensor.isfinite().all()) for tensor in _tensors(output)):
+            self._note(f"{text}; it was computed again with exact kernels, which run from there on")
+        else:
+            self._note(f"{text}, nor with exact kernels: attention is not the cause")
+        return output
+
+    def _note_output(self, values: list[float], number: int) -> None:
+        if not values[0] and "output" not in self._logged:
+            self._logged.add("output")
+            self._note(f"guard: the output of model call {number} was not finite, the first of this run")
+
+    def _note(self, text: str) -> None:
+        if self.trace.note(text):
+            log.warning("%s", text)
+
+
+class Watch:
+    """One kernel for the calls of one kind in one place, counted."""
+
+    __slots__ = ("budget", "calls", "due", "gap", "guard", "kernel", "place", "row")
+
+    def __init__(self, guard: Guard, kernel: Kernel, budget: Budget, row: Row, number: int) -> None:
+        self.guard, self.kernel, self.budget, self.row = guard, kernel, budget, row
+        self.place = (row.role, row.block)
+        self.calls = self.due = 0
+        # Blocks take turns: after the first call, the checks of a model are spread over the steps.
+        self.gap = FIRST_GAP + number % FIRST_GAP
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        guard = self.guard
+        if guard.enforces and (reason := guard.refusal(*self.place)) is not None:
+            raise GuardAlarm(reason)
+        number = self.calls
+        self.calls = number + 1
+        if number < self.due or _is_capturing(call):
+            return self.kernel(call)
+        self.due = number + self.gap
+        self.gap *= 2
+        return guard.check(self, call, number)
+
+
+def _reason(found: Figures, budget: Budget) -> str | None:
+    """What is wrong with a check: value and limit; None for nothing."""
+    if found.changed:
+        return "the kernel changed query, key or value"
+    if found.unmasked > 0.5:
+        return "the output is nearer to the result without the mask"
+    if found.relative_l2 != found.relative_l2:
+        return "output is not finite"
+    if found.relative_l2 > budget.relative_l2:
+        return f"relative L2 {found.relative_l2:.3g} of a head > {budget.relative_l2:g}"
+    if found.row_error > budget.row_error:
+        return f"error {found.row_error:.3g} of a row > {budget.row_error:g}"
+    return None
+
+
+def _is_capturing(call: AttentionCall) -> bool:
+    """Whether a CUDA graph is being recorded, which nothing may be read from."""
+    if not call.query.is_cuda:
+        return False
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output, which is one or several."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [tensor for tensor in output if isinstance(tensor, torch.Tensor)] if isinstance(output, list | tuple) else []

@@ -1,0 +1,197 @@
+"""The guard's arithmetic: which rows, their attention in float32 from the definition, and how far an output is off.
+
+Boundary: torch and calls; no budgets and no state. Nothing here waits for a device: rows are numbers of the host, and
+what is found stays where the tensors are.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from ..request import AttentionCall
+from .findings import ROWS
+
+LAST = 2
+"""Of the rows, those that are always the last ones: a kernel's unfinished last block is the likeliest place."""
+MOST_SAMPLES = 8
+"""Samples of a batch that are looked at; of more, these are spread over it."""
+WORKSPACE = 4 * 2**20
+"""Bytes of keys, values and scores in float32 at a time, on the CPU."""
+WORKSPACE_ELSEWHERE = 32 * 2**20
+"""The same on an accelerator, where each chunk costs a dozen launches."""
+SMALL_HEAD = 0.1
+"""A head whose rows are smaller than this share of the call's typical row is measured against that share."""
+SPREAD = 12.0
+"""How many standard deviations of a kernel's own error the mask's effect must have before it is judged by."""
+
+
+class Figures(NamedTuple):
+    """What one check found; as a tensor of six numbers until it is read."""
+
+    relative_l2: float
+    row_error: float
+    cosine: float
+    unmasked: float
+    """0: the output is the masked result; 1: it is what it would be without the mask. 0 where that cannot be told."""
+    changed: float
+    """1 where the kernel changed query, key or value."""
+    finite: float
+    """1 where the reference is finite; else the inputs were not, and nothing can be said."""
+
+
+def spread(length: int, source: random.Random, count: int = ROWS) -> list[int]:
+    """`count` different rows in order: the last ones, and one at random from each equal part of the others."""
+    if length <= count:
+        return list(range(length))
+    others = length - LAST
+    bounds = [part * others // (count - LAST) for part in range(count - LAST + 1)]
+    rows = [source.randrange(first, last) for first, last in pairwise(bounds)]
+    return rows + list(range(others, length))
+
+
+class Places(NamedTuple):
+    """Where one check looks: samples of the batch, rows of the query, rows of key and value."""
+
+    samples: slice
+    rows: list[int]
+    keys: list[int]
+
+    @classmethod
+    def of(cls, call: AttentionCall, source: random.Random) -> Places:
+        """Drawn for one call."""
+        step = -(-call.query.shape[0] // MOST_SAMPLES)
+        samples = slice(source.randrange(step) if step > 1 else 0, None, step)
+        return cls(samples, spread(call.query.shape[2], source), spread(call.key.shape[2], source))
+
+    def inputs(self, call: AttentionCall) -> list[torch.Tensor]:
+        """Copies of these rows of query, key and value."""
+        tensors = ((call.query, self.rows), (call.key, self.keys), (call.value, self.keys))
+        return [take(tensor[self.samples], rows) for tensor, rows in tensors]
+
+
+def take(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """A copy of these rows of dimension 2. Slices, because an index tensor would have to be sent to the device."""
+    return torch.cat([tensor[:, :, row : row + 1] for row in rows], dim=2)
+
+
+class _Sums:
+    """A softmax-weighted sum of values that grows by chunks of keys (Milakov and Gimelshein, arXiv:1805.02867)."""
+
+    def __init__(self) -> None:
+        self.most: torch.Tensor | None = None
+        self.size = self.total = torch.zeros(())
+
+    def add(self, scores: torch.Tensor, value: torch.Tensor) -> None:
+        """Take in scores (..., rows, keys), which are overwritten, and values (..., keys, head_dim)."""
+        lowest = torch.finfo(scores.dtype).min  # not -inf: a row without a key would become NaN
+        most = scores.amax(dim=-1, keepdim=True).clamp_(min=lowest)
+        if self.most is not None:
+            most = torch.maximum(most, self.most)
+        weights = scores.sub_(most).exp_()
+        size, total = weights.sum(dim=-1, keepdim=True), weights @ value
+        if self.most is not None:
+            shrink = (self.most - most).exp_()
+            size, total = torch.addcmul(size, self.size, shrink), torch.addcmul(total, self.total, shrink)
+        self.most, self.size, self.total = most, size, total
+
+    def result(self) -> torch.Tensor:
+        return self.total / self.size.clamp(min=1e-30)
+
+
+def exact_rows(call: AttentionCall, places: Places) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of these rows in float32, (samples, num_heads, rows, v_head_dim), and the same without any mask.
+
+    The second is None where nothing is masked. Rows without a visible key give zeros.
+    """
+    query, key, value = (tensor[places.samples] for tensor in (call.query, call.key, call.value))
+    batch, heads, _, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    scale = head_dim**-0.5 if call.scale is None else call.scale
+    count = len(places.rows)
+    chosen = take(query, places.rows).float().mul_(scale)
+    chosen = chosen.reshape(batch, kv_heads, heads // kv_heads * count, head_dim)  # grouped heads share their keys
+    mask = _mask_rows(call, places)
+    positions = None
+    if call.is_causal:  # filled on the device, one by one: a list would have to be sent there
+        positions = torch.cat([torch.full((1, 1), row, device=query.device) for row in places.rows])
+    is_masked = mask is not None or positions is not None
+    per_key = 4 * batch * (kv_heads * (head_dim + value.shape[3]) + heads * count * (2 if is_masked else 1))
+    step = max(64, (WORKSPACE if query.device.type == "cpu" else WORKSPACE_ELSEWHERE) // per_key)
+    sums, plain = _Sums(), _Sums()
+    for first in range(0, kv_len, step):
+        last = min(first + step, kv_len)
+        scores = chosen @ key[:, :, first:last].float().transpose(-2, -1)
+        values = value[:, :, first:last].float()
+        if is_masked:
+            plain.add(scores.clone(), values)
+            _hide(scores.view(batch, heads, count, last - first), mask, positions, first, last)
+        sums.add(scores, values)
+    shape = (batch, heads, count, value.shape[3])
+    return sums.result().view(shape), plain.result().view(shape) if is_masked else None
+
+
+def _mask_rows(call: AttentionCall, places: Places) -> torch.Tensor | None:
+    mask = call.attn_mask
+    if mask is None:
+        return None
+    if mask.shape[0] > 1:
+        mask = mask[places.samples]
+    return take(mask, places.rows) if mask.shape[2] > 1 else mask
+
+
+def _hide(
+    scores: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, first: int, last: int
+) -> None:
+    """Apply the mask of the keys `first` to `last` to scores (samples, heads, rows, keys), in place."""
+    if mask is not None:
+        part = mask[..., first:last] if mask.shape[3] > 1 else mask
+        if part.dtype == torch.bool:
+            scores.masked_fill_(~part, float("-inf"))
+        else:
+            scores.add_(part)
+    if positions is not None:
+        keys = torch.arange(first, last, device=scores.device)
+        scores.masked_fill_(keys > positions, float("-inf"))
+
+
+def compared(
+    output: torch.Tensor, expected: torch.Tensor, twin: torch.Tensor | None, changed: torch.Tensor
+) -> torch.Tensor:
+    """`Figures` as a tensor on the device, from the rows of an output and what they should be."""
+    error = output.float() - expected
+    row_errors = error.square().sum(dim=-1)
+    energy = expected.square().sum(dim=-1).mean(dim=-1)
+    typical = torch.maximum(energy, SMALL_HEAD**2 * energy.mean()).clamp_(min=1e-30)
+    both = (output.float() * expected).sum(dim=(-2, -1))
+    sizes = (output.float().square().sum(dim=(-2, -1)) * expected.square().sum(dim=(-2, -1))).sqrt()
+    cosine = torch.where(energy > 1e-30, both / sizes.clamp(min=1e-30), 1.0)
+    unmasked = torch.zeros((), device=error.device)
+    if twin is not None:
+        effect = twin - expected
+        size = effect.square().sum()
+        telling = size * error.numel() > SPREAD**2 * (error.square().sum() - size).clamp(min=0)
+        unmasked = torch.where(telling & (size > 0), (error * effect).sum() / size.clamp(min=1e-30), 0.0)
+    return torch.stack(
+        [
+            (row_errors.mean(dim=-1) / typical).amax().sqrt(),
+            (row_errors / typical[..., None]).amax().sqrt(),
+            cosine.amin(),
+            unmasked,
+            changed.float(),
+            expected.isfinite().all().float(),
+        ]
+    )
+
+
+def differ(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
+    """Whether any bit of these tensors is another: one flag on the device. NaN equals itself."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flags = [
+        (one.view(kinds[one.element_size()]) != two.view(kinds[two.element_size()])).any()
+        for one, two in zip(before, after, strict=True)
+    ]
+    return torch.stack(flags).any()

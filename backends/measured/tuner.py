@@ -1,0 +1,272 @@
+"""Measured choice: which backend is fastest for a kind of call is tried in a real run, kept, and used from then on.
+
+A session whose configuration says `measured` has a `Tuner`. Where the store knows the winner, a call's plan is the
+plain plan of that backend. Where it does not, the plan's kernel is a `Trial` (`trial.py`), which lets the candidates of
+a `Race` compute some of the calls.
+
+Boundary: sessions and clocks; the arithmetic of the race is in `measuring.py`, the file in `measured_store.py`. It
+knows nothing of ComfyUI.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..config import AttentionConfig, AttentionSpec, record_of
+from ..guard import Guard
+from ..names import AUTO, MEASURED
+from ..request import AttentionRequest
+from ..router import Decision
+from ..trace import Trace
+from ..trace.device_clock import DeviceClock
+from .candidates import candidates
+from .entry import Entry
+from .key import TuningKey, key_of
+from .race import Race
+from .state import FROM_STORE, NOT_TUNED, OPEN
+from .store import Store, environment_of
+from .trial import Trial
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..router import Router
+    from ..session import Plan, Session
+
+log = logging.getLogger("attention_backends")
+
+FIRST_STEP, LAST_STEP = 2, 4
+"""Steps of a run over which its first trials are spread: the first step still loads and compiles."""
+
+
+class Clock(Protocol):
+    """What is needed of a `DeviceClock`."""
+
+    of_the_work: bool
+
+    def start(self, device: torch.device | None = None) -> Any: ...
+
+    def stop(self, token: Any, sink: Callable[[float], None]) -> None: ...
+
+    def collect(self, wait: bool = False) -> None: ...
+
+
+class Tuner:
+    """Measured choice for one session; what is found is shared through the store. Not shared between threads."""
+
+    def __init__(self, session: Session, store: Store, clock: Clock | None = None, *, anew: bool = False) -> None:
+        """
+        Args:
+            clock: in place of the device's own.
+            anew: for the command `tune`, which measures also what is in the store.
+        """
+        platform = session.router.platform
+        self.session = session
+        self.store = store
+        self.clock: Clock = clock if clock is not None else DeviceClock(platform.kind)
+        self.anew = anew
+        self.environment = environment_of(platform)
+        self.trials = 0
+        """Calls that were given to another candidate than the incumbent."""
+        self.paused: str | None = None
+        """Why nothing is tried; what the store knows is used all the same."""
+        if record_of(session.layers) is not None:
+            self.paused = "a recorded run is repeated"
+        elif not self.clock.of_the_work:
+            self.paused = f"work on {platform.kind} cannot be timed"
+        self.judge = Guard("enforce", Trace(mode="off"), everything=True)
+        """Looks at the first call of each candidate; what it finds is no business of the run's own guard."""
+        self.steps = 0
+        self._step: object = None
+        self._entries: dict[tuple[str, TuningKey], Entry | None] = {}
+        self._candidates: dict[tuple[AttentionRequest, str, str], tuple[str, ...]] = {}
+        self._races: list[Race] = []
+        store.here.add(self.environment)
+
+    def model_call(self, step: object) -> None:
+        """A model call begins; `step` as in `Guard.model_call`."""
+        if step is None or step is not self._step:
+            self._step = step
+            self.steps += 1
+        self.clock.collect()
+
+    def close(self) -> None:
+        """At the end of a run: take in the times that are there, and say in the account what was tried."""
+        self.clock.collect()
+        with self.store.lock:
+            for race in self._races:
+                race.forget_waiting()
+        self._races.clear()
+        self.store.flush()
+        trace = self.session.trace
+        if text := trace.tuning.note():
+            trace.note(text)
+            if trace.ledger is not None:
+                trace.ledger.not_repeated[f"{text}: some calls ran other kernels, to be timed"] = None
+
+    def is_trying(self, plan: Plan) -> bool:
+        """Whether calls of this plan are measured."""
+        return isinstance(plan.kernel, Trial)
+
+    def plan(
+        self, request: AttentionRequest, decision: Decision, role: str, category: str, block: str, mask: str
+    ) -> Plan:
+        """How calls run for which nobody named a backend but `measured`.
+
+        Args:
+            decision: what `auto` would take; its source is whose word `measured` is.
+        """
+        session, key = self.session, key_of(role, request)
+        accuracy = decision.accuracy or session.settings.accuracy
+        if session.guard is not None and session.guard.refusal(role, block) is not None:
+            accuracy = "exact"
+
+        def plain(backend: str, state: str, words: str) -> Plan:
+            session.trace.tuning.kinds[key] = state
+            return self.plain(request, decision, backend, words, role, block, mask)
+
+        incumbent, *others = self.candidates(request, decision.backend, accuracy)
+        entry = self._known(accuracy, key, {incumbent, *others})
+        if entry is None and category != role:  # what was measured from presets has only categories
+            entry = self._known(accuracy, key._replace(role=category), {incumbent, *others})
+        put_off = [] if entry is None or self.paused else [name for name in others if name in entry.put_off]
+        if entry is not None and not put_off:
+            backend, words = self.found(entry, request, incumbent)
+            return plain(backend, FROM_STORE, words)
+        if not others:
+            return plain(incumbent, NOT_TUNED, f"no other backend can run this call with accuracy {accuracy}")
+        if self.paused:
+            return plain(incumbent, NOT_TUNED, f"nothing is tried: {self.paused}")
+        if entry is not None:  # what it put off is tried against its winner
+            incumbent, others = self.found(entry, request, incumbent)[0], put_off
+        race = self._race((self.environment, accuracy, key), request, incumbent, tuple(others), entry)
+        if race.ended is not None:
+            return plain(incumbent, NOT_TUNED, race.ended)
+        plan = plain(incumbent, OPEN, "tuning")
+        plan.kernel = Trial(self, race, plan, decision)
+        return plan
+
+    def plain(
+        self, request: AttentionRequest, decision: Decision, backend: str, words: str, role: str, block: str, mask: str
+    ) -> Plan:
+        """The plan of one backend, as any other; `words` say in the account why it is that one."""
+        rejected = decision.rejected if backend == decision.backend else ()
+        source = f"{decision.source}: {MEASURED} ({words})"
+        chosen = replace(decision, backend=backend, source=source, rejected=rejected, notes=())
+        return self.session._plan(request, chosen, role, block, self.session.settings.strict, mask)
+
+    def found(self, entry: Entry, request: AttentionRequest, incumbent: str) -> tuple[str, str]:
+        """The winner, or `auto`'s choice where the winner cannot run this very call of the bucket; and why."""
+        refused = self.session.router.refuse(entry.winner, request, self.session.failed)
+        return (incumbent, f"{entry.winner} is out: {refused[0]}") if refused else (entry.winner, entry.words())
+
+    def _known(self, accuracy: str, key: TuningKey, candidates: set[str]) -> Entry | None:
+        """What the store has for this key, unless there is a candidate by now that it says nothing about."""
+        if (accuracy, key) not in self._entries:
+            found = None if self.anew else self.store.get(key, self.environment, accuracy)
+            self._entries[accuracy, key] = found
+        entry = self._entries[accuracy, key]
+        return entry if entry is not None and candidates <= entry.known else None
+
+    def _race(
+        self,
+        place: tuple[str, str, TuningKey],
+        request: AttentionRequest,
+        incumbent: str,
+        others: tuple[str, ...],
+        entry: Entry | None,
+    ) -> Race:
+        """The race for calls of this kind, begun where there is none."""
+        with self.store.lock:
+            race = self.store.races.get(place)
+            joined = any(race is one for one in self._races)
+            fits = race is not None and race.entry is None and set(race.runners) == {incumbent, *others}
+            if race is None or not fits or (race.request != request and not joined):
+                # In a new run whose lengths are others of the same bucket, times of the old ones mean nothing.
+                race = self.store.races[place] = Race(place, request, incumbent, others, entry)
+                race.owner, joined = self, False
+            if not joined:
+                self._races.append(race)
+            return race
+
+    def candidates(self, request: AttentionRequest, incumbent: str, accuracy: str) -> tuple[str, ...]:
+        """The incumbent, then what else may run this call; of backends that are the same kernel, one."""
+        known = self._candidates.get((request, incumbent, accuracy))
+        if known is not None:
+            return known
+        found = candidates(self.session.router, request, incumbent, accuracy, self.session.failed)
+        return self._candidates.setdefault((request, incumbent, accuracy), found)
+
+    def share(self, race: Race) -> float:
+        """How much of the trials' budget may be used by now."""
+        if race.owner is not self or not self.steps:
+            return 1.0  # a later run, which goes on where the first was too short; or a program without steps
+        if not FIRST_STEP <= self.steps <= LAST_STEP:
+            return 0.0
+        return (self.steps - FIRST_STEP + 1) / (LAST_STEP - FIRST_STEP + 1)
+
+    def took(self, race: Race, name: str, ms: float) -> None:
+        """The time of a call has come."""
+        with self.store.lock:
+            if race.is_open:
+                race.took(name, ms)
+                self._after(race)
+
+    def reject(self, race: Race, name: str, reason: str) -> None:
+        """A candidate is out."""
+        log.info("measured: %s is out for %s: %s", name, race.request.describe(), reason)
+        with self.store.lock:
+            race.untimed(name)
+            if race.is_open:
+                race.reject(name, reason)
+                self._after(race)
+
+    def _after(self, race: Race) -> None:
+        """Keep the outcome of a race that has just ended."""
+        if race.entry is None:
+            return
+        _, accuracy, key = race.place
+        if self.anew:
+            race.entry = race.entry._replace(origin="tune")
+        self._entries[accuracy, key] = race.entry
+        self.store.races.pop(race.place, None)
+        self.store.put(race.entry)
+        out = "".join(f"; {name}: {reason}" for name, reason in race.entry.rejected.items())
+        log.info("measured: %s for role %s, %s (%s)%s", race.entry.winner, key.role, race.request.describe(),
+                 race.entry.words(), out)  # fmt: skip
+
+
+def with_store(
+    decision: Decision, request: AttentionRequest, role: str, category: str, accuracy: str, router: Router, store: Store
+) -> Decision:
+    """What a run would take for a call for which `decision` is what `auto` takes, as far as the store knows."""
+    if decision.asked != MEASURED or router.platform.described:
+        return decision
+    for name in (role, category):
+        key = key_of(name, request)
+        entry = store.get(key, environment_of(router.platform), decision.accuracy or accuracy)
+        if entry is not None and not router.refuse(entry.winner, request):
+            rejected = decision.rejected if entry.winner == decision.backend else ()
+            source = f"{decision.source}: {MEASURED} ({entry.words()})"
+            return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())
+    return decision
+
+
+def _specs(layers: tuple[AttentionConfig, ...]) -> Iterator[AttentionSpec]:
+    for layer in layers:
+        yield layer.default
+        yield from layer.per_role.values()
+        yield from (entry.spec for entry in layer.schedule)
+
+
+def asks_for_measured(layers: tuple[AttentionConfig, ...]) -> bool:
+    """Whether anything says `measured`."""
+    return any(spec.backend == MEASURED for spec in _specs(layers))
+
+
+def names_backends(layers: tuple[AttentionConfig, ...]) -> bool:
+    """Whether anything names a backend, and not only a way to choose."""
+    return any(spec.backend not in (AUTO, MEASURED) for spec in _specs(layers))

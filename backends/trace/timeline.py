@@ -1,0 +1,128 @@
+"""Which rows of an account had calls in which model calls of a run, in few windows however long the run is.
+
+Written once per model call, never per attention call. Model calls are numbered from 1; a sampler makes one or more of
+them per step. A window holds what the rows had counted at its end; what happened in it is told when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
+
+from .steps import Steps
+
+if TYPE_CHECKING:
+    from . import Row
+
+MOST = 64
+"""Windows that are kept; past that every two neighbours become one."""
+
+
+class Window:
+    """What each row had counted when model call number `last` was over, rows in the order in which they were made."""
+
+    __slots__ = ("calls", "last", "launches", "nanoseconds", "timed")
+
+    def __init__(self, last: int, rows: Collection[Row]) -> None:
+        self.last = last
+        self.calls = [row.calls for row in rows]
+        self.launches = [row.launches for row in rows]
+        self.nanoseconds: list[int] | None = None
+        """None until the device has come to the window's end."""
+        self.timed: list[int] = []
+
+    def add_times(self, rows: Collection[Row]) -> None:
+        """The device has come to the window's end: take what it needed."""
+        self.timed = [row.timed for row in rows]
+        self.nanoseconds = [row.nanoseconds for row in rows]
+
+
+NOTHING = Window(0, ())
+NOTHING.add_times(())
+
+
+class Timeline:
+    """The windows of one run."""
+
+    def __init__(self) -> None:
+        self.windows: list[Window] = []
+        self.model_calls = 0
+        """How many ended so far."""
+        self.steps = Steps()
+        self._per_window = 1
+
+    def end_of_model_call(self, rows: Collection[Row]) -> Window | None:
+        """Count a model call. Returns the window that it ends, whose times are to be added; else None."""
+        self.model_calls += 1
+        if self.model_calls % self._per_window:
+            return None
+        window = Window(self.model_calls, rows)
+        self.windows.append(window)
+        if len(self.windows) > MOST:
+            self._per_window *= 2
+            self.windows = [window for window in self.windows if window.last % self._per_window == 0]
+        return window
+
+    def as_list(self, rows: Collection[Row]) -> list[dict[str, Any]]:
+        """`[{"first", "last", "steps": [first, last] or None, "cells": [[row, calls, ms or None], ...]}]`.
+
+        Rows as in `Trace.as_dict`; steps from 0. Neighbours without any time in them that are alike become one.
+        """
+        windows, model_calls = list(self.windows), self.model_calls
+        if model_calls > (windows[-1].last if windows else 0):
+            windows.append(Window(model_calls, rows))
+            windows[-1].add_times(rows)
+        number, numbers = 0, {}
+        for index, row in enumerate(rows):
+            if row.calls:
+                numbers[index] = number
+                number += 1
+        found: list[dict[str, Any]] = []
+        for before, window in zip(chain((NOTHING,), windows), windows, strict=False):
+            cells = [[numbers[row], calls, ms] for row, calls, ms in _cells(before, window) if row in numbers]
+            if found and _alike(found[-1], before.last + 1, window.last, cells):
+                for cell, (_, calls, _) in zip(found[-1]["cells"], cells, strict=True):
+                    cell[1] += calls
+                found[-1]["last"] = window.last
+            else:
+                found.append({"first": before.last + 1, "last": window.last, "steps": None, "cells": cells})
+        for one in found:
+            one["steps"] = self.steps.between(one["first"], one["last"])
+        return found
+
+
+def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]]:
+    """What each row that had calls did between the ends of two windows: row, calls, milliseconds."""
+    found = []
+    for row, (calls, launches, earlier_calls, earlier_launches) in enumerate(
+        zip(window.calls, window.launches, chain(before.calls, repeat(0)), chain(before.launches, repeat(0)),
+            strict=False)
+    ):  # fmt: skip
+        if calls == earlier_calls:
+            continue
+        ms = None
+        if window.nanoseconds is not None and before.nanoseconds is not None:
+            timed = _at(window.timed, row) - _at(before.timed, row)
+            nanoseconds = _at(window.nanoseconds, row) - _at(before.nanoseconds, row)
+            ms = milliseconds(nanoseconds, timed, launches - earlier_launches)
+        found.append((row, calls - earlier_calls, ms))
+    return found
+
+
+def _at(counts: list[int], row: int) -> int:
+    return counts[row] if row < len(counts) else 0  # the row was made after that
+
+
+def milliseconds(nanoseconds: int, timed: int, launches: int) -> float | None:
+    """The time of all `launches` of a kernel, of which `timed` took `nanoseconds`; None where none was timed."""
+    return round(nanoseconds / 1e6 * max(launches / timed, 1), 3) if timed else None
+
+
+def _alike(window: dict[str, Any], first: int, last: int, cells: list[list[Any]]) -> bool:
+    """Whether what follows a window has the same calls in each model call; never where there are times to be told."""
+    length, length_before = last - first + 1, window["last"] - window["first"] + 1
+    return [row for row, *_ in cells] == [row for row, *_ in window["cells"]] and all(
+        ms is None and ms_before is None and calls * length_before == calls_before * length
+        for (_, calls, ms), (_, calls_before, ms_before) in zip(cells, window["cells"], strict=True)
+    )

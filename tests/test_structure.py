@@ -1,0 +1,60 @@
+"""Which part may import which: the rules that keep the library free of ComfyUI, and kernels free of one another."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMFYUI = {
+    *("app", "comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfyui_version", "execution"),
+    *("folder_paths", "latent_preview", "node_helpers", "server"),
+}
+MAY_IMPORT = {
+    "backends": {"backends"},
+    "demo": {"backends", "demo"},
+    "comparison": {"backends", "comparison", "demo"},
+    "cli": {"backends", "comparison", "demo"},
+    "nodes": {"backends", "comparison", "demo", "nodes"},
+}
+FOR_KERNELS = {
+    *("backend", "family", "kernel_support", "limits", "machine", "mask", "memory", "names", "options", "platform"),
+    "request",
+}
+"""What a file of kernels/ may import of the library."""
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """What a file imports, those inside functions too: `comfy.utils`, and our own as `backends.mask.plan`."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            whole = [*above, *filter(None, [node.module])]
+            yield from (".".join([*whole, alias.name]) for alias in node.names)
+
+
+def _files() -> list[Path]:
+    return sorted([ROOT / "cli.py", *(path for part in MAY_IMPORT for path in (ROOT / part).rglob("*.py"))])
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_each_part_imports_only_what_it_may(path: Path) -> None:
+    part = path.relative_to(ROOT).with_suffix("").parts[0]
+    for name in _imported(path):
+        first = name.split(".")[0]
+        assert first not in MAY_IMPORT or first in MAY_IMPORT[part], name
+        assert first not in COMFYUI or part == "nodes", name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "backends" / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def test_kernels_do_not_know_one_another(path: Path) -> None:
+    for name in _imported(path) if path.name != "__init__.py" else ():
+        parts = name.split(".")
+        if parts[0] == "backends":
+            assert parts[1] in FOR_KERNELS, name
