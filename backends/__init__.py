@@ -3,6 +3,16 @@
 Nothing in this package imports ComfyUI, and importing it imports neither torch nor any kernel package.
 Start reading at `request.py` (what a call is), then `backend.py`, `router.py` and `session.py`. Programs call what is
 named here, such as `attention` and `attention_backend`; it lives in `api.py`.
+
+Folders, by what a call goes through:
+    config    what a person asked for, from every form it is written in; `options` of backends, `schedule` over a run
+    mask      what a mask hides, and the cheapest exact way to honour it
+    kernels   one file for each backend; `kernel_support` is what several of them share
+    measured  which kernel is fastest, found out in real runs and kept
+    guard     lossy kernels compared with exact attention on a few rows
+    trace     the account: what ran, how often, how long, and why
+    records   the decisions of a run as data, to repeat it
+    machine   packages, devices, probes, and how to get what is missing
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def test_a_setting_that_is_not_said_comes_from_the_next_configuration() -> None:
     layers = (parse_config("fa"), parse_config("guard=watch"), parse_config("strict=true guard=off accuracy=sparse"))
     assert settings_of(layers) == ("sparse", True, "watch")
     assert settings_of((parse_config("strict=false"), *layers)).strict is False
-    assert settings_of(()) == ("exact", False, "off")
+    assert settings_of(()) == ("exact", False, "watch")
 
 
 def test_a_malformed_variable_matters_only_where_it_could_decide(caplog: pytest.LogCaptureFixture) -> None:

@@ -157,6 +157,6 @@ def test_what_a_model_takes_out_of_its_control_is_there_again(monkeypatch: pytes
 
 
 def test_the_guard_knows_nothing_of_comfyui() -> None:
-    for name in ("guard", "guard_rows", "guard_findings"):
+    for name in ("guard", "guard.rows", "guard.findings"):
         module = __import__(f"attention_backends.backends.{name}", fromlist=[name])
         assert "import comfy" not in inspect.getsource(module)

@@ -192,7 +192,7 @@ class Settings(NamedTuple):
     guard: str
 
 
-UNSAID = Settings(accuracy="exact", strict=False, guard="off")
+UNSAID = Settings(accuracy="exact", strict=False, guard="watch")
 
 
 def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
