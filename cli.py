@@ -19,7 +19,7 @@ from typing import Any
 
 from .backends import route_report
 from .backends.api import CATEGORIES, category_of
-from .backends.config import AttentionConfig, joint_note, record_of, settings_of
+from .backends.config import AttentionConfig, default_of, joint_note, record_of, settings_of
 from .backends.config.text import from_environment, parse_config
 from .backends.kernels import BACKENDS
 from .backends.machine import probe, remembered
@@ -29,6 +29,7 @@ from .backends.measured.store import Store, default_path
 from .backends.measured.tuner import with_store
 from .backends.names import canonical
 from .backends.platform import Platform, parse_platform
+from .backends.recommended import lines_for
 from .backends.request import AttentionRequest, parse_request
 from .backends.router import NoBackendError, Router
 from .comparison import bench_command as bench
@@ -56,6 +57,7 @@ EXPLAIN_EXAMPLES = f"""examples:
   %(prog)s --role ltx2.audio_to_video --config "per_role.cross.backend=torch_sdpa"
   %(prog)s --platform "{EXAMPLE_PLATFORM}"
   %(prog)s --platform rocm:gfx942 --config attention.yaml --json
+  %(prog)s --config sage_attn --family qwen_image
 
 A configuration is a backend's name, JSON, YAML, the path of a .json or .yaml file, dotted flags, name=value pairs, or
 a command line of vLLM-Omni, SGLang or Smart-Diffusion. ATTENTION_BACKENDS_CONFIG, DIFFUSION_ATTENTION_BACKEND and
@@ -128,6 +130,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     explain.add_argument(
         "--component", default="transformer", help="model of the pipeline, e.g. transformer_2; default: %(default)s"
     )
+    explain.add_argument("--family", help="a model family, e.g. qwen_image: adds what is recommended for it")
     explain.add_argument("--request", default=EXAMPLE_REQUEST, help="the call; default: %(default)s")
     explain.add_argument("--platform", help="a machine as described below; default: this one")
     route = command("route", "which backends auto tries on a machine, in which order", ROUTE_EXAMPLES)
@@ -270,6 +273,7 @@ def _explain(options: argparse.Namespace) -> int:
             *_about_records(layers),
             *filter(None, [joint_note(layers, options.role, category)]),
             *decision.notes,
+            *(lines_for(options.family, default_of(layers), accuracy) if options.family else []),
             *_about_the_mask(request),
         ],
     }

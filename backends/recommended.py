@@ -143,6 +143,22 @@ def for_family(family: str) -> tuple[Precaution, ...]:
     return tuple(precaution for precaution in PRECAUTIONS if family in precaution.families)
 
 
+def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
+    """What is recommended for a family, in words, and whether it matters with this default."""
+    if not for_family(family):
+        known = ", ".join(name for precaution in PRECAUTIONS for name in precaution.families)
+        return [f"nothing is recommended for family {family!r}; there is something for: {known}"]
+    lines = []
+    for found in for_family(family):
+        default = f"{asked or AUTO} with accuracy {accuracy}"
+        matters = f"applies to {default}" if found.concerns(asked, accuracy) else f"changes nothing for {default}"
+        lines.append(
+            f"recommended for {found.title}: {found.what}, in place of {found.kernels} ({found.reason}; "
+            f"{found.evidence}: {found.source}); {matters}"
+        )
+    return lines
+
+
 def offers(family: str, trace: Trace) -> list[str]:
     """After a run: a note for each precaution that was not switched on and would have changed a call of this run."""
     layers = trace.layers

@@ -35,7 +35,7 @@ Failures = Mapping[Failed, str]
 """What raised before, and the error in words. With other options the same backend may be sound."""
 NO_FAILURES: Failures = {}
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
-NOTHING_MEASURES = "measured: nothing was measured or is measured here, so it is what auto takes"
+NOTHING_MEASURES = "measured: no times are kept for such calls, and none are taken here, so it is what auto takes"
 """A note where `measured` was asked for: selection alone knows no times, see `tuner.py`."""
 
 

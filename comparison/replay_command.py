@@ -83,7 +83,8 @@ def load(path: Path) -> Recorded:
             there = ", ".join(found) or "none"
             raise ComparisonError(
                 f"{path.name} has no attention record (its metadata: {there}). It is written where node Attention "
-                "Record stands between the sampler and the node that saves, and ComfyUI runs without --disable-metadata"
+                "Record stands between the sampler and the node that saves, ComfyUI runs without --disable-metadata, "
+                "and a script that queues the prompt sends extra_pnginfo"
             )
         data = load_json(found[KEY], path.name)
     if not is_record(data):

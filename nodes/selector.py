@@ -63,7 +63,9 @@ class AttentionBackendSelector(io.ComfyNode):
                     default=AUTO,
                     tooltip=(
                         "auto: the best kernel for this card that accuracy allows. Every backend is listed on every "
-                        "machine; the log and the doctor say what is missing here.\n" + summaries()
+                        "machine; the log and the doctor say what is missing here.\n"
+                        "measured: tries the kernels that accuracy allows during a run, keeps the fastest for each "
+                        "kind of call, and takes it in later runs.\n" + summaries()
                     ),
                 ),
                 io.Combo.Input(

@@ -64,6 +64,33 @@ def test_explain_answers_as_data(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("family", "config", "begins", "ends"),
+    [
+        (
+            "qwen_image",
+            "sage_attn",
+            "recommended for Qwen-Image: calls with masked text exact, in place of",
+            "applies to",
+        ),
+        (
+            "qwen_image",
+            "torch_sdpa",
+            "recommended for Qwen-Image",
+            "changes nothing for torch_sdpa with accuracy exact",
+        ),
+        ("flux", "sage_attn", "nothing is recommended for family 'flux'; there is something for: qwen_image,", "wan"),
+    ],
+)
+def test_explain_says_what_is_recommended_for_a_family(
+    capsys: pytest.CaptureFixture[str], family: str, config: str, begins: str, ends: str
+) -> None:
+    answer = explain(capsys, "--platform", BLACKWELL, "--config", config, "--family", family)
+    assert answer["notes"][-1].startswith(begins)
+    assert answer["notes"][-1].rpartition("; ")[2].startswith(ends) or answer["notes"][-1].endswith(ends)
+    assert not any("recommended" in note for note in explain(capsys, "--config", config)["notes"])
+
+
 def test_explain_lists_who_was_refused_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     answer = explain(capsys, "--platform", "cuda:7.5", "--config", "cudnn_attn", "--request", CALL)
     assert (answer["backend"], answer["asked"]) == ("torch_sdpa", "cudnn_attn")

@@ -117,7 +117,11 @@ def test_a_bad_block_is_replaced_and_reported(wan: Any, monkeypatch: pytest.Monk
     assert "guard: 4 calls checked on 16 query rows per head, 1 bad; 15 ran" in text
     assert f"guard: self blocks.1, {LOSSY}: relative L2" in text
     assert text.index("guard: self blocks.1") < text.index("guard: self blocks.0")
-    assert "chance that 1 checks" in text
+    assert "guard: checks of each block: 1; chance to see" in text
+    assert "81% if 1 row in 10 is bad" in text
+    limit = watched[0]["relative_l2_limit"]
+    assert limit
+    assert f" (limit {limit:g}), 1 checked" in text
 
 
 @comfy_only

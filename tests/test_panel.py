@@ -111,6 +111,8 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
         # The line on the node, which is in no saved workflow and in no prompt.
         page.locator(LINE).wait_for(timeout=20_000)
         assert page.locator(LINE).inner_text() == f"self torch_sdpa {calls} calls, cross sdpa_math {calls}"
+        label = "() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').widgets.at(-1).label"
+        assert page.evaluate(label) == words()["line"]["label"]  # else the front end's side panel shows its id
         after = page.evaluate(SAVED)
         assert after == saved
         assert page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)") == prompt

@@ -177,7 +177,7 @@ class TestPanel:
         page.keyboard.press("Enter")
         shown.get_by_text("4 choices forgotten.").wait_for()
         assert asked(server, "/measured")[1]["summary"]["entries"] == 0
-        shown.get_by_text("Nothing has been measured yet.").wait_for()
+        shown.get_by_text("No choice is kept yet.").wait_for()
         assert forget.is_disabled()
 
         picker = shown.locator("input[type=file]")

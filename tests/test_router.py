@@ -11,7 +11,7 @@ from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.request import DTYPES, MASK_KINDS, AttentionRequest, parse_request
-from attention_backends.backends.router import NoBackendError, Rejection, Router
+from attention_backends.backends.router import NOTHING_MEASURES, NoBackendError, Rejection, Router
 
 CALL = parse_request("num_heads=24,q_len=4096,head_dim=128")
 WIDE = parse_request("num_heads=24,q_len=4096,head_dim=256")
@@ -128,7 +128,7 @@ def test_measured_without_a_measurement_is_auto_with_a_note_and_never_refuses() 
     for strict in (False, True):
         decision = router(Fake("flash_attn")).select(CALL, named("measured"), strict=strict)
         assert (decision.backend, decision.asked, decision.source) == ("flash_attn", "measured", "node.default")
-        assert decision.notes == ("measured: nothing was measured or is measured here, so it is what auto takes",)
+        assert decision.notes == (NOTHING_MEASURES,)
         assert not decision.is_fallback
         assert decision.reason is None
     wide = router(Fake("flash_attn")).select(WIDE, named("measured"), strict=True)

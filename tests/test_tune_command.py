@@ -15,7 +15,7 @@ from attention_backends.backends.measured import tuner  # noqa: E402
 from attention_backends.backends.measured.store import VARIABLE, Store  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.presets import PRESETS  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.router import NOTHING_MEASURES, Router  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402
 from attention_backends.comparison.tune_command import ROLES  # noqa: E402
@@ -160,7 +160,7 @@ def test_explain_knows_the_store(file: Path, machine: dict[str, Costed], capsys:
     assert answer["source"] == "--config.default: measured (2 ms, 33 % faster than torch_sdpa, 3 candidates)"
     assert main([*question, sizes, "--platform", "cuda:9.0"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["notes"] == ["measured: nothing was measured or is measured here, so it is what auto takes"]
+    assert answer["notes"] == [NOTHING_MEASURES]
 
 
 def test_every_preset_has_a_role() -> None:

@@ -20,7 +20,7 @@ from attention_backends.backends.measured.trial import Trial  # noqa: E402
 from attention_backends.backends.measured.tuner import Tuner  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.router import NOTHING_MEASURES, Router  # noqa: E402
 from attention_backends.backends.session import KernelFaultError, Session  # noqa: E402
 from measured_machines import INCUMBENT, Costed, Machine, noisy, sdpa, small_call  # noqa: E402
 
@@ -454,7 +454,7 @@ def test_without_a_tuner_measured_is_auto_and_says_so() -> None:
     session = Session(machine.router, machine.layers)
     plan = session.plan(small_call().request(), "self", "self")
     assert plan.decision.backend == INCUMBENT
-    assert list(session.trace.notes) == ["measured: nothing was measured or is measured here, so it is what auto takes"]
+    assert list(session.trace.notes) == [NOTHING_MEASURES]
 
 
 def test_parts_of_a_mask_are_measured_one_by_one(store: Store) -> None:

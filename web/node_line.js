@@ -83,6 +83,7 @@ export function nodeLines(app, events, server, say) {
       getValue: () => '', setValue() {}
     })
     line.widget.serialize = false
+    line.widget.label = say('line.label') // the front end lists widgets of the selected node by name
     const [width, height] = node.computeSize()
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
   }

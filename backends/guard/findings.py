@@ -98,12 +98,14 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         place = f"{entry['role']} {entry['block']}".strip()
         size = "not finite" if entry["relative_l2"] is None else f"{entry['relative_l2']:.2g}"
         bad = f"; BAD {entry['alarms']}: {entry['first_alarm']}" if entry["alarms"] else ""
-        text.append(f"guard: {place}, {entry['backend']}: relative L2 {size}, {entry['checked']} checked{bad}")
+        limit = entry["relative_l2_limit"]
+        error = f"relative L2 {size}" + (f" (limit {limit:g})" if limit else "")
+        text.append(f"guard: {place}, {entry['backend']}: {error}, {entry['checked']} checked{bad}")
     if len(found) > SHOWN:
         text.append(f"guard: {len(found) - SHOWN} more in the report's data")
     checks = min(entry["checked"] for entry in found)
-    seen = ", ".join(f"{share:.1%} of rows: {chance(share, checks):.0%}" for share in (0.1, 0.01, 0.001))
-    text.append(f"guard: chance that {checks} checks of a block see random bad rows in each of its calls: {seen}")
+    seen = ", ".join(f"{chance(1 / one_in, checks):.0%} if 1 row in {one_in:,} is bad" for one_in in (10, 100, 1000))
+    text.append(f"guard: checks of each block: {checks}; chance to see an error that spoils rows at random: {seen}")
     return text
 
 
