@@ -282,6 +282,8 @@ class Session:
         """Quarantine the backend for this kind of call and run the next one; change `plan` to it."""
         if isinstance(error, GuardAlarm):
             return self._run_exactly(plan, call, str(error))
+        if self.tuner is not None and not isinstance(error, CheckError):
+            self.tuner.failed(plan, error)
         if call.query is None:  # an owned call whose kernel has given its tensors up: nothing is left to retry with
             raise error
         self._stop_if_hopeless(plan, error)

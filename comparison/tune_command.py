@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, program: str) -> int:
         if options.import_ is not None:
             document = json.loads(options.import_.read_text(encoding="utf-8"))
             return _said(options, {"taken": store.import_(document)}, "choices taken over: {taken}")
-    except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
+    except (OSError, sqlite3.Error, UnicodeDecodeError, RecursionError) as error:
         raise ComparisonError(f"{options.import_ or options.export or store.path}: {error}") from error
     status = 0
     failed: list[dict[str, str]] = []

@@ -13,17 +13,19 @@ import sqlite3
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_management
 import folder_paths
 from aiohttp import web
 
+from ..backends.platform import detect
 from .answers import PREFIX, RefusedError, posted
 from .privacy import clean
 
 if TYPE_CHECKING:
     from ..backends.measured.store import Store
 
-MOST_BYTES = 1 << 20
-"""Of a document that is imported: some thousand choices."""
+MOST_BYTES = 4 << 20
+"""Of a document that is imported: the most choices that a store keeps, each with long reasons."""
 WHAT = "measured choices"
 
 
@@ -62,9 +64,12 @@ def add_routes(routes: web.RouteTableDef, store: Callable[[], Store]) -> None:
 
 def users_store() -> Store:
     """The one of this server."""
-    from ..backends.measured.store import path_in, shared_store
+    from ..backends.measured.store import environment_of, path_in, shared_store
 
-    return shared_store(path_in(folder_paths.get_user_directory()))
+    store = shared_store(path_in(folder_paths.get_user_directory()))
+    if not store.here:  # before any run; ComfyUI may use another device than the machine's first
+        store.here.add(environment_of(detect(comfy.model_management.get_torch_device())))
+    return store
 
 
 def content(store: Store) -> dict[str, Any]:

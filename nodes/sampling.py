@@ -39,8 +39,6 @@ KEY = "attention_backends"
 """Where our override stands in `transformer_options`, beside ComfyUI's own key for it."""
 RUN_KEY = "attention_backends_run"
 OVERRIDE = "optimized_attention_override"
-PARTS = 256
-"""More entries of schedules than a run has."""
 
 
 def router_for(device: torch.device) -> Router:
@@ -76,6 +74,8 @@ class Run:
         """What its kernels take for each sample beyond ComfyUI's estimate."""
         self.timeless = Timetable(override.layers) if is_scheduled(override.layers) else None
         """The schedules as they are outside a model call; None where there is none."""
+        self.parts_from = sum(len(layer.schedule) + len(layer.recommended) for layer in override.layers)
+        """The bit of `Scope.window` from which on it has the part of a record: all entries of schedules are below."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         for text in override.notes:
             self.trace.note(text)
@@ -195,7 +195,7 @@ class Run:
         """Note what holds at this model call: the entries of the schedules, and beside them the part of a record."""
         number = self.trace.timeline.model_calls + 1
         if (record := record_of(self.override.layers)) is not None:
-            window += record.run_of(self.trace.node_id).part(number) << PARTS
+            window += record.run_of(self.trace.node_id).part(number) << self.parts_from
         if self.trace.ledger is not None:
             self.trace.ledger.begin_model_call(number, window)
         return window
@@ -272,7 +272,7 @@ class Scope:
         self.window = self._window()
         """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any.
 
-        Above `PARTS` bits it has which part of a recorded run this is.
+        From `Run.parts_from` on it has which part of a recorded run this is.
         """
         if in_model_call:
             self.window = self.run.begin_model_call(self.window)

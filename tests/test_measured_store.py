@@ -293,7 +293,7 @@ def test_a_locked_file_holds_up_one_access_and_not_each(store: Store, monkeypatc
     assert "database is locked" in str(store.problem)
     other.execute("COMMIT")
     other.close()
-    store._rests_until = 0.001
+    store._rests[False] = 0.001
     assert store.get(key(), HERE, "exact") == some()[0]
     store.flush()
     assert len(again(store).entries()) == 2

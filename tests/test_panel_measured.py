@@ -78,7 +78,7 @@ def test_what_is_wrong_is_refused_and_changes_nothing(server: Server) -> None:
         ({}, 400, "not a document of measured choices: format must be 'attention_backends.measured'"),
         ({**good, "version": 99}, 400, "version 99 of the document is not 1"),
         (lame, 400, "entries[0]: winner 'nobody' has no time in ms"),
-        ({**good, "more": "x" * (1 << 20)}, 413, "more than 1048576 bytes"),
+        ({**good, "more": "x" * (4 << 20)}, 413, "more than 4194304 bytes"),
     ]
     for body, status, why in wrong:
         assert posted(server, "/measured/import", body) == (status, {"error": why})
@@ -187,9 +187,9 @@ class TestPanel:
         file.write_text('{"format": "another"}', encoding="utf-8")
         picker.set_input_files(file)
         shown.get_by_text("not a document of measured choices").wait_for()
-        file.write_text(" " * ((1 << 20) + 1), encoding="utf-8")
+        file.write_text(" " * ((4 << 20) + 1), encoding="utf-8")
         picker.set_input_files(file)
-        shown.get_by_text("The file has 1048577 bytes; the server takes 1048576.").wait_for()
+        shown.get_by_text("The file has 4194305 bytes; the server takes 4194304.").wait_for()
         assert shown.locator(".ab-kinds > li").count() == 4  # what was shown stays
         assert [text for text in ours(page) if "400" not in text] == []  # the browser's own line on a refusal
 

@@ -399,6 +399,21 @@ def test_each_sampler_repeats_its_own_run() -> None:
     assert second.run_of("77").node_id == "9"
 
 
+@comfy_only
+def test_the_part_of_a_record_leaves_a_schedule_of_any_length_alone() -> None:
+    comfyui()
+    one = made_up()
+    one["decisions"][0]["ran"] = [{"from_model_call": n, "backend": b} for n, b in ((1, "sdpa_math"), (2, "reference"))]
+    entries = tuple(ScheduleEntry(AttentionSpec("torch_sdpa"), steps="1") for _ in range(300))
+    config = replace(read(one), schedule=entries)
+    run = sampling.Run(SimpleNamespace(layers=(config,), notes=(), foreign=None))
+    held = (1 << 300) - 1
+    run.trace.timeline.model_calls = 1
+    assert run.begin_model_call(held) & held == held
+    before, run.trace.timeline.model_calls = run.begin_model_call(held), 0
+    assert run.begin_model_call(held) != before, "another part of the record"
+
+
 def test_a_record_stands_above_auto_and_measured() -> None:
     for backend in ("auto", "measured", "reference"):
         config = replace(read(made_up("sdpa_math")), default=AttentionSpec(backend))

@@ -136,6 +136,7 @@ def test_show_export_clear_and_import(file: Path, tmp_path: Path, capsys: Captur
         (["--import", "{folder}/nothing.json"], "nothing.json"),
         (["--import", "{folder}/wrong.json"], "not a document of measured choices"),
         (["--import", "{folder}/text.json"], "Expecting value"),
+        (["--import", "{folder}/deep.json"], "recursion depth"),
         (["--export", "{folder}/no/such/folder.json"], "folder.json"),
     ],
 )
@@ -144,6 +145,7 @@ def test_bad_input_ends_with_a_reason(
 ) -> None:
     (tmp_path / "wrong.json").write_text("[]", encoding="utf-8")
     (tmp_path / "text.json").write_text("choices", encoding="utf-8")
+    (tmp_path / "deep.json").write_text("[" * 200_000, encoding="utf-8")
     arguments = [word.replace("{folder}", str(tmp_path)) for word in arguments]
     found = tune(capsys, *arguments, status=2)
     assert said in found["error"]

@@ -24,9 +24,8 @@ def candidates(
     """The incumbent, then what else may run this call; of backends that are the same kernel, one."""
     found = [incumbent]
     members = {_member(router, incumbent, request)}
-    allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
     for name, backend in router.backends.items():
-        if name in (*NEVER, incumbent) or backend.accuracy not in allowed or router.refuse(name, request, failed):
+        if name == incumbent or not may_win(router, name, accuracy) or router.refuse(name, request, failed):
             continue
         if backend.avoid_reasons(request, router.platform) or _is_too_large(router, name, request):
             continue
@@ -35,6 +34,12 @@ def candidates(
             members.add(member)
             found.append(name)
     return tuple(found)
+
+
+def may_win(router: Router, name: str, accuracy: str) -> bool:
+    """Whether a measured choice may be this backend at all, where `accuracy` is allowed."""
+    backend = router.backends.get(name)
+    return backend is not None and name not in NEVER and ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
 
 
 def _member(router: Router, name: str, request: AttentionRequest) -> str:

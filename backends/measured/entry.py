@@ -6,7 +6,7 @@ Boundary: values and their checks; files are in `measured_store.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import isfinite
+from time import time
 from typing import Any, NamedTuple
 
 from ..backend import ACCURACY
@@ -17,6 +17,9 @@ FORMAT = "attention_backends.measured"
 VERSION = 1
 LONGEST_TEXT = 2000
 MOST_NAMES = 64
+MOST_NUMBER = 1e300
+LEAST_MS = 1e-4
+"""Times are kept to this."""
 KEY_TYPES: dict[str, type] = {
     name: str if name in ("role", "dtype", "mask") else bool if name in ("is_causal", "exact_only") else int
     for name in TuningKey._fields
@@ -124,7 +127,7 @@ def read(data: object) -> Entry:
         _mapping(data, "ms", _milliseconds),
         _mapping(data, "rejected", _reason),
         _mapping(data, "put_off", _count),
-        _number(data, "written"),
+        min(_number(data, "written"), time()),  # the oldest are dropped first, and none is newer than now
         _text(data, "origin") if "origin" in data else "run",
     )
     if key.mask not in MASK_KINDS:
@@ -154,7 +157,7 @@ def _text(data: dict[str, Any], name: str) -> str:
 
 def _number(data: dict[str, Any], name: str) -> float:
     value = data.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MOST_NUMBER:
         raise ValueError(f"{name} {value!r} is not a number of 0 or more")
     return float(value)
 
@@ -171,8 +174,8 @@ def _mapping(data: dict[str, Any], name: str, read_one: Callable[[dict[str, Any]
 
 def _milliseconds(values: dict[str, Any], backend: str) -> float:
     ms = _number(values, backend)
-    if ms == 0:
-        raise ValueError(f"{backend} 0 is not a time")
+    if ms < LEAST_MS:
+        raise ValueError(f"{backend} {ms:g} is not a time")
     return ms
 
 

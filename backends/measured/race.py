@@ -229,6 +229,11 @@ class Race:
             return
         self.entry = self._outcome(usual)
 
+    def end(self) -> None:
+        """End it now; who was not measured yet is put off."""
+        if (usual := self.typical) is not None:
+            self.entry = self._outcome(usual)
+
     def _outcome(self, usual: float) -> Entry:
         environment, accuracy, key = self.place
         tried = {name: runner for name, runner in self.runners.items() if name != self.incumbent}
@@ -241,8 +246,7 @@ class Race:
             rejected[name] = f"its first calls took {spent:.3g} ms > {BUDGET:g} x {usual:.3g} ms of {self.incumbent}"
             del put_off[name]
         measured[self.incumbent] = usual
-        best = min(measured, key=measured.__getitem__)
-        winner = best if measured[best] < (1 - GAIN) * usual else self.incumbent
+        winner = _winner(measured, self.incumbent)
         found = Entry(key, environment, accuracy, winner, self.incumbent, measured, rejected, put_off, round(time(), 3))
         if self.before is None:
             return found
@@ -251,3 +255,16 @@ class Race:
             ms={**self.before.ms, **measured},
             rejected={**self.before.rejected, **rejected},
         )
+
+
+def _winner(ms: Mapping[str, float], incumbent: str) -> str:
+    """The fastest, or the incumbent where that is hardly slower."""
+    best = min(ms, key=ms.__getitem__)
+    return best if ms[best] < (1 - GAIN) * ms.get(incumbent, float("inf")) else incumbent
+
+
+def without_winner(entry: Entry, reason: str) -> Entry:
+    """The entry after its winner failed in a run: it is out, and the next best wins."""
+    ms = {name: each for name, each in entry.ms.items() if name != entry.winner}
+    rejected = {**entry.rejected, entry.winner: reason}
+    return entry._replace(winner=_winner(ms, entry.incumbent), ms=ms, rejected=rejected, written=round(time(), 3))

@@ -16,7 +16,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import RLock
 from time import monotonic
@@ -36,7 +36,7 @@ log = logging.getLogger("attention_backends")
 
 SCHEMA = 1
 MOST = 1000
-"""Entries kept; the oldest go first. All of them make a document of less than 1 MiB."""
+"""Entries kept; the oldest go first. All of them make a document of less than 4 MiB."""
 BUSY_SECONDS = 2.0
 """How long one access waits for another process."""
 REST_SECONDS = 30.0
@@ -70,7 +70,8 @@ class Store:
         """Why the file cannot be used, or what became of a damaged one; None where all is well."""
         self._unsaved: dict[tuple[str, str, TuningKey], Entry] = {}
         self._said: set[str] = set()
-        self._rests_until = 0.0
+        self._rests: dict[bool, float] = {}
+        """Until when the file is left alone after it could not be read (False) or written (True)."""
 
     def get(self, key: TuningKey, environment: str, accuracy: str) -> Entry | None:
         """The entry for calls of this kind, or None."""
@@ -91,8 +92,8 @@ class Store:
     def flush(self) -> None:
         """Write what could not be written before."""
         with self.lock:
-            if self._unsaved and not self._is_resting():
-                self._trying(lambda: self._write(list(self._unsaved.values())))
+            if self._unsaved and not self._is_resting(write=True):
+                self._trying(lambda: self._write(list(self._unsaved.values())), write=True)
 
     def entries(self) -> list[dict[str, Any]]:
         """Every entry as plain data, newest first; `here` is true where it holds for this process."""
@@ -105,14 +106,32 @@ class Store:
         Raises:
             OSError, sqlite3.Error: the file cannot be changed; then nothing is removed.
         """
-        with self.lock:
+        with self._by_hand():
             count = len(self._all())
             if self.path.exists():
                 with self._opened(write=True) as file:
                     file.execute("DELETE FROM measured")
+                self._shrink()
             self._unsaved.clear()
-            self.races.clear()
+            self.problem = None
             return count
+
+    def _shrink(self) -> None:
+        """Give the disk back what a cleared file took; where another process reads it now, that is for next time."""
+        with suppress(sqlite3.Error), closing(self._connect()) as file:
+            file.execute("VACUUM")
+
+    @contextmanager
+    def _by_hand(self) -> Iterator[None]:
+        """What a person asked for: it does not wait until the file is tried again, and ends what was wrong before."""
+        with self.lock:
+            self._rests = dict.fromkeys(self._rests, 0.0)
+            before = self.problem
+            yield
+            self.races.clear()
+            self._rests.clear()
+            if self.problem == before:
+                self.problem = None
 
     def export(self) -> dict[str, Any]:
         """Every entry in one document that `import_` takes, here or elsewhere."""
@@ -126,9 +145,8 @@ class Store:
             OSError, sqlite3.Error: the file cannot be written; then nothing is changed.
         """
         entries = measured_entry.read_document(document, MOST)
-        with self.lock:
+        with self._by_hand():
             self._write([*self._unsaved.values(), *entries])
-            self.races.clear()
         return len(entries)
 
     def summary(self) -> dict[str, Any]:
@@ -165,7 +183,7 @@ class Store:
                 return file.execute(f"SELECT entry FROM measured {where} ORDER BY written DESC", values).fetchall()  # noqa: S608  # two constants
 
         with self.lock:
-            rows = None if self._is_resting() else self._trying(read)
+            rows = None if self._is_resting(write=False) else self._trying(read, write=False)
         found = []
         for (text,) in rows or ():
             try:
@@ -182,22 +200,27 @@ class Store:
             file.execute(PRUNE)
         self._unsaved.clear()
 
-    def _is_resting(self) -> bool:
-        return monotonic() < self._rests_until
+    def _is_resting(self, *, write: bool) -> bool:
+        """Whether it is too early to try; a file that is read-only or full can still be read."""
+        return monotonic() < max(self._rests.get(False, 0.0), self._rests.get(True, 0.0) if write else 0.0)
 
-    def _trying(self, work: Callable[[], Result]) -> Result | None:
+    def _trying(self, work: Callable[[], Result], *, write: bool) -> Result | None:
         """Do it; where the file cannot be used say why, once, and give None."""
         try:
             done = work()
         except (sqlite3.Error, OSError) as error:
-            self._rests_until = monotonic() + REST_SECONDS
+            self._rests[write and "locked" not in str(error)] = monotonic() + REST_SECONDS
             self._say(
                 f"the measured choices in {self.path.name} cannot be used ({error}); they are kept in memory until "
                 "that works again"
             )
             return None
-        if self._rests_until:
-            self._rests_until, self.problem = 0.0, None
+        if self._rests:
+            self._rests.pop(False, None)  # what can be written can be read
+            if write:
+                self._rests.clear()
+            if not self._rests:
+                self.problem = None
         return done
 
     def _say(self, problem: str) -> None:
@@ -245,7 +268,9 @@ class Store:
             elif version != SCHEMA or "measured" not in names:
                 raise OtherVersionError(f"schema {version} is not {SCHEMA}")
             else:
-                file.execute("SELECT count(*) FROM measured").fetchone()
+                (found,) = file.execute("PRAGMA quick_check(1)").fetchone()  # it reads every page: milliseconds
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
         except BaseException:
             file.close()
             raise

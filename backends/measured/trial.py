@@ -80,6 +80,7 @@ class Trial:
         except Exception as error:
             if not isinstance(error, GuardAlarm | CheckError) and not is_out_of_memory(error):
                 race.ended = f"{race.incumbent} failed while it was measured"
+                self._tuner.store.races.pop(race.place, None)  # in this run; the next one may try again
             raise
 
     def _tried(self, name: str, call: AttentionCall, is_first: bool) -> torch.Tensor | None:
@@ -100,9 +101,10 @@ class Trial:
         except CheckError:
             raise
         except Exception as error:
+            failed = failure(error)
             if is_cuda_fault(error):
+                tuner.fault(race, name, failed)
                 raise  # the session says which kernel it was
-            failed = f"failed: {type(error).__name__}: {error}"[:LONGEST_REASON]
             reason = "out of memory in a trial" if is_out_of_memory(error) else failed
         tuner.judge.refused.clear()
         tuner.reject(race, name, reason)
@@ -143,6 +145,9 @@ class Trial:
         kernel = session._kernel(decision)
         if session.device_clock is not None:
             kernel = timed_kernel(kernel, session.device_clock, mine)
+        guard, accuracy = session.guard, session.router.backends[name].accuracy
+        if guard is not None and guard.covers(accuracy):
+            guard.watched(kernel, accuracy, mine)  # from now on it looks at the model's outputs
         self._paths[name] = decision, mine, checked(kernel) if session.checks else kernel
         return True
 
@@ -163,6 +168,11 @@ class Trial:
         if ledger is not None:
             ledger.changed(plan, tuner.session.router)
         return plan.kernel
+
+
+def failure(error: Exception) -> str:
+    """Why a kernel is out that raised this."""
+    return f"failed: {type(error).__name__}: {error}"[:LONGEST_REASON]
 
 
 def _is_recorded(call: AttentionCall) -> bool:

@@ -22,13 +22,13 @@ from ..request import AttentionRequest
 from ..router import Decision
 from ..trace import Trace
 from ..trace.device_clock import DeviceClock
-from .candidates import candidates
+from .candidates import candidates, may_win
 from .entry import Entry
 from .key import TuningKey, key_of
-from .race import Race
+from .race import Race, without_winner
 from .state import FROM_STORE, NOT_TUNED, OPEN
 from .store import Store, environment_of
-from .trial import Trial
+from .trial import Trial, failure
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +100,12 @@ class Tuner:
             for race in self._races:
                 race.forget_waiting()
         self._races.clear()
-        self.store.flush()
         trace = self.session.trace
+        for row in list(trace.rows.values()):
+            if row.asked == MEASURED and row.guard is not None and row.guard.first_alarm:
+                names, alarm = self._names(row.role), f"guard: {row.guard.first_alarm}"
+                self._dismiss(row.backend, lambda key, names=names: key.role in names, alarm)  # type: ignore[misc]
+        self.store.flush()
         if text := trace.tuning.note():
             trace.note(text)
             if trace.ledger is not None:
@@ -129,9 +133,9 @@ class Tuner:
             return self.plain(request, decision, backend, words, role, block, mask)
 
         incumbent, *others = self.candidates(request, decision.backend, accuracy)
-        entry = self._known(accuracy, key, {incumbent, *others})
+        entry = self._known(accuracy, key, incumbent, others)
         if entry is None and category != role:  # what was measured from presets has only categories
-            entry = self._known(accuracy, key._replace(role=category), {incumbent, *others})
+            entry = self._known(accuracy, key._replace(role=category), incumbent, others)
         put_off = [] if entry is None or self.paused else [name for name in others if name in entry.put_off]
         if entry is not None and not put_off:
             backend, words = self.found(entry, request, incumbent)
@@ -160,16 +164,25 @@ class Tuner:
 
     def found(self, entry: Entry, request: AttentionRequest, incumbent: str) -> tuple[str, str]:
         """The winner, or `auto`'s choice where the winner cannot run this very call of the bucket; and why."""
-        refused = self.session.router.refuse(entry.winner, request, self.session.failed)
+        router, winner = self.session.router, entry.winner
+        refused = router.refuse(winner, request, self.session.failed)
+        if not refused and winner != incumbent:  # as of candidates: of lengths in one bucket it may be wrong for some
+            refused = tuple(router.backends[winner].avoid_reasons(request, router.platform))
         return (incumbent, f"{entry.winner} is out: {refused[0]}") if refused else (entry.winner, entry.words())
 
-    def _known(self, accuracy: str, key: TuningKey, candidates: set[str]) -> Entry | None:
-        """What the store has for this key, unless there is a candidate by now that it says nothing about."""
+    def _known(self, accuracy: str, key: TuningKey, incumbent: str, others: list[str]) -> Entry | None:
+        """What the store has for this key, unless there is a candidate by now that it says nothing about.
+
+        Its word is not taken for what may run: entries can come from a document that anybody wrote.
+        """
         if (accuracy, key) not in self._entries:
             found = None if self.anew else self.store.get(key, self.environment, accuracy)
             self._entries[accuracy, key] = found
         entry = self._entries[accuracy, key]
-        return entry if entry is not None and candidates <= entry.known else None
+        if entry is None or not {incumbent, *others} <= entry.known:
+            return None
+        allowed = entry.winner == incumbent or may_win(self.session.router, entry.winner, accuracy)
+        return entry if allowed else None
 
     def _race(
         self,
@@ -224,6 +237,34 @@ class Tuner:
                 race.reject(name, reason)
                 self._after(race)
 
+    def failed(self, plan: Plan, error: Exception) -> None:
+        """A kernel raised an error in a run: where the store has it as winner, another one wins from now on."""
+        if plan.decision.asked == MEASURED:
+            keys = {key_of(name, plan.request) for name in self._names(plan.row.role)}
+            self._dismiss(plan.decision.backend, lambda key: key in keys, failure(error))
+
+    def _names(self, role: str) -> set[str]:
+        """The roles under which the store may have calls of a role."""
+        return {role, self.session.trace.categories.get(role, role)}
+
+    def _dismiss(self, winner: str, concerns: Callable[[TuningKey], bool], reason: str) -> None:
+        """Have the next best one win wherever this one did."""
+        for place, entry in self._entries.items():
+            if entry is None or entry.winner != winner or winner == entry.incumbent or not concerns(entry.key):
+                continue
+            if entry.ms.keys() <= {winner}:
+                continue  # of a document by hand: nothing is left to win
+            entry = self._entries[place] = without_winner(entry, reason)
+            self.store.put(entry)
+
+    def fault(self, race: Race, name: str, reason: str) -> None:
+        """A candidate left the device unusable, so nothing more can be found out: keep that it must not be tried."""
+        with self.store.lock:
+            if race.is_open:
+                race.runners[name].out = reason
+                race.end()
+                self._after(race)
+
     def _after(self, race: Race) -> None:
         """Keep the outcome of a race that has just ended."""
         if race.entry is None:
@@ -247,8 +288,11 @@ def with_store(
         return decision
     for name in (role, category):
         key = key_of(name, request)
-        entry = store.get(key, environment_of(router.platform), decision.accuracy or accuracy)
-        if entry is not None and not router.refuse(entry.winner, request):
+        allowed = decision.accuracy or accuracy
+        entry = store.get(key, environment_of(router.platform), allowed)
+        if entry is None or not (entry.winner == decision.backend or may_win(router, entry.winner, allowed)):
+            continue
+        if not router.refuse(entry.winner, request):
             rejected = decision.rejected if entry.winner == decision.backend else ()
             source = f"{decision.source}: {MEASURED} ({entry.words()})"
             return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())
