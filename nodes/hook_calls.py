@@ -130,9 +130,11 @@ def route(
         if owned:
             preferred = scope.site.preferred_attention() if scope.site is not None else None
             call.host = partial(_host_part, preferred or func, call, options=options, kwargs=kwargs)
-        output = scope.session.run(hook_plan.plan, call)
-        if owned:
-            call.host = None  # it holds the call, which would keep its tensors until Python looks for such circles
+        try:
+            output = scope.session.run(hook_plan.plan, call)
+        finally:
+            if owned:
+                call.host = None  # it holds the call, which would keep its tensors until Python looks for such circles
     else:
         preferred = scope.site.preferred_attention() if scope.site is not None else None
         host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)

@@ -112,7 +112,7 @@ class Override:
 
     def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> Scope:
         run = options.get(RUN_KEY)
-        if run is None or run.override is not self:
+        if run is None or run.override is not self or run.over:
             run = _outside_runs.pop(self, None) or Run(self)
             _outside_runs[self] = run
             if len(_outside_runs) > MOST_OUTSIDE:

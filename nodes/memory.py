@@ -8,6 +8,8 @@ shape, and guessed before the first one from the latent, the patch size and the 
 
 from __future__ import annotations
 
+import logging
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from .hook_calls import HookPlan
     from .sampling import Run
 
+log = logging.getLogger("attention_backends")
+
+UNTOLD = "ComfyUI's own estimate of the memory stands, without what the chosen kernels take beyond it"
+"""How the note begins of a run whose estimate failed."""
 MOST_SHAPES = 8
 """Latent shapes of one model whose calls are remembered."""
 
@@ -70,7 +76,14 @@ def expected(place: Place, model: Any, conds: Any) -> frozenset[Kind]:
 
 
 def learn(run: Run) -> None:
-    """After a run, whether it ended well or not: remember its calls."""
+    """After a run, whether it ended well or not: remember its calls; where that fails, the next run is guessed."""
+    try:
+        _learn(run)
+    except Exception as error:  # an estimate is not worth a picture
+        log.debug("the calls of a run were not remembered: %s: %s", type(error).__name__, error)
+
+
+def _learn(run: Run) -> None:
     diffusion_model = run.place.model() if run.place is not None else None
     kinds = frozenset(_kinds(run))
     if run.place is None or diffusion_model is None or not kinds:
@@ -136,29 +149,45 @@ def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds:
 
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     options = model_options.get("transformer_options", {})
-    override = options.get(KEY)
+    override, run = options.get(KEY), options.get(RUN_KEY)
     if override is not None:
-        windowed = _window_of(model_options.get("context_handler"), noise_shape)
-        noise_shape = noise_shape if windowed is None else windowed[0]
-        place = place_of(model.model, noise_shape)
-        samples = int(noise_shape[0])
-        extra = needed(override.layers, expected(place, model.model, conds), samples, model.load_device)
-        run = options.get(RUN_KEY)
-        if run is not None and run.override is override:
-            run.place, run.extra_bytes = place, extra / samples
-        if extra:
-            cut_last = windowed is not None and windowed[1] == len(noise_shape) - 1
-            noise_shape = _wider(model.model, noise_shape, extra, at=-2 if cut_last else -1)
+        run = run if run is not None and run.override is override else None
+        try:
+            noise_shape = _told(override, run, model, noise_shape, conds, model_options.get("context_handler"))
+        except Exception as error:  # a model or a latent of an unknown kind: an estimate is not worth a run
+            text = f"{UNTOLD}: {type(error).__name__}: {error}"
+            if run is not None:
+                run.note(text)
+            else:
+                log.warning("%s", text)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 
-def _wider(model: Any, noise_shape: Any, extra: int, at: int) -> list[float]:
-    """The shape for which the model's own estimate says `extra` bytes more; its number `at` need not be whole then."""
+def _told(override: Any, run: Run | None, model: Any, noise_shape: Any, conds: Any, windows: Any) -> Any:
+    """The latent's shape that stands for what this run takes; the run learns what is told of it."""
+    windowed = _window_of(windows, noise_shape)
+    shape = noise_shape if windowed is None else windowed[0]
+    place = place_of(model.model, shape)
+    samples = int(shape[0])
+    extra = needed(override.layers, expected(place, model.model, conds), samples, model.load_device)
+    if run is not None:
+        run.place, run.extra_bytes = place, extra / samples
+    if not extra:
+        return shape
+    cut_last = windowed is not None and windowed[1] == len(shape) - 1
+    return _wider(model.model, shape, extra, at=-2 if cut_last else -1)
+
+
+def _wider(model: Any, noise_shape: Any, extra: int, at: int) -> list[int]:
+    """The shape for which the model's own estimate says `extra` bytes more, or a little above that.
+
+    Whole numbers, since other packs read the shape too.
+    """
     shape, longer = list(noise_shape), list(noise_shape)
     longer[at] += 1
     step = model.memory_required(longer) - model.memory_required(shape)
     if step > 0:
-        shape[at] += extra / step
+        shape[at] += math.ceil(round(extra / step, 6))
     return shape
 
 
@@ -173,14 +202,14 @@ def _window_of(handler: Any, noise_shape: Any) -> tuple[list[int], int] | None:
     return shape, dim
 
 
-def calc_cond_batch_wrapper(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, options: Any) -> Any:
+def calc_cond_batch_wrapper(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any) -> Any:
     """Around the choice of how many prompts go into one model call, which asks the model for its memory too."""
     from .sampling import RUN_KEY
 
-    run = options.get("transformer_options", {}).get(RUN_KEY)
+    run = model_options.get("transformer_options", {}).get(RUN_KEY)
     if run is not None and run.extra_bytes:
         model = Told(model, run.extra_bytes)
-    return executor(model, conds, x_in, timestep, options)
+    return executor(model, conds, x_in, timestep, model_options)
 
 
 class Told:

@@ -61,6 +61,8 @@ class Run:
         self.override = override
         self.trace = Trace(layers=override.layers)
         self.reached = False
+        self.over = False
+        """Its sampler has ended: model calls that still carry it have a run of their own."""
         self.family = ""
         """Of the model, as `roles.py` names it; empty where that does not know it."""
         self._scopes: dict[torch.device, Scope] = {}
@@ -79,6 +81,10 @@ class Run:
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         for text in override.notes:
             self.trace.note(text)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        """Itself: packs copy the options of a model call, and its calls are of this run all the same."""
+        return self
 
     def note(self, text: str) -> None:
         """Put a note into the account; log it the first time."""
@@ -165,16 +171,18 @@ class Run:
 
     def close(self) -> None:
         """Take every mark off again, and read what the guard still has on a device."""
-        for scope in self._scopes.values():
-            if scope.session.guard is not None:
-                scope.session.guard.flush()
-            if scope.session.tuner is not None:
-                scope.session.tuner.close()
-        self.trace.collect()  # of a run that was cancelled; else they all are there
-        for marks in self._marks.values():
-            for mark in marks:
-                mark.remove()
-        self._marks.clear()
+        try:
+            for scope in self._scopes.values():
+                if scope.session.guard is not None:
+                    scope.session.guard.flush()
+                if scope.session.tuner is not None:
+                    scope.session.tuner.close()
+            self.trace.collect()  # of a run that was cancelled; else they all are there
+        finally:
+            for marks in self._marks.values():
+                for mark in marks:
+                    mark.remove()
+            self._marks.clear()
 
     def scopes(self) -> list[Scope]:
         """The scopes of all devices so far."""
@@ -363,6 +371,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     finally:
         options.pop(RUN_KEY, None)
+        run.over = True
         try:
             memory.learn(run)
             run.close()
@@ -379,7 +388,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if override is None:
         return executor(*args, **kwargs)
     run = options.get(RUN_KEY)
-    own_run = run is None or run.override is not override
+    own_run = run is None or run.override is not override or run.over  # over: another pack kept its options
     if own_run:  # a program that calls the model without a sampler
         run = Run(override)
     run.mark(executor.class_obj, options)

@@ -85,6 +85,31 @@ def test_a_kernel_can_free_what_it_was_handed(freed: list[bool]) -> None:
     assert freed == [True, True]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_call_that_stops_the_run_holds_no_tensors(
+    error: type[BaseException], freed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory above all: ComfyUI frees what it can then, and cannot free these."""
+    watched: list[weakref.ref[torch.Tensor]] = []
+
+    def stops(call: Any) -> torch.Tensor:
+        watched.extend(weakref.ref(tensor) for tensor in (call.query, call.key, call.value))
+        raise error("as it should")
+
+    router = sampling.router_for(torch.device("cpu"))
+    monkeypatch.setitem(router._kernels, ("sdpa_math", ()), stops)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(error) as caught:
+            handed_over(override("sdpa_math"))
+        caught.value.__traceback__ = None
+        del caught
+        assert [reference() is None for reference in watched] == [True] * 3
+    finally:
+        gc.enable()
+
+
 def test_tensors_that_the_model_still_holds_are_left_alone(freed: list[bool]) -> None:
     ours = override("sdpa_math", strict=True)
     query, key, value = rows(6), rows(6, 1), rows(6, 2)

@@ -180,7 +180,8 @@ def test_calls_that_differ_in_one_fact_have_plans_of_their_own() -> None:
 @pytest.mark.parametrize("stops", [False, True])
 def test_a_run_is_published_and_leaves_the_options_as_they_were(stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[Any] = []
-    monkeypatch.setattr(sampling.runs, "add", published.append)
+    add = sampling.runs.add
+    monkeypatch.setattr(sampling.runs, "add", lambda trace: published.append(trace) or add(trace))
     options = {sampling.KEY: override(), "other": 1}
     before = dict(options)
 
@@ -200,6 +201,41 @@ def test_a_run_is_published_and_leaves_the_options_as_they_were(stops: bool, mon
         assert sampling.outer_sample_wrapper(Executor()) == "latent"
     assert options == before
     assert len(published) == 1
+
+
+def test_options_of_a_run_that_is_over_leave_no_marks() -> None:
+    """Another pack that keeps the options of a model call, and calls the model with them later."""
+    options = {sampling.KEY: override("torch_sdpa")}
+    options[sampling.OVERRIDE] = options[sampling.KEY]
+    model, marks, kept = stand_in(["WanModel"], PLACES), len(sites._marks), []
+
+    def call(options: dict[str, Any]) -> None:
+        calls = [((Q, rows(6, 1), rows(6, 2), HEADS), {"transformer_options": options})]
+        model_call(model, options, lambda: model.get_submodule("blocks.0.self_attn")(calls))
+
+    class Executor:
+        class_obj = SimpleNamespace(model_options={"transformer_options": options})
+
+        def __call__(self) -> None:
+            kept.append(dict(options))
+            call(options)
+
+    sampling.outer_sample_wrapper(Executor())
+    call(kept[0])
+    assert len(sites._marks) == marks
+    assert marks_left(model) == []
+    assert [row.calls for row in kept[0][sampling.RUN_KEY].trace.rows.values()] == [1], "of a run that is over"
+
+
+def test_marks_go_whatever_fails_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sampling.Trace, "collect", fails)
+    marks = len(sites._marks)
+    with pytest.raises(OSError, match="no space"):
+        Outcome(override("torch_sdpa"))
+    assert len(sites._marks) == marks
 
 
 # What the model and the checkpoint say

@@ -185,6 +185,19 @@ def test_copies_of_a_patched_model_keep_the_patch(wan: Any, kind: str) -> None:
 # Nodes on nodes
 
 
+def test_a_pack_may_copy_the_options_of_a_model_call(wan: Any) -> None:
+    def with_copies(call: Func, arguments: dict[str, Any]) -> torch.Tensor:
+        options = arguments["c"]["transformer_options"]
+        arguments["c"]["transformer_options"] = copy.deepcopy(options)
+        return call()
+
+    expected = sampled(around_model_calls(wan, with_copies))
+    output = sampled(around_model_calls(selected(wan, "torch_sdpa"), with_copies))
+    assert torch.equal(output, expected)
+    assert counts(last_run()) == every("torch_sdpa")
+    assert_clean(wan)
+
+
 def test_nodes_stack_in_any_order(wan: Any) -> None:
     nodes = {
         "default": lambda model: selected(model, "reference"),

@@ -139,6 +139,19 @@ def test_long_windows_have_more_than_one_step() -> None:
     assert steps[2::2] == [step + 1 for step in steps[1:-1:2]]
 
 
+@pytest.mark.parametrize("sigma", [[1.0], SIGMAS[:1]])
+def test_a_step_that_cannot_be_told_costs_no_run(sigma: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(values: torch.Tensor) -> list[float]:
+        raise RuntimeError("pinned memory" if isinstance(values, torch.Tensor) else "not a tensor")
+
+    if isinstance(sigma, torch.Tensor):
+        monkeypatch.setattr("attention_backends.backends.trace.steps.on_host", no_memory)
+    trace = Trace()
+    trace.end_of_model_call(None, None, sigma, SIGMAS)
+    assert trace.timeline.model_calls == 1
+    assert trace.timeline.steps.between(1, 1) is None
+
+
 def test_a_sigma_that_cannot_be_copied_ahead_is_not_read_inside_a_run() -> None:
     steps, elsewhere = Steps(), SIGMAS.to("meta")  # reading it raises, as waiting would be wrong
     steps.add(1, elsewhere[:1], elsewhere)

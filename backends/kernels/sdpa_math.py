@@ -10,7 +10,8 @@ from ..request import AttentionRequest
 
 
 class SDPAMath(PinnedSDPA):
-    """Slow and hungry for memory (q_len x kv_len per head); half types are computed in float32."""
+    """Slow and hungry for memory (q_len x kv_len per head); half types are computed in float32,
+    but where the program allows less, as ComfyUI does."""
 
     id = "sdpa_math"
     summary = (
@@ -23,9 +24,13 @@ class SDPAMath(PinnedSDPA):
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Scores, weights and which scores are -inf; query and key scaled; half types as float32; the mask as a bias.
 
-        As _scaled_dot_product_attention_math of torch 2.13 does it (ATen/native/transformers/attention.cpp).
+        As _scaled_dot_product_attention_math of torch 2.13 does it (ATen/native/transformers/attention.cpp). ComfyUI
+        lets it compute in half types, for the whole process: then nothing is widened.
         """
-        item = max(4, item_bytes(request))
+        import torch
+
+        half = getattr(torch.backends.cuda, "fp16_bf16_reduction_math_sdp_allowed", bool)()  # holds for the CPU too
+        item = item_bytes(request) if half else max(4, item_bytes(request))
         widened = inputs_bytes(request) // item_bytes(request) * item if item_bytes(request) < item else 0
         scaled = (query_size(request) + key_size(request, request.num_heads)) * item
         bias = mask_size(request) * item + mask_size(request) if request.mask != "none" or request.is_causal else 0

@@ -64,9 +64,13 @@ class Steps:
         """Note where a model call was: its sigma, one for each sample, and all sigmas of its sampler."""
         if sigma is None or schedule is None or len(self._waiting) >= MOST_WAITING:
             return
-        if self._schedule is None or self._schedule.given is not schedule:
-            self._schedule = _Schedule(schedule)
-        values = on_host(sigma)
+        try:
+            if self._schedule is None or self._schedule.given is not schedule:
+                self._schedule = _Schedule(schedule)
+            values = on_host(sigma)
+        except (AttributeError, RuntimeError) as error:  # no tensors, or no memory that is not paged: a step is not
+            log.debug("the step of a model call is not known: %s", error)  # worth a run
+            return
         if isinstance(values, list):
             self._sigmas[model_call] = max(values), self._schedule
         else:
