@@ -78,6 +78,8 @@ class Run:
         """The schedules as they are outside a model call; None where there is none."""
         self.parts_from = sum(len(layer.schedule) + len(layer.recommended) for layer in override.layers)
         """The bit of `Scope.window` from which on it has the part of a record: all entries of schedules are below."""
+        self.record = record_of(override.layers)
+        """The recorded run that is repeated; None where there is none."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         for text in override.notes:
             self.trace.note(text)
@@ -140,8 +142,8 @@ class Run:
         for finding in asked_and_ran(self.trace):
             if finding.verdict == NEVER_CALLED:
                 self.note(*finding.reasons)
-        if (record := record_of(self.override.layers)) is not None:
-            for text in record.after(self.trace.node_id, self.trace.timeline.model_calls):
+        if self.record is not None:
+            for text in self.record.after(self.trace.node_id, self.trace.timeline.model_calls):
                 self.note(text)
 
     def offer(self) -> None:
@@ -194,16 +196,16 @@ class Run:
         if found is None:
             self.trace.device = device.type
             found = self._scopes[device] = Scope(self, DeviceSession(self, device))
-            if (record := record_of(self.override.layers)) is not None:
-                for text in record.remarks(self.trace.node_id, found.session.router.platform):
+            if self.record is not None:
+                for text in self.record.remarks(self.trace.node_id, found.session.router.platform):
                     self.note(text)
         return found
 
     def begin_model_call(self, window: int) -> int:
         """Note what holds at this model call: the entries of the schedules, and beside them the part of a record."""
         number = self.trace.timeline.model_calls + 1
-        if (record := record_of(self.override.layers)) is not None:
-            window += record.run_of(self.trace.node_id).part(number) << self.parts_from
+        if self.record is not None:
+            window += self.record.run_of(self.trace.node_id).part(number) << self.parts_from
         if self.trace.ledger is not None:
             self.trace.ledger.begin_model_call(number, window)
         return window
@@ -225,7 +227,7 @@ class Run:
             text = f"a later node replaced the patch: {name_of(installed)} answers every attention call"
             remedy = "remove that node, or switch strict off"
         layers = self.override.layers
-        if settings_of(layers).strict and (record_of(layers) is not None or names_backends(layers)):
+        if settings_of(layers).strict and (self.record is not None or names_backends(layers)):
             raise NoBackendError(f"{text}\n  what to do: {remedy}")
         self.note(text)
 

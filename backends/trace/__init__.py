@@ -150,10 +150,12 @@ class Trace:
         window = timeline.end_of_model_call(rows)
         number = timeline.model_calls
         timeline.steps.add(number, sigma, schedule)
-        if clock is not None:
+        if clock is not None and clock.has_events:
             if window is not None:
                 clock.mark(partial(self._come_to, window), device)
             clock.collect()
+        elif clock is not None and window is not None:
+            window.add_times(rows)
         if self.mode == "sampled":
             for one in self.clocks:
                 one.paused = self._is_left_out(number + 1)

@@ -56,7 +56,8 @@ class Steps:
     """The steps of the model calls of one run, counted from 0; model calls are numbered from 1."""
 
     def __init__(self) -> None:
-        self._sigmas: dict[int, tuple[float, _Schedule]] = {}
+        self._sigmas: dict[int, tuple[float | torch.Tensor, _Schedule]] = {}
+        """Those on the CPU are read only when somebody asks."""
         self._waiting: deque[tuple[int, torch.Tensor, _Schedule]] = deque()
         self._schedule: _Schedule | None = None
 
@@ -67,14 +68,15 @@ class Steps:
         try:
             if self._schedule is None or self._schedule.given is not schedule:
                 self._schedule = _Schedule(schedule)
-            values = on_host(sigma)
+            if sigma.is_cpu:
+                self._sigmas[model_call] = sigma, self._schedule
+                return
+            copied = on_host(sigma)
         except (AttributeError, RuntimeError) as error:  # no tensors, or no memory that is not paged: a step is not
             log.debug("the step of a model call is not known: %s", error)  # worth a run
             return
-        if isinstance(values, list):
-            self._sigmas[model_call] = max(values), self._schedule
-        else:
-            self._waiting.append((model_call, values, self._schedule))
+        if not isinstance(copied, list):
+            self._waiting.append((model_call, copied, self._schedule))
 
     def settle(self, model_call: int, *, at_rest: bool = False) -> None:
         """The device has done everything up to this model call: read what was copied until then.
@@ -101,6 +103,8 @@ class Steps:
         found = []
         for model_call in range(first, last + 1):
             sigma, schedule = self._sigmas.get(model_call, (0.0, None))
+            if not isinstance(sigma, float):
+                sigma = max(map(float, sigma.flatten().tolist()))
             step = schedule.step(sigma) if schedule is not None else None
             if step is not None:
                 found.append(step)

@@ -22,20 +22,17 @@ MOST = 64
 class Window:
     """What each row had counted when model call number `last` was over, rows in the order in which they were made."""
 
-    __slots__ = ("calls", "last", "launches", "nanoseconds", "timed")
+    __slots__ = ("counts", "last", "times")
 
     def __init__(self, last: int, rows: Collection[Row]) -> None:
         self.last = last
-        self.calls = [row.calls for row in rows]
-        self.launches = [row.launches for row in rows]
-        self.nanoseconds: list[int] | None = None
-        """None until the device has come to the window's end."""
-        self.timed: list[int] = []
+        self.counts = [(row.calls, row.launches) for row in rows]
+        self.times: list[tuple[int, int]] | None = None
+        """`timed` and `nanoseconds` of each row; None until the device has come to the window's end."""
 
     def add_times(self, rows: Collection[Row]) -> None:
         """The device has come to the window's end: take what it needed."""
-        self.timed = [row.timed for row in rows]
-        self.nanoseconds = [row.nanoseconds for row in rows]
+        self.times = [(row.timed, row.nanoseconds) for row in rows]
 
 
 NOTHING = Window(0, ())
@@ -95,23 +92,23 @@ class Timeline:
 def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]]:
     """What each row that had calls did between the ends of two windows: row, calls, milliseconds."""
     found = []
-    for row, (calls, launches, earlier_calls, earlier_launches) in enumerate(
-        zip(window.calls, window.launches, chain(before.calls, repeat(0)), chain(before.launches, repeat(0)),
-            strict=False)
-    ):  # fmt: skip
+    # A row may have been made after the window before, or after the device came to this one's end.
+    earlier = chain(before.counts, repeat((0, 0)))
+    for row, ((calls, launches), (earlier_calls, earlier_launches)) in enumerate(
+        zip(window.counts, earlier, strict=False)
+    ):
         if calls == earlier_calls:
             continue
         ms = None
-        if window.nanoseconds is not None and before.nanoseconds is not None:
-            timed = _at(window.timed, row) - _at(before.timed, row)
-            nanoseconds = _at(window.nanoseconds, row) - _at(before.nanoseconds, row)
-            ms = milliseconds(nanoseconds, timed, launches - earlier_launches)
+        if window.times is not None and before.times is not None:
+            (timed, nanoseconds), (earlier_timed, earlier_nanoseconds) = _at(window.times, row), _at(before.times, row)
+            ms = milliseconds(nanoseconds - earlier_nanoseconds, timed - earlier_timed, launches - earlier_launches)
         found.append((row, calls - earlier_calls, ms))
     return found
 
 
-def _at(counts: list[int], row: int) -> int:
-    return counts[row] if row < len(counts) else 0  # the row was made after that
+def _at(times: list[tuple[int, int]], row: int) -> tuple[int, int]:
+    return times[row] if row < len(times) else (0, 0)
 
 
 def milliseconds(nanoseconds: int, timed: int, launches: int) -> float | None:
