@@ -152,7 +152,8 @@ def test_every_node_has_its_pages_and_no_other_has() -> None:
     assert {path.stem for path in HELP.glob("*.md")} == ids
     assert {path.name for path in HELP.iterdir() if path.is_dir()} == ids
     for node_id in ids:
-        assert {path.stem for path in (HELP / node_id).iterdir()} == set(OTHERS)
+        assert {path.stem for path in (HELP / node_id).iterdir()} == {"en", *OTHERS}
+        assert (HELP / node_id / "en.md").read_text(encoding="utf-8") == page(node_id, "en"), "run: python3 dev.py docs"
 
 
 @pytest.mark.parametrize("language", ["en", *OTHERS])

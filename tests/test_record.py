@@ -23,7 +23,7 @@ from attention_backends.backends.measured.store import Store  # noqa: E402
 from attention_backends.backends.measured.tuner import Tuner, asks_for_measured  # noqa: E402
 from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
 from attention_backends.backends.records.ledger import Ledger  # noqa: E402
-from attention_backends.backends.records.record import MARK, as_record, facts_of, normal, ranges  # noqa: E402
+from attention_backends.backends.records.record import FORMAT, MARK, as_record, facts_of, normal, ranges  # noqa: E402
 from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
 from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
@@ -466,6 +466,12 @@ def test_branches_of_one_graph_share_a_record() -> None:
     assert [run["node_id"] for run in both["runs"]] == ["6", "9"]
     again = as_record([made_up(node_id="9")], {}, before=both)
     assert again == both
+
+
+def test_what_a_script_sends_in_its_place_is_no_record() -> None:
+    only = as_record([made_up()], {})
+    for before in ({MARK: FORMAT}, {MARK: FORMAT, "runs": 3, "not_recorded": None}, {MARK: 9}, "text", None):
+        assert as_record([made_up()], {}, before=before) == only
 
 
 def damaged(path: str, value: Any) -> Data:

@@ -1,4 +1,8 @@
-"""Writes the pages of docs/ that are made from the code; run through `with_package.py`."""
+"""Writes the pages of docs/ that are made from the code, and `en.md` of each node; run through `with_package.py`.
+
+ComfyUI's page asks for a node's help in the language that is set, English too, and then for `<node>.md`, which thus is
+what people read whose language has no page. So English stands in both.
+"""
 
 from pathlib import Path
 
@@ -6,12 +10,14 @@ from attention_backends.backends.machine.support import support_page
 from attention_backends.backends.recommended import recommended_page
 from attention_backends.backends.systems import systems_page
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"backends.md": support_page, "systems.md": systems_page, "recommended.md": recommended_page}
 
 if __name__ == "__main__":
-    for name, page in PAGES.items():
-        path, text = DOCS / name, page()
+    pages = {ROOT / "docs" / name: page() for name, page in PAGES.items()}
+    for page in sorted((ROOT / "web" / "docs").glob("*.md")):
+        pages[page.with_suffix("") / "en.md"] = page.read_text(encoding="utf-8")
+    for path, text in pages.items():
         changed = not path.exists() or path.read_text(encoding="utf-8") != text
         path.write_text(text, encoding="utf-8", newline="\n")
-        print(f"docs/{name}: {'written' if changed else 'as it was'}")
+        print(f"{path.relative_to(ROOT).as_posix()}: {'written' if changed else 'as it was'}")
