@@ -92,6 +92,7 @@ function group(title, key, open, backends, say) {
 function entry(backend, say) {
   const said = backend.available ? backend.version ?? say('machine.built_in') : backend.reasons.join('; ')
   const advice = backend.install
+  const repeated = advice?.kind === 'nothing' && backend.reasons.some((reason) => advice.text.endsWith(reason))
   return element(
     'li',
     { className: backend.available ? 'ab-ready' : 'ab-missing' },
@@ -107,7 +108,7 @@ function entry(backend, say) {
           element('code', { tabIndex: 0, 'data-key': `command ${backend.id}` }, advice.text),
           copyButton(say('copy.command'), `copy ${backend.id}`, () => advice.text, say)
         )
-      : advice && advice.text && element('span', { className: 'ab-said' }, advice.text),
+      : advice && advice.text && !repeated && element('span', { className: 'ab-said' }, advice.text),
     advice?.note && element('span', { className: 'ab-said' }, advice.note)
   )
 }

@@ -67,7 +67,7 @@ def as_record(
     kept, missing = list(runs), list(not_recorded)
     if isinstance(before, Mapping) and before.get(MARK) == FORMAT:
         earlier, earlier_missing = before.get("runs"), before.get("not_recorded")
-        if isinstance(earlier, list) and isinstance(earlier_missing, list):  # else somebody else's, sent with the prompt
+        if isinstance(earlier, list) and isinstance(earlier_missing, list):  # else another program's entry
             kept = [*(run for run in earlier if run not in kept), *kept]
             missing = [*(one for one in earlier_missing if one not in missing), *missing]
     return {MARK: FORMAT, "made_by": {"attention_backends": own_version(), **made_by}, "runs": kept,
