@@ -29,7 +29,7 @@ class Capturing(Override):
             given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
             query, key, value = args[:3]
             mask = given.get("mask")
-            call = Layout(query, key, given).call(query, key, value, mask)
+            call = Layout(query, key, value, given).call(query, key, value, mask)
             request = call.request()
             role = scope.role(scope.ordinal, request.q_len, request.kv_len).name
             if (role, request) not in self.calls:

@@ -33,9 +33,9 @@ RIGHT_WITH_BOOL_MASKS = ("attention_pytorch",)
 class Layout:
     """How the caller's tensors become BHSD views, and what stays the same for every call of one kind."""
 
-    __slots__ = ("enable_gqa", "heads", "kv_heads", "scale", "skip_output_reshape", "skip_reshape")
+    __slots__ = ("enable_gqa", "heads", "kv_heads", "scale", "shapes", "skip_output_reshape", "skip_reshape")
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> None:
         self.skip_reshape = bool(kwargs.get("skip_reshape"))
         self.skip_output_reshape = bool(kwargs.get("skip_output_reshape"))
         self.scale: float | None = kwargs.get("scale")
@@ -46,15 +46,19 @@ class Layout:
             head_dim = query.shape[-1] // self.heads
             self.kv_heads = key.shape[-1] // head_dim if kwargs.get("enable_gqa") else self.heads
         self.enable_gqa = self.heads != self.kv_heads
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        self.shapes = [_split(*pair) for pair in zip((query, key, value), heads, strict=True)]
+        """Of query, key and value as (B, S, H, D): known beforehand, since calls of one kind have equal shapes."""
 
     def call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> AttentionCall:
         """The call as kernels see it; only views are made."""
         if not self.skip_reshape:
-            query = _to_bhsd(query, self.heads)
-            key = _to_bhsd(key, self.kv_heads)
-            value = _to_bhsd(value, self.kv_heads)
+            of_query, of_key, of_value = self.shapes
+            query = query.view(of_query).transpose(1, 2)
+            key = key.view(of_key).transpose(1, 2)
+            value = value.view(of_value).transpose(1, 2)
         if mask is not None:
             mask = as_4d(mask)
         return AttentionCall(query, key, value, mask, False, self.scale, self.enable_gqa)
@@ -80,7 +84,9 @@ def route(
 
     `owned`: query, key and value come in containers, and nobody else holds the tensors.
     """
-    if len(args) == 4:
+    if len(args) == 3:
+        query, key, value = args
+    elif len(args) == 4:
         query, key, value, kwargs["heads"] = args
     else:
         query, key, value = args[:3]
@@ -141,16 +147,15 @@ def route(
         output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
     if hook_plan.skip_output_reshape:
         return output
-    batch, heads, q_len, head_dim = output.shape
-    return output.transpose(1, 2).reshape(batch, q_len, heads * head_dim)
+    return output.transpose(1, 2).flatten(2)
 
 
-def _to_bhsd(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, S, H*D), or SD3's (B, S, H, D) values, as a (B, H, S, D) view."""
+def _split(tensor: torch.Tensor, heads: int) -> tuple[int, ...]:
+    """The shape of (B, S, H*D) as (B, S, H, D), which SD3's values have already."""
     if tensor.ndim == 4:
-        return tensor.transpose(1, 2)
+        return tensor.shape
     batch, length, inner = tensor.shape
-    return tensor.view(batch, length, heads, inner // heads).transpose(1, 2)
+    return batch, length, heads, inner // heads
 
 
 def _new_plan(
@@ -163,7 +168,7 @@ def _new_plan(
     mask_plan: MaskPlan | None,
     kwargs: dict[str, Any],
 ) -> HookPlan:
-    hook_plan = HookPlan(query, key, kwargs)
+    hook_plan = HookPlan(query, key, value, kwargs)
     hook_plan.parts = None
     call = hook_plan.call(query, key, value, mask)
     forbids = kwargs.get("low_precision_attention", True) is False
@@ -223,7 +228,7 @@ def _host_call(
     """Run what ComfyUI would have run, on the caller's own tensors; return it as BHSD."""
     preferred = scope.site.preferred_attention() if scope.site is not None else None
     output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
-    return output if hook_plan.skip_output_reshape else _to_bhsd(output, hook_plan.heads)
+    return output if hook_plan.skip_output_reshape else output.view(_split(output, hook_plan.heads)).transpose(1, 2)
 
 
 def run_comfy(
