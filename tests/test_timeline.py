@@ -145,7 +145,7 @@ def test_a_step_that_cannot_be_told_costs_no_run(sigma: object, monkeypatch: pyt
         raise RuntimeError("pinned memory" if isinstance(values, torch.Tensor) else "not a tensor")
 
     if isinstance(sigma, torch.Tensor):
-        monkeypatch.setattr("attention_backends.backends.trace.steps.on_host", no_memory)
+        monkeypatch.setitem(Steps.add.__globals__, "on_host", no_memory)
     trace = Trace()
     trace.end_of_model_call(None, None, sigma, SIGMAS)
     assert trace.timeline.model_calls == 1
