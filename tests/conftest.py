@@ -75,7 +75,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         # A skip of a whole module or a fixture carries no marker; then the reason has the word.
-        groups = (name for marker, name in GROUPS.items() if marker in getattr(report, "keywords", ()) or name in reason)
+        words = getattr(report, "keywords", ())  # a module's report has none where tests run in several processes
+        groups = (name for marker, name in GROUPS.items() if marker in words or name in reason)
         counts[next(groups, "other"), reason.removeprefix("Skipped: ")] += 1
     for marker in ("slow", "compile"):
         left_out = sum(marker in item.keywords for item in terminalreporter.stats.get("deselected", []))
