@@ -284,9 +284,9 @@ class Session:
             return self._run_exactly(plan, call, str(error))
         if self.tuner is not None and not isinstance(error, CheckError):
             self.tuner.failed(plan, error)
+        self._stop_if_hopeless(plan, error)
         if call.query is None:  # an owned call whose kernel has given its tensors up: nothing is left to retry with
             raise error
-        self._stop_if_hopeless(plan, error)
         failed = plan.decision.backend
         self.failed[failed, frozen(plan.decision.options), plan.request] = f"{type(error).__name__}: {error}"
         decided = plan.decision

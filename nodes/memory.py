@@ -21,6 +21,7 @@ from ..backends.config import AttentionConfig, Choice, resolve, settings_of
 from ..backends.memory import extra_bytes
 from ..backends.request import AttentionRequest
 from ..backends.router import NoBackendError
+from ..backends.session import is_cuda_fault, is_out_of_memory
 from .roles import Role
 from .sizes import expected_requests
 
@@ -155,6 +156,8 @@ def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds:
         try:
             noise_shape = _told(override, run, model, noise_shape, conds, model_options.get("context_handler"))
         except Exception as error:  # a model or a latent of an unknown kind: an estimate is not worth a run
+            if is_out_of_memory(error) or is_cuda_fault(error):
+                raise
             text = f"{UNTOLD}: {type(error).__name__}: {error}"
             if run is not None:
                 run.note(text)

@@ -270,3 +270,13 @@ def test_the_guard_keeps_what_it_checks_and_no_more(letting_go: LettingGo, mode:
     for _ in range(4):
         hand_over(run, letting_go)
     assert letting_go.free == [[False] * 3, *[[True] * 3] * 3]  # the first call is checked, then the ninth or later
+
+
+def test_a_fault_of_the_card_after_it_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(call: Any) -> torch.Tensor:
+        call.query = call.key = call.value = None
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(sampling.router_for(torch.device("cpu"))._kernels, ("sdpa_math", ()), faulty)
+    with pytest.raises(RuntimeError, match="attention kernel sdpa_math left the GPU unusable"):
+        handed_over(override("sdpa_math"))
