@@ -112,7 +112,7 @@ def test_english_is_what_the_nodes_say() -> None:
 def test_the_selector_describes_every_backend(language: str) -> None:
     ours = read("en", "nodeDefs")["AttentionBackendSelector"]["inputs"]["backend"]["tooltip"].splitlines()[1:]
     theirs = read(language, "nodeDefs")["AttentionBackendSelector"]["inputs"]["backend"]["tooltip"].splitlines()[1:]
-    assert [re.split("[:：]", line)[0] for line in theirs] == [line.split(":")[0] for line in ours]  # noqa: RUF001
+    assert [re.split("[:\uff1a]", line)[0] for line in theirs] == [line.split(":")[0] for line in ours]
 
 
 # Help pages: the front end asks for docs/ID/LANGUAGE.md, then for docs/ID.md

@@ -126,7 +126,7 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_p
         load_workflow(page, workflow(backend="cudnn_attn", steps=steps))
         line = page.locator(LINE)
         line.wait_for(timeout=20_000)
-        assert line.inner_text() == "⚠ cudnn_attn cannot run here: device cpu not in (cuda)"
+        assert line.inner_text() == "\u26a0 cudnn_attn cannot run here: device cpu not in (cuda)"
         page.screenshot(path=keep(tmp_path, f"warning_{nodes_2}.png"))
         account = run_workflow(page, server)
         fallbacks = sum(row["calls"] for row in account["rows"] if row["reason"])
