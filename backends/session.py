@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from .backend import Kernel, on_copies
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from .measured.tuner import Tuner
+    from .trace.device_clock import DeviceClock
 
 log = logging.getLogger("attention_backends")
 
@@ -61,14 +63,46 @@ class KernelFaultError(RuntimeError):
 class Plan:
     """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
 
-    __slots__ = ("decision", "kernel", "request", "row", "strict")
+    __slots__ = ("clock", "decision", "kernel", "request", "row", "strict")
 
-    def __init__(self, request: AttentionRequest, decision: Decision, kernel: Kernel, row: Row, strict: bool) -> None:
+    def __init__(
+        self,
+        request: AttentionRequest,
+        decision: Decision,
+        kernel: Kernel,
+        row: Row,
+        strict: bool,
+        clock: DeviceClock | None = None,
+    ) -> None:
         self.request = request
         self.decision = decision
         self.kernel = kernel
         self.row = row
         self.strict = strict
+        self.clock = clock
+        """The host's clock, where the kernel is to be timed with it and does not do so itself."""
+
+    def become(self, other: Plan) -> None:
+        """Run later calls of this kind as `other` would."""
+        self.decision, self.kernel, self.row, self.clock = other.decision, other.kernel, other.row, other.clock
+
+    def compute(self, call: AttentionCall) -> torch.Tensor:
+        """Run the kernel, and time it where `clock` says so.
+
+        Here and not in a function around the kernel, as `timed_kernel` has it: each plan would have its own, and
+        fetching those from memory between the operations of a model costs more than a call of one that is shared.
+        """
+        clock = self.clock
+        if clock is None:
+            return self.kernel(call)
+        start = perf_counter_ns()
+        output = self.kernel(call)
+        row = self.row
+        row.launches += 1
+        if not clock.paused:
+            row.nanoseconds += perf_counter_ns() - start
+            row.timed += 1
+        return output
 
 
 class Session:
@@ -221,11 +255,14 @@ class Session:
         )
         row.member = self.router.backends[decision.backend].member(request, self.router.platform)
         kernel = self._kernel(decision) if kernel is None else kernel
-        if self.device_clock is not None:
-            kernel = timed_kernel(kernel, self.device_clock, row)
-        if self.guard is not None and self._is_guarded(decision) and self.guard.refusal(role, block) is None:
-            kernel = self.guard.watched(kernel, self.router.backends[decision.backend].accuracy, row)
-        return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict)
+        guard, clock = self.guard, self.device_clock
+        if guard is not None and (not self._is_guarded(decision) or guard.refusal(role, block) is not None):
+            guard = None
+        if clock is not None and (clock.has_events or guard is not None or self.checks):  # the kernel's time alone
+            kernel, clock = timed_kernel(kernel, clock, row), None
+        if guard is not None:
+            kernel = guard.watched(kernel, self.router.backends[decision.backend].accuracy, row)
+        return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict, clock)
 
     def plan_packed(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan | None:
         """The plan of a whole masked call over packed tokens, on the word of the plan that each of its parts has.
@@ -252,7 +289,7 @@ class Session:
             NoBackendError: strict, and the named backend failed.
         """
         try:
-            output = plan.kernel(call)
+            output = plan.compute(call)
         except Exception as error:
             output = self._recover(plan, call, error)
         plan.row.calls += 1
@@ -265,7 +302,7 @@ class Session:
             KernelFaultError, torch.OutOfMemoryError: as in `run`.
         """
         try:
-            output = plan.kernel(call)
+            output = plan.compute(call)
         except GuardAlarm:
             return None  # the parts are watched too, and run exactly from here on
         except Exception as error:
@@ -309,10 +346,10 @@ class Session:
         replacement = self._plan(
             plan.request, decision, plan.row.role, plan.row.block, plan.strict, plan.row.mask, reason
         )
-        plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
+        plan.become(replacement)
         if self.trace.ledger is not None:
             self.trace.ledger.changed(plan, self.router)
-        return plan.kernel(call)
+        return plan.compute(call)
 
     def _stop_if_hopeless(self, plan: Plan, error: Exception) -> None:
         """Raise where no other kernel may be tried after `error`."""
@@ -336,10 +373,10 @@ class Session:
                         decision.backend)  # fmt: skip
         reason = f"{row.backend}: {refusal}"
         replacement = self._plan(plan.request, decision, row.role, row.block, plan.strict, row.mask, reason)
-        plan.decision, plan.kernel, plan.row = replacement.decision, replacement.kernel, replacement.row
+        plan.become(replacement)
         if self.trace.ledger is not None:
             self.trace.ledger.changed(plan, self.router)
-        return plan.kernel(call)
+        return plan.compute(call)
 
     def _log_decision(self, decision: Decision, role: str, category: str) -> None:
         """Say once per role what it resolved to, and once per reason why something else runs."""

@@ -95,7 +95,7 @@ def override_path(pairs: int) -> dict[str, Any]:
             stock_attention(query, key, value, 8, transformer_options={sampling.OVERRIDE: ignore}, **flags)
 
         def planned() -> None:
-            scope.session.run(hook_plan.plan, hook_plan.call(query, key, value, None))
+            scope.session.run(hook_plan.plan, hook_plan.layout.call(query, key, value, None))
 
         without = alternate([ours, nothing, planned], pairs, calls=200)
     finally:

@@ -30,12 +30,43 @@ RIGHT_WITH_BOOL_MASKS = ("attention_pytorch",)
 """ComfyUI's functions that read boolean masks as torch does; others add them, or read them as weights."""
 
 
+ONE_STEP_DEVICES = ("cpu", "cuda", "xpu")
+"""Where torch makes a view by sizes and strides as cheaply as any other; elsewhere that may gather, or not be there."""
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...]]
+"""Sizes and strides."""
+
+
+class Views:
+    """How one of a caller's tensors, (B, S, H*D) or (B, S, H, D), becomes (B, H, S, D): always a view.
+
+    Calls of one kind have equal shapes, so where their strides are equal too the view is known beforehand, and made in
+    one operation instead of two: each costs about a microsecond, and every call needs three views.
+    """
+
+    __slots__ = ("known", "one_step", "split")
+
+    def __init__(self, tensor: torch.Tensor, heads: int) -> None:
+        self.split = _split(tensor, heads)
+        self.one_step = tensor.device.type in ONE_STEP_DEVICES and type(tensor) is torch.Tensor
+        self.known: dict[tuple[int, ...], Geometry] = {}
+        """By the strides of the caller's tensor."""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The view of a tensor whose strides were not seen before."""
+        view = tensor.view(self.split).transpose(1, 2)
+        if self.one_step:
+            self.known[tensor.stride()] = tuple(view.shape), view.stride()
+        return view
+
+
 class Layout:
     """How the caller's tensors become BHSD views, and what stays the same for every call of one kind."""
 
-    __slots__ = ("enable_gqa", "heads", "kv_heads", "scale", "shapes", "skip_output_reshape", "skip_reshape")
+    __slots__ = ("enable_gqa", "heads", "kv_heads", "scale", "shapes", "skip_output_reshape", "skip_reshape", "views")
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        self.shapes = query.shape, key.shape, value.shape
         self.skip_reshape = bool(kwargs.get("skip_reshape"))
         self.skip_output_reshape = bool(kwargs.get("skip_output_reshape"))
         self.scale: float | None = kwargs.get("scale")
@@ -45,32 +76,37 @@ class Layout:
             self.heads = kwargs["heads"]
             head_dim = query.shape[-1] // self.heads
             self.kv_heads = key.shape[-1] // head_dim if kwargs.get("enable_gqa") else self.heads
+            self.views = Views(query, self.heads), Views(key, self.kv_heads), Views(value, self.kv_heads)
         self.enable_gqa = self.heads != self.kv_heads
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        self.shapes = [_split(*pair) for pair in zip((query, key, value), heads, strict=True)]
-        """Of query, key and value as (B, S, H, D): known beforehand, since calls of one kind have equal shapes."""
 
     def call(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> AttentionCall:
         """The call as kernels see it; only views are made."""
         if not self.skip_reshape:
-            of_query, of_key, of_value = self.shapes
-            query = query.view(of_query).transpose(1, 2)
-            key = key.view(of_key).transpose(1, 2)
-            value = value.view(of_value).transpose(1, 2)
+            of_query, of_key, of_value = self.views
+            known = of_query.known.get(query.stride())
+            query = query.as_strided(*known) if known is not None else of_query.of(query)
+            known = of_key.known.get(key.stride())
+            key = key.as_strided(*known) if known is not None else of_key.of(key)
+            known = of_value.known.get(value.stride())
+            value = value.as_strided(*known) if known is not None else of_value.of(value)
         if mask is not None:
             mask = as_4d(mask)
         return AttentionCall(query, key, value, mask, False, self.scale, self.enable_gqa)
 
 
-class HookPlan(Layout):
+class HookPlan:
     """How every hook call of one kind runs: its layout, and the plan behind it."""
 
-    __slots__ = ("parts", "plan")
-    plan: Plan
-    parts: Parts | None
-    """How the parts of the mask's plan run; None where the mask is passed on whole."""
+    __slots__ = ("layout", "parts", "plan")
+
+    def __init__(self, layout: Layout, plan: Plan, parts: Parts | None) -> None:
+        self.layout = layout
+        """Shared by all kinds that differ in their place only: what each call reads is to be in few places."""
+        self.plan = plan
+        self.parts = parts
+        """How the parts of the mask's plan run; None where the mask is passed on whole."""
 
 
 def route(
@@ -103,12 +139,12 @@ def route(
     # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts. Names, then
     # values: half the time of pairs.
     plan_key = (
-        scope.site,
-        scope.window,
-        ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
         query.shape,
         key.shape,
         value.shape,
+        scope.site,
+        scope.window,
+        ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
         query.dtype,
         None if mask_plan is None else (mask_plan.facts, mask.dtype, mask.shape, mask.stride()),
         *kwargs,
@@ -121,15 +157,17 @@ def route(
     if hook_plan is None:
         if not KNOWN_ARGUMENTS.issuperset(kwargs):
             return _pass_on(scope, func, query, key, value, mask, options, kwargs)
-        hook_plan = scope.plans[plan_key] = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs)
-    call = hook_plan.call(query, key, value, mask)
+        hook_plan = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs)
+        scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
+    layout = hook_plan.layout
+    call = layout.call(query, key, value, mask)
     # Not only for the backend comfy: it is also the last resort when another one fails.
     owned = owned and hook_plan.plan.decision.backend != COMFY
     if owned:
         call.owned = True
         del query, key, value  # the last resort then gets what the call itself still holds
     else:
-        call.host = partial(_host_call, scope, hook_plan, func, query, key, value, mask, options, kwargs)
+        call.host = partial(_host_call, scope, layout, func, query, key, value, mask, options, kwargs)
     if mask_plan is None or hook_plan.parts is None:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
@@ -145,7 +183,7 @@ def route(
         preferred = scope.site.preferred_attention() if scope.site is not None else None
         host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
         output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
-    if hook_plan.skip_output_reshape:
+    if layout.skip_output_reshape:
         return output
     return output.transpose(1, 2).flatten(2)
 
@@ -168,9 +206,8 @@ def _new_plan(
     mask_plan: MaskPlan | None,
     kwargs: dict[str, Any],
 ) -> HookPlan:
-    hook_plan = HookPlan(query, key, value, kwargs)
-    hook_plan.parts = None
-    call = hook_plan.call(query, key, value, mask)
+    layout = _layout(scope, query, key, value, kwargs)
+    call = layout.call(query, key, value, mask)
     forbids = kwargs.get("low_precision_attention", True) is False
     upcast = kwargs.get("attn_precision") == torch.float32 and query.dtype != torch.float32
     request = call.request(exact_only=forbids or upcast)
@@ -197,13 +234,24 @@ def _new_plan(
     parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, asked)
     if mask_plan is None or not parts:
         pattern = mask_plan.pattern if mask_plan is not None and not on_host else ""
-        hook_plan.plan = planned(call, f"{request.mask}, {pattern}" if pattern else "")
+        hook_plan = HookPlan(layout, planned(call, f"{request.mask}, {pattern}" if pattern else ""), None)
     else:
-        hook_plan.parts = plan_parts(scope.session, mask_plan, call, parts, planned)
-        hook_plan.plan = next(plan for plan in hook_plan.parts.plans if plan is not None)
+        planned_parts = plan_parts(scope.session, mask_plan, call, parts, planned)
+        hook_plan = HookPlan(layout, next(plan for plan in planned_parts.plans if plan is not None), planned_parts)
     if preferred is not None and hook_plan.plan.decision.source != preferred.source:
         scope.run.note(f"{preferred.source} gave way to {hook_plan.plan.decision.source}")
     return hook_plan
+
+
+def _layout(
+    scope: Scope, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> Layout:
+    """The layout of calls with these shapes and arguments, whichever module makes them."""
+    facts = (query.shape, key.shape, value.shape, *kwargs, *kwargs.values())
+    layouts = scope.session.layouts
+    if facts not in layouts:
+        layouts[facts] = Layout(query, key, value, kwargs)
+    return layouts[facts]
 
 
 def _host_part(
@@ -216,7 +264,7 @@ def _host_part(
 
 def _host_call(
     scope: Scope,
-    hook_plan: HookPlan,
+    layout: Layout,
     func: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -228,7 +276,7 @@ def _host_call(
     """Run what ComfyUI would have run, on the caller's own tensors; return it as BHSD."""
     preferred = scope.site.preferred_attention() if scope.site is not None else None
     output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
-    return output if hook_plan.skip_output_reshape else output.view(_split(output, hook_plan.heads)).transpose(1, 2)
+    return output if layout.skip_output_reshape else output.view(_split(output, layout.heads)).transpose(1, 2)
 
 
 def run_comfy(

@@ -30,7 +30,7 @@ from .masks import COMPOSED, OUTSIDE, PATCHED, Masks
 from .roles import Role, bypass_of
 
 if TYPE_CHECKING:
-    from .hook_calls import HookPlan
+    from .hook_calls import HookPlan, Layout
     from .host import Override
 
 log = logging.getLogger("attention_backends")
@@ -239,6 +239,7 @@ class DeviceSession(Session):
         super().__init__(router_for(device), run.override.layers, run.trace)
         self.tuner = _tuner_of(self)
         self.plans: dict[tuple[Any, ...], HookPlan] = {}
+        self.layouts: dict[tuple[Any, ...], Layout] = {}
 
 
 class Scope:
@@ -293,7 +294,8 @@ class Scope:
             return OUTSIDE
         if self.run.override.foreign is not None:
             return COMPOSED
-        return PATCHED if any(self.options.get(name) for name in ("patches", "patches_replace")) else ""
+        options = self.options
+        return PATCHED if options.get("patches") or options.get("patches_replace") else ""
 
     def _window(self) -> int:
         timetable = self.timetable

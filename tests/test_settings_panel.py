@@ -137,6 +137,7 @@ def test_a_changed_setting_holds_for_the_next_run(server: Server, tmp_path: Path
         dialog = page.get_by_role("dialog")
         dialog.get_by_text("Attention Backends", exact=True).first.click()
         times = dialog.get_by_label("Times in the account of a run").last
+        times.locator("option").first.wait_for(state="attached")
         assert times.locator("option").all_inner_texts() == ["of every call", "of some model calls", "none"]
         times.select_option("none")
         page.wait_for_timeout(500)

@@ -91,7 +91,8 @@ def test_off_costs_nothing_nothing_stands_before_the_kernel(settings: Any) -> No
         session = sampling.Run(override(())).scope(torch.device("cpu")).session
         plan = session.plan(request, "self", "self")
         bare = session.router.kernel("torch_sdpa")
-        assert (plan.kernel is bare) == (mode == "off")
+        assert plan.kernel is bare
+        assert (plan.clock is None) == (mode == "off")
 
 
 def test_each_model_call_has_its_step() -> None:

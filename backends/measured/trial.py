@@ -38,6 +38,8 @@ class Trial:
     def __init__(self, tuner: Tuner, race: Race, plan: Plan, decision: Decision) -> None:
         """`plan` is the incumbent's, whose kernel is taken over; `decision` is what `auto` took."""
         self._tuner, self._race, self._plan, self._decision = tuner, race, plan, decision
+        if plan.clock is not None:  # of the kernel alone, not of what a trial does beside it
+            plan.kernel, plan.clock = timed_kernel(plan.kernel, plan.clock, plan.row), None
         self._usual = plan.decision, plan.row, plan.kernel
         self._paths: dict[str, tuple[Decision, Row, Kernel]] = {}
         self._refused: set[str] = set()
@@ -46,7 +48,8 @@ class Trial:
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         tuner, race = self._tuner, self._race
         if not race.is_open:
-            return self._settled()(call)
+            self._settle()
+            return self._plan.compute(call)
         if race.request != self._plan.request or self._is_refused() or _is_recorded(call):
             return self._usually(call)
         tuner.clock.collect()
@@ -151,23 +154,22 @@ class Trial:
         self._paths[name] = decision, mine, checked(kernel) if session.checks else kernel
         return True
 
-    def _settled(self) -> Kernel:
+    def _settle(self) -> None:
         """The race is over: the plan becomes the plain plan of its winner, for good."""
         tuner, plan, race = self._tuner, self._plan, self._race
-        plan.decision, row, kernel = self._usual
-        plan.row, plan.kernel = row, kernel
+        plan.decision, plan.row, plan.kernel = self._usual
+        row = plan.row
         if self._is_refused():
-            return kernel
+            return
         tuner.session.trace.tuning.kinds[race.place[2]] = NOT_TUNED if race.entry is None else DECIDED
         backend, words = plan.decision.backend, str(race.ended)
         if race.entry is not None:
             backend, words = tuner.found(race.entry, plan.request, backend)
         final = tuner.plain(plan.request, self._decision, backend, words, row.role, row.block, row.mask)
-        plan.decision, plan.row, plan.kernel = final.decision, final.row, final.kernel
+        plan.become(final)
         ledger = tuner.session.trace.ledger
         if ledger is not None:
             ledger.changed(plan, tuner.session.router)
-        return plan.kernel
 
 
 def failure(error: Exception) -> str:

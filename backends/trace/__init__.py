@@ -143,7 +143,7 @@ class Trace:
             clock: of the session that ran it, on `device`.
             sigma, schedule: that of the model call, one for each sample, and those of its sampler.
         """
-        timeline, rows = self.timeline, list(self.rows.values())
+        timeline, rows = self.timeline, self.rows.values()
         if self.mode == "off":
             timeline.model_calls += 1
             return
