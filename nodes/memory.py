@@ -44,6 +44,8 @@ class Kind(NamedTuple):
     request: AttentionRequest
     copied: int = 0
     """Bytes of what the mask's plan copies: gathered keys and values, packed tokens, the output of parts."""
+    apart: bool = False
+    """The mask divides the batch: however many samples there are, the kernel sees as few at once as `request` says."""
 
 
 Shape = tuple[float, ...]
@@ -101,9 +103,13 @@ def _kinds(run: Run) -> Iterator[Kind]:
     for scope in run.scopes():
         for hook_plan in scope.session.plans.values():
             role = Role(hook_plan.plan.row.role, run.trace.categories.get(hook_plan.plan.row.role, ""))
-            copied = hook_plan.parts.copied if hook_plan.parts is not None else 0
+            copied = -(-hook_plan.parts.copied // samples) if hook_plan.parts is not None else 0
+            whole = hook_plan.layout.shapes[0][0]
             for request in _requests(hook_plan):
-                yield Kind(role, request._replace(batch=-(-request.batch // samples)), -(-copied // samples))
+                if request.batch < whole:
+                    yield Kind(role, request, copied, apart=True)
+                else:
+                    yield Kind(role, request._replace(batch=-(-request.batch // samples)), copied)
 
 
 def _requests(hook_plan: HookPlan) -> set[AttentionRequest]:
@@ -119,7 +125,9 @@ def needed(layers: tuple[AttentionConfig, ...], kinds: frozenset[Kind], samples:
     router, accuracy = router_for(device), settings_of(layers).accuracy
     most = 0
     for kind in kinds:
-        request = kind.request._replace(batch=kind.request.batch * samples)
+        request = kind.request
+        if not kind.apart:
+            request = request._replace(batch=request.batch * samples)
         for choice in _choices(layers, kind.role):
             try:
                 decision = router.select(request, choice, accuracy=accuracy)

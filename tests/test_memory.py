@@ -19,7 +19,19 @@ from attention_backends.backends.memory import extra_bytes, inputs_bytes, item_b
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
-from hook_side import ENVIRONMENT, Kernel, comfyui, last_run, marks_left, nodes_module, sampling, selected, with_role  # noqa: E402
+from hook_side import (  # noqa: E402
+    ENVIRONMENT,
+    Kernel,
+    comfyui,
+    exact,
+    host,
+    last_run,
+    marks_left,
+    nodes_module,
+    sampling,
+    selected,
+    with_role,
+)
 from test_bench_suite import script  # noqa: E402
 
 measured = script("memory")
@@ -187,6 +199,34 @@ def test_gathered_keys_are_counted_from_the_second_run_on(comfy: Any, monkeypatc
     (shape,) = memory._known[stock.model.diffusion_model]
     copied = 2 * kept * 2 * 128 * 4  # keys and values of 2 heads of 128
     assert_told(stock, loaded.last()[1], first[1] + copied, (1, *shape))
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("lengths", [(40, 24), (40, 40)], ids=["a length for each sample", "one length"])
+def test_samples_that_run_one_by_one_need_memory_for_one(comfy: Any, lengths: tuple[int, int]) -> None:
+    """Other lengths in each sample make a call for each; one length for all leaves them together."""
+    from attention_backends.backends.config import AttentionConfig, AttentionSpec
+
+    sites = nodes_module("sites")
+    override = host.Override((AttentionConfig(default=AttentionSpec("sdpa_math")),))
+    run = sampling.Run(override)
+    run.samples = 2
+    scope = run.scope(torch.device("cpu"))
+    scope.begin({}, in_model_call=True)
+    query, mask = torch.randn(2, 48, 64), torch.ones(2, 1, 1, 48, dtype=torch.bool)
+    for sample, length in enumerate(lengths):
+        mask[sample, ..., length:] = False
+    previous = sites.set_scope(scope)
+    try:
+        override(exact, query, query, query, 2, mask=mask, transformer_options={sampling.OVERRIDE: override})
+    finally:
+        sites.set_scope(previous)
+    kinds = frozenset(memory._kinds(run))
+    apart = lengths[0] != lengths[1]
+    assert {(kind.request.batch, kind.apart) for kind in kinds} == {(1, apart)}
+    of_one, of_four = (memory.needed(override.layers, kinds, samples, torch.device("cpu")) for samples in (1, 4))
+    copied = max(kind.copied for kind in kinds)
+    assert of_four - 4 * copied == (of_one - copied) * (1 if apart else 4)
 
 
 @pytest.mark.comfy
