@@ -30,7 +30,7 @@ from ..backends.config import GUARD_MODES
 from ..backends.kernels import BACKENDS
 from ..backends.names import CHOICES, canonical
 from ..backends.trace import MODES
-from . import machine, measured_routes, recommended_routes, runs
+from . import machine, measured_routes, queued_by, recommended_routes, runs
 from .answers import PREFIX, RefusedError, posted, refused
 from .machine_settings import LEVELS, MachineSettings, checked
 from .privacy import clean
@@ -43,7 +43,7 @@ MOST_NAMED = 64
 
 
 def register() -> None:
-    """Add the routes to the running server; does nothing where there is none (tests of single modules)."""
+    """Add routes and handler to the running server; does nothing where there is none (tests of single modules)."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
@@ -52,6 +52,7 @@ def register() -> None:
     add_routes(server.routes, settings, machine.Machine())
     measured_routes.add_routes(server.routes, measured_routes.users_store)
     recommended_routes.add_routes(server.routes)
+    server.add_on_prompt_handler(queued_by.take_mark)
 
 
 def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machine.Machine) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..backends.recommended import NOT_USED
 from ..backends.records import record
 from ..backends.trace import Trace, audit
-from . import graph
+from . import graph, queued_by
 
 log = logging.getLogger("attention_backends")
 
@@ -32,6 +32,8 @@ class Maker(NamedTuple):
     node_id: str | None
     class_type: str
     signature: str | None
+    queued_by: str | None
+    """The mark of the page's workflow that queued it. In no account, as these are written into reports."""
 
 
 class Kept(NamedTuple):
@@ -54,13 +56,13 @@ _lock = threading.Lock()
 def begin(trace: Trace) -> None:
     """A run begins: from now on its account can be read while it grows."""
     prompt_id, node_id = executing()
-    prompt = queued(prompt_id)
+    prompt, by = _entry(prompt_id)
     sampler = graph.origin(prompt, node_id) if node_id is not None else None
     if sampler is None:
-        nodes, maker = [], Maker(node_id, "", None)
+        nodes, maker = [], Maker(node_id, "", None, by)
     else:
         nodes = _choosers(prompt, sampler)
-        maker = Maker(sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler))
+        maker = Maker(sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler), by)
     trace.node_id = maker.node_id or ""
     with _lock:
         head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
@@ -85,7 +87,7 @@ def add(trace: Trace) -> None:
         head, _, maker = _live.pop(id(trace))
         account = {**head, **trace.as_dict()}
         decided = record.of_run(trace)
-        _runs.appendleft(Kept(account, _summary(account, state(account)), trace.windows(), maker, decided))
+        _runs.appendleft(Kept(account, _summary(account, state(account), maker), trace.windows(), maker, decided))
     log.info("attention of this run: %s", trace.summary())
     log.info("%s", audit.line(account["audit"]))
 
@@ -134,7 +136,7 @@ def sampling_classes() -> set[str]:
 
 def summaries() -> list[dict[str, Any]]:
     """One short entry for each run: those that are going on, then the last ones, newest first."""
-    live = [_summary(run, "running") for run in _going_on()]
+    live = [_summary(run, "running", maker) for run, maker in _going_on()]
     with _lock:
         return live + [kept.summary for kept in _runs]
 
@@ -145,7 +147,7 @@ def find(number: int) -> dict[str, Any] | None:
         found = next((kept for kept in _runs if kept.account["number"] == number), None)
     if found is not None:
         return {**found.account, "state": found.summary["state"], "windows": found.windows}
-    return next(({**run, "state": "running"} for run in _going_on() if run["number"] == number), None)
+    return next(({**run, "state": "running"} for run, _ in _going_on() if run["number"] == number), None)
 
 
 def state(account: dict[str, Any]) -> str:
@@ -153,7 +155,7 @@ def state(account: dict[str, Any]) -> str:
     return "stopped" if any(note.startswith(UNFINISHED) for note in account["notes"]) else "done"
 
 
-def _summary(account: dict[str, Any], state: str) -> dict[str, Any]:
+def _summary(account: dict[str, Any], state: str, maker: Maker) -> dict[str, Any]:
     totals: dict[tuple[str, str], int] = {}
     for row in account["rows"]:
         key = row["role"], row["backend"]
@@ -161,6 +163,7 @@ def _summary(account: dict[str, Any], state: str) -> dict[str, Any]:
     names = ("number", "prompt_id", "node_id", "nodes", "model", "device", "steps", "seconds")
     return {
         **{name: account[name] for name in names},
+        "queued_by": maker.queued_by,
         "state": state,
         "tuning": account["tuning"],
         "calls": sum(totals.values()),
@@ -170,33 +173,38 @@ def _summary(account: dict[str, Any], state: str) -> dict[str, Any]:
     }
 
 
-def _going_on() -> list[dict[str, Any]]:
+def _going_on() -> list[tuple[dict[str, Any], Maker]]:
     """The accounts of the runs that are going on, as they are now, newest first."""
     with _lock:
         live = list(_live.values())
     found = []
-    for head, trace, _ in reversed(live):
+    for head, trace, maker in reversed(live):
         # The sampler's thread writes to these while we read: each copy is one step of the interpreter.
         now = replace(trace, rows=dict(trace.rows), notes=dict(trace.notes), categories=dict(trace.categories))
-        found.append({**head, **now.as_dict(), "windows": now.windows()})
+        found.append(({**head, **now.as_dict(), "windows": now.windows()}, maker))
     return found
 
 
 def queued(prompt_id: str | None) -> graph.Prompt:
-    """The graph of the prompt that runs; empty where there is no queue.
+    """The graph of the prompt that runs; empty where there is no queue."""
+    return _entry(prompt_id)[0]
+
+
+def _entry(prompt_id: str | None) -> tuple[graph.Prompt, str | None]:
+    """The graph of the prompt that runs, and the mark of the page that queued it; empty and None without a queue.
 
     From the queue, because a node that ComfyUI took from its cache is not asked again.
     """
     if prompt_id is None:
-        return {}
+        return {}, None
     from server import PromptServer
 
     queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
     if queue is None:
-        return {}
+        return {}, None
     running, _ = queue.get_current_queue_volatile()
-    found: graph.Prompt = next((item[2] for item in running if item[1] == prompt_id), {})
-    return found
+    entry = next((item for item in running if item[1] == prompt_id), None)
+    return ({}, None) if entry is None else (entry[2], queued_by.mark_of(entry[3]))
 
 
 def _choosers(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:

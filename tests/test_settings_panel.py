@@ -32,7 +32,7 @@ CHOSEN = {
 ADD = """(type) => {
   const node = window.LiteGraph.createNode(type)
   window.app.graph.add(node)
-  return [node.id, ...node.widgets.map((widget) => widget.value)]
+  return [node.id, ...node.widgets.filter((widget) => widget.serialize !== false).map((widget) => widget.value)]
 }"""
 VALUES = "(id) => window.app.graph.getNodeById(id).widgets.filter((w) => w.serialize !== false).map((w) => w.value)"
 

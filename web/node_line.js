@@ -47,7 +47,7 @@ export function nodeLines(app, events, server, say) {
   const lines = new WeakMap()
   /** The nodes that say what ran. @type {Set<LGraphNode>} */
   let told = new Set()
-  const runsOf = workflowRuns(app, events, refill)
+  const runsOf = workflowRuns(app, refill)
 
   /**
    * @param {LGraphNode} node
@@ -106,7 +106,8 @@ export function nodeLines(app, events, server, say) {
     /** @typedef {{ class_type: string, totals: Total[], fallbacks: number, stopped: boolean, offers: string[] }} Sum */
     /** @type {Map<string, Sum>} */
     const sums = new Map()
-    for (const run of runs.filter((one) => one.prompt_id === prompt)) {
+    const ours = runs.filter((one) => one.prompt_id === prompt)
+    for (const run of ours) {
       for (const { id, class_type } of run.nodes.filter((one) => SHOW_RUNS.includes(one.class_type))) {
         const sum = sums.get(id) ?? { class_type, totals: [], fallbacks: 0, stopped: false, offers: [] }
         sum.totals.push(...run.totals)
@@ -120,7 +121,7 @@ export function nodeLines(app, events, server, say) {
       const text = [shortLine(addedUp(totals), fallbacks, stopped, say), ...offers].join('\n')
       return /** @type {const} */ ([id, { class_type, text }])
     })
-    await runsOf.keep(prompt, texts)
+    runsOf.keep(ours[0]?.queued_by, texts)
     refill()
   }
 
@@ -141,11 +142,12 @@ export function nodeLines(app, events, server, say) {
 
   return {
     /**
-     * Watches the backend that a node names.
+     * Prepares a new node: it tells the server who queued it, and the backend that it names is watched.
      *
      * @param {LGraphNode} node
      */
     watch(node) {
+      if (SHOW_RUNS.includes(classOf(node))) runsOf.carry(node)
       if (!CHOOSE.includes(classOf(node))) return
       const widget = node.widgets?.find((one) => one.name === 'backend')
       if (!widget) return

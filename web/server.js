@@ -6,7 +6,7 @@
  * @typedef {{
  *   number: number, prompt_id: string | null, node_id: string | null, nodes: Chooser[], model: string,
  *   device: string, steps: number, seconds: number | null, state: 'running' | 'done' | 'stopped', calls: number,
- *   fallbacks: number, totals: Total[], offers?: string[], tuning?: Tuning
+ *   fallbacks: number, totals: Total[], offers?: string[], tuning?: Tuning, queued_by?: string | null
  * }} RunSummary
  * @typedef {{
  *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,

@@ -1,53 +1,41 @@
 /**
  * Which open workflow queued a prompt, and what the nodes of each said last.
  *
- * The server's events name a prompt, not a workflow, and ids of nodes and of graphs repeat between workflows. So the
- * call that queues a prompt is watched, as ComfyUI's pages on JavaScript hooks show it, and passed on as it is.
+ * The server's events name a prompt, not a workflow, and ids of nodes and of graphs repeat between workflows. So a
+ * prompt that this page queues brings a mark of its workflow along, as an input of our nodes. The server takes that
+ * input out again (nodes/queued_by.py) and tells the mark with the run.
  */
 
 /**
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApp} ComfyApp
- * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApi} ComfyApi
+ * @typedef {import('./node_line.js').LGraphNode} LGraphNode
  * @typedef {{ class_type: string, text: string }} Said
  */
 
-/** Prompts that are remembered: those that were taken out of the queue end without an event. */
-const KEPT = 1000
+const INPUT = 'attention_backends_mark'
+/** Workflows whose runs are remembered, and nodes of each: a page can stay open for weeks. */
+const KEPT = 200
 
 /**
  * @param {ComfyApp} app
- * @param {ComfyApi} api
  * @param {() => void} opened called after another workflow, or another state of this one, is shown
  */
-export function workflowRuns(app, api, opened) {
-  /** @type {Map<string, object>} */
-  const queuedBy = new Map()
-  /** @type {WeakMap<object, Map<string, Said>>} */
-  const said = new WeakMap()
-  /** @type {Set<Promise<unknown>>} */
-  const queueing = new Set()
+export function workflowRuns(app, opened) {
+  /** @type {WeakMap<object, string>} */
+  const marks = new WeakMap()
+  /** By mark, the workflow that queued last at the end. @type {Map<string, Map<string, Said>>} */
+  const said = new Map()
 
   /** The open workflow; a front end without several has one for all. */
   const active = () => /** @type {object} */ (app.extensionManager?.workflow?.activeWorkflow ?? app)
 
-  const queue = api.queuePrompt
-  if (typeof queue === 'function') {
-    api.queuePrompt = function (...given) {
-      const workflow = active()
-      const answer = queue.apply(this, given)
-      /** @type {Promise<void>} */
-      const noted = Promise.resolve(answer).then(
-        (found) => {
-          queueing.delete(noted)
-          if (!found?.prompt_id) return
-          queuedBy.set(found.prompt_id, workflow)
-          for (const oldest of [...queuedBy.keys()].slice(0, -KEPT)) queuedBy.delete(oldest)
-        },
-        () => void queueing.delete(noted) // whoever queued it handles the error
-      )
-      queueing.add(noted)
-      return answer
-    }
+  /** The mark of the open workflow, which is queueing. */
+  function mark() {
+    const workflow = active()
+    const found = marks.get(workflow) ?? random()
+    marks.set(workflow, found)
+    put(said, found, said.get(found) ?? new Map())
+    return found
   }
 
   // The published types lack this method of the front end's stores.
@@ -58,21 +46,64 @@ export function workflowRuns(app, api, opened) {
 
   return {
     /**
-     * Keeps what the nodes of a prompt say, if this page queued it.
+     * Makes a node bring the mark: by a widget that is never seen and holds no value, so no saved workflow has it.
      *
-     * @param {string} prompt
+     * @param {LGraphNode} node
+     */
+    carry(node) {
+      /** @type {string | undefined} */
+      let next
+      const widget = {
+        name: INPUT, type: 'hidden', value: '', y: 0, serialize: false,
+        hidden: true, // on the canvas
+        options: { hidden: true, canvasOnly: true }, // in Nodes 2.0 and in the panels beside the graph
+        disabled: true, computedDisabled: true, // not offered as an input of a subgraph
+        /** ComfyUI calls this right before it makes a prompt for the queue, and not before an export. */
+        beforeQueued: () => void (next = mark()),
+        afterQueued: () => void (next = undefined), // where the node was bypassed
+        /** What the prompt holds; an input that is undefined is not in the JSON. */
+        serializeValue: async () => {
+          const now = next
+          next = undefined
+          return now
+        }
+      }
+      node.addCustomWidget?.(/** @type {any} */ (widget))
+    },
+    /**
+     * Keeps what the nodes of a run say, if a workflow of this page queued it.
+     *
+     * @param {string | null | undefined} queuedBy
      * @param {(readonly [id: string, said: Said])[]} texts
      */
-    async keep(prompt, texts) {
-      if (!queuedBy.has(prompt)) await Promise.all(queueing) // a short run can end before its answer is here
-      const workflow = queuedBy.get(prompt)
-      queuedBy.delete(prompt)
-      if (!workflow) return
-      const all = said.get(workflow) ?? new Map()
-      for (const [id, one] of texts) all.set(id, one)
-      said.set(workflow, all)
+    keep(queuedBy, texts) {
+      const all = said.get(queuedBy ?? '')
+      for (const [id, one] of all ? texts : []) put(/** @type {Map<string, Said>} */ (all), id, one)
     },
     /** What the nodes of the shown workflow say, by their ids. */
-    shown: () => said.get(active()) ?? new Map()
+    shown: () => said.get(marks.get(active()) ?? '') ?? new Map()
   }
+}
+
+/**
+ * Puts an entry at the end of a map, and takes the first ones away when there are too many.
+ *
+ * @template V
+ * @param {Map<string, V>} map
+ * @param {string} key
+ * @param {V} value
+ */
+function put(map, key, value) {
+  map.delete(key)
+  map.set(key, value)
+  for (const oldest of map.keys()) {
+    if (map.size <= KEPT) return
+    map.delete(oldest)
+  }
+}
+
+/** 128 random bits; `crypto.randomUUID` is missing where the page came without TLS from another machine. */
+function random() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16))
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, '0')).join('')
 }
