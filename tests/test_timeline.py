@@ -165,7 +165,7 @@ def test_on_a_card_sigmas_are_read_without_waiting() -> None:
     """The last sigma is given while much work waits before it; its step is known when the work is done."""
     trace = Trace(mode="full")
     clock = trace.new_clock("cuda")
-    schedule, matrix = SIGMAS.cuda(), torch.randn(4096, 4096, device="cuda")
+    schedule, matrix = SIGMAS.to(device="cuda"), torch.randn(4096, 4096, device="cuda")
     row = rows_of(trace, 1)[0]
     torch.cuda.synchronize()
     with torch.inference_mode():
