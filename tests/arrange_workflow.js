@@ -4,7 +4,10 @@ async ({ name, nodes, lanes, about }) => {
   const GAP = 50
   const TITLE = 40
   const BELOW = 100 // to the next node of a column: Nodes 2.0 are taller, and have a title and a footer
-  const WIDE = { PreviewImage: [560, 480], PreviewAny: [560, 260], CLIPTextEncode: [320, 130] }
+  const WIDE = {
+    PreviewImage: [560, 480], PreviewAny: [560, 260], CLIPTextEncode: [320, 130],
+    AttentionBackendSelector: [370, 0] // the label "recommended for this model" beside its switch, in Nodes 2.0
+  }
   const { app } = window
   await app.loadApiJson(nodes, name)
   const graph = app.graph
