@@ -277,6 +277,9 @@ def test_a_fault_of_the_card_after_it_names_the_kernel(monkeypatch: pytest.Monke
         call.query = call.key = call.value = None
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setitem(sampling.router_for(torch.device("cpu"))._kernels, ("sdpa_math", ()), faulty)
+    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
+    router = sampling.router_for(torch.device("cpu"))
+    monkeypatch.setitem(router._unavailable, "sdpa_math", ())
+    monkeypatch.setitem(router._kernels, ("sdpa_math", ()), faulty)
     with pytest.raises(RuntimeError, match="attention kernel sdpa_math left the GPU unusable"):
         handed_over(override("sdpa_math"))
