@@ -262,3 +262,31 @@ def test_runs_outside_model_calls_do_not_pile_up() -> None:
         options = {sampling.KEY: ours, sampling.OVERRIDE: ours}
         optimized_attention(QUERY, KEY, VALUE, HEADS, mask=key_mask(8), transformer_options=options)
     assert len(host._outside_runs) <= host.MOST_OUTSIDE
+
+
+def rows_of(*visible: int) -> torch.Tensor:
+    """(1, 1, 9) bool that shows so many keys, from the first one on; a sample for each number."""
+    return torch.stack([(torch.arange(9) < number)[None] for number in visible])
+
+
+MISFITS = {
+    "samples too few": (4, rows_of(5, 7)),
+    "samples too many": (2, rows_of(5, 7, 3)),
+    "queries too few": (1, torch.block_diag(torch.ones(2, 4), torch.ones(2, 5)).bool()),
+    "queries too many": (1, torch.block_diag(torch.ones(4, 4), torch.ones(4, 5)).bool()),
+    "heads too many": (1, rows_of(5)[:, None].repeat(1, 5, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("form", MISFITS)
+def test_a_mask_that_does_not_fit_is_refused_as_it_is_without_a_plan(form: str) -> None:
+    """Its plan's parts fit: samples and queries that the mask does not have would be zero, and nobody would know."""
+    batch, mask = MISFITS[form]
+
+    def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+        query, key, value = (tensor.repeat(batch, 1, 1) for tensor in (QUERY, KEY, VALUE))
+        attend = model.get_submodule("blocks.0.self_attn")
+        attend([((query, key, value, HEADS, mask), {"transformer_options": options})])
+
+    with pytest.raises(RuntimeError, match="must match"):
+        run(override("torch_sdpa"), body)

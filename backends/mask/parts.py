@@ -44,7 +44,7 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
     Args:
         asked: the backend that a person named.
     """
-    if mask_plan.treatment == "none":
+    if mask_plan.treatment == "none" or not _fits(call):
         return []
     calls = [] if mask_plan.treatment == PASSED_ON else mask_plan.calls(call)
     if asked is None:
@@ -60,6 +60,16 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
         booleans = mask_plan.booleans.calls(call)
         return booleans if takes(booleans) else calls
     return calls
+
+
+def _fits(call: AttentionCall) -> bool:
+    """Whether the mask can be broadcast to the scores. Where not the kernel refuses it; parts would hide that.
+
+    They would leave samples and queries out that the mask does not have.
+    """
+    mask = call.attn_mask
+    scores = (*call.query.shape[:3], call.key.shape[2])
+    return mask is None or all(size in (1, wanted) for size, wanted in zip(mask.shape, scores, strict=True))
 
 
 def plan_parts(
