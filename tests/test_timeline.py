@@ -76,6 +76,30 @@ def test_a_row_that_never_ran_is_counted_by_nobody() -> None:
     assert trace.windows()[0]["cells"] == [[0, 1, 2.0]]
 
 
+class Meanwhile:
+    """Stands in for a row; whenever it is read, the thread of another device makes a new one."""
+
+    launches = timed = nanoseconds = 0
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    @property
+    def calls(self) -> int:
+        self.trace.row("self", f"of another device, {len(self.trace.rows)}", "torch_sdpa", "", "none", None, None)
+        return 0
+
+
+def test_another_device_may_make_rows_while_a_model_call_ends() -> None:
+    """ComfyUI runs several GPUs in a thread each, and they share the account of the run."""
+    trace = Trace(mode="full")
+    trace.rows["self", "0", "torch_sdpa", "none", None, ""] = Meanwhile(trace)
+    rows_of(trace)
+    trace.end_of_model_call(DeviceClock("cpu"))
+    assert len(trace.rows) == 6
+    assert trace.timeline.model_calls == 1
+
+
 def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() -> None:
     """Each model call takes 1 ms more than the one before; the device is two of them behind, then comes to rest."""
     gpu, trace = Gpu(), Trace(mode="full")

@@ -143,7 +143,8 @@ class Trace:
             clock: of the session that ran it, on `device`.
             sigma, schedule: that of the model call, one for each sample, and those of its sampler.
         """
-        timeline, rows = self.timeline, self.rows.values()
+        # A copy: of several devices each has a thread, and another one may make a row meanwhile.
+        timeline, rows = self.timeline, list(self.rows.values())
         if self.mode == "off":
             timeline.model_calls += 1
             return
