@@ -29,6 +29,9 @@ log = logging.getLogger("attention_backends")
 MOST_OUTSIDE = 8
 """Overrides whose runs outside model calls are kept, so that what such a run has to say is said once."""
 
+MOST_PLANS = 1024
+"""Kinds of call that such a run knows; then it plans anew. Each takes about 4.5 KB."""
+
 _outside_runs: OrderedDict[Override, Run] = OrderedDict()
 
 
@@ -112,12 +115,15 @@ class Override:
 
     def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> Scope:
         run = options.get(RUN_KEY)
-        if run is None or run.override is not self or run.over:
+        outside = run is None or run.override is not self or run.over
+        if outside:
             run = _outside_runs.pop(self, None) or Run(self)
             _outside_runs[self] = run
             if len(_outside_runs) > MOST_OUTSIDE:
                 _outside_runs.popitem(last=False)
         scope = run.scope(device)
+        if outside and len(scope.plans) >= MOST_PLANS:  # no sampler ends such a run
+            scope.session.forget()
         scope.begin({})
         return scope
 

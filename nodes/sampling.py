@@ -241,6 +241,11 @@ class DeviceSession(Session):
         self.plans: dict[tuple[Any, ...], HookPlan] = {}
         self.layouts: dict[tuple[Any, ...], Layout] = {}
 
+    def forget(self) -> None:
+        """Plan every kind of call anew; what failed or was caught stays known, and the account goes on."""
+        self.plans.clear()
+        self.layouts.clear()
+
 
 class Scope:
     """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""

@@ -264,6 +264,22 @@ def test_runs_outside_model_calls_do_not_pile_up() -> None:
     assert len(host._outside_runs) <= host.MOST_OUTSIDE
 
 
+def test_a_run_outside_model_calls_knows_no_more_kinds_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives as long as its override, however many lengths it is called with; its account goes on."""
+    monkeypatch.setattr(host, "MOST_PLANS", 8)
+    ours = override("torch_sdpa")
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours}
+    for length in range(2, 42):
+        key, mask = rows(length, 1), torch.zeros(1, 1, length)
+        mask[..., length // 2 :] = HIDDEN
+        output = optimized_attention(QUERY, key, key, HEADS, mask=mask, transformer_options=options)
+        torch.testing.assert_close(output, exact(QUERY, key, key, HEADS, mask), rtol=0, atol=2e-6)
+        (scope,) = host._outside_runs[ours].scopes()
+        assert len(scope.plans) <= 8
+        assert len(scope.session.layouts) <= 8
+    assert sum(row.calls for row in scope.run.trace.rows.values()) == 40
+
+
 def rows_of(*visible: int) -> torch.Tensor:
     """(1, 1, 9) bool that shows so many keys, from the first one on; a sample for each number."""
     return torch.stack([(torch.arange(9) < number)[None] for number in visible])
