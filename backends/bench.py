@@ -12,7 +12,6 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -184,7 +183,7 @@ def _prepare(case: Case, device: torch.device, seed: int, host: Host | None) -> 
         calls = make_inputs(case.request, case.hidden, device, seed, WARM_UP + TIMED)
         if host is not None:
             for call in calls:
-                call.host = partial(host, call)
+                call.host = host
         rows, exact = exact_rows(calls[0])
     except Exception as error:  # a preset that does not fit is the reason of its rows, the next one may fit
         if _is_fault(error):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,8 @@ class AttentionCall:
 
     `query` is (batch, num_heads, q_len, head_dim), `key` and `value` (batch, num_kv_heads, kv_len, ...);
     `attn_mask` is None or four-dimensional and broadcastable to (batch, num_heads, q_len, kv_len).
-    `host` runs what the calling program would have run by itself and returns BHSD; None outside a host.
+    `host` runs what the calling program would have run by itself on the call that it is given, and returns BHSD; None
+    outside a host. `given` is what the program called with, where its host needs that.
     `memo` holds what kernels make of the mask, such as packed bits, for the other calls with this very mask; None
     where nobody says how long a mask stays what it is.
     `parts` is the plan of the mask, for kernels over packed tokens, which leave out what it hides; else None.
@@ -142,7 +143,8 @@ class AttentionCall:
     """
 
     __slots__ = (
-        *("attn_mask", "enable_gqa", "host", "is_causal", "key", "memo", "owned", "parts", "query", "scale", "value"),
+        *("attn_mask", "enable_gqa", "given", "host", "is_causal", "key", "memo", "owned", "parts", "query", "scale"),
+        "value",
     )
 
     def __init__(
@@ -155,7 +157,7 @@ class AttentionCall:
         scale: float | None = None,
         enable_gqa: bool = False,
         *,
-        host: Callable[[], torch.Tensor] | None = None,
+        host: Callable[[AttentionCall], torch.Tensor] | None = None,
         memo: dict[object, object] | None = None,
     ) -> None:
         self.query = query
@@ -166,6 +168,7 @@ class AttentionCall:
         self.scale = scale
         self.enable_gqa = enable_gqa
         self.host = host
+        self.given: tuple[Any, ...] = ()
         self.memo = memo
         self.parts: MaskPlan | None = None
         self.owned = False

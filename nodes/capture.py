@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,5 +57,8 @@ def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCa
         arguments["scale"] = call.scale
     if call.enable_gqa:
         arguments["enable_gqa"] = True
-    host = partial(run_comfy, func, query, key, value, mask, None, arguments)
+
+    def host(of: AttentionCall) -> torch.Tensor:
+        return run_comfy(func, of.query, of.key, of.value, of.attn_mask, None, arguments)
+
     return AttentionCall(query, key, value, mask, False, call.scale, call.enable_gqa, host=host)

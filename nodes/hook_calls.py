@@ -167,18 +167,14 @@ def route(
         call.owned = True
         del query, key, value  # the last resort then gets what the call itself still holds
     else:
-        call.host = partial(_host_call, scope, layout, func, query, key, value, mask, options, kwargs)
+        call.host, call.given = _host_call, (scope, layout, func, query, key, value, mask, options, kwargs)
     if mask_plan is None or hook_plan.parts is None:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
         if owned:
             preferred = scope.site.preferred_attention() if scope.site is not None else None
-            call.host = partial(_host_part, preferred or func, call, options=options, kwargs=kwargs)
-        try:
-            output = scope.session.run(hook_plan.plan, call)
-        finally:
-            if owned:
-                call.host = None  # it holds the call, which would keep its tensors until Python looks for such circles
+            call.host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
+        output = scope.session.run(hook_plan.plan, call)
     else:
         preferred = scope.site.preferred_attention() if scope.site is not None else None
         host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
@@ -262,18 +258,9 @@ def _host_part(
     return run_comfy(func, part.query, part.key, part.value, part.attn_mask, options, {**kwargs, **layout})
 
 
-def _host_call(
-    scope: Scope,
-    layout: Layout,
-    func: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: Any,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
+def _host_call(call: AttentionCall) -> torch.Tensor:
     """Run what ComfyUI would have run, on the caller's own tensors; return it as BHSD."""
+    scope, layout, func, query, key, value, mask, options, kwargs = call.given
     preferred = scope.site.preferred_attention() if scope.site is not None else None
     output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
     return output if layout.skip_output_reshape else output.view(_split(output, layout.heads)).transpose(1, 2)

@@ -197,7 +197,7 @@ def test_an_incumbent_that_failed_in_one_run_is_measured_in_the_next(store: Stor
     usual = Costed(INCUMBENT, None, lambda: 5.0, fails_once)  # type: ignore[arg-type]
     machine = Machine(store, steady(sdpa_math=2.0), others=[usual])
     call = small_call()
-    call.host = lambda: sdpa(call)
+    call.host = sdpa
     machine.run(call)
     assert store.entries() == []
     machine.run(call)

@@ -287,7 +287,7 @@ def test_an_incumbent_that_fails_falls_back_as_ever(store: Store) -> None:
     machine = Machine(store, steady(sdpa_math=2.0), others=[bad])
     session = machine.begin()
     call = small_call()
-    call.host = lambda: sdpa(call)
+    call.host = sdpa
     plan = session.plan(call.request(), "self", "self")
     assert torch.equal(session.run(plan, call), sdpa(call))
     assert plan.decision.backend == "comfy"

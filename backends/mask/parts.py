@@ -172,11 +172,8 @@ def run_parts(
             one.owned = True
             call.query = call.key = call.value = None  # type: ignore[assignment]  # the part has what it needs
         if host is not None and (len(parts.plans) > 1 or one.owned):  # what the host runs must then be the part alone
-            one.host = partial(host, one)
-        try:
-            output = session.run(plan, one)
-        finally:
-            one.host = None  # it may hold the part, which would keep its tensors until Python looks for such circles
+            one.host = host
+        output = session.run(plan, one)
         whole = put(output, part, whole)
         if any(plan.row is row for row in counted):
             plan.row.calls -= 1  # the model made one call, however many parts it has

@@ -118,9 +118,11 @@ def call_of(part: Part, call: AttentionCall) -> AttentionCall:
             key, value = key[:, :, part.keys], value[:, :, part.keys]
     else:
         key, value = key.index_select(2, part.keys), value.index_select(2, part.keys)
-    return AttentionCall(
+    one = AttentionCall(
         query, key, value, part.mask, part.is_causal, call.scale, call.enable_gqa, host=call.host, memo=part.memo
     )
+    one.given = call.given
+    return one
 
 
 def passed_on(mask: torch.Tensor | None, pattern: str = "", *, only_hides: bool = False) -> MaskPlan:
