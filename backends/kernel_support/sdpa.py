@@ -59,6 +59,51 @@ def without_gaps(call: AttentionCall) -> AttentionCall:
     )
 
 
+SWITCHES = {
+    "CUDNN_ATTENTION": "cudnn_sdp",
+    "FLASH_ATTENTION": "flash_sdp",
+    "EFFICIENT_ATTENTION": "mem_efficient_sdp",
+    "MATH": "math_sdp",
+}
+"""What torch.backends.cuda calls the members of torch.nn.attention.SDPBackend; they hold on the CPU too."""
+
+
+def held(kernel: Kernel, pin: str, platform: Platform) -> Kernel:
+    """A kernel that calls torch's attention, held to one of its implementations.
+
+    By the switches that torch.nn.attention.sdpa_kernel sets, too, but 3 us a call instead of 12 (CPU, torch 2.13). They
+    are the process's, as with that context; each is put back as it was.
+    """
+    from torch.backends import cuda
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    pinned = [getattr(SDPBackend, pin)]
+    known = all(hasattr(cuda, f"{name}_enabled") for name in SWITCHES.values())  # cuDNN's came with torch 2.5
+    if not known or platform.kind not in ("cuda", "rocm", "cpu"):  # others have an implementation without a switch
+
+        def in_context(call: AttentionCall) -> torch.Tensor:
+            with sdpa_kernel(pinned):
+                return kernel(call)
+
+        return in_context
+    switches = [
+        (getattr(cuda, f"{name}_enabled"), getattr(cuda, f"enable_{name}"), member == pin)
+        for member, name in SWITCHES.items()
+    ]
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        before = [is_on() for is_on, _, _ in switches]
+        try:
+            for _, switch, on in switches:
+                switch(on)
+            return kernel(call)
+        finally:
+            for (_, switch, _), was in zip(switches, before, strict=True):
+                switch(was)
+
+    return run
+
+
 class PinnedSDPA(Backend):
     """scaled_dot_product_attention held to one member of torch.nn.attention.SDPBackend.
 
@@ -72,15 +117,11 @@ class PinnedSDPA(Backend):
     """The implementation has no grouped form: key heads are repeated before the call."""
 
     def load(self, platform: Platform) -> Kernel:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        pinned = [getattr(SDPBackend, self.pin)]
         expands = self.expands_gqa
-        sdpa = plain_sdpa()
+        sdpa = held(plain_sdpa(), self.pin, platform)
 
         def run(call: AttentionCall) -> torch.Tensor:
             call = without_gaps(call)
-            with sdpa_kernel(pinned):
-                return sdpa(expanded(call) if expands and call.enable_gqa else call)
+            return sdpa(expanded(call) if expands and call.enable_gqa else call)
 
         return run
