@@ -1,0 +1,90 @@
+"""The times in the account are the kernel's own and of every call of it, whatever stands around it or changes it."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from attention_backends.backends import call_checks  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.guard import Guard  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.measured.store import Store  # noqa: E402
+from attention_backends.backends.platform import detect  # noqa: E402
+from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.trace import VARIABLE, Trace  # noqa: E402
+from attention_calls import as_comfyui_runs  # noqa: E402
+from hook_side import Kernel  # noqa: E402
+from measured_machines import Machine, noisy, sdpa, small_call  # noqa: E402
+
+SLOW = 0.05
+"""Seconds; a kernel takes a thousandth of them here."""
+
+
+def session_with(kernel: Any, guard: str = "off", checks: bool = False) -> Session:
+    backends = {**BACKENDS, "emulated_int8": Kernel("emulated_int8", kernel, "quantized")}
+    config = AttentionConfig(AttentionSpec("emulated_int8"), accuracy="quantized", guard=guard, source="node")
+    return Session(Router(detect(torch.device("cpu")), backends), (config,), Trace(mode="full"), checks)
+
+
+def counts(session: Session) -> list[tuple[str, int, int, int]]:
+    return [(row.backend, row.calls, row.launches, row.timed) for row in session.trace.rows.values()]
+
+
+def run(session: Session, calls: int = 3) -> None:
+    with as_comfyui_runs():
+        plan = session.plan(small_call().request(), "self", "self", "blocks.0")
+        for _ in range(calls):
+            session.run(plan, small_call())
+
+
+@pytest.mark.parametrize("around", ["guard", "checks"])
+def test_what_stands_around_a_kernel_is_not_in_its_time(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name = (Guard, "check") if around == "guard" else (call_checks, "check")
+    before = getattr(where, name)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(SLOW)
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, slow)
+    session = session_with(sdpa, "watch" if around == "guard" else "off", around == "checks")
+    start = time.perf_counter()
+    run(session)
+    assert time.perf_counter() - start >= SLOW, "the test is about something that was slow"
+    assert counts(session) == [("emulated_int8", 3, 3, 3)]
+    (row,) = session.trace.rows.values()
+    assert row.nanoseconds < SLOW * 1e9
+
+
+@pytest.mark.parametrize("change", ["the guard", "a failure"])
+def test_what_runs_instead_is_timed_too(change: str) -> None:
+    def kernel(call: Any) -> torch.Tensor:
+        if change == "a failure":
+            raise ValueError("as it should")
+        return sdpa(call) * 5
+
+    session = session_with(kernel, "enforce" if change == "the guard" else "off")
+    run(session)
+    assert counts(session)[-1] == ("torch_sdpa", 3, 3, 3)
+
+
+def test_calls_of_a_race_and_those_after_it_are_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    source = random.Random(0)
+    costs = {"torch_sdpa": noisy(10, source), "sdpa_math": noisy(5, source), "sdpa_flash": noisy(30, source)}
+    machine = Machine(Store(tmp_path / "measured.json"), costs)
+    with as_comfyui_runs():
+        session = machine.run(small_call())
+    assert machine.tuner.trials
+    assert machine.plans[0].decision.backend == "sdpa_math", "the race was decided"
+    rows = [row for row in session.trace.rows.values() if row.calls]
+    assert sum(row.calls for row in rows) == 8 * 30
+    assert [(row.launches, row.timed) for row in rows] == [(row.calls, row.calls) for row in rows]
