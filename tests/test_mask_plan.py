@@ -200,6 +200,12 @@ def test_nan_is_passed_on() -> None:
     assert inspect(torch.tensor([0.0, float("nan")])[None, None, None], 2).treatment == "passed on"
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 0), (0, 1, 1, 5), (1, 1, 0, 5), (2, 0, 3, 5)], ids=str)
+def test_a_mask_without_numbers_is_passed_on(shape: tuple[int, ...]) -> None:
+    for dtype in (torch.bool, torch.float32):
+        assert inspect(torch.zeros(shape, dtype=dtype), shape[3]).treatment == "passed on"
+
+
 def test_facts_are_equal_for_equal_shapes_only() -> None:
     def facts(*visible: int) -> tuple[object, ...]:
         return inspect(torch.tensor(visible).bool()[None, None, None], len(visible)).facts

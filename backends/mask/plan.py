@@ -41,6 +41,8 @@ def inspect(mask: torch.Tensor, kv_len: int) -> MaskPlan:
     small = _without_copies(mask)
     if small.shape[3] != kv_len or mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
         return passed_on(mask)
+    if not small.numel():  # nothing to read, and no first key or sample to speak of
+        return passed_on(mask)
     found = _read(small)
     if found.not_a_number or found.finite_row_without_key:
         return passed_on(mask)
