@@ -27,7 +27,7 @@ def why_no_browser() -> str | None:
 
 @contextmanager
 def open_comfyui(url: str, profile: Path, settings: dict[str, Any] | None = None, width: int = 1600) -> Iterator[Any]:
-    """A page with the front end ready; `page.problems` holds console errors and page errors as they come.
+    """A page with the front end ready; `page.problems` holds console errors, with their address, and page errors.
 
     settings: front-end settings (`Comfy.VueNodes.Enabled`, ...) stored before the page loads.
     """
@@ -41,7 +41,7 @@ def open_comfyui(url: str, profile: Path, settings: dict[str, Any] | None = None
         try:
             page = context.new_page()
             page.problems = []
-            page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
+            page.on("console", lambda message: message.type == "error" and page.problems.append(_with_address(message)))
             page.on("pageerror", lambda error: page.problems.append(str(error)))
             stored = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingNodesWarning": True}
             page.request.post(f"{url}/settings", data={**stored, **(settings or {})})
@@ -53,6 +53,11 @@ def open_comfyui(url: str, profile: Path, settings: dict[str, Any] | None = None
             yield page
         finally:
             context.close()
+
+
+def _with_address(message: Any) -> str:
+    """What a console message says, and the script or the file that it is about."""
+    return f"{message.text} ({message.location['url']})"
 
 
 def load_workflow(page: Any, workflow: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ def workflow(**changes: Any) -> dict[str, Any]:
 
 
 def ours(page: Any) -> list[str]:
+    """Errors whose text or address is of this pack."""
     return [text for text in page.problems if any(word in text for word in OURS)]
 
 
@@ -117,6 +118,39 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
         assert after == saved
         assert page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)") == prompt
         assert ours(page) == []
+
+
+def test_every_node_has_a_help_page(server: Server, tmp_path: Path) -> None:
+    """ComfyUI asks for a page in the language that is set first: one that is missing would be an error of ours."""
+    types = [name for name, node in server.get("/object_info").items() if node["python_module"].endswith(ROOT.name)]
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        asked: list[str] = []
+        page.on("response", lambda answer: "/docs/" in answer.url and asked.append(f"{answer.status} {answer.url}"))
+        for kind in types:
+            page.evaluate(ADD_AND_SELECT, kind)
+            page.get_by_test_id("info-button").click()
+            page.locator(HELP).wait_for(timeout=10_000)
+            page.wait_for_timeout(300)
+        page.screenshot(path=keep(tmp_path, "help.png"))
+        expected = [f"200 {server.url}/extensions/{ROOT.name}/docs/{kind}/en.md" for kind in types]
+        assert set(asked) == set(expected)
+        assert ours(page) == []
+        # An address of ours that is missing would be seen.
+        page.evaluate("(pack) => fetch(`/extensions/${pack}/docs/none.md`)", ROOT.name)
+        page.wait_for_timeout(300)
+        assert len(ours(page)) == 1
+
+
+HELP = ".node-help-content"
+ADD_AND_SELECT = """(type) => {
+  const { graph, canvas } = window.app
+  graph.clear()
+  const node = window.LiteGraph.createNode(type)
+  graph.add(node)
+  node.pos = [400, 300]
+  canvas.selectItems([node])
+  canvas.setDirty(true, true)
+}"""
 
 
 @RENDERERS
