@@ -126,7 +126,8 @@ def panel_page(running: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def shown(server: Server, panel_page: Any) -> Any:
     """The section, with what `server` holds now."""
     panel_page.problems.clear()
-    panel_page.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
+    with panel_page.expect_response("**/attention_backends/measured"):  # what it shows may be of the test before
+        panel_page.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
     found = panel_page.get_by_role("region", name=words()["measured"]["title"])
     found.get_by_text("3 for this machine, 4 in all").wait_for()
     return found
