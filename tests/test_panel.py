@@ -472,6 +472,8 @@ def test_it_comes_back_after_the_connection_was_lost(server: Server, tmp_path: P
         panel.get_by_text("No connection to the server; asking again.").wait_for(timeout=20_000)
         page.context.set_offline(False)
         panel.get_by_text("No connection to the server").wait_for(state="detached", timeout=20_000)
+        assert all("ERR_INTERNET_DISCONNECTED" in problem for problem in ours(page))  # the browser's own words for it
+        page.problems.clear()
 
         # A server that was started again: the old numbers mean nothing any more, and the panel begins anew.
         answer = json.dumps({"numbering": "another", "runs": []})
