@@ -112,7 +112,7 @@ class Ledger:
         events = self._events.setdefault(place, [])
         if not events or events[-1][1] != ran:
             events.append((self._model_call, ran))
-        if any(not ran.same_kernel(other) for other in now.values()):
+        if any(not ran.same_kernel(other) for other in tuple(now.values())):  # devices share it, each has a thread
             where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
             self.not_repeated[f"{where}: from model call {self._model_call} on, equal calls ran different kernels"] = (
                 None
