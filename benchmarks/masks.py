@@ -46,38 +46,54 @@ def forms(tokens: int) -> dict[str, torch.Tensor]:
 
 def measure(sizes: tuple[int, ...] = SIZES, rounds: int = 15) -> dict[str, Any]:
     """Each form at each size, batch 1, float32."""
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        for tokens in sizes:
+            tensors = inputs(tokens)
+            for name, mask in forms(tokens).items():
+                figures = compare(*tensors, mask, rounds)
+                figures["reading_ms"] = round(reading(mask, tokens), 3)
+                found[f"{name}, {tokens} tokens"] = figures
+    return found
+
+
+def inputs(tokens: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """Query, key and value, (1, HEADS, tokens, HEAD_DIM) each."""
+    random = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, HEADS, tokens, HEAD_DIM, generator=random).to(device) for _ in range(3))
+
+
+def compare(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rounds: int
+) -> dict[str, Any]:
+    """SDPA with the mask beside SDPA on what its plan leaves of the call."""
+    from attention_backends.backends.bench import synchronise
     from attention_backends.backends.mask.plan import inspect
     from attention_backends.backends.request import AttentionCall
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    found: dict[str, Any] = {}
-    with torch.inference_mode():
-        for tokens in sizes:
-            random = torch.Generator().manual_seed(0)
-            query, key, value = (torch.randn(1, HEADS, tokens, HEAD_DIM, generator=random) for _ in range(3))
-            for name, mask in forms(tokens).items():
-                plan = inspect(mask, tokens)
-                call = AttentionCall(query, key, value, mask)
+    plan = inspect(mask, key.shape[2])
+    call = AttentionCall(query, key, value, mask)
 
-                def stock(call: AttentionCall = call) -> torch.Tensor:
-                    return sdpa(call.query, call.key, call.value, call.attn_mask)
+    def stock() -> torch.Tensor:
+        output = sdpa(query, key, value, mask)
+        synchronise(query.device)
+        return output
 
-                def ours(call: AttentionCall = call, plan: Any = plan) -> torch.Tensor:
-                    parts = plan.calls(call)
-                    outputs = [
-                        None if part is None
-                        else sdpa(part.query, part.key, part.value, part.attn_mask, is_causal=part.is_causal)
-                        for part in parts
-                    ]  # fmt: skip
-                    return plan.joined(outputs, call)
+    def ours() -> torch.Tensor:
+        outputs = [
+            None if part is None else sdpa(part.query, part.key, part.value, part.attn_mask, is_causal=part.is_causal)
+            for part in plan.calls(call)
+        ]
+        output = plan.joined(outputs, call)
+        synchronise(query.device)
+        return output
 
-                one, other = stock(), ours()
-                figures = ratios(stock, ours, rounds)
-                figures["treatment"] = plan.treatment
-                figures["same"] = True if torch.equal(one, other) else float((one - other).abs().max())
-                figures["reading_ms"] = round(reading(mask, tokens), 3)
-                found[f"{name}, {tokens} tokens"] = figures
-    return found
+    one, other = stock(), ours()
+    figures = ratios(stock, ours, rounds)
+    figures["treatment"] = plan.treatment
+    figures["same"] = True if torch.equal(one, other) else float((one - other).abs().max())
+    return figures
 
 
 def reading(mask: torch.Tensor, tokens: int) -> float:
