@@ -91,6 +91,7 @@ const queue = async (widget) => {
 const said = (text) => [['5', { class_type: 'A', text }]]
 const [one, other] = [{}, {}]
 const [first, copy] = [node(), node()]
+assert.equal(first.computeSize()[1] + 4, 0) // what front ends that lay out hidden widgets add to the node's height
 workflow.activeWorkflow = one
 assert.equal(await first.serializeValue(), undefined) // an export
 const mark = await queue(first)

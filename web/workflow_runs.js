@@ -56,6 +56,7 @@ export function workflowRuns(app, opened) {
       const widget = {
         name: INPUT, type: 'hidden', value: '', y: 0, serialize: false,
         hidden: true, // on the canvas
+        computeSize: () => [0, -4], // front ends of 1.2x leave room for hidden widgets too: this and 4
         options: { hidden: true, canvasOnly: true }, // in Nodes 2.0 and in the panels beside the graph
         disabled: true, computedDisabled: true, // not offered as an input of a subgraph
         /** ComfyUI calls this right before it makes a prompt for the queue, and not before an export. */
