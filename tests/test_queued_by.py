@@ -125,14 +125,66 @@ assert.ok(runs.shown().has('999'))
 console.log('works')
 """
 
+LOST = """
+import assert from 'node:assert'
+import { nodeLines } from './node_line.js'
+globalThis.document = { createElement: () => ({ style: {}, setAttribute() {}, append() {} }) }
+const widgets = []
+const add = (widget) => widgets.push(widget) && widget
+const node = {
+  type: 'AttentionBackendSelector', widgets, size: [1, 1], computeSize: () => [1, 1], setSize() {}, setDirtyCanvas() {},
+  addCustomWidget: add, addDOMWidget: (name, type, element) => add({ name, element })
+}
+const app = { graph: { getNodeById: (id) => (id === '5' ? node : undefined) } }
+const events = new EventTarget()
+let runs = []
+const server = { runs: async () => ({ runs }) }
+nodeLines(app, events, server, (key, { calls } = {}) => `${calls ?? key}`).watch(node)
+const mark = widgets[0]
+const queue = async () => {
+  mark.beforeQueued()
+  return mark.serializeValue()
+}
+const run = (prompt, queued_by, calls, state = 'done') => ({
+  prompt_id: prompt, queued_by, state, nodes: [{ id: '5', class_type: node.type }], fallbacks: 0,
+  totals: [{ role: 'self', backend: 'b', calls }]
+})
+const line = () => widgets[1]?.element.textContent
+const told = () => new Promise((resolve) => setTimeout(resolve, 5))
+const ours = await queue()
+runs = [run('1', ours, 10)]
+events.dispatchEvent(new CustomEvent('execution_success', { detail: { prompt_id: '1' } }))
+await told()
+assert.equal(line(), 'self b 10')
+// Two more prompts end while the connection is lost; another page and a script have runs as well, and one goes on.
+runs = [
+  run('6', ours, 60, 'running'), run('5', null, 50), run('4', 'f0', 40), run('3', ours, 30), run('2', ours, 20), ...runs
+]
+events.dispatchEvent(new CustomEvent('reconnected'))
+await told()
+assert.equal(line(), 'self b 30')
+server.runs = async () => { throw new TypeError('no connection') }
+events.dispatchEvent(new CustomEvent('reconnected'))
+await told()
+assert.equal(line(), 'self b 30')
+server.runs = async () => ({ runs: [] }) // it was started again
+events.dispatchEvent(new CustomEvent('reconnected'))
+await told()
+assert.equal(line(), 'self b 30')
+console.log('works')
+"""
 
-def test_a_workflow_has_one_mark_and_only_in_the_queue(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("script", [MARKS, LOST], ids=["marks", "lost"])
+def test_a_page_knows_its_own_runs(tmp_path: Path, script: str) -> None:
+    """A workflow has one mark, and only in the queue; and a run that ended without a connection is told afterwards."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is missing")
-    shutil.copy(ROOT / "web" / "workflow_runs.js", tmp_path)
+    for name in ("workflow_runs.js", "node_line.js", "account.js", "dom.js"):
+        shutil.copy(ROOT / "web" / name, tmp_path)
     (tmp_path / "package.json").write_text('{"type": "module"}')
-    (tmp_path / "start.js").write_text(MARKS)
+    (tmp_path / "start.js").write_text(script)
     result = subprocess.run([node, "start.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout) == (0, "works\n"), result.stderr
 

@@ -98,11 +98,13 @@ export function nodeLines(app, events, server, say) {
     show(node, { warning: reasons && say('line.cannot', { backend, reasons }) })
   }
 
-  /** @param {Event} event */
-  async function tellRun(event) {
-    const prompt = event instanceof CustomEvent ? event.detail?.prompt_id : undefined
-    if (!prompt) return
-    const { runs } = await server.runs().catch(() => ({ runs: [] }))
+  /**
+   * Keeps what the runs of a prompt came to.
+   *
+   * @param {import('./server.js').RunSummary[]} runs
+   * @param {string} prompt
+   */
+  function keep(runs, prompt) {
     /** @typedef {{ class_type: string, totals: Total[], fallbacks: number, stopped: boolean, offers: string[] }} Sum */
     /** @type {Map<string, Sum>} */
     const sums = new Map()
@@ -122,6 +124,24 @@ export function nodeLines(app, events, server, say) {
       return /** @type {const} */ ([id, { class_type, text }])
     })
     runsOf.keep(ours[0]?.queued_by, texts)
+  }
+
+  const known = () => server.runs().then(({ runs }) => runs, () => [])
+
+  /** @param {Event} event */
+  async function tellRun(event) {
+    const prompt = event instanceof CustomEvent ? event.detail?.prompt_id : undefined
+    if (!prompt) return
+    keep(await known(), prompt)
+    refill()
+  }
+
+  /** Runs may have ended while there was no connection, and nobody says so again. */
+  async function tellMissed() {
+    const runs = await known()
+    const going = new Set(runs.filter((one) => one.state === 'running').map((one) => one.prompt_id))
+    const oldestFirst = new Set(runs.map((one) => one.prompt_id).reverse())
+    for (const prompt of oldestFirst) if (prompt && !going.has(prompt)) keep(runs, prompt)
     refill()
   }
 
@@ -139,6 +159,7 @@ export function nodeLines(app, events, server, say) {
   }
 
   for (const name of OVER) events.addEventListener(name, tellRun)
+  events.addEventListener('reconnected', tellMissed)
 
   return {
     /**
