@@ -96,9 +96,9 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
             ["self", "4 blocks", "torch_sdpa", str(calls)],
         ]
         panel.get_by_label("One row for each block").check()
-        shown = {(row[0], row[1], row[2], int(row[3])) for row in table(panel)}
-        counted = {(row["role"], row["block"], row["backend"], row["calls"]) for row in account["rows"]}
-        assert shown == counted
+        shown = {(row[0], row[1], row[2], int(row[3])): float(row[4]) for row in table(panel)}
+        counted = {(row["role"], row["block"], row["backend"], row["calls"]): row["ms"] for row in account["rows"]}
+        assert shown == pytest.approx(counted, abs=0.051)  # one digit after the point
         with page.expect_download() as download:
             panel.get_by_role("button", name="Save as JSON").click()
         exported = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
@@ -106,7 +106,10 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
         with page.expect_download() as download:
             panel.get_by_role("button", name="Save as CSV").click()
         lines = list(csv.DictReader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"))))
-        assert {(line["role"], line["block"], line["backend"], int(line["calls"])) for line in lines} == counted
+        wanted = [{name: row[name] for name in lines[0]} for row in account["rows"]]
+        assert [{**line, "calls": int(line["calls"]), "ms": float(line["ms"])} for line in lines] == [
+            {name: "" if value is None else value for name, value in row.items()} for row in wanted
+        ]
         assert "the face" in panel.locator(".ab-bypass").inner_text()  # what never reached the hook
 
         # The line on the node, which is in no saved workflow and in no prompt.
@@ -483,6 +486,33 @@ def test_it_comes_back_after_the_connection_was_lost(server: Server, tmp_path: P
         page.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
         panel.get_by_text("No run yet.").wait_for(timeout=20_000)
         assert ours(page) == []
+
+
+def test_a_run_that_ends_while_the_connection_is_lost_is_told(server: Server, tmp_path: Path) -> None:
+    steps = 300
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        load_workflow(page, workflow(steps=14))
+        run_workflow(page, server)
+        page.locator(LINE).wait_for(timeout=20_000)
+        panel = open_tab(page)
+        load_workflow(page, workflow(steps=steps))
+        page.evaluate("async () => { await window.app.queuePrompt(0) }")
+        panel.locator(".ab-running").wait_for(timeout=20_000)
+        page.context.set_offline(True)
+        page.evaluate("() => window.app.api.socket.close()")
+        for _ in range(600):
+            newest = server.get("/attention_backends/runs")["runs"][0]
+            if newest["state"] == "done":
+                break
+            page.wait_for_timeout(100)
+        assert (newest["steps"], newest["state"]) == (steps, "done")
+        page.wait_for_timeout(1500)
+        assert page.locator(LINE).count() == 0
+        page.context.set_offline(False)
+        page.locator(LINE).wait_for(timeout=30_000)
+        assert page.locator(LINE).inner_text() == f"self torch_sdpa {4 * steps} calls, cross sdpa_math {4 * steps}"
+        panel.locator(".ab-running").wait_for(state="detached", timeout=20_000)
+        assert {int(row[3]) for row in table(panel)} == {4 * steps}
 
 
 @pytest.mark.parametrize("palette", ["dark", "light"])
