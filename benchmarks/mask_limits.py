@@ -3,7 +3,7 @@
 The limits of the planner (`CPU_KEPT` and `MOST_BLOCKS` in backends/mask/plan.py) are lifted, and SDPA with the mask is
 timed against the same call honoured by its plan, on both sides of them.
 
-Run: python benchmarks/mask_limits.py [--device cuda] [--json FILE]   (no ComfyUI needed; about two minutes)
+Run: python benchmarks/mask_limits.py [--device cuda] [--json FILE]   (no ComfyUI needed; about six minutes)
 """
 
 from __future__ import annotations

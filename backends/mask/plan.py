@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     import torch
 
 MOST_BLOCKS = 16
-"""Diagonal blocks up to which a block-diagonal mask becomes one call for each block."""
+"""Diagonal blocks up to which a block-diagonal mask becomes one call for each block. On the CPU more would pay, too: 64 are
+9 to 35 times as fast as the mask (benchmarks/results/mask-limits-cpu.json). Where each call is a launch is not measured."""
 
 
 CPU_KEPT = 15 / 16
-"""On the CPU, whose kernels all take masks, keys are gathered only if fewer stay: copying them costs 3 to 4 % of a call
-at 1,024 keys and the mask 2 to 4 % (benchmarks/masks.py, one thread)."""
+"""On the CPU, whose kernels all take masks, keys are gathered only if no more stay: with one key in 16 hidden a call is
+8 to 9 % faster, with one in 32 1 to 4 % (benchmarks/results/mask-limits-cpu.json, one thread)."""
 
 
 def inspect(mask: torch.Tensor, kv_len: int) -> MaskPlan:
