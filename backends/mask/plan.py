@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 MOST_BLOCKS = 16
-"""Diagonal blocks up to which a block-diagonal mask becomes one call for each block. On the CPU more would pay, too: 64 are
-9 to 35 times as fast as the mask (benchmarks/results/mask-limits-cpu.json). Where each call is a launch is not measured."""
+"""Diagonal blocks up to which a block-diagonal mask becomes one call for each block. On the CPU more would pay, too: 64
+are 9 to 35 times as fast as the mask (benchmarks/results/mask-limits-cpu.json). Where each call is a launch is not
+measured."""
 
 
 CPU_KEPT = 15 / 16
