@@ -5,7 +5,8 @@ async ({ name, nodes, lanes, about }) => {
   const TITLE = 40
   const BELOW = 100 // to the next node of a column: Nodes 2.0 are taller, and have a title and a footer
   const WIDE = {
-    PreviewImage: [560, 480], PreviewAny: [560, 260], CLIPTextEncode: [320, 130],
+    PreviewImage: [560, 480], SaveImage: [560, 480], PreviewAny: [760, 260], CLIPTextEncode: [320, 130],
+    AttentionConfigText: [370, 240], AttentionBenchmark: [560, 480],
     AttentionBackendSelector: [370, 0] // the label "recommended for this model" beside its switch, in Nodes 2.0
   }
   const { app } = window

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workflow_graphs import EMBEDDED_WORKFLOWS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -110,3 +111,9 @@ def test_every_text_can_be_printed_on_a_windows_console(path: Path) -> None:
                 node.value.encode("cp1252")
             except UnicodeEncodeError as error:
                 pytest.fail(f"line {node.lineno}: {error}")
+
+
+def test_comfy_test_runs_every_workflow_that_needs_no_files() -> None:
+    said = tomllib.loads((ROOT / "comfy-test.toml").read_text(encoding="utf-8"))["test"]
+    assert (ROOT / said["custom"]).is_file()
+    assert said["workflows"]["cpu"] == said["workflows"]["cuda"] == sorted(EMBEDDED_WORKFLOWS)

@@ -14,10 +14,12 @@ import pytest
 from attention_backends.devtools.server import Server
 from browser import alerts, load_workflow, missing_nodes, open_comfyui, why_no_browser
 from make_workflows import API_FORM, MOST_BYTES, UI_FORM, WORKFLOWS, values
+from PIL import Image, ImageChops
 from server_harness import ROOT, start_server
 from workflow_families import FAMILY_WORKFLOWS
 
 OURS = ("Attention", f"/extensions/{ROOT.name}/", "attention_backends")
+SEEDED = ("KSampler", "KSamplerAdvanced", "RandomNoise", "AttentionBenchmark")
 FILE_INPUTS = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name", "text_encoder"}
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -53,9 +55,16 @@ def test_saved_form_is_flat_and_keeps_its_seed(name: str) -> None:
     assert "definitions" not in workflow  # subgraphs
     types = sorted(node["type"] for node in workflow["nodes"])
     assert types == sorted([*(node["class_type"] for node in api_form(name).values()), "MarkdownNote"])
-    seeded = [node for node in workflow["nodes"] if node["type"] in ("KSampler", "KSamplerAdvanced", "RandomNoise")]
+    seeded = [node for node in workflow["nodes"] if node["type"] in SEEDED]
     assert seeded
     assert all("fixed" in node["widgets_values"] for node in seeded)
+
+
+@pytest.mark.comfy
+def test_every_node_is_in_a_workflow(server: Server) -> None:
+    ours = {name for name, info in server.get("/object_info").items() if info["python_module"].endswith(ROOT.name)}
+    assert "AttentionBackendSelector" in ours
+    assert ours <= {node["class_type"] for name in WORKFLOWS for node in api_form(name).values()}
 
 
 @every_workflow
@@ -85,7 +94,8 @@ def shown(server: Server, name: str) -> str:
     nodes = api_form(name)
     outputs = server.run(nodes)["outputs"]
     by_kind = {node["class_type"]: outputs[number] for number, node in nodes.items() if number in outputs}
-    image = by_kind["PreviewImage"]["images"][0]
+    image = next(by_kind[kind] for kind in ("PreviewImage", "SaveImage", "AttentionBenchmark") if kind in by_kind)
+    image = image["images"][0]
     assert (server.folder / image["type"] / image["subfolder"] / image["filename"]).stat().st_size > 1000
     return str(by_kind["PreviewAny"]["text"][0])
 
@@ -102,6 +112,45 @@ def test_per_role_runs_and_reports_each_role(server: Server) -> None:
     assert " ".join(lines[3]) == "Asked and ran: self=torch_sdpa as asked; cross=sdpa_math as asked"
     assert " ".join(lines[4]).startswith("not counted, because it never reaches ComfyUI's attention hook: the face")
     assert len(lines) == 5
+
+
+@pytest.mark.comfy
+def test_schedule_runs_the_first_and_last_steps_exactly(server: Server) -> None:
+    lines = [line.split() for line in shown(server, "schedule").splitlines()]
+    # 4 blocks, 20 steps: 2 at each end, and 16 between.
+    assert sorted(line[:4] for line in lines[1:5]) == [
+        ["cross", "emulated_int8", "none", "64"],
+        ["cross", "torch_sdpa", "none", "16"],
+        ["self", "emulated_int8", "none", "64"],
+        ["self", "torch_sdpa", "none", "16"],
+    ]
+
+
+@pytest.mark.comfy
+def test_a_record_in_place_of_the_text_repeats_the_picture(server: Server) -> None:
+    nodes = api_form("text_and_record")
+    record = shown(server, "text_and_record")
+    ran = {
+        (decision["role"], part["backend"])
+        for decision in json.loads(record)["runs"][0]["decisions"]
+        for part in decision["ran"]
+    }
+    assert ran == {("self", "torch_sdpa"), ("cross", "sdpa_math")}
+    number = next(number for number, node in nodes.items() if node["class_type"] == "AttentionConfigText")
+    nodes[number]["inputs"]["text"] = record
+    saved_as = next(number for number, node in nodes.items() if node["class_type"] == "SaveImage")
+    outputs = server.run(nodes)["outputs"]
+    files = [server.folder / "output" / f"attention_record_{number:05}_.png" for number in (1, 2)]
+    assert outputs[saved_as]["images"][0]["filename"] == files[1].name
+    first, second = (Image.open(file) for file in files)
+    assert ImageChops.difference(first, second).getbbox() is None
+
+
+@pytest.mark.comfy
+def test_benchmark_measures_what_runs_here(server: Server) -> None:
+    table = shown(server, "benchmark")
+    assert "hv15, no mask" in table
+    assert "torch_sdpa" in table
 
 
 @pytest.mark.comfy

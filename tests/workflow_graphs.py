@@ -145,9 +145,64 @@ def compare_by_hand() -> Graph:
     )  # fmt: skip
 
 
+def schedule() -> Graph:
+    graph = Graph(
+        "**A fast kernel, but exact first and last steps.** The steps that decide the composition, and those that "
+        "draw the details, run with PyTorch's own kernel; the ones between with a kernel that is not exact. "
+        "`emulated_int8` stands for one such as `sage_attn` and runs anywhere; choose yours instead. The model comes "
+        "with the pack."
+    )
+    model, settings = embedded(graph)
+    graph.lane = "attention and sampling"
+    model = graph.selector(model, "emulated_int8")
+    window = {"when": "precise first and last N", "window": "2", "blocks": "", "role": ""}
+    model = graph.add("AttentionSchedule", model=model, backend="torch_sdpa", **window)
+    report = graph.add("AttentionReport", samples=ksampler(graph, model, **settings, **EMBEDDED))
+    graph.lane = "result"
+    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=report, scale=16))
+    graph.add("PreviewAny", "What ran", source=output(report, 1))
+    return graph
+
+
+def text_and_record() -> Graph:
+    graph = Graph(
+        "**A configuration as text, and a record of what ran in the saved picture.** The text may also be the command "
+        "line of vLLM-Omni or SGLang. Paste the record, or the picture's, in place of the text: with the same seed the "
+        "same kernels make the same picture again. Runs anywhere: the model comes with the pack."
+    )
+    model, settings = embedded(graph)
+    graph.lane = "attention and sampling"
+    text = "default: torch_sdpa\nper_role:\n  cross: sdpa_math\n"
+    model = graph.add("AttentionConfigText", model=model, text=text, file="none", component="transformer")
+    sampled = ksampler(graph, model, **settings, **EMBEDDED)
+    graph.lane = "result"
+    record = graph.add("AttentionRecord", value=graph.add("AttentionDemoImage", samples=sampled, scale=16))
+    graph.add("SaveImage", images=record, filename_prefix="attention_record")
+    graph.add("PreviewAny", "Record", source=output(record, 1))
+    return graph
+
+
+def benchmark() -> Graph:
+    graph = Graph(
+        "**How fast is each kernel on this machine?** Times the attention calls of HunyuanVideo 1.5 with and without "
+        "its mask; a kernel that cannot run says why. No model is needed. 256 tokens are for a CPU: on a GPU set "
+        "`tokens` to 0, the full lengths."
+    )
+    graph.lane = "benchmark"
+    measured = graph.add(
+        "AttentionBenchmark", presets="hv15", tokens=256, masked="both", backends="", dtype="bfloat16", seed=0
+    )
+    graph.lane = "result"
+    graph.add("PreviewAny", "Table", source=measured)
+    return graph
+
+
 EMBEDDED_WORKFLOWS: dict[str, Callable[[], Graph]] = {
     "compare_sdpa_cudnn_sage": compare_by_hand,
     "compare_node": compare_node,
     "per_role": per_role,
+    "schedule": schedule,
+    "text_and_record": text_and_record,
+    "benchmark": benchmark,
 }
 """These run on any machine."""
