@@ -14,6 +14,7 @@ from .console import Stop, make_output_safe, say
 from .demo import demo
 from .doctor import doctor
 from .environment import prepare, version_in
+from .web import prepare_web
 
 HELP = {
     "setup": "make .venv with pinned needs, and those of a ComfyUI where one is found",
@@ -78,6 +79,7 @@ def _prepare_and_say(root: Path) -> tuple[Path, comfy.ComfyUI | None]:
 
 def _test(root: Path, arguments: list[str]) -> int:
     python, found = _prepare_and_say(root)
+    prepare_web(root)
     linted = _lint(root, python)
     say("pytest")
     # A file's tests stay in one process: many share a model or a server that takes seconds to make.

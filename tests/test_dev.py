@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from attention_backends.devtools import comfyui, console, environment
+from attention_backends.devtools import comfyui, console, environment, web
 from attention_backends.devtools.console import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,3 +214,42 @@ def test_progress_away_from_a_terminal_is_a_line_now_and_then(capsys: pytest.Cap
         progress.show(f"{tenth / 10} s", tenth / 10)
     progress.end()
     assert capsys.readouterr().out.split("\n") == ["0.0 s", "10.0 s", "20.0 s", ""]
+
+
+class TestPackagesOfTheFrontEnd:
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int) -> tuple[Path, Path]:
+        """A checkout whose npm only notes that it was called, in the file that is returned too."""
+        (tmp_path / "tests" / "web").mkdir(parents=True)
+        (tmp_path / "tests" / "web" / "package.json").write_text("{}", encoding="utf-8")
+        calls, npm = tmp_path / "calls", tmp_path / "npm"
+        npm.write_text(f"#!/bin/sh\nmkdir -p node_modules\necho $1 >> {calls}\nexit {status}\n", encoding="utf-8")
+        npm.chmod(0o755)
+        monkeypatch.setattr(web.shutil, "which", lambda _: str(npm))
+        return tmp_path, calls
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="the npm of this test is a shell script")
+    def test_they_are_installed_once_for_each_list(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root, calls = self.folder(tmp_path, monkeypatch, 0)
+        web.prepare_web(root)
+        web.prepare_web(root)
+        assert calls.read_text() == "install\n"
+        (root / "tests" / "web" / "package.json").write_text('{"private": true}', encoding="utf-8")
+        web.prepare_web(root)
+        assert calls.read_text() == "install\ninstall\n"
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="the npm of this test is a shell script")
+    def test_a_failed_installation_is_said_and_tried_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root, calls = self.folder(tmp_path, monkeypatch, 1)
+        web.prepare_web(root)
+        web.prepare_web(root)
+        assert calls.read_text() == "install\ninstall\n"
+        assert "are skipped" in capsys.readouterr().out
+
+    def test_without_npm_it_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+        root, calls = self.folder(tmp_path, monkeypatch, 0)
+        monkeypatch.setattr(web.shutil, "which", lambda _: None)
+        web.prepare_web(root)
+        assert not calls.exists()
+        assert "npm was not found" in capsys.readouterr().out

@@ -25,6 +25,7 @@ pytestmark = [
 OURS = (f"/extensions/{ROOT.name}/", "attention_backends", "AttentionBackends", "Attention Backends")
 PANEL = ".attention-backends"
 LINE = "[data-testid=attention_backends_line]"
+AXE = ROOT / "tests" / "web" / "node_modules" / "axe-core" / "axe.min.js"
 SAVED = """() => JSON.stringify(window.app.graph.serialize().nodes
   .filter((node) => node.type.includes('Attention')).map((node) => [node.type, node.widgets_values]))"""
 RENDERERS = pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2.0"])
@@ -76,6 +77,15 @@ def open_tab(page: Any) -> Any:
 
 def table(panel: Any) -> list[list[str]]:
     return [row.locator("td").all_inner_texts() for row in panel.locator("tbody tr").all()]
+
+
+def barriers(page: Any) -> list[str]:
+    """What axe-core finds in the panel that keeps people out: names, roles, keyboard, contrast. Skips without it."""
+    if not AXE.is_file():
+        pytest.skip("all but axe-core's rules passed; those need npm: python3 dev.py test")
+    page.add_script_tag(path=AXE)
+    found = page.evaluate("panel => window.axe.run(panel).then((result) => result.violations)", PANEL)
+    return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
 
 
 @RENDERERS
@@ -529,30 +539,5 @@ def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palett
         panel.evaluate("panel => { panel.style.width = '300px' }")
         page.screenshot(path=keep(tmp_path, f"{palette}_300.png"))
         assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
-        contrast = panel.evaluate(CONTRAST)
-        assert contrast["worst"] >= 4.5, contrast
         assert ours(page) == []
-
-
-CONTRAST = """panel => {
-  const numbers = (text) => (text.match(/[\\d.]+/g) ?? []).map(Number)
-  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
-    .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0)
-  const ground = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = numbers(getComputedStyle(at).backgroundColor)
-      if (colour.length === 3 || colour[3] === 1) return colour
-    }
-    return [255, 255, 255]
-  }
-  let worst = 99, where = ''
-  for (const element of panel.querySelectorAll('*')) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())
-    if (!own || !element.getClientRects().length) continue
-    const [a, b] = [light(numbers(getComputedStyle(element).color)), light(ground(element))]
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)
-    if (ratio < worst) [worst, where] = [ratio, `${element.className} ${element.textContent.slice(0, 40)}`]
-  }
-  return { worst, where }
-}"""
+        assert barriers(page) == []

@@ -36,7 +36,7 @@ def leaves(book: dict[str, Any], path: str = "") -> set[str]:
 def test_types_are_right() -> None:
     node, compiler = shutil.which("node"), CHECK / "node_modules" / "typescript" / "bin" / "tsc"
     if node is None or not compiler.is_file():
-        pytest.skip("node or its packages are missing: npm install --no-package-lock in tests/web")
+        pytest.skip("node or its packages are missing: install node and npm, then python3 dev.py test")
     result = subprocess.run([node, str(compiler), "--project", str(CHECK)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout
 
