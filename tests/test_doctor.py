@@ -93,7 +93,7 @@ def test_windows_is_told_which_triton_belongs_to_its_torch() -> None:
     assert f"{WINDOWS.path} -m pip install triton-windows==3.5.*" in found.note
     unknown = advice(SAGE_2, "cuda:8.9,torch=2.99.0,os=windows", WINDOWS)
     assert "pip install triton-windows" not in unknown.note
-    assert "https://github.com/woct0rdho/triton-windows" in unknown.note
+    assert "https://github.com/triton-lang/triton-windows" in unknown.note
     there = advice(SAGE_2, "cuda:8.9,os=windows,packages=triton-windows==3.6.0", WINDOWS)
     assert "triton-windows" not in there.note
 

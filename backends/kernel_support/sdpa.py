@@ -108,7 +108,7 @@ class PinnedSDPA(Backend):
     """scaled_dot_product_attention held to one member of torch.nn.attention.SDPBackend.
 
     A single pin, never a priority list: with a list and a mask, torch has been seen to fall to its slowest
-    implementation although the first one listed runs alone (https://github.com/pytorch/pytorch/issues/121242
+    implementation although the first one listed runs alone (https://github.com/pytorch/pytorch/pull/114689
     introduced the context).
     """
 

@@ -15,8 +15,8 @@ AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 class FlashAttn2(FlashAttention):
     """Limits as in mha_fwd of csrc/flash_attn/flash_api.cpp, 2.8.3.
 
-    Tensors of 2**31 elements or more: an index is multiplied in `int`, and reads elsewhere
-    (https://github.com/Dao-AILab/flash-attention/issues/767, fixed in the sources by pull request 2260).
+    Tensors of 2**31 elements or more: an index is multiplied in `int`, and reads elsewhere (fixed in the sources by
+    https://github.com/Dao-AILab/flash-attention/pull/2260).
     Batch and heads are grid dimensions, which end at 65,535. 2.6.3 is the oldest version that Diffusers accepts; its
     limits are the same, but up to 2.7.2 there are no kernels for Blackwell (setup.py of the tags, pull request 1436).
     On the Hub: the version that Diffusers 0.42 pins, on the cards that vLLM-Omni 0.30 uses it on.

@@ -16,8 +16,9 @@ class FlashAttn4(FlashAttention):
 
     On sm90 head sizes reach 256; on sm100 128, and exactly 256 through a kernel of its own, which is left out. On
     sm80 and sm120 the package checks no range; 128 is what their shared memory holds for sure. The arithmetic on
-    coordinates is 32 bits wide (https://github.com/Dao-AILab/flash-attention/issues/2611), so tensors end at 2**31
-    elements here. Of the Hub's version 0 a failure on sm120 is reported, so it is taken on Hopper and sm10x only.
+    coordinates is 32 bits wide (https://github.com/Dao-AILab/flash-attention/issues/2611 saw it wrap in the backward
+    pass), so tensors end at 2**31 elements here. Of the Hub's version 0 a failure on sm120 is reported, so it is taken
+    on Hopper and sm10x only.
     """
 
     id = "flash_attn_4"

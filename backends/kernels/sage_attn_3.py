@@ -27,7 +27,7 @@ class SageAttn3(sage.SageBackend):
     and subtracts the keys' mean in place, so it gets a copy of the keys. Head sizes of 256 and more run PyTorch's
     attention under its name. Its correction matrix, heads x query blocks x keys, is addressed in 32 bits and faults
     beyond (https://github.com/thu-ml/SageAttention/pull/394). The Hub's build, which Diffusers 0.42 pins, is the same
-    function, for sm120 alone (sage-blackwell/README.md of https://github.com/huggingface/kernels-community).
+    function, for sm120 alone (https://github.com/huggingface/kernels-community/pull/1099).
     """
 
     id = "sage_attn_3"

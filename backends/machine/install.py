@@ -119,7 +119,8 @@ def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> A
         if triton:
             notes.append(f"it needs Triton too: {pip_install((triton,), platform, interpreter)}")
         else:
-            notes.append("it needs Triton too: https://github.com/woct0rdho/triton-windows says which fits your torch")
+            page = "https://github.com/triton-lang/triton-windows"
+            notes.append(f"it needs Triton too: {page} says which fits your torch")
     note = "; ".join(filter(None, notes))
     if interpreter.refuses:
         use = "ask again with the Python that runs ComfyUI, or with one of a virtual environment"

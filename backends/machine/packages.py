@@ -173,7 +173,7 @@ TORCH_NPU = Package(
     "torch-npu",
     "torch_npu",
     "2.13.0",
-    "https://github.com/Ascend/pytorch",
+    "https://gitcode.com/ascend/pytorch",
     how="take the release made for torch {torch} from {page}; its tags are {tags}",
     systems=("linux",),
 )
