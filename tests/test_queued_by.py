@@ -135,7 +135,7 @@ const node = {
   type: 'AttentionBackendSelector', widgets, size: [1, 1], computeSize: () => [1, 1], setSize() {}, setDirtyCanvas() {},
   addCustomWidget: add, addDOMWidget: (name, type, element) => add({ name, element })
 }
-const app = { graph: { getNodeById: (id) => (id === '5' ? node : undefined) } }
+const app = { rootGraph: { getNodeById: (id) => (id === '5' ? node : undefined) } }
 const events = new EventTarget()
 let runs = []
 const server = { runs: async () => ({ runs }) }
