@@ -14,6 +14,9 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# /scripts/ are ComfyUI's files for packs: its own front end uses none of them, and no other pack is there.
+PACK = Path(__file__).resolve().parent.parent.name
+OURS = (f"/extensions/{PACK}/", "/scripts/", "attention_backends", "AttentionBackends", "Attention Backends")
 
 
 def why_no_browser() -> str | None:
@@ -27,8 +30,10 @@ def why_no_browser() -> str | None:
 
 @contextmanager
 def open_comfyui(url: str, profile: Path, settings: dict[str, Any] | None = None, width: int = 1600) -> Iterator[Any]:
-    """A page with the front end ready; `page.problems` holds console errors, with their address, and page errors.
+    """A page with the front end ready.
 
+    `page.problems` holds console errors, with their address, page errors, and what was said to be deprecated, with
+    the scripts that used it; `ours` picks those of this pack.
     settings: front-end settings (`Comfy.VueNodes.Enabled`, ...) stored before the page loads.
     """
     from playwright.sync_api import sync_playwright
@@ -43,10 +48,12 @@ def open_comfyui(url: str, profile: Path, settings: dict[str, Any] | None = None
             page.problems = []
             page.on("console", lambda message: message.type == "error" and page.problems.append(_with_address(message)))
             page.on("pageerror", lambda error: page.problems.append(str(error)))
+            _watch_deprecated(page)
             stored = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingNodesWarning": True}
             page.request.post(f"{url}/settings", data={**stored, **(settings or {})})
             page.goto(url)
             page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
+            page.evaluate("() => { window.LiteGraph.alwaysRepeatWarnings = true }")  # else ComfyUI's own hides ours
             page.wait_for_timeout(1500)
             for _ in range(3):
                 page.keyboard.press("Escape")
@@ -58,6 +65,35 @@ def open_comfyui(url: str, profile: Path, settings: dict[str, Any] | None = None
 def _with_address(message: Any) -> str:
     """What a console message says, and the script or the file that it is about."""
     return f"{message.text} ({message.location['url']})"
+
+
+def _watch_deprecated(page: Any) -> None:
+    """Adds messages about something deprecated, the front end's and the browser's, to `page.problems`.
+
+    Such a message stands in the script of ComfyUI that it is about; which script called it only the stack tells.
+    """
+
+    def said(event: dict[str, Any]) -> None:
+        text = " ".join(str(part.get("value", "")) for part in event["args"])
+        if "deprecated" in text.lower():
+            calls = event.get("stackTrace", {}).get("callFrames", [])
+            page.problems.append(f"{text} ({', '.join(call['url'] for call in calls)})")
+
+    def found(event: dict[str, Any]) -> None:
+        details = event["issue"]["details"].get("deprecationIssueDetails")
+        if details:
+            page.problems.append(f"deprecated: {details['type']} ({details['sourceCodeLocation']['url']})")
+
+    session = page.context.new_cdp_session(page)
+    session.on("Runtime.consoleAPICalled", said)
+    session.on("Audits.issueAdded", found)
+    session.send("Runtime.enable")
+    session.send("Audits.enable")
+
+
+def ours(page: Any) -> list[str]:
+    """Problems whose text or address is of this pack."""
+    return [text for text in page.problems if any(word in text for word in OURS)]
 
 
 def load_workflow(page: Any, workflow: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from attention_backends.devtools.server import Server, WorkflowError
-from browser import load_workflow, open_comfyui, why_no_browser
+from browser import load_workflow, open_comfyui, ours, why_no_browser
 from panel_pictures import keep
 from server_harness import ROOT, start_server
 from test_web import words
@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}"),
 ]
-OURS = (f"/extensions/{ROOT.name}/", "attention_backends", "AttentionBackends", "Attention Backends")
 PANEL = ".attention-backends"
 LINE = "[data-testid=attention_backends_line]"
 AXE = ROOT / "tests" / "web" / "node_modules" / "axe-core" / "axe.min.js"
@@ -47,11 +46,6 @@ def workflow(**changes: Any) -> dict[str, Any]:
         if node["type"] == "KSampler" and "steps" in changes:
             node["widgets_values"][2] = changes["steps"]
     return saved
-
-
-def ours(page: Any) -> list[str]:
-    """Errors whose text or address is of this pack."""
-    return [text for text in page.problems if any(word in text for word in OURS)]
 
 
 def run_workflow(page: Any, server: Server) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import make_locales
 import pytest
 from attention_backends.devtools.server import Server
+from browser import open_comfyui, ours, why_no_browser
 from server_harness import start_server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,3 +138,25 @@ def test_the_server_gives_the_texts_and_the_scripts(server: Server) -> None:
     assert server.get("/api/i18n")["en"]["attentionBackends"] == words()
     served = {path for path in server.get("/extensions") if path.startswith(f"/extensions/{ROOT.name}/")}
     assert served == {f"/extensions/{ROOT.name}/{script.name}" for script in SCRIPTS}
+
+
+DEPRECATED = """
+const menu = (app) => void app.canvas.getGroupMenuOptions({ getMenuOptions: () => [] })
+export const use = { menu, unload: () => addEventListener('unload', () => {}), shim: () => import('/scripts/ui.js') }
+"""
+"""What the front end, the browser and ComfyUI's old files for packs call deprecated."""
+
+
+@pytest.mark.comfy
+@pytest.mark.browser
+@pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
+def test_every_browser_test_sees_what_is_deprecated(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        assert ours(page) == []
+        page.route("**/probe.js", lambda route: route.fulfill(body=DEPRECATED, content_type="text/javascript"))
+        for pack, part, count in (("x", "menu", 0), (ROOT.name, "menu", 1), (ROOT.name, "unload", 1), ("x", "shim", 1)):
+            page.problems.clear()
+            address = f"/extensions/{pack}/probe.js"
+            page.evaluate("async ([it, part]) => { await (await import(it)).use[part](window.app) }", [address, part])
+            page.wait_for_timeout(300)
+            assert (len(page.problems), len(ours(page))) == (1, count), (pack, part, page.problems)
