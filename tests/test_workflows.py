@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 from attention_backends.devtools.server import Server
-from browser import alerts, load_workflow, missing_nodes, open_comfyui, why_no_browser
+from browser import alerts, load_workflow, missing_nodes, open_comfyui, ours, why_no_browser
 from make_workflows import API_FORM, MOST_BYTES, UI_FORM, WORKFLOWS, values
 from PIL import Image, ImageChops
 from server_harness import ROOT, start_server
 from workflow_families import FAMILY_WORKFLOWS
 
-OURS = ("Attention", f"/extensions/{ROOT.name}/", "attention_backends")
 SEEDED = ("KSampler", "KSamplerAdvanced", "RandomNoise", "AttentionBenchmark")
 FILE_INPUTS = {"unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "ckpt_name", "text_encoder"}
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -227,7 +226,7 @@ def test_every_workflow_opens_in_the_front_end(server_with_files: Server, tmp_pa
             assert alerts(page) == [], name
             made = json.loads(page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)"))
             assert values(made) == values(api_form(name)), name
-        assert [text for text in page.problems if any(word in text for word in OURS)] == []
+        assert ours(page) == []
 
         # The checks above can fail: a node that does not exist is seen by both.
         broken = saved("per_role")
