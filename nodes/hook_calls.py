@@ -22,7 +22,8 @@ from ..backends.router import NoBackendError
 from ..backends.session import Plan
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
 from .roles import Role
-from .sampling import Scope, name_of
+from .sampling import name_of
+from .scope import Scope
 
 MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""

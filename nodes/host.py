@@ -21,7 +21,8 @@ from ..backends.config import AttentionConfig
 from . import compiled, sites
 from .hook_calls import answered_by_other, count_passed_on, route
 from .masks import COMPILED
-from .sampling import KEY, RUN_KEY, Run, Scope, name_of
+from .sampling import KEY, RUN_KEY, Run, name_of
+from .scope import Scope
 from .sites import current
 
 log = logging.getLogger("attention_backends")

@@ -23,6 +23,7 @@ from ..backends.request import AttentionRequest
 from ..backends.router import NoBackendError
 from ..backends.session import is_cuda_fault, is_out_of_memory
 from .roles import Role
+from .sampling import KEY, RUN_KEY, router_for
 from .sizes import expected_requests
 
 if TYPE_CHECKING:
@@ -120,8 +121,6 @@ def _requests(hook_plan: HookPlan) -> set[AttentionRequest]:
 
 def needed(layers: tuple[AttentionConfig, ...], kinds: frozenset[Kind], samples: int, device: torch.device) -> int:
     """Bytes that the hungriest of these calls takes beyond what ComfyUI expects, for so many samples at once."""
-    from .sampling import router_for
-
     router, accuracy = router_for(device), settings_of(layers).accuracy
     most = 0
     for kind in kinds:
@@ -154,8 +153,6 @@ def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds:
     ComfyUI's formula is proportional to the latent's size, so it is given the size for which it says as much more.
     That is what its own node for context windows does too; the shape is for the estimate alone.
     """
-    from .sampling import KEY, RUN_KEY
-
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     options = model_options.get("transformer_options", {})
     override, run = options.get(KEY), options.get(RUN_KEY)
@@ -215,8 +212,6 @@ def _window_of(handler: Any, noise_shape: Any) -> tuple[list[int], int] | None:
 
 def calc_cond_batch_wrapper(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any) -> Any:
     """Around the choice of how many prompts go into one model call, which asks the model for its memory too."""
-    from .sampling import RUN_KEY
-
     run = model_options.get("transformer_options", {}).get(RUN_KEY)
     if run is not None and run.extra_bytes:
         model = Told(model, run.extra_bytes)

@@ -19,7 +19,8 @@ from ..backends.systems import key_of, line_of
 from . import sites
 from .host import Override
 from .memory import calc_cond_batch_wrapper, prepare_sampling_wrapper
-from .sampling import KEY, OVERRIDE, apply_model_wrapper, name_of, outer_sample_wrapper, router_for
+from .sampling import KEY, OVERRIDE, name_of, router_for
+from .wrappers import apply_model_wrapper, outer_sample_wrapper
 
 log = logging.getLogger("attention_backends")
 

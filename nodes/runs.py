@@ -21,7 +21,7 @@ KEPT = 20
 NUMBERING = secrets.token_hex(4)
 """Names this process's numbers: after a restart of the server they begin again."""
 UNFINISHED = "the run did not finish"
-"""How the note begins that `sampling.py` puts into the account of a run that was cancelled or failed."""
+"""How the note begins that `wrappers.py` puts into the account of a run that was cancelled or failed."""
 CHOOSERS = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionSchedule")
 """Our nodes that decide something, as they stand in a graph."""
 

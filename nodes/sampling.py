@@ -1,8 +1,8 @@
-"""The state of a sampling run, and the two wrappers through which ComfyUI begins and ends it.
+"""The state of a sampling run, with a session for each device it is on.
 
 The hook's object (`host.Override`) holds the configuration and nothing of a run. A `Run` is made around each sampling
-run and travels in that run's own transformer options; the part that belongs to one model call is a `Scope`, which the
-wrapper around the model call makes current for its thread and takes away again.
+run (`wrappers.py`) and travels in that run's own transformer options; the part that belongs to one model call is a
+`Scope` (`scope.py`).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backends.bench import synchronise
-from ..backends.config import Choice, record_of, resolve, settings_of
+from ..backends.config import record_of, settings_of
 from ..backends.measured.tuner import Tuner, asks_for_measured, names_backends
 from ..backends.platform import Platform, detect
 from ..backends.recommended import offers
-from ..backends.records.ledger import Ledger
 from ..backends.router import NoBackendError, Router
-from ..backends.schedule import Timetable, is_scheduled, step_of
+from ..backends.schedule import Timetable, is_scheduled
 from ..backends.session import Session
 from ..backends.trace import Trace
 from ..backends.trace.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
-from . import memory, runs, sites
-from .masks import COMPOSED, OUTSIDE, PATCHED, Masks
-from .roles import Role, bypass_of
+from . import sites
+from .roles import bypass_of
+from .scope import Scope
 
 if TYPE_CHECKING:
     from .hook_calls import HookPlan, Layout
     from .host import Override
+    from .memory import Place
 
 log = logging.getLogger("attention_backends")
 
@@ -70,7 +70,7 @@ class Run:
         self._started: float | None = None
         self.samples = 0
         """Most samples in one model call so far: prompts that ComfyUI batches count each."""
-        self.place: memory.Place | None = None
+        self.place: Place | None = None
         """What the calls of this run are remembered under; None where no sampler prepared it."""
         self.extra_bytes = 0.0
         """What its kernels take for each sample beyond ComfyUI's estimate."""
@@ -247,103 +247,6 @@ class DeviceSession(Session):
         self.layouts.clear()
 
 
-class Scope:
-    """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
-
-    __slots__ = (
-        "mask_source",
-        "masks",
-        "options",
-        "ordinal",
-        "override",
-        "plans",
-        "routed",
-        "run",
-        "session",
-        "site",
-        "timetable",
-        "window",
-    )
-
-    def __init__(self, run: Run, session: DeviceSession) -> None:
-        self.run = run
-        self.override = run.override
-        self.session = session
-        self.plans = session.plans
-        self.masks = Masks(run)
-        self.timetable = run.timeless
-        """The schedules for this model call and its sampler; set before `begin`."""
-        self.begin({})
-
-    def begin(self, options: dict[str, Any], *, in_model_call: bool = False) -> None:
-        """Start a model call with these transformer options, or a single call outside any."""
-        self.options = options
-        self.site: sites.Site | None = None
-        self.ordinal = 0
-        self.routed = 0
-        self.mask_source: torch.Tensor | None = None
-        """What the running module makes its mask from, where it makes one of its own."""
-        self.masks.clear()
-        self.masks.not_kept = self._masks_not_kept(in_model_call)
-        self.window = self._window()
-        """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any.
-
-        From `Run.parts_from` on it has which part of a recorded run this is.
-        """
-        if in_model_call:
-            self.window = self.run.begin_model_call(self.window)
-
-    def _masks_not_kept(self, in_model_call: bool) -> str:
-        """Why masks may change between the blocks of this model call; empty where nobody else has a hand in."""
-        if not in_model_call:
-            return OUTSIDE
-        if self.run.override.foreign is not None:
-            return COMPOSED
-        options = self.options
-        return PATCHED if options.get("patches") or options.get("patches_replace") else ""
-
-    def _window(self) -> int:
-        timetable = self.timetable
-        if timetable is None:
-            return 0
-        sigma = self.options.get("sigmas") if timetable.timed else None
-        if sigma is None:
-            return timetable.at(None)
-        value = float(sigma.max())  # the one read from the device, for the whole model call
-        self._say_once(timetable.between(value))
-        return timetable.at(value)
-
-    def choice(self, role: Role, *, masked: bool = False) -> Choice:
-        """What is asked for the current call; `masked` where a mask hides or weighs something in it."""
-        timetable = self.timetable
-        if timetable is None:
-            return resolve(self.session.layers, role.name, role.category)
-        block = self.site.block if self.site is not None else ""
-        choice, note = timetable.resolve(self.window, role.name, role.category, block, masked)
-        self._say_once(note)
-        return choice
-
-    def _say_once(self, text: str) -> None:
-        if text and text not in self.run.trace.notes:
-            self.run.note(text)
-
-    def place(self) -> tuple[dict[str, Any], sites.Site | None, int, torch.Tensor | None]:
-        """Where this model call is now."""
-        return self.options, self.site, self.ordinal, self.mask_source
-
-    def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
-        """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
-        role = sites.role_at(self.site, ordinal, q_len, kv_len)
-        self.run.trace.categories[role.name] = role.category
-        return role
-
-    @property
-    def step(self) -> int:
-        """The sampler's step of this model call; see `step_of`. Reads a device value: ask once per model call."""
-        sigma, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
-        return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())
-
-
 def _tuner_of(session: Session) -> Tuner | None:
     """What decides where `measured` is asked for, with the store of this ComfyUI's user; None where nobody does."""
     if not asks_for_measured(session.layers):
@@ -358,87 +261,3 @@ def _tuner_of(session: Session) -> Tuner | None:
 def name_of(func: Any) -> str:
     """A function's name as a person would recognise it."""
     return getattr(func, "__qualname__", None) or type(func).__qualname__
-
-
-def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around one sampling run: make its `Run`, hand it to the model calls, publish its account at the end."""
-    options = executor.class_obj.model_options.get("transformer_options", {})
-    override = options.get(KEY)
-    if override is None:
-        return executor(*args, **kwargs)
-    run = Run(override)
-    run.trace.ledger = Ledger()
-    options[RUN_KEY] = run
-    runs.begin(run.trace)
-    try:
-        output = executor(*args, **kwargs)
-        run.stop_clock()
-        run.note_unmatched_roles()
-        run.offer()
-    except BaseException as error:  # a cancelled run too; its account is not a whole run's
-        run.trace.note(f"the run did not finish: {type(error).__name__}")
-        raise
-    finally:
-        options.pop(RUN_KEY, None)
-        run.over = True
-        try:
-            memory.learn(run)
-            run.close()
-        finally:
-            runs.add(run.trace)  # else it would count as going on for ever
-    run.check_asked()
-    return output
-
-
-def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around one model call: say which step it is, mark the model, set this thread's scope and clear it again."""
-    options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
-    override = options.get(KEY)
-    if override is None:
-        return executor(*args, **kwargs)
-    run = options.get(RUN_KEY)
-    own_run = run is None or run.override is not override or run.over  # over: another pack kept its options
-    if own_run:  # a program that calls the model without a sampler
-        run = Run(override)
-    run.mark(executor.class_obj, options)
-    run.samples = max(run.samples, args[0].shape[0])
-    scope = run.scope(args[0].device)
-    previous = sites.set_scope(scope)
-    outer = scope.place() if previous is scope else None
-    scope.timetable = run.timetable(executor.class_obj, options)
-    scope.begin(options, in_model_call=True)
-    if scope.session.tuner is not None:
-        scope.session.tuner.model_call(options.get("sigmas"))
-    try:
-        output = _guarded(scope, options, executor, args, kwargs)
-        clock, sigma = scope.session.device_clock, options.get("sigmas")
-        run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"))
-        if not run.reached:
-            run.check_reached(scope, options)
-        return output
-    finally:
-        scope.masks.clear()
-        sites.set_scope(previous)
-        if outer is not None:  # a model call inside another: the outer one goes on where it was
-            scope.options, scope.site, scope.ordinal, scope.mask_source = outer
-        if own_run:
-            run.close()
-
-
-def _guarded(
-    scope: Scope, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The model call, whose output the guard looks at where one is on; see `Guard.model_call`."""
-    guard = scope.session.guard
-    if guard is None:
-        return executor(*args, **kwargs)
-    control = args[4] if len(args) > 4 else None
-    kept = None
-    if guard.enforces and isinstance(control, dict):  # models take its entries out while they run
-        kept = {name: list(parts) if isinstance(parts, list) else parts for name, parts in control.items()}
-
-    def again() -> Any:
-        scope.begin(options, in_model_call=True)
-        return executor(*(args if kept is None else (*args[:4], kept, *args[5:])), **kwargs)
-
-    return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again)

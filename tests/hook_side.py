@@ -46,8 +46,8 @@ def nodes_module(name: str) -> ModuleType:
             del sys.modules[package]
 
 
-compiled, host, sampling, sites, masks = (
-    nodes_module(name) for name in ("compiled", "host", "sampling", "sites", "masks")
+compiled, host, sampling, sites, masks, wrappers = (
+    nodes_module(name) for name in ("compiled", "host", "sampling", "sites", "masks", "wrappers")
 )
 
 
@@ -157,7 +157,7 @@ def model_call(model: torch.nn.Module, options: dict[str, Any], body: Callable[[
             return body()
 
     with torch.inference_mode():
-        return sampling.apply_model_wrapper(Executor(), torch.zeros(1, device=device), None, None, None, None, options)
+        return wrappers.apply_model_wrapper(Executor(), torch.zeros(1, device=device), None, None, None, None, options)
 
 
 Func = Callable[..., torch.Tensor]

@@ -199,7 +199,7 @@ def hook() -> Any:
 
 def run_of(hook: Any, ours: Any, published: list[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """One sampling run of a stand-in Wan's self-attention; its account goes to `published`."""
-    monkeypatch.setattr(hook.sampling.runs, "add", published.append)
+    monkeypatch.setattr(hook.wrappers.runs, "add", published.append)
     model = hook.stand_in(["WanModel"], hook.PLACES)
     options = {hook.sampling.KEY: ours, hook.sampling.OVERRIDE: ours}
 
@@ -214,7 +214,7 @@ def run_of(hook: Any, ours: Any, published: list[Any], monkeypatch: pytest.Monke
             return hook.model_call(model, options, body)
 
     try:
-        return hook.sampling.outer_sample_wrapper(Executor())
+        return hook.wrappers.outer_sample_wrapper(Executor())
     finally:
         assert hook.sampling.RUN_KEY not in options
         assert hook.marks_left(model) == []

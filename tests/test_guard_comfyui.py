@@ -27,6 +27,7 @@ from hook_side import (  # noqa: E402
     sampling,
     selected,
     sites,
+    wrappers,
 )
 
 STEPS = 5
@@ -154,7 +155,7 @@ def test_what_a_model_takes_out_of_its_control_is_there_again(monkeypatch: pytes
     begun: list[Any] = []
     scope = SimpleNamespace(session=SimpleNamespace(guard=guard), begin=lambda options, **_: begun.append(options))
     control = {"output": ["first", "last"], "middle": None}
-    output = sampling._guarded(scope, {"sigmas": 1}, executor, (0, 0, None, None, control, {}), {})
+    output = wrappers._guarded(scope, {"sigmas": 1}, executor, (0, 0, None, None, control, {}), {})
     assert output.tolist() == [1.0, 1.0]
     assert taken == ["last", "last"]
     assert begun == [{"sigmas": 1}], "the calls of the model are numbered anew"

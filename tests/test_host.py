@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.schedule import step_of  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
     PLACES,
@@ -33,6 +34,7 @@ from hook_side import (  # noqa: E402
     sampling,
     sites,
     stand_in,
+    wrappers,
 )
 
 VISIBLE = torch.tensor([True, True, False, True, False, True]).expand(1, 6, 6)
@@ -180,8 +182,8 @@ def test_calls_that_differ_in_one_fact_have_plans_of_their_own() -> None:
 @pytest.mark.parametrize("stops", [False, True])
 def test_a_run_is_published_and_leaves_the_options_as_they_were(stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[Any] = []
-    add = sampling.runs.add
-    monkeypatch.setattr(sampling.runs, "add", lambda trace: published.append(trace) or add(trace))
+    add = wrappers.runs.add
+    monkeypatch.setattr(wrappers.runs, "add", lambda trace: published.append(trace) or add(trace))
     options = {sampling.KEY: override(), "other": 1}
     before = dict(options)
 
@@ -196,9 +198,9 @@ def test_a_run_is_published_and_leaves_the_options_as_they_were(stops: bool, mon
 
     if stops:
         with pytest.raises(KeyboardInterrupt):
-            sampling.outer_sample_wrapper(Executor())
+            wrappers.outer_sample_wrapper(Executor())
     else:
-        assert sampling.outer_sample_wrapper(Executor()) == "latent"
+        assert wrappers.outer_sample_wrapper(Executor()) == "latent"
     assert options == before
     assert len(published) == 1
 
@@ -220,7 +222,7 @@ def test_options_of_a_run_that_is_over_leave_no_marks() -> None:
             kept.append(dict(options))
             call(options)
 
-    sampling.outer_sample_wrapper(Executor())
+    wrappers.outer_sample_wrapper(Executor())
     call(kept[0])
     assert len(sites._marks) == marks
     assert marks_left(model) == []
@@ -341,7 +343,7 @@ def test_an_exception_in_a_module_restores_the_place() -> None:
     ("sigma", "step"), [(10.0, 0), (9.9995, 0), (9.0, 0), (5.0, 1), (4.9998, 1), (3.0, 1), (0.5, 2), (0.0, 3), (99, 0)]
 )
 def test_the_step_is_the_last_sigma_not_below(sigma: float, step: int) -> None:
-    assert sampling.step_of(sigma, [10.0, 5.0, 1.0, 0.0]) == step
+    assert step_of(sigma, [10.0, 5.0, 1.0, 0.0]) == step
 
 
 @pytest.mark.comfy

@@ -32,6 +32,7 @@ from hook_side import (  # noqa: E402
     sampling,
     selected,
     stand_in,
+    wrappers,
 )
 from server_harness import start_server  # noqa: E402
 from test_panel import PANEL, open_tab, ours, run_workflow, workflow  # noqa: E402
@@ -73,9 +74,9 @@ class Stand:
         executor = SimpleExecutor(executor, options)
         if cancelled:
             with pytest.raises(Cancelled):
-                sampling.outer_sample_wrapper(executor)
+                wrappers.outer_sample_wrapper(executor)
         else:
-            sampling.outer_sample_wrapper(executor)
+            wrappers.outer_sample_wrapper(executor)
         return backend, calls, cancelled
 
 
@@ -93,7 +94,7 @@ class SimpleExecutor:
 def alive() -> dict[str, int]:
     """How many objects of a run there are."""
     gc.collect()
-    kinds = (Trace, Row, sampling.Run, sampling.Scope, sampling.DeviceSession)
+    kinds = (Trace, Row, sampling.Run, nodes_module("scope").Scope, sampling.DeviceSession)
     counted = Counter(type(one) for one in gc.get_objects())
     gc.collect()  # the list that was just made held the frame that holds it
     return {kind.__name__: counted[kind] for kind in kinds}

@@ -80,7 +80,7 @@ def ran(kept: Data) -> dict[tuple[str, str], list[tuple[int, str]]]:
 
 def kernels_of_model_calls() -> list[Any]:
     """For each window of the last run, in order, its cells as (role, block, backend, mask, calls)."""
-    (found,) = [sampling.runs.find(last_run()["number"])]
+    (found,) = [nodes_module("runs").find(last_run()["number"])]
     names = [(row["role"], row["block"], row["backend"], row["mask"]) for row in found["rows"]]
     windows = [(one["first"], one["last"], sorted((names[row], n) for row, n, _ in one["cells"]))
                for one in found["windows"]]  # fmt: skip

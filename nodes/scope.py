@@ -1,0 +1,117 @@
+"""Where in the model the current model call is: what the hook asks at each call.
+
+A `Scope` belongs to one run and one device (`sampling.py`). The wrapper around the model call (`wrappers.py`)
+begins it, makes it current for its thread and takes it away again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..backends.config import Choice, resolve
+from ..backends.schedule import step_of
+from . import sites
+from .masks import COMPOSED, OUTSIDE, PATCHED, Masks
+from .roles import Role
+
+if TYPE_CHECKING:
+    from .sampling import DeviceSession, Run
+
+
+class Scope:
+    """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
+
+    __slots__ = (
+        "mask_source",
+        "masks",
+        "options",
+        "ordinal",
+        "override",
+        "plans",
+        "routed",
+        "run",
+        "session",
+        "site",
+        "timetable",
+        "window",
+    )
+
+    def __init__(self, run: Run, session: DeviceSession) -> None:
+        self.run = run
+        self.override = run.override
+        self.session = session
+        self.plans = session.plans
+        self.masks = Masks(run)
+        self.timetable = run.timeless
+        """The schedules for this model call and its sampler; set before `begin`."""
+        self.begin({})
+
+    def begin(self, options: dict[str, Any], *, in_model_call: bool = False) -> None:
+        """Start a model call with these transformer options, or a single call outside any."""
+        self.options = options
+        self.site: sites.Site | None = None
+        self.ordinal = 0
+        self.routed = 0
+        self.mask_source: torch.Tensor | None = None
+        """What the running module makes its mask from, where it makes one of its own."""
+        self.masks.clear()
+        self.masks.not_kept = self._masks_not_kept(in_model_call)
+        self.window = self._window()
+        """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any.
+
+        From `Run.parts_from` on it has which part of a recorded run this is.
+        """
+        if in_model_call:
+            self.window = self.run.begin_model_call(self.window)
+
+    def _masks_not_kept(self, in_model_call: bool) -> str:
+        """Why masks may change between the blocks of this model call; empty where nobody else has a hand in."""
+        if not in_model_call:
+            return OUTSIDE
+        if self.run.override.foreign is not None:
+            return COMPOSED
+        options = self.options
+        return PATCHED if options.get("patches") or options.get("patches_replace") else ""
+
+    def _window(self) -> int:
+        timetable = self.timetable
+        if timetable is None:
+            return 0
+        sigma = self.options.get("sigmas") if timetable.timed else None
+        if sigma is None:
+            return timetable.at(None)
+        value = float(sigma.max())  # the one read from the device, for the whole model call
+        self._say_once(timetable.between(value))
+        return timetable.at(value)
+
+    def choice(self, role: Role, *, masked: bool = False) -> Choice:
+        """What is asked for the current call; `masked` where a mask hides or weighs something in it."""
+        timetable = self.timetable
+        if timetable is None:
+            return resolve(self.session.layers, role.name, role.category)
+        block = self.site.block if self.site is not None else ""
+        choice, note = timetable.resolve(self.window, role.name, role.category, block, masked)
+        self._say_once(note)
+        return choice
+
+    def _say_once(self, text: str) -> None:
+        if text and text not in self.run.trace.notes:
+            self.run.note(text)
+
+    def place(self) -> tuple[dict[str, Any], sites.Site | None, int, torch.Tensor | None]:
+        """Where this model call is now."""
+        return self.options, self.site, self.ordinal, self.mask_source
+
+    def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
+        """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
+        role = sites.role_at(self.site, ordinal, q_len, kv_len)
+        self.run.trace.categories[role.name] = role.category
+        return role
+
+    @property
+    def step(self) -> int:
+        """The sampler's step of this model call; see `step_of`. Reads a device value: ask once per model call."""
+        sigma, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
+        return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())

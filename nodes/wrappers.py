@@ -1,0 +1,98 @@
+"""The two wrappers through which ComfyUI begins and ends a sampling run and each of its model calls.
+
+The one around the run makes its `Run` and publishes its account. The one around a model call makes the run's `Scope`
+for that device current for the thread, and takes it away again whatever happens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backends.records.ledger import Ledger
+from . import memory, runs, sites
+from .sampling import KEY, RUN_KEY, Run
+from .scope import Scope
+
+
+def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one sampling run: make its `Run`, hand it to the model calls, publish its account at the end."""
+    options = executor.class_obj.model_options.get("transformer_options", {})
+    override = options.get(KEY)
+    if override is None:
+        return executor(*args, **kwargs)
+    run = Run(override)
+    run.trace.ledger = Ledger()
+    options[RUN_KEY] = run
+    runs.begin(run.trace)
+    try:
+        output = executor(*args, **kwargs)
+        run.stop_clock()
+        run.note_unmatched_roles()
+        run.offer()
+    except BaseException as error:  # a cancelled run too; its account is not a whole run's
+        run.trace.note(f"the run did not finish: {type(error).__name__}")
+        raise
+    finally:
+        options.pop(RUN_KEY, None)
+        run.over = True
+        try:
+            memory.learn(run)
+            run.close()
+        finally:
+            runs.add(run.trace)  # else it would count as going on for ever
+    run.check_asked()
+    return output
+
+
+def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one model call: say which step it is, mark the model, set this thread's scope and clear it again."""
+    options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
+    override = options.get(KEY)
+    if override is None:
+        return executor(*args, **kwargs)
+    run = options.get(RUN_KEY)
+    own_run = run is None or run.override is not override or run.over  # over: another pack kept its options
+    if own_run:  # a program that calls the model without a sampler
+        run = Run(override)
+    run.mark(executor.class_obj, options)
+    run.samples = max(run.samples, args[0].shape[0])
+    scope = run.scope(args[0].device)
+    previous = sites.set_scope(scope)
+    outer = scope.place() if previous is scope else None
+    scope.timetable = run.timetable(executor.class_obj, options)
+    scope.begin(options, in_model_call=True)
+    if scope.session.tuner is not None:
+        scope.session.tuner.model_call(options.get("sigmas"))
+    try:
+        output = _guarded(scope, options, executor, args, kwargs)
+        clock, sigma = scope.session.device_clock, options.get("sigmas")
+        run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"))
+        if not run.reached:
+            run.check_reached(scope, options)
+        return output
+    finally:
+        scope.masks.clear()
+        sites.set_scope(previous)
+        if outer is not None:  # a model call inside another: the outer one goes on where it was
+            scope.options, scope.site, scope.ordinal, scope.mask_source = outer
+        if own_run:
+            run.close()
+
+
+def _guarded(
+    scope: Scope, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model call, whose output the guard looks at where one is on; see `Guard.model_call`."""
+    guard = scope.session.guard
+    if guard is None:
+        return executor(*args, **kwargs)
+    control = args[4] if len(args) > 4 else None
+    kept = None
+    if guard.enforces and isinstance(control, dict):  # models take its entries out while they run
+        kept = {name: list(parts) if isinstance(parts, list) else parts for name, parts in control.items()}
+
+    def again() -> Any:
+        scope.begin(options, in_model_call=True)
+        return executor(*(args if kept is None else (*args[:4], kept, *args[5:])), **kwargs)
+
+    return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again)
