@@ -44,23 +44,23 @@ class Noise:
 def set_up(family: str, steps: int = 4) -> Any:
     import comfy.samplers
 
-    compare = nodes_module("compare")
+    setup = nodes_module("compare_setup")
     model = tiny_sampling.build(family)
     positive, negative = tiny_sampling.conditioning(family)
-    guider = compare.make_guider(model, positive, negative, tiny_sampling.FAMILIES[family].cfg)
+    guider = setup.make_guider(model, positive, negative, tiny_sampling.FAMILIES[family].cfg)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     latent = {"samples": torch.zeros(tiny_sampling.FAMILIES[family].latents[0])}
-    return compare.SetUp(guider, Noise(), comfy.samplers.sampler_object("euler"), sigmas, latent, "end_to_end")
+    return setup.SetUp(guider, Noise(), comfy.samplers.sampler_object("euler"), sigmas, latent, "end_to_end")
 
 
 def compared(family: str, backends: str) -> tuple[dict[str, Any], list[Any]]:
     """The node's work from variants to judged rows and pictures."""
-    compare = nodes_module("compare")
+    runs = nodes_module("compare_runs")
     with torch.inference_mode():
         setup = set_up(family)
         model = setup.guider.model_patcher
-        report, results = compare.compare(setup, compare.make_variants(model, backends, {}), 1)
-        pictures = compare.judge(report, results, model, None)
+        report, results = runs.compare(setup, runs.make_variants(model, backends, {}), 1)
+        pictures = nodes_module("compare").judge(report, results, model, None)
     return {row.asked: row for row in report.rows}, pictures
 
 
@@ -72,7 +72,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
         return output
 
     made = router(Wrong(DROPPED_MASK, dropped_mask), Wrong(WRONG_SCALE, wrong_scale), Wrong(NAN, nan_in_a_corner))
-    for module in ("compare", "sampling"):
+    for module in ("compare_runs", "compare_setup", "sampling"):
         monkeypatch.setattr(nodes_module(module), "router_for", lambda device: made)
 
 
@@ -101,7 +101,7 @@ def test_cancel_while_attention_alone_is_compared(
     import comfy.model_management
     import comfy.utils
 
-    compare = nodes_module("compare")
+    runs = nodes_module("compare_runs")
     begun: list[int] = []
 
     def update(self: Any, done: int, *_: Any) -> None:
@@ -112,7 +112,7 @@ def test_cancel_while_attention_alone_is_compared(
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", update)
     caplog.set_level("INFO", logger="attention_backends")
     with torch.inference_mode(), pytest.raises(comfy.model_management.InterruptProcessingException):
-        compare.compare_attention(set_up("wan"), "sdpa_math", {}, 2)
+        runs.compare_attention(set_up("wan"), "sdpa_math", {}, 2)
     assert begun == [0, 1, 2, 3, 4]
     table = next(text for text in caplog.messages if text.startswith("the comparison was cancelled"))
     rows = {line.split()[0]: line for line in table.splitlines()[2:] if line}
@@ -142,7 +142,7 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
     """As on a GPU, where the account has no times: every call between two events, none of them read in a step."""
     from attention_backends.comparison import rounds
 
-    timed, compare = nodes_module("timed"), nodes_module("compare")
+    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
     gpu = torch.device("cuda")
     monkeypatch.setattr(timed.Timed, "new_event", Event)
     monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
@@ -158,7 +158,7 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
 
     monkeypatch.setattr(rounds, "synchronise", at_rest)
     setup = set_up("wan", steps=2)
-    variants = compare.make_variants(setup.guider.model_patcher, "sdpa_math, comfy", {})
+    variants = runs.make_variants(setup.guider.model_patcher, "sdpa_math, comfy", {})
     for variant in variants:
         assert variant.attention_ms(gpu) is None, "nothing ran"
         run(variant)
@@ -171,12 +171,12 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
 
 
 def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, compare = nodes_module("timed"), nodes_module("compare")
+    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
     monkeypatch.setattr(timed.Timed, "new_event", Event)
     monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
     monkeypatch.setattr(Event, "at_rest", True)
     setup = set_up("wan", steps=2)
-    variant = compare.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
+    variant = runs.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
     setup.sample(variant.model)
     variant.account = last_run()
     variant._timed.pairs.pop()
@@ -184,10 +184,10 @@ def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytes
 
 
 def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, compare = nodes_module("timed"), nodes_module("compare")
+    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
     monkeypatch.setattr(timed.Timed, "new_event", staticmethod(lambda: pytest.fail("an event on the CPU")))
     setup = set_up("wan", steps=2)
-    variant = compare.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
+    variant = runs.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
     setup.sample(variant.model)
     variant.account = last_run()
     assert variant.attention_ms(torch.device("cpu")) == pytest.approx(sum(row["ms"] for row in last_run()["rows"]))
@@ -195,13 +195,13 @@ def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: 
 
 def test_another_packs_model_is_left_as_it_is() -> None:
     """Where another pack answers the calls, our override is not asked first, so nothing is timed."""
-    timed, compare = nodes_module("timed"), nodes_module("compare")
+    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
     plain = tiny_sampling.build("wan")
     assert timed.timed(plain) == (plain, None)
     ours = selected(plain, "sdpa_math")
     ours.model_options["transformer_options"]["optimized_attention_override"] = lambda func, *args, **kwargs: None
     assert timed.timed(ours) == (ours, None)
-    assert compare.Variant(compare.Row("model_1"), ours).attention_ms(torch.device("cuda")) is None
+    assert runs.Variant(runs.Row("model_1"), ours).attention_ms(torch.device("cuda")) is None
 
 
 def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
