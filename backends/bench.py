@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from .backend import on_copies
 from .bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call
+from .faults import CUDA_FAULTS, OUT_OF_MEMORY, KernelFaultError
 from .machine.devices import synchronise
 from .names import COMFY
 from .platform import detect
 from .presets import Preset
 from .request import AttentionCall, AttentionRequest
 from .router import Router
-from .session import CUDA_FAULTS, OUT_OF_MEMORY, KernelFaultError
 
 if TYPE_CHECKING:
     import torch

@@ -20,8 +20,9 @@ from .config import AttentionConfig, resolve
 from .config.text import from_environment
 from .mask.parts import Parts, calls_of, plan_parts, run_parts
 from .mask.plan import MaskPlan, inspect, passed_on
+from .plan import Plan
 from .request import AttentionCall, AttentionRequest
-from .session import Plan, Session
+from .session import Session
 from .trace import Row, Trace
 
 if TYPE_CHECKING:

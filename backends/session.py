@@ -1,108 +1,34 @@
 """One configuration in use on one device: plans each kind of call once, runs it, falls back, keeps account.
 
-A host keeps the `Plan` of a kind of call and runs later calls of that kind through it; that is the warm path.
+A host keeps the `Plan` of a kind of call (`plan.py`) and runs later calls of that kind through it; that is the warm
+path. Which errors end a run, and are not fallen back from, is in `faults.py`.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from .backend import Kernel, on_copies
 from .call_checks import CheckError, checked, checks_from_environment
 from .config import AttentionConfig, Choice, Settings, frozen, resolve, settings_of
+from .faults import is_cuda_fault, is_out_of_memory, stop_if_hopeless
 from .guard import Guard, GuardAlarm
-from .names import COMFY, MEASURED
+from .names import MEASURED
+from .plan import Plan
 from .request import AttentionCall, AttentionRequest
 from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router
 from .schedule import OUTSIDE_A_SAMPLER, Timetable, is_scheduled
-from .trace import Row, Trace
+from .trace import Trace
 from .trace.timed_kernel import timed_kernel
 
 if TYPE_CHECKING:
     import torch
 
     from .measured.tuner import Tuner
-    from .trace.device_clock import DeviceClock
 
 log = logging.getLogger("attention_backends")
-
-CUDA_FAULTS = (
-    "illegal memory access",
-    "illegal instruction",
-    "illegal address",
-    "misaligned address",
-    "device-side assert",
-    "unspecified launch failure",
-    "hardware stack error",
-)
-"""Words of errors after which a GPU's context is unusable: nothing can be retried in this process."""
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""Words of out-of-memory errors that reach Python as another type than torch.OutOfMemoryError."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for an error that says so by its type or in words."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
-
-
-def is_cuda_fault(error: BaseException) -> bool:
-    """True for an error after which the GPU's context is unusable."""
-    return any(words in str(error).lower() for words in CUDA_FAULTS)
-
-
-class KernelFaultError(RuntimeError):
-    """A kernel left the device in a state in which nothing further can run."""
-
-
-class Plan:
-    """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
-
-    __slots__ = ("clock", "decision", "kernel", "request", "row", "strict")
-
-    def __init__(
-        self,
-        request: AttentionRequest,
-        decision: Decision,
-        kernel: Kernel,
-        row: Row,
-        strict: bool,
-        clock: DeviceClock | None = None,
-    ) -> None:
-        self.request = request
-        self.decision = decision
-        self.kernel = kernel
-        self.row = row
-        self.strict = strict
-        self.clock = clock
-        """The host's clock, where the kernel is to be timed with it and does not do so itself."""
-
-    def become(self, other: Plan) -> None:
-        """Run later calls of this kind as `other` would."""
-        self.decision, self.kernel, self.row, self.clock = other.decision, other.kernel, other.row, other.clock
-
-    def compute(self, call: AttentionCall) -> torch.Tensor:
-        """Run the kernel, and time it where `clock` says so.
-
-        Here and not in a function around the kernel, as `timed_kernel` has it: each plan would have its own, and
-        fetching those from memory between the operations of a model costs more than a call of one that is shared.
-        """
-        clock = self.clock
-        if clock is None:
-            return self.kernel(call)
-        start = perf_counter_ns()
-        output = self.kernel(call)
-        row = self.row
-        row.launches += 1
-        if not clock.paused:
-            row.nanoseconds += perf_counter_ns() - start
-            row.timed += 1
-        return output
 
 
 class Session:
@@ -306,7 +232,7 @@ class Session:
         except GuardAlarm:
             return None  # the parts are watched too, and run exactly from here on
         except Exception as error:
-            self._stop_if_hopeless(plan, error)
+            stop_if_hopeless(plan, error)
             failed = f"{type(error).__name__}: {error}"
             said = f"{plan.decision.backend}: its packed call failed ({failed}); a call for each part runs instead"
             if self.trace.note(said):
@@ -321,7 +247,7 @@ class Session:
             return self._run_exactly(plan, call, str(error))
         if self.tuner is not None and not isinstance(error, CheckError):
             self.tuner.failed(plan, error)
-        self._stop_if_hopeless(plan, error)
+        stop_if_hopeless(plan, error)
         if call.query is None:  # an owned call whose kernel has given its tensors up: nothing is left to retry with
             raise error
         failed = plan.decision.backend
@@ -350,18 +276,6 @@ class Session:
         if self.trace.ledger is not None:
             self.trace.ledger.changed(plan, self.router)
         return plan.compute(call)
-
-    def _stop_if_hopeless(self, plan: Plan, error: Exception) -> None:
-        """Raise where no other kernel may be tried after `error`."""
-        failed = plan.decision.backend
-        if failed == COMFY or isinstance(error, CheckError) or is_out_of_memory(error):
-            raise error
-        if is_cuda_fault(error):
-            raise KernelFaultError(
-                f"the attention kernel {failed} left the GPU unusable: {error}\n"
-                f"  call: {plan.request.describe()}\n"
-                "  what to do: restart ComfyUI and choose another backend for this role"
-            ) from error
 
     def _run_exactly(self, plan: Plan, call: AttentionCall, refusal: str) -> torch.Tensor:
         """Run a call that the guard took from its kernel, and from now on this kind of call, with an exact backend."""

@@ -16,10 +16,11 @@ from ..backends.machine.devices import device_named, synchronise
 from ..backends.mask.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.mask.plan import MaskPlan
 from ..backends.names import AUTO, COMFY, MEASURED, canonical
+from ..backends.plan import Plan
 from ..backends.platform import KINDS, detect
 from ..backends.request import AttentionCall, AttentionRequest
 from ..backends.router import NoBackendError, Router
-from ..backends.session import Plan, Session
+from ..backends.session import Session
 from ..backends.trace import Trace
 from .report import ComparisonError
 

@@ -122,7 +122,7 @@ def _measure(options: argparse.Namespace, store: Store) -> tuple[list[dict[str, 
     except ImportError as error:
         raise ComparisonError(f"measuring needs torch, which cannot be imported here: {error}") from error
     from ..backends.bench_inputs import device_of
-    from ..backends.session import KernelFaultError
+    from ..backends.faults import KernelFaultError
     from .contenders import router_for
 
     dtype = DTYPES.get(options.dtype, options.dtype)
@@ -163,9 +163,10 @@ def measure(
 
     from ..backends.bench_inputs import random_call
     from ..backends.config import AttentionConfig, AttentionSpec
+    from ..backends.faults import is_out_of_memory
     from ..backends.measured.tuner import Tuner
     from ..backends.names import MEASURED
-    from ..backends.session import Session, is_out_of_memory
+    from ..backends.session import Session
 
     session = Session(router, (AttentionConfig(AttentionSpec(MEASURED), accuracy=accuracy, source="tune"),))
     session.tuner = tuner = Tuner(session, store, anew=True)
@@ -193,7 +194,7 @@ def measure(
 
 def _warm_up(session: Any, tuner: Any, incumbent: str, accuracy: str, call: Any) -> None:
     """Have every candidate compile what it compiles: here nobody waits for a picture, so that costs it nothing."""
-    from ..backends.session import KernelFaultError, is_cuda_fault
+    from ..backends.faults import KernelFaultError, is_cuda_fault
 
     for name in tuner.candidates(call.request(), incumbent, accuracy):
         try:

@@ -17,9 +17,9 @@ from ..backends.mask import as_4d, as_additive, mask_kind
 from ..backends.mask.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.mask.plan import NOTHING_HIDDEN, MaskPlan
 from ..backends.names import COMFY, MEASURED
+from ..backends.plan import Plan
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
-from ..backends.session import Plan
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
 from .roles import Role
 from .sampling import name_of

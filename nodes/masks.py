@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..backends.faults import is_cuda_fault
 from ..backends.mask import as_4d
 from ..backends.mask.plan import MaskPlan, inspect, passed_on
-from ..backends.session import is_cuda_fault
 
 if TYPE_CHECKING:
     from .sampling import Run

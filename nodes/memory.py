@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..backends.config import AttentionConfig, Choice, resolve, settings_of
+from ..backends.faults import is_cuda_fault, is_out_of_memory
 from ..backends.memory import extra_bytes
 from ..backends.request import AttentionRequest
 from ..backends.router import NoBackendError
-from ..backends.session import is_cuda_fault, is_out_of_memory
 from .roles import Role
 from .sampling import KEY, RUN_KEY, router_for
 from .sizes import expected_requests

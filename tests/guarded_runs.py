@@ -12,10 +12,11 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.guard import Guard
 from attention_backends.backends.kernel_support.sdpa import plain_sdpa
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.plan import Plan
 from attention_backends.backends.platform import KINDS, Platform, detect
 from attention_backends.backends.request import AttentionCall
 from attention_backends.backends.router import Router
-from attention_backends.backends.session import Plan, Session
+from attention_backends.backends.session import Session
 
 LOSSY = "sage_fp8_cuda"
 """The id that the wrong kernels go by."""

@@ -13,10 +13,11 @@ from attention_backends.backends.kernel_support.sdpa import plain_sdpa
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.measured.store import Store
 from attention_backends.backends.measured.tuner import Tuner
+from attention_backends.backends.plan import Plan
 from attention_backends.backends.platform import KINDS, Platform, detect
 from attention_backends.backends.request import AttentionCall
 from attention_backends.backends.router import Router
-from attention_backends.backends.session import Plan, Session
+from attention_backends.backends.session import Session
 
 INCUMBENT = "torch_sdpa"
 """What the route of a CPU takes."""

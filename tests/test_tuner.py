@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice  # noqa: E402
+from attention_backends.backends.faults import KernelFaultError  # noqa: E402
 from attention_backends.backends.measured import race as measuring  # noqa: E402
 from attention_backends.backends.measured.key import key_of  # noqa: E402
 from attention_backends.backends.measured.race import Race  # noqa: E402
@@ -21,7 +22,7 @@ from attention_backends.backends.measured.tuner import Tuner  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
 from attention_backends.backends.router import NOTHING_MEASURES, Router  # noqa: E402
-from attention_backends.backends.session import KernelFaultError, Session  # noqa: E402
+from attention_backends.backends.session import Session  # noqa: E402
 from measured_machines import INCUMBENT, Costed, Machine, noisy, sdpa, small_call  # noqa: E402
 
 NAMES = ("sdpa_math", "sdpa_flash", "flash_attn_2", "flash_attn_3", "xformers", "aiter")

@@ -22,12 +22,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ..backend import HALF, Backend
+from ..faults import OUT_OF_MEMORY
 from ..kernels import BACKENDS
 from ..names import COMFY
 from ..platform import Platform, detect
 from ..request import AttentionCall, AttentionRequest
 from ..router import Router
-from ..session import OUT_OF_MEMORY
 from .devices import device_named, synchronise
 from .isolated import run, same_interpreter, words_of
 from .remembered import Outcome

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..plan import Plan
 from ..request import AttentionCall, AttentionRequest
-from ..session import Plan, Session
+from ..session import Session
 from ..trace import Row
 from . import varlen
 from .pieces import PASSED_ON, MaskPlan, call_of, put

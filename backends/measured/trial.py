@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from ..backend import Kernel
 from ..call_checks import CheckError, checked
+from ..faults import is_cuda_fault, is_out_of_memory
 from ..guard import BUDGETS, GuardAlarm, Watch
+from ..plan import Plan
 from ..request import AttentionCall
 from ..router import Decision
-from ..session import Plan, is_cuda_fault, is_out_of_memory
 from ..trace import Row
 from ..trace.timed_kernel import timed_kernel
 from .state import DECIDED, NOT_TUNED

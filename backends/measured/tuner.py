@@ -33,8 +33,9 @@ from .trial import Trial, failure
 if TYPE_CHECKING:
     import torch
 
+    from ..plan import Plan
     from ..router import Router
-    from ..session import Plan, Session
+    from ..session import Session
 
 log = logging.getLogger("attention_backends")
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..request import AttentionRequest
 
 if TYPE_CHECKING:
+    from ..plan import Plan
     from ..platform import Platform
     from ..router import Router
-    from ..session import Plan
 
 
 class Ran(NamedTuple):

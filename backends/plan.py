@@ -1,0 +1,64 @@
+"""How calls of one kind run, once that is decided: what a host keeps, and runs later calls of that kind through.
+
+`Plan.compute` is the warm path. Plans are made by a session (`session.py`).
+"""
+
+from __future__ import annotations
+
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+from .backend import Kernel
+from .request import AttentionCall, AttentionRequest
+from .router import Decision
+from .trace import Row
+
+if TYPE_CHECKING:
+    import torch
+
+    from .trace.device_clock import DeviceClock
+
+
+class Plan:
+    """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
+
+    __slots__ = ("clock", "decision", "kernel", "request", "row", "strict")
+
+    def __init__(
+        self,
+        request: AttentionRequest,
+        decision: Decision,
+        kernel: Kernel,
+        row: Row,
+        strict: bool,
+        clock: DeviceClock | None = None,
+    ) -> None:
+        self.request = request
+        self.decision = decision
+        self.kernel = kernel
+        self.row = row
+        self.strict = strict
+        self.clock = clock
+        """The host's clock, where the kernel is to be timed with it and does not do so itself."""
+
+    def become(self, other: Plan) -> None:
+        """Run later calls of this kind as `other` would."""
+        self.decision, self.kernel, self.row, self.clock = other.decision, other.kernel, other.row, other.clock
+
+    def compute(self, call: AttentionCall) -> torch.Tensor:
+        """Run the kernel, and time it where `clock` says so.
+
+        Here and not in a function around the kernel, as `timed_kernel` has it: each plan would have its own, and
+        fetching those from memory between the operations of a model costs more than a call of one that is shared.
+        """
+        clock = self.clock
+        if clock is None:
+            return self.kernel(call)
+        start = perf_counter_ns()
+        output = self.kernel(call)
+        row = self.row
+        row.launches += 1
+        if not clock.paused:
+            row.nanoseconds += perf_counter_ns() - start
+            row.timed += 1
+        return output
