@@ -18,7 +18,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from .backends import route_report
-from .backends.api import CATEGORIES, category_of
+from .backends.calls import CATEGORIES, category_of
 from .backends.config import AttentionConfig, default_of, joint_note, record_of, settings_of
 from .backends.config.text import from_environment, parse_config
 from .backends.kernels import BACKENDS

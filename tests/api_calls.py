@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_backends.backends import account, api, attention, read_environment, scopes
+from attention_backends.backends import account, attention, calls, read_environment, scopes
 from hook_side import ENVIRONMENT
 
 random = torch.Generator().manual_seed(3)
@@ -18,7 +18,7 @@ def nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (*ENVIRONMENT, "DIFFUSERS_ATTN_CHECKS"):
         monkeypatch.delenv(name, raising=False)
     read_environment()
-    api._thread.__dict__.clear()
+    calls._thread.__dict__.clear()
     yield
     assert scopes._stack.get() is None, "a block is still in force"
     monkeypatch.undo()

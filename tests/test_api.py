@@ -22,6 +22,7 @@ from attention_backends.backends import (  # noqa: E402
     api,
     attention,
     attention_backend,
+    calls,
     checks,
     force_backend,
     read_environment,
@@ -93,7 +94,7 @@ def test_every_fact_of_a_call_has_a_plan_of_its_own() -> None:
         for tensors, options in cases:
             expected = sdpa(*tensors, **options)
             torch.testing.assert_close(attention(*tensors, **options), expected, rtol=0, atol=1e-2)
-    (session,) = api._own_book().sessions.values()
+    (session,) = calls._own_book().sessions.values()
     assert len(session.plans) == len(cases)
 
 
@@ -135,8 +136,9 @@ def test_comfy_is_unavailable_outside_comfyui_with_its_reason() -> None:
 
 def use(monkeypatch: pytest.MonkeyPatch, **kernels: Callable[..., torch.Tensor]) -> None:
     replaced = {name: Kernel(name, run) for name, run in kernels.items()}
-    router = Router(detect(CPU), {**BACKENDS, "comfy": api._Outside(), **replaced})
-    monkeypatch.setattr(api, "router_for", lambda device=None: router)
+    router = Router(detect(CPU), {**BACKENDS, "comfy": calls._Outside(), **replaced})
+    for module in (api, calls):
+        monkeypatch.setattr(module, "router_for", lambda device=None: router)
 
 
 def test_one_session_is_kept_for_a_configuration_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +148,7 @@ def test_one_session_is_kept_for_a_configuration_and_device(monkeypatch: pytest.
         with attention_backend({"default": "sdpa_math"}):
             attention(Q, K, V)
         attention(Q, K, V)
-    sessions = list(api._own_book().sessions.values())
+    sessions = list(calls._own_book().sessions.values())
     assert len(sessions) == 2
     assert [sum(row.calls for row in sessions[0].trace.rows.values()), *map(len, (s.plans for s in sessions))] == [
         9,
@@ -260,7 +262,7 @@ def test_an_account_has_the_calls_of_threads_that_it_was_handed_to() -> None:
 
 def test_checks_are_off_unless_a_block_or_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(api, "check", lambda call, only_shapes=False: only_shapes or seen.append(call))
+    monkeypatch.setattr(calls, "check", lambda call, only_shapes=False: only_shapes or seen.append(call))
     attention(Q, K, V)
     assert seen == []
     with checks():

@@ -20,6 +20,7 @@ from attention_backends.backends import (  # noqa: E402
     api,
     attention,
     attention_backend,
+    calls,
     checks,
     force_backend,
     read_environment,
@@ -58,9 +59,9 @@ def test_context_then_environment_then_auto(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_outside_a_block_the_environment_is_read_once_or_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def backends() -> set[str]:
-        api._thread.__dict__.clear()
+        calls._thread.__dict__.clear()
         attention(Q, K, V)
-        return {row.backend for row in api._own_book().trace.rows.values()}
+        return {row.backend for row in calls._own_book().trace.rows.values()}
 
     assert backends() == {"torch_sdpa"}
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "_native_math")

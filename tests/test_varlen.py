@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import api, attention, attention_backend  # noqa: E402
+from attention_backends.backends import api, attention, attention_backend, calls  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.faults import KernelFaultError  # noqa: E402
 from attention_backends.backends.mask.parts import calls_of, plan_parts, run_parts  # noqa: E402
@@ -272,7 +272,8 @@ def test_a_plan_of_flashinfer_for_each_set_of_lengths(monkeypatch: pytest.Monkey
 @pytest.fixture
 def on_fakes(monkeypatch: pytest.MonkeyPatch) -> Router:
     router = router_on(monkeypatch, *FLASH)
-    monkeypatch.setattr(api, "router_for", lambda device=None: router)
+    for module in (api, calls):
+        monkeypatch.setattr(module, "router_for", lambda device=None: router)
     return router
 
 
