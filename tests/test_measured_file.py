@@ -13,8 +13,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends import platform  # noqa: E402
+from attention_backends.backends.measured import database  # noqa: E402
 from attention_backends.backends.measured import store as measured_store  # noqa: E402
-from attention_backends.backends.measured.store import MOST, Store, environment_of  # noqa: E402
+from attention_backends.backends.measured.database import MOST  # noqa: E402
+from attention_backends.backends.measured.store import Store, environment_of  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from measured_entries import entry, key, some  # noqa: E402
 
@@ -56,18 +58,18 @@ def test_a_cleared_file_is_small_again(store: Store) -> None:
 
 
 def test_a_file_that_another_process_reads_can_be_cleared(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured_store, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     for one in some():
         store.put(one)
-    real = Store._shrink
+    real = database.Database._shrink
     reader = sqlite3.connect(store.path, isolation_level=None)
 
-    def meanwhile(self: Store) -> None:
+    def meanwhile(self: database.Database) -> None:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM measured").fetchone()
         real(self)
 
-    monkeypatch.setattr(Store, "_shrink", meanwhile)
+    monkeypatch.setattr(database.Database, "_shrink", meanwhile)
     assert store.clear() == 4
     reader.execute("COMMIT")
     reader.close()
@@ -97,7 +99,7 @@ def test_a_broken_page_of_the_table_is_found_too(store: Store) -> None:
 def test_what_a_person_does_by_hand_ends_the_rest_and_the_complaint(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measured_store, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     for one in some():
         store.put(one)
     document = store.export()
@@ -117,7 +119,7 @@ def test_what_a_person_does_by_hand_ends_the_rest_and_the_complaint(
 def test_the_complaint_ends_where_the_file_works_again_after_an_attempt_by_hand(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measured_store, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     monkeypatch.setattr(measured_store, "REST_SECONDS", 0.0)
     store.put(some()[0])
     locked = sqlite3.connect(store.path, isolation_level=None)

@@ -16,11 +16,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.machine import remembered  # noqa: E402
+from attention_backends.backends.measured import database  # noqa: E402
 from attention_backends.backends.measured import store as measured_store  # noqa: E402
+from attention_backends.backends.measured.database import MOST  # noqa: E402
 from attention_backends.backends.measured.key import bucket  # noqa: E402
 from attention_backends.backends.measured.store import (  # noqa: E402
     FILE,
-    MOST,
     VARIABLE,
     Store,
     default_path,
@@ -52,7 +53,7 @@ def again(store: Store) -> Store:
 
 def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured_store, "REST_SECONDS", 0.0)
-    monkeypatch.setattr(measured_store, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -242,7 +243,7 @@ def test_a_read_only_file_is_read_and_new_choices_stay_in_memory(
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(f"{readonly.path.as_uri()}?mode=ro", uri=True, isolation_level=None)
 
-    monkeypatch.setattr(readonly, "_connect", connect)
+    monkeypatch.setattr(readonly._database, "_connect", connect)
     put(readonly, some()[1])
     assert [one["role"] for one in readonly.entries()] == ["self", "cross"]
     assert "attempt to write a readonly database" in warnings(caplog)[0]
@@ -264,7 +265,7 @@ def test_a_full_disk(store: Store, caplog: pytest.LogCaptureFixture, monkeypatch
             file.execute("PRAGMA max_page_count = 3")
         return file
 
-    monkeypatch.setattr(store, "_connect", connect)
+    monkeypatch.setattr(store._database, "_connect", connect)
     for number in range(40):
         put(store, entry(key(f"role.{number}")))
     assert len(store.entries()) == 41
@@ -278,13 +279,13 @@ def test_a_full_disk(store: Store, caplog: pytest.LogCaptureFixture, monkeypatch
 
 
 def test_a_locked_file_holds_up_one_access_and_not_each(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured_store, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     put(store, some()[0])
     other = sqlite3.connect(store.path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     tried: list[int] = []
-    connect = store._connect
-    monkeypatch.setattr(store, "_connect", lambda: (tried.append(1), connect())[1])
+    connect = store._database._connect
+    monkeypatch.setattr(store._database, "_connect", lambda: (tried.append(1), connect())[1])
     put(store, some()[1])
     for _ in range(20):
         assert store.get(key(), HERE, "exact") is None

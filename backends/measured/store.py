@@ -5,7 +5,7 @@ allowed and one `TuningKey`. Reading and writing never fail: where the file cann
 what is new stays in memory, and goes into the file as soon as that works again. What a person asks for by hand
 (`clear`, `import_`) raises instead.
 
-Boundary: it knows SQLite and plain data; who measures, and when, is in `tuner.py`.
+Boundary: what is kept, and when the file is tried; SQLite is in `database.py`, who measures, and when, in `tuner.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import entry as measured_entry
+from .database import MOST, Database
 from .entry import Entry
 from .key import TuningKey
 from .place import FILE, VARIABLE, default_path, environment_of, path_in
@@ -34,26 +35,10 @@ __all__ = ["FILE", "VARIABLE", "Store", "default_path", "environment_of", "path_
 
 log = logging.getLogger("attention_backends")
 
-SCHEMA = 1
-MOST = 1000
-"""Entries kept; the oldest go first. All of them make a document of less than 4 MiB."""
-BUSY_SECONDS = 2.0
-"""How long one access waits for another process."""
 REST_SECONDS = 30.0
 """After a failure the file is left alone for so long, so that a locked one does not hold up a run at each call."""
 
-TABLE = (
-    "CREATE TABLE measured (environment TEXT NOT NULL, accuracy TEXT NOT NULL, key TEXT NOT NULL, "
-    "written REAL NOT NULL, entry TEXT NOT NULL, PRIMARY KEY (environment, accuracy, key))"
-)
-UPSERT = "INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?, ?)"
-PRUNE = f"DELETE FROM measured WHERE rowid NOT IN (SELECT rowid FROM measured ORDER BY written DESC LIMIT {MOST})"  # noqa: S608
-
 Result = TypeVar("Result")
-
-
-class OtherVersionError(Exception):
-    """The file is not of this version's schema; the version stands in the message."""
 
 
 class Store:
@@ -61,6 +46,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
+        self._database = Database(self.path, self._say)
         self.lock = RLock()
         self.races: dict[tuple[str, str, TuningKey], Race] = {}
         """What this process is measuring; `tuner.py` keeps it here because every run shares it."""
@@ -108,18 +94,10 @@ class Store:
         """
         with self._by_hand():
             count = len(self._all())
-            if self.path.exists():
-                with self._opened(write=True) as file:
-                    file.execute("DELETE FROM measured")
-                self._shrink()
+            self._database.clear()
             self._unsaved.clear()
             self.problem = None
             return count
-
-    def _shrink(self) -> None:
-        """Give the disk back what a cleared file took; where another process reads it now, that is for next time."""
-        with suppress(sqlite3.Error), closing(self._connect()) as file:
-            file.execute("VACUUM")
 
     @contextmanager
     def _by_hand(self) -> Iterator[None]:
@@ -176,16 +154,11 @@ class Store:
             return sorted(found.values(), key=lambda entry: -entry.written)
 
     def _read(self, where: str, values: tuple[str, ...]) -> list[Entry]:
-        def read() -> list[tuple[str]]:
-            if not self.path.exists():
-                return []
-            with self._opened(write=False) as file:
-                return file.execute(f"SELECT entry FROM measured {where} ORDER BY written DESC", values).fetchall()  # noqa: S608  # two constants
-
         with self.lock:
-            rows = None if self._is_resting(write=False) else self._trying(read, write=False)
+            resting = self._is_resting(write=False)
+            texts = None if resting else self._trying(lambda: self._database.read(where, values), write=False)
         found = []
-        for (text,) in rows or ():
+        for text in texts or ():
             try:
                 found.append(measured_entry.read(json.loads(text)))
             except (ValueError, RecursionError) as error:
@@ -193,11 +166,9 @@ class Store:
         return found
 
     def _write(self, entries: list[Entry]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._opened(write=True) as file:
-            rows = [(e.environment, e.accuracy, json.dumps(e.key), e.written, json.dumps(e.as_dict())) for e in entries]
-            file.executemany(UPSERT, rows)
-            file.execute(PRUNE)
+        self._database.write(
+            [(e.environment, e.accuracy, json.dumps(e.key), e.written, json.dumps(e.as_dict())) for e in entries]
+        )
         self._unsaved.clear()
 
     def _is_resting(self, *, write: bool) -> bool:
@@ -228,75 +199,6 @@ class Store:
         if problem not in self._said:
             self._said.add(problem)
             log.warning("%s", problem)
-
-    @contextmanager
-    def _opened(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        """One transaction on the file; a file that is damaged or of another version is set aside first."""
-        try:
-            file = self._connected(write)
-        except (sqlite3.DatabaseError, OtherVersionError) as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            self._set_aside(error)
-            file = self._connected(write=True)
-        try:
-            yield file
-            file.execute("COMMIT")
-        except BaseException:
-            if file.in_transaction:
-                file.execute("ROLLBACK")
-            raise
-        finally:
-            file.close()
-
-    def _connect(self) -> sqlite3.Connection:
-        # No WAL: on a network's file system it is not safe, and so little is written that nobody waits long.
-        return sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-
-    def _connected(self, write: bool) -> sqlite3.Connection:
-        file = self._connect()
-        try:
-            file.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            (version,) = file.execute("PRAGMA user_version").fetchone()
-            names = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if version == 0 and not names:
-                if not write:  # two processes that both go on from reading to writing would wait for each other
-                    file.close()
-                    return self._connected(write=True)
-                file.execute(TABLE)
-                file.execute(f"PRAGMA user_version = {SCHEMA}")
-            elif version != SCHEMA or "measured" not in names:
-                raise OtherVersionError(f"schema {version} is not {SCHEMA}")
-            else:
-                (found,) = file.execute("PRAGMA quick_check(1)").fetchone()  # it reads every page: milliseconds
-                if found != "ok":
-                    raise sqlite3.DatabaseError(found)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def _set_aside(self, error: Exception) -> None:
-        """Rename a file that cannot be understood, with its journal, so that a new one can take its place."""
-        kind = "other-version" if isinstance(error, OtherVersionError) else "damaged"
-        try:
-            self._connected(write=False).close()
-        except sqlite3.OperationalError:
-            raise  # locked, by one who makes a new one
-        except (sqlite3.DatabaseError, OtherVersionError):
-            pass
-        else:
-            return  # another process was faster, and the file is a new one
-        number, aside = 1, self.path.with_name(f"{self.path.name}.{kind}")
-        while aside.exists():
-            number += 1
-            aside = self.path.with_name(f"{self.path.name}.{kind}-{number}")
-        self.path.replace(aside)
-        for ending in ("-journal", "-wal", "-shm"):
-            journal = self.path.with_name(self.path.name + ending)
-            if journal.exists():
-                journal.replace(aside.with_name(aside.name + ending))
-        self._say(f"{self.path.name} cannot be read ({error}); it is {aside.name} now, and a new one begins")
 
 
 _stores: dict[Path, Store] = {}
