@@ -19,14 +19,15 @@ from typing import Any
 
 from .backends import route_report
 from .backends.calls import CATEGORIES, category_of
-from .backends.config import AttentionConfig, default_of, joint_note, record_of, settings_of
+from .backends.config import AttentionConfig
+from .backends.config.layers import default_of, joint_note, record_of, settings_of
 from .backends.config.text import from_environment, parse_config
 from .backends.kernels import BACKENDS
 from .backends.machine import probe, remembered
 from .backends.machine.doctor import Row, examine, probe_all, this_machine, why_no_card
 from .backends.machine.install import Interpreter, running_interpreter
+from .backends.measured.known import with_store
 from .backends.measured.store import Store, default_path
-from .backends.measured.tuner import with_store
 from .backends.names import canonical
 from .backends.platform import Platform, parse_platform
 from .backends.recommended import lines_for

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from .call_checks import CheckError
 from .calls import router_for, run_attention
-from .config import AttentionConfig, ConfigError, settings_of
+from .config import AttentionConfig, ConfigError
+from .config.layers import settings_of
 from .config.text import parse_config
 from .names import AUTO, MEASURED
 from .router import NoBackendError
@@ -64,7 +65,7 @@ def attention(
         scale: what scores are multiplied by; None stands for head_dim ** -0.5.
         enable_gqa: several query heads share one key head.
         backend: for this call, in place of what blocks around it say: a name, or a configuration in any form that
-            `config_text.parse_config` reads; nothing overrides `force_backend`.
+            `config.text.parse_config` reads; nothing overrides `force_backend`.
         role: which attention of a model it is: `self`, `cross`, `joint`, or a dotted name such as
             `ltx2.audio_to_video`; per-role entries are found by it.
 
@@ -103,7 +104,7 @@ def attention_backend(
     Blocks nest: the inner one is asked first, and what it says nothing about (a role, strictness) is left to the outer.
 
     Args:
-        backend: a name, or a configuration in any form that `config_text.parse_config` reads.
+        backend: a name, or a configuration in any form that `config.text.parse_config` reads.
         strict: an asked-for backend that cannot run raises, instead of falling back; None leaves it as it is.
         accuracy: the least exact class that `auto` may take: exact, quantized or sparse.
         device: where the calls will be, for the check on entering; default: the first accelerator, else the CPU.

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .config import PLATFORM_ROUTE, RECOMMENDED, AttentionConfig, AttentionSpec, default_of, settings_of
+from .config import PLATFORM_ROUTE, RECOMMENDED, AttentionConfig, AttentionSpec
+from .config.layers import default_of, settings_of
 from .kernels import BACKENDS
 from .mask.plan import NOTHING_HIDDEN
 from .names import AUTO, MEASURED

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .backend import ACCURACY, Backend, Kernel
-from .config import AttentionConfig, Choice, frozen, resolve, settings_of
+from .config import AttentionConfig, frozen
+from .config.layers import Choice, resolve, settings_of
 from .family import Family
 from .kernels import BACKENDS
 from .machine import remembered

@@ -16,7 +16,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .call_checks import checks_from_environment
-from .config import AttentionConfig, resolve
+from .config import AttentionConfig
+from .config.layers import resolve
 from .config.text import from_environment
 from .mask.parts import Parts, calls_of, plan_parts, run_parts
 from .mask.plan import MaskPlan, inspect, passed_on

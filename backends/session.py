@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from .backend import Kernel, on_copies
 from .call_checks import CheckError, checked, checks_from_environment
-from .config import AttentionConfig, Choice, Settings, frozen, resolve, settings_of
+from .config import AttentionConfig, frozen
+from .config.layers import Choice, Settings, resolve, settings_of
 from .faults import is_cuda_fault, is_out_of_memory, stop_if_hopeless
 from .guard import Guard, GuardAlarm
 from .names import MEASURED

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..backends.config import Choice
+from ..backends.config.layers import Choice
 from ..backends.mask import as_4d, as_additive, mask_kind
 from ..backends.mask.parts import Parts, calls_of, plan_parts, run_parts
 from ..backends.mask.plan import NOTHING_HIDDEN, MaskPlan

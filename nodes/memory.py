@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..backends.config import AttentionConfig, Choice, resolve, settings_of
+from ..backends.config import AttentionConfig
+from ..backends.config.layers import Choice, resolve, settings_of
 from ..backends.faults import is_cuda_fault, is_out_of_memory
 from ..backends.memory import extra_bytes
 from ..backends.request import AttentionRequest

@@ -9,7 +9,8 @@ from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
-from ..backends.config import AttentionConfig, AttentionSpec, record_of
+from ..backends.config import AttentionConfig, AttentionSpec
+from ..backends.config.layers import record_of
 from ..backends.config.text import from_environment
 from ..backends.names import CHOICES, MEASURED
 from ..backends.recommended import for_family, nothing_for

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backends.bench import synchronise
-from ..backends.config import record_of, settings_of
-from ..backends.measured.tuner import Tuner, asks_for_measured, names_backends
+from ..backends.config.layers import asks_for_measured, names_backends, record_of, settings_of
+from ..backends.measured.tuner import Tuner
 from ..backends.platform import Platform, detect
 from ..backends.recommended import offers
 from ..backends.router import NoBackendError, Router

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends.config import Choice, resolve
+from ..backends.config.layers import Choice, resolve
 from ..backends.schedule import step_of
 from . import sites
 from .masks import COMPOSED, OUTSIDE, PATCHED, Masks

@@ -11,7 +11,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.config import AttentionSpec, settings_of  # noqa: E402
+from attention_backends.backends.config import AttentionSpec  # noqa: E402
+from attention_backends.backends.config.layers import settings_of  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.names import CHOICES  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402

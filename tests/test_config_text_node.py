@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.config import settings_of  # noqa: E402
+from attention_backends.backends.config.layers import settings_of  # noqa: E402
 from attention_backends.backends.names import RefusedBackendError, UnknownBackendError  # noqa: E402
 from hook_side import ENVIRONMENT, comfyui, counts, last_run, nodes_module, selected, with_role  # noqa: E402
 

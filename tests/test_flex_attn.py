@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.platform import Platform, parse_platform
 from attention_backends.backends.request import MASK_KINDS, AttentionCall, AttentionRequest

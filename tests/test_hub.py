@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from attention_backends.backends import platform
-from attention_backends.backends.config import Choice
+from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.machine import hub
 from attention_backends.backends.platform import HUB_VARIABLE, Platform, detect, hub_allowed, parse_platform

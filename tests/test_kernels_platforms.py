@@ -10,7 +10,7 @@ from itertools import product
 from types import ModuleType
 
 import pytest
-from attention_backends.backends.config import Choice
+from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.platform import Platform, parse_platform
 from attention_backends.backends.request import AttentionCall, AttentionRequest
 from attention_backends.backends.router import Router

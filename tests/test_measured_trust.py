@@ -10,11 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.faults import KernelFaultError  # noqa: E402
 from attention_backends.backends.measured.key import key_of  # noqa: E402
+from attention_backends.backends.measured.known import with_store  # noqa: E402
 from attention_backends.backends.measured.store import Store  # noqa: E402
-from attention_backends.backends.measured.tuner import Tuner, with_store  # noqa: E402
+from attention_backends.backends.measured.tuner import Tuner  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402

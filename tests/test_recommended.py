@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError  # noqa: E402
+from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.config.print import to_text  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402

@@ -16,11 +16,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError  # noqa: E402
+from attention_backends.backends.config.layers import asks_for_measured  # noqa: E402
 from attention_backends.backends.config.print import to_json  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.measured.store import Store  # noqa: E402
-from attention_backends.backends.measured.tuner import Tuner, asks_for_measured  # noqa: E402
+from attention_backends.backends.measured.tuner import Tuner  # noqa: E402
 from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
 from attention_backends.backends.records.ledger import Ledger  # noqa: E402
 from attention_backends.backends.records.record import FORMAT, MARK, as_record, facts_of, normal, ranges  # noqa: E402

@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from attention_backends.backends.config import Choice
+from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.platform import KINDS, Platform, parse_platform

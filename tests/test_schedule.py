@@ -7,7 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError, resolve
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config.layers import resolve
 from attention_backends.backends.config.print import FORMATS, to_dict, to_flags, to_text
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.names import UnknownBackendError

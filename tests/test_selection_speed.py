@@ -20,7 +20,7 @@ package = importlib.util.module_from_spec(spec)
 sys.modules["attention_backends"] = package
 spec.loader.exec_module(package)
 
-from attention_backends.backends.config import Choice
+from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.platform import parse_platform
 from attention_backends.backends.request import AttentionRequest
 from attention_backends.backends.router import Router

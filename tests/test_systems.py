@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice, ConfigError, resolve
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
 from attention_backends.backends.config import text as config_text
+from attention_backends.backends.config.layers import Choice, resolve
 from attention_backends.backends.config.print import to_json
 from attention_backends.backends.config.text import from_environment, parse_config
 from attention_backends.backends.kernels import BACKENDS

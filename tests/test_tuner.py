@@ -11,7 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, Choice  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.faults import KernelFaultError  # noqa: E402
 from attention_backends.backends.measured import race as measuring  # noqa: E402
 from attention_backends.backends.measured.key import key_of  # noqa: E402

@@ -1,21 +1,21 @@
 """What a person asked for: a backend per role, what accuracy is allowed, and what to do when it cannot run.
 
-`parse_config` (in `config_text.py`) reads every accepted text form into these types. Here is what they mean and
-how the entry for one role is found, always with the source as text.
+`parse_config` (in `text.py`) reads every accepted text form into these types. Here is what they mean, and how one
+configuration finds its entry for a role, always with the source as text; several at once are in `layers.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..backend import ACCURACY
 from ..kernels import BACKENDS
 from ..kernels.planned import Planned
-from ..names import AUTO, MEASURED, canonical
+from ..names import AUTO, canonical
 from ..options import problems
 from ..options.foreign import FOREIGN_OPTIONS, foreign_problems
 
@@ -112,7 +112,7 @@ class AttentionConfig:
     recommended: tuple[Precaution, ...] = ()
     """What is recommended for this model family and was switched on: above every default, below all else."""
     joint_is_self: bool = True
-    """The entry for `self` covers `joint` too. Text says so itself where it means that (`config_mapping.py`)."""
+    """The entry for `self` covers `joint` too. Text says so itself where it means that (`mapping.py`)."""
     record: Recorded | None = None
     """A run to repeat: below the roles and the schedule, above what is recommended and the default."""
 
@@ -165,101 +165,3 @@ class AttentionConfig:
                 return spec, f"{self.source}.per_role[{parent!r}] (category of {role!r})"
             parent = self.parent_of(parent)
         return None
-
-
-def joint_note(layers: tuple[AttentionConfig, ...], role: str, category: str) -> str | None:
-    """What to say where an entry for `self` would have decided for joint attention, had it not come from text."""
-    for layer in layers:
-        spec = layer.per_role.get("self")
-        if spec is not None and layer.parent_of(category) is None and CATEGORY_PARENT.get(category) == "self":
-            found = layer.lookup(role, category)
-            if found is None or found[1] == f"{layer.source}.default":
-                return (
-                    f"{layer.source}.per_role['self'] ({spec.backend}) does not cover role {role!r}: {category} is a "
-                    f"role of its own in the systems that configurations come from; joint_is_self: true makes self "
-                    f"cover it, per_role.{category} names its backend"
-                )
-        if layer.lookup(role, category) is not None:
-            return None
-    return None
-
-
-class Settings(NamedTuple):
-    """What holds for every role of a run."""
-
-    accuracy: str
-    strict: bool
-    guard: str
-
-
-UNSAID = Settings(accuracy="exact", strict=False, guard="watch")
-
-
-def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
-    """Each setting as the highest configuration that says anything about it has it."""
-
-    def said(name: str) -> object:
-        values = (getattr(layer, name) for layer in layers)
-        return next((value for value in values if value is not None), getattr(UNSAID, name))
-
-    return Settings(*map(said, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
-
-
-def record_of(layers: tuple[AttentionConfig, ...]) -> Recorded | None:
-    """The run to repeat; None where no configuration has one."""
-    return next((layer.record for layer in layers if layer.record is not None), None)
-
-
-def default_of(layers: tuple[AttentionConfig, ...]) -> str | None:
-    """The backend that holds where nothing is said of a role; None where the platform's route decides."""
-    return next((layer.default.backend for layer in layers if not layer.default.is_auto), None)
-
-
-def precautions_of(layers: tuple[AttentionConfig, ...]) -> tuple[Precaution, ...]:
-    """What was switched on of what is recommended, and matters with the default that holds."""
-    if not any(layer.recommended for layer in layers):
-        return ()
-    asked, accuracy = default_of(layers), settings_of(layers).accuracy
-    return tuple(one for layer in layers for one in layer.recommended if one.concerns(asked, accuracy))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was asked for one role: a canonical id, or None where the platform's route decides."""
-
-    asked: str | None
-    source: str
-    extra: Mapping[str, object] = field(default_factory=dict)
-    accuracy: str | None = None
-    """The least exact class that the route may take for it; None for what holds for the whole run."""
-    by_default: bool = field(default=False, compare=False)
-    """True where nothing was said of the role, nor of this place in the run."""
-    record: Recorded | None = None
-    """Decides instead of all this for calls that it knows (`Session.recorded`): more than the role tells them apart."""
-
-    @property
-    def is_open(self) -> bool:
-        """True where nobody named a backend or an accuracy, so that a checkpoint's own preference counts."""
-        return self.asked in (None, MEASURED) and self.accuracy is None
-
-
-def resolve(
-    layers: tuple[AttentionConfig, ...],
-    role: str,
-    category: str,
-    scheduled: Callable[[AttentionConfig], tuple[AttentionSpec, str] | None] | None = None,
-) -> Choice:
-    """Ask each configuration in turn, highest first; the first that says anything about the role decides.
-
-    `scheduled` gives what the schedule of a configuration says at this place of the run, which stands above its roles.
-    """
-    record = None
-    for layer in layers:
-        found = (scheduled(layer) if scheduled is not None else None) or layer.of_role(role, category)
-        record = record or (layer.record if found is None else None)
-        found = found or layer.lookup(role, category)
-        if found is not None:
-            spec, source = found
-            by_default = source == f"{layer.source}.default"
-            return Choice(spec.backend, source, spec.extra, by_default=by_default, record=record)
-    return Choice(None, PLATFORM_ROUTE, by_default=True, record=record)

@@ -4,20 +4,20 @@ A session whose configuration says `measured` has a `Tuner`. Where the store kno
 plain plan of that backend. Where it does not, the plan's kernel is a `Trial` (`trial.py`), which lets the candidates of
 a `Race` compute some of the calls.
 
-Boundary: sessions and clocks; the arithmetic of the race is in `measuring.py`, the file in `measured_store.py`. It
-knows nothing of ComfyUI.
+Boundary: sessions and clocks; the arithmetic of the race is in `race.py`, what is kept in `store.py`. It knows nothing
+of ComfyUI.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..config import AttentionConfig, AttentionSpec, record_of
+from ..config.layers import record_of
 from ..guard import Guard
-from ..names import AUTO, MEASURED
+from ..names import MEASURED
 from ..request import AttentionRequest
 from ..router import Decision
 from ..trace import Trace
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..plan import Plan
-    from ..router import Router
     from ..session import Session
 
 log = logging.getLogger("attention_backends")
@@ -279,39 +278,3 @@ class Tuner:
         out = "".join(f"; {name}: {reason}" for name, reason in race.entry.rejected.items())
         log.info("measured: %s for role %s, %s (%s)%s", race.entry.winner, key.role, race.request.describe(),
                  race.entry.words(), out)  # fmt: skip
-
-
-def with_store(
-    decision: Decision, request: AttentionRequest, role: str, category: str, accuracy: str, router: Router, store: Store
-) -> Decision:
-    """What a run would take for a call for which `decision` is what `auto` takes, as far as the store knows."""
-    if decision.asked != MEASURED or router.platform.described:
-        return decision
-    for name in (role, category):
-        key = key_of(name, request)
-        allowed = decision.accuracy or accuracy
-        entry = store.get(key, environment_of(router.platform), allowed)
-        if entry is None or not (entry.winner == decision.backend or may_win(router, entry.winner, allowed)):
-            continue
-        if not router.refuse(entry.winner, request):
-            rejected = decision.rejected if entry.winner == decision.backend else ()
-            source = f"{decision.source}: {MEASURED} ({entry.words()})"
-            return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())
-    return decision
-
-
-def _specs(layers: tuple[AttentionConfig, ...]) -> Iterator[AttentionSpec]:
-    for layer in layers:
-        yield layer.default
-        yield from layer.per_role.values()
-        yield from (entry.spec for entry in layer.schedule)
-
-
-def asks_for_measured(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether anything says `measured`."""
-    return any(spec.backend == MEASURED for spec in _specs(layers))
-
-
-def names_backends(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether anything names a backend, and not only a way to choose."""
-    return any(spec.backend not in (AUTO, MEASURED) for spec in _specs(layers))

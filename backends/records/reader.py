@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..config import AttentionSpec, Choice, ConfigError
+from ..config import AttentionSpec, ConfigError
+from ..config.layers import Choice
 from ..family import Family
 from ..kernels import BACKENDS
 from ..measured.key import TuningKey, key_of

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..config import settings_of
+from ..config.layers import settings_of
 from ..machine.packages import PACKAGES_OF
 from ..machine.remembered import COMPILERS, driver, own_version
 from ..request import AttentionRequest

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..config import Choice
+from ..config.layers import Choice
 from ..kernels import BACKENDS
 from ..machine.remembered import own_version
 from ..measured.key import TuningKey, key_of

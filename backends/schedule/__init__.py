@@ -14,15 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..config import (
-    CATEGORY_PARENT,
-    AttentionConfig,
-    AttentionSpec,
-    Choice,
-    ConfigError,
-    precautions_of,
-    resolve,
-)
+from ..config import CATEGORY_PARENT, AttentionConfig, AttentionSpec, ConfigError
+from ..config.layers import Choice, precautions_of, resolve
 from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 
 ROUNDING = 1e-4

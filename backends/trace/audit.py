@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import RECOMMENDED, resolve
+from ..config import RECOMMENDED
+from ..config.layers import resolve
 from ..names import AUTO, MEASURED
 
 if TYPE_CHECKING:
