@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +59,11 @@ def test_kernels_do_not_know_one_another(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "backends":
             assert parts[1] in FOR_KERNELS, name
+
+
+def test_files_that_comments_and_docs_name_are_there() -> None:
+    parts = (*MAY_IMPORT, "benchmarks", "devtools", "tests")
+    ours = [f"/{path.relative_to(ROOT).as_posix()}" for part in parts for path in (ROOT / part).rglob("*.py")]
+    for path in (*_files(), *(ROOT / "docs").rglob("*.md")):
+        for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8")):
+            assert any(file.endswith(f"/{name}") for file in (*ours, "/cli.py", "/dev.py")), (path.name, name)

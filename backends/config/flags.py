@@ -1,6 +1,6 @@
 """Command lines, flags and `name=value` pairs to a nested mapping.
 
-Their words are in `config_words.py`; what the mapping means is in `config_mapping.py`.
+Their words are in `words.py`; what the mapping means is in `mapping.py`.
 """
 
 from __future__ import annotations

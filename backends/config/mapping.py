@@ -1,7 +1,7 @@
 """A mapping to an `AttentionConfig`: our own entries, and those of vLLM-Omni, SGLang diffusion and Smart-Diffusion.
 
-Every text form becomes a mapping first (`config_text.py`, `config_flags.py`). Components of a pipeline are in
-`config_components.py`. The caller's mapping is never changed.
+Every text form becomes a mapping first (`text.py`, `flags.py`). Components of a pipeline are in `components.py`. The
+caller's mapping is never changed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading a configuration from the forms people write: dict, JSON, YAML, files, command lines, key=value pairs.
 
-All forms become one `AttentionConfig`; what it means is in `config.py`, which entries there are in
-`config_mapping.py`, how flags are read in `config_flags.py`, and the way back in `config_print.py`.
+All forms become one `AttentionConfig`; what it means is in `__init__.py`, which entries there are in `mapping.py`, how
+flags are read in `flags.py`, and the way back in `print.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the guard found, as plain data and as text, and how likely it is to see what it looks for.
 
-Boundary: no torch; `guard.py` fills it in, `trace.py` keeps it in the rows of an account.
+Boundary: no torch; the guard (`__init__.py`) fills it in, a `Trace` keeps it in the rows of an account.
 """
 
 from __future__ import annotations

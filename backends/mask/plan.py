@@ -2,7 +2,7 @@
 
 A mask that hides keys from every query is honoured by leaving those keys out: attention over fewer keys is faster, and
 kernels that take no masks become eligible. `inspect` reads a mask's values once, with one read-back from the device;
-`MaskPlan` (`mask_parts.py`) applies the result to a call.
+`MaskPlan` (`parts.py`) applies the result to a call.
 
 A key is hidden by False, -inf, or a number of at most half the dtype's most negative one, in rows that keep a visible
 key; other numbers are a bias. Rows that False or -inf leaves without a key give zeros, as in SDPA; rows of finite most

@@ -1,7 +1,7 @@
 """Calls over packed tokens: sequences of different lengths in one row, as one call in place of one for each.
 
 A mask that leaves samples different keys, or blocks of queries their own ones, becomes several calls without a mask
-(`mask_plan.py`). A backend with a kernel for packed tokens runs them as one. Layout THD: (tokens of all sequences,
+(`plan.py`). A backend with a kernel for packed tokens runs them as one. Layout THD: (tokens of all sequences,
 heads, head_dim), with offsets that say where each sequence begins, the `cu_seqlens` of the libraries.
 """
 

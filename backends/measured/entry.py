@@ -1,6 +1,6 @@
 """One measured choice as plain data: what was measured, what was refused and why, and the documents that carry it.
 
-Boundary: values and their checks; files are in `measured_store.py`.
+Boundary: values and their checks; files are in `database.py`.
 """
 
 from __future__ import annotations
