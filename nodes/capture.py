@@ -12,8 +12,9 @@ from ..comparison.calls import CapturedCall
 from ..comparison.contenders import REFERENCE
 from . import patch, sites
 from .compiled import POSITIONAL
-from .hook_calls import Layout, run_comfy
+from .hook_calls import run_comfy
 from .host import Override
+from .layouts import Layout
 from .sampling import KEY, OVERRIDE
 
 

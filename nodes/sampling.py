@@ -29,8 +29,9 @@ from .roles import bypass_of
 from .scope import Scope
 
 if TYPE_CHECKING:
-    from .hook_calls import HookPlan, Layout
+    from .hook_calls import HookPlan
     from .host import Override
+    from .layouts import Layout
     from .memory import Place
 
 log = logging.getLogger("attention_backends")

@@ -16,7 +16,7 @@ from hook_side import exact, host, nodes_module, sampling  # noqa: E402
 HEADS, HEAD_DIM, LENGTH, BATCH = 4, 16, 12, 2
 INNER = HEADS * HEAD_DIM
 
-hook_calls = nodes_module("hook_calls")
+layouts = nodes_module("layouts")
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_calls_of_one_plan_may_come_in_any_strides() -> None:
 @pytest.mark.parametrize("form", forms())
 def test_a_view_known_by_its_strides_is_the_same_view_without_a_copy(form: str) -> None:
     tensor = forms()[form]
-    layout = hook_calls.Layout(tensor, tensor, tensor, {"heads": HEADS})
+    layout = layouts.Layout(tensor, tensor, tensor, {"heads": HEADS})
     first, again = (layout.call(tensor, tensor, tensor, None) for _ in range(2))
     wanted = tensor.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2)
     for call in (first, again):
@@ -77,14 +77,14 @@ def test_values_that_have_their_heads_apart_already() -> None:
     """SD3's values are (B, S, H, D)."""
     query = torch.randn(BATCH, LENGTH, INNER)
     value = torch.randn(BATCH, LENGTH, HEADS, HEAD_DIM)
-    layout = hook_calls.Layout(query, query, value, {"heads": HEADS})
+    layout = layouts.Layout(query, query, value, {"heads": HEADS})
     for _ in range(2):
         assert torch.equal(layout.call(query, query, value, None).value, value.transpose(1, 2))
 
 
 def test_gradients_pass_through_known_views() -> None:
     with torch.inference_mode(False), torch.enable_grad():
-        layout = hook_calls.Layout(*(torch.randn(BATCH, LENGTH, INNER) for _ in range(3)), {"heads": HEADS})
+        layout = layouts.Layout(*(torch.randn(BATCH, LENGTH, INNER) for _ in range(3)), {"heads": HEADS})
         for _ in range(2):
             fused = torch.randn(BATCH, LENGTH, 3 * INNER, requires_grad=True)
             call = layout.call(*fused.chunk(3, dim=-1), None)
