@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from attention_backends.backends import platform  # noqa: E402
 from attention_backends.backends.bench_inputs import device_of  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.machine import devices, probe  # noqa: E402
+from attention_backends.backends.machine import devices, problems  # noqa: E402
 from attention_backends.backends.platform import Platform, detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402
@@ -142,7 +142,7 @@ def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_times_and_who_probes_wait_alike() -> None:
     from attention_backends.backends import bench
 
-    assert bench.synchronise is probe.synchronise is devices.synchronise
+    assert bench.synchronise is problems.synchronise is devices.synchronise
 
 
 def test_bench_on_an_npu_imports_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:

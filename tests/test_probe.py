@@ -25,7 +25,8 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.machine import remembered  # noqa: E402
 from attention_backends.backends.machine.doctor import probe_all  # noqa: E402
 from attention_backends.backends.machine.isolated import run, words_of  # noqa: E402
-from attention_backends.backends.machine.probe import judge, probe, problems, tensors  # noqa: E402
+from attention_backends.backends.machine.probe import judge, probe  # noqa: E402
+from attention_backends.backends.machine.problems import problems, tensors  # noqa: E402
 from attention_backends.backends.machine.remembered import Outcome  # noqa: E402
 from attention_backends.backends.platform import Platform, detect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
@@ -371,7 +372,7 @@ def test_the_tolerance_is_that_of_the_class(
 
 
 def test_every_limit_leaves_room_for_arithmetic_of_its_class_and_for_no_more() -> None:
-    from attention_backends.backends.machine.probe import LIMIT_OF, LOSSY_LIMIT
+    from attention_backends.backends.machine.problems import LIMIT_OF, LOSSY_LIMIT
     from tolerance import _fp4, _int8_fp8, error, truth
 
     for request in problems():
