@@ -13,8 +13,8 @@ import pytest
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.machine.doctor import Cards, cards_of
-from attention_backends.backends.machine.packages import PACKAGES_OF, SYMBOLS_OF
-from attention_backends.backends.machine.symbols import find, needs_of
+from attention_backends.backends.machine.packages import PACKAGES_OF
+from attention_backends.backends.machine.symbols import SYMBOLS_OF, find, needs_of
 from attention_backends.backends.platform import KINDS, Platform, parse_platform
 from packaging.requirements import Requirement
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.machine.packages import PACKAGES_OF, SYMBOLS_OF
+from attention_backends.backends.machine.packages import PACKAGES_OF
+from attention_backends.backends.machine.symbols import SYMBOLS_OF
 from attention_backends.backends.platform import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 from ..platform import Platform
 
@@ -208,56 +207,3 @@ PACKAGES_OF: Mapping[str, tuple[Package, ...]] = MappingProxyType(
     }
 )
 """The packages that can make a backend available, best first; a backend without an entry is part of torch or of us."""
-
-
-class Symbols(NamedTuple):
-    """Names that a kernel takes from a module of its package."""
-
-    module: str
-    names: tuple[str, ...]
-    when: str = ""
-    """The requirement under which this holds, e.g. `sageattention>=2`; empty for always."""
-    foreign: tuple[str, ...] = ()
-    """Names that it must not have: with them it is another release than its metadata says."""
-
-
-_SAGE_2_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
-
-
-def _sage_2(*names: str) -> tuple[Symbols, ...]:
-    return (Symbols("sageattention", tuple(dict.fromkeys((*names, _SAGE_2_ONLY))), "sageattention>=2"),)
-
-
-SYMBOLS_OF: Mapping[str, tuple[Symbols, ...]] = MappingProxyType(
-    {
-        "flash_attn_2": (Symbols("flash_attn", ("flash_attn_func",)),),
-        "flash_attn_3": (Symbols("flash_attn_interface", ("flash_attn_func",)),),
-        "flash_attn_4": (Symbols("flash_attn.cute", ("flash_attn_func",)),),
-        "flashinfer_attn": (
-            Symbols("flashinfer", ("single_prefill_with_kv_cache", "BatchPrefillWithRaggedKVCacheWrapper", "packbits")),
-        ),
-        "trtllm_attn": (Symbols("flashinfer.prefill", ("trtllm_ragged_attention_deepseek",)),),
-        "sage_attn": (
-            Symbols("sageattention", ("sageattn",), "sageattention<2", foreign=(_SAGE_2_ONLY,)),
-            *_sage_2("sageattn", "sageattn_qk_int8_pv_fp16_triton"),
-        ),
-        "sage_fp16_cuda": _sage_2("sageattn_qk_int8_pv_fp16_cuda"),
-        "sage_fp16_triton": _sage_2("sageattn_qk_int8_pv_fp16_triton"),
-        "sage_fp8_cuda": _sage_2("sageattn_qk_int8_pv_fp8_cuda"),
-        "sage_fp8_sm90": _sage_2("sageattn_qk_int8_pv_fp8_cuda_sm90"),
-        "sage_attn_3": (Symbols("sageattn3", ("sageattn3_blackwell",)),),
-        "xformers": (
-            Symbols("xformers.ops", ("memory_efficient_attention", "LowerTriangularMask")),
-            Symbols("xformers._cpp_lib", ("_built_with_cuda",)),
-        ),
-        "comfy_kitchen_int8": (Symbols("comfy_kitchen", ("int8_attention", "int8_attention_is_available")),),
-        "flex_attn": (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),),
-        "aiter": (Symbols("aiter", ("flash_attn_func",)),),
-        "npu_fusion": (Symbols("torch_npu", ("npu_fusion_attention",)),),
-        "xla_flash": (
-            Symbols("torch_xla.experimental.custom_kernel", ("flash_attention",)),
-            Symbols("torch_xla.runtime", ("device_type",)),
-        ),
-    }
-)
-"""What each kernel takes from its package; backends that are not here need nothing beyond torch or us."""
