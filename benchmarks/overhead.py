@@ -36,6 +36,7 @@ import conftest  # noqa: E402, F401  # loads this folder as the package attentio
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
 import torch  # noqa: E402
+from paired import machine  # noqa: E402
 
 LAYERS = 8
 BLOCK = 10
@@ -211,25 +212,12 @@ def main() -> None:
             "comfyui": comfyui_version.__version__,
             "torch": torch.__version__,
             "python": sys.version.split()[0],
-            "machine": machine(),
+            "machine": f"{machine()}, one torch thread",
         }
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.json:
         arguments.json.write_text(text + "\n", encoding="utf-8")
-
-
-def machine() -> str:
-    """The processor's name and the number of cores."""
-    import os
-    import platform
-
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return f"{name}, {os.cpu_count()} cores, one torch thread"
 
 
 if __name__ == "__main__":

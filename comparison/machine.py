@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import platform as python_platform
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..backends.machine.remembered import own_version
 from ..backends.platform import Platform
 
 
@@ -27,7 +27,11 @@ def describe(platform: Platform) -> str:
 
 def versions(platform: Platform) -> dict[str, str]:
     """Version of each thing that computes: Python, torch, this pack, the card's libraries, the kernel packages."""
-    found = {"python": python_platform.python_version(), "torch": torch.__version__, "attention-backends": _own()}
+    found = {
+        "python": python_platform.python_version(),
+        "torch": torch.__version__,
+        "attention-backends": own_version(),
+    }
     found |= {"cuda": platform.cuda} if platform.cuda else {}
     found |= {"cudnn": str(platform.cudnn)} if platform.cudnn else {}
     return found | dict(platform.packages)
@@ -45,16 +49,3 @@ def _processor() -> str:
         return python_platform.processor() or "unknown processor"
     named = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
     return " ".join(named[1].split()) if named else python_platform.machine()
-
-
-def _own() -> str:
-    """The pack's version: from its own file where it lies as a folder, else from what pip installed."""
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    if project.is_file():
-        stated = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)
-        if stated:
-            return stated[1]
-    try:
-        return metadata.version("attention-backends")
-    except metadata.PackageNotFoundError:
-        return "unknown"

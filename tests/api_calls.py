@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention_backends.backends import account, attention, calls, read_environment, scopes
-from hook_side import ENVIRONMENT
+from hook_side import no_environment
 
 random = torch.Generator().manual_seed(3)
 Q, K, V = (torch.randn(2, 4, length, 16, generator=random) for length in (6, 10, 10))
@@ -15,8 +15,8 @@ Q, K, V = (torch.randn(2, 4, length, 16, generator=random) for length in (6, 10,
 
 @pytest.fixture
 def nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in (*ENVIRONMENT, "DIFFUSERS_ATTN_CHECKS"):
-        monkeypatch.delenv(name, raising=False)
+    no_environment(monkeypatch)
+    monkeypatch.delenv("DIFFUSERS_ATTN_CHECKS", raising=False)
     read_environment()
     calls._thread.__dict__.clear()
     yield

@@ -25,7 +25,6 @@ from comfy_location import find_comfyui, why_no_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAG = "--use-pytorch-cross-attention"
-# What a person may have set for daily use must not decide a test.
 ENVIRONMENT = (
     *("ATTENTION_BACKENDS_CONFIG", "ATTENTION_BACKENDS_TRACE", "DIFFUSION_ATTENTION_BACKEND", "DIFFUSERS_ATTN_BACKEND"),
 )
@@ -49,6 +48,18 @@ def nodes_module(name: str) -> ModuleType:
 compiled, host, sampling, sites, masks, wrappers = (
     nodes_module(name) for name in ("compiled", "host", "sampling", "sites", "masks", "wrappers")
 )
+
+
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a person may have set for daily use must not decide a test."""
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def plain_comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`comfyui`, and nothing of ours set around it."""
+    comfyui()
+    no_environment(monkeypatch)
 
 
 def pass_masks_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,3 +155,17 @@ def small_call(q_len: int = 8) -> AttentionCall:
     """A call that computes in microseconds; what it costs is for the clock to say."""
     generator = torch.Generator().manual_seed(0)
     return AttentionCall(*(torch.randn(1, 2, q_len, 16, generator=generator) for _ in range(3)))
+
+
+def steady(**costs: float) -> dict[str, Cost]:
+    """A cost for each backend that is always the same."""
+    return {name: lambda ms=ms: ms for name, ms in costs.items()}
+
+
+def ran(session: Session) -> dict[str, int]:
+    """How many calls each backend had."""
+    found: dict[str, int] = {}
+    for row in session.trace.rows.values():
+        if row.calls:
+            found[row.backend] = found.get(row.backend, 0) + row.calls
+    return found

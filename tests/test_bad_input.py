@@ -16,16 +16,14 @@ from attention_backends.backends.config.layers import settings_of  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.names import CHOICES  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
-from hook_side import ENVIRONMENT, comfyui, counts, last_run, nodes_module, selected, with_role  # noqa: E402
+from hook_side import comfyui, counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(autouse=True)
 def _comfy(monkeypatch: pytest.MonkeyPatch) -> None:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
 
 
 def selector() -> Any:

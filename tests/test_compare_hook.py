@@ -11,25 +11,14 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from broken_backends import DROPPED_MASK, NAN, WRONG_SCALE, Wrong, dropped_mask, router, wrong_scale  # noqa: E402
-from hook_side import (  # noqa: E402
-    ENVIRONMENT,
-    PLACES,
-    comfyui,
-    last_run,
-    model_call,
-    nodes_module,
-    selected,
-    stand_in,
-)  # fmt: skip
+from hook_side import PLACES, last_run, model_call, nodes_module, plain_comfyui, selected, stand_in  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(autouse=True)
 def _comfy(monkeypatch: pytest.MonkeyPatch) -> None:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
 
 
 class Noise:

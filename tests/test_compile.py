@@ -23,7 +23,6 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec  #
 from attention_backends.backends.router import NoBackendError  # noqa: E402
 from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     HEADS,
     PLACES,
     ROLES,
@@ -37,6 +36,7 @@ from hook_side import (  # noqa: E402
     last_run,
     marks_left,
     model_call,
+    no_environment,
     nodes_module,
     override,
     sampling,
@@ -54,8 +54,7 @@ BLOCKS = re.compile(r"(blocks|double_blocks|single_blocks|joint_blocks|layers|tr
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    no_environment(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     # Past its limit dynamo would go on uncompiled, and a test would see no more recompilations.

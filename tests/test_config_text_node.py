@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config.layers import settings_of  # noqa: E402
 from attention_backends.backends.names import RefusedBackendError, UnknownBackendError  # noqa: E402
-from hook_side import ENVIRONMENT, comfyui, counts, last_run, nodes_module, selected, with_role  # noqa: E402
+from hook_side import counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 
@@ -24,9 +24,7 @@ MIXED = "python x.py --diffusion-attention-backend TORCH_SDPA \\\n -dac.per_role
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of the node, in a user directory of its own."""
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))

@@ -19,14 +19,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     ROOT,
-    comfyui,
     compiled,
     host,
     last_run,
     marks_left,
     nodes_module,
+    plain_comfyui,
     sampling,
     selected,
     sites,
@@ -45,9 +44,7 @@ ROUND = 24
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
     import tiny_sampling
 
     return tiny_sampling.build("qwen_image_masked")

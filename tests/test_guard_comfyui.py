@@ -18,12 +18,11 @@ from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
-    comfyui,
     counts,
     last_run,
     marks_left,
     nodes_module,
+    plain_comfyui,
     sampling,
     selected,
     sites,
@@ -37,9 +36,7 @@ Wrong = Callable[[Any, str, int], torch.Tensor]
 
 @pytest.fixture
 def wan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
     return tiny_sampling.build("wan")
 
 

@@ -21,16 +21,16 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     comfyui,
     last_run,
     marks_left,
     masks,
+    no_environment,
     pass_masks_on,
     selected,
     sites,
     with_role,
-)  # fmt: skip
+)
 from record_hook_calls import Recorder  # noqa: E402
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype")]
@@ -48,8 +48,7 @@ def comfy() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    no_environment(monkeypatch)
 
 
 @lru_cache(maxsize=1)

@@ -19,14 +19,13 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     ROOT,
     Func,
     Kernel,
-    comfyui,
     counts,
     last_run,
     marks_left,
+    plain_comfyui,
     sampling,
     selected,
     sites,
@@ -39,9 +38,7 @@ NAME = "wan"
 
 @pytest.fixture
 def wan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
     return tiny_sampling.build(NAME)
 
 

@@ -19,7 +19,7 @@ from attention_backends.backends.measured import tuner  # noqa: E402
 from attention_backends.backends.measured.store import VARIABLE, Store, shared_store  # noqa: E402
 from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
-from hook_side import ENVIRONMENT, comfyui, counts, last_run, marks_left, nodes_module, sampling  # noqa: E402
+from hook_side import counts, last_run, marks_left, nodes_module, plain_comfyui, sampling  # noqa: E402
 from measured_machines import Clock, Costed  # noqa: E402
 
 pytestmark = pytest.mark.comfy
@@ -30,9 +30,8 @@ sdpa = plain_sdpa()
 
 @pytest.fixture
 def wan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    comfyui()
-    for name in (*ENVIRONMENT, VARIABLE):
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
+    monkeypatch.delenv(VARIABLE, raising=False)
     usual = tiny_models.FAMILIES["wan"]
     monkeypatch.setitem(tiny_models.FAMILIES, FAMILY, replace(usual, unet={**usual.unet, "num_layers": 12}))
     return tiny_sampling.build(FAMILY)

@@ -21,7 +21,7 @@ from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
 from measured_entries import entry  # noqa: E402
-from measured_machines import INCUMBENT, Costed, Machine, sdpa, small_call  # noqa: E402
+from measured_machines import INCUMBENT, Costed, Machine, ran, sdpa, small_call, steady  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -29,18 +29,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "user" / "measured.sqlite3")
-
-
-def steady(**costs: float) -> dict[str, Any]:
-    return {name: lambda ms=ms: ms for name, ms in costs.items()}
-
-
-def ran(session: Session) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for row in session.trace.rows.values():
-        if row.calls:
-            found[row.backend] = found.get(row.backend, 0) + row.calls
-    return found
 
 
 def imported(store: Store, *entries: Any) -> int:

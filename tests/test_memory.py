@@ -20,14 +20,13 @@ from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     Kernel,
-    comfyui,
     exact,
     host,
     last_run,
     marks_left,
     nodes_module,
+    plain_comfyui,
     sampling,
     selected,
     with_role,
@@ -116,9 +115,7 @@ class Loaded:
 
 @pytest.fixture
 def comfy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
     import tiny_sampling
 
     return tiny_sampling

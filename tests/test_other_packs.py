@@ -14,15 +14,14 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.router import NoBackendError  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     ROLES,
     Func,
     Outcome,
     close,
-    comfyui,
     counts,
     last_run,
     override,
+    plain_comfyui,
     sampling,
     selected,
 )
@@ -114,9 +113,7 @@ def test_a_later_node_that_replaces_us_is_noted() -> None:
 
 @pytest.fixture
 def wan(monkeypatch: pytest.MonkeyPatch) -> Any:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
     import tiny_sampling
 
     return tiny_sampling.build("wan")

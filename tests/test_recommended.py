@@ -35,13 +35,12 @@ from attention_backends.backends.session import Session  # noqa: E402
 from attention_backends.backends.trace import Trace  # noqa: E402
 from attention_backends.backends.trace.audit import AS_ASKED, asked_and_ran  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     Kernel,
-    comfyui,
     host,
     last_run,
     model_call,
     nodes_module,
+    plain_comfyui,
     rows,
     sampling,
     sites,
@@ -243,9 +242,7 @@ def selected(model: Any, backend: str = INT8, *, accuracy: str = "exact", **more
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
 
 
 def ran(record: dict[str, Any] | None = None) -> Rows:

@@ -31,10 +31,10 @@ from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     Kernel,
     comfyui,
     last_run,
+    no_environment,
     nodes_module,
     sampling,
     selected,
@@ -48,8 +48,7 @@ Data = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    no_environment(monkeypatch)
 
 
 def build(family: str) -> Any:

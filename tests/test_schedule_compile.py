@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from hook_side import ENVIRONMENT, comfyui, counts, last_run, nodes_module, selected  # noqa: E402
+from hook_side import comfyui, counts, last_run, no_environment, nodes_module, selected  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 pytestmark = pytest.mark.comfy
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    no_environment(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

@@ -21,7 +21,6 @@ from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
 from attention_backends.backends.schedule.windows import parse_numbers  # noqa: E402
 from hook_side import (  # noqa: E402
-    ENVIRONMENT,
     Kernel,
     comfyui,
     exact,
@@ -29,6 +28,7 @@ from hook_side import (  # noqa: E402
     last_run,
     model_call,
     nodes_module,
+    plain_comfyui,
     sampling,
     selected,
     stand_in,
@@ -126,9 +126,7 @@ class Recorder:
 
 @pytest.fixture
 def wan(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    comfyui()
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    plain_comfyui(monkeypatch)
     return Recorder(tiny_sampling.build("wan"), monkeypatch)
 
 

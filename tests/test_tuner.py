@@ -24,7 +24,7 @@ from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
 from attention_backends.backends.router import NOTHING_MEASURES, Router  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
-from measured_machines import INCUMBENT, Costed, Machine, noisy, sdpa, small_call  # noqa: E402
+from measured_machines import INCUMBENT, Costed, Machine, noisy, ran, sdpa, small_call, steady  # noqa: E402
 
 NAMES = ("sdpa_math", "sdpa_flash", "flash_attn_2", "flash_attn_3", "xformers", "aiter")
 
@@ -32,18 +32,6 @@ NAMES = ("sdpa_math", "sdpa_flash", "flash_attn_2", "flash_attn_3", "xformers", 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "measured.sqlite3")
-
-
-def steady(**costs: float) -> dict[str, Any]:
-    return {name: lambda ms=ms: ms for name, ms in costs.items()}
-
-
-def ran(session: Session) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for row in session.trace.rows.values():
-        if row.calls:
-            found[row.backend] = found.get(row.backend, 0) + row.calls
-    return found
 
 
 def tuning(session: Session) -> dict[str, Any]:
