@@ -16,7 +16,8 @@ from .kernels import BACKENDS
 from .mask.plan import NOTHING_HIDDEN
 from .names import AUTO, MEASURED
 from .routes import ROUTES
-from .schedule import ScheduleEntry, Timetable
+from .schedule import ScheduleEntry
+from .schedule.timetable import Timetable
 
 if TYPE_CHECKING:
     from .trace import Row, Trace

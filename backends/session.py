@@ -20,7 +20,8 @@ from .names import MEASURED
 from .plan import Plan
 from .request import AttentionCall, AttentionRequest
 from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router
-from .schedule import OUTSIDE_A_SAMPLER, Timetable, is_scheduled
+from .schedule import OUTSIDE_A_SAMPLER, is_scheduled
+from .schedule.timetable import Timetable
 from .trace import Trace
 from .trace.timed_kernel import timed_kernel
 

@@ -20,7 +20,8 @@ from ..backends.measured.tuner import Tuner
 from ..backends.platform import Platform, detect
 from ..backends.recommended import offers
 from ..backends.router import NoBackendError, Router
-from ..backends.schedule import Timetable, is_scheduled
+from ..backends.schedule import is_scheduled
+from ..backends.schedule.timetable import Timetable
 from ..backends.session import Session
 from ..backends.trace import Trace
 from ..backends.trace.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained

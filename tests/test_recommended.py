@@ -30,7 +30,8 @@ from attention_backends.backends.recommended import (  # noqa: E402
 )
 from attention_backends.backends.request import AttentionCall, parse_request  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.schedule import ScheduleEntry, Timetable, is_scheduled  # noqa: E402
+from attention_backends.backends.schedule import ScheduleEntry, is_scheduled  # noqa: E402
+from attention_backends.backends.schedule.timetable import Timetable  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
 from attention_backends.backends.trace import Trace  # noqa: E402
 from attention_backends.backends.trace.audit import AS_ASKED, asked_and_ran  # noqa: E402

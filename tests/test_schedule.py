@@ -15,7 +15,8 @@ from attention_backends.backends.names import UnknownBackendError
 from attention_backends.backends.platform import detect
 from attention_backends.backends.request import AttentionCall
 from attention_backends.backends.router import Router
-from attention_backends.backends.schedule import ScheduleEntry, Timetable, step_of
+from attention_backends.backends.schedule import ScheduleEntry, step_of
+from attention_backends.backends.schedule.timetable import Timetable
 from attention_backends.backends.schedule.windows import parse_numbers, parse_percent, parse_sigmas
 from attention_backends.backends.session import Session
 from attention_backends.cli import main

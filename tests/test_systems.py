@@ -30,7 +30,8 @@ from attention_backends.backends.names import (
 from attention_backends.backends.platform import parse_platform
 from attention_backends.backends.request import parse_request
 from attention_backends.backends.router import NoBackendError, Router
-from attention_backends.backends.schedule import ScheduleEntry, Timetable
+from attention_backends.backends.schedule import ScheduleEntry
+from attention_backends.backends.schedule.timetable import Timetable
 from attention_backends.backends.systems import SYSTEMS, key_of, line_of, systems_page
 
 ROOT = Path(__file__).resolve().parent.parent

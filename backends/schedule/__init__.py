@@ -1,21 +1,18 @@
 """Schedules: another backend for some steps, sigmas or blocks of a run, on top of what a role resolves to.
 
-A `ScheduleEntry` is what a person writes. A `Timetable` is the entries of every configuration of a run put on that
-run's own sigmas and the model's own blocks; it says which entries hold at a model call, as one number, and what they
-make of a role. Nothing here knows a sampler: steps are told by sigmas alone, so calls may be skipped, doubled or
-resumed.
+A `ScheduleEntry` is what a person writes. A `Timetable` (`timetable.py`) is the entries of every configuration of a run
+put on that run's own sigmas and the model's own blocks; it says which entries hold at a model call, as one number, and
+what they make of a role. Nothing here knows a sampler: steps are told by sigmas alone, so calls may be skipped, doubled
+or resumed.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..config import CATEGORY_PARENT, AttentionConfig, AttentionSpec, ConfigError
-from ..config.layers import Choice, precautions_of, resolve
+from ..config.layers import precautions_of
 from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 
 ROUNDING = 1e-4
@@ -96,186 +93,6 @@ def step_of(sigma: float, schedule: Sequence[float]) -> int:
     return max((i for i, value in enumerate(schedule) if value >= bound), default=0)
 
 
-class _Placed(NamedTuple):
-    """An entry in a run: its place in its configuration, and its windows as what that run has."""
-
-    layer: AttentionConfig
-    source: str
-    entry: ScheduleEntry
-    steps: frozenset[int]
-    spans: tuple[Span, ...]
-    blocks: frozenset[str]
-    recommended: bool = False
-    """A precaution: it stands above the default alone."""
-
-    def takes(self, role: str, category: str, block: str, masked: bool) -> bool:
-        """True when it is for such calls, whenever they are made."""
-        return (
-            self.entry.takes(role, category, self.layer.parent_of)
-            and (not self.entry.blocks or block in self.blocks)
-            and (masked or not self.entry.masked)
-        )
-
-
 def is_scheduled(layers: tuple[AttentionConfig, ...]) -> bool:
     """True when a choice can depend on more than the role."""
     return any(layer.schedule for layer in layers) or bool(precautions_of(layers))
-
-
-class Timetable:
-    """The entries of every configuration of a run, on its sigmas and the blocks of its model.
-
-    Entries are numbered through all configurations; a set of them is an int, one bit each.
-    """
-
-    def __init__(
-        self,
-        layers: tuple[AttentionConfig, ...],
-        sigmas: Sequence[float] = (),
-        percent_to_sigma: Callable[[float], float] | None = None,
-        blocks: Iterable[str] = (),
-    ) -> None:
-        """`sigmas`: this sampler's, one more than it has steps; empty where no sampler runs."""
-        self.layers = layers
-        self.sigmas = tuple(sigmas)
-        self.count = max(len(self.sigmas) - 1, 0)
-        self.blocks = tuple(blocks)
-        series = _by_series(self.blocks)
-        self._entries: list[_Placed] = []
-        held = [
-            (layer, f"{layer.source}.schedule[{index}] ({entry.describe()})", entry, False)
-            for layer in layers
-            for index, entry in enumerate(layer.schedule)
-        ]
-        held += [(layers[0], precaution.said, precaution.where, True) for precaution in precautions_of(layers)]
-        for layer, source, entry, recommended in held:
-            steps = {step for part in entry.steps for step in part.among(range(self.count))}
-            spans = entry.sigmas
-            if entry.percent and percent_to_sigma is not None:
-                spans = tuple(_as_sigmas(span, percent_to_sigma) for span in entry.percent)
-            named = _blocks_of(entry.blocks, series)
-            self._entries.append(_Placed(layer, source, entry, frozenset(steps), spans, named, recommended))
-        self._always = sum(
-            1 << bit
-            for bit, placed in enumerate(self._entries)
-            if not any(getattr(placed.entry, name) for name in TIMES)
-        )
-        self.timed = self._always != (1 << len(self._entries)) - 1
-        """True when it matters where in the run a call is."""
-        self.held, self.used = 0, 0
-        """Entries that held at a model call so far, and those that decided a call or lost one to a later entry."""
-
-    def at(self, sigma: float | None) -> int:
-        """The entries that hold at a model call; `sigma` None where there is none, outside a sampler."""
-        active = self._always
-        if sigma is not None:
-            step = min(step_of(sigma, self.sigmas), self.count - 1) if self.count else -1
-            for bit, placed in enumerate(self._entries):
-                if step in placed.steps or any(_inside(sigma, span) for span in placed.spans):
-                    active |= 1 << bit
-        self.held |= active
-        return active
-
-    def resolve(self, active: int, role: str, category: str, block: str, masked: bool = False) -> tuple[Choice, str]:
-        """What is asked for a call where the entries `active` hold, and a note where several of them meet, or ""."""
-        note = ""
-
-        def scheduled(layer: AttentionConfig) -> tuple[AttentionSpec, str] | None:
-            nonlocal note
-            found = [
-                (bit, placed)
-                for bit, placed in enumerate(self._entries)
-                if active >> bit & 1
-                and not placed.recommended
-                and placed.layer is layer
-                and placed.takes(role, category, block, masked)
-            ]
-            if not found:
-                return None
-            for bit, _ in found:
-                self.used |= 1 << bit
-            *earlier, (_, last) = found
-            lost = [placed.source for _, placed in earlier if placed.entry.spec != last.entry.spec]
-            if lost and not note:
-                note = f"windows of the schedule overlap: {last.source} wins over {', '.join(lost)}"
-            return last.entry.spec, last.source
-
-        choice = resolve(self.layers, role, category, scheduled)
-        if choice.by_default and (source := self.precaution(active, role, category, block, masked)):
-            choice = Choice(None, source, accuracy="exact", record=choice.record)
-        return choice, note
-
-    def precaution(self, active: int, role: str, category: str, block: str, masked: bool) -> str:
-        """The source of the precaution that makes such calls exact where nothing was said of them, or ""."""
-        for bit, placed in enumerate(self._entries):
-            if active >> bit & 1 and placed.recommended and placed.takes(role, category, block, masked):
-                self.used |= 1 << bit
-                return placed.source
-        return ""
-
-    def between(self, sigma: float) -> str:
-        """The note about a sampler that goes by sigmas of its own, where a model call is at one; else ""."""
-        stepped = [placed for placed in self._entries if placed.entry.steps]
-        if not stepped or any(abs(sigma - value) <= ROUNDING * value for value in self.sigmas):
-            return ""
-        said = "; ".join(f"{placed.source}: {self._in_sigmas(placed.steps)}" for placed in stepped)
-        return f"this sampler also calls the model at sigmas between its steps, so steps became sigma windows: {said}"
-
-    def _in_sigmas(self, steps: frozenset[int]) -> str:
-        """A set of steps as the sigmas that the step rule puts into them; right where sigmas fall."""
-        parts = []
-        for first in sorted(step for step in steps if step - 1 not in steps):
-            last = next(step for step in range(first, self.count) if step + 1 not in steps)
-            high, low = f"{self.sigmas[first]:.4g}", f"{self.sigmas[last + 1]:.4g}"
-            ends = last == self.count - 1
-            if first == 0:
-                parts.append("any" if ends else f"above {low}")
-            else:
-                parts.append(f"{high} and below" if ends else f"{high} down to above {low}")
-        return "sigma " + ", ".join(parts) if parts else "none of this run"
-
-    def unused(self, roles: Iterable[str]) -> list[str]:
-        """After a whole run: a note for each entry that decided nothing, with the reason."""
-        notes = []
-        for bit, placed in enumerate(self._entries):
-            if self.used >> bit & 1:
-                continue
-            if placed.recommended:
-                notes.append(f"{placed.source}: no call of this run was concerned")
-            elif not self.held >> bit & 1:
-                had = f"it had {self.count} steps, sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}" if self.count \
-                    else "no sampler ran"  # fmt: skip
-                notes.append(f"{placed.source} never held in this run: {had}")
-            else:
-                there = f"roles {', '.join(sorted(roles)) or 'none'}; blocks {', '.join(self.blocks) or 'none'}"
-                notes.append(f"{placed.source} matched no attention call of this model: {there}")
-        return notes
-
-
-def _as_sigmas(span: Span, percent_to_sigma: Callable[[float], float]) -> Span:
-    # What noise a sampler adds to the first sigma is still the beginning of the run.
-    return Span(float(percent_to_sigma(span.first)) if span.first > 0 else math.inf, float(percent_to_sigma(span.last)))
-
-
-def _inside(sigma: float, span: Span) -> bool:
-    return span.last * (1 - ROUNDING) <= sigma <= span.first * (1 + ROUNDING)
-
-
-def _by_series(blocks: Iterable[str]) -> dict[str, dict[int, str]]:
-    """Blocks as series -> number -> block: `double_blocks.3` is number 3 of `double_blocks`."""
-    found: dict[str, dict[int, str]] = {}
-    for block in blocks:
-        match = re.fullmatch(r"(.*?)\.?(\d+)", block)
-        if match:
-            found.setdefault(match[1], {})[int(match[2])] = block
-    return found
-
-
-def _blocks_of(parts: tuple[Numbers, ...], series: dict[str, dict[int, str]]) -> frozenset[str]:
-    return frozenset(
-        block_of[number]
-        for part in parts
-        for name, block_of in series.items()
-        if part.series in ("", name)
-        for number in part.among(sorted(block_of))
-    )
