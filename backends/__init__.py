@@ -14,6 +14,15 @@ Folders, by what a call goes through:
     trace     the account: what ran, how often, how long, and why
     records   the decisions of a run as data, to repeat it
     machine   packages, devices, probes, and how to get what is missing
+
+Files beside them:
+    api, calls, scopes               what programs call, one such call, and what is in force around it
+    request, call_checks             what a call is, and a look over it before it runs
+    platform, routes, route_report   a machine as a value, and in which order it tries backends
+    backend, family, limits, memory  what every backend declares
+    router, plan, session, faults    which kernel a call gets, how it runs, and errors after which nothing is tried
+    names, systems, recommended      ids, what other systems call them, and what is known by model family
+    bench, bench_inputs, presets     the benchmark, its tensors, and the calls of real models
 """
 
 from __future__ import annotations

@@ -67,3 +67,11 @@ def test_files_that_comments_and_docs_name_are_there() -> None:
     for path in (*_files(), *(ROOT / "docs").rglob("*.md")):
         for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8")):
             assert any(file.endswith(f"/{name}") for file in (*ours, "/cli.py", "/dev.py")), (path.name, name)
+
+
+def test_the_maps_of_the_library_and_of_the_nodes_name_every_file() -> None:
+    for part in ("backends", "nodes"):
+        text = (ROOT / part / "__init__.py").read_text(encoding="utf-8")
+        for path in (ROOT / part).iterdir():
+            if (path / "__init__.py").is_file() or (path.suffix == ".py" and path.stem != "__init__"):
+                assert re.search(rf"\b{path.stem}\b", text), f"{part}/{path.name}"
