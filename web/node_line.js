@@ -1,8 +1,8 @@
 /**
  * A line on our nodes: what ran, and before that whether the chosen backend can run on this server.
  *
- * The line is a widget that only shows: it is in no saved workflow and in no prompt, and stands after all others, so
- * the order of a node's saved values stays as it is. A run's line belongs to the workflow that queued it
+ * The line is a widget that only shows: it is in no saved workflow and in no prompt. Its room is there before anything
+ * ran, so that a run changes no node's size, which is saved. A run's line belongs to the workflow that queued it
  * (workflow_runs.js), as another open one may have nodes with the same ids.
  */
 
@@ -16,7 +16,7 @@ import { workflowRuns } from './workflow_runs.js'
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyExtension} ComfyExtension
  * @typedef {Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0]} LGraphNode
  * @typedef {import('./server.js').Total} Total
- * @typedef {{ ran: string, warning: string, text?: HTMLElement, widget?: any }} Line
+ * @typedef {{ ran: string, warning: string, text: HTMLElement }} Line
  */
 
 const NAME = 'attention_backends_line'
@@ -54,36 +54,34 @@ export function nodeLines(app, events, server, say) {
    * @param {Partial<Line>} change
    */
   function show(node, change) {
-    const line = Object.assign(lines.get(node) ?? { ran: '', warning: '' }, change)
-    lines.set(node, line)
+    const line = lines.get(node)
+    if (!line) return
+    Object.assign(line, change)
     const [ran, ...offers] = line.ran.split('\n')
     const said = line.warning || (offers.length ? `${ran}; ${say('line.recommended')}` : ran)
-    if (!said && !line.widget) return
-    if (!line.text || !node.widgets?.some((widget) => widget.name === NAME)) addWidget(node, line)
-    if (!line.text) return
     line.text.textContent = line.warning ? `⚠ ${said}` : said
     line.text.title = [line.warning, line.ran].filter(Boolean).join('\n')
     line.text.style.color = line.warning ? 'var(--error-text, #ff7b72)' : 'var(--descrip-text, #999)'
     node.setDirtyCanvas(true, true)
   }
 
-  /**
-   * @param {LGraphNode} node
-   * @param {Line} line
-   */
-  function addWidget(node, line) {
-    line.text = element('div', { 'data-testid': NAME })
-    Object.assign(line.text.style, {
+  /** @param {LGraphNode} node */
+  function addLine(node) {
+    const host = /** @type {any} */ (node) // the published types lack addDOMWidget
+    if (!host.addDOMWidget) return
+    const text = element('div', { 'data-testid': NAME })
+    Object.assign(text.style, {
       overflow: 'hidden', font: '11px/1.35 sans-serif', display: '-webkit-box', webkitBoxOrient: 'vertical',
-      webkitLineClamp: '2', overflowWrap: 'anywhere', height: 'auto', maxHeight: `${HEIGHT - 8}px`
+      webkitLineClamp: '2', overflowWrap: 'anywhere', height: 'auto', minHeight: `${HEIGHT - 8}px`,
+      maxHeight: `${HEIGHT - 8}px`
     })
-    // The published types lack this method.
-    line.widget = /** @type {any} */ (node).addDOMWidget(NAME, NAME, line.text, {
+    const widget = host.addDOMWidget(NAME, NAME, text, {
       serialize: false, hideOnZoom: false, margin: 8, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT,
       getValue: () => '', setValue() {}
     })
-    line.widget.serialize = false
-    line.widget.label = say('line.label') // the front end lists widgets of the selected node by name
+    widget.serialize = false
+    widget.label = say('line.label') // the front end lists widgets of the selected node by name
+    lines.set(node, { ran: '', warning: '', text })
     const [width, height] = node.computeSize()
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
   }
@@ -168,8 +166,11 @@ export function nodeLines(app, events, server, say) {
      * @param {LGraphNode} node
      */
     watch(node) {
-      if (SHOW_RUNS.includes(classOf(node))) runsOf.carry(node)
-      if (!CHOOSE.includes(classOf(node))) return
+      const kind = classOf(node)
+      if (SHOW_RUNS.includes(kind)) runsOf.carry(node)
+      if (![...SHOW_RUNS, ...CHOOSE].includes(kind)) return
+      addLine(node)
+      if (!CHOOSE.includes(kind)) return
       const widget = node.widgets?.find((one) => one.name === 'backend')
       if (!widget) return
       const before = widget.callback

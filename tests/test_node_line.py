@@ -1,0 +1,86 @@
+"""What our widgets on nodes leave alone: sizes of nodes, and values of the widgets of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_backends.devtools.server import Server
+from browser import load_workflow, open_comfyui, why_no_browser
+from panel_pictures import keep
+from server_harness import start_server
+from test_panel import LINE, RENDERERS, ours, run_workflow, workflow
+
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.browser,
+    pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}"),
+]
+STATE = """() => {
+  const { graph, extensionManager } = window.app
+  const { changeTracker } = extensionManager.workflow.activeWorkflow
+  changeTracker.captureCanvasState()
+  return JSON.stringify([changeTracker.undoQueue.length, ...graph.nodes.map((node) => [node.type, ...node.size])])
+}"""
+"""How often the workflow was changed, and every node's size."""
+CHANGE = """([change, steps]) => {
+  const { graph, canvas } = window.app
+  const first = (type) => graph.nodes.find((one) => one.type === type)
+  const selector = first('AttentionBackendSelector')
+  first('KSampler').widgets[2].value = steps
+  if (change === 'saved') graph.remove(first('PreviewAny')) // its value is what it shows, and is saved
+  if (change === 'small') {
+    selector.setSize([...selector.computeSize()])
+    selector.widgets[0].value = 'cudnn_attn' // which cannot run here, so there is a warning too
+    selector.widgets[0].callback('cudnn_attn')
+    const node = window.LiteGraph.createNode('AttentionConfigText')
+    graph.add(node)
+    node.pos = [395, 340]
+    node.widgets[0].value = '{"default": "torch_sdpa"}'
+    selector.connect(0, node, 0)
+    node.connect(0, first('PerRoleAttentionConfig'), 0)
+    graph.updateExecutionOrder() // which queueing does too, and is saved
+  }
+  if (change === 'collapsed') selector.collapse()
+  canvas.ds.scale = 1
+  canvas.ds.offset[0] = -300
+  canvas.ds.offset[1] = 60
+  canvas.setDirty(true, true)
+}"""
+OUTSIDE = """(place) => [...document.querySelectorAll(place)].filter((line) => {
+  const { width, height } = line.getBoundingClientRect()
+  return width && (line.scrollHeight > height + 1 || line.scrollWidth > width + 1)
+}).map((line) => line.textContent)"""
+"""Lines whose text is larger than the line."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with start_server(extra_nodes=()) as running:
+        yield running
+
+
+@RENDERERS
+def test_a_run_changes_no_size(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    """Not of a node that was saved without room for the line, made small by hand, collapsed, or new."""
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        load_workflow(page, workflow())
+        changes = (("saved", 1), ("small", 2), ("collapsed", 1))
+        for number, (change, lines) in enumerate(changes):
+            page.evaluate(CHANGE, [change, 20 + 2 * number + nodes_2])
+            before = ["", *(settled(page) for _ in range(2))]
+            while before[-1] != before[-2]:  # Nodes 2.0 are measured after they are drawn
+                before.append(settled(page))
+            assert run_workflow(page, server)["state"] == "done"
+            page.screenshot(path=keep(tmp_path, f"line_{change}_{nodes_2}.png"))
+            assert page.locator(LINE).locator("visible=true").count() == lines
+            assert page.evaluate(OUTSIDE, LINE) == []
+            assert settled(page) == before[-1]
+        assert ours(page) == []
+
+
+def settled(page: Any) -> str:
+    page.wait_for_timeout(400)
+    return str(page.evaluate(STATE))
