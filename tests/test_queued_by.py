@@ -78,12 +78,15 @@ MARKS = """
 import assert from 'node:assert'
 import { workflowRuns } from './workflow_runs.js'
 const workflow = {}
-const runs = workflowRuns({ extensionManager: { workflow } }, () => {})
-const node = () => {
+const rootGraph = { nodes: [], subgraphs: new Map() }
+const runs = workflowRuns({ extensionManager: { workflow }, rootGraph }, () => {})
+const carrier = (graph) => {
   const widgets = []
-  runs.carry({ addCustomWidget: (widget) => widgets.push(widget) })
-  return widgets[0]
+  const node = { graph, mode: 0, addCustomWidget: (widget) => widgets.push(widget) }
+  runs.carry(node)
+  return [node, widgets[0]]
 }
+const node = () => carrier(rootGraph)[1]
 const queue = async (widget) => {
   widget.beforeQueued()
   return widget.serializeValue()
@@ -122,6 +125,31 @@ assert.equal(await queue(first), mark)
 for (let i = 0; i < 1000; i++) runs.keep(mark, [[`${i}`, { class_type: 'A', text: '' }]])
 assert.equal(runs.shown().size, 200)
 assert.ok(runs.shown().has('999'))
+
+// Nodes that the prompt has not got are never asked, and nothing is called after a request that failed.
+const inner = { nodes: [] }
+const outer = { nodes: [{ mode: 0, graph: null, subgraph: inner }] }
+const [place, twin] = [0, 0].map((mode) => ({ mode, graph: rootGraph, subgraph: outer }))
+outer.nodes[0].graph = outer
+rootGraph.nodes.push(place, twin)
+rootGraph.subgraphs.set('outer', outer).set('inner', inner)
+for (const graph of [rootGraph, inner]) {
+  const [node, widget] = carrier(graph)
+  assert.equal(await queue(widget), mark)
+  for (const mode of [2, 4]) {
+    node.mode = mode
+    widget.beforeQueued()
+    node.mode = 0
+    assert.equal(await widget.serializeValue(), undefined)
+  }
+}
+const [, held] = carrier(inner)
+place.mode = 4
+assert.equal(await queue(held), mark) // the other one has it in the prompt
+twin.mode = 2
+held.beforeQueued()
+place.mode = 0
+assert.equal(await held.serializeValue(), undefined)
 console.log('works')
 """
 
@@ -364,8 +392,8 @@ def test_every_node_of_a_workflow_brings_one_mark(server: Server, tmp_path: Path
         prompts = sent(page)
         load_workflow(page, workflow(steps=8))
         page.evaluate(QUEUE, 2)
-        page.locator(LINE).wait_for(timeout=20_000)  # it makes the node taller, which is a step to undo as well
-        page.evaluate(MODIFIED)  # notes a step
+        page.locator(LINE).wait_for(timeout=20_000)
+        page.evaluate(MODIFIED)  # notes a step, as a picture was shown
         page.evaluate(COPIED)
         page.evaluate(MODIFIED)
         page.evaluate(QUEUE, 1)
@@ -394,3 +422,27 @@ def test_every_node_of_a_workflow_brings_one_mark(server: Server, tmp_path: Path
         assert mark not in marks(prompts[0]).values()
         assert NAME not in page.evaluate(EXPORTED)
         assert ours(page) == []
+
+
+@pytest.mark.comfy
+@pytest.mark.browser
+@browser
+def test_a_request_that_failed_leaves_no_mark(server: Server, tmp_path: Path) -> None:
+    """In a node that was bypassed, or in a subgraph that was, and is in the next export."""
+    bypassed = """([found, mode]) => { window.app.graph.nodes.find((node) => eval(found)).mode = mode }"""
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        prompts = sent(page)
+        load_workflow(page, workflow(steps=8))
+        page.route("**/prompt", lambda route: route.fulfill(status=500, body="{}"))
+        for found in ("node.type === 'AttentionBackendSelector'", "node.subgraph"):
+            if "subgraph" in found:
+                page.evaluate(PACKED)
+            page.evaluate(bypassed, [found, 4])
+            page.evaluate(QUEUE, 1)
+            assert marks(prompts[-1]) == {}
+            page.evaluate(bypassed, [found, 0])
+            assert NAME not in page.evaluate(EXPORTED)
+            page.evaluate(QUEUE, 1)
+            assert len(marks(prompts[-1])) == 1
+            assert NAME not in page.evaluate(EXPORTED)
+        assert len(prompts) == 4

@@ -15,6 +15,8 @@
 const INPUT = 'attention_backends_mark'
 /** Workflows whose runs are remembered, and nodes of each: a page can stay open for weeks. */
 const KEPT = 200
+/** Values of a node's `mode`. */
+const [MUTED, BYPASSED] = [2, 4]
 
 /**
  * @param {ComfyApp} app
@@ -60,8 +62,8 @@ export function workflowRuns(app, opened) {
         options: { hidden: true, canvasOnly: true }, // in Nodes 2.0 and in the panels beside the graph
         disabled: true, computedDisabled: true, // not offered as an input of a subgraph
         /** ComfyUI calls this right before it makes a prompt for the queue, and not before an export. */
-        beforeQueued: () => void (next = mark()),
-        afterQueued: () => void (next = undefined), // where the node was bypassed
+        beforeQueued: () => void (next = inPrompt(app, node) ? mark() : undefined),
+        afterQueued: () => void (next = undefined),
         /** What the prompt holds; an input that is undefined is not in the JSON. */
         serializeValue: async () => {
           const now = next
@@ -84,6 +86,23 @@ export function workflowRuns(app, opened) {
     /** What the nodes of the shown workflow say, by their ids. */
     shown: () => said.get(marks.get(active()) ?? '') ?? new Map()
   }
+}
+
+/**
+ * Whether a prompt that is made now has a node: a bypassed one is never asked what the prompt holds, so it would keep
+ * a mark for the next export, as nothing is called after a request that failed.
+ *
+ * @param {ComfyApp} app
+ * @param {LGraphNode} node
+ * @returns {boolean}
+ */
+function inPrompt(app, node) {
+  if (node.mode === MUTED || node.mode === BYPASSED) return false
+  /** @type {any} */
+  const root = app.rootGraph ?? app.graph
+  if (!root?.subgraphs?.size || node.graph === root) return true
+  const all = [root, ...root.subgraphs.values()].flatMap((graph) => graph.nodes)
+  return all.some((holder) => holder.subgraph === node.graph && inPrompt(app, holder))
 }
 
 /**
