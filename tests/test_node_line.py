@@ -84,3 +84,36 @@ def test_a_run_changes_no_size(server: Server, tmp_path: Path, nodes_2: bool) ->
 def settled(page: Any) -> str:
     page.wait_for_timeout(400)
     return str(page.evaluate(STATE))
+
+
+OTHER_PACK = """() => window.app.registerExtension({
+  name: 'Test.WidgetBehindOurs',
+  nodeCreated(node) {
+    if (node.comfyClass?.startsWith('Attention')) node.addWidget('text', 'theirs', 'as it was', () => {})
+  }
+})"""
+WIDGETS = """() => window.app.graph.nodes.filter((node) => node.type === 'AttentionBackendSelector')
+  .map((node) => node.widgets.map(({ name, value }) => [name, value]))"""
+TYPED = """() => {
+  const node = window.app.graph.nodes.find((one) => one.type === 'AttentionBackendSelector')
+  node.widgets.find((one) => one.name === 'theirs').value = 'typed'
+  window.app.graph.add(node.clone())
+  return window.app.graph.serialize()
+}"""
+
+
+def test_a_widget_of_another_pack_keeps_its_value(server: Server, tmp_path: Path) -> None:
+    """Behind ours, which are not saved: the front end saves a gap for each and does not expect it when it loads."""
+    own = next(node for node in workflow()["nodes"] if node["type"] == "AttentionBackendSelector")["widgets_values"]
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        page.evaluate(OTHER_PACK)
+        load_workflow(page, workflow())
+        saved = page.evaluate(TYPED)
+        nodes = [node for node in saved["nodes"] if node["type"] == "AttentionBackendSelector"]
+        assert [node["widgets_values"] for node in nodes] == [[*own, "typed"]] * 2
+        load_workflow(page, saved)
+        for widgets in page.evaluate(WIDGETS):
+            assert [name for name, _ in widgets].index("theirs") > len(own)  # there are some of ours between
+            assert widgets[-1] == ["theirs", "typed"]
+            assert [value for _, value in widgets][: len(own)] == own
+        assert ours(page) == []

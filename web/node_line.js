@@ -170,6 +170,7 @@ export function nodeLines(app, events, server, say) {
       if (SHOW_RUNS.includes(kind)) runsOf.carry(node)
       if (![...SHOW_RUNS, ...CHOOSE].includes(kind)) return
       addLine(node)
+      saveWithoutGaps(node)
       if (!CHOOSE.includes(kind)) return
       const widget = node.widgets?.find((one) => one.name === 'backend')
       if (!widget) return
@@ -181,6 +182,20 @@ export function nodeLines(app, events, server, say) {
       }
       setTimeout(() => check(node)) // a loaded node gets its values right after it was made
     }
+  }
+}
+
+/**
+ * The front end saves a gap where a widget has no value to save, and loads as if there were none: a widget that another
+ * pack added behind ours would get the value of the one before it. So a node is saved as it is without our widgets.
+ *
+ * @param {LGraphNode} node
+ */
+function saveWithoutGaps(node) {
+  const before = node.onSerialize
+  node.onSerialize = function (saved) {
+    saved.widgets_values = saved.widgets_values?.filter(() => true) // which leaves gaps out, and nothing else
+    return before?.call(this, saved)
   }
 }
 
