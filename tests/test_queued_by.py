@@ -79,7 +79,8 @@ import assert from 'node:assert'
 import { workflowRuns } from './workflow_runs.js'
 const workflow = {}
 const rootGraph = { nodes: [], subgraphs: new Map() }
-const runs = workflowRuns({ extensionManager: { workflow }, rootGraph }, () => {})
+rootGraph.rootGraph = rootGraph
+const runs = workflowRuns({ extensionManager: { workflow } }, () => {})
 const carrier = (graph) => {
   const widgets = []
   const node = { graph, mode: 0, addCustomWidget: (widget) => widgets.push(widget) }
@@ -127,8 +128,8 @@ assert.equal(runs.shown().size, 200)
 assert.ok(runs.shown().has('999'))
 
 // Nodes that the prompt has not got are never asked, and nothing is called after a request that failed.
-const inner = { nodes: [] }
-const outer = { nodes: [{ mode: 0, graph: null, subgraph: inner }] }
+const inner = { rootGraph, nodes: [] }
+const outer = { rootGraph, nodes: [{ mode: 0, graph: null, subgraph: inner }] }
 const [place, twin] = [0, 0].map((mode) => ({ mode, graph: rootGraph, subgraph: outer }))
 outer.nodes[0].graph = outer
 rootGraph.nodes.push(place, twin)

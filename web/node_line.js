@@ -208,7 +208,7 @@ function saveWithoutGaps(node) {
  */
 function nodeOf(app, id) {
   /** @type {any} */
-  let graph = app.rootGraph ?? app.canvas?.graph
+  let graph = app.rootGraph ?? app.canvas?.graph?.rootGraph ?? app.canvas?.graph
   const path = id.split(':')
   for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph
   return graph?.getNodeById(path.at(-1)) ?? graph?.getNodeById(Number(path.at(-1))) ?? undefined

@@ -62,7 +62,7 @@ export function workflowRuns(app, opened) {
         options: { hidden: true, canvasOnly: true }, // in Nodes 2.0 and in the panels beside the graph
         disabled: true, computedDisabled: true, // not offered as an input of a subgraph
         /** ComfyUI calls this right before it makes a prompt for the queue, and not before an export. */
-        beforeQueued: () => void (next = inPrompt(app, node) ? mark() : undefined),
+        beforeQueued: () => void (next = inPrompt(node) ? mark() : undefined),
         afterQueued: () => void (next = undefined),
         /** What the prompt holds; an input that is undefined is not in the JSON. */
         serializeValue: async () => {
@@ -92,17 +92,16 @@ export function workflowRuns(app, opened) {
  * Whether a prompt that is made now has a node: a bypassed one is never asked what the prompt holds, so it would keep
  * a mark for the next export, as nothing is called after a request that failed.
  *
- * @param {ComfyApp} app
  * @param {LGraphNode} node
  * @returns {boolean}
  */
-function inPrompt(app, node) {
+function inPrompt(node) {
   if (node.mode === MUTED || node.mode === BYPASSED) return false
   /** @type {any} */
-  const root = app.rootGraph ?? app.graph
+  const root = node.graph?.rootGraph
   if (!root?.subgraphs?.size || node.graph === root) return true
   const all = [root, ...root.subgraphs.values()].flatMap((graph) => graph.nodes)
-  return all.some((holder) => holder.subgraph === node.graph && inPrompt(app, holder))
+  return all.some((holder) => holder.subgraph === node.graph && inPrompt(holder))
 }
 
 /**
