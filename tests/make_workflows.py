@@ -103,11 +103,15 @@ def arrange(page: Any, name: str, graph: Graph) -> str:
 
 
 def screenshot(page: Any, name: str, server: Any) -> bytes:
-    """The whole graph in the window, with its results where it can run here."""
+    """The whole graph in the window: with its results, or else without what our nodes say of this machine."""
     if name in EMBEDDED_WORKFLOWS:
         page.evaluate("() => window.app.queuePrompt(0)")
         while any(server.get("/queue").values()):
             page.wait_for_timeout(500)
+    else:
+        page.evaluate(
+            "() => document.querySelectorAll('[data-testid=attention_backends_line]').forEach((e) => e.remove())"
+        )
     box = page.evaluate(SHOW_ALL)
     page.wait_for_timeout(1000)
     return bytes(page.screenshot(clip=box))
