@@ -42,6 +42,7 @@ RUNS = 500
 WARM_UP = 50
 MOST_GROWTH = 50_000
 """Bytes of Python objects over the second half of the runs; the account of one is some thousand."""
+NOT_OURS = [tracemalloc.Filter(False, tracemalloc.__file__)]
 BACKENDS = ("torch_sdpa", "sdpa_math", "reference")
 
 
@@ -134,16 +135,16 @@ def test_hundreds_of_runs_leave_nothing_and_are_told_apart() -> None:
         for number in range(WARM_UP, RUNS // 2):
             one(number)
         assert_no_more_than(before)
-        halfway, _ = tracemalloc.get_traced_memory()
+        halfway = tracemalloc.take_snapshot().filter_traces(NOT_OURS)
         for number in range(RUNS // 2, RUNS):
             one(number)
         assert_no_more_than(before)
-        grown = tracemalloc.get_traced_memory()[0] - halfway
+        grown = tracemalloc.take_snapshot().filter_traces(NOT_OURS).compare_to(halfway, "lineno")
     finally:
         tracemalloc.stop()
     assert len(set(numbers)) == RUNS
     check_kept(numbers)
-    assert grown < MOST_GROWTH
+    assert sum(line.size_diff for line in grown) < MOST_GROWTH, "\n".join(map(str, grown[:20]))
 
 
 def real_runs(count: int) -> None:

@@ -504,7 +504,7 @@ def test_a_run_that_ends_while_the_connection_is_lost_is_told(server: Server, tm
         panel.locator(".ab-running").wait_for(timeout=20_000)
         page.context.set_offline(True)
         page.evaluate("() => window.app.api.socket.close()")
-        for _ in range(600):
+        for _ in range(1200):
             newest = server.get("/attention_backends/runs")["runs"][0]
             if newest["state"] == "done":
                 break
