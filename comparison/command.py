@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 from .metrics import need
@@ -123,10 +124,20 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def make_folder(folder: Path) -> None:
+    """Make the output folder, and write a file in it: the work whose results go there may take hours.
+
+    Raises:
+        ComparisonError: nothing can be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(b"0")
     except OSError as error:
-        raise ComparisonError(f"output folder {folder}: {error.strerror or error}") from error
+        raise ComparisonError(
+            f"output folder {folder}: no file can be written there ({error.strerror or error}); name another folder "
+            "with --output"
+        ) from error
 
 
 def _command(program: str, settings: object, backends: list[str]) -> str:

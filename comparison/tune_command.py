@@ -131,6 +131,13 @@ def _measure(options: argparse.Namespace, store: Store) -> tuple[list[dict[str, 
     if options.tokens < 0:
         raise ComparisonError(f"tokens {options.tokens}: give 1 or more, or 0 for the full lengths")
     presets = [preset.scaled(options.tokens) for preset in parse_presets(options.presets)]
+    try:
+        store.save()  # measuring takes minutes, and a run of ComfyUI goes by the file alone
+    except (OSError, sqlite3.Error) as error:
+        raise ComparisonError(
+            f"{store.path} cannot be written ({getattr(error, 'strerror', None) or error}); name another file with "
+            f"--store or {VARIABLE}"
+        ) from error
     failed, progress = [], Progress()
     with contextlib.redirect_stdout(sys.stderr):  # what packages print while they load is no part of the answer
         router = router_for(options.device)

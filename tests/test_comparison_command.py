@@ -104,6 +104,20 @@ def test_an_output_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.Captur
     assert "output folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["compare", *TINY], ["bench", "--presets", "flux2", "--tokens", "16"]])
+def test_a_folder_without_rights_is_found_before_the_work(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(**given: Path) -> None:  # root is refused nothing
+        raise PermissionError(13, "Permission denied", str(given["dir"]))
+
+    monkeypatch.setattr(command.tempfile, "TemporaryFile", refuses)
+    assert main([*arguments, "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: no file can be written there (Permission denied); name another folder with --output" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_package_is_said_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

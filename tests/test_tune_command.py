@@ -151,6 +151,16 @@ def test_bad_input_ends_with_a_reason(
     assert said in found["error"]
 
 
+def test_a_store_that_cannot_be_written_is_found_before_the_work(
+    file: Path, machine: dict[str, Costed], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "plain").write_text("here first", encoding="utf-8")
+    nowhere = tmp_path / "plain" / "measured.sqlite3"
+    found = tune(capsys, "--presets", "flux2", "--store", str(nowhere), *SMALL, status=2)
+    assert f"{nowhere} cannot be written (" in found["error"]
+    assert found["error"].endswith(f"name another file with --store or {VARIABLE}")
+
+
 def test_explain_knows_the_store(file: Path, machine: dict[str, Costed], capsys: Capture) -> None:
     tune(capsys, "--presets", "flux2", *SMALL)
     preset = PRESETS["flux2"].scaled(16)

@@ -3,7 +3,7 @@
 An entry belongs to one environment (card, driver, torch and kernel packages, our version), one accuracy that was
 allowed and one `TuningKey`. Reading and writing never fail: where the file cannot be used, a message says so once,
 what is new stays in memory, and goes into the file as soon as that works again. What a person asks for by hand
-(`clear`, `import_`) raises instead.
+(`save`, `clear`, `import_`) raises instead.
 
 Boundary: what is kept, and when the file is tried; SQLite is in `database.py`, who measures, and when, in `tuner.py`.
 """
@@ -80,6 +80,15 @@ class Store:
         with self.lock:
             if self._unsaved and not self._is_resting(write=True):
                 self._trying(lambda: self._write(list(self._unsaved.values())), write=True)
+
+    def save(self) -> None:
+        """Have a file, with all that is known, for a person who waits for that.
+
+        Raises:
+            OSError, sqlite3.Error: the file cannot be written.
+        """
+        with self._by_hand():
+            self._write(list(self._unsaved.values()))
 
     def entries(self) -> list[dict[str, Any]]:
         """Every entry as plain data, newest first; `here` is true where it holds for this process."""
