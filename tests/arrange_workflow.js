@@ -56,8 +56,8 @@ async ({ name, nodes, lanes, about }) => {
   const note = window.LiteGraph.createNode('MarkdownNote')
   note.title = 'About'
   note.setSize([400, 300])
+  graph.add(note) // before its text: the front end would give it what a note of this number had in the last graph
   note.widgets[0].value = about
-  graph.add(note)
   note.pos = [-note.size[0] - GAP, TITLE]
   const [left] = place(first, 0, 0)
   let low = 0

@@ -58,6 +58,11 @@ def values(nodes: Mapping[str, Any]) -> dict[str, Any]:
     return {number: (node["class_type"], node["inputs"]) for number, node in nodes.items()}
 
 
+def notes(saved: Mapping[str, Any]) -> list[str]:
+    """The texts of the notes in a workflow as the front end saves it."""
+    return [node["widgets_values"][0] for node in saved["nodes"] if node["type"] == "MarkdownNote"]
+
+
 def write_api_form(names: list[str]) -> None:
     API_FORM.mkdir(exist_ok=True)
     for name in names:
@@ -99,6 +104,8 @@ def arrange(page: Any, name: str, graph: Graph) -> str:
     saved, back = page.evaluate(ARRANGE, given)
     if values(json.loads(back)) != values(graph.nodes):
         raise ValueError(f"{name}: the front end changed it to {back}")
+    if graph.about not in notes(json.loads(saved)):
+        raise ValueError(f"{name}: the front end changed its note to {notes(json.loads(saved))}")
     return str(saved)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from attention_backends.devtools.server import Server
 from browser import alerts, load_workflow, missing_nodes, open_comfyui, ours, why_no_browser
-from make_workflows import API_FORM, MOST_BYTES, UI_FORM, WORKFLOWS, values
+from make_workflows import API_FORM, MOST_BYTES, UI_FORM, WORKFLOWS, notes, values
 from PIL import Image, ImageChops
 from server_harness import ROOT, start_server
 from workflow_families import FAMILY_WORKFLOWS
@@ -58,6 +58,11 @@ def test_saved_form_is_flat_and_keeps_its_seed(name: str) -> None:
     seeded = [node for node in workflow["nodes"] if node["type"] in SEEDED]
     assert seeded
     assert all("fixed" in node["widgets_values"] for node in seeded)
+
+
+@every_workflow
+def test_the_note_is_that_of_the_workflow(name: str) -> None:
+    assert notes(saved(name)) == [WORKFLOWS[name]().about], "run: python tests/make_workflows.py --ui"
 
 
 @pytest.mark.comfy
