@@ -49,7 +49,7 @@ PACKAGES = (
     "kernels",
     "fastvideo-kernel",
 )
-"""Distributions whose presence and version backends ask about."""
+"""Distributions whose presence and version backends ask about; any other counts as not installed."""
 
 
 @dataclass(frozen=True)

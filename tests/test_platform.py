@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib import metadata
 
 import pytest
-from attention_backends.backends.platform import KINDS, Platform, detect, installed_packages, parse_platform
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.platform import KINDS, PACKAGES, Platform, detect, installed_packages, parse_platform
+from packaging.requirements import Requirement
 
 
 def test_the_example_of_the_command_line() -> None:
@@ -98,6 +100,12 @@ def test_the_description_in_words() -> None:
     words = parse_platform("cuda:12.0,name=RTX PRO 6000,torch=2.11.0").describe()
     assert words == "cuda, RTX PRO 6000, sm_120, torch 2.11.0, CUDA 13.0, cuDNN 91002"
     assert Platform("cpu").describe() == "cpu"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_a_backend_requires_is_looked_for(name: str) -> None:
+    """Otherwise the backend says that a package is not installed, which is."""
+    assert {Requirement(need).name for need in BACKENDS[name].requires} <= {"torch", *PACKAGES}
 
 
 def test_a_damaged_package_is_reported_and_does_not_raise(monkeypatch: pytest.MonkeyPatch) -> None:

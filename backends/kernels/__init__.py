@@ -1,4 +1,7 @@
-"""The ordered list of backends: one file each, and one line here. A new kernel is added in these two places."""
+"""The ordered list of backends: one file each, and one line here.
+
+A new kernel is added in these two places, and its id in `names.py`; docs/adding_a_kernel.md has the rest.
+"""
 
 from __future__ import annotations
 
