@@ -72,7 +72,7 @@ class Platform:
     cudnn_sdp_enabled: bool = True
     """False when something in this process called torch.backends.cuda.enable_cudnn_sdp(False)."""
     hub: bool = False
-    """The person allows kernels to be downloaded from Hugging Face's Hub (`hub.py`)."""
+    """The person allows kernels to be downloaded from Hugging Face's Hub (`machine/hub.py`)."""
     described: bool = False
     """True for a machine that somebody described: packages are then taken at their word, not imported."""
 

@@ -37,7 +37,7 @@ Failures = Mapping[Failed, str]
 NO_FAILURES: Failures = {}
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
 NOTHING_MEASURES = "measured: no times are kept for such calls, and none are taken here, so it is what auto takes"
-"""A note where `measured` was asked for: selection alone knows no times, see `tuner.py`."""
+"""A note where `measured` was asked for: selection alone knows no times, see `measured/tuner.py`."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,14 @@ def test_files_that_comments_and_docs_name_are_there() -> None:
             assert any(file.endswith(f"/{name}") for file in (*ours, "/cli.py", "/dev.py")), (path.name, name)
 
 
+@pytest.mark.parametrize("path", _files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_that_a_comment_names_is_found_from_where_it_stands(path: Path) -> None:
+    """In its own folder or in one above it: after a move the bare name may be that of another file."""
+    above = path.relative_to(ROOT).parents
+    for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8")):
+        assert any((ROOT / folder / name).is_file() for folder in above), name
+
+
 def test_the_maps_of_the_library_and_of_the_nodes_name_every_file() -> None:
     for part in ("backends", "nodes"):
         text = (ROOT / part / "__init__.py").read_text(encoding="utf-8")

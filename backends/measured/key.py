@@ -1,6 +1,6 @@
 """Which attention calls count as the same for a measured choice: their facts, with lengths in buckets.
 
-The key of what was measured (`store.py`) and of what a run recorded (`record.py`).
+The key of what was measured (`store.py`) and of what a run recorded (`records/record.py`).
 """
 
 from __future__ import annotations

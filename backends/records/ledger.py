@@ -2,7 +2,7 @@
 
 A kind of call can change its kernel in the middle of a run: a schedule's window begins, the guard takes a kernel away,
 a kernel fails. So each decision is kept with the model call from which it held; model calls are numbered from 1, as in
-`timeline.py`. `record.py` makes plain data of it.
+`trace/timeline.py`. `record.py` makes plain data of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Windows as people write them: `0-3`, `last 2`, `0-1,38,last 2`, `20%-80%`, `1-0.85`.
 
 Over steps and blocks they are whole numbers, from 0, both ends included; over percent and sigmas they are spans.
-What they are over is in `schedule.py`.
+What they are over is in `__init__.py`.
 """
 
 from __future__ import annotations
