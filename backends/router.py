@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .backend import ACCURACY, Backend, Kernel
+from .call_checks import VARIABLE as CHECKS
 from .config import AttentionConfig, frozen
 from .config.layers import Choice, resolve, settings_of
 from .family import Family
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 ALWAYS = "torch_sdpa"
+FAILED = "failed before on this call: "
 
 Failed = tuple[str, tuple[tuple[str, str], ...], AttentionRequest]
 """A backend with its options, frozen, on one kind of call."""
@@ -178,7 +180,7 @@ class Router:
         if options and (wrong := backend.option_reasons(self.platform, options)):
             return tuple(wrong)
         if failed and (said := failed.get((backend_id, frozen(options), request))):
-            return (f"failed before on this call: {said}",)
+            return (f"{FAILED}{said}",)
         if request.exact_only and backend.accuracy != "exact":
             return (f"accuracy {backend.accuracy}, and the model forbids low precision for this call",)
         return tuple(backend.unsupported_reasons(request, self.platform))
@@ -214,7 +216,7 @@ class Router:
             rejected.append(Rejection(choice.asked, reasons))
             forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
             if strict and not forbidden:
-                raise NoBackendError(self.explain_refusal(request, choice, rejected))
+                raise NoBackendError(self.explain_refusal(request, choice, rejected, strict=True))
         accuracy = choice.accuracy or accuracy
         allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
         lossy = () if accuracy == "exact" else self.route.lossy
@@ -249,7 +251,9 @@ class Router:
         """The first available backend of the route: what `auto` starts with before any call is known."""
         return next((backend_id for backend_id in self.route.order if not self.unavailable(backend_id)), ALWAYS)
 
-    def explain_refusal(self, request: AttentionRequest, choice: Choice, rejected: list[Rejection]) -> str:
+    def explain_refusal(
+        self, request: AttentionRequest, choice: Choice, rejected: list[Rejection], *, strict: bool = False
+    ) -> str:
         """The text of an error: the request, each backend with its reasons, and what to do."""
         lines = [
             f"no attention backend for this call (asked for {choice.asked or 'auto'} via {choice.source})",
@@ -262,12 +266,18 @@ class Router:
         others: dict[tuple[str, ...], list[str]] = {}  # backends that share their reasons share a line
         for backend_id, backend in self.backends.items():
             reasons = self.refuse(backend_id, request)
-            if reasons and backend_id not in tried:
+            if backend_id in tried:
+                continue
+            if reasons:
                 others.setdefault(reasons, []).append(backend_id)
-            elif not reasons and backend.accuracy == "exact" and backend_id not in (COMFY, "reference"):
+            elif backend.accuracy == "exact" and backend_id not in (COMFY, "reference"):
                 able.append(backend_id)
         lines += [f"  {', '.join(names)}: {'; '.join(reasons)}" for reasons, names in others.items()]
-        lines.append(f"  what to do: choose one that can run it ({', '.join(able)}), or switch strict off to fall back")
+        advice = [f"choose one that can run it ({', '.join(able)})"] if able else []
+        advice += ["switch strict off to fall back"] if strict else []
+        if any(reason.startswith(FAILED) for rejection in rejected for reason in rejection.reasons):
+            advice.append(f"set {CHECKS}=1 to learn whether the call's tensors fit together")
+        lines += [f"  what to do: {', or '.join(advice)}"] if advice else []
         return "\n".join(lines)
 
     def _accuracy(self, backend_id: str) -> str:

@@ -106,6 +106,20 @@ def test_strict_stops_with_the_call_every_reason_and_what_to_do() -> None:
         assert words in message
 
 
+def test_where_all_failed_what_to_do_names_none_of_them() -> None:
+    here = router(Fake("flash_attn"), Fake("sdpa_math"))
+    failed = {(name, (), CALL): "RuntimeError: dtypes differ" for name in ("torch_sdpa", "flash_attn")}
+    with pytest.raises(NoBackendError) as caught:
+        here.select(CALL, AUTO, failed=failed)
+    advice = str(caught.value).splitlines()[-1]
+    assert advice == (
+        "  what to do: choose one that can run it (sdpa_math), or set DIFFUSERS_ATTN_CHECKS=1 to learn whether the "
+        "call's tensors fit together"
+    )
+    with pytest.raises(NoBackendError, match="switch strict off to fall back, or set DIFFUSERS_ATTN_CHECKS=1"):
+        here.select(CALL, named("flash_attn"), strict=True, failed=failed)
+
+
 def test_strict_has_nothing_to_say_about_auto() -> None:
     assert router(Fake("flash_attn")).select(WIDE, AUTO, strict=True).backend == "torch_sdpa"
 
