@@ -44,8 +44,8 @@ def heading(figure: Figure, report: Report, width: float, height: float) -> None
     figure.text(MARGIN / width, 1 - 0.54 / height, report.subject(lines), fontsize=9.5, color=DARK,
                 va="top")  # fmt: skip
     torch_version = report.versions.get("torch", "unknown")
-    machine = f"{report.machine}; torch {torch_version}"
+    foot = [f"{report.machine}; torch {torch_version}"]
     if any(speed(row, report).startswith("~") for row in report.rows):
-        machine += f"; {OVERLAP}"
-    machine = textwrap.shorten(machine, int(width * 16))
-    figure.text(MARGIN / width, 0.12 / height, machine, fontsize=8, color=GREY, va="bottom")
+        foot.insert(0, OVERLAP)  # on a line of its own: on a narrow sheet one line has no room for both
+    text = "\n".join(textwrap.shorten(line, int(width * 16)) for line in foot)
+    figure.text(MARGIN / width, (0.12 if len(foot) == 1 else 0.07) / height, text, fontsize=8, color=GREY, va="bottom")

@@ -54,6 +54,17 @@ def test_a_backend_that_did_not_run_has_a_panel_that_says_why() -> None:
     assert "did not run: device cpu not in\n(cuda)" in words
 
 
+def test_a_speed_that_may_be_chance_is_explained_whole_on_a_narrow_sheet() -> None:
+    rows = [Row("torch_sdpa", step_ms=TIME, speedup=1.0), Row("sdpa_math", step_ms=TIME, speedup=1.0)]
+    words, _ = drawn(rows, [picture(), picture()])
+    assert "speed ~1.00x" in words
+    assert "so it may be chance\na machine; torch 2" in words
+    named = report(*rows)
+    named.machine = "a machine with a name that is long, 128 cores of which 64 are in use by torch, Linux x86_64"
+    said = "\n".join(text.get_text() for text in draw_pictures(named, [picture(), picture()]).texts)
+    assert "so it may be chance\na machine with a name" in said
+
+
 def test_a_difference_is_coloured_by_its_size() -> None:
     def colours(difference: float) -> tuple[float, float, float]:
         """Shares of black, of blue, and of yellow to red."""
