@@ -247,6 +247,8 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     request = parse_request(options.request)
+    if not options.role.strip():
+        raise ValueError("--role is empty; write self, cross, joint, or a role of the model such as flux.single")
     named: tuple[AttentionConfig, ...] = ()
     if options.config.strip():
         named = (parse_config(options.config, "--config", component=options.component),)

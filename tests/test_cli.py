@@ -235,6 +235,7 @@ def test_strict_refuses_with_the_whole_story(capsys: pytest.CaptureFixture[str],
     [
         (["explain", "--platform", "toaster"], "platform: 'toaster' is not one of cpu"),
         (["explain", "--platform", "cpu", "--request", "q_len=8"], "request: num_heads, head_dim not given"),
+        (["explain", "--platform", "cpu", "--role", " "], "--role is empty; write self, cross, joint"),
         (["explain", "--platform", "cpu", "--config", "sage_atn"], "--config: unknown attention backend 'sage_atn'"),
         (["explain", "--platform", "cpu", "--config", "a: [b"], "--config: not valid YAML"),
         (["explain", "--platform", "cpu", "--config", "nowhere.json"], "--config: cannot read nowhere.json"),
