@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 Prompt = Mapping[str, Mapping[str, Any]]
@@ -21,21 +21,33 @@ OURS = (
 """Nodes that make runs differ on purpose: left out of the settings that have to be equal."""
 
 
-def ancestors(prompt: Prompt, node_id: str, stop: Container[str] = ()) -> list[str]:
-    """Ids of every node that `node_id` depends on, nearest first; nodes in `stop` are named but not followed."""
+def ancestors(
+    prompt: Prompt, node_id: str, stop: Container[str] = (), follow: Callable[[str, int], bool] | None = None
+) -> list[str]:
+    """Ids of every node that `node_id` depends on, nearest first; nodes in `stop` are named but not followed.
+
+    follow: of a node's class and the number of its output, whether links from there count; all without it.
+    """
     found: dict[str, None] = {}
-    pending = list(_links(prompt.get(node_id, {})))
-    for current in pending:  # it grows while we read it
-        if current not in found and current in prompt:
+    pending = list(_outputs(prompt.get(node_id, {})))
+    for current, number in pending:  # it grows while we read it
+        if current in found or current not in prompt:
+            continue
+        if follow is None or follow(str(prompt[current].get("class_type")), number):
             found[current] = None
-            pending += () if current in stop else _links(prompt[current])
+            pending += () if current in stop else _outputs(prompt[current])
     return list(found)
 
 
-def _links(node: Mapping[str, Any]) -> Iterator[str]:
+def _outputs(node: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The outputs that a node takes: id of the node and number."""
     for _, value in sorted(node.get("inputs", {}).items()):
         if _is_link(value):
-            yield str(value[0])
+            yield str(value[0]), value[1]
+
+
+def _links(node: Mapping[str, Any]) -> Iterator[str]:
+    return (name for name, _ in _outputs(node))
 
 
 def _is_link(value: Any) -> bool:

@@ -18,6 +18,11 @@ from . import graph, queued_by
 log = logging.getLogger("attention_backends")
 
 KEPT = 20
+NO_MODEL = (
+    "LATENT", "IMAGE", "MASK", "VIDEO", "AUDIO", "CONDITIONING", "CLIP", "VAE", "CONTROL_NET", "NOISE", "SAMPLER",
+    "SIGMAS", "INT", "FLOAT", "STRING", "BOOLEAN",
+)  # fmt: skip
+"""Types of outputs that bring no model along: what is before them decided an earlier run, if any."""
 NUMBERING = secrets.token_hex(4)
 """Names this process's numbers: after a restart of the server they begin again."""
 UNFINISHED = "the run did not finish"
@@ -208,10 +213,23 @@ def _entry(prompt_id: str | None) -> tuple[graph.Prompt, str | None]:
 
 
 def _choosers(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:
-    """Our nodes upstream of the sampler that runs: id, class and backend, so that a page can write beside them."""
-    nodes = ((name, prompt[name]) for name in graph.ancestors(prompt, node_id))
+    """Our nodes on the model of the sampler that runs: id, class and backend, so that a page can write beside them.
+
+    None where the node compares models: which of them a run is of, and whose backend, the graph does not say.
+    """
+    if prompt[node_id].get("class_type") == "AttentionCompare":
+        return []
+    nodes = ((name, prompt[name]) for name in graph.ancestors(prompt, node_id, follow=_may_hold_model))
     return [
         {"id": name, "class_type": node["class_type"], "backend": str(node["inputs"].get("backend", ""))}
         for name, node in nodes
         if node["class_type"] in CHOOSERS
     ]
+
+
+def _may_hold_model(class_type: str, number: int) -> bool:
+    """Whether an output can be a model, or something of a pack that has one in it."""
+    import nodes as comfy_nodes
+
+    types = getattr(comfy_nodes.NODE_CLASS_MAPPINGS.get(class_type), "RETURN_TYPES", ())
+    return not (0 <= number < len(types) and types[number] in NO_MODEL)

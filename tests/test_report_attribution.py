@@ -194,3 +194,31 @@ def test_an_expanded_node_stands_for_its_origin() -> None:
     assert origin({"12:5": {}}, "12:5.0.0.3") == "12:5"
     assert origin({"12:5": {}}, "12:5") == "12:5"
     assert origin({"12:5": {}}, "7.0.0.3") is None
+
+
+def test_a_node_is_told_of_the_runs_of_its_own_model(server: Server) -> None:
+    """Two stages, each with a selector: what the first one made is in the second one's picture, not its patch.
+
+    The node that compares models samples several: which of them a run was of is in no graph.
+    """
+    graph = Graph("")
+    model, settings = embedded(graph)
+    settings |= {**EMBEDDED, "steps": 2, "cfg": 1.1}  # which no other test has: nothing may come from the cache
+    first, second = graph.selector(model, "torch_sdpa"), graph.selector(model, "sdpa_math")
+    latent = ksampler(graph, first, **settings)
+    add_report(graph, ksampler(graph, second, **{**settings, "latent_image": latent, "steps": 3}))
+    compared = {"backends": "", "repeat": 1, "cfg": 1.0, "mode": "end_to_end", "model_1": first, "model_2": second}
+    sampling = ("positive", "negative", "latent_image")
+    compare = graph.add(
+        "AttentionCompare", model=model, **compared, **{name: settings[name] for name in sampling},
+        noise=graph.add("RandomNoise", noise_seed=9), sampler=graph.add("KSamplerSelect", sampler_name="euler"),
+        sigmas=graph.add("BasicScheduler", model=first, scheduler="simple", steps=4, denoise=1.0),
+    )  # fmt: skip
+    graph.add("PreviewImage", images=output(compare, 1))
+    server.run(graph.nodes)
+    listed = server.get("/attention_backends/runs")["runs"]
+    listed = [run for run in listed if run["prompt_id"] == listed[0]["prompt_id"]]
+    found = {run["steps"]: [node["id"] for node in run["nodes"]] for run in listed if run["node_id"] != compare[0]}
+    assert found[2] == [first[0]]
+    assert found[3] == [second[0]]
+    assert [run["nodes"] for run in listed if run["node_id"] == compare[0]][-1] == []
