@@ -210,7 +210,7 @@ COUNT_UP = """async ([base, count, account]) => {
       machine: async () => ({ platform: { packages: {} }, interpreter: {}, backends: [] }),
       measured: async () => ({ summary: {}, entries: [] }),
       backend: async () => undefined,
-      forget() {}
+      forget() {}, onForget() {}
     }
     state.panel = openPanel(state.place, events, server, (key) => key)
     state.lines = nodeLines({ graph: null }, events, server, (key) => key)

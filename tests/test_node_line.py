@@ -11,7 +11,9 @@ from attention_backends.devtools.server import Server
 from browser import load_workflow, open_comfyui, why_no_browser
 from panel_pictures import keep
 from server_harness import start_server
-from test_panel import LINE, RENDERERS, ours, run_workflow, workflow
+from test_panel import LINE, RENDERERS, open_tab, ours, run_workflow, workflow
+from test_queued_by import PACKED
+from test_web import words
 
 pytestmark = [
     pytest.mark.comfy,
@@ -116,4 +118,48 @@ def test_a_widget_of_another_pack_keeps_its_value(server: Server, tmp_path: Path
             assert [name for name, _ in widgets].index("theirs") > len(own)  # there are some of ours between
             assert widgets[-1] == ["theirs", "typed"]
             assert [value for _, value in widgets][: len(own)] == own
+        assert ours(page) == []
+
+
+SETTINGS = "async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }"
+WARNS = """[...window.app.graph.subgraphs.values()][0].nodes
+  .find((one) => one.type === 'AttentionBackendSelector').widgets
+  .find((one) => one.name === 'attention_backends_line').element.textContent.includes('cannot run here')"""
+
+
+def test_a_warning_goes_when_the_backend_can_run(server: Server, tmp_path: Path) -> None:
+    """After a restart of the server, after "Ask again", and after a setting of the server: without a reload."""
+    able = [False]
+
+    def answer(route: Any) -> None:
+        described = route.fetch().json()
+        if able[0]:
+            described["backends"][0].update(available=True, reasons=[])
+        route.fulfill(json=described)
+
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        page.route("**/attention_backends/machine?backend=*", answer)
+        load_workflow(page, workflow(backend="cudnn_attn"))
+        page.evaluate(PACKED)  # into a subgraph, whose nodes are not in the graph that is shown
+        panel = open_tab(page)
+
+        def restarted() -> None:
+            page.evaluate("() => { window.app.api.dispatchCustomEvent('reconnected') }")
+
+        def asked_again() -> None:
+            panel.get_by_role("button", name=words()["machine"]["refresh"]).click()
+
+        def allowed() -> None:
+            page.evaluate(SETTINGS)
+            dialog = page.get_by_role("dialog")
+            dialog.get_by_text("Attention Backends", exact=True).first.click()
+            dialog.get_by_label(words()["settings"]["hub"]).last.click()
+
+        page.wait_for_function(f"{WARNS} === true", timeout=20_000)
+        for change in (restarted, asked_again, allowed):
+            able[0] = not able[0]
+            change()
+            page.wait_for_function(f"{WARNS} === {str(not able[0]).lower()}", timeout=20_000)
+        assert server.get("/attention_backends/settings")["machine"]["hub"]["value"] is True
+        server.post("/attention_backends/settings", {"hub": False})
         assert ours(page) == []

@@ -167,7 +167,7 @@ const node = {
 const app = { rootGraph: { getNodeById: (id) => (id === '5' ? node : undefined) } }
 const events = new EventTarget()
 let runs = []
-const server = { runs: async () => ({ runs }) }
+const server = { runs: async () => ({ runs }), forget() {}, onForget() {} }
 nodeLines(app, events, server, (key, { calls } = {}) => `${calls ?? key}`).watch(node)
 const mark = widgets[0]
 const queue = async () => {

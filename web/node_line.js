@@ -136,6 +136,7 @@ export function nodeLines(app, events, server, say) {
 
   /** Runs may have ended while there was no connection, and nobody says so again. */
   async function tellMissed() {
+    server.forget() // it may have been started again, with other packages
     const runs = await known()
     const going = new Set(runs.filter((one) => one.state === 'running').map((one) => one.prompt_id))
     const oldestFirst = new Set(runs.map((one) => one.prompt_id).reverse())
@@ -158,6 +159,7 @@ export function nodeLines(app, events, server, say) {
 
   for (const name of OVER) events.addEventListener(name, tellRun)
   events.addEventListener('reconnected', tellMissed)
+  server.onForget(() => nodesOf(app).filter((node) => CHOOSE.includes(classOf(node))).forEach(check))
 
   return {
     /**
@@ -207,9 +209,29 @@ function saveWithoutGaps(node) {
  * @returns {LGraphNode | undefined}
  */
 function nodeOf(app, id) {
-  /** @type {any} */
-  let graph = app.rootGraph ?? app.canvas?.graph?.rootGraph ?? app.canvas?.graph
+  let graph = rootOf(app)
   const path = id.split(':')
   for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph
   return graph?.getNodeById(path.at(-1)) ?? graph?.getNodeById(Number(path.at(-1))) ?? undefined
+}
+
+/**
+ * All nodes of the shown workflow, those in its subgraphs too.
+ *
+ * @param {ComfyApp} app
+ * @returns {LGraphNode[]}
+ */
+function nodesOf(app) {
+  const root = rootOf(app)
+  return [root, ...(root?.subgraphs?.values() ?? [])].flatMap((graph) => graph?.nodes ?? [])
+}
+
+/**
+ * The graph of the shown workflow, which front ends without subgraphs keep in another place.
+ *
+ * @param {ComfyApp} app
+ * @returns {any}
+ */
+function rootOf(app) {
+  return app.rootGraph ?? app.canvas?.graph?.rootGraph ?? app.canvas?.graph
 }

@@ -87,8 +87,8 @@ export function openPanel(place, events, server, say) {
 
   async function showMachine(refresh = false) {
     try {
-      if (refresh) server.forget()
       const found = await server.machine(refresh)
+      if (refresh) server.forget()
       if (!closed) refill(machine, ...machineView(found, say))
     } catch (error) {
       const why = error instanceof Refused ? error.message : say('panel.lost')

@@ -71,6 +71,12 @@ export class Refused extends Error {}
 export function serverRoutes(api) {
   /** @type {Map<string, Promise<Backend | undefined>>} */
   const asked = new Map()
+  /** @type {(() => void)[]} */
+  const outdated = []
+  const forget = () => {
+    asked.clear()
+    for (const tell of outdated) tell()
+  }
 
   /**
    * @param {string} route
@@ -106,7 +112,11 @@ export function serverRoutes(api) {
     /** @returns {Promise<Settings>} */
     settings: () => json('settings'),
     /** @returns {Promise<Settings>} */
-    changeSettings: (/** @type {Record<string, unknown>} */ changes) => post('settings', JSON.stringify(changes)),
+    async changeSettings(/** @type {Record<string, unknown>} */ changes) {
+      const found = await post('settings', JSON.stringify(changes))
+      forget() // downloads that are allowed now make backends able to run
+      return found
+    },
     /** @returns {Promise<Measured>} */
     measured: () => json('measured'),
     /** @returns {Promise<Measured & { removed: number }>} */
@@ -137,7 +147,9 @@ export function serverRoutes(api) {
       return found
     },
     /** Forget what `backend` was told, e.g. after the server was started again. */
-    forget: () => asked.clear()
+    forget,
+    /** @param {() => void} tell called whenever that was forgotten */
+    onForget: (tell) => void outdated.push(tell)
   }
 }
 
