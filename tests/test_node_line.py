@@ -163,3 +163,33 @@ def test_a_warning_goes_when_the_backend_can_run(server: Server, tmp_path: Path)
         assert server.get("/attention_backends/settings")["machine"]["hub"]["value"] is True
         server.post("/attention_backends/settings", {"hub": False})
         assert ours(page) == []
+
+
+CONTRASTS = """async ([line, palette]) => {
+  await window.app.extensionManager.setting.set('Comfy.ColorPalette', palette)
+  const paint = document.createElement('canvas').getContext('2d')
+  const light = (colour) => {
+    paint.fillStyle = colour
+    paint.fillRect(0, 0, 1, 1)
+    const [r, g, b] = [...paint.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
+      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
+  }
+  const ground = light(window.LiteGraph.NODE_DEFAULT_BGCOLOR)
+  const text = light(getComputedStyle(document.querySelector(line)).color)
+  return Math.max(text, ground) / Math.min(text, ground)
+}"""
+"""Of a line's text to the ground of a node, as WCAG 2 has it: 4.5 is what small text needs."""
+
+
+def test_a_line_can_be_read_in_both_themes(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        load_workflow(page, workflow(steps=15))
+        run_workflow(page, server)
+        page.locator(LINE).wait_for(timeout=20_000)
+        ran = {palette: page.evaluate(CONTRASTS, [LINE, palette]) for palette in ("dark", "light")}
+        load_workflow(page, workflow(backend="cudnn_attn"))
+        page.get_by_text("cudnn_attn cannot run here").wait_for(timeout=20_000)
+        warned = {palette: page.evaluate(CONTRASTS, [LINE, palette]) for palette in ("dark", "light")}
+        page.evaluate(CONTRASTS, [LINE, "dark"])  # which the server keeps
+        assert min(*ran.values(), *warned.values()) >= 4.5, (ran, warned)

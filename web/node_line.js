@@ -24,6 +24,9 @@ const HEIGHT = 38
 const SHOW_RUNS = ['AttentionBackendSelector', 'AttentionConfigText']
 const CHOOSE = ['AttentionBackendSelector', 'PerRoleAttentionConfig', 'AttentionSchedule']
 const NOT_ONE_BACKEND = ['auto', 'measured']
+/** ComfyUI's colours for such texts are too near to that of a node for letters so small. */
+const WARNING = 'color-mix(in srgb, var(--error-text, #ff4444) 60%, var(--input-text, #ddd))'
+const TEXT = 'color-mix(in srgb, var(--descrip-text, #999) 60%, var(--input-text, #ddd))'
 const OVER = /** @type {const} */ (['execution_success', 'execution_error', 'execution_interrupted'])
 
 /**
@@ -61,7 +64,7 @@ export function nodeLines(app, events, server, say) {
     const said = line.warning || (offers.length ? `${ran}; ${say('line.recommended')}` : ran)
     line.text.textContent = line.warning ? `⚠ ${said}` : said
     line.text.title = [line.warning, line.ran].filter(Boolean).join('\n')
-    line.text.style.color = line.warning ? 'var(--error-text, #ff7b72)' : 'var(--descrip-text, #999)'
+    line.text.style.color = line.warning ? WARNING : TEXT
     node.setDirtyCanvas(true, true)
   }
 
