@@ -13,6 +13,7 @@ from panel_pictures import keep
 from server_harness import start_server
 from test_panel import LINE, RENDERERS, open_tab, ours, run_workflow, workflow
 from test_queued_by import PACKED
+from test_settings_panel import ADD, SET_ROLE, VALUES
 from test_web import words
 
 pytestmark = [
@@ -193,3 +194,23 @@ def test_a_line_can_be_read_in_both_themes(server: Server, tmp_path: Path) -> No
         warned = {palette: page.evaluate(CONTRASTS, [LINE, palette]) for palette in ("dark", "light")}
         page.evaluate(CONTRASTS, [LINE, "dark"])  # which the server keeps
         assert min(*ran.values(), *warned.values()) >= 4.5, (ran, warned)
+
+
+SAID = "(id) => window.app.graph.getNodeById(id).widgets.at(-1).element.textContent"
+
+
+def test_a_role_that_brings_another_backend_brings_its_warning(server: Server, tmp_path: Path) -> None:
+    """The settings have a backend for each role: a new node takes it as soon as its role is chosen."""
+    setting = "AttentionBackends.NewNodes.Self"
+    with open_comfyui(server.url, tmp_path / "profile", {setting: "cudnn_attn"}) as page:
+        load_workflow(page, workflow())
+        (node, *_) = page.evaluate(ADD, "PerRoleAttentionConfig")
+        said = f"({SAID})({node})"
+        for role, backend in (("self", "cudnn_attn"), ("cross", "auto")):
+            page.evaluate(SET_ROLE, [node, role])
+            page.wait_for_timeout(700)
+            assert page.evaluate(VALUES, node)[1] == backend
+            warned = "cudnn_attn cannot run here" in page.evaluate(said)
+            assert warned is (backend == "cudnn_attn"), role
+        page.evaluate("async (id) => { await window.app.extensionManager.setting.set(id, 'auto') }", setting)
+        assert ours(page) == []

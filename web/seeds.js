@@ -71,6 +71,7 @@ function seedRole(widget, fill, setting) {
     const result = before?.apply(this, given)
     if (filled !== undefined && backend.value === filled) {
       fill('backend', seedOf())
+      if (backend.value !== filled) backend.callback?.(backend.value) // as if chosen: whether it can run here is asked
       filled = backend.value
     } else {
       filled = undefined
