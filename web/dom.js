@@ -26,7 +26,7 @@ export function element(tag, properties = {}, ...children) {
 }
 
 /**
- * Puts new children into an element; the focus stays on the part that has the same `data-key`.
+ * Puts new children into an element; focus and scrolling stay with the parts that have the same `data-key`.
  *
  * @param {HTMLElement} parent
  * @param {...Child} children
@@ -34,11 +34,15 @@ export function element(tag, properties = {}, ...children) {
 export function refill(parent, ...children) {
   const active = document.activeElement
   const key = active instanceof HTMLElement && parent.contains(active) ? active.dataset.key : undefined
+  const keyed = () => new Map([...parent.querySelectorAll('[data-key]')].map((one) => [one.getAttribute('data-key'), one]))
+  const scrolled = [...keyed()].map(([name, { scrollTop, scrollLeft }]) => ({ name, scrollTop, scrollLeft }))
   parent.replaceChildren(...children.filter((child) => child !== null && child !== undefined && child !== false))
-  if (key !== undefined) {
-    const again = [...parent.querySelectorAll('[data-key]')].find((one) => one.getAttribute('data-key') === key)
-    if (again instanceof HTMLElement) again.focus({ preventScroll: true })
+  const now = keyed()
+  for (const { name, scrollTop, scrollLeft } of scrolled) {
+    if (scrollTop || scrollLeft) now.get(name)?.scrollTo(scrollLeft, scrollTop)
   }
+  const again = key === undefined ? undefined : now.get(key)
+  if (again instanceof HTMLElement) again.focus({ preventScroll: true })
 }
 
 /**

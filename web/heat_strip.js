@@ -5,6 +5,7 @@ import { element } from './dom.js'
 /**
  * @typedef {import('./server.js').Run} Run
  * @typedef {{ role: string, block: string }} Line
+ * @typedef {[column: number, line: number]} Place
  * @typedef {{ calls: number, ms: number | null, backend: string, most: number }} Cell
  * @typedef {import('./server.js').Window} Window
  * @typedef {{ first: number, last: number, label: string, cells: Window['cells'] }} Part
@@ -89,9 +90,10 @@ export function grid(run) {
  * @param {Run} run
  * @param {'backend' | 'time'} by
  * @param {import('./words.js').Say} say
+ * @param {{ at: Place | null }} view keeps what it is on
  * @returns {HTMLElement}
  */
-export function heatStrip(run, by, say) {
+export function heatStrip(run, by, say, view) {
   const { lines, steps, columns } = grid(run)
   const begin = columns[0]?.first ?? 1
   const length = (columns.at(-1)?.last ?? 1) - begin + 1
@@ -129,8 +131,9 @@ export function heatStrip(run, by, say) {
   }
 
   const caption = element('p', { className: 'ab-caption', 'aria-live': 'polite' }, say('strip.hint'))
-  let [column, line] = [0, 0]
+  let [column, line] = view.at ?? [0, 0]
   const tell = () => {
+    view.at = [column, line]
     const window = columns[column]
     const { role, block } = lines[line] ?? { role: '', block: '' }
     const cell = window?.cells.get(line)
@@ -157,6 +160,8 @@ export function heatStrip(run, by, say) {
     line = Math.min(lines.length - 1, Math.max(0, line + move[1]))
     tell()
   })
+
+  if (view.at) tell() // the figures of a run that goes on are shown anew every second
 
   const swatch = (/** @type {string} */ background, /** @type {string} */ text) => {
     const square = element('span', { className: 'ab-swatch', 'aria-hidden': 'true' })

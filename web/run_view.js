@@ -8,7 +8,10 @@ import { heatStrip } from './heat_strip.js'
  * @typedef {import('./server.js').Run} Run
  * @typedef {import('./server.js').Row} Row
  * @typedef {import('./words.js').Say} Say
- * @typedef {{ column: keyof Row, descending: boolean, blocks: boolean, all: boolean, by: 'backend' | 'time' }} View
+ * @typedef {{
+ *   column: keyof Row, descending: boolean, blocks: boolean, all: boolean, by: 'backend' | 'time',
+ *   at: import('./heat_strip.js').Place | null
+ * }} View
  */
 
 /** Rows that a table shows at first; more would take longer to lay out than a person waits for. */
@@ -18,7 +21,9 @@ const SHOWN = 100
 const GUARDED = 8
 
 /** @returns {View} */
-export const firstView = () => ({ column: 'calls', descending: true, blocks: false, all: false, by: 'backend' })
+export const firstView = () => ({
+  column: 'calls', descending: true, blocks: false, all: false, by: 'backend', at: null
+})
 
 /**
  * Shows a run in `place`. `view` keeps what the person chose, so that a later call with newer figures looks the same.
@@ -144,7 +149,7 @@ function picture(run, view, say, again) {
         choice('backend'),
         choice('time')
       ),
-    heatStrip(run, timed ? view.by : 'backend', say)
+    heatStrip(run, timed ? view.by : 'backend', say, view)
   ]
 }
 
