@@ -75,14 +75,19 @@ def run_attention(
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
     stack = current()
     book = stack.account.book() if stack.account is not None else _own_book()
-    session_key = (stack.asked, query.device, backend)
+    try:
+        session_key = (stack.asked, query.device, backend)
+        mask_facts = None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.stride())
+        # Everything that can change a decision; shapes stand for the layout's sizes.
+        sizes = (query.shape, key.shape, value.shape, query.dtype)
+    except AttributeError:
+        _only_tensors(query, key, value, attn_mask)
+        raise
+    plan_key = (role, layout, sizes, mask_facts, is_causal, scale, enable_gqa)
     session = book.sessions.get(session_key)
     if session is None:
+        _only_tensors(query)
         session = book.sessions[session_key] = _session(stack, query.device, backend, book)
-    mask_facts = None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.stride())
-    # Everything that can change a decision; shapes stand for the layout's sizes.
-    sizes = (query.shape, key.shape, value.shape, query.dtype)
-    plan_key = (role, layout, sizes, mask_facts, is_causal, scale, enable_gqa)
     known = session.plans.get(plan_key)
     if known is None:
         _understood(query, key, value, attn_mask, layout)
@@ -135,6 +140,7 @@ def _understood(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, layout: str
 ) -> None:
     """Refuse what would be read in another way than it was meant; asked once for each kind of call."""
+    _only_tensors(query, key, value, mask)
     if layout not in LAYOUTS:
         raise CheckError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
@@ -144,3 +150,12 @@ def _understood(
         raise CheckError(
             f"attn_mask {tuple(mask.shape)} could be by head or by sample; give it 4 dimensions, with 1 for the missing"
         )
+
+
+def _only_tensors(*given: object) -> None:
+    import torch
+
+    for one in given:
+        if one is not None and not isinstance(one, torch.Tensor):
+            kind = f"{type(one).__module__}.{type(one).__name__}"
+            raise CheckError(f"attention takes torch tensors, not {kind}; torch.as_tensor makes one of an array")

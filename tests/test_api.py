@@ -330,3 +330,12 @@ def test_the_readmes_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str
     printed = re.findall(r"# prints: (.*)", example)
     assert printed
     assert capsys.readouterr().out.splitlines() == printed
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_an_array_is_refused_in_words(place: int) -> None:
+    given: list[object] = [torch.ones(1, 2, 4, 8) for _ in range(3)]
+    for other, kind in ((torch.ones(1, 2, 4, 8).numpy(), r"numpy\.ndarray"), ([1.0], r"builtins\.list")):
+        given[place] = other
+        with pytest.raises(CheckError, match=rf"takes torch tensors, not {kind}; torch\.as_tensor"):
+            attention(*given)

@@ -160,6 +160,14 @@ ADD_AND_SELECT = """(type) => {
 }"""
 
 
+CHOOSE = """(backend) => {
+  const node = window.app.graph.nodes.find((one) => one.type === 'AttentionBackendSelector')
+  const widget = node.widgets.find((one) => one.name === 'backend')
+  widget.value = backend
+  widget.callback?.(backend)
+}"""
+
+
 @RENDERERS
 def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
@@ -174,7 +182,12 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_p
         assert fallbacks == 4 * steps
         page.locator(f"{LINE}[title*=fallbacks]").wait_for(timeout=20_000)
         title = line.get_attribute("title")
-        assert title.endswith(f"self torch_sdpa {fallbacks} calls, cross sdpa_math {fallbacks}; {fallbacks} fallbacks")
+        ran = f"self torch_sdpa {fallbacks} calls, cross sdpa_math {fallbacks}; {fallbacks} fallbacks"
+        assert title == f"cudnn_attn cannot run here: device cpu not in (cuda)\n{ran}"
+        assert line.inner_text() == f"\u26a0 {ran}"
+        page.screenshot(path=keep(tmp_path, f"fallbacks_{nodes_2}.png"))
+        page.evaluate(CHOOSE, "sage_attn")  # another choice, of which that run says nothing
+        page.get_by_text("sage_attn cannot run here").wait_for(timeout=20_000)
         panel = open_tab(page)
         panel.locator(".ab-reasons").wait_for()
         assert "self: cudnn_attn: device cpu not in (cuda)" in panel.locator(".ab-reasons").inner_text()
@@ -253,6 +266,20 @@ CUT_OFF = """panel => {
     .map((cell) => cell.textContent)
 }"""
 """Cells of the table that end outside of the part that is seen."""
+
+
+def test_a_key_shows_the_tab(server: Server, tmp_path: Path) -> None:
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        page.keyboard.press("Alt+Shift+KeyA")
+        page.locator(PANEL).wait_for(timeout=10_000)
+        page.keyboard.press("Escape")
+        page.evaluate("() => window.app.extensionManager.sidebarTab.activeSidebarTabId = null")
+        page.locator(PANEL).wait_for(state="detached", timeout=10_000)
+        # What the same keys type on a Mac.
+        pressed = "{ key: '\u00c5', altKey: true, shiftKey: true, bubbles: true, composed: true }"
+        page.evaluate(f"() => document.body.dispatchEvent(new KeyboardEvent('keydown', {pressed}))")
+        page.locator(PANEL).wait_for(timeout=10_000)
+        assert ours(page) == []
 
 
 def test_the_table_sorts_and_works_by_keyboard(server: Server, tmp_path: Path) -> None:

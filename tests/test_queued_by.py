@@ -84,7 +84,7 @@ const runs = workflowRuns({ extensionManager: { workflow } }, () => {})
 const carrier = (graph) => {
   const widgets = []
   const node = { graph, mode: 0, addCustomWidget: (widget) => widgets.push(widget) }
-  runs.carry(node)
+  runs.carry(node, () => {})
   return [node, widgets[0]]
 }
 const node = () => carrier(rootGraph)[1]

@@ -35,7 +35,8 @@ const extension = {
       }
     }
   ],
-  keybindings: [{ commandId: SHOW, combo: { key: 'a', alt: true, shift: true } }],
+  // The front end goes by what a key types, which for these on a Mac is the second one.
+  keybindings: ['a', 'Å'].map((key) => ({ commandId: SHOW, combo: { key, alt: true, shift: true } })),
   menuCommands: [{ path: ['View'], commands: [SHOW] }],
   aboutPageBadges: [
     { label: say('about.badge'), url: api.apiURL('/attention_backends/bug_report'), icon: 'pi pi-bolt' }

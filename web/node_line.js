@@ -16,7 +16,8 @@ import { workflowRuns } from './workflow_runs.js'
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyExtension} ComfyExtension
  * @typedef {Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0]} LGraphNode
  * @typedef {import('./server.js').Total} Total
- * @typedef {{ ran: string, warning: string, text: HTMLElement }} Line
+ * @typedef {{ ran: string, warning: string, chosen: boolean, queued: boolean, text: HTMLElement }} Line
+ *   chosen: whether the backend was chosen after the run that `ran` tells of; queued: whether it was queued since then
  */
 
 const NAME = 'attention_backends_line'
@@ -61,7 +62,8 @@ export function nodeLines(app, events, server, say) {
     if (!line) return
     Object.assign(line, change)
     const [ran, ...offers] = line.ran.split('\n')
-    const said = line.warning || (offers.length ? `${ran}; ${say('line.recommended')}` : ran)
+    const told = offers.length ? `${ran}; ${say('line.recommended')}` : ran
+    const said = line.chosen ? line.warning || told : told || line.warning
     line.text.textContent = line.warning ? `⚠ ${said}` : said
     line.text.title = [line.warning, line.ran].filter(Boolean).join('\n')
     line.text.style.color = line.warning ? WARNING : TEXT
@@ -84,7 +86,7 @@ export function nodeLines(app, events, server, say) {
     })
     widget.serialize = false
     widget.label = say('line.label') // the front end lists widgets of the selected node by name
-    lines.set(node, { ran: '', warning: '', text })
+    lines.set(node, { ran: '', warning: '', chosen: false, queued: false, text })
     const [width, height] = node.computeSize()
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
   }
@@ -155,7 +157,7 @@ export function nodeLines(app, events, server, say) {
       const node = nodeOf(app, id)
       if (!node || classOf(node) !== class_type) continue
       told.add(node)
-      show(node, { ran: text })
+      show(node, lines.get(node)?.queued ? { ran: text, chosen: false, queued: false } : { ran: text })
     }
     for (const node of before) if (!told.has(node)) show(node, { ran: '' })
   }
@@ -172,7 +174,7 @@ export function nodeLines(app, events, server, say) {
      */
     watch(node) {
       const kind = classOf(node)
-      if (SHOW_RUNS.includes(kind)) runsOf.carry(node)
+      if (SHOW_RUNS.includes(kind)) runsOf.carry(node, () => show(node, { queued: true }))
       if (![...SHOW_RUNS, ...CHOOSE].includes(kind)) return
       addLine(node)
       saveWithoutGaps(node)
@@ -182,6 +184,7 @@ export function nodeLines(app, events, server, say) {
       const before = widget.callback
       widget.callback = function (...given) {
         const result = before?.apply(this, given)
+        show(node, { chosen: true, queued: false })
         check(node)
         return result
       }

@@ -51,8 +51,9 @@ export function workflowRuns(app, opened) {
      * Makes a node bring the mark: by a widget that is never seen and holds no value, so no saved workflow has it.
      *
      * @param {LGraphNode} node
+     * @param {() => void} queued called when a prompt that has the node is about to be queued
      */
-    carry(node) {
+    carry(node, queued) {
       /** @type {string | undefined} */
       let next
       const widget = {
@@ -62,7 +63,10 @@ export function workflowRuns(app, opened) {
         options: { hidden: true, canvasOnly: true }, // in Nodes 2.0 and in the panels beside the graph
         disabled: true, computedDisabled: true, // not offered as an input of a subgraph
         /** ComfyUI calls this right before it makes a prompt for the queue, and not before an export. */
-        beforeQueued: () => void (next = inPrompt(node) ? mark() : undefined),
+        beforeQueued() {
+          next = inPrompt(node) ? mark() : undefined
+          if (next) queued()
+        },
         afterQueued: () => void (next = undefined),
         /** What the prompt holds; an input that is undefined is not in the JSON. */
         serializeValue: async () => {
