@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 MOST_BLOCKS = 16
 """Diagonal blocks up to which a block-diagonal mask becomes one call for each block. On the CPU more would pay, too: 64
-are 9 to 35 times as fast as the mask (benchmarks/results/mask-limits-cpu.json). Where each call is a launch is not
+are 8 to 34 times as fast as the mask (benchmarks/results/mask-limits-cpu.json). Where each call is a launch is not
 measured."""
 
 
 CPU_KEPT = 15 / 16
 """On the CPU, whose kernels all take masks, keys are gathered only if no more stay: with one key in 16 hidden a call is
-8 to 9 % faster, with one in 32 1 to 4 % (benchmarks/results/mask-limits-cpu.json, one thread)."""
+7 to 9 % faster, with one in 32 3 to 6 % (benchmarks/results/mask-limits-cpu.json, one thread)."""
 
 
 def inspect(mask: torch.Tensor, kv_len: int) -> MaskPlan:
