@@ -113,6 +113,14 @@ def test_every_text_can_be_printed_on_a_windows_console(path: Path) -> None:
                 pytest.fail(f"line {node.lineno}: {error}")
 
 
+def test_every_python_file_is_safe_on_windows() -> None:
+    """What reads one there without naming an encoding gets code page 1252; comfy-test asks for the same."""
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for path in _sources(*folders):
+        if "node_modules" not in path.parts:
+            path.read_text(encoding="utf-8").encode("cp1252")
+
+
 def test_comfy_test_runs_every_workflow_that_needs_no_files() -> None:
     said = tomllib.loads((ROOT / "comfy-test.toml").read_text(encoding="utf-8"))["test"]
     assert (ROOT / said["custom"]).is_file()
