@@ -91,6 +91,15 @@ def embedded(graph: Graph) -> tuple[Link, dict[str, Any]]:
 EMBEDDED = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple"}
 
 
+def reported(graph: Graph, samples: Link) -> Graph:
+    """The picture that was sampled, and what ran."""
+    report = graph.add("AttentionReport", samples=samples)
+    graph.lane = "result"
+    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=report, scale=16))
+    graph.add("PreviewAny", "What ran", source=output(report, 1))
+    return graph
+
+
 def per_role() -> Graph:
     graph = Graph(
         "**One backend for a whole model, another for its cross-attention.** The text on the right says what ran for "
@@ -101,11 +110,7 @@ def per_role() -> Graph:
     graph.lane = "attention and sampling"
     model = graph.selector(model, "torch_sdpa")
     model = graph.add("PerRoleAttentionConfig", model=model, role="cross", backend="sdpa_math", extra="")
-    report = graph.add("AttentionReport", samples=ksampler(graph, model, **settings, **EMBEDDED))
-    graph.lane = "result"
-    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=report, scale=16))
-    graph.add("PreviewAny", "What ran", source=output(report, 1))
-    return graph
+    return reported(graph, ksampler(graph, model, **settings, **EMBEDDED))
 
 
 def compare_node() -> Graph:
@@ -157,11 +162,7 @@ def schedule() -> Graph:
     model = graph.selector(model, "emulated_int8")
     window = {"when": "precise first and last N", "window": "2", "blocks": "", "role": ""}
     model = graph.add("AttentionSchedule", model=model, backend="torch_sdpa", **window)
-    report = graph.add("AttentionReport", samples=ksampler(graph, model, **settings, **EMBEDDED))
-    graph.lane = "result"
-    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=report, scale=16))
-    graph.add("PreviewAny", "What ran", source=output(report, 1))
-    return graph
+    return reported(graph, ksampler(graph, model, **settings, **EMBEDDED))
 
 
 def text_and_record() -> Graph:

@@ -62,8 +62,8 @@ export function nodeLines(app, events, server, say) {
     if (!line) return
     Object.assign(line, change)
     const [ran, ...offers] = line.ran.split('\n')
-    const told = offers.length ? `${ran}; ${say('line.recommended')}` : ran
-    const said = line.chosen ? line.warning || told : told || line.warning
+    const summary = offers.length ? `${ran}; ${say('line.recommended')}` : ran
+    const said = line.chosen ? line.warning || summary : summary || line.warning
     line.text.textContent = line.warning ? `⚠ ${said}` : said
     line.text.title = [line.warning, line.ran].filter(Boolean).join('\n')
     line.text.style.color = line.warning ? WARNING : TEXT
