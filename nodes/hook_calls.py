@@ -15,14 +15,14 @@ import torch
 
 from ..backends.config.layers import Choice
 from ..backends.mask import as_4d, as_additive, mask_kind
-from ..backends.mask.parts import Parts, calls_of, plan_parts, run_parts
+from ..backends.mask.parts import Parts, calls_of, fits, plan_parts, run_parts
 from ..backends.mask.plan import NOTHING_HIDDEN, MaskPlan
 from ..backends.names import COMFY, MEASURED
 from ..backends.plan import Plan
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
-from .layouts import Layout, split_heads
+from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
 from .roles import Role
 from .sampling import name_of
 from .scope import Scope
@@ -31,6 +31,9 @@ MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
 RIGHT_WITH_BOOL_MASKS = ("attention_pytorch",)
 """ComfyUI's functions that read boolean masks as torch does; others add them, or read them as weights."""
+ADD_ANY_MASK = ("attention_basic", "attention_split", "attention_sub_quad", "attention_xformers")
+"""ComfyUI's functions that add masks of numbers in whatever dtype; others end in SDPA, which asks for the query's or
+float32."""
 
 
 class HookPlan:
@@ -63,16 +66,27 @@ def route(
         query, key, value, kwargs["heads"] = args
     else:
         query, key, value = args[:3]
+        if len(args) > 3 + len(POSITIONAL):
+            raise TypeError(f"attention takes {3 + len(POSITIONAL)} positional arguments, and {len(args)} were given")
         kwargs.update(zip(POSITIONAL, args[3:], strict=False))
     if owned:
         query, key, value = query.take(), key.take(), value.take()
     pop = kwargs.pop
     options, mask = pop("transformer_options", None), pop("mask", None)
     pop("_inside_attn_wrapper", None)  # always there, so it tells no calls apart
-    mask_plan = None if mask is None else scope.masks.plan(mask, scope.mask_source, key.shape[-2])
     ordinal = scope.ordinal
     scope.ordinal = ordinal + 1
     scope.routed += 1
+    mask_plan = None
+    if mask is not None:
+        given, mask = mask, _in_a_dtype_to_add(mask, query, func)
+        if mask is None or not 2 <= mask.ndim <= 4:
+            text = f"mask {tuple(given.shape)} of {given.dtype} with queries of {query.dtype}"
+            return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
+        same = key.shape[0] == query.shape[0] and key.ndim == query.ndim
+        source = given if mask is not given and scope.mask_source is None else scope.mask_source
+        kv_len = key.shape[-2] if same else kv_len_of(query, key, kwargs)
+        mask_plan = scope.masks.plan(mask, source, kv_len)
     # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts. Names, then
     # values: half the time of pairs.
     plan_key = (
@@ -83,17 +97,23 @@ def route(
         scope.window,
         ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
         query.dtype,
-        None if mask_plan is None else (mask_plan.facts, mask.dtype, mask.shape, mask.stride()),
+        key.dtype,
+        value.dtype,
+        query.get_device(),
+        key.get_device(),
+        value.get_device(),
+        None if mask_plan is None else (mask_plan.facts, mask.dtype, mask.shape, mask.stride(), mask.get_device()),
         *kwargs,
         *kwargs.values(),
     )
     try:
         hook_plan = scope.plans.get(plan_key)
     except TypeError:  # an argument of a later ComfyUI that is not hashable, hence not one of ours
-        return _pass_on(scope, func, query, key, value, mask, options, kwargs)
+        return _pass_on(scope, func, query, key, value, mask, options, kwargs, _unknown(kwargs))
     if hook_plan is None:
-        if not KNOWN_ARGUMENTS.issuperset(kwargs):
-            return _pass_on(scope, func, query, key, value, mask, options, kwargs)
+        text = _only_comfyui(query, key, value, mask, kwargs)
+        if text:
+            return _pass_on(scope, func, query, key, value, mask, options, kwargs, text)
         hook_plan = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs)
         scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
     layout = hook_plan.layout
@@ -119,6 +139,45 @@ def route(
     if layout.skip_output_reshape:
         return output
     return output.transpose(1, 2).flatten(2)
+
+
+def _in_a_dtype_to_add(
+    mask: torch.Tensor, query: torch.Tensor, func: Callable[..., torch.Tensor]
+) -> torch.Tensor | None:
+    """The mask in a dtype that kernels take, where ComfyUI's function would run it; None where that is to decide.
+
+    Booleans, float32 and the query's own dtype stay as they are. Others become float32, or float64 for such queries,
+    so that nothing is rounded.
+    """
+    dtype = mask.dtype
+    if dtype is query.dtype or dtype is torch.bool or dtype is torch.float32:
+        return mask
+    if name_of(func) not in ADD_ANY_MASK or dtype.is_complex:
+        return None
+    return mask.to(torch.float64 if query.dtype is torch.float64 else torch.float32)
+
+
+def _only_comfyui(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> str:
+    """Why ComfyUI's own function is to run this kind of call; empty where kernels may. See `layouts.only_comfyui`."""
+    if not KNOWN_ARGUMENTS.issuperset(kwargs):
+        return _unknown(kwargs)
+    text = only_comfyui(query, key, value, kwargs)
+    if text or mask is None:
+        return text
+    if mask.device != query.device:
+        return f"devices differ: query {query.device}, mask {mask.device}"
+    call = Layout(query, key, value, kwargs).call(query, key, value, mask)
+    if not fits(call):
+        scores = (*call.query.shape[:3], call.key.shape[2])
+        return f"mask {tuple(mask.shape)} cannot be broadcast to {scores}"
+    return ""
+
+
+def _unknown(kwargs: dict[str, Any]) -> str:
+    unknown = ", ".join(sorted(set(kwargs) - KNOWN_ARGUMENTS)) or "of an unknown kind"
+    return f"argument {unknown} is not known to this version"
 
 
 def _new_plan(
@@ -172,7 +231,7 @@ def _layout(
     scope: Scope, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> Layout:
     """The layout of calls with these shapes and arguments, whichever module makes them."""
-    facts = (query.shape, key.shape, value.shape, *kwargs, *kwargs.values())
+    facts = (query.shape, key.shape, value.shape, query.device, *kwargs, *kwargs.values())
     layouts = scope.session.layouts
     if facts not in layouts:
         layouts[facts] = Layout(query, key, value, kwargs)
@@ -192,7 +251,9 @@ def _host_call(call: AttentionCall) -> torch.Tensor:
     scope, layout, func, query, key, value, mask, options, kwargs = call.given
     preferred = scope.site.preferred_attention() if scope.site is not None else None
     output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
-    return output if layout.skip_output_reshape else output.view(split_heads(output, layout.heads)).transpose(1, 2)
+    if layout.skip_output_reshape or getattr(output, "ndim", 0) != 3 or output.shape[2] % layout.heads:
+        return output
+    return output.unflatten(2, (layout.heads, -1)).transpose(1, 2)
 
 
 def run_comfy(
@@ -222,22 +283,29 @@ def _pass_on(
     mask: torch.Tensor | None,
     options: Any,
     kwargs: dict[str, Any],
+    text: str,
 ) -> torch.Tensor:
-    """A call with an argument that this version does not know goes to ComfyUI's own function, and is counted.
+    """A call that ComfyUI's own function alone can answer goes there as it is, and is counted; `text` says why.
 
     Raises:
-        NoBackendError: a backend was named for this role, strictly.
+        NoBackendError: a backend was named for this role, strictly, and there is something to compute.
     """
-    unknown = ", ".join(sorted(set(kwargs) - KNOWN_ARGUMENTS)) or "of an unknown kind"
     role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
-    kind = "none" if mask is None else mask_kind(as_4d(mask))
-    count_passed_on(scope, role, kind, f"argument {unknown} is not known to this version")
+    kind = "none"
+    if mask is not None:
+        kind = mask_kind(as_4d(mask)) if 2 <= mask.ndim <= 4 else "bias"
+    count_passed_on(scope, role, kind, text)
+    if mask is not None and text.startswith("mask "):  # only ComfyUI's function knows how it reads this one
+        if options is not None:
+            kwargs = {**kwargs, "transformer_options": options}
+        return func(query, key, value, **{**kwargs, "mask": mask, "_inside_attn_wrapper": True})
     return run_comfy(func, query, key, value, mask, options, kwargs)
 
 
 def count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:
     choice = scope.choice(role)
-    if choice.asked not in (None, MEASURED, COMFY) and scope.session.settings.strict:
+    empty = text.startswith(EMPTY)
+    if choice.asked not in (None, MEASURED, COMFY) and scope.session.settings.strict and not empty:
         raise NoBackendError(
             f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
             f"{choice.source}\n  what to do: switch strict off, or update this pack"

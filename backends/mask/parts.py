@@ -45,7 +45,7 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
     Args:
         asked: the backend that a person named.
     """
-    if mask_plan.treatment == "none" or not _fits(call):
+    if mask_plan.treatment == "none" or not fits(call):
         return []
     calls = [] if mask_plan.treatment == PASSED_ON else mask_plan.calls(call)
     if asked is None:
@@ -63,7 +63,7 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
     return calls
 
 
-def _fits(call: AttentionCall) -> bool:
+def fits(call: AttentionCall) -> bool:
     """Whether the mask can be broadcast to the scores. Where not the kernel refuses it; parts would hide that.
 
     They would leave samples and queries out that the mask does not have.
