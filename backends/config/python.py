@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 
 from ..names import AUTO, UnknownBackendError, canonical
 
@@ -16,6 +15,8 @@ _OF_THE_SYSTEMS = re.compile(
 )
 _CODE = (ast.Call, ast.Import, ast.ImportFrom, ast.With, ast.FunctionDef)
 _LONGEST = 20_000
+_ESCAPE = re.compile(r"\\[^\n\r'\"]")
+"""Made harmless before parsing: Python warns of those it does not know, and its filters belong to the whole process."""
 
 
 def python_problem(text: str) -> str | None:
@@ -38,9 +39,7 @@ def _is_python(text: str) -> bool:
     if len(text) > _LONGEST or not ("(" in text or re.match(r"\s*(import|from|with)\s", text)):
         return False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as a backslash that Python does not know
-            tree = ast.parse(text.strip())
+        tree = ast.parse(_ESCAPE.sub("/_", text.strip()))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return any(isinstance(node, _CODE) for node in ast.walk(tree))

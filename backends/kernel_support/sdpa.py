@@ -1,10 +1,17 @@
-"""torch's scaled_dot_product_attention as a kernel: free to dispatch, or pinned to one of its implementations."""
+"""torch's scaled_dot_product_attention as a kernel: free to dispatch, or one of its implementations alone.
+
+An implementation is called by its own operator. The switches of torch.nn.attention.sdpa_kernel belong to the whole
+process: set around a call, they change what other threads' calls run on, and two threads that set and restore them
+leave the process on one implementation for good. The operators check less than scaled_dot_product_attention does, so
+this file alone calls them, and does before what ATen/native/transformers/attention.cpp does before it calls them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from ..backend import Backend, Kernel
+from ..backend import Backend, Kernel, package_reason
 from ..platform import Platform
 from ..request import AttentionCall
 
@@ -59,69 +66,288 @@ def without_gaps(call: AttentionCall) -> AttentionCall:
     )
 
 
-SWITCHES = {
-    "CUDNN_ATTENTION": "cudnn_sdp",
-    "FLASH_ATTENTION": "flash_sdp",
-    "EFFICIENT_ATTENTION": "mem_efficient_sdp",
-    "MATH": "math_sdp",
-}
-"""What torch.backends.cuda calls the members of torch.nn.attention.SDPBackend; they hold on the CPU too."""
+CHECKS = {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn", "EFFICIENT_ATTENTION": "efficient"}
+"""The fused implementations of CUDA and ROCm in ComfyUI's order; torch's check of one: can_use_flash_attention."""
+
+SWITCHES = {"FLASH_ATTENTION": "flash_sdp", "CUDNN_ATTENTION": "cudnn_sdp", "EFFICIENT_ATTENTION": "mem_efficient_sdp"}
+"""What torch.backends.cuda calls their switches, which are the process's: flash_sdp_enabled."""
 
 
-def held(kernel: Kernel, pin: str, platform: Platform) -> Kernel:
-    """A kernel that calls torch's attention, held to one of its implementations.
+def facts_for_torch(call: AttentionCall) -> object:
+    """A call as torch's own checks take it."""
+    from torch.backends.cuda import SDPAParams
 
-    By the switches that torch.nn.attention.sdpa_kernel sets, too, but 3 us a call instead of 12 (CPU, torch 2.13). They
-    are the process's, as with that context; each is put back as it was.
+    return SDPAParams(call.query, call.key, call.value, call.attn_mask, 0.0, call.is_causal, call.enable_gqa)
+
+
+def pinned(pin: str, platform: Platform) -> Kernel:
+    """A kernel that runs one member of torch.nn.attention.SDPBackend and no other, whatever the process's switches say.
+
+    On CUDA and ROCm torch's own check is asked first. It says no where another thread or pack has switched the
+    implementation off, too, which tells nothing about the call: then the declared limits and the operator decide.
+
+    Raises:
+        ValueError: in a call: torch's check refuses it.
+        As `implementation`.
     """
+    kernel = implementation(pin, platform)
+    if pin not in CHECKS or platform.kind == "cpu":
+        return kernel
     from torch.backends import cuda
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    pinned = [getattr(SDPBackend, pin)]
-    known = all(hasattr(cuda, f"{name}_enabled") for name in SWITCHES.values())  # cuDNN's came with torch 2.5
-    if not known or platform.kind not in ("cuda", "rocm", "cpu"):  # others have an implementation without a switch
-
-        def in_context(call: AttentionCall) -> torch.Tensor:
-            with sdpa_kernel(pinned):
-                return kernel(call)
-
-        return in_context
-    switches = [
-        (getattr(cuda, f"{name}_enabled"), getattr(cuda, f"enable_{name}"), member == pin)
-        for member, name in SWITCHES.items()
-    ]
+    can_use = getattr(cuda, f"can_use_{CHECKS[pin]}_attention")
+    enabled = getattr(cuda, f"{SWITCHES[pin]}_enabled")
 
     def run(call: AttentionCall) -> torch.Tensor:
-        before = [is_on() for is_on, _, _ in switches]
-        try:
-            for _, switch, on in switches:
-                switch(on)
-            return kernel(call)
-        finally:
-            for (_, switch, _), was in zip(switches, before, strict=True):
-                switch(was)
+        if call.enable_gqa and pin == "EFFICIENT_ATTENTION":
+            call = expanded(call)
+        was_on = enabled()
+        if not can_use(facts_for_torch(call)) and was_on and enabled() and computes(call):
+            raise ValueError(f"torch's {pin} does not take this call")
+        return kernel(call)
+
+    return run
+
+
+def implementation(pin: str, platform: Platform) -> Kernel:
+    """The operator of one member of torch.nn.attention.SDPBackend on a kind of device, unchecked but for its shapes.
+
+    Args:
+        pin: the member's name: CUDNN_ATTENTION, FLASH_ATTENTION, EFFICIENT_ATTENTION or MATH.
+
+    Raises:
+        ValueError: in a call: the shapes of query, key, value and mask disagree, or the operator would compute
+            something else.
+        RuntimeError: in a call: the operator itself refuses it.
+    """
+    if pin == "MATH":
+        return _math()
+    if pin == "FLASH_ATTENTION":
+        return _flash_on_cpu(platform) if platform.kind == "cpu" else _flash()
+    return _efficient() if pin == "EFFICIENT_ATTENTION" else _cudnn(platform)
+
+
+def computes(call: AttentionCall) -> bool:
+    """Whether a call has anything to compute: False where there is no key, or no element of output.
+
+    Raises:
+        ValueError: its shapes disagree. The fused operators read memory by the query's shape without looking.
+    """
+    query, key, value = call.query.shape, call.key.shape, call.value.shape
+    batch, heads, q_len, head_dim = query
+    key_batch, key_heads, kv_len, key_dim = key
+    grouped = call.enable_gqa and key_heads and not heads % key_heads
+    if (
+        key_batch != batch
+        or key_dim != head_dim
+        or value[:3] != key[:3]
+        or (key_heads != heads and not grouped)
+        or (call.attn_mask is not None and not _broadcasts(call.attn_mask.shape, (batch, heads, q_len, kv_len)))
+    ):
+        mask = "" if call.attn_mask is None else f", mask {tuple(call.attn_mask.shape)}"
+        raise ValueError(f"shapes disagree: query {tuple(query)}, key {tuple(key)}, value {tuple(value)}{mask}")
+    return 0 not in query and kv_len != 0 and value[3] != 0
+
+
+def _broadcasts(shape: torch.Size, scores: tuple[int, int, int, int]) -> bool:
+    if shape == scores:
+        return True
+    batch, heads, rows, columns = shape
+    return (
+        (batch == 1 or batch == scores[0])
+        and (heads == 1 or heads == scores[1])
+        and (rows == 1 or rows == scores[2])
+        and (columns == 1 or columns == scores[3])
+    )
+
+
+def nothing(call: AttentionCall) -> torch.Tensor:
+    """The output of a call that computes nothing: zeros, as scaled_dot_product_attention gives for no keys."""
+    return call.query.new_zeros((*call.query.shape[:3], call.value.shape[3]))
+
+
+def bias_of(call: AttentionCall, hidden: float = float("-inf")) -> torch.Tensor | None:
+    """The mask as the operators take it: added to the scores, in the query's dtype.
+
+    Args:
+        hidden: what False becomes.
+
+    Raises:
+        ValueError: the mask is neither boolean nor floating; torch's own function refuses it too.
+    """
+    mask, dtype = call.attn_mask, call.query.dtype
+    if mask is None or mask.dtype is dtype:
+        return mask
+    import torch
+
+    if mask.dtype is torch.bool:
+        return call.query.new_full(mask.shape, hidden).masked_fill_(mask, 0.0)
+    if not mask.is_floating_point():
+        raise ValueError(f"mask dtype {mask.dtype} is neither bool nor floating")
+    # A finite number that the query's dtype cannot hold stays finite: -inf would hide the key.
+    ends = torch.finfo(dtype)
+    return torch.where(mask.isinf(), mask, mask.clamp(ends.min, ends.max)).to(dtype)
+
+
+def _needs_lse(call: AttentionCall) -> bool:
+    """Whether a backward pass may follow, for which a forward pass keeps the log-sum-exp."""
+    import torch
+
+    return torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad or call.value.requires_grad)
+
+
+def _no_gradient_of_mask(call: AttentionCall) -> None:
+    if call.attn_mask is not None and call.attn_mask.requires_grad:
+        raise ValueError("a mask that requires a gradient has none in the fused kernels")
+
+
+def _square_if_causal(call: AttentionCall) -> None:
+    if call.is_causal and call.query.shape[2] != call.key.shape[2]:
+        raise ValueError(f"causal with q_len {call.query.shape[2]} != kv_len {call.key.shape[2]}")
+
+
+def _math() -> Kernel:
+    """Takes every shape that broadcasts, zero lengths too."""
+    from torch import _scaled_dot_product_attention_math as operator
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        output: torch.Tensor = operator(
+            call.query,
+            call.key,
+            call.value,
+            bias_of(call),
+            0.0,
+            call.is_causal,
+            scale=call.scale,
+            enable_gqa=call.enable_gqa,
+        )[0]
+        return output
+
+    return run
+
+
+def _flash_on_cpu(platform: Platform) -> Kernel:
+    from torch import _scaled_dot_product_flash_attention_for_cpu as operator
+
+    # torch 2.13 groups heads here (sdp_utils_cpp.cpp). An older operator would read past the keys without a word.
+    groups = package_reason("torch>=2.13", replace(platform, packages=(("torch", platform.torch),))) is None
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        if not computes(call):  # the operator divides by these lengths and ends the process
+            return nothing(call)
+        mask = call.attn_mask
+        if mask is not None:
+            _no_gradient_of_mask(call)
+            mask = bias_of(call)
+        if call.enable_gqa and not groups:
+            call = expanded(call)
+        output: torch.Tensor = operator(
+            call.query, call.key, call.value, 0.0, call.is_causal, attn_mask=mask, scale=call.scale
+        )[0]
+        return output
+
+    return run
+
+
+def _flash() -> Kernel:
+    """CUDA and ROCm. Groups heads; head_dim is filled up with zeros to a multiple of 8."""
+    from torch import _scaled_dot_product_flash_attention as operator
+    from torch.nn.functional import pad
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        if call.attn_mask is not None:
+            raise ValueError("torch's FlashAttention takes no mask")
+        if not computes(call):
+            return nothing(call)
+        _square_if_causal(call)  # the operator aligns the triangle with the last key
+        query, key, value, scale = call.query, call.key, call.value, call.scale
+        head_dim = query.shape[3]
+        if head_dim % 8:
+            scale = head_dim**-0.5 if scale is None else scale
+            query, key, value = (pad(tensor, (0, -head_dim % 8)) for tensor in (query, key, value))
+            return operator(query, key, value, 0.0, call.is_causal, False, scale=scale)[0][..., :head_dim]
+        output: torch.Tensor = operator(query, key, value, 0.0, call.is_causal, False, scale=scale)[0]
+        return output
+
+    return run
+
+
+def _efficient() -> Kernel:
+    """CUDA and ROCm. Has no grouped form: key heads are repeated."""
+    from torch import _scaled_dot_product_efficient_attention as operator
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        if not computes(call):
+            return nothing(call)
+        _no_gradient_of_mask(call)
+        bias = bias_of(call)
+        if bias is not None:
+            bias = aligned(bias, call)
+        if call.enable_gqa:
+            call = expanded(call)
+        output: torch.Tensor = operator(
+            call.query, call.key, call.value, bias, _needs_lse(call), 0.0, call.is_causal, scale=call.scale
+        )[0]
+        return output
+
+    return run
+
+
+def aligned(bias: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """A bias of the scores' whole shape, whose rows begin at multiples of 16 elements, as CUTLASS reads them."""
+    kv_len = call.key.shape[2]
+    bias = bias.expand(*call.query.shape[:3], kv_len)
+    if kv_len % 16:
+        from torch.nn.functional import pad
+
+        return pad(bias, (0, -kv_len % 16))[..., :kv_len]
+    *strides, last = bias.stride()
+    return bias.contiguous() if last != 1 or any(stride % 16 for stride in strides) else bias
+
+
+def _cudnn(platform: Platform) -> Kernel:
+    """CUDA. Groups heads."""
+    from torch import _scaled_dot_product_cudnn_attention as operator
+
+    # As torch itself: before 2.12 -65504 worked round a defect of -inf in cuDNN (pytorch pull request 177868).
+    old = package_reason("torch>=2.12", replace(platform, packages=(("torch", platform.torch),)))
+    hidden = -65504.0 if old else float("-inf")
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        if not computes(call):
+            return nothing(call)
+        _square_if_causal(call)
+        _no_gradient_of_mask(call)
+        bias = bias_of(call, hidden)
+        output: torch.Tensor = operator(
+            call.query,
+            call.key,
+            call.value,
+            bias,
+            _needs_lse(call),
+            0.0,
+            call.is_causal,
+            False,
+            scale=call.scale,
+        )[0]
+        return output
 
     return run
 
 
 class PinnedSDPA(Backend):
-    """scaled_dot_product_attention held to one member of torch.nn.attention.SDPBackend.
+    """One member of torch.nn.attention.SDPBackend, called by its own operator.
 
-    A single pin, never a priority list: with a list and a mask, torch has been seen to fall to its slowest
-    implementation although the first one listed runs alone (https://github.com/pytorch/pytorch/pull/114689
-    introduced the context).
+    Never a priority list: with a list and a mask, torch has been seen to fall to its slowest implementation although
+    the first one listed runs alone (https://github.com/pytorch/pytorch/pull/114689 introduced the context).
     """
 
     pin: ClassVar[str]
-    expands_gqa: ClassVar[bool] = False
-    """The implementation has no grouped form: key heads are repeated before the call."""
 
     def load(self, platform: Platform) -> Kernel:
-        expands = self.expands_gqa
-        sdpa = held(plain_sdpa(), self.pin, platform)
+        kernel = pinned(self.pin, platform)
 
         def run(call: AttentionCall) -> torch.Tensor:
-            call = without_gaps(call)
-            return sdpa(expanded(call) if expands and call.enable_gqa else call)
+            return kernel(without_gaps(call))
 
         return run

@@ -19,7 +19,6 @@ class SDPAEfficient(PinnedSDPA):
     kinds = ("cuda", "rocm")
     min_capability = (5, 0)
     pin = "EFFICIENT_ATTENTION"
-    expands_gqa = True
     limits = Limits(
         dtypes=("float16", "bfloat16", "float32"),
         head_dim_multiple=4,

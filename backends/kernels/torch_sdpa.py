@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, Backend, Kernel, Limits
-from ..kernel_support.sdpa import expanded, plain_sdpa
+from ..kernel_support.sdpa import CHECKS, expanded, facts_for_torch, implementation, plain_sdpa
 from ..memory import expanded_bytes
 from ..platform import KINDS, Platform
 from ..request import AttentionCall, AttentionRequest
@@ -34,9 +34,9 @@ class TorchSDPA(Backend):
 
     def load(self, platform: Platform) -> Kernel:
         if platform.kind == "cuda":
-            return _cuda_kernel()
+            return _cuda_kernel(platform)
         if platform.kind == "rocm":
-            return _prioritised(split=False, native_masked_gqa=False)
+            return _in_order(platform)
         return _portable()
 
 
@@ -58,8 +58,8 @@ def _portable() -> Kernel:
     return run
 
 
-def _cuda_kernel() -> Kernel:
-    run = _prioritised(split=True, native_masked_gqa=True)
+def _cuda_kernel(platform: Platform) -> Kernel:
+    run = _in_order(platform)
 
     def in_batches(call: AttentionCall) -> torch.Tensor:
         if call.query.shape[0] <= MAX_BATCH:
@@ -90,43 +90,36 @@ def _cuda_kernel() -> Kernel:
     return in_batches
 
 
-def _prioritised(*, split: bool, native_masked_gqa: bool) -> Kernel:
+def _in_order(platform: Platform) -> Kernel:
+    """The first of flash, cuDNN, efficient and math that takes a call, by torch's own checks, which is what
+    sdpa_kernel(order, set_priority=True) comes to.
+
+    Without that context: it sets the process's switches and order for the time of the call, which other threads see.
+    """
     import inspect
 
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.backends import cuda
+    from torch.nn.attention import sdpa_kernel
 
     if "set_priority" not in inspect.signature(sdpa_kernel).parameters:
-        return _portable()  # torch before 2.6 has no order to set
-    order = [
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
+        return _portable()  # torch before 2.6 has no order, so ComfyUI sets none there
 
-    sdpa = plain_sdpa()
+    fused = [
+        (getattr(cuda, f"can_use_{check}_attention"), implementation(pin, platform)) for pin, check in CHECKS.items()
+    ]
+    math, sdpa = implementation("MATH", platform), plain_sdpa()
 
     def run(call: AttentionCall) -> torch.Tensor:
         if call.query.numel() < SMALL_QUERY:
             return sdpa(call)
         masked_gqa = call.enable_gqa and call.attn_mask is not None
-        if masked_gqa and not native_masked_gqa:
+        if masked_gqa and platform.kind == "rocm":
             call = expanded(call)
-        with sdpa_kernel(order, set_priority=True):
-            if masked_gqa and native_masked_gqa and not _fused_gqa(call):
-                call = expanded(call)
-            return sdpa(call)
+        facts = facts_for_torch(call)
+        for can_use, kernel in fused:
+            if can_use(facts):
+                return kernel(call)
+        # No fused kernel takes grouped heads with this mask: one may once they are repeated.
+        return run(expanded(call)) if masked_gqa and call.enable_gqa else math(call)
 
     return run
-
-
-def _fused_gqa(call: AttentionCall) -> bool:
-    """True when one of torch's fused CUDA kernels takes this grouped call as it is, inside the current order."""
-    from torch.backends import cuda
-
-    params = cuda.SDPAParams(call.query, call.key, call.value, call.attn_mask, 0.0, call.is_causal, True)
-    return (
-        cuda.can_use_flash_attention(params)
-        or cuda.can_use_cudnn_attention(params)
-        or cuda.can_use_efficient_attention(params)
-    )

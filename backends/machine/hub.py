@@ -8,6 +8,7 @@ Asking whether such a backend is available loads it, as everywhere here, and so 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,6 +18,8 @@ from typing import ClassVar
 from ..backend import Backend, package_reason
 from ..platform import HUB_VARIABLE, Platform
 from ..request import AttentionRequest
+
+_loading = threading.Lock()
 
 REQUIREMENT = "kernels>=0.15"
 """0.14 began to check who published a repository, 0.15 to work from its cache when it is told to stay offline."""
@@ -67,8 +70,10 @@ class HubKernel:
         if not platform.hub:
             raise PermissionError(f"{self.name}: {self.obstacle(platform)}")
         get_kernel = import_module("kernels").get_kernel
-        with warnings.catch_warnings():
-            # Up to 0.16 a repository can lead to another one, about whose publisher nothing was asked.
+        # Up to 0.16 a repository can lead to another one, about whose publisher nothing was asked. Python's filters are
+        # the process's, and `kernels` has no argument for it: one load at a time, so that none of ours puts back
+        # another's. A kernel is loaded once, mostly by the probe, which has a process of its own.
+        with _loading, warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*redirected to")
             module: ModuleType = get_kernel(self.repository, version=self.version, trust_remote_code=False)
         return module

@@ -5,7 +5,6 @@ Looking is live on purpose, as the doctor is: it imports the package, and whatev
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,10 +135,10 @@ def _look(backend_id: str, need: Symbols, platform: Platform) -> tuple[list[str]
         return everything, f"metadata says {distribution} {version}, but there is no module {top}", True
     stranger = "" if version or top == "torch" else _owner(top, distribution)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            module = import_module(need.module)
-            gone = [name for name in need.names if not hasattr(module, name)]
-            foreign = [name for name in need.foreign if hasattr(module, name)]
+        # What the package prints is the command line's to redirect: sys.stdout belongs to all threads of a server.
+        module = import_module(need.module)
+        gone = [name for name in need.names if not hasattr(module, name)]
+        foreign = [name for name in need.foreign if hasattr(module, name)]
     except (Exception, SystemExit) as error:  # whatever a package raises is the finding
         raised = f"importing {need.module} raised {type(error).__name__}: {error}"
         return everything, "; ".join(filter(None, (stranger, raised))), True
