@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +40,7 @@ from hook_side import (  # noqa: E402
     sites,
     with_role,
 )
+from measured_machines import Clock  # noqa: E402
 
 comfy_only = pytest.mark.comfy
 Data = dict[str, Any]
@@ -287,9 +287,9 @@ def test_later_nodes_stand_above_a_record(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
-def taking(ms: float, kernel: Any) -> Any:
+def taking(clock: Clock, ms: float, kernel: Any) -> Any:
     def run(call: Any) -> Any:
-        time.sleep(ms / 1000)
+        clock.now += ms
         return kernel(call)
 
     return run
@@ -303,12 +303,18 @@ def test_a_measured_run_is_recorded_honestly_and_its_choice_is_kept(
     model = build("wan")
     platform = detect(torch.device("cpu"))
     fast = BACKENDS["sdpa_math"].load(platform)
-    kernels = {"torch_sdpa": Kernel("torch_sdpa", taking(4, sdpa)), "sdpa_math": Kernel("sdpa_math", taking(1.5, fast))}
+    clock = Clock()
+    kernels = {
+        "torch_sdpa": Kernel("torch_sdpa", taking(clock, 4, sdpa)),
+        "sdpa_math": Kernel("sdpa_math", taking(clock, 1.5, fast)),
+    }
     router = Router(platform, {**kernels, "comfy": BACKENDS["comfy"]})
     monkeypatch.setattr(sampling, "router_for", lambda device: router)
     store = Store(tmp_path / "measured.sqlite")
     monkeypatch.setattr(
-        sampling, "_tuner_of", lambda session: Tuner(session, store) if asks_for_measured(session.layers) else None
+        sampling,
+        "_tuner_of",
+        lambda session: Tuner(session, store, clock) if asks_for_measured(session.layers) else None,
     )
     tried: list[Data] = []
     while not tried or not tried[-1]["steady"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -208,17 +209,23 @@ def test_on_a_card_sigmas_are_read_without_waiting() -> None:
     assert all(window["cells"][0][2] > 0 for window in trace.windows())
 
 
-def test_it_costs_less_than_a_thousandth_of_a_model_call_of_half_a_second() -> None:
+def test_the_end_of_a_model_call_makes_no_call_for_each_row() -> None:
+    """Calls and not seconds; what they take is in benchmarks/."""
     trace = Trace(mode="full")
     rows, clock = rows_of(trace, 200), DeviceClock("cpu")
-    assert min(_seconds(trace, rows, clock) for _ in range(20)) < 0.5e-3
-
-
-def _seconds(trace: Trace, rows: list[Row], clock: DeviceClock) -> float:
     for row in rows:
         row.calls += 1
         row.launches += 1
         row.took(1.0)
-    start = perf_counter()
-    trace.end_of_model_call(clock, None, SIGMAS[:2], SIGMAS)
-    return perf_counter() - start
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        trace.end_of_model_call(clock, None, SIGMAS[:2], SIGMAS)
+    finally:
+        sys.setprofile(None)
+    assert calls < len(rows) / 4
