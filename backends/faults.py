@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .call_checks import CheckError
-from .names import COMFY
 
 if TYPE_CHECKING:
+    import torch
+
     from .plan import Plan
+    from .request import AttentionCall
 
 CUDA_FAULTS = (
     "illegal memory access",
@@ -41,10 +43,54 @@ class KernelFaultError(RuntimeError):
     """A kernel left the device in a state in which nothing further can run."""
 
 
+class KernelOutputError(RuntimeError):
+    """A kernel returned something else than the output of its call: that kernel failed, and another one may run."""
+
+
+def check_output(output: object, call: AttentionCall) -> None:
+    """`check_output_is` with what `call` must give; the call must still hold its tensors."""
+    query = call.query
+    check_output_is(output, (*query.shape[:3], call.value.shape[3]), query.dtype, query.device)
+
+
+def check_output_is(output: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what is no tensor of this shape, dtype and device. Reads no values, so it costs no synchronisation.
+
+    Under autocast its dtype is right too, as PyTorch's own attention returns it there.
+
+    Raises:
+        KernelOutputError: with what was returned and what was expected.
+    """
+    import torch
+
+    expected = f"{tuple(shape)} {_name(dtype)} on {device}"
+    if not isinstance(output, torch.Tensor):
+        raise KernelOutputError(f"returned {type(output).__name__}, not a tensor {expected}")
+    kind = device.type
+    dtypes = {dtype, torch.get_autocast_dtype(kind)} if _autocasts(kind) else {dtype}
+    if output.shape != shape or output.dtype not in dtypes or output.device != device:
+        raise KernelOutputError(
+            f"returned {tuple(output.shape)} {_name(output.dtype)} on {output.device}, not {expected}"
+        )
+
+
+def _autocasts(kind: str) -> bool:
+    import torch
+
+    try:
+        return torch.is_autocast_enabled(kind)
+    except (RuntimeError, TypeError):  # a device without autocast; torch before 2.4 asks without a device
+        return False
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def stop_if_hopeless(plan: Plan, error: Exception) -> None:
     """Raise where no other kernel may be tried after `error`."""
     failed = plan.decision.backend
-    if failed == COMFY or isinstance(error, CheckError) or is_out_of_memory(error):
+    if isinstance(error, CheckError) or is_out_of_memory(error):
         raise error
     if is_cuda_fault(error):
         raise KernelFaultError(

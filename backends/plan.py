@@ -9,6 +9,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 from .backend import Kernel
+from .faults import check_output_is
 from .request import AttentionCall, AttentionRequest
 from .router import Decision
 from .trace import Row
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Plan:
     """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
 
-    __slots__ = ("clock", "decision", "kernel", "request", "row", "strict")
+    __slots__ = ("clock", "decision", "device", "dtype", "kernel", "request", "row", "shape", "strict")
 
     def __init__(
         self,
@@ -40,6 +41,13 @@ class Plan:
         self.strict = strict
         self.clock = clock
         """The host's clock, where the kernel is to be timed with it and does not do so itself."""
+        import torch
+
+        self.shape = (request.batch, request.num_heads, request.q_len, request.v_head_dim or request.head_dim)
+        """Of the output."""
+        self.dtype: torch.dtype = getattr(torch, request.dtype)
+        self.device: torch.device | None = None
+        """Of the calls; known from the first one on."""
 
     def become(self, other: Plan) -> None:
         """Run later calls of this kind as `other` would."""
@@ -50,15 +58,28 @@ class Plan:
 
         Here and not in a function around the kernel, as `timed_kernel` has it: each plan would have its own, and
         fetching those from memory between the operations of a model costs more than a call of one that is shared.
+
+        Raises:
+            KernelOutputError: what the kernel returned is not the output of such a call.
         """
+        device = self.device
+        if device is None:
+            device = self.device = call.query.device
         clock = self.clock
         if clock is None:
-            return self.kernel(call)
-        start = perf_counter_ns()
-        output = self.kernel(call)
-        row = self.row
-        row.launches += 1
-        if not clock.paused:
-            row.nanoseconds += perf_counter_ns() - start
-            row.timed += 1
+            output = self.kernel(call)
+        else:
+            start = perf_counter_ns()
+            output = self.kernel(call)
+            row = self.row
+            row.launches += 1
+            if not clock.paused:
+                row.nanoseconds += perf_counter_ns() - start
+                row.timed += 1
+        try:
+            if output.shape == self.shape and output.dtype is self.dtype and output.device == device:
+                return output
+        except AttributeError:  # no tensor
+            pass
+        check_output_is(output, self.shape, self.dtype, device)
         return output

@@ -231,8 +231,11 @@ class Router:
             if not reasons:
                 return self._instead(backend_id, choice, rejected)
             rejected.append(Rejection(backend_id, reasons))
-        if not self.refuse(COMFY, request, failed):
-            return self._instead(COMFY, choice, rejected)
+        if choice.asked != COMFY:
+            reasons = self.refuse(COMFY, request, failed)
+            if not reasons:
+                return self._instead(COMFY, choice, rejected)
+            rejected.append(Rejection(COMFY, reasons))
         raise NoBackendError(self.explain_refusal(request, choice, rejected))
 
     def _instead(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:

@@ -14,7 +14,7 @@ from .backend import Kernel, on_copies
 from .call_checks import CheckError, checked, checks_from_environment
 from .config import AttentionConfig, frozen
 from .config.layers import Choice, Settings, resolve, settings_of
-from .faults import is_cuda_fault, is_out_of_memory, stop_if_hopeless
+from .faults import KernelOutputError, is_cuda_fault, is_out_of_memory, stop_if_hopeless
 from .guard import Guard, GuardAlarm
 from .names import MEASURED
 from .plan import Plan
@@ -209,12 +209,13 @@ class Session:
         return on_copies(kernel) if self.router.backends[decision.backend].changes_inputs else kernel
 
     def run(self, plan: Plan, call: AttentionCall) -> torch.Tensor:
-        """Run one call; on failure fall back once, as the design's rules say.
+        """Run one call; on failure the next backend runs it: the platform's, then the host's own, each once.
 
         Raises:
             KernelFaultError: the device is unusable; the message names the kernel and the call.
             torch.OutOfMemoryError: passed on, never retried with another kernel.
-            NoBackendError: strict, and the named backend failed.
+            KernelOutputError: the kernel gave the call's tensors up, and what it returned is not their output.
+            NoBackendError: strict, and the named backend failed; or every backend failed.
         """
         try:
             output = plan.compute(call)
@@ -244,55 +245,67 @@ class Session:
         return output
 
     def _recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
-        """Quarantine the backend for this kind of call and run the next one; change `plan` to it."""
-        if isinstance(error, GuardAlarm):
-            return self._run_exactly(plan, call, str(error))
+        """Run the backends that are left, one after the other, until one computes the call; change `plan` to it."""
+        while True:
+            if isinstance(error, NoBackendError):
+                raise error  # of another configuration below the host's own function
+            if isinstance(error, GuardAlarm):
+                self._replace_by_exact(plan, str(error))
+            else:
+                self._replace_failed(plan, error)
+                if call.query is None:  # an owned call whose kernel has given its tensors up
+                    if isinstance(error, KernelOutputError):
+                        raise KernelOutputError(f"{error}; no other kernel can run it: its tensors were given up")
+                    raise error
+            try:
+                return plan.compute(call)
+            except Exception as another:
+                error = another
+
+    def _replace_failed(self, plan: Plan, error: Exception) -> None:
+        """Quarantine the backend for this kind of call and change `plan` to the next one.
+
+        Raises:
+            Exception: `error` leaves nothing to try, see `stop_if_hopeless`, or no backend is left.
+        """
         if self.tuner is not None and not isinstance(error, CheckError):
             self.tuner.failed(plan, error)
         stop_if_hopeless(plan, error)
-        if call.query is None:  # an owned call whose kernel has given its tensors up: nothing is left to retry with
-            raise error
-        failed = plan.decision.backend
-        self.failed[failed, frozen(plan.decision.options), plan.request] = f"{type(error).__name__}: {error}"
-        decided = plan.decision
+        decided, row = plan.decision, plan.row
+        failed = decided.backend
+        said = f"{type(error).__name__}: {error}"
+        self.failed[failed, frozen(decided.options), plan.request] = said
         choice = Choice(decided.asked, decided.source, decided.asked_options, decided.accuracy)
         try:
             decision = self.router.select(
                 plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict, failed=self.failed
             )
-        except NoBackendError as refusal:
-            raise refusal from error
-        log.warning(
-            "attention backend %s failed (%s: %s); %s runs instead for: %s",
-            failed,
-            type(error).__name__,
-            error,
-            decision.backend,
-            plan.request.describe(),
-        )
-        reason = f"{failed}: failed: {type(error).__name__}: {error}"
-        replacement = self._plan(
-            plan.request, decision, plan.row.role, plan.row.block, plan.strict, plan.row.mask, reason
-        )
-        plan.become(replacement)
-        if self.trace.ledger is not None:
-            self.trace.ledger.changed(plan, self.router)
-        return plan.compute(call)
+            refusal = None if self.guard is None else self.guard.refusal(row.role, row.block)
+            if refusal and self._is_guarded(decision):
+                decision = self._exact(decision, plan.request, row.role, row.block, refusal)
+        except NoBackendError as refused:
+            raise refused from error
+        log.warning("attention backend %s failed (%s); %s runs instead for: %s", failed, said, decision.backend,
+                    plan.request.describe())  # fmt: skip
+        before = f"{row.reason}; " if row.reason else ""
+        self._change(plan, decision, f"{before}{failed}: failed: {said}")
 
-    def _run_exactly(self, plan: Plan, call: AttentionCall, refusal: str) -> torch.Tensor:
-        """Run a call that the guard took from its kernel, and from now on this kind of call, with an exact backend."""
+    def _replace_by_exact(self, plan: Plan, refusal: str) -> None:
+        """Have an exact backend run what the guard took from its kernel, and from now on this kind of call."""
         row = plan.row
         decision = self._exact(plan.decision, plan.request, row.role, row.block, refusal)
         if (row.backend, refusal) not in self._logged:
             self._logged.add((row.backend, refusal))
             log.warning("%s in %s %s: %s; %s runs there from now on", row.backend, row.role, row.block, refusal,
                         decision.backend)  # fmt: skip
-        reason = f"{row.backend}: {refusal}"
-        replacement = self._plan(plan.request, decision, row.role, row.block, plan.strict, row.mask, reason)
-        plan.become(replacement)
+        self._change(plan, decision, f"{row.backend}: {refusal}")
+
+    def _change(self, plan: Plan, decision: Decision, reason: str) -> None:
+        """Change `plan` to another decision; the account has the reason."""
+        row = plan.row
+        plan.become(self._plan(plan.request, decision, row.role, row.block, plan.strict, row.mask, reason))
         if self.trace.ledger is not None:
             self.trace.ledger.changed(plan, self.router)
-        return plan.compute(call)
 
     def _log_decision(self, decision: Decision, role: str, category: str) -> None:
         """Say once per role what it resolved to, and once per reason why something else runs."""

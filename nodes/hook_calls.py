@@ -243,7 +243,10 @@ def _host_part(
 ) -> torch.Tensor:
     """Run what ComfyUI would have run on one part of a call; BHSD in and out."""
     layout = {"heads": part.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
-    return run_comfy(func, part.query, part.key, part.value, part.attn_mask, options, {**kwargs, **layout})
+    mask = part.attn_mask
+    if part.is_causal:  # read from the mask; ComfyUI's functions have no such argument
+        mask = torch.ones(part.query.shape[2], part.key.shape[2], dtype=torch.bool, device=part.query.device).tril()
+    return run_comfy(func, part.query, part.key, part.value, mask, options, {**kwargs, **layout})
 
 
 def _host_call(call: AttentionCall) -> torch.Tensor:

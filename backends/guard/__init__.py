@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..backend import Kernel
+from ..faults import check_output
 from ..request import AttentionCall
 from .findings import Findings
 
@@ -104,6 +105,7 @@ class Guard:
             inputs = [call.query, call.key, call.value]
             before = [tensor.clone() for tensor in inputs] if self.enforces else places.inputs(call)
         output = watch.kernel(call)
+        check_output(output, call)  # an index beyond its end would be a fault of the device
         with torch.no_grad():
             changed = guard_rows.differ(before, inputs if self.enforces else places.inputs(call))
             rows = guard_rows.take(output[places.samples], places.rows)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..backend import Kernel
+from ..faults import check_output_is
 from ..request import AttentionCall
 from .plan import MaskPlan
 from .ragged import offsets_of, to_bhsd, to_thd
@@ -105,7 +106,11 @@ def as_kernel(kernel: VarlenKernel) -> Kernel:
     def run(call: AttentionCall) -> torch.Tensor:
         if call.parts is None:
             raise ValueError("a call without the plan of its mask cannot be packed")
-        return unpack(kernel(pack(call, call.parts)), call, call.parts)
+        packed = pack(call, call.parts)
+        output = kernel(packed)
+        shape = (*packed.query.shape[:2], packed.value.shape[2])
+        check_output_is(output, shape, packed.query.dtype, packed.query.device)
+        return unpack(output, call, call.parts)
 
     return run
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..backend import Kernel
 from ..call_checks import CheckError, checked
-from ..faults import is_cuda_fault, is_out_of_memory
+from ..faults import check_output, is_cuda_fault, is_out_of_memory
 from ..guard import BUDGETS, GuardAlarm, Watch
 from ..plan import Plan
 from ..request import AttentionCall
@@ -97,7 +97,9 @@ class Trial:
         guard, accuracy = tuner.session.guard, tuner.session.router.backends[name].accuracy
         try:
             if not is_first and not (guard is not None and guard.enforces and guard.covers(accuracy)):
-                return run(call)
+                output = run(call)
+                check_output(output, call)
+                return output
             watch = Watch(tuner.judge, run, BUDGETS[accuracy], Row(plan.row.role, plan.row.block, name, "", ""), 0)
             return tuner.judge.check(watch, call, 0)
         except GuardAlarm as alarm:
