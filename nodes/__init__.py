@@ -4,7 +4,7 @@ Files, by what they are for; a call of a patched model goes through the first th
     patch    puts a configuration on a clone of a model: `host` as ComfyUI's hook, and wrappers
     a run    `wrappers` begin and end it, `sampling` is its state, `scope` the model call in it, `runs` the account
              that is kept; `memory`, with `sizes`, tells ComfyUI what it takes
-    a call   `hook_calls`, with `layouts` and `masks`, its place in the model (`sites`) and its role (`roles`);
+    a call   `hook_calls`, with `layouts` and `masks`, its place in the model (`callers`, `sites`), its role (`roles`);
              `compiled` is what torch.compile sees of it
     nodes    a file for each in the list below; `graph` is what stands around one in a graph. To Compare Attention
              Backends belong `compare_setup`, `compare_runs`, `capture`, `timed`, `pictures` and `similarity`, to the

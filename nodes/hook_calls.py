@@ -26,6 +26,7 @@ from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
 from .roles import Role
 from .sampling import name_of
 from .scope import Scope
+from .sites import maker
 
 MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
@@ -114,8 +115,14 @@ def route(
         text = _only_comfyui(query, key, value, mask, kwargs)
         if text:
             return _pass_on(scope, func, query, key, value, mask, options, kwargs, text)
-        hook_plan = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs)
-        scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
+        marked = scope.site
+        scope.site, _ = maker(scope)
+        try:
+            hook_plan = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs)
+        finally:
+            known, scope.site = scope.site is marked, marked
+        if known:  # else the key lacks the module that calls, which is marked from its next run on
+            scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
     layout = hook_plan.layout
     call = layout.call(query, key, value, mask)
     # Not only for the backend comfy: it is also the last resort when another one fails.
@@ -129,11 +136,11 @@ def route(
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
         if owned:
-            preferred = scope.site.preferred_attention() if scope.site is not None else None
+            preferred = scope.site.preferred_attention(scope.ordinal - 1) if scope.site is not None else None
             call.host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
         output = scope.session.run(hook_plan.plan, call)
     else:
-        preferred = scope.site.preferred_attention() if scope.site is not None else None
+        preferred = scope.site.preferred_attention(scope.ordinal - 1) if scope.site is not None else None
         host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
         output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
     if layout.skip_output_reshape:
@@ -201,8 +208,8 @@ def _new_plan(
         path = re.sub(r"\d+", "*", site.path) if site is not None else "an unknown module"
         scope.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
     preferred = None
-    if site is not None and site.preferred_attention() is not None:
-        preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention())})")
+    if site is not None and site.preferred_attention(ordinal) is not None:
+        preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention(ordinal))})")
     block = site.block if site is not None else ""
     choice = scope.choice(role, masked=mask_plan is not None and mask_plan.treatment not in ("none", NOTHING_HIDDEN))
     asked = choice.asked
@@ -252,7 +259,7 @@ def _host_part(
 def _host_call(call: AttentionCall) -> torch.Tensor:
     """Run what ComfyUI would have run, on the caller's own tensors; return it as BHSD."""
     scope, layout, func, query, key, value, mask, options, kwargs = call.given
-    preferred = scope.site.preferred_attention() if scope.site is not None else None
+    preferred = scope.site.preferred_attention(scope.ordinal - 1) if scope.site is not None else None
     output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
     if layout.skip_output_reshape or getattr(output, "ndim", 0) != 3 or output.shape[2] % layout.heads:
         return output

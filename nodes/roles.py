@@ -31,15 +31,18 @@ class Family:
 
     name: str
     classes: tuple[str, ...]
-    """Class names of the diffusion model or any of its bases."""
+    """Class names of the diffusion model or any of its bases; with the end of its module where two share a name."""
     sites: tuple[tuple[str, tuple[Role, ...]], ...]
     """Regular expression over `path` or `path:ModuleClass`, and the roles of the calls its forward makes."""
     bypass: str = ""
     """Attention of this family that ComfyUI does not route, beside what `BYPASS_EVERYWHERE` names."""
+    preferred_at: tuple[str, ...] = ()
+    """Below an attention module: the modules whose preferred attention its calls are made with, in order."""
     mask_argument: str = ""
     """Where each block makes its mask anew: the argument of the attention module's forward that it makes it from."""
 
 
+EVERY_CALL = "every attention call of this model"
 TEXT_SELF = Role("text_self", "self")
 IMAGE_SELF = Role("image_self", "self")
 
@@ -48,12 +51,14 @@ FAMILIES: tuple[Family, ...] = (
         "wan",
         ("WanModel",),
         (
-            (r"blocks\.\d+\.self_attn", (SELF,)),
+            (r"blocks\.\d+\.self_attn", (SELF,)),  # Animate 2: of the pose's branch too
             # With a start image the picture's keys come first, then the text's.
             (r"blocks\.\d+\.cross_attn:WanI2VCrossAttention", (Role("wan.image_cross", "cross"), CROSS)),
             (r"blocks\.\d+\.cross_attn", (CROSS,)),
             (r"vace_blocks\.\d+\.self_attn", (Role("wan.vace_self", "self"),)),
             (r"vace_blocks\.\d+\.cross_attn", (Role("wan.vace_cross", "cross"),)),
+            (r"blocks\.\d+\.audio_cross_attn_wrapper\.audio_cross_attn", (Role("wan.audio_cross", "cross"),)),  # HuMo
+            (r"blocks\.\d+", (CROSS,)),  # the autoregressive model, once it has cached the text's keys
         ),
         bypass="the face blocks of Wan Animate, the audio injector of Wan S2V, the music blocks and injector of "
         "WanDancer, the audio layers of MultiTalk",
@@ -67,15 +72,32 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "aura_flow",
+        ("aura.mmdit.MMDiT",),
+        ((r"(double|single)_layers\.\d+\.attn", (JOINT,)),),
+    ),
+    Family(
         "sd3",
         ("MMDiT",),
         # SD3.5 medium: the second call of a block is the picture by itself.
         ((r"joint_blocks\.\d+", (JOINT, Role("sd3.image_self", "self"))),),
         bypass="the context processor",
+        preferred_at=("x_block.attn", "x_block.attn2"),
+    ),
+    Family(
+        "qwen_image_21",  # a call for each stretch of text, which sees what stands before it, and for each picture
+        ("QwenImage21Transformer2DModel",),
+        ((r"transformer_blocks\.\d+\.attn", (JOINT,)),),
     ),
     Family(
         "qwen_image",
         ("QwenImageTransformer2DModel",),
+        ((r"transformer_blocks\.\d+\.attn", (JOINT,)),),
+        mask_argument="encoder_hidden_states_mask",
+    ),
+    Family(
+        "mage_flow",  # made of Qwen-Image's blocks
+        ("MageFlowTransformer2DModel",),
         ((r"transformer_blocks\.\d+\.attn", (JOINT,)),),
         mask_argument="encoder_hidden_states_mask",
     ),
@@ -137,8 +159,14 @@ FAMILIES: tuple[Family, ...] = (
         ("HiDreamImageTransformer2DModel",),
         ((r"(double|single)_stream_blocks\.\d+\.block\.attn1", (JOINT,)),),
     ),
+    Family(
+        "hidream_o1",  # one stream; what is causal in it does not reach the hook
+        ("HiDreamO1Transformer",),
+        ((r"language_model\.layers\.\d+\.self_attn", (JOINT,)),),
+        bypass="the causal part of attention, which is the prompt's, and the vision model",
+    ),
     Family("hunyuan3d", ("Hunyuan3Dv2",), ((r"(double|single)_blocks\.\d+", (JOINT,)),)),
-    Family("hunyuan3d_2_1", ("HunYuanDiTPlain",), (), bypass="every attention call of this model"),
+    Family("hunyuan3d_2_1", ("HunYuanDiTPlain",), (), bypass=EVERY_CALL),
     Family(
         "ace_step",
         ("ACEStepTransformer2DModel",),
@@ -173,6 +201,84 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     Family(
+        "boogu",
+        ("BooguTransformer2DModel",),
+        (
+            (r"context_refiner\.\d+\.attn", (TEXT_SELF,)),
+            (r"(noise_refiner|ref_image_refiner)\.\d+\.attn", (IMAGE_SELF,)),
+            (r"double_stream_layers\.\d+\.img_instruct_attn\.processor", (JOINT,)),
+            (r"double_stream_layers\.\d+\.img_self_attn", (IMAGE_SELF,)),
+            (r"single_stream_layers\.\d+\.attn", (JOINT,)),
+        ),
+    ),
+    Family("lens", ("LensTransformer2DModel",), ((r"transformer_blocks\.\d+\.attn", (JOINT,)),)),
+    Family("joyimage", ("JoyImageTransformer3DModel",), ((r"double_blocks\.\d+\.attn", (JOINT,)),)),
+    Family("ideogram4", ("Ideogram4Transformer2DModel",), ((r"layers\.\d+\.attention", (JOINT,)),)),
+    Family(
+        "krea2",
+        ("SingleStreamDiT",),
+        (
+            (r"txtfusion\.(layerwise|refiner)_blocks\.\d+\.attn", (TEXT_SELF,)),
+            (r"blocks\.\d+\.attn", (JOINT,)),
+        ),
+    ),
+    Family(
+        "pixeldit",
+        ("PixDiT_T2I",),
+        ((r"patch_blocks\.\d+\.attn", (JOINT,)), (r"pixel_blocks\.\d+\.attn", (IMAGE_SELF,))),
+    ),
+    Family("cogvideo", ("CogVideoXTransformer3DModel",), ((r"blocks\.\d+", (JOINT,)),)),
+    Family(
+        "mochi",
+        ("AsymmDiTJoint",),
+        ((r"blocks\.\d+\.attn", (JOINT,)),),
+        bypass="the pooling of the text",
+    ),
+    Family(
+        "cascade",  # stages B and C: the picture looks at itself and the text in one call
+        ("StageB", "StageC"),
+        ((r"(down|up)_blocks\.\d+\.\d+\.attention\.attn", (JOINT,)),),
+    ),
+    Family(
+        "stable_audio",
+        ("AudioDiffusionTransformer",),
+        (
+            (r"transformer\.layers\.\d+\.self_attn", (SELF,)),
+            (r"transformer\.layers\.\d+\.cross_attn", (CROSS,)),
+        ),
+    ),
+    Family(
+        "triposplat",
+        ("LatentSeqMMFlowModel",),
+        (
+            (r"context_refiner\.\d+\.attn", (Role("triposplat.condition_self", "self"),)),
+            (r"noise_refiner\.\d+\.attn", (SELF,)),
+            (r"blocks\.\d+\.attn", (JOINT,)),
+        ),
+    ),
+    Family(
+        "trellis2",
+        ("Trellis2",),
+        (
+            (r"(?:\w+\.)?blocks\.\d+\.self_attn", (SELF,)),
+            (r"(?:\w+\.)?blocks\.\d+\.cross_attn(?:\.cross_attn_block)?", (CROSS,)),
+        ),
+    ),
+    *(
+        Family(name, (diffusion_model,), (), bypass=EVERY_CALL)
+        for name, diffusion_model in (
+            ("ace_step_15", "AceStepConditionGenerationModel"),
+            ("depth_anything_3", "DepthAnything3Net"),
+            ("ernie", "ErnieImageModel"),
+            ("hunyuan_dit", "HunYuanDiT"),
+            ("minimax_music", "MiniMaxMusic3DiT"),
+            ("pixart", "PixArtMS"),
+            ("rt_detr", "RTv4"),
+            ("sam3", "SAM3Model"),
+            ("seedvr", "NaDiT"),
+        )
+    ),
+    Family(
         "unet",  # SD 1.x, SD 2.x, SDXL, SVD
         ("UNetModel",),
         (
@@ -198,7 +304,10 @@ def bypass_of(family: Family | None) -> str:
 
 
 def family_of(class_names: tuple[str, ...]) -> Family | None:
-    """The family of a diffusion model from the names of its class and bases; None when unknown."""
+    """The family of a diffusion model from the names of its class and bases, alone or with their modules'.
+
+    None when unknown.
+    """
     return next((family for family in FAMILIES if set(family.classes) & set(class_names)), None)
 
 

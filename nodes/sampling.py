@@ -68,7 +68,7 @@ class Run:
         self.family = ""
         """Of the model, as `roles.py` names it; empty where that does not know it."""
         self._scopes: dict[torch.device, Scope] = {}
-        self._marks: dict[int, list[sites.Mark]] = {}
+        self._marks: dict[int, sites.Marks] = {}
         self._started: float | None = None
         self.samples = 0
         """Most samples in one model call so far: prompts that ComfyUI batches count each."""
@@ -187,6 +187,10 @@ class Run:
                 for mark in marks:
                     mark.remove()
             self._marks.clear()
+
+    def marks(self) -> list[sites.Marks]:
+        """The marks of each model that this run has called so far."""
+        return list(self._marks.values())
 
     def scopes(self) -> list[Scope]:
         """The scopes of all devices so far."""

@@ -1,8 +1,8 @@
-"""Where attention calls come from: finds the modules that make them and marks each while its forward runs.
+"""Where attention calls come from: the modules that make them, each marked while one of its methods makes some.
 
-A module counts when its forward reaches one of ComfyUI's attention functions without going through another
-module; that is read from its compiled code, once per class. A marked module tells the current thread's scope when
-its forward begins and ends. The markers are the same objects in every run, and are on the model only during one.
+Which modules those are, and through which of their methods, is in `callers.py`. A marked module tells the current
+thread's scope when such a method begins and ends. The markers are the same objects in every run, and are on the model
+only during one.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from . import compiled
+from . import callers, compiled
+from .callers import calling_methods
 from .roles import Family, Role, block_of, family_of, guess, roles_at
 
 current = threading.local()
 """`scope`: the scope of the model call that this thread is in, or None."""
-_HOOKED_NAME = "optimized_attention"
 
 
 class Site:
     """One attention module of one model: its path, the roles of its calls, its block."""
 
-    __slots__ = ("__weakref__", "_module", "block", "handle", "mask_argument", "path", "roles")
+    __slots__ = ("__weakref__", "_module", "block", "handle", "mask_argument", "path", "preferred_at", "roles")
 
     def __init__(self, module: torch.nn.Module, path: str, family: Family | None) -> None:
         self._module = weakref.ref(module)
@@ -35,25 +35,44 @@ class Site:
         self.block = block_of(path)
         self.roles = roles_at(family, path, type(module).__name__)
         self.mask_argument = family.mask_argument if family is not None else ""
+        self.preferred_at = family.preferred_at if family is not None else ()
         self.handle = compiled.sites.new(self)
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
-        """The role of the call number `ordinal` (from 0) of this module's forward."""
+        """The role of the call number `ordinal` (from 0) of one run of this module's method."""
         if self.roles:
             return self.roles[min(ordinal, len(self.roles) - 1)]
         return guess(self.path, q_len, kv_len)
 
-    def preferred_attention(self) -> Any:
-        """The function that the checkpoint asks for at this module, or None (ComfyUI 0.37 and newer)."""
+    def is_of(self, module: torch.nn.Module) -> bool:
+        """Whether this is the site of that module."""
+        return self._module() is module
+
+    def preferred_attention(self, ordinal: int, holder: Any = None) -> Any:
+        """The function that the checkpoint asks for in a call of this module, or None (ComfyUI 0.37 and newer).
+
+        Args:
+            ordinal: the number of the call, from 0.
+            holder: what the call was made with; None where that is not known, as in a compiled graph.
+        """
+        if holder is None:
+            holder = self._holder(ordinal)
+        return getattr(holder, "function", None)
+
+    def _holder(self, ordinal: int) -> Any:
         module = self._module()
-        return getattr(getattr(module, "comfy_attention", None), "function", None)
+        if self.preferred_at:
+            paths = self.preferred_at[min(ordinal, len(self.preferred_at) - 1)].split(".")
+            for name in paths:
+                module = getattr(module, name, None)
+        return getattr(module, "comfy_attention", None)
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, telling the current thread's scope that it runs; after an exception too.
+        """`forward`, or another method, telling the current thread's scope that it runs; after an exception too.
 
         While torch traces it tells the call instead, see `compiled`: the thread's scope is no part of a graph.
         """
-        handle = self.handle
+        handle, method = self.handle, getattr(forward, "__name__", "")
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             if is_dynamo_compiling():
@@ -62,6 +81,8 @@ class Site:
             if scope is None:
                 return forward(*args, **kwargs)
             outer, ordinal = scope.site, scope.ordinal
+            if outer is self:  # one of its methods calls another
+                return forward(*args, **kwargs)
             scope.site, scope.ordinal = self, 0
             try:
                 return forward(*args, **kwargs)
@@ -69,7 +90,7 @@ class Site:
                 scope.site, scope.ordinal = outer, ordinal
 
         if not self.mask_argument:
-            return self._with_code_of_its_own(marked)
+            return self._with_code_of_its_own(marked, method)
 
         def marked_with_mask(*args: Any, **kwargs: Any) -> Any:
             if is_dynamo_compiling():
@@ -83,43 +104,54 @@ class Site:
             finally:
                 scope.mask_source = outer
 
-        return self._with_code_of_its_own(marked_with_mask)
+        return self._with_code_of_its_own(marked_with_mask, method)
 
-    def _with_code_of_its_own(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` with a code object for each class of module: torch counts recompilations by code object."""
+    def _with_code_of_its_own(self, function: Callable[..., Any], method: str) -> Callable[..., Any]:
+        """`function` with a code object for each class and method: torch counts recompilations by code object."""
         codes = _codes.setdefault(type(self._module()), {})
-        own = codes.setdefault(function.__code__, function.__code__.replace())
+        own = codes.setdefault((function.__code__, method), function.__code__.replace())
         return types.FunctionType(own, globals(), function.__name__, None, function.__closure__)
 
 
-_codes: weakref.WeakKeyDictionary[type, dict[types.CodeType, types.CodeType]] = weakref.WeakKeyDictionary()
+_codes: weakref.WeakKeyDictionary[type, dict[tuple[types.CodeType, str], types.CodeType]] = weakref.WeakKeyDictionary()
 
 
 class Mark:
-    """Stands in for one module's `forward` until every run that uses it has removed it.
+    """Stands in for the methods by which one module makes attention calls, until every run has removed it.
 
     One mark serves all runs on a module: with two of them, the run that ends first would leave the other's for good.
-    A stand-in rather than a pair of forward hooks: a module with hooks takes torch's slow path at every call.
+    Stand-ins rather than a pair of forward hooks: a module with hooks takes torch's slow path at every call, and hooks
+    see `forward` alone.
     """
 
-    __slots__ = ("_before", "_marked", "_module", "_users")
+    __slots__ = ("_marked", "_module", "_site", "_users")
 
     def __init__(self, module: torch.nn.Module, site: Site) -> None:
         self._module = module
+        self._site = site
         self._users = 0
-        self._before = module.__dict__.get("forward")
-        self._marked = site.wrap(module.forward)
-        module.__dict__["forward"] = self._marked
+        self._marked: dict[str, tuple[Any, Callable[..., Any]]] = {}
+        """By method: what stood in the module's own dictionary before, and what stands there now."""
 
     @classmethod
-    def on(cls, module: torch.nn.Module, site: Site) -> Mark:
+    def on(cls, module: torch.nn.Module, site: Site, methods: tuple[str, ...]) -> Mark:
         """The mark of a module, made by the first run that wants it."""
         with _marks_lock:
             mark = _marks.get(module)
             if mark is None:
                 mark = _marks[module] = cls(module, site)
             mark._users += 1
+            mark.cover(methods)
             return mark
+
+    def cover(self, methods: tuple[str, ...]) -> None:
+        """Stand in for these methods too."""
+        own = self._module.__dict__
+        for name in methods:
+            if name not in self._marked:
+                before = own.get(name)
+                own[name] = self._site.wrap(getattr(self._module, name))
+                self._marked[name] = before, own[name]
 
     def remove(self) -> None:
         """After the last run: put back what was there; leave alone what somebody else has put in our place since."""
@@ -128,12 +160,14 @@ class Mark:
             if self._users:
                 return
             del _marks[self._module]
-            if self._module.__dict__.get("forward") is not self._marked:
-                return
-            if self._before is None:
-                del self._module.__dict__["forward"]
-            else:
-                self._module.__dict__["forward"] = self._before
+            own = self._module.__dict__
+            for name, (before, marked) in self._marked.items():
+                if own.get(name) is not marked:
+                    continue
+                if before is None:
+                    del own[name]
+                else:
+                    own[name] = before
 
 
 _marks: dict[torch.nn.Module, Mark] = {}
@@ -163,75 +197,71 @@ _sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictio
 def family_of_model(diffusion_model: torch.nn.Module) -> Family | None:
     """The family of a diffusion model, compiled or not; None when the role table does not know it."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    return family_of(tuple(base.__name__ for base in type(model).__mro__))
+    names: list[str] = []
+    for base in type(model).__mro__:
+        names += base.__name__, ".".join([*base.__module__.split(".")[-2:], base.__name__])
+    return family_of(tuple(names))
 
 
-def attach(diffusion_model: torch.nn.Module) -> list[Mark]:
+class Marks(list[Mark]):
+    """The marks of one model in one run."""
+
+    def __init__(self, diffusion_model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = getattr(diffusion_model, "_orig_mod", diffusion_model)
+        self.family = family_of_model(self.model)
+        self._of: dict[torch.nn.Module, Mark] = {}
+        self.cover()
+
+    def cover(self) -> None:
+        """Mark every module of which it is known by now that it makes attention calls."""
+        for name, module in self.model.named_modules():
+            methods = calling_methods(module) if name else ()
+            if module in self._of:
+                self._of[module].cover(methods)
+            elif methods:
+                site = _site_of(module, name.replace("._orig_mod", ""), self.family)
+                self._of[module] = mark = Mark.on(module, site, methods)
+                self.append(mark)
+
+    def learn(self, caller: callers.Caller) -> Site | None:
+        """The site of a module that makes a call and had no mark; None where it is none of this model's.
+
+        From now on all modules of its class are marked.
+        """
+        if caller.module is self.model or caller.module not in set(self.model.modules()):
+            return None
+        callers.learn(caller.module, caller.method)
+        self.cover()
+        return _sites.get(caller.module)
+
+
+def attach(diffusion_model: torch.nn.Module) -> Marks:
     """Mark every attention module of a model; each mark is removed by its `remove`."""
-    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    family = family_of_model(model)
-    marks = []
-    for name, module in model.named_modules():
-        if name and makes_attention_calls(module):
-            path = name.replace("._orig_mod", "")
-            site = _sites.get(module)
-            if site is None or site.path != path:
-                site = _sites[module] = Site(module, path, family)
-            marks.append(Mark.on(module, site))
-    return marks
+    return Marks(diffusion_model)
+
+
+def maker(scope: Any) -> tuple[Site | None, Any]:
+    """The site of the call that is being planned, and the module that holds what is preferred for it, or None.
+
+    The site is the marked module that is running, unless the stack says that a module within it makes the call.
+    """
+    caller = callers.caller()
+    if caller.module is None or (scope.site is not None and scope.site.is_of(caller.module)):
+        return scope.site, caller.preferred
+    found = next((site for marks in scope.run.marks() if (site := marks.learn(caller)) is not None), None)
+    return found or scope.site, caller.preferred
+
+
+def _site_of(module: torch.nn.Module, path: str, family: Family | None) -> Site:
+    site = _sites.get(module)
+    if site is None or site.path != path:
+        site = _sites[module] = Site(module, path, family)
+    return site
 
 
 def blocks_of(diffusion_model: torch.nn.Module) -> tuple[str, ...]:
     """The blocks of a model that have attention modules, each once, in the model's order."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    paths = (name.replace("._orig_mod", "") for name, module in model.named_modules() if makes_attention_calls(module))
+    paths = (name.replace("._orig_mod", "") for name, module in model.named_modules() if calling_methods(module))
     return tuple(dict.fromkeys(block for path in paths if (block := block_of(path))))
-
-
-_by_class: weakref.WeakKeyDictionary[type, dict[tuple[type, ...], bool]] = weakref.WeakKeyDictionary()
-
-
-def makes_attention_calls(module: torch.nn.Module) -> bool:
-    """True when the module's own forward calls ComfyUI's attention, judged from its code, once per kind."""
-    # One class can hold different processors (ACE-Step: linear attention and softmax attention).
-    held = tuple(type(value) for value in module.__dict__.values() if callable(value))
-    known = _by_class.setdefault(type(module), {})
-    if held not in known:
-        known[held] = any(_reads_attention(code) for code in _reachable_code(module))
-    return known[held]
-
-
-def _reads_attention(code: types.CodeType) -> bool:
-    return any(name.startswith(_HOOKED_NAME) for name in code.co_names)
-
-
-def _reachable_code(module: torch.nn.Module) -> Iterator[types.CodeType]:
-    """Code of forward and of what it calls: own methods, functions of its package, callables it holds."""
-    package = type(module).__module__.partition(".")[0]
-    pending: list[Any] = [type(module).forward]
-    seen: set[types.CodeType] = set()
-    while pending:
-        function = _plain_function(pending.pop())
-        if function is None or function.__code__ in seen:
-            continue
-        codes = [function.__code__]
-        for code in codes:
-            seen.add(code)
-            yield code
-            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-        for name in {name for code in codes for name in code.co_names}:
-            held = module.__dict__.get(name)
-            found = held if held is not None else getattr(type(module), name, None) or function.__globals__.get(name)
-            if found is not None and str(getattr(found, "__module__", "")).partition(".")[0] == package:
-                pending.append(found)
-
-
-def _plain_function(found: Any) -> types.FunctionType | None:
-    """The function behind a method, a decorated function or a callable object; None for classes and modules."""
-    if isinstance(found, (type, torch.nn.Module)):
-        return None
-    if not isinstance(found, (types.FunctionType, types.MethodType)):
-        found = type(found).__call__ if callable(found) else None
-    found = getattr(found, "__func__", found)
-    found = getattr(found, "__wrapped__", found)
-    return found if isinstance(found, types.FunctionType) else None

@@ -15,8 +15,9 @@ import torch
 
 from ..backends.memory import ITEM_BYTES
 from ..backends.request import AttentionRequest
+from .callers import calling_methods
 from .roles import SELF, Role
-from .sites import family_of_model, makes_attention_calls
+from .sites import family_of_model
 
 HEADS = ("num_heads", "heads", "n_local_heads", "n_heads", "num_attention_heads")
 HEAD_DIMS = ("head_dim", "dim_head", "attention_head_dim")
@@ -36,7 +37,7 @@ def expected_requests(
         shape: of the latent, without its batch: channels, then frames, height, width as the model has them.
         conds: prompts as ComfyUI's sampler has them, lists of dictionaries by name.
     """
-    sites = [module for name, module in diffusion_model.named_modules() if name and makes_attention_calls(module)]
+    sites = [module for name, module in diffusion_model.named_modules() if name and calling_methods(module)]
     places = [*sites, diffusion_model]
     heads = next(filter(None, (_number(module, HEADS) for module in places)), 0)
     tokens = _tokens(diffusion_model, shape)
@@ -89,7 +90,7 @@ def _halvings(diffusion_model: torch.nn.Module) -> int:
     count = 0
     for block in getattr(diffusion_model, "input_blocks", ()):
         inside = list(block.modules())
-        if any(makes_attention_calls(module) for module in inside):
+        if any(calling_methods(module) for module in inside):
             break
         count += any(type(module).__name__ == "Downsample" for module in inside)
     return count
