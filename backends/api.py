@@ -60,8 +60,9 @@ def attention(
     Args:
         query: (batch, num_heads, q_len, head_dim), or with layout BSHD (batch, q_len, num_heads, head_dim).
         key, value: the same with num_kv_heads and kv_len; all on one device, in one dtype.
-        attn_mask: (batch, num_heads, q_len, kv_len) with 1 where it is the same for all, or (q_len or 1, kv_len);
-            boolean (True: visible) or added to the scores.
+        attn_mask: (batch, num_heads, q_len, kv_len) with 1 where it is the same for all, or (q_len or 1, kv_len), or
+            (kv_len,); boolean (True: visible), or numbers that are added to the scores, integers among them. Together
+            with `is_causal` only `reference` takes one.
         scale: what scores are multiplied by; None stands for head_dim ** -0.5.
         enable_gqa: several query heads share one key head.
         backend: for this call, in place of what blocks around it say: a name, or a configuration in any form that

@@ -151,8 +151,7 @@ def on_copies(kernel: Kernel) -> Kernel:
     """A kernel that changes its inputs, given copies: the caller keeps them, for a fallback after a failure too."""
 
     def run(call: AttentionCall) -> torch.Tensor:
-        query, key, value = call.query.clone(), call.key.clone(), call.value.clone()
-        return kernel(AttentionCall(query, key, value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa))
+        return kernel(call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone()))
 
     return run
 

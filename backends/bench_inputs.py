@@ -81,8 +81,7 @@ def make_inputs(
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     count = max(2, min(most, ceil(LARGEST_CACHE / size)))
     moved = [[tensor.roll(move, dims=2) for tensor in tensors] for move in range(1, count)]
-    mask, causal, scale, grouped = first.attn_mask, first.is_causal, first.scale, first.enable_gqa
-    return [first, *(AttentionCall(q, k, v, mask, causal, scale, grouped) for q, k, v in moved)]
+    return [first, *(first.changed(query=q, key=k, value=v) for q, k, v in moved)]
 
 
 def make_mask(request: AttentionRequest, hidden: int, device: torch.device) -> torch.Tensor | None:
@@ -126,7 +125,7 @@ def exact_rows(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         shared = head // group
         key, value = (tensor[:, shared : shared + 1].to(wide) for tensor in (call.key, call.value))
         part = mask if mask is None or mask.shape[1] == 1 else mask[:, head : head + 1]
-        one = AttentionCall(query[:, head : head + 1].to(wide), key, value, part, scale=call.scale)
+        one = call.changed(query=query[:, head : head + 1].to(wide), key=key, value=value, attn_mask=part)
         heads.append(reference_attention(one))
     return rows, torch.cat(heads, dim=1)
 

@@ -14,7 +14,7 @@ from .config import AttentionConfig
 from .config.text import parse_config
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
-from .mask import as_4d
+from .mask import as_4d, for_kernels
 from .names import COMFY
 from .platform import Platform, detect
 from .request import AttentionCall
@@ -98,6 +98,8 @@ def run_attention(
     call = AttentionCall(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     if session.check_calls:
         check(call)
+    if attn_mask is not None:
+        call.attn_mask = for_kernels(attn_mask, query.dtype)
     if known is None:
         check(call, only_shapes=True)
         known = session.keep(plan_key, call.request(), role, category_of(role), query.device.type)
@@ -146,10 +148,16 @@ def _understood(
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
     if any(len(shape) != 4 for shape in shapes):
         raise CheckError(f"query, key and value {shapes} must have 4 dimensions each, in the order {layout}")
-    if mask is not None and mask.ndim not in (2, 4):
+    if mask is None:
+        return
+    if mask.ndim == 3:
         raise CheckError(
             f"attn_mask {tuple(mask.shape)} could be by head or by sample; give it 4 dimensions, with 1 for the missing"
         )
+    if not 1 <= mask.ndim <= 4:
+        raise CheckError(f"attn_mask {tuple(mask.shape)} must have 1, 2 or 4 dimensions")
+    if mask.is_complex():
+        raise CheckError(f"attn_mask of dtype {mask.dtype} is neither boolean nor a number that is added to scores")
 
 
 def _only_tensors(*given: object) -> None:

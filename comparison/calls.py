@@ -135,10 +135,10 @@ def exact_rows(call: AttentionCall) -> tuple[Tensor, Tensor]:
         query = call.query[:, head : head + 1, rows.to(call.query.device)].cpu().double()
         key, value = (tensor[:, head // group : head // group + 1].cpu().double() for tensor in (call.key, call.value))
         part = None if mask is None else mask[:, head : head + 1, rows]
-        heads.append(reference_attention(AttentionCall(query, key, value, part, call.is_causal, call.scale)))
+        one = call.changed(query=query, key=key, value=value, attn_mask=part, enable_gqa=False)
+        heads.append(reference_attention(one))
     return rows, torch.cat(heads, dim=1)
 
 
 def _copy(call: AttentionCall) -> AttentionCall:
-    tensors = [tensor.clone() for tensor in (call.query, call.key, call.value)]
-    return AttentionCall(*tensors, call.attn_mask, call.is_causal, call.scale, call.enable_gqa, host=call.host)
+    return call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone())

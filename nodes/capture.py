@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..backends.mask import for_kernels
 from ..backends.request import AttentionCall, AttentionRequest
 from ..comparison.calls import CapturedCall
 from ..comparison.contenders import REFERENCE
@@ -51,9 +52,9 @@ def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], Captu
 
 def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCall:
     """The call on memory of its own: the model goes on and may write into what it handed over."""
-    query, key, value = call.query.clone(), call.key.clone(), call.value.clone()
-    mask = None if call.attn_mask is None else call.attn_mask.clone()
-    arguments = {"heads": query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
+    mask = None if call.attn_mask is None else for_kernels(call.attn_mask.clone(), call.query.dtype)
+    kept = call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone(), attn_mask=mask)
+    arguments = {"heads": kept.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
     if call.scale is not None:
         arguments["scale"] = call.scale
     if call.enable_gqa:
@@ -62,4 +63,5 @@ def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCa
     def host(of: AttentionCall) -> torch.Tensor:
         return run_comfy(func, of.query, of.key, of.value, of.attn_mask, None, arguments)
 
-    return AttentionCall(query, key, value, mask, False, call.scale, call.enable_gqa, host=host)
+    kept.host = host
+    return kept

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backends.config.layers import Choice
-from ..backends.mask import as_4d, as_additive, mask_kind
+from ..backends.mask import as_4d, as_additive, for_kernels, mask_kind
 from ..backends.mask.parts import Parts, calls_of, fits, plan_parts, run_parts
 from ..backends.mask.plan import NOTHING_HIDDEN, MaskPlan
 from ..backends.names import COMFY, MEASURED
@@ -151,17 +151,13 @@ def route(
 def _in_a_dtype_to_add(
     mask: torch.Tensor, query: torch.Tensor, func: Callable[..., torch.Tensor]
 ) -> torch.Tensor | None:
-    """The mask in a dtype that kernels take, where ComfyUI's function would run it; None where that is to decide.
-
-    Booleans, float32 and the query's own dtype stay as they are. Others become float32, or float64 for such queries,
-    so that nothing is rounded.
-    """
+    """The mask in a dtype that kernels take, where ComfyUI's function would run it; None where that is to decide."""
     dtype = mask.dtype
-    if dtype is query.dtype or dtype is torch.bool or dtype is torch.float32:
+    if dtype is query.dtype or dtype is torch.bool:
         return mask
-    if name_of(func) not in ADD_ANY_MASK or dtype.is_complex:
+    if dtype is not torch.float32 and (name_of(func) not in ADD_ANY_MASK or dtype.is_complex):
         return None
-    return mask.to(torch.float64 if query.dtype is torch.float64 else torch.float32)
+    return for_kernels(mask, query.dtype)
 
 
 def _only_comfyui(

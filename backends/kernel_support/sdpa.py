@@ -48,22 +48,14 @@ def plain_sdpa() -> Kernel:
 def expanded(call: AttentionCall) -> AttentionCall:
     """The same call with key heads repeated, for kernels that do not group query heads."""
     key, value = expand_kv(call)
-    return AttentionCall(call.query, key, value, call.attn_mask, is_causal=call.is_causal, scale=call.scale)
+    return call.changed(key=key, value=value, enable_gqa=False)
 
 
 def without_gaps(call: AttentionCall) -> AttentionCall:
     """The same call with head_dim contiguous, which all fused kernels of torch require; usually the call itself."""
     if call.query.stride(-1) == 1 and call.key.stride(-1) == 1 and call.value.stride(-1) == 1:
         return call
-    return AttentionCall(
-        call.query.contiguous(),
-        call.key.contiguous(),
-        call.value.contiguous(),
-        call.attn_mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-    )
+    return call.changed(query=call.query.contiguous(), key=call.key.contiguous(), value=call.value.contiguous())
 
 
 CHECKS = {"FLASH_ATTENTION": "flash", "CUDNN_ATTENTION": "cudnn", "EFFICIENT_ATTENTION": "efficient"}

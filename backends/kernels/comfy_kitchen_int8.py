@@ -69,7 +69,7 @@ class ComfyKitchenInt8(Backend):
         def run(call: AttentionCall) -> torch.Tensor:
             mask = call.attn_mask
             if mask is not None and mask.dtype not in taken:
-                mask = mask.to(torch.float32 if mask.dtype.is_floating_point else torch.bool)
+                mask = mask.to(torch.float32)
             query, key, value = (aligned(tensor) for tensor in (call.query, call.key, call.value))
             output: torch.Tensor
             with on_device_of(query):

@@ -46,14 +46,9 @@ class EmulatedInt8(Backend):
         sdpa = plain_sdpa()
 
         def run(call: AttentionCall) -> torch.Tensor:
-            rounded = AttentionCall(
-                round_trip(call.query, QUERY_BLOCK),
-                round_trip(call.key - call.key.mean(dim=2, keepdim=True), KEY_BLOCK),
-                call.value,
-                call.attn_mask,
-                is_causal=call.is_causal,
-                scale=call.scale,
-                enable_gqa=call.enable_gqa,
+            rounded = call.changed(
+                query=round_trip(call.query, QUERY_BLOCK),
+                key=round_trip(call.key - call.key.mean(dim=2, keepdim=True), KEY_BLOCK),
             )
             # Grouped heads with a mask have no fused kernel outside CUDA; torch would materialise the scores.
             return sdpa(expanded(rounded) if call.enable_gqa and call.attn_mask is not None else rounded)

@@ -233,10 +233,10 @@ def arguments(call: AttentionCall) -> tuple[object, ...]:
         if reach > INT32_ELEMENTS:
             raise ValueError(f"mask of {reach} elements > {INT32_ELEMENTS}, the reach of 32-bit offsets")
         whole = mask.expand(*query.shape[:3], key.shape[2])
-        if mask.dtype.is_floating_point:
-            bias = whole
-        else:
+        if mask.dtype == torch.bool:
             blocks = masked_blocks(whole)
+        else:
+            bias = whole
     elif call.is_causal:
         blocks = causal_blocks(query.shape[2], key.shape[2], query.device)
     return query, key, value, bias, blocks, call.scale

@@ -109,7 +109,7 @@ def in_log2_units(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A boolean mask as it is; a bias times log2(e), finite, in the dtype that the kernel wants: that of the query."""
     import torch
 
-    if not mask.dtype.is_floating_point:
+    if mask.dtype == torch.bool:
         return mask
     return (mask.float() * LOG2_E).to(dtype).clamp(min=torch.finfo(dtype).min)
 

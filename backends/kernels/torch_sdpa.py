@@ -73,17 +73,7 @@ def _cuda_kernel(platform: Platform) -> Kernel:
             if mask is not None and mask.shape[0] > 1:
                 mask = mask[rows]
             parts.append(
-                run(
-                    AttentionCall(
-                        call.query[rows],
-                        call.key[rows],
-                        call.value[rows],
-                        mask,
-                        is_causal=call.is_causal,
-                        scale=call.scale,
-                        enable_gqa=call.enable_gqa,
-                    )
-                )
+                run(call.changed(query=call.query[rows], key=call.key[rows], value=call.value[rows], attn_mask=mask))
             )
         return torch.cat(parts)
 

@@ -75,14 +75,11 @@ def tried(router: Router, backend: Backend, request: AttentionRequest, device: t
 
     call = call_of(request)
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
-    moved = AttentionCall(
-        query.to(device, copy=True),
-        key.to(device, copy=True),
-        value.to(device, copy=True),
-        None if mask is None else mask.to(device),
-        call.is_causal,
-        call.scale,
-        call.enable_gqa,
+    moved = call.changed(
+        query=query.to(device, copy=True),
+        key=key.to(device, copy=True),
+        value=value.to(device, copy=True),
+        attn_mask=None if mask is None else mask.to(device),
     )
     start = perf_counter()
     output = router.kernel(backend.id)(moved)
@@ -128,10 +125,7 @@ def tensors(request: AttentionRequest) -> tuple[torch.Tensor, torch.Tensor, torc
 
 def compare(output: torch.Tensor, call: AttentionCall, backend: Backend) -> tuple[str, float | None]:
     """What is wrong with an output, empty if nothing, and its relative L2 distance from float64; all on the CPU."""
-    wide = AttentionCall(
-        call.query.double(), call.key.double(), call.value.double(),
-        call.attn_mask, call.is_causal, call.scale, call.enable_gqa,
-    )  # fmt: skip
+    wide = call.changed(query=call.query.double(), key=call.key.double(), value=call.value.double())
     expected = BACKENDS["reference"].load(Platform("cpu"))(wide)
     if output.shape != expected.shape:
         return f"wrong: output {tuple(output.shape)} is not {tuple(expected.shape)}", None

@@ -1,6 +1,7 @@
 """What kind of mask a call carries, and exact rewrites of a mask from one form to another.
 
-A mask reaches kernels with four dimensions, each of which may be 1. Nothing here waits for a mask's values.
+A mask reaches kernels with four dimensions, each of which may be 1. It means the same everywhere: a boolean one shows
+(True) or hides a key, and numbers, integers among them, are added to scores. Nothing here waits for a mask's values.
 """
 
 from __future__ import annotations
@@ -15,15 +16,39 @@ def mask_kind(mask: torch.Tensor | None) -> str:
     """Name the kind of a four-dimensional mask, one of `request.MASK_KINDS`, from its type and layout alone."""
     if mask is None:
         return "none"
-    if not mask.dtype.is_floating_point:
+    if _is_bool(mask):
         same_for_heads = mask.shape[1] == 1 or mask.stride(1) == 0
         same_for_queries = mask.shape[2] == 1 or mask.stride(2) == 0
         return "key_padding" if same_for_heads and same_for_queries else "bool"
     return "bias"
 
 
+def _is_bool(mask: torch.Tensor) -> bool:
+    import torch
+
+    return mask.dtype == torch.bool
+
+
+def for_kernels(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask in a type that kernels take with a query of `dtype`: boolean or `dtype`, on the CPU float32 too.
+
+    Integers are numbers that are added to scores, as in ComfyUI's `attention_sub_quad` and `attention_split`; they and
+    floating-point numbers of another type are cast to `dtype`, where those beyond its range become its largest ones.
+    PyTorch's CUDA kernels refuse float32 with half-precision queries ("invalid dtype for bias").
+    """
+    import torch
+
+    if mask.dtype in (torch.bool, dtype) or (mask.dtype == torch.float32 and mask.device.type == "cpu"):
+        return mask
+    if dtype == torch.float64:
+        return mask.to(dtype)
+    wide = mask if mask.dtype == torch.float64 else mask.to(torch.float32)
+    limits = torch.finfo(dtype)
+    return torch.where(wide.isinf(), wide, wide.clamp(limits.min, limits.max)).to(dtype)
+
+
 def as_4d(mask: torch.Tensor) -> torch.Tensor:
-    """Give a mask of ComfyUI's shapes four dimensions: (Lq or 1, Lk), (B, Lq or 1, Lk) or (B, H, Lq, Lk).
+    """Give a mask four dimensions: one of (Lk,), (Lq or 1, Lk), (B, Lq or 1, Lk) or (B, H, Lq, Lk).
 
     Raises:
         ValueError: the mask has another number of dimensions.
@@ -34,7 +59,9 @@ def as_4d(mask: torch.Tensor) -> torch.Tensor:
         return mask.unsqueeze(1)
     if mask.ndim == 2:
         return mask.unsqueeze(0).unsqueeze(0)
-    raise ValueError(f"attention mask of shape {tuple(mask.shape)}: expected 2, 3 or 4 dimensions")
+    if mask.ndim == 1:
+        return mask[None, None, None]
+    raise ValueError(f"attention mask of shape {tuple(mask.shape)}: expected 1 to 4 dimensions")
 
 
 def without_keys(mask: torch.Tensor) -> torch.Tensor:
@@ -42,19 +69,19 @@ def without_keys(mask: torch.Tensor) -> torch.Tensor:
 
     SDPA gives zeros there; a kernel that adds a finite number to hidden scores gives a mean of hidden values.
     """
-    visible = mask > float("-inf") if mask.dtype.is_floating_point else mask
+    visible = mask if _is_bool(mask) else mask > float("-inf")
     return visible.any(dim=-1, keepdim=True).logical_not()
 
 
 def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a boolean mask (True: visible) into one that is added to scores; others are returned as they are.
+    """Turn a boolean mask (True: visible) into one that is added to scores; numbers are returned as they are.
 
     Hidden keys get half of the dtype's most negative number: their weight underflows to exactly 0, and neither
     the sum with a score nor a row without any visible key becomes infinite or NaN.
     """
     import torch
 
-    if mask.dtype.is_floating_point:
+    if mask.dtype != torch.bool:
         return mask
     hidden = torch.finfo(dtype).min / 2
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask.logical_not(), hidden)

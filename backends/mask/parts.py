@@ -45,7 +45,9 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
     Args:
         asked: the backend that a person named.
     """
-    if mask_plan.treatment == "none" or not fits(call):
+    # Neither error may depend on what a mask hides: a call that is causal too goes to its kernel whole, as does one
+    # whose mask does not fit.
+    if mask_plan.treatment == "none" or call.is_causal or not fits(call):
         return []
     calls = [] if mask_plan.treatment == PASSED_ON else mask_plan.calls(call)
     if asked is None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..request import AttentionCall
-from . import mask_kind, visible_keys
+from . import for_kernels, mask_kind, visible_keys
 
 if TYPE_CHECKING:
     import torch
@@ -103,11 +103,17 @@ def put(output: torch.Tensor, part: Part, whole: torch.Tensor | None) -> torch.T
 def call_of(part: Part, call: AttentionCall) -> AttentionCall:
     """The call of a part that sees keys. Views of the whole call's tensors, except for gathered keys.
 
+    Whatever the whole call asks for holds for its part. Its tensors are the part's to give up only where nothing else
+    needs them, so whoever knows that sets `owned`.
+
     Raises:
-        ValueError: the part has no keys, and there is nothing to compute.
+        ValueError: the part has no keys, and there is nothing to compute; or the whole call is causal, which counts
+            its own rows and keys and cannot be had from a part of them.
     """
     if part.keys is None:
         raise ValueError("this part sees no key")
+    if call.is_causal:
+        raise ValueError("a causal call is not split")
     query, key, value = call.query, call.key, call.value
     if part.samples != ALL:
         query, key, value = query[part.samples], key[part.samples], value[part.samples]
@@ -118,11 +124,16 @@ def call_of(part: Part, call: AttentionCall) -> AttentionCall:
             key, value = key[:, :, part.keys], value[:, :, part.keys]
     else:
         key, value = key.index_select(2, part.keys), value.index_select(2, part.keys)
-    one = AttentionCall(
-        query, key, value, part.mask, part.is_causal, call.scale, call.enable_gqa, host=call.host, memo=part.memo
+    mask = part.mask if part.mask is None else for_kernels(part.mask, query.dtype)
+    return call.changed(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=mask,
+        is_causal=part.is_causal,
+        memo=part.memo,
+        owned=False,
     )
-    one.given = call.given
-    return one
 
 
 def passed_on(mask: torch.Tensor | None, pattern: str = "", *, only_hides: bool = False) -> MaskPlan:
