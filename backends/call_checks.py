@@ -111,7 +111,8 @@ def _mask(call: AttentionCall, mask: torch.Tensor) -> Iterator[tuple[str, str]]:
 
     batch, heads, q_len, _ = call.query.shape
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        yield f"mask of dtype {_name(mask)}", "make it boolean (True: visible) or floating-point (added to scores, as integers are)"
+        remedy = "make it boolean (True: visible) or floating-point (added to scores, as integers are)"
+        yield f"mask of dtype {_name(mask)}", remedy
     elif mask.dtype != torch.bool and mask.dtype != call.query.dtype:
         yield f"mask of dtype {_name(mask)}, query {_name(call.query)}", "cast the mask to the query's dtype"
     full = (batch, heads, q_len, call.key.shape[2])

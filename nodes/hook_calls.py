@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..backends.call_checks import check
 from ..backends.config.layers import Choice
 from ..backends.mask import as_4d, as_additive, for_kernels, mask_kind
 from ..backends.mask.parts import Parts, calls_of, fits, plan_parts, run_parts
@@ -81,6 +82,8 @@ def route(
     mask_plan = None
     if mask is not None:
         given, mask = mask, _in_a_dtype_to_add(mask, query, func)
+        if mask is not given and scope.session.checks:
+            check(Layout(query, key, value, kwargs).call(query, key, value, given))  # which refuses it, in words
         if mask is None or not 2 <= mask.ndim <= 4:
             text = f"mask {tuple(given.shape)} of {given.dtype} with queries of {query.dtype}"
             return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
