@@ -213,7 +213,14 @@ def _run_attention(
     else:
         args = (query, key, value)
         output = asked.run_compiled(sites.get(site), ordinal, composed, func, args, kwargs)
-    return output.to(value.dtype).contiguous()
+    shape = _output_shape(query, value, heads, skip_reshape)
+    if output.shape != shape:
+        raise ValueError(
+            f"attention in a compiled model: the output is {tuple(output.shape)}, and the graph was made for {shape}\n"
+            f"  call: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, heads {heads}\n"
+            "  what to do: run this model without torch.compile"
+        )
+    return output.to(query.dtype).contiguous()
 
 
 def _fake_attention(
@@ -223,17 +230,17 @@ def _fake_attention(
     mask: torch.Tensor | None,
     heads: int,
     skip_reshape: bool,
-    enable_gqa: bool,
     *rest: object,
 ) -> torch.Tensor:
     """The shape of the output; sizes may be symbols."""
-    if skip_reshape or value.ndim == 4:  # (B, H, S, D), or SD3's values (B, S, H, D)
-        value_dim = value.shape[3]
-    elif enable_gqa:
-        value_dim = value.shape[2] // (key.shape[2] // (query.shape[2] // heads))
-    else:
-        value_dim = value.shape[2] // heads
-    return value.new_empty(query.shape[0], query.shape[2 if skip_reshape else 1], heads * value_dim)
+    return query.new_empty(_output_shape(query, value, heads, skip_reshape))
+
+
+def _output_shape(query: torch.Tensor, value: torch.Tensor, heads: int, skip_reshape: bool) -> tuple[int, int, int]:
+    """Without `skip_reshape` key and value take the query's batch and head size, whatever their own shapes are."""
+    if skip_reshape:
+        return query.shape[0], query.shape[2], heads * value.shape[3]
+    return query.shape[0], query.shape[1], heads * (query.shape[2] // heads)
 
 
 def _run_counted(

@@ -14,7 +14,19 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_calls import as_comfyui_runs  # noqa: E402
-from hook_side import counts, exact, last_run, override, plain_comfyui, sampling, selected  # noqa: E402
+from hook_side import (  # noqa: E402
+    compiled,
+    counts,
+    exact,
+    last_run,
+    nodes_module,
+    override,
+    plain_comfyui,
+    sampling,
+    selected,
+)
+
+hook_calls = nodes_module("hook_calls")
 
 BACKENDS = ("torch_sdpa", "comfy", "sdpa_math", "sdpa_flash", "reference", "emulated_int8")
 """Beside these `flex_attn` runs here; it is asked for a single call, as it compiles for every shape."""
@@ -72,3 +84,35 @@ def as_stock(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args:
     """`exact` with keys folded, as ComfyUI's functions have it."""
     shape = (query.shape[0], -1, query.shape[2])
     return exact(query, key.reshape(shape), value.reshape(shape), *args, **kwargs)
+
+
+def in_a_graph(monkeypatch: pytest.MonkeyPatch, func: Any, *tensors: torch.Tensor, **flags: Any) -> torch.Tensor:
+    monkeypatch.setattr(compiled, "comfys_attention", lambda: func)
+    ours = override("torch_sdpa", strict=True)
+    torch._dynamo.reset()
+
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
+        return ours(func, *tensors, 4, **flags)
+
+    with as_comfyui_runs():
+        output: torch.Tensor = torch.compile(forward, backend="eager", fullgraph=True)(*tensors)
+    return output
+
+
+def test_keys_are_folded_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, (key, value) = torch.randn(4, 6, 64), torch.randn(2, 1, 24, 64)
+    found = in_a_graph(monkeypatch, as_stock, query, key, value)
+    torch.testing.assert_close(found, as_stock(query, key, value, 4), rtol=0, atol=2e-6)
+
+
+def test_an_output_that_a_compiled_graph_was_not_made_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One query sample over the keys of two: PyTorch broadcasts, and ComfyUI's function returns twice the tokens."""
+
+    def broadcasts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **flags: Any) -> Any:
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        return output.transpose(1, 2).reshape(query.shape[0], -1, 64)
+
+    query, (key, value) = torch.randn(1, 4, 6, 16), torch.randn(2, 2, 4, 6, 16)
+    monkeypatch.setattr(hook_calls, "count_passed_on", lambda *args: None)  # which strict would stop
+    with pytest.raises(ValueError, match=r"\(1, 12, 64\), and the graph was made for \(1, 6, 64\)"):
+        in_a_graph(monkeypatch, broadcasts, query, key, value, skip_reshape=True)
