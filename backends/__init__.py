@@ -22,6 +22,7 @@ Files beside them:
     backend, family, limits, memory  what every backend declares
     router, plan, session, faults    which kernel a call gets, how it runs, and errors after which nothing is tried
     names, systems, recommended      ids, what other systems call them, and what is known by model family
+    versions                         how versions are compared
     bench, bench_inputs, presets     the benchmark, its tensors, and the calls of real models
 """
 

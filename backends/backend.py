@@ -14,6 +14,7 @@ from .limits import ANY_MASK, FLOATING, HALF, Limits
 from .options import Option
 from .platform import Platform
 from .request import AttentionCall, AttentionRequest
+from .versions import meets, read
 
 if TYPE_CHECKING:
     import torch
@@ -161,18 +162,15 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def package_reason(requirement: str, platform: Platform) -> str | None:
-    """Why a requirement such as `flash-attn>=2.6.3` is not met on `platform`, or None when it is."""
+    """Why a requirement such as `flash-attn>=2.6.3` or `torch>=2.7` is not met on `platform`, or None when it is."""
     from packaging.requirements import Requirement
-    from packaging.version import InvalidVersion, Version
 
     need = Requirement(requirement)
-    found = platform.version(need.name)
+    found = platform.torch if need.name == "torch" else platform.version(need.name)
     if found is None:
         return f"package {need.name} is not installed"
-    try:
-        version = Version(found)
-    except InvalidVersion:
+    if read(found) is None:
         return f"package {need.name} has no readable version: {found}"
-    if not need.specifier.contains(version, prereleases=True):
+    if not meets(found, str(need.specifier)):
         return f"package {need.name} {found} does not meet {need.specifier}"
     return None

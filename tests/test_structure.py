@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 FOR_KERNELS = {
     *("backend", "family", "kernel_support", "limits", "machine", "mask", "memory", "names", "options", "platform"),
-    "request",
+    *("request", "versions"),
 }
 """What a file of kernels/ may import of the library."""
 

@@ -18,6 +18,7 @@ from ..memory import item_bytes, key_size, rounded_bytes, value_size
 from ..options import Option
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest
+from ..versions import read
 from .layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
 
 if TYPE_CHECKING:
@@ -68,13 +69,10 @@ GRANULARITY = Option(
 
 
 def installed(platform: Platform) -> Version:
-    """The installed version of sageattention; 0 where it is missing or unreadable."""
-    from packaging.version import InvalidVersion, Version
+    """The installed version of sageattention, a pre-release as its release; 0 where it is missing or unreadable."""
+    from packaging.version import Version
 
-    try:
-        return Version(platform.version("sageattention") or "0")
-    except InvalidVersion:
-        return Version("0")
+    return read(platform.version("sageattention") or "") or Version("0")
 
 
 def is_second(platform: Platform) -> bool:

@@ -8,7 +8,6 @@ this file alone calls them, and does before what ATen/native/transformers/attent
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ..backend import Backend, Kernel, package_reason
@@ -221,8 +220,9 @@ def _math() -> Kernel:
 def _flash_on_cpu(platform: Platform) -> Kernel:
     from torch import _scaled_dot_product_flash_attention_for_cpu as operator
 
-    # torch 2.13 groups heads here (sdp_utils_cpp.cpp). An older operator would read past the keys without a word.
-    groups = package_reason("torch>=2.13", replace(platform, packages=(("torch", platform.torch),))) is None
+    # torch 2.13 groups heads here (sdp_utils_cpp.cpp). An older operator would read past the keys without a word, so
+    # a nightly build of 2.13, which may be older than that, does not count.
+    groups = package_reason("torch>=2.13.0rc1", platform) is None
 
     def run(call: AttentionCall) -> torch.Tensor:
         if not computes(call):  # the operator divides by these lengths and ends the process
@@ -302,7 +302,7 @@ def _cudnn(platform: Platform) -> Kernel:
     from torch import _scaled_dot_product_cudnn_attention as operator
 
     # As torch itself: before 2.12 -65504 worked round a defect of -inf in cuDNN (pytorch pull request 177868).
-    old = package_reason("torch>=2.12", replace(platform, packages=(("torch", platform.torch),)))
+    old = package_reason("torch>=2.12.0rc1", platform)
     hidden = -65504.0 if old else float("-inf")
 
     def run(call: AttentionCall) -> torch.Tensor:

@@ -69,12 +69,11 @@ class FlexAttn(Backend):
     powers_of_two = (16, 32, 64, 128, 256)
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
-        with_torch = replace(platform, packages=(*platform.packages, ("torch", platform.torch)))
-        reasons = super().unavailable_reasons(with_torch)
+        reasons = super().unavailable_reasons(platform)
         if platform.kind not in self.kinds:
             return reasons
         later = self.torch_of_kind.get(platform.kind)
-        if later and (reason := package_reason(later, with_torch)):
+        if later and (reason := package_reason(later, platform)):
             reasons = [known for known in reasons if not known.startswith("package torch ")]
             reasons.append(f"{reason}, which {platform.kind} needs")
         if platform.kind == "cuda" and not (platform.version("triton") or platform.version("triton-windows")):
@@ -88,8 +87,7 @@ class FlexAttn(Backend):
 
     def limits_on(self, platform: Platform) -> Limits:
         limits = self.card_limits if platform.kind in GPU_KINDS else self.limits
-        with_torch = replace(platform, packages=(("torch", platform.torch),))
-        return replace(limits, head_dims=self.powers_of_two) if package_reason("torch>=2.7", with_torch) else limits
+        return replace(limits, head_dims=self.powers_of_two) if package_reason("torch>=2.7", platform) else limits
 
     def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
         reasons = ["the first call of each kind is compiled, which takes seconds to tens of seconds"]

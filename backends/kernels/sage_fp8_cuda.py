@@ -8,6 +8,7 @@ from ..backend import Kernel, Limits
 from ..kernel_support import sage
 from ..options import Option
 from ..platform import Platform
+from ..versions import meets
 
 CARDS = ((8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 FORK_CARDS = ((8, 9), (10, 0), (12, 0), (12, 1))
@@ -85,5 +86,4 @@ def accumulator(platform: Platform) -> str:
 
 
 def _old_cuda(platform: Platform) -> bool:
-    parts = (platform.cuda or "").split(".")
-    return len(parts) > 1 and parts[0].isdigit() and parts[1].isdigit() and (int(parts[0]), int(parts[1])) < (12, 8)
+    return meets(platform.cuda or "", "<12.8")

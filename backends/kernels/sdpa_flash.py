@@ -38,15 +38,18 @@ class SDPAFlash(PinnedSDPA):
 
         https://docs.pytorch.org/docs/2.10/nn.attention.varlen.html; the scale came with 2.11, enable_gqa with 2.12.
         """
-        with_torch = replace(platform, packages=(("torch", platform.torch),))
-        if platform.kind != "cuda" or package_reason("torch>=2.10", with_torch):
+        if platform.kind != "cuda" or package_reason("torch>=2.10", platform):
             return None
-        scale = package_reason("torch>=2.11", with_torch) is None
-        return replace(self.limits, scale=scale, gqa=package_reason("torch>=2.12", with_torch) is None)
+        scale = package_reason("torch>=2.11", platform) is None
+        return replace(self.limits, scale=scale, gqa=package_reason("torch>=2.12", platform) is None)
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
         varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
-        known = signature(varlen_attn).parameters
+        known, limits = signature(varlen_attn).parameters, self.varlen_limits(platform)
+        promised = {"scale": limits is not None and limits.scale, "enable_gqa": limits is not None and limits.gqa}
+        lacking = [name for name, wanted in promised.items() if wanted and name not in known]
+        if lacking:  # an early pre-release of the version that brought them
+            raise NotImplementedError(f"varlen_attn of torch {platform.torch} has no {', '.join(lacking)}")
 
         def run(call: PackedCall) -> torch.Tensor:
             given: dict[str, object] = {"scale": call.scale, "enable_gqa": call.query.shape[1] != call.key.shape[1]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..platform import Platform
+from ..versions import meets
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,6 @@ class Package:
     """What follows `pip install` on a platform whose wheels are tagged so; empty where no command is known to work."""
 
 
-def _torch_is(platform: Platform, specifier: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion
-
-    try:
-        return SpecifierSet(specifier).contains(platform.torch, prereleases=True)
-    except InvalidVersion:
-        return False
-
-
 def _sage_1(platform: Platform, machine: str) -> tuple[str, ...]:
     # Pure Python over Triton, without declared needs. On Windows version 2 has wheels and is the better choice.
     on_linux = platform.os == "linux" and platform.version("triton") is not None
@@ -50,19 +41,19 @@ def _xformers(platform: Platform, machine: str) -> tuple[str, ...]:
     if not (platform.cuda or "").startswith("12.") or machine not in ("linux_x86_64", "win_amd64"):
         return ()
     declared = (("==2.8.0", "0.0.32.post2"), ("==2.9.1", "0.0.33.post2"), (">=2.10", "0.0.35"))
-    fitting = [version for torch, version in declared if _torch_is(platform, torch)]
+    fitting = [version for torch, version in declared if meets(platform.torch, torch)]
     return ("--no-deps", f"xformers=={fitting[0]}") if fitting else ()
 
 
 def _flashinfer(platform: Platform, machine: str) -> tuple[str, ...]:
     # It needs nccl4py, which has wheels for Linux only.
-    if machine != "linux_x86_64" or not _torch_is(platform, ">=2.6"):
+    if machine != "linux_x86_64" or not meets(platform.torch, ">=2.6"):
         return ()
     return ("flashinfer-python==0.7.2.post1", f"torch=={platform.torch}")
 
 
 def _flash_4(platform: Platform, machine: str) -> tuple[str, ...]:
-    if machine != "linux_x86_64" or not _torch_is(platform, ">=2.6"):
+    if machine != "linux_x86_64" or not meets(platform.torch, ">=2.6"):
         return ()
     extra = "[cu13]" if (platform.cuda or "").startswith("13.") else ""
     return (f"flash-attn-4{extra}==4.0.0b36", f"torch=={platform.torch}")
