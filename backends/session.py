@@ -53,6 +53,8 @@ class Session:
         self.failed: dict[Failed, str] = {}
         """Quarantine, for as long as this session: an error may be the fault of one run's inputs."""
         self._logged: set[object] = set()
+        self._recorded: dict[str, set[bool]] = {}
+        """Role -> whether the record that is repeated knows its calls: True, False, or both of different calls."""
         mode = self.settings.guard
         self.guard = Guard(mode, self.trace) if mode != "off" else None
         self.tuner: Tuner | None = None
@@ -112,15 +114,23 @@ class Session:
 
     def _as_recorded(self, choice: Choice, role: str, block: str, request: AttentionRequest) -> Choice:
         found = self.recorded(choice, role, block, request)
-        if found is not None:
-            return found
-        decides = f"{choice.asked or 'auto'} via {choice.source} decides"
-        said = f"role {role}: the record does not know some of its calls; {decides}"
-        if said not in self._logged:
-            self._logged.add(said)
-            self.trace.note(said)
+        knows = self._recorded.setdefault(role, set())
+        if (found is not None) not in knows:
+            knows.add(found is not None)
+            if False in knows:
+                self._note_unknown(choice, role, block, request, "some" if True in knows else "any")
+        return replace(choice, record=None) if found is None else found
+
+    def _note_unknown(self, choice: Choice, role: str, block: str, request: AttentionRequest, how_many: str) -> None:
+        """Say in the account that the record does not know calls of a role: any so far, or some."""
+
+        def text(how_many: str) -> str:
+            decides = f"{choice.asked or 'auto'} via {choice.source} decides"
+            return f"role {role}: the record does not know {how_many} of its calls; {decides}"
+
+        if self.trace.notes.pop(text("any"), None) is None:
             log.warning("role %s %s: the record does not know this call: %s", role, block, request.describe())
-        return replace(choice, record=None)
+        self.trace.note(text(how_many))
 
     def _choice(self, role: str, category: str, block: str, masked: bool) -> Choice:
         """What is asked for where no sampler runs: of a schedule only what is not over time holds."""

@@ -211,12 +211,9 @@ def _window_of(handler: Any, noise_shape: Any) -> tuple[list[int], int] | None:
     return shape, dim
 
 
-def calc_cond_batch_wrapper(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any) -> Any:
-    """Around the choice of how many prompts go into one model call, which asks the model for its memory too."""
-    run = model_options.get("transformer_options", {}).get(RUN_KEY)
-    if run is not None and run.extra_bytes:
-        model = Told(model, run.extra_bytes)
-    return executor(model, conds, x_in, timestep, model_options)
+def told(model: Any, run: Run) -> Any:
+    """The model as the choice of how many prompts go into one model call asks it for its memory in this run."""
+    return Told(model, run.extra_bytes) if run.extra_bytes else model
 
 
 class Told:

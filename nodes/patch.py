@@ -19,9 +19,9 @@ from ..backends.schedule import ScheduleEntry
 from ..backends.systems import key_of, line_of
 from . import sites
 from .host import Override
-from .memory import calc_cond_batch_wrapper, prepare_sampling_wrapper
+from .memory import prepare_sampling_wrapper
 from .sampling import KEY, OVERRIDE, name_of, router_for
-from .wrappers import apply_model_wrapper, outer_sample_wrapper
+from .wrappers import apply_model_wrapper, calc_cond_batch_wrapper, outer_sample_wrapper
 
 log = logging.getLogger("attention_backends")
 

@@ -83,6 +83,8 @@ class Run:
         self.record = record_of(override.layers)
         """The recorded run that is repeated; None where there is none."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
+        self.step: int | None = None
+        """The sampler's step of the evaluation that is being computed, where its loop tells it; see `sampler_loop.py`."""
         for text in override.notes:
             self.trace.note(text)
 
@@ -126,7 +128,7 @@ class Run:
             sites.blocks_of(model.diffusion_model),
         )
         if before is not None:  # another sampler in the same run
-            found.held, found.used = before[1].held, before[1].used
+            found.take_over(before[1])
         self._timetables[place] = sigmas, found
         return found
 
@@ -139,7 +141,7 @@ class Run:
             for other in timetables[1:]:  # copies of the model on other devices
                 timetables[0].held |= other.held
                 timetables[0].used |= other.used
-            for text in timetables[0].unused(self.trace.categories):
+            for text in (*timetables[0].unused(self.trace.categories), *(t for one in timetables for t in one.remarks())):
                 self.note(text)
         for finding in asked_and_ran(self.trace):
             if finding.verdict == NEVER_CALLED:

@@ -83,8 +83,11 @@ class Scope:
         if sigma is None:
             return timetable.at(None)
         value = float(sigma.max())  # the one read from the device, for the whole model call
-        self._say_once(timetable.between(value))
-        return timetable.at(value)
+        step = self.run.step
+        if step is None:
+            self._say_once(timetable.between(value))
+        timetable.watch(self.run.trace.timeline.model_calls + 1, value, step, sigma)
+        return timetable.at(value, step)
 
     def choice(self, role: Role, *, masked: bool = False) -> Choice:
         """What is asked for the current call; `masked` where a mask hides or weighs something in it."""
@@ -112,6 +115,11 @@ class Scope:
 
     @property
     def step(self) -> int:
-        """The sampler's step of this model call; see `step_of`. Reads a device value: ask once per model call."""
+        """The sampler's step of this model call: from its loop, else by `step_of`.
+
+        The second reads a device value: ask once per model call.
+        """
+        if self.run.step is not None:
+            return self.run.step
         sigma, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
         return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())

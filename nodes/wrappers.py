@@ -10,6 +10,7 @@ from typing import Any
 
 from ..backends.records.ledger import Ledger
 from . import memory, runs, sites
+from .sampler_loop import loop_step
 from .sampling import KEY, RUN_KEY, Run
 from .scope import Scope
 
@@ -44,6 +45,29 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
+def calc_cond_batch_wrapper(
+    executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]
+) -> Any:
+    """Around the model calls of one evaluation: find the sampler's step, in its own thread; tell the memory planner.
+
+    On several cards the model calls inside are made by other threads, from which the sampler's loop is not seen.
+    """
+    options = model_options.get("transformer_options", {})
+    run = options.get(RUN_KEY)
+    if run is None:
+        return executor(model, conds, x_in, timestep, model_options)
+    before, run.step = run.step, step_in_loop(options.get("sample_sigmas"))
+    try:
+        return executor(memory.told(model, run), conds, x_in, timestep, model_options)
+    finally:
+        run.step = before
+
+
+def step_in_loop(schedule: Any) -> int | None:
+    """The step that the sampler's own loop is in; None without a sampler, or where its loop is not found."""
+    return None if schedule is None else loop_step(outer_sample_wrapper.__code__, len(schedule) - 1)
+
+
 def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one model call: say which step it is, mark the model, set this thread's scope and clear it again."""
     options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
@@ -60,17 +84,22 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     previous = sites.set_scope(scope)
     outer = scope.place() if previous is scope else None
     scope.timetable = run.timetable(executor.class_obj, options)
+    inside = run.step is None
+    if inside:  # not from ComfyUI's own batching, which has asked already in the sampler's thread
+        run.step = step_in_loop(options.get("sample_sigmas"))
     scope.begin(options, in_model_call=True)
     if scope.session.tuner is not None:
         scope.session.tuner.model_call(options.get("sigmas"))
     try:
         output = _guarded(scope, options, executor, args, kwargs)
         clock, sigma = scope.session.device_clock, options.get("sigmas")
-        run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"))
+        run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"), run.step)
         if not run.reached:
             run.check_reached(scope, options)
         return output
     finally:
+        if inside:
+            run.step = None
         scope.masks.clear()
         sites.set_scope(previous)
         if outer is not None:  # a model call inside another: the outer one goes on where it was

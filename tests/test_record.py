@@ -268,8 +268,23 @@ def test_what_a_record_does_not_know_is_said(monkeypatch: pytest.MonkeyPatch) ->
     assert last_run()["notes"] == [
         "the record replaces what earlier nodes said: role cross (sdpa_math)",
         f"the same seed may give another picture: torch 2.1.0 -> {torch.__version__.partition('+')[0]}",
-        "role cross: the record does not know some of its calls; auto via platform route decides",
+        "role cross: the record does not know any of its calls; auto via platform route decides",
     ]
+
+
+@comfy_only
+@pytest.mark.parametrize("kept_block", ["blocks.0", "blocks.1"])
+def test_some_and_any_calls_that_a_record_does_not_know_are_told_apart(kept_block: str) -> None:
+    """Whether the calls that it knows come before those that it does not, or after them."""
+    model = build("wan")
+    tiny_sampling.sample(selected(model, "emulated_int8"), "wan")
+    kept = record()
+    for one in kept["runs"][0]["decisions"]:
+        if one["role"] == "cross":
+            one["blocks"] = [kept_block]
+    tiny_sampling.sample(replayed(model, kept), "wan")
+    said = [note for note in last_run()["notes"] if "does not know" in note]
+    assert said == ["role cross: the record does not know some of its calls; auto via platform route decides"]
 
 
 @comfy_only

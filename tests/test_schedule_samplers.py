@@ -1,12 +1,15 @@
 """In a real ComfyUI: the backend of each model call is the one that the step rule gives, for every sampler.
 
 Each test keeps, for every model call, the sigma that ComfyUI gave the model and the kernels that ran in it. What should
-have run is worked out here again, from the sampler's sigmas and the rule in words: the step is the last one whose
-sigma is not below the call's, within 1e-4.
+have run is worked out here again: the step is the one that the sampler's own progress bar counts; of a sampler without
+one, the last step whose sigma is not below the call's, within 1e-4.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -47,10 +50,14 @@ class Call(NamedTuple):
     schedule: tuple[float, ...]
     ran: frozenset[str]
     """Backends; with the block and the role behind them where a test asks for it."""
+    counted: int | None = None
+    """The step that the sampler's progress bar counts."""
 
     @property
     def step(self) -> int:
         """The step by the rule; the last sigma of a schedule ends the last step."""
+        if self.counted is not None:
+            return self.counted
         known = [i for i, sigma in enumerate(self.schedule[:-1]) if sigma >= self.sigma * (1 - 1e-4)]
         return known[-1] if known else 0
 
@@ -63,10 +70,19 @@ class Recorder:
         self.calls: list[Call] = []
         self.skipped: frozenset[int] = frozenset()
         self.places = False
+        self.counted: int | None = None
         self._seen: set[str] = set()
+        import comfy.k_diffusion.sampling
+
+        monkeypatch.setattr(comfy.k_diffusion.sampling, "trange", self._progress)
         kernels = {name: Kernel(name, self._kernel(name)) for name in (BASE, FIRST, SECOND, THIRD)}
         router = Router(detect(torch.device("cpu")), {**BACKENDS, **kernels})
         monkeypatch.setattr(sampling, "router_for", lambda device: router)
+
+    def _progress(self, steps: int, **_: Any) -> Iterator[int]:
+        """In place of the progress bar that ComfyUI's samplers count their steps with."""
+        for self.counted in range(steps):
+            yield self.counted
 
     def _kernel(self, name: str) -> Any:
         def run(call: Any) -> torch.Tensor:
@@ -99,7 +115,7 @@ class Recorder:
         else:
             output = apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
         schedule = tuple(options["sample_sigmas"].tolist())
-        self.calls.append(Call(float(arguments["timestep"].max()), schedule, frozenset(self._seen)))
+        self.calls.append(Call(float(arguments["timestep"].max()), schedule, frozenset(self._seen), self.counted))
         return output
 
     def sample(
@@ -109,6 +125,7 @@ class Recorder:
         import comfy.sample
 
         self.calls.clear()
+        self.counted = None
         with torch.inference_mode():
             positive, negative = tiny_sampling.conditioning(name)
             latent = more.pop("latent", torch.zeros(FAMILIES[name].latents[0]))
@@ -117,6 +134,23 @@ class Recorder:
                 model, noise, steps, 1.0, sampler, more.pop("scheduler", "simple"), positive, negative, latent,
                 disable_pbar=True, seed=0, **more,
             ).clone()  # fmt: skip
+
+    def sample_by(self, model: Any, function: Any, steps: int = 6, cfg: float = 1.0, **options: Any) -> torch.Tensor:
+        """A whole run by a sampler function, or by a `Sampler`, as SamplerCustom runs it; simple schedule."""
+        import comfy.sample
+        import comfy.samplers
+
+        self.calls.clear()
+        self.counted = None
+        sampler = comfy.samplers.KSAMPLER(function, options) if callable(function) else function
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+        with torch.inference_mode():
+            positive, negative = tiny_sampling.conditioning("wan")
+            latent = torch.zeros(FAMILIES["wan"].latents[0])
+            noise = comfy.sample.prepare_noise(latent, 0)
+            return comfy.sample.sample_custom(
+                model, noise, cfg, sampler, sigmas, positive, negative, latent, disable_pbar=True, seed=0
+            ).clone()
 
     def backends(self) -> list[str]:
         """The one backend of each model call."""
@@ -165,16 +199,138 @@ def test_every_sampler_uses_the_backend_that_the_rule_gives(wan: Recorder) -> No
         assert wan.sample(model, sampler).isfinite().all(), sampler
         ran[sampler] = wan.backends()
         assert ran[sampler] == [expected(call, percent_to_sigma) for call in wan.calls], sampler
+        said = notes()
         between = [c for c in wan.calls if not any(abs(c.sigma - s) <= 1e-4 * s for s in c.schedule)]
-        said = [note for note in notes() if "steps became sigma windows" in note]
-        assert len(said) == bool(between), (sampler, notes())
-        own |= {sampler} if said else set()
+        by_sigma = [note for note in said if "steps became sigma windows" in note]
+        assert len(by_sigma) == (wan.counted is None and bool(between)), (sampler, said)
+        own |= {sampler} if by_sigma else set()
+        divided = {str(n) for n, call in enumerate(wan.calls, 1) if is_divided(call, percent_to_sigma)}
+        listed = [re.search(r"model calls ([\d, ]+) were not", note) for note in said]
+        assert {number for match in listed if match for number in match[1].split(", ")} == divided, (sampler, said)
     # By hand, so that the rule above is not its own judge: simple schedule of 5 steps, shift 8.
     assert ran["euler"] == [FIRST, BASE, SECOND, THIRD, FIRST]
-    assert len(ran["heun"]) == 9
-    assert {"dpm_fast", "dpm_adaptive", "dpm_2"} <= own
-    assert not {"euler", "heun", "uni_pc", "lcm", "dpmpp_2m"} & own
+    assert ran["heun"] == [FIRST, FIRST, BASE, SECOND, SECOND, THIRD, THIRD, THIRD, FIRST]
+    assert own == {"dpm_fast", "dpm_adaptive"}
     assert set(ran) == set(comfy.samplers.SAMPLER_NAMES)
+
+
+def is_divided(call: Call, percent_to_sigma: Any) -> bool:
+    """Whether a window over percent or sigmas holds at this call but not where its step begins, or the other way."""
+    if call.counted is None:
+        return False
+
+    def inside(sigma: float) -> tuple[bool, bool]:
+        begin, end = float(percent_to_sigma(0.4)), float(percent_to_sigma(0.75))
+        spans = ((end, begin), (0.6, 0.85))
+        return tuple(low * (1 - 1e-4) <= sigma <= high * (1 + 1e-4) for low, high in spans)  # type: ignore[return-value]
+
+    return inside(call.sigma) != inside(call.schedule[call.counted])
+
+
+@pytest.mark.comfy
+@pytest.mark.filterwarnings("ignore")
+def test_every_model_call_of_a_step_is_in_the_window_of_that_step(wan: Recorder) -> None:
+    model = wan.patched({"backend": FIRST, "window": "first 2"})
+    drawn = {
+        "euler": "XX----",
+        "uni_pc": "XX----",
+        "heun": "XXXX-------",
+        "exp_heun_2_x0": "XXXX-------",
+        "dpm_2_ancestral": "XXXX-------",
+        "heunpp2": "XXXXXX---------",
+        "sa_solver_pece": "XXX--------",  # its first step corrects nothing
+    }
+    for sampler, expected in drawn.items():
+        wan.sample(model, sampler, steps=6)
+        assert "".join("X" if name == FIRST else "-" for name in wan.backends()) == expected, sampler
+
+
+def own_heun(model: Any, x: Any, sigmas: Any, extra_args: Any, callback: Any, disable: Any) -> Any:
+    """A sampler of another pack, in the manner of k-diffusion."""
+    for i in range(len(sigmas) - 1):
+        first = model(x, sigmas[i] * x.new_ones(len(x)), **extra_args)
+        x2 = first + (x - first) * sigmas[i + 1] / sigmas[i]
+        if sigmas[i + 1] > 0:
+            first = (first + model(x2, sigmas[i + 1] * x.new_ones(len(x)), **extra_args)) / 2
+        x = first + (x - first) * sigmas[i + 1] / sigmas[i]
+    return x
+
+
+def nested_loops(model: Any, x: Any, sigmas: Any, extra_args: Any, callback: Any, disable: Any) -> Any:
+    """Its loop is a frame further out than the model call, and a loop inside counts something else in `i`."""
+
+    def twice(x: Any, sigma: Any, sigmas: Any) -> Any:
+        for i in range(2):
+            x = 0.9 * x + 0.1 * i * model(x, sigma * x.new_ones(len(x)), **extra_args)
+        return x
+
+    for i in range(len(sigmas) - 1):
+        x = twice(x, sigmas[min(i + 1, len(sigmas) - 2)], sigmas)
+    return x
+
+
+def hidden_loop(model: Any, x: Any, sigmas: Any, extra_args: Any, callback: Any, disable: Any) -> Any:
+    """Heun's method by a loop that does not count."""
+    for now, after in itertools.pairwise(sigmas):
+        first = model(x, now * x.new_ones(len(x)), **extra_args)
+        if after > 0:
+            model(x, after * x.new_ones(len(x)), **extra_args)
+        x = first + (x - first) * after / now
+    return x
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("function", "drawn"), [(own_heun, "XXXX-------"), (nested_loops, "XXXX--------"), (hidden_loop, "XXX--------")]
+)
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_samplers_of_other_packs(wan: Recorder, function: Any, drawn: str, cfg: float) -> None:
+    model = wan.patched({"backend": FIRST, "window": "first 2"})
+    wan.sample_by(model, function, cfg=cfg)
+    assert "".join("X" if name == FIRST else "-" for name in wan.backends()) == drawn
+    said = [note for note in notes() if "its loop was not found" in note]
+    if function is not hidden_loop:
+        assert said == []
+        return
+    # The second call of each step, and the first of the next, are at one sigma: which is which is not known.
+    assert len(said) == 1
+    assert "model calls 3, 5, 7, 9, 11 went by their sigma" in said[0]
+
+
+@pytest.mark.comfy
+def test_noise_that_is_added_before_a_step_does_not_move_the_step(wan: Recorder) -> None:
+    import comfy.k_diffusion.sampling
+
+    model = wan.patched({"backend": FIRST, "window": "first 3"})
+    wan.sample_by(model, comfy.k_diffusion.sampling.sample_euler, s_churn=2.0)
+    assert any(call.sigma > call.schedule[max(call.counted - 1, 0)] for call in wan.calls), "above the step before"
+    assert wan.backends() == [FIRST] * 3 + [BASE] * 3
+
+
+@pytest.mark.comfy
+def test_a_sampler_class_with_a_loop_of_its_own(wan: Recorder) -> None:
+    import comfy.samplers
+
+    class Own(comfy.samplers.Sampler):
+        def sample(
+            self, model_wrap: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *_: Any, **__: Any
+        ) -> Any:
+            options, ones = extra_args["model_options"], noise.new_ones(len(noise))
+            for i in range(len(sigmas) - 1):
+                model_wrap(noise, sigmas[i] * ones, model_options=options, seed=0)
+                noise = model_wrap(noise, sigmas[max(i, 1)] * ones, model_options=options, seed=0)
+            return noise
+
+    model = wan.patched({"backend": FIRST, "window": "0"})
+    wan.sample_by(model, Own(), steps=4)
+    assert wan.backends() == [FIRST] * 2 + [BASE] * 6
+
+
+@pytest.mark.comfy
+def test_the_account_tells_the_same_steps(wan: Recorder) -> None:
+    wan.sample(wan.patched({"backend": FIRST, "window": "first 2"}), "heun", steps=4)
+    steps = [window["steps"] for window in nodes_module("runs")._runs[0].windows]
+    assert steps == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [3, 3]]
 
 
 @pytest.mark.comfy
@@ -211,7 +367,7 @@ def test_two_stages_have_steps_of_their_own(wan: Recorder) -> None:
 def test_a_stage_that_stops_early_ends_with_its_last_step(wan: Recorder) -> None:
     model = wan.patched({"backend": FIRST, "window": "last 1"})
     wan.sample(model, "heun", steps=6, last_step=2)  # its last call is at the sigma where it stops
-    assert wan.backends() == [BASE, FIRST, FIRST, FIRST]
+    assert wan.backends() == [BASE, BASE, FIRST, FIRST]
     assert wan.calls[-1].sigma == pytest.approx(wan.calls[-1].schedule[-1])
 
 

@@ -2,8 +2,8 @@
 
 A `ScheduleEntry` is what a person writes. A `Timetable` (`timetable.py`) is the entries of every configuration of a run
 put on that run's own sigmas and the model's own blocks; it says which entries hold at a model call, as one number, and
-what they make of a role. Nothing here knows a sampler: steps are told by sigmas alone, so calls may be skipped, doubled
-or resumed.
+what they make of a role. Nothing here knows a sampler: a host that knows the step of a model call says it, else sigmas
+tell it; calls are never counted, so they may be skipped, doubled or resumed.
 """
 
 from __future__ import annotations

@@ -79,17 +79,69 @@ class Timetable:
         """True when it matters where in the run a call is."""
         self.held, self.used = 0, 0
         """Entries that held at a model call so far, and those that decided a call or lost one to a later entry."""
+        self._doubtful: list[int] = []
+        self._divided: dict[str, list[int]] = {}
+        self._last: tuple[int, object, bool] = -1, None, False
+        """Of the last model call without a known step: the step by sigma, its evaluation, whether that is in doubt."""
 
-    def at(self, sigma: float | None) -> int:
-        """The entries that hold at a model call; `sigma` None where there is none, outside a sampler."""
-        active = self._always
-        if sigma is not None:
-            step = min(step_of(sigma, self.sigmas), self.count - 1) if self.count else -1
-            for bit, placed in enumerate(self._entries):
-                if step in placed.steps or any(_inside(sigma, span) for span in placed.spans):
-                    active |= 1 << bit
+    def at(self, sigma: float | None, step: int | None = None) -> int:
+        """The entries that hold at a model call.
+
+        Args:
+            sigma: of the model call; None where there is none, outside a sampler.
+            step: that the sampler is in; None where only sigmas tell it.
+        """
+        active = self._active(sigma, step)
         self.held |= active
         return active
+
+    def _active(self, sigma: float | None, step: int | None) -> int:
+        active = self._always
+        if sigma is None:
+            return active
+        if step is None:
+            step = self.step(sigma)
+        for bit, placed in enumerate(self._entries):
+            if step in placed.steps or any(_inside(sigma, span) for span in placed.spans):
+                active |= 1 << bit
+        return active
+
+    def step(self, sigma: float) -> int:
+        """The step that sigmas alone give a model call; -1 where no sampler runs."""
+        return min(step_of(sigma, self.sigmas), self.count - 1) if self.count else -1
+
+    def unchanged(self, step: int) -> int:
+        """For how many steps, from this one on, the same entries hold at the sigma that a step begins with."""
+        now = self._active(self.sigmas[step], step)
+        following = range(step + 1, self.count)
+        return next((at for at in following if self._active(self.sigmas[at], at) != now), self.count) - step
+
+    def watch(self, number: int, sigma: float, step: int | None, evaluation: object) -> None:
+        """Remember where a model call is not in the windows of its step, or where its step is in doubt.
+
+        Args:
+            number: of the model call, from 1.
+            step: as in `at`.
+            evaluation: an object that is the same for all model calls of one evaluation of the model.
+        """
+        if step is not None:  # windows over percent or sigmas go by the sigma of each model call
+            other = self._active(sigma, step) ^ self._active(self.sigmas[step], step)
+            for bit, placed in enumerate(self._entries):
+                if other >> bit & 1:
+                    self._divided.setdefault(placed.source, []).append(number)
+            return
+        if not self.count or not any(placed.entry.steps for placed in self._entries):
+            return
+        last, before, in_doubt = self._last
+        now = self.step(sigma)
+        if evaluation is not before:
+            in_doubt = now < last or (now == last and self._is_own(sigma))
+        self._last = now, evaluation, in_doubt
+        if in_doubt:
+            self._doubtful.append(number)
+
+    def _is_own(self, sigma: float) -> bool:
+        return any(abs(sigma - value) <= ROUNDING * value for value in self.sigmas)
 
     def resolve(self, active: int, role: str, category: str, block: str, masked: bool = False) -> tuple[Choice, str]:
         """What is asked for a call where the entries `active` hold, and a note where several of them meet, or ""."""
@@ -131,7 +183,7 @@ class Timetable:
     def between(self, sigma: float) -> str:
         """The note about a sampler that goes by sigmas of its own, where a model call is at one; else ""."""
         stepped = [placed for placed in self._entries if placed.entry.steps]
-        if not stepped or any(abs(sigma - value) <= ROUNDING * value for value in self.sigmas):
+        if not stepped or self._is_own(sigma):
             return ""
         said = "; ".join(f"{placed.source}: {self._in_sigmas(placed.steps)}" for placed in stepped)
         return f"this sampler also calls the model at sigmas between its steps, so steps became sigma windows: {said}"
@@ -148,6 +200,25 @@ class Timetable:
             else:
                 parts.append(f"{high} and below" if ends else f"{high} down to above {low}")
         return "sigma " + ", ".join(parts) if parts else "none of this run"
+
+    def take_over(self, before: Timetable) -> None:
+        """Go on with what another sampler's timetable of the same run has found."""
+        self.held, self.used = before.held, before.used
+        self._doubtful, self._divided = before._doubtful, before._divided
+
+    def remarks(self) -> list[str]:
+        """After a run: which model calls were not in the windows of their step, or may not have been."""
+        notes = [
+            f"{source} goes by the sigma of each model call, and the sampler calls the model at other sigmas in a step: "
+            f"model calls {_listed(numbers)} were not in the window of their step"
+            for source, numbers in self._divided.items()
+        ]
+        if self._doubtful:
+            notes.append(
+                "the sampler calls the model again at sigmas where it was called before, and its loop was not found: "
+                f"model calls {_listed(self._doubtful)} went by their sigma, and may be of another step"
+            )
+        return notes
 
     def unused(self, roles: Iterable[str]) -> list[str]:
         """After a whole run: a note for each entry that decided nothing, with the reason."""
@@ -170,6 +241,11 @@ class Timetable:
 def _as_sigmas(span: Span, percent_to_sigma: Callable[[float], float]) -> Span:
     # What noise a sampler adds to the first sigma is still the beginning of the run.
     return Span(float(percent_to_sigma(span.first)) if span.first > 0 else math.inf, float(percent_to_sigma(span.last)))
+
+
+def _listed(numbers: list[int], most: int = 12) -> str:
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
 
 
 def _inside(sigma: float, span: Span) -> bool:

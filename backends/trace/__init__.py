@@ -136,12 +136,14 @@ class Trace:
         device: torch.device | None = None,
         sigma: torch.Tensor | None = None,
         schedule: torch.Tensor | None = None,
+        step: int | None = None,
     ) -> None:
         """Note in the timeline what was counted since the last model call; nothing waits for the device.
 
         Args:
             clock: of the session that ran it, on `device`.
             sigma, schedule: that of the model call, one for each sample, and those of its sampler.
+            step: of the model call, where the host knows it; else it is told by the sigmas.
         """
         # A copy: of several devices each has a thread, and another one may make a row meanwhile.
         timeline, rows = self.timeline, list(self.rows.values())
@@ -150,7 +152,7 @@ class Trace:
             return
         window = timeline.end_of_model_call(rows)
         number = timeline.model_calls
-        timeline.steps.add(number, sigma, schedule)
+        timeline.steps.add(number, sigma, schedule, step)
         if clock is not None and clock.has_events:
             if window is not None:
                 clock.mark(partial(self._come_to, window), device)

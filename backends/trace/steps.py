@@ -1,4 +1,4 @@
-"""The sampler's step of each model call, told by sigmas that are read without waiting for the device.
+"""The sampler's step of each model call: as the host knows it, else by sigmas, read without waiting for the device.
 
 A sigma is copied to the host behind the work that was asked for, and read once the device has come there. Where that
 cannot be told, it stays on the device until the end of the run. What makes a step of a sigma is `schedule.step_of`.
@@ -58,11 +58,17 @@ class Steps:
     def __init__(self) -> None:
         self._sigmas: dict[int, tuple[float | torch.Tensor, _Schedule]] = {}
         """Those on the CPU are read only when somebody asks."""
+        self._known: dict[int, int] = {}
         self._waiting: deque[tuple[int, torch.Tensor, _Schedule]] = deque()
         self._schedule: _Schedule | None = None
 
-    def add(self, model_call: int, sigma: torch.Tensor | None, schedule: torch.Tensor | None) -> None:
-        """Note where a model call was: its sigma, one for each sample, and all sigmas of its sampler."""
+    def add(
+        self, model_call: int, sigma: torch.Tensor | None, schedule: torch.Tensor | None, step: int | None = None
+    ) -> None:
+        """Note where a model call was: its sigma, one for each sample, all sigmas of its sampler, its step if known."""
+        if step is not None:
+            self._known[model_call] = step
+            return
         if sigma is None or schedule is None or len(self._waiting) >= MOST_WAITING:
             return
         try:
@@ -102,6 +108,9 @@ class Steps:
         """The first and the last step of these model calls, as far as they are known; None where none is."""
         found = []
         for model_call in range(first, last + 1):
+            if model_call in self._known:
+                found.append(self._known[model_call])
+                continue
             sigma, schedule = self._sigmas.get(model_call, (0.0, None))
             if not isinstance(sigma, float):
                 sigma = max(map(float, sigma.flatten().tolist()))
