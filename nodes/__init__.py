@@ -2,7 +2,8 @@
 
 Files, by what they are for; a call of a patched model goes through the first three groups:
     patch    puts a configuration on a clone of a model: `host` as ComfyUI's hook, and wrappers
-    a run    `wrappers` begin and end it, `sampling` is its state, `scope` the model call in it, `runs` the account
+    a run    `wrappers` begin and end it, `sampling` is its state, `scope` the model call in it,
+             `sampler_loop` its step, `runs` the account
              that is kept; `memory`, with `sizes`, tells ComfyUI what it takes
     a call   `hook_calls`, with `layouts` and `masks`, its place in the model (`callers`, `sites`), its role (`roles`);
              `compiled` is what torch.compile sees of it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class Run:
         """The recorded run that is repeated; None where there is none."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         self.step: int | None = None
-        """The sampler's step of the evaluation that is being computed, where its loop tells it; see `sampler_loop.py`."""
+        """The sampler's step of the present evaluation of the model, where its loop tells it: `sampler_loop.py`."""
         for text in override.notes:
             self.trace.note(text)
 
@@ -141,7 +142,9 @@ class Run:
             for other in timetables[1:]:  # copies of the model on other devices
                 timetables[0].held |= other.held
                 timetables[0].used |= other.used
-            for text in (*timetables[0].unused(self.trace.categories), *(t for one in timetables for t in one.remarks())):
+            for text in timetables[0].unused(self.trace.categories):
+                self.note(text)
+            for text in chain.from_iterable(one.remarks() for one in timetables):
                 self.note(text)
         for finding in asked_and_ran(self.trace):
             if finding.verdict == NEVER_CALLED:

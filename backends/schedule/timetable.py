@@ -209,7 +209,7 @@ class Timetable:
     def remarks(self) -> list[str]:
         """After a run: which model calls were not in the windows of their step, or may not have been."""
         notes = [
-            f"{source} goes by the sigma of each model call, and the sampler calls the model at other sigmas in a step: "
+            f"{source} goes by the sigma of each model call, and this sampler has several in a step: "
             f"model calls {_listed(numbers)} were not in the window of their step"
             for source, numbers in self._divided.items()
         ]
