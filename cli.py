@@ -64,7 +64,7 @@ A configuration is a backend's name, JSON, YAML, the path of a .json or .yaml fi
 a command line of vLLM-Omni, SGLang or Smart-Diffusion. ATTENTION_BACKENDS_CONFIG, DIFFUSION_ATTENTION_BACKEND and
 DIFFUSERS_ATTN_BACKEND count below --config.
 A machine is cpu, mps, xpu, npu, xla, cuda[:CAPABILITY] or rocm[:GFX], then name=value pairs: torch, cuda, cudnn,
-cudnn_sdp (on, off), os (linux, windows, darwin), packages (NAME==VERSION;NAME==VERSION)."""
+cudnn_sdp (on, off), flash_triton (on, off), os (linux, windows, darwin), packages (NAME==VERSION;NAME==VERSION)."""
 
 ROUTE_EXAMPLES = f"""examples:
   %(prog)s

@@ -26,6 +26,9 @@ OS_NAMES = {"linux": "linux", "windows": "win32", "win32": "win32", "darwin": "d
 
 KINDS = ("cpu", "cuda", "rocm", "xpu", "mps", "npu", "xla")
 
+FLASH_TRITON_VARIABLE = "FLASH_ATTENTION_TRITON_AMD_ENABLE"
+"""flash-attn's own variable: TRUE, so written, has its Triton backend run on AMD cards; it is read at its import."""
+
 HUB_VARIABLE = "ATTENTION_BACKENDS_HUB"
 """Set to 1, this environment variable allows downloads of kernels from Hugging Face's Hub."""
 
@@ -73,6 +76,8 @@ class Platform:
     """False when something in this process called torch.backends.cuda.enable_cudnn_sdp(False)."""
     hub: bool = False
     """The person allows kernels to be downloaded from Hugging Face's Hub (`machine/hub.py`)."""
+    flash_triton: bool = False
+    """flash-attn runs its Triton backend on AMD cards, by its own environment variable."""
     described: bool = False
     """True for a machine that somebody described: packages are then taken at their word, not imported."""
 
@@ -152,7 +157,8 @@ def _machine(device: torch.device | None) -> Platform:
         name = torch.cuda.get_device_name(index)
         if torch.version.hip:
             gfx = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-            return Platform("rocm", gfx=gfx, name=name, torch=version, packages=packages, hub=hub)
+            triton = os.environ.get(FLASH_TRITON_VARIABLE) == "TRUE"
+            return Platform("rocm", gfx=gfx, name=name, torch=version, packages=packages, hub=hub, flash_triton=triton)
         return Platform(
             "cuda",
             capability=torch.cuda.get_device_capability(index),
@@ -184,8 +190,8 @@ def parse_platform(text: str) -> Platform:
     """Read a described machine: `KIND[:CARD]`, then `name=value` pairs, separated by commas.
 
     CARD is a compute capability for cuda (`12.0`) and an architecture for rocm (`gfx942`). The names are
-    `torch`, `cuda`, `cudnn`, `name`, `os` (linux, windows, darwin), `cudnn_sdp` and `hub` (on, off),
-    and `packages`, a list such as `flash-attn==2.8.3;flashinfer-python==0.7.2`.
+    `torch`, `cuda`, `cudnn`, `name`, `os` (linux, windows, darwin), `cudnn_sdp`, `hub` and `flash_triton`
+    (on, off), and `packages`, a list such as `flash-attn==2.8.3;flashinfer-python==0.7.2`.
 
     Raises:
         ValueError: the text has another form; the message says which part.
@@ -218,6 +224,7 @@ def parse_platform(text: str) -> Platform:
         os=_one_of("os", OS_NAMES, values.get("os", "darwin" if kind == "mps" else "linux")),
         cudnn_sdp_enabled=_one_of("cudnn_sdp", {"on": True, "off": False}, values.get("cudnn_sdp", "on")),
         hub=_one_of("hub", {"on": True, "off": False}, values.get("hub", "off")),
+        flash_triton=_one_of("flash_triton", {"on": True, "off": False}, values.get("flash_triton", "off")),
         described=True,
     )
 
@@ -229,7 +236,7 @@ def _one_of(name: str, choices: Mapping[str, Value], value: str) -> Value:
 
 
 def _parse_pairs(pairs: list[str]) -> dict[str, str]:
-    known = ("torch", "cuda", "cudnn", "name", "os", "cudnn_sdp", "hub", "packages")
+    known = ("torch", "cuda", "cudnn", "name", "os", "cudnn_sdp", "hub", "flash_triton", "packages")
     values = {}
     for pair in filter(None, pairs):
         name, equals, value = pair.partition("=")

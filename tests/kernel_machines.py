@@ -8,7 +8,7 @@ TRITON = "triton==3.6.0"
 OLD_TRITON = "triton==3.2.0"
 SAGE_1 = f"sageattention==1.0.6 {TRITON}"
 SAGE_2 = f"sageattention==2.2.0 {TRITON}"
-SAGE_FORK = f"sageattention==2.2.0+cu130torch2.9.0andhigher.post4 {TRITON}"
+SAGE_FORK = f"sageattention==2.2.0+cu130torch2.10.0andhigher.post6 {TRITON}"
 
 
 class Machine(NamedTuple):

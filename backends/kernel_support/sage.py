@@ -6,13 +6,14 @@ CUDA kernels. Their limits and their defects differ, so the version decides. The
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from inspect import isfunction, signature
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..backend import HALF, Kernel, Limits, package_reason
+from ..backend import ANY_MASK, HALF, Kernel, Limits, package_reason
 from ..machine.hub import FromHub
 from ..memory import item_bytes, key_size, rounded_bytes, value_size
 from ..options import Option
@@ -42,8 +43,85 @@ SECOND_LIMITS = Limits(
 """2.1.1 and 2.2.0, sageattention/core.py: head sizes are padded to 64 or 128, offsets are 32 bits wide, batch and
 heads are grid dimensions."""
 
-FORK_LIMITS = replace(SECOND_LIMITS, max_head_dim=256, padded_head_dims=(64, 128, 256))
-"""woct0rdho e147939: `pad_qkv` of sageattention/core.py pads to 256 too; its sm90 kernel has sizes to 128 only."""
+WIDE_LIMITS = replace(SECOND_LIMITS, max_head_dim=256, padded_head_dims=(64, 128, 256))
+"""woct0rdho's wheels from post5 on: `pad_qkv` of sageattention/core.py pads to 256 too, but for the sm90 kernel."""
+
+Cards = tuple[tuple[int, int], ...]
+ATTN, FP16_TRITON = "sage_attn", "sage_fp16_triton"
+FP16_CUDA, FP8_CUDA, FP8_SM90 = "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a release of sageattention 2.x can do, as its sources say.
+
+    `attn`, `fp16_cuda` and `fp8_cuda`: the compute capabilities that `sageattn` dispatches on, and those that each
+    CUDA extension is built for. `triton_on`: those on which `sageattn` runs the Triton kernel. `masks`: whether the
+    Triton kernel has a parameter for them. `asks_cuda`: whether `sageattn` takes another accumulator below CUDA 12.8.
+    """
+
+    attn: Cards
+    fp16_cuda: Cards
+    fp8_cuda: Cards
+    triton_on: Cards = ((8, 6),)
+    masks: bool = False
+    wide: bool = False
+    asks_cuda: bool = False
+
+    def cards(self, kernel: str) -> Cards:
+        """The compute capabilities of one of the backends' ids."""
+        return {ATTN: self.attn, FP16_CUDA: self.fp16_cuda, FP8_CUDA: self.fp8_cuda, FP8_SM90: ((9, 0),)}.get(
+            kernel,
+            # Triton compiles for every card; SageAttention's own sources call this kernel unusable on sm12x.
+            ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0)),
+        )
+
+    def limits(self, kernel: str, capability: tuple[int, int] | None = None) -> Limits:
+        """The limits of one of the backends' ids; those of `sage_attn` are of the kernel that it runs on the card."""
+        narrow = kernel == FP8_SM90 or (kernel == ATTN and capability == (9, 0))
+        limits = WIDE_LIMITS if self.wide and not narrow else SECOND_LIMITS
+        return replace(limits, masks=ANY_MASK) if kernel == FP16_TRITON and self.masks else limits
+
+
+_RELEASED: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+_UPSTREAM: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
+_CUDA: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+_FP8: Cards = ((8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+_POST_1 = Build(
+    attn=((7, 5), *_RELEASED),
+    fp16_cuda=((8, 0), (8, 6), (8, 9)),
+    fp8_cuda=((8, 9), (12, 0)),
+    triton_on=((7, 5), (8, 6)),
+)
+_POST_4 = replace(_POST_1, triton_on=((7, 5),), masks=True, asks_cuda=True)
+
+BUILDS: Mapping[tuple[str, str, int], Build] = MappingProxyType(
+    {
+        ("thu-ml", "2.1.1", 0): Build(_UPSTREAM, _CUDA, _FP8),
+        ("thu-ml", "2.2.0", 0): Build(_UPSTREAM, _CUDA, _FP8, masks=True),
+        ("woct0rdho", "2.1.1", 0): Build(_RELEASED, _RELEASED, ((8, 9), (9, 0), (12, 0))),
+        ("woct0rdho", "2.2.0", 0): Build(_RELEASED, _RELEASED, ((8, 9), (9, 0), (12, 0))),
+        ("woct0rdho", "2.2.0", 1): _POST_1,
+        ("woct0rdho", "2.2.0", 2): replace(_POST_1, masks=True),
+        ("woct0rdho", "2.2.0", 4): _POST_4,
+        ("woct0rdho", "2.2.0", 5): replace(
+            _POST_4,
+            attn=((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)),
+            fp16_cuda=((8, 0), (8, 6), (8, 7), (8, 9)),
+            fp8_cuda=((8, 9), (10, 0), (12, 0), (12, 1)),
+            wide=True,
+        ),
+    }
+)
+"""By whose build it is, release, and the first post-release that it holds for.
+
+Read in setup.py and sageattention/core.py: thu-ml at v2.1.1 and d1a57a5; woct0rdho at the tags v2.1.1-windows to
+v2.2.0-windows.post6. sm80 code runs on all cards of 8.x. The README of post6 says that its wheels hold no code for
+sm100 and sm121, for which the sources can be built: a probe tells.
+"""
+
+WHEEL = re.compile(r"cu(?P<cuda>\d{3})torch2(\.\d+){1,2}(andhigher)?(\.post(?P<post>\d+))?")
+"""The local part of the version of woct0rdho's wheels, as .github/workflows/build-sageattn.yml of his makes it."""
 
 SECOND_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
 """A name that 1.x does not have."""
@@ -80,9 +158,28 @@ def is_second(platform: Platform) -> bool:
     return installed(platform).major >= 2
 
 
-def is_fork(platform: Platform) -> bool:
-    """True for the wheels of https://github.com/woct0rdho/SageAttention, e.g. 2.2.0+cu130torch2.9.0andhigher.post4."""
-    return "torch" in (installed(platform).local or "")
+def build(platform: Platform) -> Build:
+    """What the installed 2.x can do.
+
+    woct0rdho's wheels (https://github.com/woct0rdho/SageAttention) are known by their version, such as
+    2.2.0+cu130torch2.9.0andhigher.post4; any other build counts as thu-ml's.
+    """
+    version = installed(platform)
+    wheel = WHEEL.fullmatch(version.local or "")
+    release = "2.2.0" if version.release >= (2, 2) else "2.1.1"
+    if wheel is None:
+        return BUILDS["thu-ml", release, 0]
+    post = int(wheel["post"] or 0)
+    found = BUILDS[max(key for key in BUILDS if key[:2] == ("woct0rdho", release) and key[2] <= post)]
+    if int(wheel["cuda"]) >= 128:
+        return found
+    attn, fp16, fp8 = (_without_blackwell(cards) for cards in (found.attn, found.fp16_cuda, found.fp8_cuda))
+    return replace(found, attn=attn, fp16_cuda=fp16, fp8_cuda=fp8)
+
+
+def _without_blackwell(cards: Cards) -> Cards:
+    """What a compiler before CUDA 12.8 can build."""
+    return tuple(card for card in cards if card < (10, 0))
 
 
 def triton_reasons(platform: Platform) -> list[str]:
@@ -101,7 +198,7 @@ def triton_reasons(platform: Platform) -> list[str]:
 
 def picked(platform: Platform) -> str:
     """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
-    if platform.capability == (7, 5) or (platform.capability == (8, 6) and not is_fork(platform)):
+    if platform.capability in build(platform).triton_on:
         return "sage_fp16_triton"
     if platform.capability in ((8, 0), (8, 6), (8, 7)):
         return "sage_fp16_cuda"
@@ -119,16 +216,16 @@ def without_noise(limits: Limits, platform: Platform) -> Limits:
 def may_read_nan(kernel: str, kv_len: int) -> bool:
     """True where the FP16 CUDA kernel multiplies weight 0 with unwritten shared memory behind the last key.
 
-    https://github.com/thu-ml/SageAttention/pull/377; the fork filled it with zeros in July 2026, in a wheel whose
-    version does not say so.
+    https://github.com/thu-ml/SageAttention/pull/377. woct0rdho's post6 fills it with zeros; nobody here has run that on
+    a card, so it is left out as well.
     """
     return kernel == "sage_fp16_cuda" and kv_len % TAIL_BLOCK != 0
 
 
 def granularity(platform: Platform) -> str:
     """What `sageattn` of 2.x takes for `qk_quant_gran` on this card."""
-    per_warp = ((10, 0), (12, 0), (12, 1)) if is_fork(platform) else ((12, 0), (12, 1))
-    return "per_warp" if platform.capability in per_warp else "per_thread"
+    blackwell = platform.capability in ((10, 0), (12, 0), (12, 1)) and platform.capability in build(platform).attn
+    return "per_warp" if blackwell else "per_thread"
 
 
 def scale_of(call: AttentionCall) -> float:
@@ -193,7 +290,7 @@ def varlen_limits(platform: Platform) -> Limits | None:
     if platform.capability in ((12, 0), (12, 1)):
         return None
     if is_second(platform):
-        return FORK_LIMITS if is_fork(platform) else SECOND_LIMITS
+        return build(platform).limits(FP8_CUDA)
     return replace(SECOND_LIMITS, head_dims=(64, 128))
 
 
@@ -248,11 +345,13 @@ class SageCuda(SageBackend):
 
     requires = (REQUIREMENT, "sageattention>=2")
     limits = SECOND_LIMITS
-    fork_limits = FORK_LIMITS
     function: ClassVar[str]
 
+    def cards(self, platform: Platform) -> Cards:
+        return build(platform).cards(self.id)
+
     def limits_on(self, platform: Platform) -> Limits:
-        return self.fork_limits if is_fork(platform) else self.limits
+        return build(platform).limits(self.id)
 
     def kernel(self, platform: Platform, **settings: object) -> Kernel:
         """The function with these options as its keyword arguments.

@@ -6,10 +6,14 @@ from ..backend import HALF, Limits, package_reason
 from ..kernel_support.flash import FlashAttention
 from ..kernel_support.layout import INT32_ELEMENTS
 from ..machine.hub import HubKernel
-from ..platform import Platform
+from ..platform import FLASH_TRITON_VARIABLE, Platform
+from ..request import AttentionRequest
 
 AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 """MI200, MI300 and MI350: what the released Composable Kernel backend lists (flash-attention, README)."""
+
+RDNA = ("gfx11", "gfx12")
+"""RDNA 3, 3.5 and 4, by how the names of their architectures begin."""
 
 
 class FlashAttn2(FlashAttention):
@@ -19,6 +23,9 @@ class FlashAttn2(FlashAttention):
     https://github.com/Dao-AILab/flash-attention/pull/2260).
     Batch and heads are grid dimensions, which end at 65,535. 2.6.3 is the oldest version that Diffusers accepts; its
     limits are the same, but up to 2.7.2 there are no kernels for Blackwell (setup.py of the tags, pull request 1436).
+    RDNA 3 and 4 have no Composable Kernel backend in the releases; the Triton backend, in the package from 2.7.1 on, is
+    reported to run and to gain on gfx1100, gfx1151 and gfx1201. Its limits are taken to be the same; nobody here has
+    run it.
     On the Hub: the version that Diffusers 0.42 pins, on the cards that vLLM-Omni 0.30 uses it on.
     """
 
@@ -41,7 +48,26 @@ class FlashAttn2(FlashAttention):
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
+        if _rdna(platform):
+            return _on_rdna(platform, [reason for reason in reasons if not reason.startswith("architecture ")])
         if platform.architecture == "Blackwell" and platform.version("flash-attn"):
             reason = package_reason("flash-attn>=2.7.3", platform)
             reasons += [f"{reason}, which {platform.sm} needs"] if reason else []
         return reasons
+
+    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+        return f"{self.id} (Triton, reported)" if _rdna(platform) else super().member(request, platform)
+
+
+def _rdna(platform: Platform) -> bool:
+    return platform.kind == "rocm" and (platform.gfx or "").startswith(RDNA)
+
+
+def _on_rdna(platform: Platform, reasons: list[str]) -> list[str]:
+    if not platform.flash_triton:
+        said = f"{FLASH_TRITON_VARIABLE}=TRUE is not set, which flash-attn's Triton backend needs"
+        reasons.append(f"architecture {platform.gfx}: {said} (reported to run on RDNA 3 and 4)")
+    if platform.version("flash-attn"):
+        reason = package_reason("flash-attn>=2.7.1", platform)
+        reasons += [f"{reason}, the first with that backend"] if reason else []
+    return reasons

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     from ..mask.varlen import VarlenKernel
 
-CARDS = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
-FORK_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
-"""What `sageattn` of 2.2.0 dispatches on, in thu-ml d1a57a5 and in woct0rdho e147939."""
+FIRST_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+"""1.0.6 is Triton alone, which compiles for all of them."""
 
 
 class SageAttn(sage.SageBackend):
@@ -47,15 +46,12 @@ class SageAttn(sage.SageBackend):
     )
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
-        if sage.is_second(platform) and not sage.is_fork(platform):
-            return CARDS
-        return FORK_CARDS  # 1.0.6 is Triton alone: the same cards as the fork, whose oldest ones run Triton too
+        return sage.build(platform).cards(self.id) if sage.is_second(platform) else FIRST_CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
         if not sage.is_second(platform):
             return self.limits
-        wide = sage.is_fork(platform) and platform.capability != (9, 0)
-        return sage.without_noise(sage.FORK_LIMITS if wide else sage.SECOND_LIMITS, platform)
+        return sage.without_noise(sage.build(platform).limits(self.id, platform.capability), platform)
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         if not sage.is_second(platform):

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..backend import Kernel
+from ..backend import Kernel, Limits
 from ..kernel_support import sage
 from ..options import Option
 from ..platform import Platform
-
-CARDS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
-FORK_CARDS = ((8, 0), (8, 6), (8, 7), (8, 9))
-"""What setup.py of 2.2.0 builds it for, in thu-ml d1a57a5; woct0rdho e147939 builds sm80 code, which all 8.x run."""
 
 
 class SageFP16Cuda(sage.SageCuda):
@@ -26,8 +22,6 @@ class SageFP16Cuda(sage.SageCuda):
     id = "sage_fp16_cuda"
     summary = "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel. Takes no masks."
     function = "sageattn_qk_int8_pv_fp16_cuda"
-    limits = replace(sage.SECOND_LIMITS, kv_block=sage.TAIL_BLOCK, kv_block_causal=True)
-    fork_limits = replace(sage.FORK_LIMITS, kv_block=sage.TAIL_BLOCK, kv_block_causal=True)
     options = (
         sage.GRANULARITY,
         Option(
@@ -41,8 +35,8 @@ class SageFP16Cuda(sage.SageCuda):
         sage.SMOOTH_V,
     )
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
-        return FORK_CARDS if sage.is_fork(platform) else CARDS
+    def limits_on(self, platform: Platform) -> Limits:
+        return replace(super().limits_on(platform), kv_block=sage.TAIL_BLOCK, kv_block_causal=True)
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         chosen = options.get("pv_accum_dtype", "fp32")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from inspect import signature
 from math import log
 from typing import TYPE_CHECKING
 
-from ..backend import ANY_MASK, Kernel, Limits
+from ..backend import Kernel, Limits
 from ..kernel_support import sage
 from ..kernel_support.layout import indexable, on_device_of, to_bshd
 from ..mask import without_keys
@@ -48,17 +47,12 @@ class SageFP16Triton(sage.SageBackend):
         ),
     )
     limits = sage.SECOND_LIMITS
-    masked_limits = replace(limits, masks=ANY_MASK)
-    fork_limits = replace(sage.FORK_LIMITS, masks=ANY_MASK)
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
-        """Not sm12x: SageAttention's own sources call this kernel unusable there."""
-        return ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0))
+    def cards(self, platform: Platform) -> sage.Cards:
+        return sage.build(platform).cards(self.id)
 
     def limits_on(self, platform: Platform) -> Limits:
-        if sage.is_fork(platform):
-            return self.fork_limits
-        return self.masked_limits if sage.installed(platform).release >= (2, 2) else self.limits
+        return sage.build(platform).limits(self.id)
 
     def load(self, platform: Platform, *, smooth_k: bool = True, quantization_backend: str = "triton") -> Kernel:
         import torch

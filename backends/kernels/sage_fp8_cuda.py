@@ -10,10 +10,6 @@ from ..options import Option
 from ..platform import Platform
 from ..versions import meets
 
-CARDS = ((8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
-FORK_CARDS = ((8, 9), (10, 0), (12, 0), (12, 1))
-"""What setup.py of 2.2.0 builds it for, in thu-ml d1a57a5 and in woct0rdho e147939."""
-
 
 class SageFP8Cuda(sage.SageCuda):
     """sageattn_qk_int8_pv_fp8_cuda (sageattention/core.py).
@@ -39,9 +35,6 @@ class SageFP8Cuda(sage.SageCuda):
         sage.SMOOTH_K,
         sage.SMOOTH_V,
     )
-
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
-        return FORK_CARDS if sage.is_fork(platform) else CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
         return sage.without_noise(super().limits_on(platform), platform)
@@ -79,8 +72,8 @@ class SageFP8Cuda(sage.SageCuda):
 
 
 def accumulator(platform: Platform) -> str:
-    """What `sageattn` takes for `pv_accum_dtype` on this card: fp32+fp16 from 2.2 on, in the fork from CUDA 12.8 on."""
-    if sage.installed(platform).release >= (2, 2) and not (sage.is_fork(platform) and _old_cuda(platform)):
+    """What `sageattn` takes for `pv_accum_dtype` on this card: fp32+fp16 from 2.2 on, some builds from CUDA 12.8 on."""
+    if sage.installed(platform).release >= (2, 2) and not (sage.build(platform).asks_cuda and _old_cuda(platform)):
         return "fp32+fp16"
     return "fp32" if platform.architecture == "Blackwell" else "fp32+fp32"
 

@@ -18,7 +18,6 @@ class SageFP8SM90(sage.SageCuda):
     id = "sage_fp8_sm90"
     summary = "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel. Takes no masks."
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
-    fork_limits = sage.SECOND_LIMITS
     options = (
         sage.GRANULARITY,
         Option(
@@ -30,9 +29,6 @@ class SageFP8SM90(sage.SageCuda):
         ),
         sage.SMOOTH_K,
     )
-
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
-        return ((9, 0),)
 
     def load(
         self,

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..backend import Backend
-from ..platform import Platform
+from ..platform import FLASH_TRITON_VARIABLE, Platform
 from .packages import PACKAGES_OF, Package
+
+SET_FLASH_TRITON = f"set {FLASH_TRITON_VARIABLE}=TRUE before the program starts"
+FLASH_TRITON_REPORTED = "flash-attn's Triton backend is reported to run on RDNA 3 and 4; nobody here has tried it"
 
 
 class Interpreter(NamedTuple):
@@ -68,6 +71,8 @@ def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -
     missing = backend.unavailable_reasons(platform)
     if not missing:
         return _broken(packages, platform, interpreter)
+    if platform.kind == "rocm" and not backend.unavailable_reasons(replace(platform, flash_triton=True)):
+        return Advice("nothing", f"nothing to install: {SET_FLASH_TRITON}", FLASH_TRITON_REPORTED)
     answers, obstacles = [], []
     for package in packages:
         lacking = backend.unavailable_reasons(_with_package(platform, package))
@@ -103,7 +108,7 @@ def _with_package(platform: Platform, package: Package) -> Platform:
     triton = f"{TRITON_OF_TORCH.get(_minor(platform), '3.6')}.0"
     packages.setdefault("triton-windows" if platform.os == "win32" else "triton", triton)
     packages[package.distribution] = package.version
-    return replace(platform, packages=tuple(packages.items()), described=True)
+    return replace(platform, packages=tuple(packages.items()), flash_triton=True, described=True)
 
 
 def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> Advice:
@@ -121,6 +126,8 @@ def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> A
         else:
             page = "https://github.com/triton-lang/triton-windows"
             notes.append(f"it needs Triton too: {page} says which fits your torch")
+    if package.distribution == "flash-attn" and (platform.gfx or "").startswith(("gfx11", "gfx12")):
+        notes.append(f"{SET_FLASH_TRITON}, for the build too; {FLASH_TRITON_REPORTED}")
     note = "; ".join(filter(None, notes))
     if interpreter.refuses:
         use = "ask again with the Python that runs ComfyUI, or with one of a virtual environment"

@@ -122,9 +122,10 @@ SAGE_2 = Package(
 SAGE_2_WINDOWS = Package(
     "sageattention",
     "sageattention",
-    "2.2.0+cu130torch2.9.0andhigher.post4",
+    "2.2.0+cu130torch2.10.0andhigher.post6",
     "https://github.com/woct0rdho/SageAttention/releases",
-    note="of CUDA only the first number counts, and a wheel named 'torch2.9.0andhigher' fits every later torch",
+    note="of CUDA only the first number counts, and a wheel named 'torch2.10.0andhigher' fits every later torch; "
+    "wheels before post5 take head_dim to 128",
     systems=("win32",),
 )
 SAGE_3 = Package(

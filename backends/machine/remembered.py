@@ -118,6 +118,7 @@ def key(backend_id: str, platform: Platform) -> str:
         f"CUDA {platform.cuda}" if platform.cuda else "",
         f"cuDNN {platform.cudnn}" if platform.cudnn else "",
         *packages,
+        "flash-attn on Triton" if platform.flash_triton and "flash-attn" in names else "",
         f"attention-backends {own_version()}",
         f"Python {sys.version_info[0]}.{sys.version_info[1]} in {sys.prefix}",
     )

@@ -59,10 +59,12 @@ def equipped(backend: Backend, machine: Platform) -> list[tuple[str, Platform]]:
 
 
 def _release(package: Package, among: tuple[Package, ...]) -> str:
-    """`sageattention 2.2.0`, and whose it is where two publish the same one."""
-    name = f"{package.distribution} {package.version.split('+')[0]}"
+    """`sageattention 2.2.0`, and whose it is and which post-release where two publish the same one."""
+    public, _, local = package.version.partition("+")
+    name = f"{package.distribution} {public}"
     same = [other for other in among if f"{other.distribution} {other.version.split('+')[0]}" == name]
-    return f"{name} of {package.page.split('/')[3]}" if len(same) > 1 else name
+    post = "." + local.rpartition(".")[2] if ".post" in local else ""
+    return f"{name}{post} of {package.page.split('/')[3]}" if len(same) > 1 else name
 
 
 def runs_on(backend: Backend) -> str:

@@ -26,6 +26,7 @@ def environment_of(platform: Platform) -> str:
         f"CUDA {platform.cuda}" if platform.cuda else "",
         f"cuDNN {platform.cudnn}" if platform.cudnn else "",
         "" if platform.cudnn_sdp_enabled else "cuDNN's attention off in torch",
+        "flash-attn on Triton" if platform.flash_triton else "",
         *sorted(f"{name} {version}" for name, version in platform.packages),
         f"attention-backends {remembered.own_version()}",
     )
