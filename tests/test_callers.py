@@ -289,6 +289,8 @@ def built(row: Forward) -> torch.nn.Module:
         pytest.skip(f"this ComfyUI has no {row.place}")
     model = kind(**row.build, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     tiny_sampling._fill(model, 0)
+    for buffer in row.stored:
+        model.get_buffer(buffer).copy_(torch.linspace(1, 0.1, len(model.get_buffer(buffer))))
     return model  # type: ignore[no-any-return]
 
 

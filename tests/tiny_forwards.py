@@ -18,7 +18,7 @@ class Forward:
     """One model: its class in `comfy.ldm`, how to build it, its call, and the role of each place of attention.
 
     roles: regular expression over the module's path -> role of its calls, several with `|`. calls: how many reach the
-    hook.
+    hook. stored: buffers that a checkpoint holds instead of the model computing them.
     """
 
     place: str
@@ -26,6 +26,7 @@ class Forward:
     call: Callable[[Any], dict[str, Any]]
     roles: dict[str, str]
     calls: int
+    stored: tuple[str, ...] = ()
 
 
 def _time(rand: Any) -> Any:
@@ -104,6 +105,7 @@ FORWARDS: dict[str, Forward] = {
         lambda rand: {"x": rand(1, 64, 40), "timestep": _time(rand), "context": rand(1, TEXT, 64),
                       "global_embed": rand(1, 32)},
         {r"transformer\.layers\.\d+\.self_attn": "self", r"transformer\.layers\.\d+\.cross_attn": "cross"}, 4,
+        ("transformer.rotary_pos_emb.inv_freq",),
     ),
     "aura_flow": Forward(
         "aura.mmdit:MMDiT",
