@@ -57,7 +57,10 @@ CALLS = [
 @pytest.mark.parametrize("number", range(len(CALLS)))
 def test_the_same_bits_as_with_the_switches_of_torch(name: str, number: int) -> None:
     backend, call = BACKENDS[name], CALLS[number]
-    assert torch.equal(backend.load(CPU)(call), pinned_by_torch(backend.pin, kernel_support.without_gaps(call)))
+    theirs = kernel_support.without_gaps(call)
+    if name == "sdpa_math" and call.query.dtype == torch.bfloat16:  # which torch widens only if the process lets it
+        theirs = AttentionCall(call.query.float(), call.key.float(), call.value.float(), call.attn_mask)
+    assert torch.equal(backend.load(CPU)(call), pinned_by_torch(backend.pin, theirs).to(call.query.dtype))
 
 
 @pytest.fixture

@@ -75,7 +75,8 @@ class Places(NamedTuple):
 
 def take(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """A copy of these rows of dimension 2. Slices, because an index tensor would have to be sent to the device."""
-    return torch.cat([tensor[:, :, row : row + 1] for row in rows], dim=2)
+    with torch.autocast(tensor.device.type, enabled=False):  # which may refuse to put rows of a dtype together
+        return torch.cat([tensor[:, :, row : row + 1] for row in rows], dim=2)
 
 
 class _Sums:
@@ -107,6 +108,11 @@ def exact_rows(call: AttentionCall, places: Places) -> tuple[torch.Tensor, torch
 
     The second is None where nothing is masked. Rows without a visible key give zeros.
     """
+    with torch.autocast(call.query.device.type, enabled=False):  # which would multiply them in half types
+        return _exact_rows(call, places)
+
+
+def _exact_rows(call: AttentionCall, places: Places) -> tuple[torch.Tensor, torch.Tensor | None]:
     query, key, value = (tensor[places.samples] for tensor in (call.query, call.key, call.value))
     batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]

@@ -50,5 +50,7 @@ def reference_attention(call: AttentionCall) -> torch.Tensor:
     if call.is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~visible, float("-inf"))
-    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    # Of a row without a visible key softmax makes NaN. NaN of the inputs stays: it is the answer.
+    unseen = scores.isneginf().all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores, dim=-1).masked_fill(unseen, 0.0)
     return (weights @ value.to(wide)).to(call.query.dtype)

@@ -1,17 +1,37 @@
-"""`sdpa_math`: PyTorch's unfused attention, pinned alone; it builds the whole score matrix."""
+"""`sdpa_math`: PyTorch's unfused attention, pinned alone, never in less than float32; it builds the whole score matrix.
+"""
 
 from __future__ import annotations
 
-from ..backend import FLOATING, Limits
-from ..kernel_support.sdpa import PinnedSDPA
-from ..memory import expanded_bytes, inputs_bytes, item_bytes, key_size, mask_size, query_size, score_size
+from typing import TYPE_CHECKING
+
+from ..backend import FLOATING, Kernel, Limits
+from ..kernel_support.precision import float32_is_full, wide_dtype
+from ..kernel_support.sdpa import PinnedSDPA, pinned
+from ..memory import (
+    expanded_bytes,
+    inputs_bytes,
+    item_bytes,
+    key_size,
+    mask_size,
+    output_size,
+    query_size,
+    score_size,
+)
 from ..platform import KINDS, Platform
-from ..request import AttentionRequest
+from ..request import AttentionCall, AttentionRequest
+
+if TYPE_CHECKING:
+    import torch
 
 
 class SDPAMath(PinnedSDPA):
-    """Slow and hungry for memory (q_len x kv_len per head); half types are computed in float32,
-    but where the program allows less, as ComfyUI does."""
+    """Slow and hungry for memory (q_len x kv_len per head).
+
+    Half types are widened to float32 here: torch by itself does so only while nobody in the process allowed less
+    (`allow_fp16_bf16_reduction_math_sdp`), which importing ComfyUI does. float64 is used while float32 products are
+    allowed to be less (`kernel_support/precision.py`).
+    """
 
     id = "sdpa_math"
     summary = (
@@ -22,16 +42,40 @@ class SDPAMath(PinnedSDPA):
     limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
-        """Scores, weights and which scores are -inf; query and key scaled; half types as float32; the mask as a bias.
+        """Scores, weights and which scores are -inf; query and key scaled; inputs and output widened; mask as a bias.
 
-        As _scaled_dot_product_attention_math of torch 2.13 does it (ATen/native/transformers/attention.cpp). ComfyUI
-        lets it compute in half types, for the whole process: then nothing is widened.
+        As _scaled_dot_product_attention_math of torch 2.13 does it (ATen/native/transformers/attention.cpp).
         """
-        import torch
-
-        half = getattr(torch.backends.cuda, "fp16_bf16_reduction_math_sdp_allowed", bool)()  # holds for the CPU too
-        item = item_bytes(request) if half else max(4, item_bytes(request))
-        widened = inputs_bytes(request) // item_bytes(request) * item if item_bytes(request) < item else 0
+        given = item_bytes(request)
+        item = max(given, 4 if platform.kind == "mps" or float32_is_full(platform.kind) else 8)
+        widened = (inputs_bytes(request) // given + output_size(request)) * item if given < item else 0
         scaled = (query_size(request) + key_size(request, request.num_heads)) * item
         bias = mask_size(request) * item + mask_size(request) if request.mask != "none" or request.is_causal else 0
         return score_size(request) * (2 * item + 1) + scaled + widened + bias + expanded_bytes(request)
+
+    def load(self, platform: Platform) -> Kernel:
+        import torch
+
+        math = pinned(self.pin, platform)
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            query, mask = call.query, call.attn_mask
+            device = query.device.type
+            wide = wide_dtype(query.dtype, device)
+            if mask is not None and mask.is_floating_point():
+                mask = mask.to(wide)
+            with torch.autocast(device, enabled=False):
+                output = math(
+                    AttentionCall(
+                        query.to(wide),
+                        call.key.to(wide),
+                        call.value.to(wide),
+                        mask,
+                        is_causal=call.is_causal,
+                        scale=call.scale,
+                        enable_gqa=call.enable_gqa,
+                    )
+                )
+            return output.to(query.dtype)
+
+        return run
