@@ -79,9 +79,9 @@ def route(
     ordinal = scope.ordinal
     scope.ordinal = ordinal + 1
     scope.routed += 1
-    mask_plan = None
+    given, mask_plan = mask, None
     if mask is not None:
-        given, mask = mask, _in_a_dtype_to_add(mask, query, func)
+        mask = _in_a_dtype_to_add(mask, query, func)
         if mask is not given and scope.session.checks:
             check(Layout(query, key, value, kwargs).call(query, key, value, given))  # which refuses it, in words
         if mask is None or not 2 <= mask.ndim <= 4:
@@ -113,11 +113,11 @@ def route(
     try:
         hook_plan = scope.plans.get(plan_key)
     except TypeError:  # an argument of a later ComfyUI that is not hashable, hence not one of ours
-        return _pass_on(scope, func, query, key, value, mask, options, kwargs, _unknown(kwargs))
+        return _pass_on(scope, func, query, key, value, given, options, kwargs, _unknown(kwargs))
     if hook_plan is None:
         text = _only_comfyui(query, key, value, mask, kwargs)
         if text:
-            return _pass_on(scope, func, query, key, value, mask, options, kwargs, text)
+            return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
         marked = scope.site
         scope.site, _ = maker(scope)
         try:
@@ -134,7 +134,7 @@ def route(
         call.owned = True
         del query, key, value  # the last resort then gets what the call itself still holds
     else:
-        call.host, call.given = _host_call, (scope, layout, func, query, key, value, mask, options, kwargs)
+        call.host, call.given = _host_call, (scope, layout, func, query, key, value, given, options, kwargs)
     if mask_plan is None or hook_plan.parts is None:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo

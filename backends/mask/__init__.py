@@ -30,18 +30,21 @@ def _is_bool(mask: torch.Tensor) -> bool:
 
 
 def for_kernels(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask in a type that kernels take with a query of `dtype`: boolean or `dtype`, on the CPU float32 too.
+    """A mask in a type that kernels take with a query of `dtype`: boolean or `dtype`, for halves on the CPU float32 too.
 
     Integers are numbers that are added to scores, as in ComfyUI's `attention_sub_quad` and `attention_split`; they and
     floating-point numbers of another type are cast to `dtype`, where those beyond its range become its largest ones.
-    PyTorch's CUDA kernels refuse float32 with half-precision queries ("invalid dtype for bias").
+    PyTorch's CUDA kernels refuse float32 with half-precision queries ("invalid dtype for bias"), and its CPU kernel reads
+    a float32 mask of float64 queries as if it were float64 (torch 2.13).
     """
     import torch
 
-    if mask.dtype in (torch.bool, dtype) or (mask.dtype == torch.float32 and mask.device.type == "cpu"):
+    if mask.dtype in (torch.bool, dtype):
         return mask
     if dtype == torch.float64:
         return mask.to(dtype)
+    if mask.dtype == torch.float32 and mask.device.type == "cpu":
+        return mask
     wide = mask if mask.dtype == torch.float64 else mask.to(torch.float32)
     limits = torch.finfo(dtype)
     return torch.where(wide.isinf(), wide, wide.clamp(limits.min, limits.max)).to(dtype)
