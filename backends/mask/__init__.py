@@ -30,12 +30,12 @@ def _is_bool(mask: torch.Tensor) -> bool:
 
 
 def for_kernels(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask in a type that kernels take with a query of `dtype`: boolean or `dtype`, for halves on the CPU float32 too.
+    """A mask in a type that kernels take with a query of `dtype`: boolean, `dtype`, on the CPU float32 for halves too.
 
     Integers are numbers that are added to scores, as in ComfyUI's `attention_sub_quad` and `attention_split`; they and
     floating-point numbers of another type are cast to `dtype`, where those beyond its range become its largest ones.
-    PyTorch's CUDA kernels refuse float32 with half-precision queries ("invalid dtype for bias"), and its CPU kernel reads
-    a float32 mask of float64 queries as if it were float64 (torch 2.13).
+    PyTorch's CUDA kernels refuse float32 with half-precision queries ("invalid dtype for bias"), and its CPU kernel
+    reads a float32 mask of float64 queries as if it were float64 (torch 2.13).
     """
     import torch
 
