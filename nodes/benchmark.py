@@ -20,8 +20,9 @@ from ..comparison.bench_run import DTYPES, MASKS, MOST_TOKENS, Asked, measure
 from ..comparison.bench_tables import console
 from ..comparison.contenders import parse_backends
 from .hook_calls import run_comfy
-from .sampling import name_of, router_for
+from .sampling import router_for
 from .selector import CATEGORY
+from .whose import name_of
 
 ALL = "all"
 

@@ -25,9 +25,9 @@ from ..backends.router import NoBackendError
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
 from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
 from .roles import Role
-from .sampling import name_of
 from .scope import Scope
 from .sites import maker
+from .whose import name_of
 
 MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
@@ -322,19 +322,3 @@ def count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:
     scope.run.note(f"ComfyUI's own attention ran: {text}")
     block = scope.site.block if scope.site is not None else ""
     scope.run.trace.row(role.name, block, COMFY, choice.source, kind, text, choice.asked).calls += 1
-
-
-def answered_by_other(scope: Scope, role: Role, other: str) -> None:
-    """Another pack's override answered a call without asking us.
-
-    Raises:
-        NoBackendError: a backend was named for this role, strictly.
-    """
-    choice = scope.choice(role)
-    text = f"another pack's override ({other}) computed attention of role {role.name} by itself"
-    if choice.asked not in (None, MEASURED) and scope.session.settings.strict:
-        raise NoBackendError(
-            f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
-            "  what to do: remove the other node, or switch strict off"
-        )
-    scope.run.note(text)

@@ -18,12 +18,13 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from ..backends.config import AttentionConfig
-from . import compiled, sites
-from .hook_calls import answered_by_other, count_passed_on, route
+from . import compiled, others, sites
+from .hook_calls import count_passed_on, route
 from .masks import COMPILED
-from .sampling import KEY, RUN_KEY, Run, name_of
+from .sampling import KEY, RUN_KEY, Run
 from .scope import Scope
 from .sites import current
+from .whose import name_of
 
 log = logging.getLogger("attention_backends")
 
@@ -88,7 +89,7 @@ class Override:
         foreign = self.foreign
         if foreign is None:
             return route(scope, func, args, kwargs)
-        before, ordinal = scope.routed, scope.ordinal
+        before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
 
         def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
             scope.ordinal = ordinal  # however often the other pack calls, it is one call of the model
@@ -97,9 +98,8 @@ class Override:
         routed.__name__ = name_of(func)
         routed.__dict__[KEY] = self
         output = foreign(routed, *args, **kwargs)
-        if scope.routed == before:
-            scope.run.reached = True
-            answered_by_other(scope, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]), name_of(foreign))
+        if scope.routed + scope.elsewhere == before:
+            others.count(scope, foreign, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]))
         scope.ordinal = ordinal + 1
         return output
 
@@ -161,7 +161,7 @@ class Override:
             scope.run.reached = True
             role = scope.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
             if by_other:
-                answered_by_other(scope, role, name_of(self.foreign))
+                others.count(scope, scope.run.others.on_top or self.foreign, role)
             else:
                 count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
 

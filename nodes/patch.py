@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -20,20 +19,14 @@ from ..backends.systems import key_of, line_of
 from . import sites
 from .host import Override
 from .memory import prepare_sampling_wrapper
-from .sampling import KEY, OVERRIDE, name_of, router_for
+from .others import KEY, OVERRIDE
+from .sampling import router_for
+from .whose import PURE_SELECTORS, name_of, title_of
 from .wrappers import apply_model_wrapper, calc_cond_batch_wrapper, outer_sample_wrapper
 
 log = logging.getLogger("attention_backends")
 
 NODE_SOURCE = "node"
-
-PURE_SELECTORS = re.compile(
-    r"ModelPatcher\.set_model_optimized_attention\.<locals>\.optimized_attention_override"  # ComfyUI's own node
-    r"|(.*\.)?attention_override_(pytorch|sage|xformers|flash)"  # KJNodes' loaders and patches, and packs after them
-)
-"""Names of overrides that only choose a kernel. Our node comes later in the graph, so its choice stands in place of
-theirs; any other override is composed with.
-"""
 
 
 def current_config(model: Any) -> AttentionConfig:
@@ -150,7 +143,7 @@ def _patched(model: Any, config: AttentionConfig, notes: tuple[str, ...]) -> Any
     if isinstance(before, Override):
         foreign, notes = before.foreign, before.notes + notes
     elif before is not None and PURE_SELECTORS.fullmatch(name_of(before)):
-        foreign, notes = None, (*notes, f"an earlier node's choice ({name_of(before)}) was replaced by ours")
+        foreign, notes = None, (*notes, f"an earlier node's choice ({title_of(before)}) was replaced by ours")
     override = Override((config, *from_environment(above=(config,))), foreign, notes)
     clone = model.clone()
     options = _options(clone)

@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io
 
 from ..backends.guard import findings as guard_findings
-from ..backends.trace import audit
+from ..backends.trace import BY_ANOTHER, audit, outcome
 from . import graph, report_picture, runs
 from .selector import CATEGORY
 
@@ -137,6 +137,7 @@ def merged(stages: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": None if None in seconds else sum(seconds),
         "rows": [row for stage in stages for row in stage["rows"]],
         "guard": [entry for stage in stages for entry in stage["guard"]],
+        "outcome": outcome.merged([stage["outcome"] for stage in stages]),
         "audit": audit.merged(stage["audit"] for stage in stages),
         "notes": list(dict.fromkeys(note for stage in stages for note in stage["notes"])),
     }
@@ -195,8 +196,13 @@ def not_counted(report: dict[str, Any]) -> list[str]:
 
 def findings(run: dict[str, Any]) -> list[str]:
     """What a person should know beside the figures: asked and ran, fallbacks, the guard, notes."""
-    reasons = dict.fromkeys(f"{row['role']}: {row['reason']}" for row in run["rows"] if row["reason"])
-    lines = [audit.line(run["audit"]), *(f"fallback: {reason}" for reason in reasons)]
+    reasons = dict.fromkeys(
+        f"{'by another' if row['backend'] == BY_ANOTHER else 'fallback'}: {row['role']}: {row['reason']}"
+        for row in run["rows"]
+        if row["reason"]
+    )
+    said = (run.get("outcome") or {}).get("text")
+    lines = [*([said] if said else []), audit.line(run["audit"]), *reasons]
     lines += guard_findings.lines(run.get("guard", ()))
     lines += [f"note: {note}" for note in run["notes"]]
     if run.get("bypass"):

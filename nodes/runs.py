@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..backends.recommended import NOT_USED
 from ..backends.records import record
-from ..backends.trace import Trace, audit
+from ..backends.trace import BY_ANOTHER, Trace, audit, outcome
 from . import graph, queued_by
 
 log = logging.getLogger("attention_backends")
@@ -25,8 +25,7 @@ NO_MODEL = (
 """Types of outputs that bring no model along: what is before them decided an earlier run, if any."""
 NUMBERING = secrets.token_hex(4)
 """Names this process's numbers: after a restart of the server they begin again."""
-UNFINISHED = "the run did not finish"
-"""How the note begins that `wrappers.py` puts into the account of a run that was cancelled or failed."""
+GOING_ON = outcome.Outcome(outcome.RUNNING)
 CHOOSERS = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionSchedule")
 """Our nodes that decide something, as they stand in a graph."""
 
@@ -157,7 +156,7 @@ def find(number: int) -> dict[str, Any] | None:
 
 def state(account: dict[str, Any]) -> str:
     """Of a run that is over: `done`, or `stopped` where it was cancelled or failed."""
-    return "stopped" if any(note.startswith(UNFINISHED) for note in account["notes"]) else "done"
+    return "stopped" if account["outcome"]["kind"] in outcome.STOPPED else "done"
 
 
 def _summary(account: dict[str, Any], state: str, maker: Maker) -> dict[str, Any]:
@@ -172,7 +171,9 @@ def _summary(account: dict[str, Any], state: str, maker: Maker) -> dict[str, Any
         "state": state,
         "tuning": account["tuning"],
         "calls": sum(totals.values()),
-        "fallbacks": sum(row["calls"] for row in account["rows"] if row["reason"]),
+        "outcome": account["outcome"],
+        "fallbacks": sum(row["calls"] for row in account["rows"] if row["reason"] and row["backend"] != BY_ANOTHER),
+        "by_another": sum(row["calls"] for row in account["rows"] if row["backend"] == BY_ANOTHER),
         "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
         "offers": [note for note in account["notes"] if note.endswith(NOT_USED)],
     }
@@ -185,7 +186,10 @@ def _going_on() -> list[tuple[dict[str, Any], Maker]]:
     found = []
     for head, trace, maker in reversed(live):
         # The sampler's thread writes to these while we read: each copy is one step of the interpreter.
-        now = replace(trace, rows=dict(trace.rows), notes=dict(trace.notes), categories=dict(trace.categories))
+        now = replace(
+            trace, rows=dict(trace.rows), notes=dict(trace.notes), categories=dict(trace.categories),
+            stopped=trace.stopped or GOING_ON,
+        )  # fmt: skip
         found.append(({**head, **now.as_dict(), "windows": now.windows()}, maker))
     return found
 

@@ -27,6 +27,9 @@ from ..backends.session import Session
 from ..backends.trace import Trace
 from ..backends.trace.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from . import sites
+from .others import KEY as KEY
+from .others import OVERRIDE as OVERRIDE
+from .others import Others
 from .roles import bypass_of
 from .scope import Scope
 
@@ -38,10 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attention_backends")
 
-KEY = "attention_backends"
-"""Where our override stands in `transformer_options`, beside ComfyUI's own key for it."""
+NEVER_INVOKED = "the patch was never invoked: this model does not use ComfyUI's attention hook"
 RUN_KEY = "attention_backends_run"
-OVERRIDE = "optimized_attention_override"
 
 
 def router_for(device: torch.device) -> Router:
@@ -64,6 +65,9 @@ class Run:
         self.override = override
         self.trace = Trace(layers=override.layers)
         self.reached = False
+        self.others = Others(self)
+        self.roots: set[int] = set()
+        """Ids of the diffusion models that are marked."""
         self.over = False
         """Its sampler has ended: model calls that still carry it have a run of their own."""
         self.family = ""
@@ -102,6 +106,7 @@ class Run:
         """Mark the attention modules of a model, once per run."""
         if id(model) not in self._marks:
             self._marks[id(model)] = sites.attach(model.diffusion_model)
+            self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
             self.trace.model = type(model).__name__
             family = sites.family_of_model(model.diffusion_model)
             self.family = family.name if family is not None else ""
@@ -159,16 +164,12 @@ class Run:
             if self.trace.note(text):
                 log.info("%s", text)
 
-    def check_asked(self) -> None:
-        """After a whole run, its account published: compare what was asked for with what ran.
-
-        Raises:
-            UnexplainedError: strict, and something else ran without a reason.
-        """
-        if any(scope.session.settings.strict for scope in self._scopes.values()):
-            text = unexplained(asked_and_ran(self.trace))
-            if text is not None:
-                raise UnexplainedError(text)
+    def unexplained(self) -> UnexplainedError | None:
+        """After a whole run: the error to end with where strict was asked for and something else ran unexplained."""
+        if not any(scope.session.settings.strict for scope in self._scopes.values()):
+            return None
+        text = unexplained(asked_and_ran(self.trace))
+        return None if text is None else UnexplainedError(text)
 
     def stop_clock(self) -> None:
         """At the end of a whole run: wait for the devices and note how long it took."""
@@ -222,24 +223,24 @@ class Run:
         return window
 
     def check_reached(self, scope: Scope, options: dict[str, Any]) -> None:
-        """After a model call: say so when no attention call of the run has reached us so far.
+        """After a model call: say so when no attention call of the run is known so far, ours or another's.
 
         Raises:
             NoBackendError: and a backend was asked for strictly.
         """
         self.reached = self.reached or scope.routed > 0
         if self.reached:
+            self.trace.unused = ""
             return
-        installed = options.get(OVERRIDE)
-        if installed is self.override:
-            text = "the patch was never invoked: this model does not use ComfyUI's attention hook"
-            remedy = "switch strict off; no attention node can change this model"
-        else:
-            text = f"a later node replaced the patch: {name_of(installed)} answers every attention call"
-            remedy = "remove that node, or switch strict off"
+        text, remedy = NEVER_INVOKED, "switch strict off; no attention node can change this model"
+        around = self.others.around(options)
+        if around:
+            text = f"no attention call of this model reached this node; {around} runs the model in its own way"
+            remedy = f"remove or bypass {around}, or switch strict off"
         layers = self.override.layers
         if settings_of(layers).strict and (self.record is not None or names_backends(layers)):
             raise NoBackendError(f"{text}\n  what to do: {remedy}")
+        self.trace.unused = text
         self.note(text)
 
 
@@ -267,8 +268,3 @@ def _tuner_of(session: Session) -> Tuner | None:
     from ..backends.measured.store import path_in, shared_store
 
     return Tuner(session, shared_store(path_in(folder_paths.get_user_directory())))
-
-
-def name_of(func: Any) -> str:
-    """A function's name as a person would recognise it."""
-    return getattr(func, "__qualname__", None) or type(func).__qualname__

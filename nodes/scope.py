@@ -24,6 +24,7 @@ class Scope:
     """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
 
     __slots__ = (
+        "elsewhere",
         "mask_source",
         "masks",
         "options",
@@ -54,6 +55,8 @@ class Scope:
         self.site: sites.Site | None = None
         self.ordinal = 0
         self.routed = 0
+        self.elsewhere = 0
+        """Calls of this model call that others computed."""
         self.mask_source: torch.Tensor | None = None
         """What the running module makes its mask from, where it makes one of its own."""
         self.masks.clear()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from . import callers, compiled
+from . import callers, compiled, whose
 from .callers import calling_methods
 from .roles import Family, Role, block_of, family_of, guess, roles_at
 
@@ -27,7 +27,10 @@ current = threading.local()
 class Site:
     """One attention module of one model: its path, the roles of its calls, its block."""
 
-    __slots__ = ("__weakref__", "_module", "block", "handle", "mask_argument", "path", "preferred_at", "roles")
+    __slots__ = (
+        "__weakref__", "_module", "block", "class_module", "handle", "mask_argument", "most", "path", "preferred_at",
+        "roles",
+    )  # fmt: skip
 
     def __init__(self, module: torch.nn.Module, path: str, family: Family | None) -> None:
         self._module = weakref.ref(module)
@@ -36,6 +39,9 @@ class Site:
         self.roles = roles_at(family, path, type(module).__name__)
         self.mask_argument = family.mask_argument if family is not None else ""
         self.preferred_at = family.preferred_at if family is not None else ()
+        self.class_module = type(module).__module__
+        self.most = 0
+        """Most calls that one forward made to us in the runs that are going on; 0 before the first."""
         self.handle = compiled.sites.new(self)
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
@@ -85,7 +91,10 @@ class Site:
                 return forward(*args, **kwargs)
             scope.site, scope.ordinal = self, 0
             try:
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+                if scope.ordinal != self.most or not self.most:
+                    self._unusual(scope, args, kwargs)
+                return output
             finally:
                 scope.site, scope.ordinal = outer, ordinal
 
@@ -105,6 +114,13 @@ class Site:
                 scope.mask_source = outer
 
         return self._with_code_of_its_own(marked_with_mask, method)
+
+    def _unusual(self, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward made another number of calls than usual: with fewer, another pack may have computed them."""
+        if scope.ordinal > self.most:
+            self.most = scope.ordinal
+        else:
+            scope.run.others.missed(scope, self, args, kwargs)
 
     def _with_code_of_its_own(self, function: Callable[..., Any], method: str) -> Callable[..., Any]:
         """`function` with a code object for each class and method: torch counts recompilations by code object."""
@@ -150,7 +166,12 @@ class Mark:
         for name in methods:
             if name not in self._marked:
                 before = own.get(name)
-                own[name] = self._site.wrap(getattr(self._module, name))
+                method = getattr(self._module, name)
+                if whose.is_foreign(method, type(self._module).__module__):
+                    from .others import watched  # which needs this module
+
+                    method = watched(self._site, method)
+                own[name] = self._site.wrap(method)
                 self._marked[name] = before, own[name]
 
     def remove(self) -> None:
@@ -194,6 +215,11 @@ def set_scope(scope: Any) -> Any:
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
 
 
+def site_of(module: torch.nn.Module) -> Site | None:
+    """The site of a module that was marked at some time; None for others."""
+    return _sites.get(module)
+
+
 def family_of_model(diffusion_model: torch.nn.Module) -> Family | None:
     """The family of a diffusion model, compiled or not; None when the role table does not know it."""
     model = getattr(diffusion_model, "_orig_mod", diffusion_model)
@@ -221,6 +247,7 @@ class Marks(list[Mark]):
                 self._of[module].cover(methods)
             elif methods:
                 site = _site_of(module, name.replace("._orig_mod", ""), self.family)
+                site.most = 0
                 self._of[module] = mark = Mark.on(module, site, methods)
                 self.append(mark)
 

@@ -6,12 +6,15 @@ for that device current for the thread, and takes it away again whatever happens
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from ..backends.config.layers import settings_of
 from ..backends.records.ledger import Ledger
+from ..backends.trace import outcome
 from . import memory, runs, sites
 from .sampler_loop import loop_step
-from .sampling import KEY, RUN_KEY, Run
+from .sampling import KEY, OVERRIDE, RUN_KEY, Run
 from .scope import Scope
 
 
@@ -23,15 +26,21 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     run = Run(override)
     run.trace.ledger = Ledger()
+    run.others.at_start = options.get(OVERRIDE)
     options[RUN_KEY] = run
     runs.begin(run.trace)
+    refusal = None
     try:
         output = executor(*args, **kwargs)
         run.stop_clock()
         run.note_unmatched_roles()
         run.offer()
+        if (refusal := run.unexplained()) is not None:
+            run.trace.stopped = outcome.of_error(refusal, strict=True)
     except BaseException as error:  # a cancelled run too; its account is not a whole run's
-        run.trace.note(f"the run did not finish: {type(error).__name__}")
+        strict = settings_of(override.layers).strict
+        run.trace.stopped = stopped = outcome.of_error(error, strict=strict, cancelled=_is_cancelled(error))
+        run.trace.note(f"{outcome.UNFINISHED}: {stopped.cause or 'cancelled'}")
         raise
     finally:
         options.pop(RUN_KEY, None)
@@ -41,7 +50,8 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             run.close()
         finally:
             runs.add(run.trace)  # else it would count as going on for ever
-    run.check_asked()
+    if refusal is not None:
+        raise refusal
     return output
 
 
@@ -68,6 +78,13 @@ def step_in_loop(schedule: Any) -> int | None:
     return None if schedule is None else loop_step(outer_sample_wrapper.__code__, len(schedule) - 1)
 
 
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether a person stopped the run: ComfyUI's own exception, or the keyboard's."""
+    management = sys.modules.get("comfy.model_management")
+    kinds = KeyboardInterrupt, getattr(management, "InterruptProcessingException", KeyboardInterrupt)
+    return isinstance(error, kinds)
+
+
 def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one model call: say which step it is, mark the model, set this thread's scope and clear it again."""
     options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
@@ -88,6 +105,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if inside:  # not from ComfyUI's own batching, which has asked already in the sampler's thread
         run.step = step_in_loop(options.get("sample_sigmas"))
     scope.begin(options, in_model_call=True)
+    replaced = run.others.watch(options)
     if scope.session.tuner is not None:
         scope.session.tuner.model_call(options.get("sigmas"))
     try:
@@ -100,6 +118,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         if inside:
             run.step = None
+        options.update(replaced)
         scope.masks.clear()
         sites.set_scope(previous)
         if outer is not None:  # a model call inside another: the outer one goes on where it was

@@ -71,19 +71,19 @@ def test_roles_stay_right_when_the_other_calls_twice() -> None:
 def test_an_override_that_never_calls_us_is_noted(backend: str) -> None:
     outcome = Outcome(override(backend, answers))
     assert not any(output.any() for output in outcome.outputs)
-    assert outcome.rows == []
-    text = "another pack's override (answers) computed attention of role {} by itself"
+    assert outcome.rows == [(role, "by another", 1) for role in ROLES]
+    text = "the Python module test_other_packs computed attention of role {} by itself"
     assert outcome.notes == {text.format(role): 1 for role in ROLES}
 
 
 def test_roles_stay_right_when_the_other_answers_some_calls() -> None:
     outcome = Outcome(override("sdpa_math", answers_self_only))
-    assert outcome.rows == [(role, "sdpa_math", 1) for role in ROLES[1:]]
+    assert outcome.rows == [("self", "by another", 1), *((role, "sdpa_math", 1) for role in ROLES[1:])]
     assert len(outcome.notes) == 1
 
 
 def test_strict_stops_when_the_other_never_calls_us() -> None:
-    with pytest.raises(NoBackendError, match=r"answers.*role self.*sdpa_math was asked for strictly via node\.default"):
+    with pytest.raises(NoBackendError, match=r"role self .*sdpa_math was asked for strictly via node\.default"):
         Outcome(override("sdpa_math", answers, strict=True))
     with pytest.raises(NoBackendError, match=r"role wan\.image_cross.*sdpa_math .* via node\.per_role\['cross'\]"):
         Outcome(override("auto", answers, strict=True, cross="sdpa_math"))
@@ -104,9 +104,10 @@ def test_our_earlier_override_below_another_pack_gives_way() -> None:
 
 def test_a_later_node_that_replaces_us_is_noted() -> None:
     outcome = Outcome(override("sdpa_math"), installed=answers)
-    assert outcome.rows == []
-    assert outcome.notes == {"a later node replaced the patch: answers answers every attention call": 1}
-    with pytest.raises(NoBackendError, match="a later node replaced the patch: answers"):
+    assert outcome.rows == [(role, "by another", 1) for role in ROLES]
+    text = "the Python module test_other_packs computed attention of role {} by itself"
+    assert outcome.notes == {text.format(role): 1 for role in ROLES}
+    with pytest.raises(NoBackendError, match="the Python module test_other_packs computed"):
         Outcome(override("sdpa_math", strict=True), installed=answers)
     Outcome(override("auto", strict=True), installed=answers)
 
@@ -148,7 +149,7 @@ def test_kjnodes_selectors_are_replaced_with_a_note(wan: Any, qualname: str) -> 
     wan.model_options["transformer_options"][sampling.OVERRIDE] = pure_selector(qualname)
     _, record = sampled(selected(wan, "sdpa_math", strict=True))
     assert counts(record) == {("self", "sdpa_math"): 4, ("cross", "sdpa_math"): 4}
-    assert record["notes"] == [f"an earlier node's choice ({qualname}) was replaced by ours"]
+    assert record["notes"] == ["an earlier node's choice (the Python module test_other_packs) was replaced by ours"]
 
 
 @pytest.mark.comfy
@@ -164,9 +165,9 @@ def test_comfyuis_own_selector_before_and_after_ours(wan: Any) -> None:
     assert "was replaced by ours" in record["notes"][0]
     (after,) = stock.patch(selected(wan, "sdpa_math"), "pytorch attention")
     _, record = sampled(after)
-    assert record["rows"] == []
-    assert "a later node replaced the patch" in record["notes"][0]
-    with pytest.raises(NoBackendError, match="a later node replaced the patch"):
+    assert counts(record) == {("self", "by another"): 4, ("cross", "by another"): 4}
+    assert "put this pack's node after Model Attention Backend (ComfyUI) or in place of it" in record["notes"][0]
+    with pytest.raises(NoBackendError, match="put this pack's node after Model Attention Backend"):
         sampled(stock.patch(selected(wan, "sdpa_math", strict=True), "pytorch attention")[0])
 
 
@@ -228,6 +229,7 @@ def test_comfyuis_sparse_node_works_in_every_order(wan: Any, order: str) -> None
     for run in (1, 2):  # the second run begins as the first did
         latent, record = sampled(model, steps=3)
         torch.testing.assert_close(latent, stock, rtol=0, atol=1e-5)
-        assert counts(record) == {("self", "sdpa_math"): 2, ("cross", "sdpa_math"): 6}
+        ours = {("self", "sdpa_math"): 2, ("cross", "sdpa_math"): 6}
+        assert counts(record) == {**ours, ("self", "by another"): 4}
         assert sparse.answered == 4 * run
         assert sparse.cleaned == run

@@ -13,6 +13,8 @@ from ..config import AttentionConfig
 from ..guard.findings import Findings, worst_first
 from ..measured.state import Tuning
 from ..records.ledger import Ledger
+from . import outcome
+from .audit import BY_ANOTHER as BY_ANOTHER
 from .audit import asked_and_ran
 from .device_clock import DeviceClock
 from .timeline import Timeline, Window, milliseconds
@@ -65,6 +67,11 @@ class Row:
     guard: Findings | None = None
     """What the guard found; None where it looked at no call."""
 
+    @property
+    def by_another(self) -> bool:
+        """Whether another pack computed these calls; `member` is its name."""
+        return self.backend == BY_ANOTHER
+
     def took(self, milliseconds: float) -> None:
         """Take the time of one launch."""
         self.nanoseconds += int(milliseconds * 1e6)
@@ -90,6 +97,12 @@ class Trace:
     categories: dict[str, str] = field(default_factory=dict)
     """The category of each role that was called, whoever computed it."""
     timeline: Timeline = field(default_factory=Timeline)
+    another: dict[str, str] = field(default_factory=dict)
+    """Who else computed calls, each with where it stands: `after this node`, `before this node`, or empty."""
+    unused: str = ""
+    """Why no attention call of this run is known; empty where one is."""
+    stopped: outcome.Outcome | None = None
+    """How it ended before its end, or that it still goes on; None for a run that is over and whole."""
     tuning: Tuning = field(default_factory=Tuning)
     """What became of the calls for which `measured` was asked for."""
     node_id: str = ""
@@ -222,6 +235,7 @@ class Trace:
             "rows": rows,
             "guard": worst_first(self.rows.values()),
             "tuning": self.tuning.as_dict(),
+            "outcome": outcome.of_trace(self).as_dict(),
             "audit": [finding.as_dict() for finding in asked_and_ran(self)],
             "notes": notes,
         }
@@ -229,10 +243,13 @@ class Trace:
     def summary(self) -> str:
         """One line: each role with its backends and calls, then how many calls fell back."""
         totals: dict[tuple[str, str], int] = {}
-        fallbacks = 0
+        fallbacks = others = 0
         for row in self.rows.values():
             if row.calls:
                 totals[row.role, row.backend] = totals.get((row.role, row.backend), 0) + row.calls
-                fallbacks += row.calls if row.reason else 0
+                others += row.calls if row.by_another else 0
+                fallbacks += row.calls if row.reason and not row.by_another else 0
         parts = [f"{role} {backend} {calls} calls" for (role, backend), calls in totals.items()]
-        return ", ".join(parts or ["no attention call reached us"]) + (f"; {fallbacks} fallbacks" if fallbacks else "")
+        ended = [f"{fallbacks} fallbacks"] if fallbacks else []
+        said = outcome.of_trace(self).text
+        return "; ".join([", ".join(parts or ["no attention call reached us"]), *ended, *([said] if said else [])])

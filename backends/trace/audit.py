@@ -21,6 +21,9 @@ AS_ASKED = "as asked"
 EXPLAINED = "explained"
 UNEXPLAINED = "unexplained"
 NEVER_CALLED = "role never called"
+NOT_REACHED = "not reached"
+BY_ANOTHER = "by another"
+"""Stands in a row as the backend of calls that another pack computed."""
 
 
 class UnexplainedError(RuntimeError):
@@ -40,7 +43,7 @@ class Finding:
     reasons: tuple[str, ...]
     """Why something else ran, each once."""
     verdict: str
-    """`as asked`, `explained`, `unexplained` or `role never called`."""
+    """`as asked`, `explained`, `unexplained`, `role never called`; `not reached` where the run says nothing of it."""
 
     def as_dict(self) -> dict[str, Any]:
         """The finding as plain data."""
@@ -82,7 +85,7 @@ def merged(audits: Iterable[Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]
 
     A role that one stage called is not reported as never called for another.
     """
-    worst = (NEVER_CALLED, AS_ASKED, EXPLAINED, UNEXPLAINED)
+    worst = (NEVER_CALLED, NOT_REACHED, AS_ASKED, EXPLAINED, UNEXPLAINED)
     total: dict[tuple[str, str], dict[str, Any]] = {}
     for finding in (finding for audit in audits for finding in audit):
         key = finding["role"], finding["asked"]
@@ -118,7 +121,7 @@ def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
     ran: dict[str, int] = {}
     for row in rows:
         ran[row.backend] = ran.get(row.backend, 0) + row.calls
-    other = [row for row in rows if asked not in (AUTO, MEASURED) and row.backend != asked]
+    other = [row for row in rows if row.by_another or (asked not in (AUTO, MEASURED) and row.backend != asked)]
     reasons = tuple(dict.fromkeys(row.reason for row in other if row.reason))
     explained = EXPLAINED if all(row.reason for row in other) else UNEXPLAINED
     verdict = explained if other else AS_ASKED
@@ -132,12 +135,22 @@ def _names(trace: Trace, role: str) -> bool:
 def _elsewhere(trace: Trace, role: str) -> Finding:
     """A role whose calls reached the model but were all answered by something else, as a note says."""
     choice = resolve(trace.layers, role, trace.categories[role])
+    if (why := _why_not_reached(trace)) is not None:
+        return Finding(role, choice.asked or AUTO, choice.source, {}, (why,), NOT_REACHED)
     said = tuple(note for note in trace.notes if f"role {role} " in note)
     return Finding(role, choice.asked or AUTO, choice.source, {}, said, EXPLAINED if said else UNEXPLAINED)
 
 
+def _why_not_reached(trace: Trace) -> str | None:
+    """Why nothing can be said of a role that had no calls; None for a whole run whose calls are known."""
+    if trace.stopped is not None:
+        return trace.stopped.text or "the run goes on"
+    return trace.unused or None
+
+
 def _never_called(trace: Trace) -> list[Finding]:
     """Entries for roles that no call had, neither by name nor by category."""
+    why = _why_not_reached(trace)
     known = {row.role for row in trace.rows.values() if row.calls}
     known.update(trace.categories, trace.categories.values())
     names = ", ".join(sorted(trace.categories)) or "none"
@@ -151,7 +164,8 @@ def _never_called(trace: Trace) -> list[Finding]:
             if role == "self" and "joint" in known:
                 reason += "; joint_is_self: true makes self cover joint attention"
             source = f"{layer.source}.per_role[{role!r}]"
-            findings[role] = Finding(role, spec.backend, source, {}, (reason,), NEVER_CALLED)
+            verdict = NEVER_CALLED if why is None else NOT_REACHED
+            findings[role] = Finding(role, spec.backend, source, {}, (why or reason,), verdict)
     return list(findings.values())
 
 
@@ -160,6 +174,8 @@ def _part(finding: Mapping[str, Any]) -> str:
     head = f"{finding['role']}={asked}"
     if finding["verdict"] == NEVER_CALLED:
         return f"{head} never called"
+    if finding["verdict"] == NOT_REACHED:
+        return f"{head} not reached" + (f" ({'; '.join(reasons)})" if reasons else "")
     if finding["verdict"] == AS_ASKED:
         return f"{head} -> {_counted(ran)}" if asked in (AUTO, MEASURED) else f"{head} as asked"
     others = {backend: calls for backend, calls in ran.items() if backend != asked}

@@ -1,0 +1,390 @@
+"""Who else computed attention of a model: counted, named and, under strict, refused.
+
+What came to us is known. What did not is found by what happened in a model call, not by names of packs:
+
+- an override on top of ours is replaced by an `OnTop` for the model call, which sees every call of the hook;
+- a patch that replaces a block or an attention is called through a `Replaced`;
+- a forward that is not the class's own runs in `watched`;
+- a marked module whose forward made fewer calls than usual asks `Others.missed`: another override may have been put
+  into its options inside the model call, or its module's attention function was replaced.
+
+`Work` tells computing from skipping: patches that return what they are given, or what they kept from an earlier step,
+compute no attention and count for nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.compiler import is_dynamo_compiling
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..backends.names import MEASURED
+from ..backends.router import NoBackendError
+from ..backends.trace import BY_ANOTHER
+from . import compiled, runs, sites, whose
+from .roles import CROSS, SELF, Role
+from .sites import current
+
+if TYPE_CHECKING:
+    from .sampling import Run
+    from .scope import Scope
+
+KEY = "attention_backends"
+"""Where our override stands in `transformer_options`, beside ComfyUI's own key for it."""
+OVERRIDE = "optimized_attention_override"
+ON_TOP = "attention_backends_on_top"
+"""The attribute of another pack's override that holds its `OnTop`, so that compiled graphs see the same object."""
+NOT_KNOWN = "-"
+"""Kind of mask of a call that did not come to us."""
+
+
+class Others:
+    """What others computed in one run, and where they stand."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._titles: dict[tuple[str, str, str], str] = {}
+        self.on_top: Any = None
+        """The override that stood on top of ours at the last model call; None where ours did."""
+        self.at_start: Any = None
+        """The override that was on the model when its sampler began; None where no sampler is known."""
+
+    def title(self, other: Any) -> str:
+        """What a person calls the node behind a function."""
+        key = whose.origin(other) if other is not None else ("", "", "")
+        if key not in self._titles:
+            self._titles[key] = whose.title_of(other, runs.queued(runs.executing()[0]))
+        return self._titles[key]
+
+    def stands(self, other: Any) -> str:
+        """Where an override stands in the graph, as far as that is certain; empty else."""
+        if other is self._run.override.foreign:
+            selector = self._selector_below(other)
+            return "before this node" if selector is None else f"and {self.title(selector)} before this node"
+        same = self.at_start is not None and whose.origin(other) == whose.origin(self.at_start)
+        return "after this node" if same or whose.is_selector(other) else ""
+
+    def order(self, other: Any) -> str:
+        """Which order of the nodes makes this node's choice hold; empty where none does."""
+        title, selector = self.title(other), self._selector_below(other)
+        if selector is not None:
+            return f"put this pack's node in place of {self.title(selector)}, which stands before {title}"
+        return f"put this pack's node after {title} or in place of it" if whose.is_selector(other) else ""
+
+    def _selector_below(self, other: Any) -> Any:
+        """The choice of a kernel below another pack's override that ours is composed with, and that wins below it."""
+        return whose.below(other, whose.is_selector) if other is self._run.override.foreign else None
+
+    def around(self, options: dict[str, Any]) -> str:
+        """Who stands around the whole model with a wrapper of its own that ComfyUI calls; empty where nobody does."""
+        wrappers = options.get("wrappers") or {}
+        held = [one for several in (wrappers.get("diffusion_model") or {}).values() for one in several]
+        return ", ".join(dict.fromkeys(self.title(one) for one in held if whose.is_foreign(one, "comfy")))
+
+    def watch(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Before a model call: see what others do in it. Returns what `options` held, to be put back."""
+        before = {}
+        installed = options.get(OVERRIDE)
+        self.on_top = None
+        if installed is not None and installed is not self._run.override:
+            self.on_top = installed
+            before[OVERRIDE] = installed
+            options[OVERRIDE] = OnTop.of(installed)
+        replace = options.get("patches_replace")
+        if isinstance(replace, dict) and any(replace.values()):
+            before["patches_replace"] = replace
+            options["patches_replace"] = {
+                kind: {place: Replaced(patch, kind) for place, patch in patches.items()}
+                for kind, patches in replace.items()
+            }
+        return before
+
+    def missed(self, scope: Scope, site: sites.Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward of a marked module ended with fewer calls to us than it usually makes."""
+        options = kwargs.get("transformer_options")
+        if options is None:
+            options = next((one for one in args if isinstance(one, dict) and KEY in one), {})
+        other = options.get(OVERRIDE)
+        if isinstance(other, OnTop):
+            return  # it counts by itself
+        if other is self._run.override or KEY not in options:
+            other = _replaced_function(site)
+            if other is None:
+                return  # the module has a branch without attention, or calls ComfyUI's function without options
+        first = scope.ordinal
+        for ordinal in range(first, max(site.most, first + 1)):
+            count(scope, other, _role(site, ordinal))
+
+
+def count(scope: Scope, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
+    """Another pack computed calls of a role: into the account; once as a note.
+
+    Raises:
+        NoBackendError: a backend was named for this role, strictly.
+    """
+    run = scope.run
+    title, choice = run.others.title(other), scope.choice(role)
+    if block is None:
+        block = scope.site.block if scope.site is not None else ""
+    run.trace.categories[role.name] = role.category
+    row = run.trace.row(role.name, block, BY_ANOTHER, choice.source, NOT_KNOWN, f"{title} computed it", choice.asked)
+    row.member = title
+    row.calls += calls
+    scope.elsewhere += calls
+    run.reached = True
+    run.trace.another[title] = run.others.stands(other)
+    if run.trace.ledger is not None:
+        run.trace.ledger.not_repeated[f"{title} computed calls of role {role.name}; a repeat needs that node"] = None
+    text = f"{title} computed attention of role {role.name} by itself"
+    if choice.asked not in (None, MEASURED) and scope.session.settings.strict:
+        remedy = run.others.order(other) or f"remove or bypass {title}"
+        raise NoBackendError(
+            f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
+            f"  what to do: {remedy}, or switch strict off"
+        )
+    order = run.others.order(other)
+    run.note(f"{text}; {order}" if order else text)
+
+
+class OnTop:
+    """Stands in for another pack's override during a model call and counts what that computes without asking us."""
+
+    def __init__(self, other: Callable[..., Any]) -> None:
+        self.other = other
+
+    @classmethod
+    def of(cls, other: Callable[..., Any]) -> OnTop:
+        """The stand-in of an override, the same one each time where the override can hold it."""
+        found = getattr(other, "__dict__", {}).get(ON_TOP)
+        if found is None:
+            found = cls(other)
+            try:
+                setattr(other, ON_TOP, found)
+            except (AttributeError, TypeError):  # a method, or an object with slots
+                return found
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnTop:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """`container_function`, where the other override has one; and whatever else it has."""
+        if name in ("other", "__setstate__"):
+            raise AttributeError(name)
+        found = getattr(self.other, name)
+        if name != "container_function":
+            return found
+        return lambda *args, **kwargs: self._counted(found, args, args, kwargs)
+
+    def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return compiled.watched(self.other, func, args, kwargs)
+        return self._counted(self.other, (func, *args), args, kwargs)
+
+    def _counted(self, call: Callable[..., Any], given: tuple[Any, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+        scope = getattr(current, "scope", None)
+        if scope is None:
+            return call(*given, **kwargs)
+        before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
+        q_len, kv_len = (getattr(one, "tensor", one).shape[-2] for one in args[:2])
+        output = call(*given, **kwargs)
+        if scope.routed + scope.elsewhere == before:
+            count(scope, self.other, scope.role(ordinal, q_len, kv_len))
+        scope.ordinal = ordinal + 1  # however often the other one calls, it is one call of the model
+        return output
+
+
+class Replaced:
+    """Stands in for a patch that replaces a block or an attention during a model call."""
+
+    def __init__(self, other: Callable[..., Any], kind: str) -> None:
+        self.other = other
+        self.kind = kind
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replaced:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("other", "kind", "__setstate__"):
+            raise AttributeError(name)
+        return getattr(self.other, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scope = getattr(current, "scope", None)
+        if scope is None or is_dynamo_compiling():
+            return self.other(*args, **kwargs)
+        before = scope.routed + scope.elsewhere
+        work = Work()
+        extra = next((one for one in args if isinstance(one, dict) and "original_block" in one), None)
+        original = extra["original_block"] if extra is not None else None
+        if original is not None:
+            args = tuple({**one, "original_block": work.without(original)} if one is extra else one for one in args)
+        with work:
+            output = self.other(*args, **kwargs)
+        came = scope.routed + scope.elsewhere > before
+        if original is not None:
+            if not (came or work.left) and work.any:
+                found = _sites_of(original, scope)
+                if not found:
+                    count(scope, self.other, SELF)
+                for site in found:
+                    for ordinal in range(max(site.most, 1)):
+                        count(scope, self.other, _role(site, ordinal), block=site.block)
+        elif work.attention if came else work.any:
+            role = {"attn1": SELF, "attn2": CROSS}.get(self.kind, SELF)
+            count(scope, self.other, role, block=_unet_block(args))
+        return output
+
+
+def watched(site: sites.Site, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that another pack put in place of a module's own, counting attention that it computes by itself."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        scope = getattr(current, "scope", None)
+        if scope is None or is_dynamo_compiling():
+            return forward(*args, **kwargs)
+        before = scope.routed + scope.elsewhere
+        with Work() as work:
+            output = forward(*args, **kwargs)
+        came = scope.routed + scope.elsewhere > before
+        if work.attention if came else work.likely:
+            first = scope.ordinal
+            for ordinal in range(first, max(site.most, first + 1)):
+                count(scope, forward, _role(site, ordinal))
+            scope.ordinal = max(site.most, first + 1)
+        return output
+
+    run.__name__ = getattr(forward, "__name__", "forward")
+    return run
+
+
+class Work(TorchDispatchMode):
+    """Sees the operators that another pack's function runs, to tell whether it computes attention.
+
+    Kernels that are called past torch's dispatcher still allocate their output through it.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled functions stay compiled inside."""
+        return True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+        """Something that is more than element-wise: a product of matrices, or memory for a kernel's output."""
+        self.likely = False
+        """Products of two activations, as attention makes, or memory for a kernel's output; not only projections."""
+        self.attention = False
+        """Certainly attention, and not ours."""
+        self.left = False
+        """The model's own block was called."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kind = _kinds.get(func)
+        if kind is None:
+            kind = _kinds[func] = _kind(func)
+        if kind:
+            self.any = True
+            self.likely = self.likely or kind > PROJECTION
+            if kind == ATTENTION and not self.attention and not _is_ours(sys._getframe(1)):
+                self.attention = True
+        return func(*args, **(kwargs or {}))
+
+    def without(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, run outside this watch: it is the model's own."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.left = True
+            self.__exit__(None, None, None)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.__enter__()
+
+        run.__dict__["__wrapped__"] = function
+        return run
+
+
+NOTHING, PROJECTION, PRODUCT, ATTENTION = range(4)
+_kinds: dict[Any, int] = {}
+_OURS = (f"{__package__}.hook_calls", "route")
+"""The function through which every call that comes to us goes."""
+
+
+def _kind(func: Any) -> int:
+    """What an operator says about who runs it."""
+    namespace, _, name = (func.name() if hasattr(func, "name") else str(func)).rpartition("::")
+    if any(word in name for word in ("softmax", "scaled_dot_product", "attention", "attn")):
+        return ATTENTION
+    if namespace.partition("::")[0] not in ("aten", "prim", "prims"):  # a package's own kernel
+        return PRODUCT
+    if any(word in name for word in ("bmm", "matmul", "einsum")) or name.startswith(("empty", "new_empty")):
+        return PRODUCT
+    return PROJECTION if any(word in name for word in ("mm", "linear", "convolution", "conv")) else NOTHING
+
+
+def _is_ours(frame: Any) -> bool:
+    """Whether an operator runs for a call that came to us."""
+    while frame is not None and frame.f_code not in _WATCHING:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _OURS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_WATCHING = {Replaced.__call__.__code__, *(c for c in watched.__code__.co_consts if hasattr(c, "co_code"))}
+"""Where a watch begins: what called it is not looked at."""
+
+
+def _sites_of(original: Any, scope: Scope) -> list[sites.Site]:
+    """The attention modules of the block that a model's own function for one block runs."""
+    cells = getattr(original, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if isinstance(_content(cell), torch.nn.Module)]
+    return [
+        site
+        for module in held
+        if id(module) not in scope.run.roots
+        for part in module.modules()
+        if (site := sites.site_of(part)) is not None
+    ]
+
+
+def _role(site: sites.Site, ordinal: int) -> Role:
+    """The role of a call that did not come to us, so that its lengths are not known."""
+    return site.role(ordinal, 0, 0)
+
+
+def _replaced_function(site: sites.Site) -> Any:
+    """What stands in place of ComfyUI's attention functions in the module that defines a class; None without any."""
+    module = sys.modules.get(site.class_module)
+    for name, found in vars(module).items() if module is not None else ():
+        named = "attention" in name or "attn" in name
+        if named and isinstance(found, types.FunctionType) and whose.is_foreign(found, site.class_module):
+            return found
+    return None
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _unet_block(args: tuple[Any, ...]) -> str:
+    """The block of a UNet that a replaced attention is in, named as elsewhere in the account."""
+    extra = args[-1] if args and isinstance(args[-1], dict) else {}
+    place = extra.get("block")
+    if not isinstance(place, tuple) or len(place) < 2:
+        return ""
+    return "middle_block.1" if place[0] == "middle" else f"{place[0]}_blocks.{place[1]}"

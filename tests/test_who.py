@@ -1,0 +1,449 @@
+"""Who computed: calls that another pack computed are counted, named, and refused under strict, however it came in.
+
+The stand-ins take over by each way that ComfyUI has: an override put on top in a callback or by a wrapper, a patch that
+replaces a block or an attention, a replaced forward, a replaced function. Their names say nothing; only what they do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import sys
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from attention_backends.backends.router import NoBackendError  # noqa: E402
+from hook_side import counts, last_run, nodes_module, plain_comfyui, sampling, selected, with_role  # noqa: E402
+
+pytestmark = pytest.mark.comfy
+whose = nodes_module("whose")
+FAMILIES = ("wan", "flux", "sd15", "minimax_h3")
+BY_ANOTHER = "by another"
+ME = "the Python module test_who"
+
+
+@pytest.fixture(autouse=True)
+def comfy(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_comfyui(monkeypatch)
+
+
+@functools.cache
+def built(family: str) -> Any:
+    import tiny_sampling
+
+    return tiny_sampling.build(family)
+
+
+def sampled(model: Any, family: str, steps: int = 2, **options: Any) -> dict[str, Any]:
+    import tiny_sampling
+
+    latent = tiny_sampling.sample(model, family, steps=steps, **options)
+    assert torch.isfinite(latent).all()
+    return last_run()
+
+
+@functools.cache
+def alone(family: str, steps: int = 2) -> dict[str, int]:
+    """Calls of each role where nobody else has a hand in."""
+    found = counts(sampled(selected(built(family), "sdpa_math", strict=True), family, steps))
+    return {role: calls for (role, _), calls in found.items()}
+
+
+class Stranger:
+    """Computes some attention calls: an override under a name that says nothing."""
+
+    def __init__(self, every: int = 2) -> None:
+        self.every = every
+        self.seen = self.answered = 0
+
+    def over(self, previous: Any) -> Any:
+        def partial(func: Any, *args: Any, **kwargs: Any) -> Any:
+            self.seen += 1
+            if self.seen % self.every == 0:
+                self.answered += 1
+                return func(*args, **{**kwargs, "_inside_attn_wrapper": True})
+            return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+
+        return partial
+
+    def install(self, options: dict[str, Any]) -> None:
+        top = options.get(sampling.OVERRIDE)
+        if getattr(top, "mine", None) is self:
+            return
+        made = self.over(top)
+        made.mine = self
+        options[sampling.OVERRIDE] = made
+
+
+def in_callback(model: Any, stranger: Stranger) -> Any:
+    """As ComfyUI's Model Sparse Attention: on top again at each step, wherever its node stands."""
+    from comfy.model_patcher import ModelPatcher
+    from comfy.patcher_extension import CallbacksMP
+
+    if "model_options" not in inspect.signature(ModelPatcher.prepare_state).parameters:
+        pytest.skip("this ComfyUI hands no model options to ON_PREPARE_STATE")
+    clone = model.clone()
+    clone.add_callback(
+        CallbacksMP.ON_PREPARE_STATE,
+        lambda patcher, timestep, options: stranger.install(options["transformer_options"]),
+    )
+    return clone
+
+
+def as_wrapper(kind: str) -> Any:
+    def patch(model: Any, stranger: Stranger) -> Any:
+        from comfy.patcher_extension import WrappersMP
+
+        def outer(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            stranger.install(executor.class_obj.model_options["transformer_options"])
+            return executor(*args, **kwargs)
+
+        def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            options = dict(kwargs.pop("transformer_options", None) or args[5])
+            stranger.install(options)
+            return executor(*args[:5], options, **kwargs)
+
+        def diffusion_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            options = kwargs.get("transformer_options") or args[-1]
+            made = {**options}
+            stranger.install(made)
+            if "transformer_options" in kwargs:
+                return executor(*args, **{**kwargs, "transformer_options": made})
+            return executor(*(made if one is options else one for one in args), **kwargs)
+
+        clone = model.clone()
+        body = {"OUTER_SAMPLE": outer, "APPLY_MODEL": apply_model, "DIFFUSION_MODEL": diffusion_model}[kind]
+        clone.add_wrapper(getattr(WrappersMP, kind), body)
+        return clone
+
+    return patch
+
+
+WAYS = {
+    "callback": in_callback,
+    "outer": as_wrapper("OUTER_SAMPLE"),
+    "apply": as_wrapper("APPLY_MODEL"),
+    "diffusion": as_wrapper("DIFFUSION_MODEL"),
+}
+
+
+def placed(family: str, order: str, way: str, stranger: Stranger, strict: bool = False) -> Any:
+    if order == "before":
+        return selected(WAYS[way](built(family), stranger), "sdpa_math", strict=strict)
+    return WAYS[way](selected(built(family), "sdpa_math", strict=strict), stranger)
+
+
+def by_role(record: dict[str, Any]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for (role, _), calls in counts(record).items():
+        found[role] = found.get(role, 0) + calls
+    return found
+
+
+def by_another(record: dict[str, Any]) -> int:
+    return sum(row["calls"] for row in record["rows"] if row["backend"] == BY_ANOTHER)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_override_put_on_top_during_the_run(family: str, way: str, order: str) -> None:
+    expected = alone(family)
+    stranger = Stranger()
+    record = sampled(placed(family, order, way, stranger), family)
+    assert stranger.answered
+    assert by_another(record) == stranger.answered
+    assert by_role(record) == expected
+    assert record["outcome"]["text"] == (
+        f"Partly used: {ME} computed {stranger.answered} of {sum(expected.values())} attention calls"
+    )
+    with pytest.raises(NoBackendError, match=rf"{ME} computed attention of role .* by itself") as error:
+        sampled(placed(family, order, way, Stranger(), strict=True), family)
+    assert f"what to do: remove or bypass {ME}, or switch strict off" in str(error.value)
+    assert last_run()["outcome"]["kind"] == "refused"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_that_hands_every_call_on_is_composed_with(way: str) -> None:
+    stranger = Stranger(every=10**9)
+    record = sampled(placed("wan", "after", way, stranger, strict=True), "wan")
+    assert stranger.seen
+    assert by_another(record) == 0
+    assert (record["outcome"]["kind"], record["notes"]) == ("done", [])
+
+
+# A block or an attention replaced by a patch
+
+FIRST_BLOCK = {"wan": ("double_block", 0), "flux": ("double_block", 0), "minimax_h3": ("double_block", 0)}
+
+
+def block_of(model: Any, family: str) -> Any:
+    inner = model.model.diffusion_model
+    return inner.double_blocks[0] if family == "flux" else inner.blocks[0]
+
+
+@pytest.mark.parametrize("kind", ["computes", "skips", "cached", "calls"])
+@pytest.mark.parametrize("family", FIRST_BLOCK)
+def test_a_block_patch_counts_where_it_computes(family: str, kind: str) -> None:
+    model = selected(built(family), "sdpa_math")
+    strict = selected(built(family), "sdpa_math", strict=True)
+    kept: dict[str, Any] = {}
+
+    def own(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        if kind == "calls":
+            return extra["original_block"](args)
+        if kind == "skips":
+            return {name: args[name] for name in ("img", "txt") if name in args}
+        if kind == "cached":
+            if not kept:
+                before = args["img"].clone()
+                kept.update({name: value.clone() for name, value in extra["original_block"](args).items()})
+                kept["img"] -= before
+            return {**kept, "img": args["img"] + kept["img"]}
+        img = args["img"]  # attention of its own, without a word to anybody
+        weights = torch.softmax(img @ img.mT, dim=-1)
+        return {**{name: args[name] for name in ("txt",) if name in args}, "img": img + weights @ img}
+
+    for one in (model, strict):
+        one.set_model_patch_replace(own, "dit", *FIRST_BLOCK[family])
+    expected = alone(family)
+    record = sampled(model, family)
+    if kind != "computes":
+        assert by_another(record) == 0
+        kept.clear()
+        assert sampled(strict, family)["outcome"]["kind"] == "done"
+        return
+    assert by_role(record) == expected
+    assert {row["block"] for row in record["rows"] if row["backend"] == BY_ANOTHER} == {
+        "double_blocks.0" if family == "flux" else "blocks.0"
+    }
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention"):
+        sampled(strict, family)
+
+
+@pytest.mark.parametrize("kind", ["attn1", "attn2"])
+def test_a_replaced_attention_of_a_unet(kind: str) -> None:
+    """As IP-Adapter's packs do: ComfyUI's function without the options of the model, twice."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def own(q: Any, k: Any, v: Any, extra: dict[str, Any]) -> Any:
+        out = optimized_attention(q, k, v, extra["n_heads"])
+        return out + 0.1 * optimized_attention(q, k[:, :4], v[:, :4], extra["n_heads"])
+
+    expected = alone("sd15")
+    role = "self" if kind == "attn1" else "cross"
+    model = with_role(selected(built("sd15"), "auto"), "cross", "sdpa_math")
+    model.set_model_patch_replace(own, kind, "middle", 0)
+    model.set_model_patch_replace(own, kind, "input", 1)
+    record = sampled(model, "sd15")
+    assert by_role(record) == expected
+    assert counts(record)[role, BY_ANOTHER] == 4
+    places = {row["block"] for row in record["rows"] if row["backend"] == BY_ANOTHER}
+    assert places <= {row["block"] for row in sampled(selected(built("sd15"), "auto"), "sd15")["rows"]}
+    assert not any("matched no attention call" in note for note in record["notes"])
+    named = selected(built("sd15"), "sdpa_math", strict=True)
+    named.set_model_patch_replace(own, kind, "middle", 0)
+    with pytest.raises(NoBackendError, match=f"role {role} by itself, but sdpa_math was asked for strictly"):
+        sampled(named, "sd15")
+
+
+def test_every_cross_attention_replaced_is_no_missing_role() -> None:
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def own(q: Any, k: Any, v: Any, extra: dict[str, Any]) -> Any:
+        return optimized_attention(q, k, v, extra["n_heads"])
+
+    model = with_role(selected(built("sd15"), "auto"), "cross", "sdpa_math")
+    for place in itertools.product(("input", "middle", "output"), range(12)):
+        model.set_model_patch_replace(own, "attn2", *place)
+    record = sampled(model, "sd15")
+    assert by_role(record) == alone("sd15")
+    assert {row["backend"] for row in record["rows"] if row["role"] == "cross"} == {BY_ANOTHER}
+    (finding,) = [one for one in record["audit"] if one["role"] == "cross"]
+    assert (finding["verdict"], finding["asked"]) == ("explained", "sdpa_math")
+    assert not any("matched no attention call" in note for note in record["notes"])
+
+
+def test_a_patch_that_hands_its_call_to_the_hook_is_ours() -> None:
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def own(q: Any, k: Any, v: Any, extra: dict[str, Any]) -> Any:
+        return optimized_attention(q, k, v, extra["n_heads"], transformer_options=extra)
+
+    model = selected(built("sd15"), "sdpa_math", strict=True)
+    model.set_model_patch_replace(own, "attn2", "middle", 0)
+    assert by_another(sampled(model, "sd15")) == 0
+
+
+def test_a_patch_that_asks_us_and_computes_more_beside_it_counts_as_both() -> None:
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def own(q: Any, k: Any, v: Any, extra: dict[str, Any]) -> Any:
+        out = optimized_attention(q, k, v, extra["n_heads"], transformer_options=extra)
+        return out + optimized_attention(q, k[:, :4], v[:, :4], extra["n_heads"])
+
+    model = selected(built("sd15"), "sdpa_math")
+    model.set_model_patch_replace(own, "attn2", "middle", 0)
+    assert by_another(sampled(model, "sd15")) == 2
+
+
+# A replaced forward
+
+ATTENTION = {
+    "wan": "blocks.0.cross_attn",
+    "flux": "double_blocks.0",
+    "sd15": "middle_block.1.transformer_blocks.0.attn2",
+    "minimax_h3": "blocks.0.attn",
+}
+
+
+def without_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != sampling.OVERRIDE}
+
+
+@pytest.mark.parametrize("kind", ["computes", "own", "calls", "cached"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replaced_forward(family: str, kind: str) -> None:
+    """As NAG's packs do: the forward of an attention module, put there as an object patch."""
+
+    def patched(strict: bool) -> Any:
+        model = selected(built(family), "sdpa_math", strict=strict)
+        module = model.model.diffusion_model.get_submodule(ATTENTION[family])
+        theirs = type(module).forward
+        kept: list[Any] = []
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if kind == "computes":
+                kwargs["transformer_options"] = without_options(kwargs["transformer_options"])
+            if kind == "own":
+                x = args[0]
+                own = torch.softmax(x @ x.mT, dim=-1) @ x
+                return (own, *args[1:2], *[kwargs["txt"]] * (len(args) < 2)) if family == "flux" else own
+            if kind == "cached" and kept:
+                return kept[0]
+            kept.append(theirs(self, *args, **kwargs))
+            return kept[-1]
+
+        model.add_object_patch(f"diffusion_model.{ATTENTION[family]}.forward", MethodType(forward, module))
+        return model
+
+    record = sampled(patched(False), family)
+    if kind in ("calls", "cached"):
+        assert by_another(record) == 0
+        assert sampled(patched(True), family)["outcome"]["kind"] == "done"
+        return
+    assert by_role(record) == alone(family)
+    assert by_another(record) == (4 if family == "minimax_h3" else 2)  # which is sampled one prompt after the other
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention"):
+        sampled(patched(True), family)
+
+
+@pytest.mark.parametrize("family", ["wan", "sd15"])
+def test_a_replaced_function(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As old packs do in the whole process: what the model's module calls is another function, which asks nobody."""
+    import comfy.ldm.modules.attention
+    import comfy.ldm.wan.model
+
+    expected = alone(family)
+    module = comfy.ldm.wan.model if family == "wan" else comfy.ldm.modules.attention
+
+    def attention(q: Any, k: Any, v: Any, heads: int, *args: Any, **kwargs: Any) -> Any:
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(module, "optimized_attention", attention)
+    record = sampled(selected(built(family), "sdpa_math"), family)
+    assert by_role(record) == expected
+    assert by_another(record) == sum(expected.values())
+    assert record["outcome"]["text"] == f"Not used: {ME} took over attention"
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention"):
+        sampled(selected(built(family), "sdpa_math", strict=True), family)
+
+
+# ComfyUI's own nodes
+
+
+def test_model_attention_backend_after_ours_and_below_another() -> None:
+    from comfy_extras import nodes_model_advanced
+
+    if not hasattr(nodes_model_advanced, "ModelAttentionBackend"):
+        pytest.skip("this ComfyUI has no Model Attention Backend node")
+
+    def stock(model: Any) -> Any:
+        return nodes_model_advanced.ModelAttentionBackend().patch(model, "pytorch attention")[0]
+
+    name = "Model Attention Backend (ComfyUI)"
+    for family in ("wan", "minimax_h3"):  # which hands tensors over in containers
+        record = sampled(stock(selected(built(family), "sdpa_math")), family)
+        assert by_another(record) == sum(alone(family).values())
+        assert by_role(record) == alone(family)
+        assert record["outcome"]["text"] == f"Not used: {name} after this node took over attention"
+        with pytest.raises(NoBackendError) as error:
+            sampled(stock(selected(built(family), "sdpa_math", strict=True)), family)
+        assert f"put this pack's node after {name} or in place of it" in str(error.value)
+
+    stranger = Stranger(every=10**9)
+
+    def chain(strict: bool) -> Any:
+        model = stock(built("wan")).clone()
+        stranger.install(model.model_options["transformer_options"])
+        return selected(model, "sdpa_math", strict=strict)
+
+    record = sampled(chain(False), "wan")
+    assert by_another(record) == sum(alone("wan").values())
+    assert record["outcome"]["text"] == f"Not used: {ME} and {name} before this node took over attention"
+    with pytest.raises(NoBackendError) as error:
+        sampled(chain(True), "wan")
+    assert f"put this pack's node in place of {name}, which stands before {ME}" in str(error.value)
+    assert not any(word in str(error.value) for word in ("<locals>", "partial", "optimized_attention_override"))
+
+
+# Names
+
+
+class SpecialGuidance:
+    @staticmethod
+    def made() -> Any:
+        return lambda func, *args, **kwargs: func(*args, **kwargs)
+
+
+class Other:
+    RETURN_TYPES = ("MODEL",)
+
+
+def test_names_as_a_person_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    func = SpecialGuidance.made()
+    assert whose.title_of(func) == f"{ME}"
+    comfy_nodes = SimpleNamespace(
+        NODE_CLASS_MAPPINGS={"Special": SpecialGuidance, "Other": Other},
+        NODE_DISPLAY_NAME_MAPPINGS={"Special": "Special Guidance"},
+    )
+    monkeypatch.setitem(sys.modules, "nodes", comfy_nodes)
+    assert whose.title_of(func) == "Special Guidance"
+    titled = {"3": {"class_type": "Special", "inputs": {}, "_meta": {"title": "My guidance"}}}
+    assert whose.title_of(func, titled) == "My guidance (Special Guidance)"
+    assert whose.title_of(functools.partial(func, 1)) == "Special Guidance"
+    assert whose.title_of(MethodType(func, 1)) == "Special Guidance"
+    assert whose.title_of(Stranger(1).over(None)) == f"{ME}"
+    queued = {"3": {"class_type": "Other", "inputs": {}}}
+    assert whose.title_of(Stranger(1).over(None), queued) == "Other"  # the only node of that module that is queued
+
+
+def test_a_pack_is_named_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    space: dict[str, Any] = {"__name__": "/srv/ComfyUI/custom_nodes/ComfyUI-Some_x_Pack.sub.attention"}
+    exec("class Patch:\n    def __call__(self, q): return q\ndef over(func): return func", space)  # noqa: S102
+    assert whose.title_of(space["over"]) == "a node of ComfyUI-Some.Pack"
+    assert whose.title_of(space["Patch"]()) == "a node of ComfyUI-Some.Pack"
+
+    class Node:
+        RETURN_TYPES = ("MODEL",)
+        __module__ = "/srv/ComfyUI/custom_nodes/ComfyUI-Some_x_Pack.nodes"
+
+    comfy_nodes = SimpleNamespace(NODE_CLASS_MAPPINGS={"N": Node}, NODE_DISPLAY_NAME_MAPPINGS={"N": "Nice Node"})
+    monkeypatch.setitem(sys.modules, "nodes", comfy_nodes)
+    queued = {"1": {"class_type": "N", "inputs": {}}}
+    assert whose.title_of(space["Patch"](), queued) == "Nice Node (ComfyUI-Some.Pack)"
