@@ -32,6 +32,14 @@ _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tenso
 _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
 
+PACKAGE = "attention_backends"
+STAND_IN = """# Written by dev.py: the folder below is the package, whatever it is called.
+__path__ = [{folder!r}]
+__file__ = __path__[0] + "/__init__.py"
+with open(__file__, encoding="utf-8") as source:
+    exec(compile(source.read(), __file__, "exec"))
+"""
+
 
 def python_of(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -52,6 +60,7 @@ def prepare(root: Path, comfyui: Path | None = None) -> Path:
 
     done = _read_stamp(stamp) if python.exists() else {}
     if wanted.items() <= done.items():
+        offer_package(root, python)
         return python
     if not python.exists():
         _create(venv)
@@ -67,7 +76,21 @@ def prepare(root: Path, comfyui: Path | None = None) -> Path:
     if comfyui is not None and done.get("comfyui") != wanted["comfyui"]:
         _install_for_comfyui(venv, comfyui / "requirements.txt")
         stamp.write_text(json.dumps(wanted), encoding="utf-8")
+    offer_package(root, python)
     return python
+
+
+def offer_package(root: Path, python: Path) -> None:
+    """Make `import attention_backends` and `python -m attention_backends` mean this folder in `.venv`.
+
+    A package of one line whose path is the folder: an editable install would need setuptools and leave files here.
+    """
+    place = _output_of(python, "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    package = Path(place, PACKAGE, "__init__.py")
+    text = STAND_IN.format(folder=str(root))
+    if not package.exists() or package.read_text(encoding="utf-8") != text:
+        package.parent.mkdir(exist_ok=True)
+        package.write_text(text, encoding="utf-8")
 
 
 def version_in(python: Path, package: str) -> str | None:

@@ -29,7 +29,9 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *HELP_PAGES,
 ]
-OURS = ("python -m attention_backends", "python path/to/this/folder")
+INSTALLED = "python custom_nodes/attention-backends"
+PORTABLE = r"python_embeded\python.exe ComfyUI\custom_nodes\attention-backends"
+OURS = (INSTALLED, PORTABLE, "python -m attention_backends")
 
 
 def name_of(page: Path) -> str:

@@ -25,7 +25,8 @@ INTRO = """# Backends
 
 What each backend is, where it runs and what it takes. These tables are made from what the pack itself asks before it
 runs a kernel, so they cannot say something else than the program does. What your own machine has says
-`python -m attention_backends doctor`; which backend one call would get, and why not another one, says `explain`.
+`python custom_nodes/attention-backends doctor`, in ComfyUI's folder; which backend one call would get, and why not
+another one, says `explain`.
 
 If you only want pictures: leave the backend on `auto`. It takes exact backends alone, in the order of the routes at the
 end of this page, and passes over one that cannot run a call.
