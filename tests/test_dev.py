@@ -108,6 +108,8 @@ class TestPreparing:
 
     def test_a_second_time_costs_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[tuple[str, ...]] = []
+        offered: list[Path] = []
+        monkeypatch.setattr(environment, "offer_package", lambda root, python: offered.append(root))
         monkeypatch.setattr(environment, "_create", lambda venv: (venv / "bin").mkdir(parents=True))
         monkeypatch.setattr(environment, "python_of", lambda venv: venv / "bin")
         monkeypatch.setattr(environment, "version_in", lambda python, package: None)
@@ -122,6 +124,7 @@ class TestPreparing:
         (tmp_path / "requirements-dev.txt").write_text("pytest\nruff\n")
         environment.prepare(tmp_path)
         assert len(calls) == 4
+        assert offered == [tmp_path] * 3, "also in a .venv that was made before"
 
     def test_a_failed_installation_is_not_taken_for_done(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(python: Path, *what: str) -> None:
