@@ -23,6 +23,7 @@ Files beside them:
     router, plan, session, faults    which kernel a call gets, how it runs, and errors after which nothing is tried
     names, systems, recommended      ids, what other systems call them, and what is known by model family
     versions                         how versions are compared
+    bounded                          limits for what comes from outside
     bench, bench_inputs, presets     the benchmark, its tensors, and the calls of real models
 """
 

@@ -7,8 +7,7 @@ them pastes unchanged. Only names live here; what each backend can do is in `ker
 
 from __future__ import annotations
 
-import difflib
-
+from .bounded import nearest, shortened
 from .systems import SYSTEMS, key_of, rows_of
 
 AUTO = "auto"
@@ -80,11 +79,20 @@ ALIASES: dict[str, str] = _aliases()
 
 
 class UnknownBackendError(ValueError):
-    """A name that no backend and no alias has."""
+    """A name that no backend and no alias has. A message that quotes a long text is shortened in its middle."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 class RefusedBackendError(UnknownBackendError):
     """A name that another system publishes and that means nothing here; the message says why."""
+
+
+def is_known(name: str) -> bool:
+    """Whether `canonical` would return an id."""
+    key = key_of(name)
+    return key in CHOICES or key in ALIASES
 
 
 def canonical(name: str, system: str = "") -> str:
@@ -103,6 +111,6 @@ def canonical(name: str, system: str = "") -> str:
         return ALIASES[key]
     for one, row in rows_of(key, system):
         raise RefusedBackendError(f"attention backend {name!r} of {one.title} is not available here: {row.line}")
-    near = difflib.get_close_matches(key, [*CHOICES, *ALIASES], n=3, cutoff=0.6)
+    near = nearest(key, [*CHOICES, *ALIASES], count=3)
     hint = f" did you mean {' or '.join(near)}?" if near else ""
     raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(CHOICES)}")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .bounded import shortened
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 MASK_KINDS = ("none", "key_padding", "bool", "bias")
 """`none`; `key_padding`: boolean, the same for every head and query; `bool`: boolean; `bias`: added to scores."""
+
+MOST_SIZE = 2**48
+"""No batch and no length is as large; numbers from files and command lines are held to it."""
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
@@ -81,7 +86,9 @@ def parse_request(text: str) -> AttentionRequest:
     for pair in filter(None, (part.strip() for part in text.split(","))):
         name, equals, raw = (part.strip() for part in pair.partition("="))
         if not equals or name not in AttentionRequest._fields:
-            raise ValueError(f"request: {pair!r} is not one of {', '.join(AttentionRequest._fields)}, as name=value")
+            raise ValueError(
+                f"request: {shortened(pair, 80)!r} is not one of {', '.join(AttentionRequest._fields)}, as name=value"
+            )
         values[name] = _parse_value(name, raw)
     values.setdefault("kv_len", values.get("q_len"))
     missing = [name for name in ("num_heads", "q_len", "head_dim") if values.get(name) is None]
@@ -122,7 +129,9 @@ def _parse_value(name: str, raw: str) -> object:
             return _scale(raw)
         number = int(raw)
     except ValueError as error:
-        raise ValueError(f"request: {name} {raw!r} is not a number") from error
+        raise ValueError(f"request: {name} {shortened(raw, 80)!r} is not a number") from error
+    if number >= MOST_SIZE:
+        raise ValueError(f"request: {name} {shortened(raw, 80)} >= {MOST_SIZE}")
     if number < (0 if name in ("num_kv_heads", "v_head_dim") else 1):
         raise ValueError(f"request: {name} {number} < 1")
     return number

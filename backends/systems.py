@@ -8,6 +8,7 @@ name the true reason, for another what is different here and why. `names.py` res
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from .options.foreign import FOREIGN_OPTIONS
@@ -219,9 +220,17 @@ def key_of(name: str) -> str:
 
 def rows_of(name: str, system: str = "") -> Iterator[tuple[System, Published]]:
     """Every row of a name, those of `system` (its id) first."""
-    key = key_of(name)
-    for one in sorted(SYSTEMS, key=lambda each: each.id != system):
-        yield from ((one, row) for row in one.names if key_of(row.name) == key)
+    yield from sorted(_rows().get(key_of(name), ()), key=lambda found: found[0].id != system)
+
+
+@lru_cache(maxsize=1)
+def _rows() -> dict[str, list[tuple[System, Published]]]:
+    """Every row by the form in which names are compared."""
+    found: dict[str, list[tuple[System, Published]]] = {}
+    for one in SYSTEMS:
+        for row in one.names:
+            found.setdefault(key_of(row.name), []).append((one, row))
+    return found
 
 
 def line_of(name: str, system: str = "") -> str:

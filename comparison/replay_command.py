@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..backends.bounded import MOST_JSON, read_file, shortened
 from ..backends.config import ConfigError
 from ..backends.config.data import load_json
 from ..backends.records.reader import is_record, read
@@ -24,6 +25,8 @@ from .metadata import texts_of
 from .report import ComparisonError
 
 HELP = "what a picture's attention record says, and the configuration that repeats it"
+WIDEST = 200
+"""Characters of a cell of the table: every row is as wide as the widest."""
 KEY = "attention_backends"
 """As node Attention Record names its entry of a file's metadata."""
 EXAMPLES = """examples:
@@ -73,12 +76,12 @@ def load(path: Path) -> Recorded:
     """
     if path.suffix.lower() == ".json":
         try:
-            text = path.expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_file(path.expanduser(), MOST_JSON).decode("utf-8-sig")
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise ComparisonError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
         data = load_json(text, path.name)
     else:
-        found = texts_of(path)
+        found = texts_of(path, KEY)
         if KEY not in found:
             there = ", ".join(found) or "none"
             raise ComparisonError(
@@ -96,6 +99,7 @@ def report_of(record: Recorded, router: Router) -> dict[str, Any]:
     """The record beside what this machine can do, as plain data."""
     data = record.data
     version = str(data["made_by"].get("attention_backends", ""))
+    refused: Refused = {}
     return {
         "made_by": data["made_by"],
         "machine": router.platform.describe(),
@@ -105,7 +109,8 @@ def report_of(record: Recorded, router: Router) -> dict[str, Any]:
                 **{name: kept[name] for name in kept if name != "decisions"},
                 "differences": differences(run.machine, router.platform, version),
                 "decisions": [
-                    _decision(entry, held, router) for entry, held in zip(kept["decisions"], run.held, strict=True)
+                    _decision(entry, held, router, refused)
+                    for entry, held in zip(kept["decisions"], run.held, strict=True)
                 ],
             }
             for kept, run in zip(data["runs"], record.runs, strict=True)
@@ -114,13 +119,23 @@ def report_of(record: Recorded, router: Router) -> dict[str, Any]:
     }
 
 
-def _decision(entry: Mapping[str, Any], held: Held, router: Router) -> dict[str, Any]:
+Refused = dict[tuple[str, str, AttentionRequest], tuple[str, ...]]
+"""Backend, options and call, and why that cannot run here: the parts of a record are mostly of the same few."""
+
+
+def _decision(entry: Mapping[str, Any], held: Held, router: Router, known: Refused) -> dict[str, Any]:
     """An entry with `cannot_run` in each part: why not here, for any of its calls; empty where it can."""
     requests = [AttentionRequest(**call) for call in entry["calls"]]
     parts = []
     for ran, choice in zip(entry["ran"], held.choices, strict=True):
-        refused = (router.refuse(choice.asked or "", request, options=choice.extra) for request in requests)
-        parts.append({**ran, "cannot_run": list(dict.fromkeys(reason for reasons in refused for reason in reasons))})
+        name, options = choice.asked or "", repr(sorted(choice.extra.items()))
+        reasons: dict[str, None] = {}
+        for request in requests:
+            asked = (name, options, request)
+            if asked not in known:
+                known[asked] = tuple(router.refuse(name, request, options=choice.extra))
+            reasons.update(dict.fromkeys(known[asked]))
+        parts.append({**ran, "cannot_run": list(reasons)})
     return {**entry, "ran": parts}
 
 
@@ -153,6 +168,7 @@ def _table(decisions: list[dict[str, Any]]) -> list[str]:
             what = f"{ran['backend']} ({ran['member']})" if ran.get("member") else ran["backend"]
             here = f"no: {'; '.join(ran['cannot_run'])}" if ran["cannot_run"] else "yes"
             said = f"{what}, {options}" if options else what
-            rows.append((entry["role"], blocks, f"model call {ran['from_model_call']}", said, here))
+            row = (entry["role"], blocks, f"model call {ran['from_model_call']}", said, here)
+            rows.append(tuple(shortened(cell, WIDEST) for cell in row))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["  ".join([*(f"{row[column]:{widths[column]}}" for column in range(4)), row[4]]) for row in rows]

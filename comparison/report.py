@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..backends.bounded import shortened
+
 SAME = (
     "mode", "model", "prompt", "seed", "width", "height", "frames", "steps", "guidance", "sampling", "dtype",
     "machine", "versions",
@@ -25,7 +27,13 @@ LEVEL = 1 / 255
 
 
 class ComparisonError(ValueError):
-    """A comparison that makes no sense as asked; the message says what to change."""
+    """A comparison that makes no sense as asked; the message says what to change.
+
+    A message that quotes a long text is shortened in its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends.backend import ACCURACY
+from ..backends.bounded import read_file
+from ..backends.config.data import load_json
+from ..backends.measured.entry import MOST_BYTES, MOST_VALUES
 from ..backends.measured.store import VARIABLE, Store, default_path
 from ..backends.presets import PRESETS, Preset, parse_presets
 from .command import Progress
@@ -79,7 +82,8 @@ def run(options: argparse.Namespace, program: str) -> int:
         if options.export is not None:
             return _export(options, store)
         if options.import_ is not None:
-            document = json.loads(options.import_.read_text(encoding="utf-8"))
+            text = read_file(options.import_, MOST_BYTES).decode("utf-8")
+            document = load_json(text, options.import_.name, most_bytes=MOST_BYTES, most_entries=MOST_VALUES)
             return _said(options, {"taken": store.import_(document)}, "choices taken over: {taken}")
     except (OSError, sqlite3.Error, UnicodeDecodeError, RecursionError) as error:
         raise ComparisonError(f"{options.import_ or options.export or store.path}: {error}") from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from aiohttp import web
+
+from ..backends.config.data import load_json
+from ..backends.measured.entry import MOST_VALUES
 
 PREFIX = "/attention_backends"
 
@@ -43,21 +44,17 @@ async def posted(request: web.Request, most_bytes: int, what: str) -> object:
     if body is None:
         raise RefusedError(413, f"more than {most_bytes} bytes")
     try:
-        found: object = json.loads(body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        found: object = load_json(body.decode("utf-8"), "the body", most_bytes=most_bytes, most_entries=MOST_VALUES)
+    except ValueError as error:
         raise RefusedError(400, str(error)[:200]) from error
     return found
 
 
 async def limited_body(request: web.Request, most_bytes: int) -> bytes | None:
     """The body, or None where it is longer than `most_bytes`; no more than that is read."""
-    body = b""
+    body = bytearray()
     async for part in request.content.iter_chunked(4096):
         body += part
         if len(body) > most_bytes:
             return None
-    return body
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    return bytes(body)

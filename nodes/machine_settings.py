@@ -12,6 +12,8 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from ..backends.bounded import read_file
+from ..backends.config.data import load_json
 from ..backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from ..backends.platform import HUB_VARIABLE, hub_allowed
 from ..backends.trace import MODES, trace_mode
@@ -20,6 +22,8 @@ from ..backends.trace import VARIABLE as TRACE_VARIABLE
 log = logging.getLogger("attention_backends")
 
 FILE = "attention_backends.json"
+MOST_BYTES = 32 * 1024
+"""Of the file; it has some seventy."""
 LEVELS = ("", "DEBUG", "INFO", "WARNING", "ERROR")
 """An empty level: as ComfyUI's own log."""
 UNSET: dict[str, Any] = {"hub": False, "log_level": "", "trace": MODES[0]}
@@ -37,8 +41,7 @@ class MachineSettings:
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            return checked(found)
+            return checked(load_json(read_file(self.file, MOST_BYTES).decode("utf-8"), FILE))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

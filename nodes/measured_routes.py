@@ -17,6 +17,8 @@ import comfy.model_management
 import folder_paths
 from aiohttp import web
 
+from ..backends.bounded import shortened
+from ..backends.measured.entry import MOST_BYTES
 from ..backends.platform import detect
 from .answers import PREFIX, RefusedError, posted
 from .privacy import clean
@@ -24,8 +26,6 @@ from .privacy import clean
 if TYPE_CHECKING:
     from ..backends.measured.store import Store
 
-MOST_BYTES = 4 << 20
-"""Of a document that is imported: the most choices that a store keeps, each with long reasons."""
 WHAT = "measured choices"
 
 
@@ -82,6 +82,6 @@ async def answer(work: Callable[[], Any]) -> web.Response:
     try:
         return web.json_response(await asyncio.to_thread(work))
     except ValueError as error:
-        return RefusedError(400, clean(str(error))[:200]).answer
+        return RefusedError(400, clean(shortened(str(error)))[:200]).answer
     except (OSError, sqlite3.Error) as error:
         return RefusedError(500, f"the measured choices cannot be used: {clean(str(error))[:200]}").answer

@@ -11,7 +11,8 @@ _WINDOWS = (
     r"(?<![A-Za-z0-9])(?:[A-Za-z]:|\\\\[^\\/:*?\"<>|\s]+)[\\/]"  # a drive or a share
     r"(?:[^\\/:*?\"'<>|\r\n,;()]+[\\/])*([^\\/:*?\"'<>|\s,;()]*)"
 )
-_QUOTED = re.compile(r"""(["'])(?:~?/|[A-Za-z]:\\|\\\\)[^"'\r\n]*?([^/\\"'\r\n]*)\1""")
+_QUOTED = re.compile(r"""(["'])((?:~?/|[A-Za-z]:\\|\\\\)[^"'\r\n]*)\1""")
+_SEPARATOR = re.compile(r"[/\\]")
 _PATH = re.compile(f"{_WINDOWS}|{_POSIX}")
 _LOGIN = re.compile(r"(?<=://)[^\s/@]+@")
 _HOMES = r"(?:/home|/Users|[A-Za-z]:[\\/]Users)[\\/]"
@@ -29,7 +30,8 @@ def without_paths(text: str) -> str:
     # The folder that bears a person's name, which may hold spaces: in the middle of a path, then at its end.
     text = _IN_HOME.sub(lambda found: "C:" if found[0][1] == ":" else "~", text)
     text = _HOME.sub("~", text)
-    text = _QUOTED.sub(r"\1.../\2\1", text)  # inside quotes a name may hold spaces
+    # Inside quotes a name may hold spaces.
+    text = _QUOTED.sub(lambda found: f"{found[1]}.../{_SEPARATOR.split(found[2])[-1]}{found[1]}", text)
     return _PATH.sub(lambda found: f".../{found[1] or found[2] or ''}", text)
 
 

@@ -145,8 +145,8 @@ def test_the_file_is_read_once_however_many_ask(monkeypatch: pytest.MonkeyPatch)
     remembered.remember({"flash_attn_2": GOOD}, HERE)
     in_a_new_process()
     reads = []
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self, **how: reads.append(self.name) or read_text(self, **how))
+    read_file = remembered.read_file
+    monkeypatch.setattr(remembered, "read_file", lambda file, most: reads.append(file.name) or read_file(file, most))
     for _ in range(3):
         router = Router(HERE, {name: Fake(name) for name in ("flash_attn_2", "xformers", "aiter")})
         assert [router.unavailable(name) for name in router.backends] == [(), (), ()]

@@ -82,7 +82,10 @@ def test_what_is_wrong_is_refused_and_changes_nothing(server: Server) -> None:
     ]
     for body, status, why in wrong:
         assert posted(server, "/measured/import", body) == (status, {"error": why})
-    assert asked(server, "/measured/import", b'{"a": NaN}', **JSON) == (400, {"error": "NaN is not JSON"})
+    assert asked(server, "/measured/import", b'{"a": NaN}', **JSON) == (
+        400,
+        {"error": "the body: NaN is not a number that JSON has"},
+    )
     assert asked(server, "/measured/import", b"[" * 5000, **JSON)[0] == 400
     for body in ([], {"confirm": True}, None):
         assert posted(server, "/measured/clear", body)[0] == 400

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..backend import ACCURACY
+from ..bounded import shortened
 from ..kernels import BACKENDS
 from ..kernels.planned import Planned
 from ..names import AUTO, canonical
@@ -30,6 +31,9 @@ PLATFORM_ROUTE = "platform route"
 RECOMMENDED = "recommended for "
 """How the source of a choice begins that a precaution made."""
 
+LONGEST_ROLE = 200
+"""Characters of a role's name; the longest of ours has 30."""
+
 CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
 """Joint attention over text and picture falls in category `self` where nothing is said about `joint`.
 
@@ -39,7 +43,13 @@ Not where `AttentionConfig.joint_is_self` is false, as in text: the systems whos
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be understood; the message says which part and what is accepted."""
+    """A configuration that cannot be understood; the message says which part and what is accepted.
+
+    A message that quotes a long text is shortened in its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 def frozen(options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:

@@ -8,15 +8,17 @@ recognised, checked, and change nothing.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Callable, Mapping
 
+from ..bounded import nearest
 from ..names import RefusedBackendError
-from . import AttentionSpec, ConfigError
+from . import LONGEST_ROLE, AttentionSpec, ConfigError
 from .flags import COMPONENT_NAME
 
 KNOWN = ("transformer", "unet", "text_encoder", "image_encoder", "vae", "audio_vae", "video_vae")
+MOST = 64
+"""Entries of a map; a pipeline has a dozen components."""
 _DIFFUSION_MODEL = re.compile(r"transformer(_\d+)?")
 
 Read = Callable[[object, str], AttentionSpec]
@@ -65,11 +67,15 @@ def _flat(value: Mapping[object, object], where: str) -> dict[tuple[str, str], o
     entries: dict[tuple[str, str], object] = {}
     for key, entry in value.items():
         name, _, role = str(key).partition(".")
-        of = component_name(name)
+        of = component_name(name[: LONGEST_ROLE + 1])
         _check_name(of, where)
         inner = entry if isinstance(entry, Mapping) and not {"backend", "extra"} & set(entry) else {"": entry}
         for inner_role, spec in inner.items():
             full = ".".join(filter(None, (role, str(inner_role))))
+            if len(entries) == MOST or len(full) > LONGEST_ROLE:
+                raise ConfigError(
+                    f"{where}: more than {MOST} entries, or a role of more than {LONGEST_ROLE} characters"
+                )
             if (of, full) in entries:
                 raise ConfigError(f"{where}: {'.'.join(filter(None, (of, full)))} is given twice")
             entries[of, full] = spec
@@ -77,7 +83,7 @@ def _flat(value: Mapping[object, object], where: str) -> dict[tuple[str, str], o
 
 
 def _check_name(name: str, where: str) -> None:
-    near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.85)
+    near = nearest(name, KNOWN, cutoff=0.85)
     if near and not COMPONENT_NAME.fullmatch(name):
         raise ConfigError(f"{where}: no component {name!r}; did you mean {near[0]}?")
 

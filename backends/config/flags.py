@@ -9,7 +9,8 @@ import re
 from typing import Any, NamedTuple
 
 from . import ConfigError
-from .places import Place, places_of
+from .data import MAX_DEPTH
+from .places import Place, place, places_of
 from .words import Word, at_commas, scalar, with_assignments, words_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
@@ -85,8 +86,8 @@ def parse_flags(text: str, source: str) -> Flags:
             continue
         for pair in _pairs(word, words, source):
             _take(nested, pair, source, word)
-            path = tuple(pair.name.split("."))
-            places.append(Place(path, pair.line, "" if isinstance(pair.value, dict) else pair.text))
+            path = tuple(pair.name.split(".", MAX_DEPTH))
+            places.append(place(path, pair.line, "" if isinstance(pair.value, dict) else pair.text))
             places += places_of(pair.text, pair.line, path) if isinstance(pair.value, dict) else []
     if command and not nested and not environment:
         raise ConfigError(f"{source}: nothing in this command line is about attention; known: {_known()}")
@@ -142,16 +143,23 @@ def _take(nested: dict[str, Any], pair: Pair, source: str, word: Word) -> None:
             inner = {**inner.pop(COMPONENT_FLAG, {}), **inner}
     entries = {f"{COMPONENT_FLAG}.{component}": entry for component, entry in inner.items()} or {name: value}
     for full, entry in entries.items():
-        _put(nested, full, entry, f"{source}: {full!r} conflicts with an earlier entry{_at(word)}")
+        _put(nested, full, entry, source, _at(word))
 
 
-def _put(nested: dict[str, Any], name: str, value: object, conflict: str) -> None:
-    """Put `a.b.c` into nested dicts; names of components keep their dots."""
+def _put(nested: dict[str, Any], name: str, value: object, source: str, at: str) -> None:
+    """Put `a.b.c` into nested dicts; names of components keep their dots.
+
+    Raises:
+        ConfigError: an earlier setting stands in its way, or it is nested too deeply.
+    """
+    conflict = f"{source}: {name!r} conflicts with an earlier entry{at}"
     head, _, tail = name.partition(".")
     head = head.replace("-", "_")
     if COMPONENT_NAME.fullmatch(head):
         head, tail = COMPONENT_FLAG, name
     parts = [head, tail] if head == COMPONENT_FLAG and tail else [head, *tail.split(".")] if tail else [head]
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"{source}: {name!r} has {len(parts)} parts: nested too deeply{at}")
     *parents, last = parts
     for parent in parents:
         nested = nested.setdefault(parent, {})

@@ -6,19 +6,19 @@ caller's mapping is never changed.
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..bounded import nearest, shortened
 from ..kernels import BACKENDS
 from ..names import UnknownBackendError, canonical
 from ..options.foreign import BESIDE_BACKEND, FOREIGN_OPTIONS, foreign_problems
 from ..schedule import ScheduleEntry
 from ..systems import line_of
-from . import AttentionConfig, AttentionSpec, ConfigError
+from . import LONGEST_ROLE, AttentionConfig, AttentionSpec, ConfigError
 from .components import component_entries
+from .data import load_json
 from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS
 from .schedule import FOREIGN_SCHEDULE, foreign_schedule, schedule_of
 
@@ -32,6 +32,8 @@ SHORTHANDS = {
     "attn_type": "smart_diffusion",
 }
 """Names for the default backend alone, and the system that each comes from."""
+MOST_BESIDES = 200
+"""Entries that another system's configuration may have for purposes of its own; vLLM's has some eighty."""
 OPTION_FIELDS = ("attention_backend_config", "attn_config")
 """Options of the backend that is named, as SGLang and Smart-Diffusion's documents write them."""
 
@@ -47,6 +49,7 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
+        text = shortened(text)
         if text and text not in self.notes:
             self.notes.append(text)
 
@@ -132,7 +135,9 @@ def _besides(keys: list[str], unknown: list[str]) -> list[str]:
     """Of the unknown entries, those that another system's configuration has for purposes of its own."""
     if not set(keys) & set(COMMAND_FLAGS) or set(keys) & set(FIELDS):
         return []
-    near = [name for name in unknown if "att" in name.lower() or difflib.get_close_matches(name, FIELDS, cutoff=0.75)]
+    if len(unknown) > MOST_BESIDES:
+        return []
+    near = [name for name in unknown if "att" in name.lower() or nearest(name, FIELDS, cutoff=0.75)]
     return [name for name in unknown if name in keys and name not in near]
 
 
@@ -152,11 +157,7 @@ def _entries(value: Mapping[Any, Any], source: str) -> dict[str, Any]:
 
 def _mapping(value: object, where: str) -> Mapping[Any, Any]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            message = f"{where}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-            raise ConfigError(message) from error
+        value = load_json(value, where)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected a mapping, not {type(value).__name__}")
     return value
@@ -199,10 +200,12 @@ def _roles(value: Mapping[Any, Any], reading: Reading, system: str, prefix: str 
     """Entries by dotted role; nested mappings (`ltx2: {audio_self: ...}`) are joined."""
     roles: dict[str, AttentionSpec] = {}
     for key, entry in value.items():
-        role = f"{prefix}{key}"
-        where = f"{reading.source}.per_role[{role!r}]"
         if not isinstance(key, str) or not key.strip():
-            raise ConfigError(f"{where}: a role must be text, not {key!r}")
+            raise ConfigError(f"{reading.source}.per_role[{f'{prefix}{key}'!r}]: a role must be text, not {key!r}")
+        role = f"{prefix}{key}"
+        if len(role) > LONGEST_ROLE:
+            raise ConfigError(f"{reading.source}.per_role[{role!r}]: a role of {len(role)} characters > {LONGEST_ROLE}")
+        where = f"{reading.source}.per_role[{role!r}]"
         if isinstance(entry, Mapping) and not set(entry) & {*SPEC_FIELDS, *BESIDE_BACKEND}:
             if not entry:
                 raise ConfigError(f"{where}: empty entry")
@@ -274,9 +277,11 @@ def _with_options(
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected options as name=value pairs, not {type(value).__name__}")
 
+    names = set(value)
+
     def takes(spec: AttentionSpec) -> bool:
         backend = BACKENDS.get(spec.backend)
-        return backend is not None and set(value) <= {option.name for option in backend.options}
+        return backend is not None and names <= {option.name for option in backend.options}
 
     def given(spec: AttentionSpec) -> AttentionSpec:
         return spec_of({"backend": spec.backend, "extra": {**spec.extra, **value}}, where, reading)

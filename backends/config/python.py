@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import islice
 
-from ..names import AUTO, UnknownBackendError, canonical
+from ..names import AUTO, is_known
 
 _OF_THE_SYSTEMS = re.compile(
     r"\b(set_attention_backend|attention_backend|force_backend|AttentionConfig|AttentionSpec|OmniDiffusionConfig)\s*\("
 )
 _CODE = (ast.Call, ast.Import, ast.ImportFrom, ast.With, ast.FunctionDef)
-_LONGEST = 20_000
+_LONGEST, _MOST_NAMES = 4000, 100
+"""Characters of a text that is compiled to find out, and texts in it that are looked up; examples are shorter."""
 _ESCAPE = re.compile(r"\\[^\n\r'\"]")
 """Made harmless before parsing: Python warns of those it does not know, and its filters belong to the whole process."""
 
@@ -24,7 +26,7 @@ def python_problem(text: str) -> str | None:
     if not _is_python(text):
         return None
     quoted = dict.fromkeys(a or b for a, b in re.findall(r"\"([^\"\n]+)\"|'([^'\n]+)'", text))
-    names = [name for name in quoted if _is_backend(name)]
+    names = [name for name in islice(quoted, _MOST_NAMES) if name.lower() != AUTO and is_known(name)]
     if len(names) == 1:
         return f"this is Python; paste the name alone: {names[0]}"
     if names:
@@ -43,10 +45,3 @@ def _is_python(text: str) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return any(isinstance(node, _CODE) for node in ast.walk(tree))
-
-
-def _is_backend(name: str) -> bool:
-    try:
-        return canonical(name) != AUTO
-    except UnknownBackendError:
-        return False

@@ -16,6 +16,8 @@ from .data import load_json
 
 FOREIGN_SCHEDULE = "diffusion_attention_schedule"
 """vLLM-Omni's name, as a flag or an entry of a stage."""
+MOST_ENTRIES = 256
+"""Of a schedule; each is looked at in every model call."""
 ENTRY_FIELDS = ("backend", "extra", "steps", "percent", "sigmas", "blocks", "role", "masked")
 
 ReadSpec = Callable[[object, str], AttentionSpec]
@@ -28,7 +30,14 @@ def schedule_of(value: object, where: str, read: ReadSpec) -> tuple[ScheduleEntr
     Raises:
         ConfigError, UnknownBackendError: an entry is not understood; the message says which.
     """
-    return tuple(_entry(entry, f"{where}[{number}]", read) for number, entry in enumerate(_listed(value, where)))
+    listed = _listed(value, where)
+    _check_count(len(listed), where)
+    return tuple(_entry(entry, f"{where}[{number}]", read) for number, entry in enumerate(listed))
+
+
+def _check_count(count: int, where: str) -> None:
+    if count > MOST_ENTRIES:
+        raise ConfigError(f"{where}: {count} entries > {MOST_ENTRIES}: join windows, as in 0-3,last 2")
 
 
 def _listed(value: object, where: str) -> list[object]:
@@ -103,6 +112,7 @@ def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple
                 known = ", ".join(profiles) or "none"
                 raise ConfigError(f"{place}: profile {profile!r} is not one of those given: {known}")
             said = _steps(window, place) if field == "default" else _sigmas(window, place)
+            _check_count(len(entries) + len(profiles[profile].per_role), where)
             entries += (_made(place, spec, {**said, "role": role}) for role, spec in _by_role(profiles[profile]))
             if profiles[profile].default.is_auto:
                 note = f"{where}.profiles.{profile}: roles that it does not name stay as they are outside its windows"

@@ -15,11 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..bounded import MOST_JSON, MOST_TEXT, read_file, shortened
 from ..names import UnknownBackendError
 from ..records.reader import FIELDS as RECORD_FIELDS
 from ..records.reader import is_record, read
 from . import AttentionConfig, ConfigError
-from .data import load_json, load_yaml
+from .data import check_data, check_size, load_json, load_yaml
 from .flags import looks_like_flags, parse_flags, parse_pairs
 from .mapping import FIELDS, Reading, from_mapping, spec_of
 from .places import Place, line_of_error, places_of
@@ -30,6 +31,11 @@ log = logging.getLogger("attention_backends")
 FILE_ENDINGS = (".json", ".yaml", ".yml")
 BYTE_ORDER_MARK = chr(0xFEFF)
 """Windows editors begin a file with it, and so may what is pasted from one."""
+
+LONGER = "; a longer configuration can be written as JSON"
+MOST_INSIDE = 3
+"""Texts that may stand inside one another, each as the variable of a command line."""
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 
 CONFIG_VARIABLE = "ATTENTION_BACKENDS_CONFIG"
 DEFAULT_VARIABLES = ("DIFFUSION_ATTENTION_BACKEND", "DIFFUSERS_ATTN_BACKEND")
@@ -55,13 +61,20 @@ def parse_config(
         ConfigError: something in it is not understood; the message says what and what is accepted.
         UnknownBackendError: a backend's name is not known, or is known and refused.
     """
+    return _parsed(value, source, component, read_files)
+
+
+def _parsed(value: object, source: str, component: str, read_files: bool, inside: int = 0) -> AttentionConfig:
+    """As `parse_config`; `inside` is in how many texts the value stands, as the value of a variable."""
     if isinstance(value, AttentionConfig):
         return value
-    reader = _Reader(source, component, read_files)
+    reader = _Reader(source, component, read_files, inside)
     try:
         config = reader.read(value)
     except (ConfigError, UnknownBackendError) as error:
         raise reader.located(error) from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply") from error
     for note in config.notes:
         _say_once(note)
     return config
@@ -80,8 +93,14 @@ def from_environment(
     return _layers(os.environ if environ is None else environ, above)
 
 
-def _layers(environ: Mapping[str, str], above: tuple[AttentionConfig, ...], **how: Any) -> tuple[AttentionConfig, ...]:
-    """As `from_environment`; `how` is handed to `parse_config`."""
+def _layers(
+    environ: Mapping[str, str],
+    above: tuple[AttentionConfig, ...],
+    component: str = "transformer",
+    read_files: bool = True,
+    inside: int = 0,
+) -> tuple[AttentionConfig, ...]:
+    """As `from_environment`; the rest is for `_parsed`."""
     layers: list[AttentionConfig] = []
     for variable in (CONFIG_VARIABLE, *DEFAULT_VARIABLES):
         text = environ.get(variable, "").strip()
@@ -89,7 +108,9 @@ def _layers(environ: Mapping[str, str], above: tuple[AttentionConfig, ...], **ho
             continue
         try:
             layers.append(
-                parse_config(text, variable, **how) if variable == CONFIG_VARIABLE else _named(text, variable)
+                _parsed(text, variable, component, read_files, inside)
+                if variable == CONFIG_VARIABLE
+                else _named(text, variable)
             )
         except (ConfigError, UnknownBackendError) as error:
             if all(layer.default.is_auto for layer in (*above, *layers)):
@@ -110,6 +131,7 @@ def parse_extra(text: str) -> dict[str, Any]:
 def _options(text: str, where: str) -> dict[str, Any]:
     text = text.strip()
     if not text.startswith("{"):
+        check_size(text, where, MOST_TEXT, LONGER)
         return parse_pairs(text, where)
     loaded = load_json(text, where)
     if not isinstance(loaded, dict):
@@ -138,16 +160,19 @@ def _warn_once(text: str) -> None:
 class _Reader:
     """One reading: where it comes from and what it may open."""
 
-    def __init__(self, source: str, component: str, read_files: bool) -> None:
+    def __init__(self, source: str, component: str, read_files: bool, inside: int) -> None:
         if not isinstance(component, str) or not component.strip():
             raise ConfigError(f"{source}: component must be a name such as transformer, not {component!r}")
-        self.source, self.component, self.read_files = source, component, read_files
+        if inside > MOST_INSIDE:
+            raise ConfigError(f"{source}: {inside} texts inside one another: nested too deeply")
+        self.source, self.component, self.read_files, self.inside = source, component, read_files, inside
         self._places: Callable[[], list[Place]] = list
         """Where the entries of the text in hand stand, and how messages about it begin."""
         self._said_of = source
 
     def read(self, value: object) -> AttentionConfig:
         if isinstance(value, Mapping):
+            check_data(value, self.source)
             return self.mapping(value)
         if isinstance(value, Path):
             return self.file(value)
@@ -180,6 +205,7 @@ class _Reader:
             self._places = lambda: places_of(whole)
         if text.startswith("{"):
             return self.data(load_json(whole, self.source), self.source)
+        check_size(whole, self.source, MOST_TEXT, LONGER)
         python = python_problem(text)
         if python is not None:
             raise ConfigError(f"{self.source}: {python}")
@@ -189,7 +215,7 @@ class _Reader:
         if flags:
             return self._flags(whole)
         if "\n" in text or ": " in text or text[0] in "[\"'":
-            return self.data(load_yaml(whole, self.source), self.source)
+            return self.data(_settings_of_yaml(load_yaml(whole, self.source)), self.source)
         reading = Reading(self.source)
         spec = spec_of(text, self.source, reading)
         return AttentionConfig(spec, source=self.source, notes=tuple(reading.notes))
@@ -204,13 +230,12 @@ class _Reader:
             unknown = ", ".join(flags.environment)
             raise ConfigError(f"{self.source}: unknown entry {unknown}; known: {', '.join((*FIELDS, *variables))}")
         if flags.skipped:
-            note = f"{', '.join(flags.skipped)}: not about attention; without effect here"
+            note = shortened(f"{', '.join(flags.skipped)}: not about attention; without effect here")
             config = replace(config, notes=(*config.notes, note))
         for name in flags.environment:
             if "ATT" in name and name not in variables:
                 config = replace(config, notes=(*config.notes, f"{name}: not read from text; without effect here"))
-        how = {"component": self.component, "read_files": self.read_files}
-        for lower in _layers(flags.environment, (config,), **how):
+        for lower in _layers(flags.environment, (config,), self.component, self.read_files, self.inside + 1):
             if config.default.is_auto:
                 config = replace(
                     config,
@@ -256,13 +281,17 @@ class _Reader:
         return _options(text, where)
 
     def _is_file(self, text: str) -> bool:
-        return self.read_files and Path(text).expanduser().is_file()
+        try:
+            return self.read_files and Path(text).expanduser().is_file()
+        except (OSError, RuntimeError, ValueError):  # no name of a file: too long, or of a home that is not there
+            return False
 
     def _content(self, path: Path, source: str) -> str:
         if not self.read_files:
             raise ConfigError(f"{source}: files are not opened from text here: {path}; choose it as a file instead")
         try:
-            return path.expanduser().read_text(encoding="utf-8-sig")  # Windows editors begin a file with a mark
+            # Windows editors begin a file with a mark.
+            return read_file(path.expanduser(), MOST_JSON).decode("utf-8-sig")
         except (OSError, RuntimeError) as error:
             said = getattr(error, "strerror", None) or error
             raise ConfigError(f"{self.source}: cannot read {path}: {said}") from error
@@ -271,4 +300,16 @@ class _Reader:
 
 
 def _loaded(text: str, path: Path, source: str) -> object:
-    return load_json(text, source) if path.suffix.lower() == ".json" else load_yaml(text, source)
+    return load_json(text, source) if path.suffix.lower() == ".json" else _settings_of_yaml(load_yaml(text, source))
+
+
+def _settings_of_yaml(loaded: object) -> object:
+    """What was read from YAML, with `yes`, `no`, `on` and `off` of the switches as YAML 1.1 means them.
+
+    Everywhere else these words are text, as in JSON.
+    """
+    if not isinstance(loaded, dict):
+        return loaded
+    said = {name: loaded.get(name) for name in ("strict", "joint_is_self")}
+    switches = {name: _SWITCHES.get(word.lower()) for name, word in said.items() if isinstance(word, str)}
+    return {**loaded, **{name: switch for name, switch in switches.items() if switch is not None}}

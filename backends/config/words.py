@@ -5,11 +5,11 @@ Quotes, brackets, `#` comments and lines continued with a backslash are read as 
 
 from __future__ import annotations
 
-import json
 import re
 from typing import NamedTuple
 
 from . import ConfigError
+from .data import load_json
 
 _NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
@@ -61,7 +61,8 @@ def words_of(text: str, source: str) -> list[Word]:
             current.append(char)
         elif closing or not char.isspace():
             if char == "#" and not started:
-                index = text.find("\n", index) if "\n" in text[index:] else len(text)
+                end = text.find("\n", index)
+                index = len(text) if end < 0 else end
                 continue
             started = True
             current.append(char)
@@ -93,17 +94,17 @@ def with_assignments(words: list[Word]) -> list[Word]:
 
 
 def at_commas(text: str) -> list[str]:
-    pieces, depth, quoted, escaped = [""], 0, False, False
-    for char in text:
+    pieces, begin, depth, quoted, escaped = list[str](), 0, 0, False, False
+    for index, char in enumerate(text):
         if depth and char == '"' and not escaped:
             quoted = not quoted
         escaped = quoted and char == "\\" and not escaped
         if not quoted:
             depth += (char in "{[") - (char in "}]")
         if char == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += char
+            pieces.append(text[begin:index])
+            begin = index + 1
+    pieces.append(text[begin:])
     return [piece for piece in pieces if piece.strip()]
 
 
@@ -116,8 +117,8 @@ def scalar(text: str) -> object:
         return float(text) if any(mark in text for mark in ".eE") else int(text)
     if text[:1] in ("{", "[", '"'):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
+            return load_json(text, "value")
+        except ConfigError:
             return text
     if len(text) > 1 and text[0] == text[-1] == "'":
         return text[1:-1]

@@ -19,6 +19,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from ..bounded import read_file
 from ..platform import Platform
 from .packages import PACKAGES_OF
 
@@ -29,6 +30,8 @@ FILE = "probes.json"
 FORMAT = 1
 MOST = 500
 """Outcomes kept; the oldest go first."""
+MOST_BYTES, MOST_VALUES = 4 << 20, 100_000
+"""Of the file, and of the values in it."""
 
 LASTING = ("ok", "failed", "crashed", "hung")
 """Statuses that say something about the kernel; others, such as `unavailable`, are not kept."""
@@ -174,25 +177,26 @@ def path() -> Path:
 def _outcomes(file: Path) -> dict[str, Outcome]:
     """The file's outcomes; empty where there is none. One that cannot be understood is set aside."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_file(file, MOST_BYTES).decode("utf-8")
+        return _parsed(text)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        return _set_aside(file, error)
-    try:
-        return _parsed(text)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return _set_aside(file, error)
 
 
 def _parsed(text: str) -> dict[str, Outcome]:
-    data = json.loads(text)
+    from ..config.data import load_json
+
+    data = load_json(text, "its text", most_bytes=MOST_BYTES, most_entries=MOST_VALUES)
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']!r} is not {FORMAT}")
     known = {}
     for entry, fields in data["outcomes"].items():
         if fields["status"] not in LASTING or not isinstance(fields["reason"], str):
             raise ValueError(f"status {fields['status']!r} is not one of {', '.join(LASTING)}")
+        if not isinstance(fields["stderr"], list):
+            raise ValueError(f"stderr is a {type(fields['stderr']).__name__}, not a list of lines")
         ms, relative_l2 = fields["ms"], fields["relative_l2"]
         known[entry] = Outcome(
             fields["status"],

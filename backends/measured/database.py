@@ -21,6 +21,14 @@ TABLE = (
     "CREATE TABLE measured (environment TEXT NOT NULL, accuracy TEXT NOT NULL, key TEXT NOT NULL, "
     "written REAL NOT NULL, entry TEXT NOT NULL, PRIMARY KEY (environment, accuracy, key))"
 )
+MOST_BYTES = 32 << 20
+"""Of the file; a full one has less than a tenth of it."""
+LONGEST_ENTRY = 512 << 10
+"""Characters of one entry; the longest that `entry.py` allows has half of it."""
+SELECT = (
+    f"SELECT CASE WHEN typeof(entry) = 'text' AND length(entry) <= {LONGEST_ENTRY} THEN entry ELSE '' END "  # noqa: S608
+    "FROM measured"
+)
 UPSERT = "INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?, ?)"
 PRUNE = f"DELETE FROM measured WHERE rowid NOT IN (SELECT rowid FROM measured ORDER BY written DESC LIMIT {MOST})"  # noqa: S608
 
@@ -41,11 +49,11 @@ class Database:
         self._say = say
 
     def read(self, where: str, values: tuple[str, ...]) -> list[str]:
-        """The entries that fit, newest first; none where there is no file."""
+        """The entries that fit, newest first; none where there is no file. What is no text, or too long, is empty."""
         if not self.path.exists():
             return []
         with self._opened(write=False) as file:
-            found = file.execute(f"SELECT entry FROM measured {where} ORDER BY written DESC", values)  # noqa: S608  # two constants
+            found = file.execute(f"{SELECT} {where} ORDER BY written DESC LIMIT {MOST}", values)
             return [text for (text,) in found]
 
     def write(self, rows: list[Row]) -> None:
@@ -89,22 +97,32 @@ class Database:
 
     def _connect(self) -> sqlite3.Connection:
         # No WAL: on a network's file system it is not safe, and so little is written that nobody waits long.
-        return sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        file = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        file.text_factory = lambda text: text.decode(errors="replace")
+        return file
 
     def _connected(self, write: bool) -> sqlite3.Connection:
+        if self.path.exists():
+            if not self.path.is_file():
+                raise sqlite3.OperationalError("it is a folder, a device or a pipe, not a file")
+            if (size := self.path.stat().st_size) > MOST_BYTES:  # before its pages are read
+                raise sqlite3.DatabaseError(f"{size} bytes > {MOST_BYTES}")
         file = self._connect()
         try:
             file.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             (version,) = file.execute("PRAGMA user_version").fetchone()
-            names = {name for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if version == 0 and not names:
+            objects = "SELECT name, sql FROM sqlite_master WHERE type != 'index' AND name NOT LIKE 'sqlite_%'"
+            made = dict(file.execute(objects).fetchall())
+            if version == 0 and not made:
                 if not write:  # two processes that both go on from reading to writing would wait for each other
                     file.close()
                     return self._connected(write=True)
                 file.execute(TABLE)
                 file.execute(f"PRAGMA user_version = {SCHEMA}")
-            elif version != SCHEMA or "measured" not in names:
+            elif version != SCHEMA:
                 raise OtherVersionError(f"schema {version} is not {SCHEMA}")
+            elif made != {"measured": TABLE}:  # another column would fail at each access, a trigger change what is kept
+                raise sqlite3.DatabaseError(f"it has {', '.join(made) or 'nothing'} and not the one table of this pack")
             else:
                 (found,) = file.execute("PRAGMA quick_check(1)").fetchone()  # it reads every page: milliseconds
                 if found != "ok":

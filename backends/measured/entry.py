@@ -10,11 +10,13 @@ from time import time
 from typing import Any, NamedTuple
 
 from ..backend import ACCURACY
-from ..request import MASK_KINDS
+from ..request import MASK_KINDS, MOST_SIZE
 from .key import TuningKey
 
 FORMAT = "attention_backends.measured"
 VERSION = 1
+MOST_BYTES, MOST_VALUES = 4 << 20, 200_000
+"""Of a document, and of the values in it: the most choices that a store keeps, each with long reasons."""
 LONGEST_TEXT = 2000
 MOST_NAMES = 64
 MOST_NUMBER = 1e300
@@ -143,7 +145,7 @@ def _key_field(data: dict[str, Any], name: str, kind: type) -> object:
     value = data.get(name)
     if kind is str:
         return _text(data, name)
-    if type(value) is not kind or (type(value) is int and not 0 < value < 2**48):
+    if type(value) is not kind or (type(value) is int and not 0 < value < MOST_SIZE):
         raise ValueError(f"{name} {value!r} is not {'true or false' if kind is bool else 'a number above 0'}")
     return value
 
@@ -152,6 +154,10 @@ def _text(data: dict[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_TEXT:
         raise ValueError(f"{name} must be a text of 1 to {LONGEST_TEXT} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON's escapes can make half of a character; SQLite takes none
+        raise ValueError(f"{name} has half of a character: {error.reason}") from error
     return value
 
 
@@ -166,6 +172,8 @@ def _mapping(data: dict[str, Any], name: str, read_one: Callable[[dict[str, Any]
     values = data.get(name)
     if not isinstance(values, dict) or len(values) > MOST_NAMES:
         raise ValueError(f"{name} must be an object with at most {MOST_NAMES} backends")
+    if not all(isinstance(backend, str) and len(backend) <= LONGEST_TEXT for backend in values):
+        raise ValueError(f"{name}: a backend must be a name")
     try:
         return {backend: read_one(values, backend) for backend in values}
     except ValueError as error:
@@ -185,6 +193,6 @@ def _reason(values: dict[str, Any], backend: str) -> str:
 
 def _count(values: dict[str, Any], backend: str) -> int:
     count = values[backend]
-    if type(count) is not int or count < 1:
+    if type(count) is not int or not 0 < count < 2**31:
         raise ValueError(f"{backend} {count!r} is not a number above 0")
     return count

@@ -35,11 +35,15 @@ def environment_of(platform: Platform) -> str:
 
 def default_path() -> Path:
     """The file of programs other than ComfyUI: as the variable says, else in the user's cache folder."""
-    given = os.environ.get(VARIABLE, "").strip()
-    return Path(given).expanduser() if given else remembered.path().with_name(FILE)
+    return _given() or remembered.path().with_name(FILE)
 
 
 def path_in(user_directory: str | Path) -> Path:
     """The file in ComfyUI's user directory, unless the variable names another."""
+    return _given() or Path(user_directory) / "attention_backends" / FILE
+
+
+def _given() -> Path | None:
+    """The file that the variable names; None where it names none."""
     given = os.environ.get(VARIABLE, "").strip()
-    return Path(given).expanduser() if given else Path(user_directory) / "attention_backends" / FILE
+    return Path(os.path.expanduser(given)) if given else None  # a home that is not there stays as it is written

@@ -6,10 +6,17 @@ use for parts that are not built are declared too (`Planned`), type-checked, and
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
+
+from ..bounded import nearest
+
+MOST_PROBLEMS = 10
+"""What is said at once of the options of one backend."""
+
+MOST_BITS = 160
+"""Of a whole number."""
 
 KIND_NAMES = {
     bool: "true or false",
@@ -43,6 +50,8 @@ class Option:
         """What is wrong with `value`, or None. A whole number stands for a number, true and false for neither."""
         if type(value) in self.also or (not isinstance(value, bool | dict | list) and value in self.also):
             return None
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:  # Python itself may refuse to write it out
+            return f"{self.name}: a number of {value.bit_length()} bits is out of range"
         wanted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and self.kind is not bool):
             return f"{self.name} must be {KIND_NAMES[self.kind]}, not {value!r}"
@@ -62,13 +71,15 @@ class Option:
 def problems(declared: tuple[Option, ...], given: Mapping[str, object]) -> list[str]:
     """What is wrong with the options in `given`, in words that name the known ones; empty when nothing is."""
     known = {option.name: option for option in declared}
-    found = []
+    found: list[str] = []
     for name, value in given.items():
+        if len(found) >= MOST_PROBLEMS:
+            return [*found, f"and {len(given)} options in all"]
         if name in known:
             problem = known[name].problem(value)
             found += [problem] if problem else []
             continue
-        near = difflib.get_close_matches(str(name), known, n=1)
+        near = nearest(str(name), known)
         hint = f"; did you mean {near[0]}?" if near else ""
         found.append(f"no option {name!r} (known: {', '.join(known) or 'none'}){hint}")
     return found

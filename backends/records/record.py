@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..config.layers import settings_of
 from ..machine.packages import PACKAGES_OF
@@ -67,11 +67,15 @@ def as_record(
     kept, missing = list(runs), list(not_recorded)
     if isinstance(before, Mapping) and before.get(MARK) == FORMAT:
         earlier, earlier_missing = before.get("runs"), before.get("not_recorded")
-        if isinstance(earlier, list) and isinstance(earlier_missing, list):  # else another program's entry
+        if _are_mappings(earlier) and _are_mappings(earlier_missing):  # else another program's entry
             kept = [*(run for run in earlier if run not in kept), *kept]
             missing = [*(one for one in earlier_missing if one not in missing), *missing]
     return {MARK: FORMAT, "made_by": {"attention_backends": own_version(), **made_by}, "runs": kept,
             "not_recorded": missing}  # fmt: skip
+
+
+def _are_mappings(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
 
 
 def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import CATEGORY_PARENT, AttentionConfig, AttentionSpec, ConfigError
+from ..config import CATEGORY_PARENT, LONGEST_ROLE, AttentionConfig, AttentionSpec, ConfigError
 from ..config.layers import precautions_of
 from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 
@@ -55,6 +55,8 @@ class ScheduleEntry:
             object.__setattr__(self, "spec", AttentionSpec(self.spec))
         if not isinstance(self.role, str):
             raise ConfigError(f"role must be text, not {self.role!r}")
+        if len(self.role) > LONGEST_ROLE:
+            raise ConfigError(f"role {self.role!r}: {len(self.role)} characters > {LONGEST_ROLE}")
         object.__setattr__(self, "role", self.role.strip())
         object.__setattr__(self, "masked", parse_flag(self.masked, "masked"))
         times = [name for name in TIMES if getattr(self, name)]

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 from ..config import ConfigError
 
+MOST_PARTS, LONGEST = 64, 1000
+"""Parts and characters of one window."""
 _COUNT = r"(?P<end>first|last) *(?P<count>\d{1,6})"
 _RANGE = r"(?P<low>\d{1,6})( *(?P<dash>-) *(?P<high>\d{1,6})?)?"
 _NUMBERS = re.compile(rf"{_COUNT}|{_RANGE}")
@@ -122,6 +125,8 @@ def parse_sigmas(value: object) -> tuple[Span, ...]:
         if match is None or match[2] or match[4]:
             raise ConfigError(f"sigmas: {part!r} is not of the form 1-0.85: two sigmas of this model")
         one, other = float(match[1]), float(match[3])
+        if not isfinite(one + other):
+            raise ConfigError(f"sigmas: {part!r} is larger than any sigma")
         found.append(Span(max(one, other), min(one, other)))
     return tuple(found)
 
@@ -132,23 +137,39 @@ def parse_flag(value: object, what: str) -> bool:
     Raises:
         ConfigError: it is neither.
     """
-    said = {"true": True, "false": False}.get(str(value).strip().lower())
-    if said is None:
+    said = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(said, bool):
         raise ConfigError(f"{what} must be true or false, not {value!r}")
     return said
 
 
 def _parts(value: object, what: str) -> list[str]:
     if isinstance(value, (list, tuple)):
-        return [part for each in value for part in _parts(each, what)]
+        if len(value) > MOST_PARTS or any(isinstance(each, (list, tuple)) for each in value):
+            raise ConfigError(f"{what}: expected text, or a list of at most {MOST_PARTS} texts, not {value!r}")
+        parts = [part for each in value for part in _parts(each, what)]
+        _check_parts(parts, what)
+        return parts
+    if isinstance(value, int) and value.bit_length() > LONGEST:
+        raise ConfigError(f"{what}: a number of {value.bit_length()} bits is no step and no block")
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ConfigError(f"{what}: expected text such as '0-3,last 2', not {type(value).__name__}: {value!r}")
+    if isinstance(value, str) and len(value) > LONGEST:
+        raise ConfigError(f"{what}: more than {LONGEST} characters: no window is that long")
     parts = [" ".join(part.split()) for part in str(value).split(",")]
+    _check_parts(parts, what)
     if parts == [""]:
         return []
     if "" in parts:
         raise ConfigError(f"{what}: {value!r} has nothing between two commas, or after one")
     return parts
+
+
+def _check_parts(parts: list[str], what: str) -> None:
+    if len(parts) > MOST_PARTS:
+        raise ConfigError(f"{what}: {len(parts)} parts > {MOST_PARTS}; join neighbours, as in 0-3")
+    if sum(map(len, parts)) + len(parts) > LONGEST:
+        raise ConfigError(f"{what}: more than {LONGEST} characters: no window is that long")
 
 
 def _share(text: str, hundredths: bool, part: str) -> float:
