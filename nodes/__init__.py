@@ -7,9 +7,9 @@ Files, by what they are for; a call of a patched model goes through the first th
              that is kept; `memory`, with `sizes`, tells ComfyUI what it takes
     a call   `hook_calls`, with `layouts` and `masks`, its place in the model (`callers`, `sites`), its role (`roles`);
              `compiled` is what torch.compile sees of it; `others` counts what other packs compute, `whose` names them
-    nodes    a file for each in the list below; `graph` is what stands around one in a graph. To Compare Attention
-             Backends belong `compare_setup`, `compare_runs`, `capture`, `timed`, `pictures` and `similarity`, to the
-             report `report_picture`
+    nodes    a file for each in the list below; `graph` is what stands around one in a graph, `inputs` a look at what
+             it was given. To Compare Attention Backends belong `compare_setup`, `compare_runs`, `capture`, `timed`,
+             `pictures` and `similarity`, to the report `report_picture`
     routes   under `routes`: `machine`, `machine_settings`, `measured_routes`, `recommended_routes`, `queued_by`;
              `answers` and `privacy` are what they share
 """

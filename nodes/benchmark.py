@@ -20,6 +20,7 @@ from ..comparison.bench_run import DTYPES, MASKS, MOST_TOKENS, Asked, measure
 from ..comparison.bench_tables import console
 from ..comparison.contenders import parse_backends
 from .hook_calls import run_comfy
+from .inputs import text_of
 from .sampling import router_for
 from .selector import CATEGORY
 from .whose import name_of
@@ -82,7 +83,7 @@ class AttentionBenchmark(io.ComfyNode):
         if not isinstance(backends, str):  # connected to another node: known only when it runs
             return True
         try:
-            if backends.strip():
+            if text_of(backends).strip():
                 parse_backends(backends.split(","))
         except ValueError as error:
             return str(error)
@@ -90,7 +91,7 @@ class AttentionBenchmark(io.ComfyNode):
 
     @classmethod
     def execute(cls, presets: str, tokens: int, masked: str, backends: str, dtype: str, seed: int) -> io.NodeOutput:
-        asked = Asked(presets, backends, masked, dtype=dtype, tokens=tokens, seed=seed)
+        asked = Asked(presets, text_of(backends), masked, dtype=dtype, tokens=tokens, seed=seed)
         device = comfy.model_management.get_torch_device()
         # Models that other graphs left on the card would make kernels run out of memory; ComfyUI loads them again.
         elements = largest([preset.scaled(tokens) for preset in parse_presets(presets)])

@@ -15,10 +15,13 @@ from ..comparison.report import ComparisonError, Report
 from . import graph, similarity
 from .compare_runs import compare, compare_attention, make_variants
 from .compare_setup import SetUp, make_guider
+from .inputs import text_of, wrong_link
 from .pictures import decode
 from .selector import CATEGORY
 
 PATCHED = ("model_1", "model_2", "model_3", "model_4")
+DEFAULT_BACKENDS = "torch_sdpa, cudnn_attn, flash_attn, sage_attn"
+MOST_CFG = 100.0
 MODES = ("end_to_end", "one_step", "attention")
 
 
@@ -44,7 +47,7 @@ class AttentionCompare(io.ComfyNode):
                 io.Latent.Input("latent_image"),
                 io.String.Input(
                     "backends",
-                    default="torch_sdpa, cudnn_attn, flash_attn, sage_attn",
+                    default=DEFAULT_BACKENDS,
                     tooltip="Names separated by commas. One that cannot run here is a panel that says why. Leave "
                     "empty to compare only the models connected below.",
                 ),
@@ -58,7 +61,9 @@ class AttentionCompare(io.ComfyNode):
                     "float64.",
                 ),
                 io.Int.Input("repeat", default=1, min=1, max=20, tooltip="Timed runs of each backend after warm-up."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, tooltip="Used with model, not with a guider."),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=MOST_CFG, tooltip="Used with model, not with a guider."
+                ),
                 io.Guider.Input("guider", optional=True),
                 io.Model.Input("model", optional=True),
                 io.Conditioning.Input("positive", optional=True),
@@ -82,6 +87,37 @@ class AttentionCompare(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        cfg: Any = None,
+        guider: Any = None,
+        model: Any = None,
+        positive: Any = None,
+        negative: Any = None,
+        vae: Any = None,
+        model_1: Any = None,
+        model_2: Any = None,
+        model_3: Any = None,
+        model_4: Any = None,
+        clip_vision: Any = None,
+        input_types: Any = None,
+    ) -> bool | str:
+        """What can be known before hours of sampling; an input that is connected is None here."""
+        sockets = {
+            "guider": guider, "model": model, "positive": positive, "negative": negative, "vae": vae,
+            "model_1": model_1, "model_2": model_2, "model_3": model_3, "model_4": model_4, "clip_vision": clip_vision,
+        }  # fmt: skip
+        if problem := wrong_link(cls, input_types, **sockets):
+            return problem
+        if input_types is not None and "guider" not in input_types:
+            missing = [name for name in ("model", "positive") if name not in input_types]
+            if missing:
+                return f"connect a guider, or model, positive and negative; missing: {', '.join(missing)}"
+        if cfg is not None and not 0 <= cfg <= MOST_CFG:  # nan is neither
+            return f"cfg {cfg} is not a number from 0 to {MOST_CFG:g}"
+        return True
+
+    @classmethod
     def execute(
         cls,
         noise: Any,
@@ -100,6 +136,7 @@ class AttentionCompare(io.ComfyNode):
         clip_vision: Any = None,
         **patched: Any,
     ) -> io.NodeOutput:
+        backends = text_of(backends, DEFAULT_BACKENDS)
         if sigmas.shape[-1] < 2:
             raise ComparisonError(f"sigmas of length {sigmas.shape[-1]}: at least one step is needed")
         guider = guider if guider is not None else make_guider(model, positive, negative, cfg)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
+from ..backends.config.data import load_json
 from ..comparison import metrics, picture, tables
 from ..comparison.report import ComparisonError, Report, Row, Spread
 from . import graph
+from .inputs import text_of, wrong_link
 from .selector import CATEGORY
 
 BRANCHES = 6
+MOST_BYTES, MOST_VALUES = 8 << 20, 400_000
+"""Of one report, and of the values in it: a long run of a large model has some ten thousand rows."""
 
 
 class AttentionComparison(io.ComfyNode):
@@ -44,6 +48,25 @@ class AttentionComparison(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        image_2: Any = None,
+        image_3: Any = None,
+        image_4: Any = None,
+        image_5: Any = None,
+        image_6: Any = None,
+        input_types: Any = None,
+    ) -> bool | str:
+        """At least two images are connected; ComfyUI looks for the first one alone."""
+        given = (image_2, image_3, image_4, image_5, image_6)
+        sockets = {f"image_{number}": image for number, image in enumerate(given, start=2)}
+        if problem := wrong_link(cls, input_types, **sockets):
+            return problem
+        if input_types is not None and len({*sockets, "image_1"} & set(input_types)) < 2:
+            return "connect at least two images to compare"
+        return True
+
+    @classmethod
     def execute(cls, **given: Any) -> io.NodeOutput:
         numbers = [number for number in range(1, BRANCHES + 1) if given.get(f"image_{number}") is not None]
         if len(numbers) < 2:
@@ -55,26 +78,63 @@ class AttentionComparison(io.ComfyNode):
                     f"image {number} has shape {tuple(image.shape)}, image {numbers[0]} {tuple(images[0].shape)}: "
                     "branches of one comparison need the same size and number of frames"
                 )
-        reports = {number: parse_report(given.get(f"report_{number}") or "", number) for number in numbers}
+        reports = {number: parse_report(text_of(given.get(f"report_{number}") or ""), number) for number in numbers}
         check_same({number: report for number, report in reports.items() if report})
-        labels = {number: (given.get(f"label_{number}") or "").strip() for number in numbers}
+        labels = {number: text_of(given.get(f"label_{number}") or "").strip() for number in numbers}
         drawn = draw(images, [make_row(number, labels[number], reports[number]) for number in numbers], reports)
         return io.NodeOutput(*drawn)
 
 
 def parse_report(text: str, number: int) -> dict[str, Any]:
-    """The JSON of an Attention Report; empty when none is connected."""
+    """The JSON of an Attention Report; empty when none is connected.
+
+    Raises:
+        ComparisonError: it is not what that node gives, or too large.
+    """
     if not text.strip():
         return {}
     try:
-        report = json.loads(text)
-        complete = {"run", "settings", "versions"} <= set(report)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ComparisonError(f"report {number} is not the report output of an Attention Report node") from error
-    if not complete:
-        raise ComparisonError(f"report {number} is not the report output of an Attention Report node")
+        report = load_json(text, "report", most_bytes=MOST_BYTES, most_entries=MOST_VALUES, constants=True)
+        _check_report(report)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ComparisonError(
+            f"report {number} is not the report output of an Attention Report node ({error})"
+        ) from error
     found: dict[str, Any] = report
     return found
+
+
+def _check_report(report: Any) -> None:
+    """Look at every part that is used here.
+
+    Raises:
+        ValueError, TypeError, KeyError: a part is missing or of another kind.
+    """
+    for name in ("settings", "versions"):
+        _need(report[name], dict, name)
+    device = report["versions"].get("device", "")
+    _need(device, str, "device")
+    for one in _need(report.get("not_counted", []), list, "not_counted"):
+        for name in ("node_id", "class_type", "reason"):
+            _need(one[name], str, name)
+    run = report["run"]
+    if run is None:
+        return
+    _need(run.get("model", ""), str, "model")
+    _need(run["steps"], int, "steps")
+    if run.get("seconds") is not None:
+        _need(run["seconds"], (int, float), "seconds")
+    for row in _need(run["rows"], list, "rows"):
+        _need(row["backend"], str, "backend")
+        _need(row["calls"], int, "calls")
+        for name in ("member", "asked", "reason"):
+            _need(row[name], (str, type(None)), name)
+
+
+def _need(value: Any, kind: type | tuple[type, ...], name: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is of type {type(value).__name__}")
+    return value
 
 
 def check_same(reports: dict[int, dict[str, Any]]) -> None:
@@ -135,6 +195,11 @@ def not_counted_notes(reports: dict[int, dict[str, Any]]) -> list[str]:
     ]
 
 
+def as_number(value: Any) -> float:
+    """A number that a node was given; nan where something else stands there."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
 def draw(images: list[torch.Tensor], rows: list[Row], reports: dict[int, dict[str, Any]]) -> tuple[torch.Tensor, str]:
     """The picture and the table; the first branch is the reference."""
     known = next((report for report in reports.values() if report), {"settings": {}, "versions": {}, "run": None})
@@ -152,7 +217,7 @@ def draw(images: list[torch.Tensor], rows: list[Row], reports: dict[int, dict[st
         height=images[0].shape[1],
         frames=images[0].shape[0],
         steps=(known["run"] or {}).get("steps") or setting(0, "steps"),
-        guidance=float(setting(1.0, "cfg", "guidance")),
+        guidance=as_number(setting(1.0, "cfg", "guidance")),
         sampling=str(setting("", "sampler_name")),
         dtype="",
         machine=known["versions"].get("device", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..backends import bounded
 from ..backends.config import AttentionConfig, ConfigError
 from ..backends.config.text import FILE_ENDINGS, parse_config
 from . import patch
+from .inputs import text_of, wrong_link
 from .selector import CATEGORY, environment
 
 FOLDER = "attention_backends"
 """Below ComfyUI's `user/default`: the only folder whose files this node reads."""
 NO_FILE = "none"
 COMPONENTS = ("transformer", "transformer_2")
-MAX_BYTES = 1_000_000
+MAX_BYTES = bounded.MOST_JSON
 
 
 def folder() -> Path:
@@ -48,10 +51,12 @@ def content(name: str) -> bytes:
             f"no configuration file {name!r}; there are: {', '.join(known) or 'none'}. Put .json, .yaml or .yml files "
             f"into the folder user/default/{FOLDER} of ComfyUI"
         )
-    data = known[name].read_bytes()
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"{name}: {len(data)} bytes > {MAX_BYTES}: no configuration is that long")
-    return data
+    try:
+        return bounded.read_file(known[name], MAX_BYTES)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise ConfigError(f"{name}: {error.strerror}: no configuration is that long") from error
 
 
 def read_file(name: str, component: str) -> AttentionConfig:
@@ -97,12 +102,14 @@ class AttentionConfigText(io.ComfyNode):
                     "file",
                     options=[NO_FILE, *files()],
                     default=NO_FILE,
+                    optional=True,
                     tooltip=f"A .json, .yaml or .yml file from user/default/{FOLDER}, instead of text.",
                 ),
                 io.Combo.Input(
                     "component",
                     options=list(COMPONENTS),
                     default=COMPONENTS[0],
+                    optional=True,
                     tooltip=(
                         "Which model of a pipeline this is, where a configuration of SGLang tells them apart: "
                         "transformer_2 is the second expert, such as Wan 2.2's low-noise model."
@@ -113,8 +120,10 @@ class AttentionConfigText(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: Any) -> bool | str:
+    def validate_inputs(cls, file: Any = None, input_types: Any = None) -> bool | str:
         """Check the name against the folder as it is now: files come and go after the page was loaded."""
+        if problem := wrong_link(cls, input_types):
+            return problem
         if file in (None, NO_FILE):
             return True
         try:
@@ -136,6 +145,7 @@ class AttentionConfigText(io.ComfyNode):
     def execute(cls, model: Any, text: str, file: str = NO_FILE, component: str = COMPONENTS[0]) -> io.NodeOutput:
         if not isinstance(text, str):
             raise ConfigError(f"text must be text, not {type(text).__name__}: {text!r}")
+        text, file = text_of(text), NO_FILE if file is None else file
         if text.strip() and file != NO_FILE:
             raise ConfigError(f"both text and the file {file} are given; clear the text, or set file to {NO_FILE}")
         if file != NO_FILE:

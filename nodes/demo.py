@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..demo import captions, latents
+from .inputs import wrong_link
 
 CATEGORY = "attention/demo"
 
@@ -69,6 +70,10 @@ class AttentionDemoImage(io.ComfyNode):
             ],
             outputs=[io.Image.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, input_types: Any = None) -> bool | str:
+        return wrong_link(cls, input_types) or True
 
     @classmethod
     def execute(cls, samples: dict[str, Any], scale: int) -> io.NodeOutput:

@@ -6,10 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..backends.config import AttentionSpec, ConfigError
+from ..backends.config import LONGEST_ROLE, AttentionSpec, ConfigError
 from ..backends.config.text import parse_extra
 from ..backends.names import AUTO, CHOICES
 from . import patch
+from .inputs import text_of, wrong_link
 from .selector import CATEGORY, check_backend, environment
 
 
@@ -49,6 +50,7 @@ class PerRoleAttentionConfig(io.ComfyNode):
                 io.String.Input(
                     "extra",
                     default="",
+                    optional=True,
                     tooltip="Options of the backend as name=value pairs or JSON. Leave empty for its defaults.",
                 ),
             ],
@@ -56,20 +58,48 @@ class PerRoleAttentionConfig(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, backend: Any) -> bool | str:
-        return check_backend(backend)
+    def validate_inputs(
+        cls, backend: Any = None, role: Any = None, extra: Any = None, input_types: Any = None
+    ) -> bool | str:
+        """Everything that can be known before the graph runs; an input that is connected is None here."""
+        problem = wrong_link(cls, input_types)
+        checked = problem or check_backend(backend, input_types)
+        if checked is not True:
+            return checked
+        try:
+            if isinstance(role, str):
+                role_name(role)
+            if isinstance(extra, str):
+                options = parse_extra(text_of(extra))
+                if isinstance(backend, str):
+                    AttentionSpec(backend, options)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> Any:
         return environment()
 
     @classmethod
-    def execute(cls, model: Any, role: str, backend: str, extra: str) -> io.NodeOutput:
+    def execute(cls, model: Any, role: str, backend: str, extra: str = "") -> io.NodeOutput:
         for what, value in (("role", role), ("extra", extra)):
             if not isinstance(value, str):
                 raise ConfigError(f"{what} must be text, not {type(value).__name__}: {value!r}")
-        name = role.strip()
-        if not name:
-            raise ConfigError("role is empty; write self, cross, joint, or a role of the model such as flux.single")
-        spec = AttentionSpec(backend, parse_extra(extra))
+        name = role_name(role)
+        spec = AttentionSpec(backend, parse_extra(text_of(extra)))
         return io.NodeOutput(patch.set_role(model, name, spec, patch.line_of_alias(backend)))
+
+
+def role_name(role: str) -> str:
+    """A role as it was written, without the space around it.
+
+    Raises:
+        ConfigError: it is empty, or longer than any role's name.
+    """
+    name = text_of(role).strip()
+    if not name:
+        raise ConfigError("role is empty; write self, cross, joint, or a role of the model such as flux.single")
+    if len(name) > LONGEST_ROLE:
+        raise ConfigError(f"role {name!r}: {len(name)} characters > {LONGEST_ROLE}")
+    return name

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 
 from ..backends.records.record import as_record
 from . import graph, runs
+from .inputs import wrong_link
 from .privacy import clean
 from .report import find_stages
 from .selector import CATEGORY
@@ -53,6 +54,10 @@ class AttentionRecord(io.ComfyNode):
             hidden=[io.Hidden.prompt, io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             not_idempotent=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, input_types: Any = None) -> bool | str:
+        return wrong_link(cls, input_types) or True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from ..backends.guard import findings as guard_findings
 from ..backends.trace import BY_ANOTHER, audit, outcome
 from . import graph, report_picture, runs
+from .inputs import wrong_link
 from .selector import CATEGORY
 
 PICTURE = 3
@@ -45,6 +46,10 @@ class AttentionReport(io.ComfyNode):
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             not_idempotent=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, input_types: Any = None) -> bool | str:
+        return wrong_link(cls, input_types) or True
 
     @classmethod
     def fingerprint_inputs(cls, samples: Any) -> bool:

@@ -11,9 +11,11 @@ from ..backends.kernels import BACKENDS
 from ..backends.names import CHOICES
 from ..backends.schedule import ScheduleEntry
 from . import patch
+from .inputs import text_of, wrong_link
 from .selector import CATEGORY, check_backend, environment
 
 PRECISE = "precise first and last N"
+DEFAULT_WINDOW = "2"
 WHEN = (PRECISE, "steps", "percent", "sigmas")
 
 
@@ -27,10 +29,10 @@ def windows(when: str, window: str) -> dict[str, str]:
         raise ConfigError(f"when {when!r} is not one of {', '.join(WHEN)}")
     if not isinstance(window, str):
         raise ConfigError(f"window must be text, not {type(window).__name__}: {window!r}")
-    window = window.strip()
+    window = text_of(window, DEFAULT_WINDOW).strip()
     if when != PRECISE:
         return {when: window} if window else {}
-    if not window.isdecimal() or int(window) == 0:
+    if not window.isdecimal() or len(window) > 6 or int(window) == 0:
         raise ConfigError(f"window: {PRECISE} takes one number from 1, such as 2, not {window!r}")
     return {"steps": f"first {window},last {window}"}
 
@@ -47,6 +49,19 @@ def check_precise(backend: str) -> None:
             f"{PRECISE}: {backend} is {found.accuracy}, not exact; choose an exact backend such as torch_sdpa, and put "
             "the faster one on a Selector before this node, or set when to steps"
         )
+
+
+def entry_of(backend: str, when: str, window: str, blocks: str, role: str) -> ScheduleEntry:
+    """The entry that the node's inputs stand for.
+
+    Raises:
+        ConfigError, UnknownBackendError: an input is not understood.
+    """
+    said: dict[str, Any] = {**windows(when, window), "blocks": text_of(blocks), "role": text_of(role)}
+    entry = ScheduleEntry(AttentionSpec(backend), **said)
+    if when == PRECISE:
+        check_precise(entry.spec.backend)
+    return entry
 
 
 class AttentionSchedule(io.ComfyNode):
@@ -84,7 +99,7 @@ class AttentionSchedule(io.ComfyNode):
                 ),
                 io.String.Input(
                     "window",
-                    default="2",
+                    default=DEFAULT_WINDOW,
                     tooltip=(
                         f"For {PRECISE}: N. For steps: 0-3, 5, 4-, last 2, or several: 0-1,7,last 2. For percent: "
                         "0%-20% or 0-0.2. For sigmas: 1-0.85. Empty: the whole run."
@@ -93,6 +108,7 @@ class AttentionSchedule(io.ComfyNode):
                 io.String.Input(
                     "blocks",
                     default="",
+                    optional=True,
                     tooltip=(
                         "Only these blocks: 0-1,38,last 2, counted in each series of blocks; or of one series: "
                         "double_blocks.0-3. Empty: all. The account of a run lists the blocks of the model."
@@ -101,6 +117,7 @@ class AttentionSchedule(io.ComfyNode):
                 io.String.Input(
                     "role",
                     default="",
+                    optional=True,
                     tooltip="Only this role or category: self, cross, joint, flux.single and so on. Empty: all.",
                 ),
             ],
@@ -108,17 +125,34 @@ class AttentionSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, backend: Any) -> bool | str:
-        return check_backend(backend)
+    def validate_inputs(
+        cls,
+        backend: Any = None,
+        when: Any = None,
+        window: Any = None,
+        blocks: Any = "",
+        role: Any = "",
+        input_types: Any = None,
+    ) -> bool | str:
+        """Everything that can be known before the graph runs; an input that is connected is None here."""
+        problem = wrong_link(cls, input_types)
+        if problem is None and when is None and input_types is not None and "when" not in input_types:
+            problem = f"when must be one of {', '.join(WHEN)}, not null"
+        checked = problem or check_backend(backend, input_types)
+        if checked is not True or any(given is None for given in (backend, when, window, blocks, role)):
+            return checked
+        try:
+            entry_of(backend, when, window, blocks, role)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> Any:
         return environment()
 
     @classmethod
-    def execute(cls, model: Any, backend: str, when: str, window: str, blocks: str, role: str) -> io.NodeOutput:
-        said: dict[str, Any] = {**windows(when, window), "blocks": blocks, "role": role}
-        entry = ScheduleEntry(AttentionSpec(backend), **said)
-        if when == PRECISE:
-            check_precise(entry.spec.backend)
-        return io.NodeOutput(patch.add_to_schedule(model, entry))
+    def execute(
+        cls, model: Any, backend: str, when: str, window: str, blocks: str = "", role: str = ""
+    ) -> io.NodeOutput:
+        return io.NodeOutput(patch.add_to_schedule(model, entry_of(backend, when, window, blocks, role)))

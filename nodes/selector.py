@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,6 +13,7 @@ from ..backends.config.text import from_environment
 from ..backends.kernels import BACKENDS
 from ..backends.names import AUTO, CHOICES, canonical
 from . import patch
+from .inputs import wrong_link
 
 CATEGORY = "attention"
 
@@ -24,10 +26,12 @@ def environment() -> str:
         return str(error)
 
 
-def check_backend(name: Any) -> bool | str:
+def check_backend(name: Any, input_types: Mapping[str, Any] | None = None) -> bool | str:
     """For `validate_inputs`: True, or what is wrong with a backend's name."""
-    if name is None:  # connected to another node: known only when it runs
-        return True
+    if name is None:
+        if input_types is None or "backend" in input_types:  # connected to another node: known only when it runs
+            return True
+        return f"backend must be a name, not null; write {AUTO}, or one of: {', '.join(CHOICES)}"
     try:
         canonical(str(name))
     except ValueError as error:
@@ -111,9 +115,9 @@ class AttentionBackendSelector(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, backend: Any) -> bool | str:
+    def validate_inputs(cls, backend: Any = None, input_types: Any = None) -> bool | str:
         """Accept every spelling that a configuration may use, so that old and foreign graphs load."""
-        return check_backend(backend)
+        return wrong_link(cls, input_types) or check_backend(backend, input_types)
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> Any:

@@ -279,7 +279,9 @@ def test_the_node_is_offered_and_its_inputs_keep_their_order() -> None:
 
 def test_comfyui_accepts_the_node() -> None:
     schema = node().GET_SCHEMA()
-    inputs = node().INPUT_TYPES()["required"]
+    groups = node().INPUT_TYPES()
+    assert list(groups["required"]) == ["model", "text"]
+    inputs = {**groups["required"], **groups["optional"]}
     assert schema.display_name == "Attention Config From Text"
     assert inputs["text"][1]["multiline"] is True
     assert inputs["component"][1]["options"] == ["transformer", "transformer_2"]

@@ -41,7 +41,7 @@ def test_text_and_files_decide_and_an_edited_file_is_read_again(server: Server, 
     folder = server.folder / "user" / "default" / "attention_backends"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.yaml").write_text("default: sdpa_math\n")  # after the page was loaded
-    offered = server.get("/object_info/AttentionConfigText")["AttentionConfigText"]["input"]["required"]["file"]
+    offered = server.get("/object_info/AttentionConfigText")["AttentionConfigText"]["input"]["optional"]["file"]
     assert "mine.yaml" in (offered[1].get("options") or offered[0])
     assert run(server, tmp_path, file="mine.yaml") == {("self", "sdpa_math"), ("cross", "sdpa_math")}
     (folder / "mine.yaml").write_text("default: torch_sdpa\n")
