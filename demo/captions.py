@@ -19,6 +19,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..backends.bounded import shortened
+
 TEXT_DIM = 4096
 TOKENS = 16  # every caption is padded to this length with zeros, so that captions batch
 
@@ -79,14 +81,14 @@ def encode(caption: str) -> Tensor:
     Raises ValueError for a word that the model has not learned, and for a caption over 16 words.
     """
     words = [ALIASES.get(word, word) for word in caption.lower().replace(",", " ").replace(".", " ").split()]
+    if len(words) > TOKENS:
+        raise ValueError(f"caption of {len(words)} words > {TOKENS}: shorten it")
     unknown = [word for word in words if word not in vocabulary()]
     if unknown:
         raise ValueError(
-            f"caption {caption!r} has words that the embedded model does not know: "
-            f"{', '.join(unknown)}; use these: {', '.join(vocabulary())}"
+            f"caption {shortened(caption, 200)!r} has words that the embedded model does not know: "
+            f"{shortened(', '.join(unknown), 200)}; use these: {', '.join(vocabulary())}"
         )
-    if len(words) > TOKENS:
-        raise ValueError(f"caption of {len(words)} words > {TOKENS}: shorten it")
     table = torch.zeros(TOKENS, TEXT_DIM)
     for row, word in enumerate(words):
         table[row] = word_vector(word)

@@ -11,6 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..comparison import metrics, picture, tables
+from ..comparison.contenders import parse_backends
 from ..comparison.report import ComparisonError, Report
 from . import graph, similarity
 from .compare_runs import compare, compare_attention, make_variants
@@ -90,6 +91,7 @@ class AttentionCompare(io.ComfyNode):
     def validate_inputs(
         cls,
         cfg: Any = None,
+        backends: Any = None,
         guider: Any = None,
         model: Any = None,
         positive: Any = None,
@@ -113,8 +115,13 @@ class AttentionCompare(io.ComfyNode):
             missing = [name for name in ("model", "positive") if name not in input_types]
             if missing:
                 return f"connect a guider, or model, positive and negative; missing: {', '.join(missing)}"
-        if cfg is not None and not 0 <= cfg <= MOST_CFG:  # nan is neither
+        if isinstance(cfg, float) and not 0 <= cfg <= MOST_CFG:  # nan is neither
             return f"cfg {cfg} is not a number from 0 to {MOST_CFG:g}"
+        try:
+            if isinstance(backends, str) and (names := text_of(backends, DEFAULT_BACKENDS).strip()):
+                parse_backends(names.split(","))
+        except ValueError as error:
+            return str(error)
         return True
 
     @classmethod

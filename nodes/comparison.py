@@ -55,15 +55,27 @@ class AttentionComparison(io.ComfyNode):
         image_4: Any = None,
         image_5: Any = None,
         image_6: Any = None,
+        report_1: Any = None,
+        report_2: Any = None,
+        report_3: Any = None,
+        report_4: Any = None,
+        report_5: Any = None,
+        report_6: Any = None,
         input_types: Any = None,
     ) -> bool | str:
-        """At least two images are connected; ComfyUI looks for the first one alone."""
+        """At least two images are connected, where ComfyUI looks for the first one alone; no report is made up."""
         given = (image_2, image_3, image_4, image_5, image_6)
         sockets = {f"image_{number}": image for number, image in enumerate(given, start=2)}
         if problem := wrong_link(cls, input_types, **sockets):
             return problem
         if input_types is not None and len({*sockets, "image_1"} & set(input_types)) < 2:
             return "connect at least two images to compare"
+        try:
+            for number, report in enumerate((report_1, report_2, report_3, report_4, report_5, report_6), start=1):
+                if isinstance(report, str):  # else it is connected, or ComfyUI itself refuses it
+                    parse_report(text_of(report), number)
+        except ComparisonError as error:
+            return str(error)
         return True
 
     @classmethod
