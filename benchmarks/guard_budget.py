@@ -148,15 +148,11 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
     call = AttentionCall(*(torch.randn(1, HEADS, TOKENS, HEAD_DIM, generator=random) for _ in range(3)))
     output = exact(call.query, call.key, call.value)
     guard = Guard("watch", Trace())
-    made = []
-    for number in range(8):  # blocks take turns: the mean over eight is what a model sees
-        watch = Watch(guard, lambda call: output, _budget(), Row("", "", "", "", ""), number)
-        made.append(sum(number_ == watch.due and watch(call) is output for number_ in _calls(watch, calls)))
-    checks = statistics.mean(made)
-    watch = Watch(guard, lambda call: output, _budget(), Row("", "", "", "", ""), 0)
+    checks = checks_of(calls)
+    watch = Watch(guard, lambda call: output, _budget(), Row("", "", "", "", ""))
     attention = min(_timed(lambda: exact(call.query, call.key, call.value)) for _ in range(rounds))
     check = min(_timed(lambda: guard.check(watch, call, 0)) for _ in range(rounds * 4))
-    watch.due = 1 << 60
+    watch.due_call = watch.due_step = 1 << 60
     per_call = min(_timed(lambda: [watch(call) for _ in range(1000)]) for _ in range(rounds)) / 1000
     bare = min(_timed(lambda: [watch.kernel(call) for _ in range(1000)]) for _ in range(rounds)) / 1000
     return {
@@ -170,11 +166,31 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
     }
 
 
-def _calls(watch: Any, calls: int) -> Any:
-    """The numbers of the calls; those that are not due are counted without being run."""
-    for number in range(calls):
-        watch.calls = number
-        yield number
+def checks_of(steps: int, blocks: int = 80) -> float:
+    """Checks of one block in a run of so many steps, the mean over the blocks of a model."""
+    from attention_backends.backends.guard import Guard
+    from attention_backends.backends.guard.turns import Step
+    from attention_backends.backends.trace import Row, Trace
+
+    guard, seen = Guard("watch", Trace()), []
+    guard.check = lambda watch, call, number: seen.append(watch.place)
+    rows = [Row("self", str(block), "", "", "") for block in range(blocks)]
+    watches: list[Any] = []
+
+    def model() -> list[Any]:
+        for block in range(blocks):
+            if len(watches) == block:
+                watches.append(guard.watched(lambda call: None, "quantized", rows[block]))
+            watches[block](call)
+        return []
+
+    random = torch.zeros(1)
+    from attention_backends.backends.request import AttentionCall
+
+    call = AttentionCall(random, random, random)
+    for step in range(steps):
+        guard.model_call(object(), model, model, Step(step, steps))
+    return len(seen) / blocks
 
 
 def _budget() -> Any:

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from ..backends.config.layers import settings_of
+from ..backends.guard.turns import Step
 from ..backends.records.ledger import Ledger
 from ..backends.trace import outcome
 from . import memory, runs, sites
@@ -143,4 +144,13 @@ def _guarded(
         scope.begin(options, in_model_call=True)
         return executor(*(args if kept is None else (*args[:4], kept, *args[5:])), **kwargs)
 
-    return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again)
+    at = None if options.get("sample_sigmas") is None else _place_in_run(scope, len(options["sample_sigmas"]) - 1)
+    return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again, at)
+
+
+def _place_in_run(scope: Scope, steps: int) -> Step:
+    """Where in a sampler's run of so many steps this model call is; no sigma is read for it."""
+    step, timetable = scope.run.step, scope.timetable
+    if step is None or timetable is None or not timetable.timed:
+        return Step(step, steps)
+    return Step(step, steps, timetable.unchanged(step))

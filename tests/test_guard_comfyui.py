@@ -110,9 +110,11 @@ def test_a_bad_block_is_replaced_and_reported(wan: Any, monkeypatch: pytest.Monk
     for found in (watched, run["guard"]):
         assert (found[0]["role"], found[0]["block"], found[0]["alarms"]) == ("self", "blocks.1", 1)
         assert [entry["alarms"] for entry in found] == [1, 0, 0, 0]
-        assert all(entry["checked"] == 1 for entry in found)
+    # Four take turns in five steps; under enforce each first call is checked too, and one is not watched from there on.
+    assert sorted(entry["checked"] for entry in watched) == [1, 1, 1, 2]
+    assert sorted(entry["checked"] for entry in run["guard"]) == [1, 2, 2, 2]
     text = nodes_module("report").as_text({"run": run})
-    assert "guard: 4 calls checked on 16 query rows per head, 1 bad; 15 ran" in text
+    assert "guard: 7 calls checked on 16 query rows per head, 1 bad; 15 ran" in text
     assert f"guard: self blocks.1, {LOSSY}: relative L2" in text
     assert text.index("guard: self blocks.1") < text.index("guard: self blocks.0")
     assert "guard: checks of each block: 1; chance to see" in text
@@ -162,3 +164,48 @@ def test_the_guard_knows_nothing_of_comfyui() -> None:
     for name in ("guard", "guard.rows", "guard.findings"):
         module = __import__(f"attention_backends.backends.{name}", fromlist=[name])
         assert "import comfy" not in inspect.getsource(module)
+
+
+@comfy_only
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 2), ("euler", 8), ("heun", 4), ("uni_pc", 4), ("lcm", 20)])
+def test_each_step_of_a_real_run_has_checks(
+    wan: Any, monkeypatch: pytest.MonkeyPatch, sampler: str, steps: int
+) -> None:
+    """The sampler's own steps, told without reading a sigma from the device."""
+    seen: list[tuple[int, str, str]] = []
+    check = Guard.check
+
+    def counted(self: Guard, watch: Any, call: Any, number: int) -> torch.Tensor:
+        seen.append((sites.current_scope().step, *watch.place))
+        return check(self, watch, call, number)
+
+    monkeypatch.setattr(Guard, "check", counted)
+    with_kernel(monkeypatch, lambda call, place, step: sdpa(call))
+    tiny_sampling.sample(guarded(wan, "watch"), "wan", steps=steps, sampler=sampler)
+    assert {step for step, *_ in seen} == set(range(steps))
+    places = {(role, f"blocks.{block}") for role in ("self", "cross") for block in (0, 1)}
+    assert {tuple(place) for _, *place in seen} == places
+    if sampler == "euler":
+        assert len(seen) == max(steps, 4)
+
+
+@comfy_only
+@pytest.mark.parametrize("begin", [1, 5, 19])
+def test_an_error_that_begins_late_in_a_real_run_is_seen_in_that_step(
+    wan: Any, monkeypatch: pytest.MonkeyPatch, begin: int
+) -> None:
+    exact = tiny_sampling.sample(selected(wan, "torch_sdpa"), "wan", steps=20)
+    outputs: list[bool] = []
+
+    def late(call: Any, place: str, step: int) -> torch.Tensor:
+        outputs.append(step >= begin)
+        return sdpa(call) * (1.5 if step >= begin else 1)
+
+    with_kernel(monkeypatch, late)
+    tiny_sampling.sample(guarded(wan, "watch"), "wan", steps=20)
+    assert sum(entry["alarms"] for entry in last_run()["guard"]) >= 20 - begin, "one in each step from there on"
+    outputs.clear()
+    tiny_sampling.sample(guarded(wan, "enforce"), "wan", steps=20)
+    assert sum(outputs) <= 4 * 4, "each of four is caught within four steps"
+    assert exact.isfinite().all()

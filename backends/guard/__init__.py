@@ -1,8 +1,8 @@
 """The guard: a lossy kernel's output is compared now and then, on a few query rows, with attention from the definition.
 
-The first call of each role, block and kind of call is checked, then ever fewer. The rows of the reference are computed
-before the kernel runs, so a kernel that changes its inputs is seen and cannot spoil them. Figures stay on the device
-and are read once per step; on the CPU, and in mode `enforce`, at once. What it cannot see is in docs/guard.md.
+Roles and blocks take turns over the steps of a run (`turns.py`). The rows of the reference are computed before the
+kernel runs, so a kernel that changes its inputs is seen and cannot spoil them. Figures stay on the device and are read
+once per step; on the CPU, and in mode `enforce`, at once. What it cannot see is in docs/guard.md.
 
 Boundary: kernels in, watched kernels out; it knows nothing of ComfyUI, and of a session only that an alarm in mode
 `enforce` is an error that the session answers with an exact backend.
@@ -20,6 +20,7 @@ from ..backend import Kernel
 from ..faults import check_output
 from ..request import AttentionCall
 from .findings import Findings
+from .turns import FIRST_GAP, LONGEST_GAP, NEVER, Step, Turns, following
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,6 @@ log = logging.getLogger("attention_backends")
 
 VARIABLE = "ATTENTION_BACKENDS_GUARD"
 """`all` in this variable has exact kernels checked too, where a guard is on."""
-FIRST_GAP = 8
-"""Calls from the first check of a block to its second, to which the block's number adds up to 7; then it doubles."""
 MOST_PENDING = 256
 """Checks whose figures may wait on a device; a program without steps reads them then."""
 
@@ -68,6 +67,7 @@ class Guard:
         """Role and block -> the backend that was caught there, and why."""
         self.refused_everywhere: str | None = None
         self._source = random.Random(seed)  # noqa: S311  # of its own, so that no seed of a run is touched
+        self.turns = Turns(first_calls=self.enforces)
         self._watched = 0
         self._pending: list[tuple[Callable[[list[float]], None], torch.Tensor]] = []
         self._step: object = None
@@ -81,7 +81,7 @@ class Guard:
     def watched(self, kernel: Kernel, accuracy: str, row: Row) -> Kernel:
         """The kernel with checks of some of its calls, whose figures go to `row`."""
         self._watched += 1
-        return Watch(self, kernel, BUDGETS[accuracy], row, self._watched)
+        return Watch(self, kernel, BUDGETS[accuracy], row)
 
     def refusal(self, role: str, block: str) -> str | None:
         """Why only exact kernels may run in this role and block; None where others may."""
@@ -167,19 +167,23 @@ class Guard:
             self._logged.add(watch.row.backend)
             log.warning("%s in %s %s: %s; further ones are in the report", watch.row.backend, *watch.place, reason)
 
-    def model_call(self, step: object, run: Callable[[], Any], again: Callable[[], Any]) -> Any:
+    def model_call(self, step: object, run: Callable[[], Any], again: Callable[[], Any], at: Step | None = None) -> Any:
         """Run one model call and look whether its output is finite.
 
         Args:
-            step: an object that is the same for all model calls of one step, and another for the next step.
+            step: an object that is the same for all model calls of one evaluation of the model, and another for the
+                next evaluation.
             run: the model call.
             again: the same once more, from the same inputs; used in mode `enforce`.
+            at: where in the run it is; without it evaluations are counted as steps.
         """
         import torch
 
-        if step is None or step is not self._step:
+        is_new = step is None or step is not self._step
+        if is_new:
             self.flush()
             self._step = step
+        self.turns.begin(at or Step(None), is_new=is_new)
         self._model_calls += 1
         output = run()
         tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
@@ -215,14 +219,26 @@ class Guard:
 class Watch:
     """One kernel for the calls of one kind in one place, counted."""
 
-    __slots__ = ("budget", "calls", "due", "gap", "guard", "kernel", "place", "row")
+    __slots__ = (
+        "_began", "_checks", "_is_waiting", "_last", "_number",
+        "budget", "calls", "due_call", "due_step", "gap", "guard", "kernel", "place", "row", "turns",
+    )  # fmt: skip
 
-    def __init__(self, guard: Guard, kernel: Kernel, budget: Budget, row: Row, number: int) -> None:
+    def __init__(self, guard: Guard, kernel: Kernel, budget: Budget, row: Row) -> None:
         self.guard, self.kernel, self.budget, self.row = guard, kernel, budget, row
         self.place = (row.role, row.block)
-        self.calls = self.due = 0
-        # Blocks take turns: after the first call, the checks of a model are spread over the steps.
-        self.gap = FIRST_GAP + number % FIRST_GAP
+        self.turns = guard.turns
+        self._number = self.turns.number(*self.place)
+        self._began = max(self.turns.step, 0)
+        self._last = self._checks = 0
+        """The step of the last check, and how many there were."""
+        self._is_waiting = False
+        """Its turn has come in this step, for a later one of its calls."""
+        self.calls = 0
+        self.due_call = 0 if self.turns.step < 0 else NEVER
+        self.due_step = self.turns.first(self._number)
+        """Before both of these, no call is checked."""
+        self.gap = FIRST_GAP + guard._watched % FIRST_GAP
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         guard = self.guard
@@ -230,11 +246,41 @@ class Watch:
             raise GuardAlarm(reason)
         number = self.calls
         self.calls = number + 1
-        if number < self.due or _is_capturing(call):
+        if (number < self.due_call and self.turns.step < self.due_step) or _is_capturing(call):
             return self.kernel(call)
-        self.due = number + self.gap
-        self.gap *= 2
-        return guard.check(self, call, number)
+        return guard.check(self, call, number) if self._takes_its_turn(number) else self.kernel(call)
+
+    @property
+    def may_check(self) -> bool:
+        """Whether the next call may be checked."""
+        return self.calls >= self.due_call or self.turns.step >= self.due_step
+
+    def _takes_its_turn(self, number: int) -> bool:
+        """Whether call `number` is to be checked; sets when that is asked again."""
+        turns, step = self.turns, self.turns.step
+        if step < 0:
+            self.due_call = number + self.gap
+            self.gap = min(2 * self.gap, LONGEST_GAP)
+            return True
+        length = turns.period
+        if not self._is_waiting:
+            due = following(self._number, step, length)
+            if self._checks and due > step and step - self._last < length:
+                self.due_call, self.due_step = NEVER, due
+                return False
+            # Of several calls in a step another one each time: both prompts, both halves of a solver's step.
+            each = round(number / (step - self._began)) if step > self._began else 1
+            if each > 1 and not turns.is_last and (later := (self._number + self._checks) % each):
+                self.due_call, self.due_step, self._is_waiting = number + later, step + 1, True
+                return False
+        self._is_waiting = False
+        self._last, self._checks = step, self._checks + 1
+        # In the first step it is not known yet how many take turns.
+        self.due_call, self.due_step = (
+            NEVER,
+            step + 1 if step == self._began else following(self._number, step + 1, length),
+        )
+        return True
 
 
 def _reason(found: Figures, budget: Budget) -> str | None:

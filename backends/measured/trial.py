@@ -73,7 +73,7 @@ class Trial:
         """Let the incumbent compute the call."""
         plan, race = self._plan, self._race
         plan.decision, plan.row, kernel = self._usual
-        if timed and isinstance(kernel, Watch) and kernel.calls >= kernel.due:  # its check is no part of the work
+        if timed and isinstance(kernel, Watch) and kernel.may_check:  # its check is no part of the work
             timed = False
             with self._tuner.store.lock:
                 race.untimed(race.incumbent)
@@ -100,7 +100,7 @@ class Trial:
                 output = run(call)
                 check_output(output, call)
                 return output
-            watch = Watch(tuner.judge, run, BUDGETS[accuracy], Row(plan.row.role, plan.row.block, name, "", ""), 0)
+            watch = Watch(tuner.judge, run, BUDGETS[accuracy], Row(plan.row.role, plan.row.block, name, "", ""))
             return tuner.judge.check(watch, call, 0)
         except GuardAlarm as alarm:
             reason = str(alarm).removeprefix("guard: ").removesuffix(" in call 1 of the block")
