@@ -228,7 +228,6 @@ def test_a_line_stays_with_the_workflow_that_queued_it(server: Server, tmp_path:
 
 
 def test_a_strict_stop_is_not_called_nothing(server: Server, tmp_path: Path) -> None:
-    stopped = words()["line"]["stopped"]
     refusing = workflow(backend="cudnn_attn", steps=11)
     selector = next(node for node in refusing["nodes"] if node["type"] == "AttentionBackendSelector")
     selector["widgets_values"][2] = True  # strict
@@ -236,6 +235,8 @@ def test_a_strict_stop_is_not_called_nothing(server: Server, tmp_path: Path) -> 
         load_workflow(page, refusing)
         account = run_workflow(page, server)
         assert (account["state"], account["rows"]) == ("stopped", [])
+        stopped = account["outcome"]["text"]
+        assert stopped.endswith("cudnn_attn: device cpu not in (cuda)")
         page.locator(f"{LINE}[title*='{stopped}']").wait_for(timeout=20_000)
         panel = open_tab(page)
         panel.locator(".ab-run .ab-line").wait_for()

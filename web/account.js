@@ -6,6 +6,13 @@
  * @typedef {import('./server.js').Total} Total
  */
 
+/** Kinds of outcome in which nothing needs to be said beside the figures. */
+const GOOD = ['running', 'done']
+/** All kinds, the one that says most last. */
+const WORST = ['running', 'done', 'partly', 'not_used', 'cancelled', 'refused', 'failed', 'out_of_memory']
+/** The backend that a row names whose calls another pack computed. */
+export const BY_ANOTHER = 'by another'
+
 export const COLUMNS = /** @type {const} */ ([
   'role', 'block', 'backend', 'member', 'calls', 'ms', 'mask', 'asked', 'source', 'reason'
 ])
@@ -55,21 +62,44 @@ export function sorted(rows, column, descending) {
 }
 
 /**
- * `self cudnn_attn 1200 calls, cross torch_sdpa 600; 2 fallbacks`.
+ * What became of a run, in words; empty for one that goes on or ended well.
+ *
+ * @param {import('./server.js').Outcome | undefined} outcome
+ * @param {import('./words.js').Say} say
+ */
+export function outcomeText(outcome, say) {
+  return !outcome || GOOD.includes(outcome.kind) ? '' : say(`outcome.${outcome.kind}`, { cause: outcome.cause })
+}
+
+/**
+ * The outcome that says most of several runs.
+ *
+ * @param {(import('./server.js').Outcome | undefined)[]} outcomes
+ * @returns {import('./server.js').Outcome | undefined}
+ */
+export function worst(outcomes) {
+  const rank = (/** @type {import('./server.js').Outcome | undefined} */ one) => (one ? WORST.indexOf(one.kind) : -1)
+  return outcomes.reduce((before, one) => (rank(one) > rank(before) ? one : before), undefined)
+}
+
+/**
+ * `self cudnn_attn 1200 calls, cross torch_sdpa 600; 2 fallbacks`, behind what became of the run where that is to say.
  *
  * @param {Total[]} totals
  * @param {number} fallbacks
- * @param {boolean} stopped the run was cancelled or failed, e.g. because a strict node refused a call
+ * @param {import('./server.js').Outcome | undefined} outcome
  * @param {import('./words.js').Say} say
  */
-export function shortLine(totals, fallbacks, stopped, say) {
-  if (!totals.length && stopped) return say('line.stopped')
-  if (!totals.length) return say('line.nothing')
+export function shortLine(totals, fallbacks, outcome, say) {
+  const said = outcomeText(outcome, say)
+  if (!totals.length && outcome?.kind === 'running') return say('state.running')
+  if (!totals.length) return said || say('line.nothing')
   const parts = totals.map(({ role, backend, calls }, index) => {
     const counted = index === 0 ? say('line.calls', { calls }) : calls
     return `${role} ${backend} ${counted}`
   })
-  return parts.join(', ') + (fallbacks ? `; ${say('line.fallbacks', { fallbacks })}` : '')
+  const figures = parts.join(', ') + (fallbacks ? `; ${say('line.fallbacks', { fallbacks })}` : '')
+  return said ? `${said}; ${figures}` : figures
 }
 
 /**

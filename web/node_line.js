@@ -6,7 +6,7 @@
  * (workflow_runs.js), as another open one may have nodes with the same ids.
  */
 
-import { addedUp, shortLine } from './account.js'
+import { addedUp, shortLine, worst } from './account.js'
 import { element } from './dom.js'
 import { workflowRuns } from './workflow_runs.js'
 
@@ -16,7 +16,7 @@ import { workflowRuns } from './workflow_runs.js'
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyExtension} ComfyExtension
  * @typedef {Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0]} LGraphNode
  * @typedef {import('./server.js').Total} Total
- * @typedef {{ ran: string, warning: string, chosen: boolean, queued: boolean, text: HTMLElement }} Line
+ * @typedef {{ ran: string, kind: string, warning: string, chosen: boolean, queued: boolean, text: HTMLElement }} Line
  *   chosen: whether the backend was chosen after the run that `ran` tells of; queued: whether it was queued since then
  */
 
@@ -27,7 +27,10 @@ const CHOOSE = ['AttentionBackendSelector', 'PerRoleAttentionConfig', 'Attention
 const NOT_ONE_BACKEND = ['auto', 'measured']
 /** ComfyUI's colours for such texts are too near to that of a node for letters so small. */
 const WARNING = 'color-mix(in srgb, var(--error-text, #ff4444) 60%, var(--input-text, #ddd))'
-const TEXT = 'color-mix(in srgb, var(--descrip-text, #999) 60%, var(--input-text, #ddd))'
+const GREY = 'color-mix(in srgb, var(--descrip-text, #999) 60%, var(--input-text, #ddd))'
+const TEXT = 'var(--input-text, #ddd)'
+/** Kinds of outcome of a run in which what was asked for was not done. */
+const BAD = ['refused', 'failed', 'out_of_memory', 'not_used', 'partly']
 const OVER = /** @type {const} */ (['execution_success', 'execution_error', 'execution_interrupted'])
 
 /**
@@ -64,9 +67,10 @@ export function nodeLines(app, events, server, say) {
     const [ran, ...offers] = line.ran.split('\n')
     const summary = offers.length ? `${ran}; ${say('line.recommended')}` : ran
     const said = line.chosen ? line.warning || summary : summary || line.warning
-    line.text.textContent = line.warning ? `⚠ ${said}` : said
+    const bad = Boolean(line.warning) || (said === summary && BAD.includes(line.kind))
+    line.text.textContent = bad ? `⚠ ${said}` : said
     line.text.title = [line.warning, line.ran].filter(Boolean).join('\n')
-    line.text.style.color = line.warning ? WARNING : TEXT
+    line.text.style.color = bad ? WARNING : line.ran && line.kind !== 'cancelled' ? TEXT : GREY
     node.setDirtyCanvas(true, true)
   }
 
@@ -86,7 +90,7 @@ export function nodeLines(app, events, server, say) {
     })
     widget.serialize = false
     widget.label = say('line.label') // the front end lists widgets of the selected node by name
-    lines.set(node, { ran: '', warning: '', chosen: false, queued: false, text })
+    lines.set(node, { ran: '', kind: '', warning: '', chosen: false, queued: false, text })
     const [width, height] = node.computeSize()
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
   }
@@ -108,23 +112,25 @@ export function nodeLines(app, events, server, say) {
    * @param {string} prompt
    */
   function keep(runs, prompt) {
-    /** @typedef {{ class_type: string, totals: Total[], fallbacks: number, stopped: boolean, offers: string[] }} Sum */
+    /** @typedef {(import('./server.js').Outcome | undefined)[]} Outcomes */
+    /** @typedef {{ class_type: string, totals: Total[], fallbacks: number, offers: string[], outcomes: Outcomes }} Sum */
     /** @type {Map<string, Sum>} */
     const sums = new Map()
     const ours = runs.filter((one) => one.prompt_id === prompt)
     for (const run of ours) {
       for (const { id, class_type } of run.nodes.filter((one) => SHOW_RUNS.includes(one.class_type))) {
-        const sum = sums.get(id) ?? { class_type, totals: [], fallbacks: 0, stopped: false, offers: [] }
+        const sum = sums.get(id) ?? { class_type, totals: [], fallbacks: 0, offers: [], outcomes: [] }
         sum.totals.push(...run.totals)
         sum.fallbacks += run.fallbacks
-        sum.stopped ||= run.state === 'stopped'
+        sum.outcomes.push(run.outcome)
         sum.offers.push(...(run.offers ?? []).filter((offer) => !sum.offers.includes(offer)))
         sums.set(id, sum)
       }
     }
-    const texts = [...sums].map(([id, { class_type, totals, fallbacks, stopped, offers }]) => {
-      const text = [shortLine(addedUp(totals), fallbacks, stopped, say), ...offers].join('\n')
-      return /** @type {const} */ ([id, { class_type, text }])
+    const texts = [...sums].map(([id, { class_type, totals, fallbacks, offers, outcomes }]) => {
+      const outcome = worst(outcomes)
+      const text = [shortLine(addedUp(totals), fallbacks, outcome, say), ...offers].join('\n')
+      return /** @type {const} */ ([id, { class_type, text, kind: outcome?.kind ?? '' }])
     })
     runsOf.keep(ours[0]?.queued_by, texts)
   }
@@ -153,13 +159,13 @@ export function nodeLines(app, events, server, say) {
   function refill() {
     const before = told
     told = new Set()
-    for (const [id, { class_type, text }] of runsOf.shown()) {
+    for (const [id, { class_type, text, kind }] of runsOf.shown()) {
       const node = nodeOf(app, id)
       if (!node || classOf(node) !== class_type) continue
       told.add(node)
-      show(node, lines.get(node)?.queued ? { ran: text, chosen: false, queued: false } : { ran: text })
+      show(node, { ran: text, kind, ...(lines.get(node)?.queued && { chosen: false, queued: false }) })
     }
-    for (const node of before) if (!told.has(node)) show(node, { ran: '' })
+    for (const node of before) if (!told.has(node)) show(node, { ran: '', kind: '' })
   }
 
   for (const name of OVER) events.addEventListener(name, tellRun)

@@ -163,7 +163,8 @@ export function openPanel(place, events, server, say) {
       }
       update()
     }
-    const line = shortLine(run.totals, run.fallbacks, run.state === 'stopped', say)
+    const line = shortLine(run.totals, run.fallbacks, run.outcome, say)
+    const kind = run.outcome?.kind ?? run.state
     const seconds = run.seconds === null ? '' : `, ${run.seconds.toFixed(1)} s`
     return element(
       'li',
@@ -174,7 +175,7 @@ export function openPanel(place, events, server, say) {
           type: 'button', className: 'ab-toggle', 'aria-expanded': Boolean(shown), 'data-key': `run ${run.number}`,
           on: { click: toggle }
         },
-        element('span', { className: `ab-state ab-${run.state}` }, say(`state.${run.state}`)),
+        element('span', { className: `ab-state ab-${run.state} ab-${kind}` }, say(`state.${kind}`)),
         element('strong', {}, `${run.number}. ${run.model || '?'}`),
         element('span', {}, `${say('runs.steps', { steps: run.steps })}${seconds}`),
         !shown && element('span', { className: 'ab-line' }, line)

@@ -1,6 +1,6 @@
 /** One run in the panel: verdicts, picture, table, reasons, notes, and the files. */
 
-import { COLUMNS, addedUp, asCsv, byRole, shortLine, sorted } from './account.js'
+import { BY_ANOTHER, COLUMNS, addedUp, asCsv, byRole, shortLine, sorted } from './account.js'
 import { download, element, refill } from './dom.js'
 import { heatStrip } from './heat_strip.js'
 
@@ -36,12 +36,12 @@ export const firstView = () => ({
 export function showRun(place, run, view, say) {
   const again = () => showRun(place, run, view, say)
   const reasons = [...new Set(run.rows.filter((row) => row.reason).map((row) => `${row.role}: ${row.reason}`))]
-  const fallbacks = run.rows.reduce((sum, row) => sum + (row.reason ? row.calls : 0), 0)
+  const fallbacks = run.rows.reduce((sum, row) => sum + (row.reason && row.backend !== BY_ANOTHER ? row.calls : 0), 0)
   const totals = addedUp(run.rows.map(({ role, backend, calls }) => ({ role, backend, calls })))
   const name = `attention_run_${run.number}`
   refill(
     place,
-    element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, run.state === 'stopped', say)),
+    element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, run.outcome, say)),
     list('ab-audit', say('run.audit'), run.audit.map((finding) => verdict(finding, say))),
     ...(run.windows.length ? picture(run, view, say, again) : []), // none where the trace is off
     ...(run.rows.length ? table(run, view, say, again) : []),
@@ -85,7 +85,7 @@ function list(className, title, items) {
  * @param {Say} say
  */
 function verdict(finding, say) {
-  const known = ['as asked', 'explained', 'unexplained', 'role never called']
+  const known = ['as asked', 'explained', 'unexplained', 'role never called', 'not reached']
   const kind = known.includes(finding.verdict) ? finding.verdict.replaceAll(' ', '_') : 'unexplained'
   const ran = Object.entries(finding.ran).map(([backend, calls]) => `${backend} ${calls}`).join(', ') || '-'
   return element(

@@ -3,10 +3,12 @@
  *
  * @typedef {{ role: string, backend: string, calls: number }} Total
  * @typedef {{ id: string, class_type: string, backend: string }} Chooser
+ * @typedef {{ kind: string, cause: string, text: string }} Outcome what became of a run; `text` is it in English
  * @typedef {{
  *   number: number, prompt_id: string | null, node_id: string | null, nodes: Chooser[], model: string,
  *   device: string, steps: number, seconds: number | null, state: 'running' | 'done' | 'stopped', calls: number,
- *   fallbacks: number, totals: Total[], offers?: string[], tuning?: Tuning, queued_by?: string | null
+ *   fallbacks: number, totals: Total[], offers?: string[], tuning?: Tuning, queued_by?: string | null,
+ *   outcome?: Outcome, by_another?: number
  * }} RunSummary
  * @typedef {{
  *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,
@@ -30,7 +32,7 @@
  * @typedef {{
  *   number: number, prompt_id: string | null, model: string, device: string, steps: number, seconds: number | null,
  *   state: 'running' | 'done' | 'stopped', bypass: string, rows: Row[], audit: Finding[], notes: string[],
- *   windows: Window[], guard?: Guarded[], tuning?: Tuning
+ *   windows: Window[], guard?: Guarded[], tuning?: Tuning, outcome?: Outcome
  * }} Run
  * @typedef {{
  *   id: string, accuracy: string, available: boolean, reasons: string[], version: string | null, cards: string,

@@ -9,7 +9,7 @@
 /**
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApp} ComfyApp
  * @typedef {import('./node_line.js').LGraphNode} LGraphNode
- * @typedef {{ class_type: string, text: string }} Said
+ * @typedef {{ class_type: string, text: string, kind: string }} Said
  */
 
 const INPUT = 'attention_backends_mark'

@@ -31,6 +31,8 @@ WORDS = {
     NOT_USED: "Not used: {cause}",
     PARTLY: "Partly used: {cause}",
 }
+REASONS = 3
+"""The line of a refusal that has the named backend's reasons, after what was asked, the call and the machine."""
 STOPPED = (CANCELLED, REFUSED, OUT_OF_MEMORY, FAILED)
 """Kinds of a run that did not come to its end."""
 
@@ -59,8 +61,15 @@ def of_error(error: BaseException, *, strict: bool, cancelled: bool = False) -> 
     if is_out_of_memory(error):
         return Outcome(OUT_OF_MEMORY, first_line(error))
     if strict and isinstance(error, (NoBackendError, UnexplainedError)):
-        return Outcome(REFUSED, first_line(error))
+        return Outcome(REFUSED, _refusal(error))
     return Outcome(FAILED, first_line(error))
+
+
+def _refusal(error: BaseException) -> str:
+    """The first line of a refusal, and the named backend's own reasons where `Router.explain_refusal` gives them."""
+    lines = str(error).splitlines()
+    listed = len(lines) > REASONS and lines[1].startswith("  call: ")
+    return f"{lines[0]}: {lines[REASONS].strip()}" if listed else first_line(error)
 
 
 def first_line(error: BaseException) -> str:
