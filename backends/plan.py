@@ -17,13 +17,14 @@ from .trace import Row
 if TYPE_CHECKING:
     import torch
 
+    from .kernels.comfy import HostFunction
     from .trace.device_clock import DeviceClock
 
 
 class Plan:
     """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
 
-    __slots__ = ("clock", "decision", "device", "dtype", "kernel", "request", "row", "shape", "strict")
+    __slots__ = ("clock", "decision", "device", "dtype", "function", "kernel", "request", "row", "shape", "strict")
 
     def __init__(
         self,
@@ -33,6 +34,7 @@ class Plan:
         row: Row,
         strict: bool,
         clock: DeviceClock | None = None,
+        function: HostFunction | None = None,
     ) -> None:
         self.request = request
         self.decision = decision
@@ -41,6 +43,8 @@ class Plan:
         self.strict = strict
         self.clock = clock
         """The host's clock, where the kernel is to be timed with it and does not do so itself."""
+        self.function = function
+        """What the host's own attention is for these calls, where that is known."""
         import torch
 
         self.shape = (request.batch, request.num_heads, request.q_len, request.v_head_dim or request.head_dim)

@@ -87,6 +87,11 @@ class NoBackendError(RuntimeError):
     """Strict was asked for, and the named backend cannot run the call."""
 
 
+def forbidden(accuracy: str) -> str:
+    """Why a kernel of this accuracy may not run a call with `exact_only`."""
+    return f"accuracy {accuracy}, and the model forbids low precision for this call"
+
+
 class Router:
     """Selects backends on one platform. Safe to share between threads: what it learns is only ever added."""
 
@@ -182,7 +187,7 @@ class Router:
         if failed and (said := failed.get((backend_id, frozen(options), request))):
             return (f"{FAILED}{said}",)
         if request.exact_only and backend.accuracy != "exact":
-            return (f"accuracy {backend.accuracy}, and the model forbids low precision for this call",)
+            return (forbidden(backend.accuracy),)
         return tuple(backend.unsupported_reasons(request, self.platform))
 
     def select(

@@ -10,16 +10,16 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .backend import Kernel, on_copies
+from .backend import Backend, Kernel, on_copies
 from .call_checks import CheckError, checked, checks_from_environment
 from .config import AttentionConfig, frozen
 from .config.layers import Choice, Settings, resolve, settings_of
 from .faults import KernelOutputError, is_cuda_fault, is_out_of_memory, stop_if_hopeless
 from .guard import Guard, GuardAlarm
-from .names import MEASURED
+from .names import COMFY, MEASURED
 from .plan import Plan
 from .request import AttentionCall, AttentionRequest
-from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router
+from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router, forbidden
 from .schedule import OUTSIDE_A_SAMPLER, is_scheduled
 from .schedule.timetable import Timetable
 from .trace import Trace
@@ -28,6 +28,7 @@ from .trace.timed_kernel import timed_kernel
 if TYPE_CHECKING:
     import torch
 
+    from .kernels.comfy import HostFunction
     from .measured.tuner import Tuner
 
 log = logging.getLogger("attention_backends")
@@ -69,12 +70,16 @@ class Session:
         preferred: Choice | None = None,
         mask: str = "",
         choice: Choice | None = None,
+        function: HostFunction | None = None,
+        last_resort: HostFunction | None = None,
     ) -> Plan:
         """Decide how calls with these facts run in this role and block.
 
         `choice` is what was asked for, where the host knows it already: a schedule depends on more than the role.
         `mask` says for the account how the mask is honoured, where that is not its kind alone.
-        `preferred` is what the checkpoint itself asks for; it counts only where no person named a backend.
+        `preferred` is what the checkpoint itself asks for; it counts only where no person named a backend. `function`
+        is what the host runs by itself for such calls: the preferred one, where there is one. `last_resort` is what it
+        is asked for where every kernel fails; `function` where that is not said.
 
         Raises:
             NoBackendError: strict was asked for and the named backend cannot run.
@@ -84,23 +89,41 @@ class Session:
         if choice.record is not None:
             choice = self._as_recorded(choice, role, block, request)
         strict = self.settings.strict
+        refused = None
+        label = None
         if choice.is_open and preferred is not None:
-            choice, strict = preferred, False  # nobody insists on what a checkpoint prefers
+            strict = False  # nobody insists on what a checkpoint prefers
+            if function is None or function.may_run(request):
+                choice, label = preferred, None if function is None else function.id
+            else:
+                refused = Rejection(function.id, (forbidden(function.accuracy),))
+                choice = Choice(None, preferred.source)
         decision = self.router.select(
             request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
         )
+        if refused is not None:
+            decision = replace(decision, asked=refused.backend, rejected=(refused, *decision.rejected))
+        elif decision.backend != COMFY:
+            label = None
+        function = last_resort or function if label is None and decision.asked != COMFY else function
         if decision.options:
             decision = self._loaded(decision, request, choice, strict)
         reason = None
-        if self.guard is not None and (refusal := self.guard.refusal(role, block)) and self._is_guarded(decision):
-            reason = f"{decision.backend}: {refusal}"
-            decision = self._exact(decision, request, role, block, refusal)
+        if (
+            self.guard is not None
+            and (refusal := self.guard.refusal(role, block))
+            and self._is_guarded(decision, function)
+        ):
+            reason = f"{label or decision.backend}: {refusal}"
+            decision, label = self._exact(decision, request, role, block, refusal), None
         plan = None
         if choice.asked == MEASURED and self.tuner is not None and reason is None:
             plan = self.tuner.plan(request, decision, role, category, block, mask or request.mask)
-        self._log_decision(decision if plan is None else plan.decision, role, category)
+        self._log_decision(decision if plan is None else plan.decision, role, category, label)
         if plan is None:
-            plan = self._plan(request, decision, role, block, strict, mask or request.mask, reason)
+            plan = self._plan(
+                request, decision, role, block, strict, mask or request.mask, reason, None, function, label
+            )
         if self.trace.ledger is not None:
             self.trace.ledger.planned(plan, category, self.router)
         return plan
@@ -141,9 +164,14 @@ class Session:
             log.warning("%s", OUTSIDE_A_SAMPLER)
         return timetable.resolve(timetable.at(None), role, category, block, masked)[0]
 
-    def _is_guarded(self, decision: Decision) -> bool:
-        accuracy = self.router.backends[decision.backend].accuracy
-        return self.guard is not None and self.guard.covers(accuracy)
+    def _is_guarded(self, decision: Decision, function: HostFunction | None) -> bool:
+        return self.guard is not None and self.guard.covers(self._backend(decision, function).accuracy)
+
+    def _backend(self, decision: Decision, function: HostFunction | None) -> Backend:
+        """What a decision runs; of the host's own attention the very function, where it is known."""
+        if function is not None and decision.backend == COMFY:
+            return function
+        return self.router.backends[decision.backend]
 
     def _exact(self, decision: Decision, request: AttentionRequest, role: str, block: str, refusal: str) -> Decision:
         """An exact backend of the route in place of one that the guard refuses; strict does not forbid that."""
@@ -187,20 +215,25 @@ class Session:
         mask: str,
         reason: str | None = None,
         kernel: Kernel | None = None,
+        function: HostFunction | None = None,
+        label: str | None = None,
     ) -> Plan:
+        """`label`: what the account calls the host's own function, where a checkpoint asked for it."""
+        backend = self._backend(decision, function)
         row = self.trace.row(
-            role, block, decision.backend, decision.source, mask, reason or decision.reason, decision.asked
-        )
-        row.member = self.router.backends[decision.backend].member(request, self.router.platform)
+            role, block, label or decision.backend, decision.source, mask, reason or decision.reason,
+            label or decision.asked,
+        )  # fmt: skip
+        row.member = None if label else backend.member(request, self.router.platform)
         kernel = self._kernel(decision) if kernel is None else kernel
         guard, clock = self.guard, self.device_clock
-        if guard is not None and (not self._is_guarded(decision) or guard.refusal(role, block) is not None):
+        if guard is not None and (not guard.covers(backend.accuracy) or guard.refusal(role, block) is not None):
             guard = None
         if clock is not None and (clock.has_events or guard is not None or self.checks):  # the kernel's time alone
             kernel, clock = timed_kernel(kernel, clock, row), None
         if guard is not None:
-            kernel = guard.watched(kernel, self.router.backends[decision.backend].accuracy, row)
-        return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict, clock)
+            kernel = guard.watched(kernel, backend.accuracy, row)
+        return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict, clock, function)
 
     def plan_packed(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan | None:
         """The plan of a whole masked call over packed tokens, on the word of the plan that each of its parts has.
@@ -291,7 +324,7 @@ class Session:
                 plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict, failed=self.failed
             )
             refusal = None if self.guard is None else self.guard.refusal(row.role, row.block)
-            if refusal and self._is_guarded(decision):
+            if refusal and self._is_guarded(decision, plan.function):
                 decision = self._exact(decision, plan.request, row.role, row.block, refusal)
         except NoBackendError as refused:
             raise refused from error
@@ -313,17 +346,22 @@ class Session:
     def _change(self, plan: Plan, decision: Decision, reason: str) -> None:
         """Change `plan` to another decision; the account has the reason."""
         row = plan.row
-        plan.become(self._plan(plan.request, decision, row.role, row.block, plan.strict, row.mask, reason))
+        plan.become(
+            self._plan(
+                plan.request, decision, row.role, row.block, plan.strict, row.mask, reason, function=plan.function
+            )
+        )
         if self.trace.ledger is not None:
             self.trace.ledger.changed(plan, self.router)
 
-    def _log_decision(self, decision: Decision, role: str, category: str) -> None:
+    def _log_decision(self, decision: Decision, role: str, category: str, label: str | None) -> None:
         """Say once per role what it resolved to, and once per reason why something else runs."""
-        key = (role, decision.backend, decision.source)
+        backend = label or decision.backend
+        key = (role, backend, decision.source)
         if key not in self._logged:
             self._logged.add(key)
             of = f" (category={category!r})" if category and category != role else ""
-            log.info("Resolved diffusion attention backend %r for role=%r%s via %s", decision.backend.upper(), role, of,
+            log.info("Resolved diffusion attention backend %r for role=%r%s via %s", backend.upper(), role, of,
                      decision.source)  # fmt: skip
         for note in decision.notes:
             if note not in self._logged:  # once, however many kinds of call there are

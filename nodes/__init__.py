@@ -5,8 +5,9 @@ Files, by what they are for; a call of a patched model goes through the first th
     a run    `wrappers` begin and end it, `sampling` is its state, `scope` the model call in it,
              `sampler_loop` its step, `runs` the account
              that is kept; `memory`, with `sizes`, tells ComfyUI what it takes
-    a call   `hook_calls`, with `layouts` and `masks`, its place in the model (`callers`, `sites`), its role (`roles`);
-             `compiled` is what torch.compile sees of it; `others` counts what other packs compute, `whose` names them
+    a call   `hook_calls`, with `layouts` and `masks`, ComfyUI's functions (`comfy_functions`), the place in the model
+             (`callers`, `sites`) and its role (`roles`); `compiled` is what torch.compile sees of it; `others` counts
+             what other packs compute, `whose` names them
     nodes    a file for each in the list below; `graph` is what stands around one in a graph, `inputs` a look at what
              it was given. To Compare Attention Backends belong `compare_setup`, `compare_runs`, `capture`, `timed`,
              `pictures` and `similarity`, to the report `report_picture`

@@ -22,17 +22,15 @@ from ..backends.names import COMFY, MEASURED
 from ..backends.plan import Plan
 from ..backends.request import AttentionCall
 from ..backends.router import NoBackendError
+from .comfy_functions import changed_by_auto, forces_upcast, host_function, name_of_function, reads_booleans
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
 from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
 from .roles import Role
 from .scope import Scope
-from .sites import maker
-from .whose import name_of
+from .sites import Site, maker
 
 MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
-RIGHT_WITH_BOOL_MASKS = ("attention_pytorch",)
-"""ComfyUI's functions that read boolean masks as torch does; others add them, or read them as weights."""
 ADD_ANY_MASK = ("attention_basic", "attention_split", "attention_sub_quad", "attention_xformers")
 """ComfyUI's functions that add masks of numbers in whatever dtype; others end in SDPA, which asks for the query's or
 float32."""
@@ -41,14 +39,16 @@ float32."""
 class HookPlan:
     """How every hook call of one kind runs: its layout, and the plan behind it."""
 
-    __slots__ = ("layout", "parts", "plan")
+    __slots__ = ("layout", "parts", "plan", "preferred")
 
-    def __init__(self, layout: Layout, plan: Plan, parts: Parts | None) -> None:
+    def __init__(self, layout: Layout, plan: Plan, parts: Parts | None, preferred: Any = None) -> None:
         self.layout = layout
         """Shared by all kinds that differ in their place only: what each call reads is to be in few places."""
         self.plan = plan
         self.parts = parts
         """How the parts of the mask's plan run; None where the mask is passed on whole."""
+        self.preferred = preferred
+        """The function that the checkpoint asks for and that may run; None where ComfyUI's own is meant."""
 
 
 def route(
@@ -72,6 +72,7 @@ def route(
             raise TypeError(f"attention takes {3 + len(POSITIONAL)} positional arguments, and {len(args)} were given")
         kwargs.update(zip(POSITIONAL, args[3:], strict=False))
     if owned:
+        container = type(query)
         query, key, value = query.take(), key.take(), value.take()
     pop = kwargs.pop
     options, mask = pop("transformer_options", None), pop("mask", None)
@@ -119,32 +120,35 @@ def route(
         if text:
             return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
         marked = scope.site
-        scope.site, _ = maker(scope)
+        scope.site, holder = maker(scope)
         try:
-            hook_plan = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs)
+            hook_plan = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs, func, holder)
         finally:
             known, scope.site = scope.site is marked, marked
         if known:  # else the key lacks the module that calls, which is marked from its next run on
             scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
     layout = hook_plan.layout
     call = layout.call(query, key, value, mask)
-    # Not only for the backend comfy: it is also the last resort when another one fails.
-    owned = owned and hook_plan.plan.decision.backend != COMFY
+    func = hook_plan.preferred or func
     if owned:
-        call.owned = True
+        # Not only for the backend comfy: it is also the last resort when another one fails.
+        call.host = partial(_host_part, func, options=options, kwargs=kwargs)
+        if hook_plan.plan.decision.backend != COMFY:
+            call.owned = True
+        elif hasattr(func, "container_function") or hasattr(getattr(func, "func", None), "container_function"):
+            call.owned = True
+            call.host, containers = _host_call, (container(query), container(key), container(value))
+            call.given = (layout, func, *containers, given, options, kwargs)
+    if call.owned:
         del query, key, value  # the last resort then gets what the call itself still holds
     else:
-        call.host, call.given = _host_call, (scope, layout, func, query, key, value, given, options, kwargs)
+        call.host, call.given = _host_call, (layout, func, query, key, value, given, options, kwargs)
     if mask_plan is None or hook_plan.parts is None:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
-        if owned:
-            preferred = scope.site.preferred_attention(scope.ordinal - 1) if scope.site is not None else None
-            call.host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
         output = scope.session.run(hook_plan.plan, call)
     else:
-        preferred = scope.site.preferred_attention(scope.ordinal - 1) if scope.site is not None else None
-        host = partial(_host_part, preferred or func, options=options, kwargs=kwargs)
+        host = partial(_host_part, func, options=options, kwargs=kwargs)
         output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
     if layout.skip_output_reshape:
         return output
@@ -158,7 +162,7 @@ def _in_a_dtype_to_add(
     dtype = mask.dtype
     if dtype is query.dtype or dtype is torch.bool:
         return mask
-    if dtype is not torch.float32 and (name_of(func) not in ADD_ANY_MASK or dtype.is_complex):
+    if dtype is not torch.float32 and (name_of_function(func) not in ADD_ANY_MASK or dtype.is_complex):
         return None
     return for_kernels(mask, query.dtype)
 
@@ -195,42 +199,69 @@ def _new_plan(
     mask: torch.Tensor | None,
     mask_plan: MaskPlan | None,
     kwargs: dict[str, Any],
+    func: Callable[..., torch.Tensor],
+    holder: Any,
 ) -> HookPlan:
+    """Plan a kind of call of the module at `scope.site`; `holder` has what the checkpoint prefers for it, or None."""
     layout = _layout(scope, query, key, value, kwargs)
     call = layout.call(query, key, value, mask)
     forbids = kwargs.get("low_precision_attention", True) is False
-    upcast = kwargs.get("attn_precision") == torch.float32 and query.dtype != torch.float32
-    request = call.request(exact_only=forbids or upcast)
+    request = call.request(exact_only=forbids or forces_upcast(kwargs.get("attn_precision"), query.dtype))
     site = scope.site
     role = scope.role(ordinal, request.q_len, request.kv_len)
     if role.guessed:
         path = re.sub(r"\d+", "*", site.path) if site is not None else "an unknown module"
         scope.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
-    preferred = None
-    if site is not None and site.preferred_attention(ordinal) is not None:
-        preferred = Choice(COMFY, f"the checkpoint's own preference ({name_of(site.preferred_attention(ordinal))})")
+    wish = preferred_function(site, ordinal, holder)
+    function = host_function(func if wish is None else wish, preferred=wish is not None)
+    preferred = None if wish is None else Choice(COMFY, f"the checkpoint's own preference ({function.called})")
     block = site.block if site is not None else ""
     choice = scope.choice(role, masked=mask_plan is not None and mask_plan.treatment not in ("none", NOTHING_HIDDEN))
     asked = choice.asked
     if choice.record is not None:  # what it knows of the whole call; it may know the parts instead
         found = scope.session.recorded(choice, role.name, block, request)
         asked = None if found is None else found.asked
-    on_host = COMFY in (asked, preferred.asked if preferred is not None and choice.is_open else None)
+    takes_wish = wish is not None and choice.is_open and function.may_run(request)
+    on_host = takes_wish or asked == COMFY
+    if wish is not None and not on_host and not function.may_run(request):
+        wish, last_resort = None, host_function(func)
+    else:
+        last_resort = function
 
     def planned(part: AttentionCall, treatment: str = "") -> Plan:
         facts = part.request(exact_only=request.exact_only)
-        return scope.session.plan(facts, role.name, role.category, block, preferred, treatment, choice)
+        return scope.session.plan(
+            facts, role.name, role.category, block, preferred, treatment, choice, function, last_resort
+        )
 
     parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, asked)
     if mask_plan is None or not parts:
         pattern = mask_plan.pattern if mask_plan is not None and not on_host else ""
-        hook_plan = HookPlan(layout, planned(call, f"{request.mask}, {pattern}" if pattern else ""), None)
+        hook_plan = HookPlan(layout, planned(call, f"{request.mask}, {pattern}" if pattern else ""), None, wish)
     else:
         planned_parts = plan_parts(scope.session, mask_plan, call, parts, planned)
-        hook_plan = HookPlan(layout, next(plan for plan in planned_parts.plans if plan is not None), planned_parts)
-    if preferred is not None and hook_plan.plan.decision.source != preferred.source:
-        scope.run.note(f"{preferred.source} gave way to {hook_plan.plan.decision.source}")
+        first = next(plan for plan in planned_parts.plans if plan is not None)
+        hook_plan = HookPlan(layout, first, planned_parts, wish)
+    decision = hook_plan.plan.decision
+    if preferred is not None and not choice.is_open and decision.backend != COMFY:
+        scope.run.note(f"{preferred.source} gave way to {decision.source}")
+    if (
+        preferred is None
+        and choice.is_open
+        and scope.session.settings.accuracy == "exact"
+        and decision.backend != COMFY
+    ):
+        text = changed_by_auto(func)
+        if text:
+            scope.run.note(text)
     return hook_plan
+
+
+def preferred_function(site: Site | None, ordinal: int, holder: Any) -> Any:
+    """The function that the checkpoint asks for in this call, or None (ComfyUI 0.37 and newer)."""
+    if site is not None:
+        return site.preferred_attention(ordinal, holder)
+    return getattr(holder, "function", None)
 
 
 def _layout(
@@ -256,27 +287,29 @@ def _host_part(
 
 
 def _host_call(call: AttentionCall) -> torch.Tensor:
-    """Run what ComfyUI would have run, on the caller's own tensors; return it as BHSD."""
-    scope, layout, func, query, key, value, mask, options, kwargs = call.given
-    preferred = scope.site.preferred_attention(scope.ordinal - 1) if scope.site is not None else None
-    output = run_comfy(preferred or func, query, key, value, mask, options, kwargs)
+    """Run what ComfyUI would have run, on the caller's own tensors or containers; return it as BHSD."""
+    layout, func, query, key, value, mask, options, kwargs = call.given
+    if not isinstance(query, torch.Tensor):
+        if call.owned:  # nothing but the containers holds them: freed as ComfyUI frees them
+            call.query = call.key = call.value = None  # type: ignore[assignment]
+        else:  # the guard needs them afterwards
+            query, key, value = query.peek(), key.peek(), value.peek()
+    output = run_comfy(func, query, key, value, mask, options, kwargs)
     if layout.skip_output_reshape or getattr(output, "ndim", 0) != 3 or output.shape[2] % layout.heads:
         return output
     return output.unflatten(2, (layout.heads, -1)).transpose(1, 2)
 
 
 def run_comfy(
-    func: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    options: Any,
+    func: Callable[..., torch.Tensor], query: Any, key: Any, value: Any, mask: torch.Tensor | None, options: Any,
     kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Call one of ComfyUI's functions with every argument; boolean masks become additive where it needs that."""
-    if mask is not None and mask.dtype == torch.bool and name_of(func) not in RIGHT_WITH_BOOL_MASKS:
-        mask = as_additive(mask, query.dtype)
+) -> torch.Tensor:  # fmt: skip
+    """Call one of ComfyUI's functions with every argument, tensors or containers.
+
+    Boolean masks become additive where the function does not read them as torch does.
+    """
+    if mask is not None and mask.dtype == torch.bool and not reads_booleans(func):
+        mask = as_additive(mask, (query if isinstance(query, torch.Tensor) else query.peek()).dtype)
     if options is not None:
         kwargs = {**kwargs, "transformer_options": options}
     # Without this key ComfyUI's wrapper would call our override again.

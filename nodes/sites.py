@@ -24,6 +24,10 @@ current = threading.local()
 """`scope`: the scope of the model call that this thread is in, or None."""
 
 
+HOLDER = "comfy_attention"
+"""Where a module of ComfyUI 0.37 and newer has what the checkpoint prefers for its attention."""
+
+
 class Site:
     """One attention module of one model: its path, the roles of its calls, its block."""
 
@@ -66,12 +70,17 @@ class Site:
         return getattr(holder, "function", None)
 
     def _holder(self, ordinal: int) -> Any:
+        """Where such a preference is: at this module, where its family keeps it, or at modules within it, in order."""
         module = self._module()
         if self.preferred_at:
-            paths = self.preferred_at[min(ordinal, len(self.preferred_at) - 1)].split(".")
-            for name in paths:
+            for name in self.preferred_at[min(ordinal, len(self.preferred_at) - 1)].split("."):
                 module = getattr(module, name, None)
-        return getattr(module, "comfy_attention", None)
+            return getattr(module, HOLDER, None)
+        if module is None or hasattr(module, HOLDER):
+            return getattr(module, HOLDER, None)
+        within = [getattr(one, HOLDER) for one in module.modules() if hasattr(one, HOLDER)]
+        held = [holder for holder in within if getattr(holder, "function", None) is not None]
+        return held[min(ordinal, len(held) - 1)] if held else None
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward`, or another method, telling the current thread's scope that it runs; after an exception too.

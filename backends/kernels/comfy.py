@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..backend import FLOATING, Backend, Kernel, Limits
 from ..platform import KINDS, Platform
-from ..request import AttentionCall
+from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,38 @@ class Comfy(Backend):
 
     def load(self, platform: Platform) -> Kernel:
         return run_host
+
+
+class HostFunction(Comfy):
+    """One function of ComfyUI's, where it is known which: what `comfy` is for the calls of one plan.
+
+    It is in no list of backends: a person selects `comfy`, and an account, the guard and what a model forbids go by
+    this.
+    """
+
+    def __init__(self, label: str, accuracy: str, name: str) -> None:
+        """
+        Args:
+            label: what it is called in accounts: the id of the backend that runs the same kernel, else `comfy`.
+            accuracy: its accuracy class.
+            name: ComfyUI's own name of it.
+        """
+        self.id = label  # type: ignore[misc]  # an instance per function, not a class
+        self.accuracy = accuracy  # type: ignore[misc]
+        self.name = name
+
+    @property
+    def called(self) -> str:
+        """What a person calls it: the backend of the same kernel, else its own name."""
+        return self.name if self.id == Comfy.id else self.id
+
+    def may_run(self, request: AttentionRequest) -> bool:
+        """False where the model forbids low precision and this has it."""
+        return not request.exact_only or self.accuracy == "exact"
+
+    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+        """The function's name where it is another kernel than PyTorch's; None else."""
+        return None if self.id == Comfy.id else self.id
 
 
 def run_host(call: AttentionCall) -> torch.Tensor:

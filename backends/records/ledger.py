@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..names import COMFY
 from ..request import AttentionRequest
 
 if TYPE_CHECKING:
@@ -96,11 +97,12 @@ class Ledger:
 
     def _note(self, plan: Plan, place: _Place, router: Router) -> None:
         decision = plan.decision
+        host = plan.function if decision.backend == COMFY else None
         ran = Ran(
             decision.backend,
-            plan.row.member,
+            plan.row.member if host is None else host.member(plan.request, router.platform),
             tuple(sorted(decision.options.items())),
-            router.backends[decision.backend].accuracy,
+            (host or router.backends[decision.backend]).accuracy,
             decision.source,
             decision.asked,
             plan.row.reason,
