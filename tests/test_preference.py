@@ -17,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.trace.audit import asked_and_ran, unexplained  # noqa: E402
 from hook_side import HEADS, compiled, exact, host, model_call, nodes_module, rows, sampling  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
@@ -204,7 +205,7 @@ def test_int8_and_sparse_ones_run_under_their_own_names_and_are_guarded() -> Non
 def test_strict_is_content_with_what_the_checkpoint_prefers() -> None:
     run = run_on(WanModel(Own(SOL)), rows(6), strict=True)
     assert rows_of(run) == [("comfy_kitchen_sol", "comfy_kitchen_sol", None)]
-    run.check_asked()
+    assert unexplained(asked_and_ran(run.trace)) is None
 
 
 def test_it_is_found_on_another_module() -> None:
@@ -254,7 +255,7 @@ def test_a_named_backend_goes_first_and_comfy_means_it() -> None:
     assert row.member == "comfy_kitchen_int8"
     assert row.guard is not None
     assert list(run.trace.notes) == []
-    run.check_asked()
+    assert unexplained(asked_and_ran(run.trace)) is None
 
 
 FORBIDDEN = {
@@ -272,7 +273,7 @@ def test_what_the_model_forbids_is_forbidden_to_it_too(why: str, strict: bool) -
     reason = "comfy_kitchen_sol: accuracy sparse, and the model forbids low precision for this call"
     assert rows_of(run) == [("torch_sdpa", "comfy_kitchen_sol", reason)]
     assert list(run.trace.notes) == []
-    run.check_asked()
+    assert unexplained(asked_and_ran(run.trace)) is None
 
 
 def test_force_upcast_attention_forbids_lossy_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +385,7 @@ def test_comfy_is_what_the_server_was_started_with(
     assert ran == [name]
     (row,) = run.trace.rows.values()
     assert (row.backend, row.member, row.guard is not None) == ("comfy", called, accuracy != "exact")
-    run.check_asked()
+    assert unexplained(asked_and_ran(run.trace)) is None
     run = run_on(WanModel(Own(NONE)), rows(6))
     assert [row[0] for row in rows_of(run)] == ["torch_sdpa"]
     notes = [note for note in run.trace.notes if "ComfyUI's own attention on this server is" in note]

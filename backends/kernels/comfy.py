@@ -22,6 +22,10 @@ class Comfy(Backend):
     summary = "Whatever ComfyUI would run by itself, its start-up flags and the checkpoint's preference included."
     kinds = KINDS
     # A causal call is a mask that was read as such; the host has the mask itself.
+    remarks = (
+        "exact as far as ComfyUI's function is: INT8 after --use-sage-attention, --use-ck-attention or where a "
+        "checkpoint asks for it, and guarded then",
+    )
     limits = Limits(dtypes=(*FLOATING, "float8_e4m3fn", "float8_e5m2"), causal_cross=True, mixed_head_dims=True)
 
     def load(self, platform: Platform) -> Kernel:

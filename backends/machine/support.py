@@ -14,6 +14,7 @@ from ..backend import Backend
 from ..family import Family
 from ..kernels import BACKENDS
 from ..kernels.planned import Planned
+from ..names import COMFY
 from ..options import KIND_NAMES, Option
 from ..routes import ROUTES, Route
 from ..systems import SYSTEMS
@@ -104,7 +105,8 @@ def _what(backend: Backend) -> tuple[str, ...]:
         members = {member.id: member for order in (backend.order, *backend.on.values()) for member in order}
         return _code(backend.id), backend.accuracy, backend.summary, "one of its members", f"as {_codes(members)}"
     needs = ", ".join(_code(need) for need in _needs(backend)) or "nothing"
-    return _code(backend.id), backend.accuracy, backend.summary, needs, runs_on(backend)
+    accuracy = "that of ComfyUI's function" if backend.id == COMFY else backend.accuracy
+    return _code(backend.id), accuracy, backend.summary, needs, runs_on(backend)
 
 
 def _codes(names: Iterable[str]) -> str:
