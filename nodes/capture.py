@@ -11,12 +11,13 @@ from ..backends.mask import for_kernels
 from ..backends.request import AttentionCall, AttentionRequest
 from ..comparison.calls import CapturedCall
 from ..comparison.contenders import REFERENCE
-from . import patch, sites
+from . import compiled, patch, sites
 from .compiled import POSITIONAL
-from .hook_calls import run_comfy
+from .hook_calls import preferred_function, run_comfy
 from .host import Override
 from .layouts import Layout
 from .sampling import KEY, OVERRIDE
+from .scope import Scope
 
 
 class Capturing(Override):
@@ -27,16 +28,28 @@ class Capturing(Override):
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         scope = None if torch.compiler.is_dynamo_compiling() else sites.current_scope()
         if scope is not None and scope.run.override is self:
-            given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
-            query, key, value = args[:3]
-            mask = given.get("mask")
-            call = Layout(query, key, value, given).call(query, key, value, mask)
-            request = call.request()
-            role = scope.role(scope.ordinal, request.q_len, request.kv_len).name
-            if (role, request) not in self.calls:
-                block = scope.site.block if scope.site is not None else ""
-                self.calls[role, request] = CapturedCall(role, block, _kept(call, func))
+            marked = scope.site
+            scope.site, holder = sites.maker(scope)
+            try:
+                self._keep(scope, func, holder, args, kwargs)
+            finally:
+                scope.site = marked
         return super().__call__(func, *args, **kwargs)
+
+    def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A call in containers, which are emptied: the copies need the tensors anyway."""
+        return self(compiled.comfys_attention(), *(container.take() for container in args[:3]), *args[3:], **kwargs)
+
+    def _keep(self, scope: Scope, func: Callable[..., torch.Tensor], holder: Any, args: Any, kwargs: Any) -> None:
+        given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
+        query, key, value = args[:3]
+        call = Layout(query, key, value, given).call(query, key, value, given.get("mask"))
+        request = call.request()
+        role = scope.role(scope.ordinal, request.q_len, request.kv_len).name
+        if (role, request) not in self.calls:
+            block = scope.site.block if scope.site is not None else ""
+            func = preferred_function(scope.site, scope.ordinal, holder) or func
+            self.calls[role, request] = CapturedCall(role, block, _kept(call, func))
 
 
 def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], CapturedCall]]:
