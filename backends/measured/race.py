@@ -24,7 +24,13 @@ TOO_SMALL = f"under {SMALLEST_MS:g} ms, not tuned"
 GAIN = 0.02
 """The incumbent stays unless another is faster by more than this."""
 TOO_SLOW = 2.0
-"""A candidate is dropped after one call that takes this many times the incumbent's time."""
+"""A candidate is dropped when three calls, the first among them, each take this many times the incumbent's time."""
+PLAINLY_SLOW = 4.0
+"""Two calls that agree are enough up to this many times the incumbent's time: more may be compiling or a hold-up."""
+SAME = 1.1
+"""Two calls agree if their times differ by no more than this factor: one that compiled hardly agrees with the next."""
+CLOSE = 1.25
+"""A candidate's time is known when two calls after the first are within this factor of each other."""
 HOPELESS = 1.25
 """A candidate whose median is so much above the best one's, after `FEWEST` calls each, is not tried further."""
 FEWEST = 5
@@ -38,7 +44,7 @@ MOST_TRIALS = 32
 MOST_TIMES = 60
 """Times of the incumbent that are kept."""
 MOST_TIMES_PUT_OFF = 2
-"""A candidate whose first call takes more than the budget is tried again in a later run, at most so often."""
+"""A candidate whose time is not known when its budget is spent is tried again in a later run, at most so often."""
 
 
 class Runner:
@@ -64,6 +70,18 @@ class Runner:
         if len(self.times) >= FEWEST or not self.times:
             return median(self.times) if self.times else None
         return median_low([*self.times] if self.first is None else [self.first, *self.times])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether two calls after the first, which may compile, bear each other out: one may have been held up."""
+        return len(self.times) > 1 and sorted(self.times)[1] <= CLOSE * min(self.times)
+
+    def is_too_slow(self, usual: float) -> bool:
+        """Whether neither compiling nor one hold-up explains its times; a call of the incumbent takes `usual`."""
+        times = self.times if self.first is None else [self.first, *self.times]
+        if min(times) <= TOO_SLOW * usual:
+            return False
+        return len(times) > 2 or (len(times) == 2 and max(times) <= min(SAME * min(times), PLAINLY_SLOW * usual))
 
 
 class Race:
@@ -205,9 +223,8 @@ class Race:
                 self.ended = TOO_SMALL
         else:
             runner.times.append(ms)
-            # The first call was no faster than others will be, so it speaks for a kernel that was held up once.
-            slow = min(ms, runner.first)
-            if name != self.incumbent and len(runner.times) == 1 and slow > TOO_SLOW * usual:
+            if name != self.incumbent and len(runner.times) < FEWEST and runner.is_too_slow(usual):
+                slow = min(runner.first, *runner.times)
                 self.reject(name, f"{slow:.3g} ms in one call > {TOO_SLOW:g} x {usual:.3g} ms of {self.incumbent}")
         self._end_if_done()
 
@@ -238,12 +255,18 @@ class Race:
         environment, accuracy, key = self.place
         tried = {name: runner for name, runner in self.runners.items() if name != self.incumbent}
         rejected = {name: runner.out for name, runner in tried.items() if runner.out is not None}
-        measured = {name: r.figure for name, r in tried.items() if r.out is None and r.figure is not None}
+        measured = {
+            name: r.figure for name, r in tried.items() if r.out is None and r.figure is not None and r.is_known
+        }
         often: Mapping[str, int] = self.before.put_off if self.before is not None else {}
         put_off = {name: often.get(name, 0) + 1 for name in tried if name not in rejected and name not in measured}
         for name in [name for name, count in put_off.items() if count >= MOST_TIMES_PUT_OFF]:
-            spent = self.runners[name].spent
-            rejected[name] = f"its first calls took {spent:.3g} ms > {BUDGET:g} x {usual:.3g} ms of {self.incumbent}"
+            runner = self.runners[name]
+            if runner.times and runner.first is not None:
+                measured[name] = min(runner.first, *runner.times)
+            else:
+                took = f"{runner.spent:.3g} ms > {BUDGET:g} x {usual:.3g} ms of {self.incumbent}"
+                rejected[name] = f"its first calls took {took}"
             del put_off[name]
         measured[self.incumbent] = usual
         winner = _winner(measured, self.incumbent)

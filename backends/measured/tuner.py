@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 FIRST_STEP, LAST_STEP = 2, 4
-"""Steps of a run over which its first trials are spread: the first step still loads and compiles."""
+"""Steps of a run over which trials are spread; a run with few calls in a step goes on with them after the last. The
+first step still loads and compiles."""
 
 
 class Clock(Protocol):
@@ -217,9 +218,9 @@ class Tuner:
         """How much of the trials' budget may be used by now."""
         if race.owner is not self or not self.steps:
             return 1.0  # a later run, which goes on where the first was too short; or a program without steps
-        if not FIRST_STEP <= self.steps <= LAST_STEP:
+        if self.steps < FIRST_STEP:
             return 0.0
-        return (self.steps - FIRST_STEP + 1) / (LAST_STEP - FIRST_STEP + 1)
+        return min((self.steps - FIRST_STEP + 1) / (LAST_STEP - FIRST_STEP + 1), 1.0)
 
     def took(self, race: Race, name: str, ms: float) -> None:
         """The time of a call has come."""
