@@ -16,6 +16,7 @@ from .inputs import text_of, wrong_link
 from .selector import CATEGORY
 
 BRANCHES = 6
+MOST_SECONDS = 1e9
 MOST_BYTES, MOST_VALUES = 8 << 20, 400_000
 """Of one report, and of the values in it: a long run of a large model has some ten thousand rows."""
 
@@ -109,9 +110,7 @@ def parse_report(text: str, number: int) -> dict[str, Any]:
         report = load_json(text, "report", most_bytes=MOST_BYTES, most_entries=MOST_VALUES, constants=True)
         _check_report(report)
     except (ValueError, TypeError, KeyError) as error:
-        raise ComparisonError(
-            f"report {number} is not the report output of an Attention Report node ({error})"
-        ) from error
+        raise ComparisonError(f"report {number} is not the report output of an Attention Report node") from error
     found: dict[str, Any] = report
     return found
 
@@ -132,10 +131,11 @@ def _check_report(report: Any) -> None:
     run = report["run"]
     if run is None:
         return
+    _need(run, dict, "run")
     _need(run.get("model", ""), str, "model")
     _need(run["steps"], int, "steps")
-    if run.get("seconds") is not None:
-        _need(run["seconds"], (int, float), "seconds")
+    if run.get("seconds") is not None and not 0 <= _need(run["seconds"], (int, float), "seconds") < MOST_SECONDS:
+        raise ValueError(f"seconds {run['seconds']}")
     for row in _need(run["rows"], list, "rows"):
         _need(row["backend"], str, "backend")
         _need(row["calls"], int, "calls")
@@ -179,7 +179,7 @@ def make_row(number: int, label: str, report: dict[str, Any]) -> Row:
     row = Row(asked, ran=ran, label=label or None, runs=1)
     if paths and all(path["reason"] for path in paths):
         row.failed = "fell back: " + ", ".join(dict.fromkeys(path["reason"] for path in paths))
-    if run.get("seconds") is not None:
+    if run.get("seconds"):
         row.total_ms = Spread.of([1e3 * run["seconds"]])
         row.step_ms = Spread.of([1e3 * run["seconds"] / max(1, run["steps"])])
     return row

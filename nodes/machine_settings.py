@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from ..backends.bounded import read_file
+from ..backends.bounded import read_file, shortened
 from ..backends.config.data import load_json
 from ..backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from ..backends.platform import HUB_VARIABLE, hub_allowed
@@ -110,15 +110,14 @@ def checked(changes: object) -> dict[str, Any]:
     """
     if not isinstance(changes, dict) or not changes:
         raise ValueError(f"expected an object with one or more of: {', '.join(UNSET)}")
-    unknown = sorted(set(changes) - set(UNSET))
+    unknown = sorted(map(str, set(changes) - set(UNSET)))
     if unknown:
-        raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(UNSET)}")
+        raise ValueError(f"unknown setting {shortened(', '.join(unknown), 200)}; known: {', '.join(UNSET)}")
     if not isinstance(changes.get("hub", False), bool):
-        raise ValueError(f"hub must be true or false, not {changes['hub']!r}")
+        raise ValueError(f"hub must be true or false, not {shortened(repr(changes['hub']), 80)}")
     if changes.get("log_level", "") not in LEVELS:
-        raise ValueError(
-            f"log_level {changes['log_level']!r} is not one of {', '.join(filter(None, LEVELS))}, or empty"
-        )
+        said = shortened(repr(changes["log_level"]), 80)
+        raise ValueError(f"log_level {said} is not one of {', '.join(filter(None, LEVELS))}, or empty")
     if changes.get("trace", MODES[0]) not in MODES:
-        raise ValueError(f"trace {changes['trace']!r} is not one of {', '.join(MODES)}")
+        raise ValueError(f"trace {shortened(repr(changes['trace']), 80)} is not one of {', '.join(MODES)}")
     return changes

@@ -10,6 +10,7 @@ from time import time
 from typing import Any, NamedTuple
 
 from ..backend import ACCURACY
+from ..bounded import shortened
 from ..request import MASK_KINDS, MOST_SIZE
 from .key import TuningKey
 
@@ -98,7 +99,7 @@ def read_document(data: object, most: int) -> list[Entry]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a document of measured choices: format must be {FORMAT!r}")
     if data.get("version") != VERSION:
-        raise ValueError(f"version {data.get('version')!r} of the document is not {VERSION}")
+        raise ValueError(f"version {shortened(repr(data.get('version')), 80)} of the document is not {VERSION}")
     entries = data.get("entries")
     if not isinstance(entries, list) or len(entries) > most:
         raise ValueError(f"entries must be a list of at most {most}")
@@ -107,7 +108,7 @@ def read_document(data: object, most: int) -> list[Entry]:
         try:
             found.append(read(entry))
         except ValueError as error:
-            raise ValueError(f"entries[{number}]: {error}") from error
+            raise ValueError(f"entries[{number}]: {shortened(str(error))}") from error
     return found
 
 
