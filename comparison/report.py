@@ -87,6 +87,8 @@ class Row:
     """Why it did not run, or not to the end. Numbers of runs that were finished before are kept."""
     broken: str | None = None
     """What is wrong with its result: NaN or infinite values."""
+    fell_back: int = 0
+    """Calls that ran something else than was asked for; with any of them its times are not those of the backend."""
     runs: int = 0
     repeatable: bool | None = None
     """All runs gave the same result to the bit; None with fewer than two runs."""
@@ -161,9 +163,11 @@ class Report:
     """What a reader must know: what was not measured and why, that the run was interrupted."""
 
     def relate(self) -> None:
-        """Fill in speed-up and memory reduction of each row against the first."""
+        """Fill in speed-up and memory reduction of each row against the first, where both ran what was asked for."""
         first = self.rows[0]
         for row in self.rows:
+            if first.fell_back or row.fell_back:
+                continue  # what it took is not what the backend takes
             if first.step_ms and row.step_ms:
                 row.speedup = first.step_ms.median / row.step_ms.median
             if first.peak_memory and row.peak_memory and row is not first:

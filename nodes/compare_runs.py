@@ -88,21 +88,27 @@ def compare(setup: SetUp, variants: list[Variant], repeat: int) -> tuple[Report,
     by_entry = {id(entries[id(variant)]): variant for variant in variants}
     cancelled = Cancelled()
 
-    def run(entry: Entry, lap: Callable[[], None], sigmas: torch.Tensor) -> list[torch.Tensor]:
+    def run(
+        entry: Entry, lap: Callable[[], None], sigmas: torch.Tensor, kept: list[runs.Kept], warm_up: bool
+    ) -> list[torch.Tensor]:
         variant = by_entry[id(entry)]
 
         def on_step(*_: Any) -> None:
             progress.bar.update(1)
             lap()
 
-        before = runs.recent()[:1]
+        before = len(kept)
         try:
             with cancelled:
                 result = setup.sample(variant.model, sigmas, on_step)
+            variant.account = kept[-1].account if len(kept) > before else None
         except NoBackendError as error:
             raise RefusedError(first_reason(error)) from error
-        newest = runs.recent()[:1]
-        variant.account = newest[0] if newest != before else None
+        finally:
+            if warm_up:
+                del kept[before:]
+        if not warm_up and variant.account is not None:
+            entry.row.fell_back += sum(row["calls"] for row in variant.account["rows"] if row["reason"])
         return [result]
 
     def begin_run(what: str, done: int, total: int) -> None:
@@ -110,12 +116,13 @@ def compare(setup: SetUp, variants: list[Variant], repeat: int) -> tuple[Report,
             comfy.model_management.throw_exception_if_processing_interrupted()
             progress.begin_run(done)
 
-    round_robin(
-        [entries[id(variant)] for variant in able], repeat,
-        lambda entry, lap: run(entry, lambda: None, setup.sigmas[:2]),
-        lambda entry, lap: run(entry, lap, setup.sigmas),
-        device, begin_run,
-    )  # fmt: skip
+    with runs.together() as kept:
+        round_robin(
+            [entries[id(variant)] for variant in able], repeat,
+            lambda entry, lap: run(entry, lambda: None, setup.sigmas[:2], kept, True),
+            lambda entry, lap: run(entry, lap, setup.sigmas, kept, False),
+            device, begin_run,
+        )  # fmt: skip
     report = make_report(setup, [variant.row for variant in variants])
     cancelled.go_on(report)
     progress.end()

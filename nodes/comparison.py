@@ -176,7 +176,8 @@ def make_row(number: int, label: str, report: dict[str, Any]) -> Row:
     paths = run["rows"]
     ran = " + ".join(dict.fromkeys(path["member"] or path["backend"] for path in paths)) or None
     asked = " + ".join(dict.fromkeys(path["asked"] or "auto" for path in paths)) or f"branch {number}"
-    row = Row(asked, ran=ran, label=label or None, runs=1)
+    fell_back = sum(path["calls"] for path in paths if path["reason"])
+    row = Row(asked, ran=ran, label=label or None, fell_back=fell_back, runs=1)
     if paths and all(path["reason"] for path in paths):
         row.failed = "fell back: " + ", ".join(dict.fromkeys(path["reason"] for path in paths))
     if run.get("seconds"):

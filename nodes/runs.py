@@ -7,6 +7,8 @@ import logging
 import secrets
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,12 +51,18 @@ class Kept(NamedTuple):
     maker: Maker
     record: dict[str, Any] | None = None
     """Its decisions, as node Attention Record writes them."""
+    parts: tuple[Kept, ...] = ()
+    """The runs that this entry is of, oldest first, where they are several (`together`)."""
 
 
 _runs: deque[Kept] = deque(maxlen=KEPT)
 _live: dict[int, tuple[dict[str, Any], Trace, Maker]] = {}
 _numbers = itertools.count(1)
 _lock = threading.Lock()
+_open: list[list[Kept]] = []
+"""What `together` collects at the moment, in any thread."""
+_of_thread = threading.local()
+"""`parts`: the list of `_open` that this thread's runs go to."""
 
 
 def begin(trace: Trace) -> None:
@@ -91,9 +99,48 @@ def add(trace: Trace) -> None:
         head, _, maker = _live.pop(id(trace))
         account = {**head, **trace.as_dict()}
         decided = record.of_run(trace)
-        _runs.appendleft(Kept(account, _summary(account, state(account), maker), trace.windows(), maker, decided))
+        kept = Kept(account, _summary(account, state(account), maker), trace.windows(), maker, decided)
+        parts = getattr(_of_thread, "parts", None)
+        if parts is None:
+            _runs.appendleft(kept)
+        else:
+            parts.append(kept)
     log.info("attention of this run: %s", trace.summary())
     log.info("%s", audit.line(account["audit"]))
+
+
+@contextmanager
+def together() -> Iterator[list[Kept]]:
+    """Keep the runs that this thread ends inside the `with` as one entry; what is taken off the list is not kept."""
+    before = getattr(_of_thread, "parts", None)
+    parts: list[Kept] = []
+    _of_thread.parts = parts
+    with _lock:
+        _open.append(parts)
+    try:
+        yield parts
+    finally:
+        _of_thread.parts = before
+        with _lock:
+            _open[:] = [one for one in _open if one is not parts]
+            if parts:
+                _runs.appendleft(_joined(parts))
+
+
+def _joined(parts: list[Kept]) -> Kept:
+    """One entry of several runs: the account of the last one, which says so, and all of them in `compared`."""
+    last = parts[-1]
+    if len(parts) == 1:
+        return last
+    asked = [" + ".join(dict.fromkeys(row["asked"] or "auto" for row in part.account["rows"])) for part in parts]
+    names = ", ".join(dict.fromkeys(filter(None, asked)))
+    note = f"the last of {len(parts)} runs of one comparison: {names}"
+    account = {
+        **last.account,
+        "notes": [note, *last.account["notes"]],
+        "compared": [part.account for part in parts],
+    }
+    return last._replace(account=account, summary={**last.summary, "compared": len(parts)}, parts=tuple(parts))
 
 
 def recent() -> list[dict[str, Any]]:
@@ -123,13 +170,14 @@ def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[d
     # Two equal nodes of one graph may have run both; a graph with other ids has none of its own.
     found = [kept for kept in found if kept.maker.node_id == node_id] or found
     made = [(kept.account["prompt_id"], kept.maker.node_id) for kept in found]
-    return [kept.account for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
+    of_one = [kept for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
+    return [part.account for kept in of_one for part in (kept.parts or (kept,))]
 
 
 def decisions(number: int) -> dict[str, Any] | None:
     """What a run decided, as `record.of_run` has it; None where it is not kept any more."""
     with _lock:
-        return next((kept.record for kept in _runs if kept.account["number"] == number), None)
+        return next((kept.record for kept in _all() if kept.account["number"] == number), None)
 
 
 def sampling_classes() -> set[str]:
@@ -148,10 +196,19 @@ def summaries() -> list[dict[str, Any]]:
 def find(number: int) -> dict[str, Any] | None:
     """The whole account of one run, its timeline in `windows`, or None where it is not kept any more."""
     with _lock:
-        found = next((kept for kept in _runs if kept.account["number"] == number), None)
+        found = next((kept for kept in _all() if kept.account["number"] == number), None)
     if found is not None:
         return {**found.account, "state": found.summary["state"], "windows": found.windows}
     return next(({**run, "state": "running"} for run, _ in _going_on() if run["number"] == number), None)
+
+
+def _all() -> Iterator[Kept]:
+    """Every run that can be asked for by its number: entries, the parts of those, and what is being collected."""
+    for kept in _runs:
+        yield kept
+        yield from kept.parts
+    for parts in _open:
+        yield from parts
 
 
 def state(account: dict[str, Any]) -> str:

@@ -221,3 +221,49 @@ def test_on_a_card_the_events_give_a_time() -> None:
     assert counted == 5
     assert milliseconds > 0
     assert ours.milliseconds() == (0, 0)
+
+
+def test_a_comparison_is_one_entry_of_the_kept_runs_and_warm_ups_are_none() -> None:
+    runs, compared = nodes_module("runs"), nodes_module("compare_runs")
+    setup = set_up("wan", steps=2)
+    setup.sample(selected(setup.guider.model_patcher, "sdpa_math"))
+    before = [entry["number"] for entry in runs.summaries()]
+    # sage_attn cannot run here: without strict its model falls back.
+    fallen = selected(setup.guider.model_patcher, "sage_attn")
+    variants = compared.make_variants(setup.guider.model_patcher, "sdpa_math, comfy", {"model_1": fallen})
+    report, results = compared.compare(setup, variants, 2)
+    report.relate()
+    assert len(results) == len(report.rows)
+    entry, *others = runs.summaries()
+    assert [one["number"] for one in others] == before[: len(others)], "one new entry"
+    account = runs.find(entry["number"])
+    parts = account["compared"]
+    rows = [row for row in report.rows if row.failed is None]
+    assert entry["compared"] == len(parts) == 2 * len(rows), "every timed run, and no run of one step"
+    assert {part["steps"] for part in parts} == {2}
+    assert account["notes"][0].startswith(f"the last of {len(parts)} runs of one comparison: ")
+    for part in parts:
+        assert runs.find(part["number"])["rows"] == part["rows"]
+        assert runs.decisions(part["number"]) is not None
+    assert runs.recent()[0]["number"] == parts[-1]["number"] == account["number"]
+
+    by_name = {row.asked: row for row in report.rows}
+    assert by_name["model_1"].fell_back > 0
+    assert by_name["model_1"].speedup is None
+    assert by_name["sdpa_math"].fell_back == 0
+    assert by_name["sdpa_math"].speedup is not None
+
+
+def test_runs_outside_of_a_comparison_are_kept_one_by_one_also_after_one_that_failed() -> None:
+    runs = nodes_module("runs")
+    setup = set_up("wan", steps=1)
+    model = selected(setup.guider.model_patcher, "sdpa_math")
+    with pytest.raises(ValueError, match="as it should"), runs.together() as kept:
+        setup.sample(model)
+        assert runs.find(kept[0].account["number"]) is not None, "it can be asked for before the end"
+        raise ValueError("as it should")
+    first = runs.recent()[0]
+    assert "compared" not in first, "a single run is an entry of its own"
+    setup.sample(model)
+    assert runs.recent()[0]["number"] == first["number"] + 1
+    assert runs.recent()[1] == first

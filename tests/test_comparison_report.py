@@ -145,3 +145,18 @@ def test_markdown_of_calls_has_each_call() -> None:
 def test_every_text_is_ascii() -> None:
     made = report(reference(), Row("sol_attn", "sol_attn", broken="NaN in all values", psnr=math.nan))
     assert (console(made) + markdown(made)).isascii()
+
+
+@pytest.mark.parametrize("fallen", ["row", "reference"])
+def test_a_row_that_fell_back_shows_no_speed_up_and_neither_does_one_against_such_a_reference(fallen: str) -> None:
+    first, second, third = (
+        Row(name, step_ms=Spread.of([ms]), total_ms=Spread.of([ms]), peak_memory=100, runs=1)
+        for name, ms in (("torch_sdpa", 10.0), ("sage_attn", 5.0), ("sdpa_math", 20.0))
+    )
+    (second if fallen == "row" else first).fell_back = 1
+    made = report(first, second, third)
+    made.relate()
+    assert second.speedup is None
+    assert second.memory_reduction is None
+    assert third.speedup == (0.5 if fallen == "row" else None)
+    assert "2.00x" not in console(made)

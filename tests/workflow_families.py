@@ -23,7 +23,9 @@ def start(model: str, facts: str, *files: str) -> Graph:
     graph = Graph(
         f"**{model}**, {facts}: the same prompt and seed with three attention backends, then pictures, differences "
         "and the time of the diffusion stage. Where a backend cannot run, that branch falls back, and the comparison "
-        f"says so. Queue it twice: the first run warms up.\n\n{needed}"
+        "says so and shows no speed-up. The first run loads and compiles, so its times say little: change the seed, in "
+        "every branch that has one, and queue again. With the same seed ComfyUI shows what it has kept, and nothing is "
+        f"sampled.\n\n{needed}"
     )
     graph.files = files
     return graph
