@@ -44,6 +44,17 @@ _AITER = "the package amd-aiter, for AMD cards; aiter on PyPI is another package
 _LENGTHS = "one id for both: whether a call needs variable lengths follows from its mask"
 _ASCEND = "its kernels exist for Ascend NPUs only, and this pack has no sparse kernel for them"
 _INSIDE_SGLANG = "its kernels are a part of SGLang and come in no package of their own; not implemented here"
+_FLEX = "it runs PyTorch's FlexAttention over blocks that SGLang chooses; that choice is not implemented here"
+_SUBBLOCK = (
+    "it runs FlashInfer's block-sparse kernels over blocks that SGLang chooses; that choice is not implemented here"
+)
+_VSA_H3 = (
+    "it runs fastvideo-kernel's kernels as MiniMax H3 needs them; what SGLang does around them is not implemented here"
+)
+_WINDOW = (
+    "it runs FlashAttention's variable-length kernel over windows that SGLang makes for MiniMax H3; that is not "
+    "implemented here"
+)
 _SLA = "Sparse-Linear Attention has weights of its own, so a model must be trained for it; not implemented"
 _NOT_BUILT = "not built yet here: calls fall back, counted, or stop with strict"
 _ADAPTER = "an adapter of vLLM-Omni newer than 0.30.0, for kernels that nothing here calls; not implemented"
@@ -90,6 +101,7 @@ VLLM_OMNI = System(
         Published("MINDIE_SLA", None, _ASCEND),
         Published("aiter_quant", None, f"{_ADAPTER}; aiter is AITER in half precision"),
         Published("vdnh3", None, "for MiniMax-H3, with an adapter's weights of its own; not implemented"),
+        Published("VDNH3_ATTN", None, "for MiniMax-H3, with an adapter's weights of its own; not implemented"),
         Published("b12x", None, _ADAPTER),
         Published("flashinfer_sm120", None, f"{_ADAPTER}; flashinfer_attn is FlashInfer's dense attention"),
     ),
@@ -131,10 +143,10 @@ SGLANG = System(
             "SGLANG_DIFFUSION_AITER_FP8_ATTN is not read: half precision only",
         ),
         Published("aiter_sage", None, "AITER's quantised kernels for AMD cards; not implemented"),
-        Published("video_sparse_attn_h3", None, _INSIDE_SGLANG),
-        Published("hybrid_window_attn_h3", None, _INSIDE_SGLANG),
-        Published("subblock_sparse_attn", None, _INSIDE_SGLANG),
-        Published("cube_sparse_attn", None, _INSIDE_SGLANG),
+        Published("video_sparse_attn_h3", None, _VSA_H3),
+        Published("hybrid_window_attn_h3", None, _WINDOW),
+        Published("subblock_sparse_attn", None, _SUBBLOCK),
+        Published("cube_sparse_attn", None, _FLEX),
         Published("fp8_fa_sm120", None, f"{_INSIDE_SGLANG}; sage_fp8_cuda and sage_attn_3 are the nearest"),
         Published("sla_attn", None, _SLA),
         Published("sage_sla_attn", None, _SLA),
@@ -282,8 +294,9 @@ def systems_page() -> str:
         "",
         "## Options",
         "",
-        "Options stand under `extra` and are checked when they are read. These belong to no backend here: they are "
-        "understood, and refused as not implemented.",
+        "Options stand under `extra` and are checked when they are read. Those of a backend that is not built yet are "
+        "treated as its name is: calls fall back, counted, and a note says so. These belong to no backend here: beside "
+        "one that can run they are understood, and refused as not implemented.",
         "",
         "| option | what it is |",
         "|---|---|",

@@ -258,10 +258,15 @@ def test_runs_outside_of_a_comparison_are_kept_one_by_one_also_after_one_that_fa
     runs = nodes_module("runs")
     setup = set_up("wan", steps=1)
     model = selected(setup.guider.model_patcher, "sdpa_math")
-    with pytest.raises(ValueError, match="as it should"), runs.together() as kept:
-        setup.sample(model)
-        assert runs.find(kept[0].account["number"]) is not None, "it can be asked for before the end"
-        raise ValueError("as it should")
+
+    def fails() -> None:
+        with runs.together() as kept:
+            setup.sample(model)
+            assert runs.find(kept[0].account["number"]) is not None, "it can be asked for before the end"
+            raise ValueError("as it should")
+
+    with pytest.raises(ValueError, match="as it should"):
+        fails()
     first = runs.recent()[0]
     assert "compared" not in first, "a single run is an entry of its own"
     setup.sample(model)

@@ -267,3 +267,37 @@ def test_a_refused_name_of_another_component_changes_nothing() -> None:
 def test_a_component_must_be_a_name(component: Any) -> None:
     with pytest.raises(ConfigError, match="component must be a name such as transformer"):
         parse_config("fa", component=component)
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--diffusion-kv-cache-dtype fp8", "fp8 is FP8 attention of FLASH_ATTN on CUDA since 0.32"),
+        ("--diffusion-kv-cache-dtype=fp8", "fp8 is FP8 attention of FLASH_ATTN on CUDA since 0.32"),
+        ("--ulysses-degree 2", "splits each attention call over several cards"),
+        ("--ring-degree 2", "splits each attention call over several cards"),
+        ("--sp-degree 2", "splits each attention call over several cards"),
+    ],
+)
+def test_a_skipped_flag_that_changes_attention_elsewhere_says_what_it_does_there(flag: str, says: str) -> None:
+    notes = parse_config(f"vllm serve x --omni --seed 1 {flag} --diffusion-attention-backend FLASH_ATTN").notes
+    (note,) = (one for one in notes if says in one)
+    name = flag.replace("=", " ").split()[0]
+    assert note.startswith(f"{name}: there it ")
+    assert note.endswith("without effect here")
+    assert not any(name in one and "not about attention" in one for one in notes)
+    assert any(one.startswith("--omni, --seed: not about attention") for one in notes)
+    entry = name.lstrip("-").replace("-", "_")
+    mapped = parse_config({entry: 2, "seed": 1, "diffusion_attention_config": {"default": "FLASH_ATTN"}}).notes
+    assert any(one.startswith(f"{entry}: there it ") for one in mapped)
+    assert "seed: not about attention; without effect here" in mapped
+
+
+def test_a_variable_that_changes_attention_elsewhere_says_so() -> None:
+    notes = parse_config("DIFFUSION_ATTENTION_QUANT=fp8 vllm serve x --diffusion-attention-backend FLASH_ATTN").notes
+    assert any("DIFFUSION_ATTENTION_QUANT: there it quantises attention" in note for note in notes)
+
+
+def test_a_flag_with_attn_in_it_is_not_passed_over() -> None:
+    with pytest.raises(ConfigError, match="--hybrid_attn_schedule is about attention and not known here"):
+        parse_config("python run.py --attention_backend fa --hybrid_attn_schedule a,b")

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config.print import to_json
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.names import RefusedBackendError
+from attention_backends.backends.platform import parse_platform
+from attention_backends.backends.request import AttentionRequest
+from attention_backends.backends.router import NoBackendError, Router
 from option_backend import WithOptions
 
 
@@ -71,9 +75,7 @@ def test_options_of_backends_that_are_not_built_are_recognised(backend: str) -> 
     declared = {option.name: option for option in BACKENDS[backend].options}
     for option in declared.values():
         assert option.default is None or option.problem(option.default) is None, option.name
-    if BACKENDS[backend].unavailable_reasons.__qualname__.startswith("Planned"):
-        with pytest.raises(ConfigError, match=f"extra of {backend}: .*: understood, but not implemented yet"):
-            AttentionSpec(backend, PUBLISHED_OPTIONS[backend])
+    assert AttentionSpec(backend, PUBLISHED_OPTIONS[backend]).extra == PUBLISHED_OPTIONS[backend]
     for name in PUBLISHED_OPTIONS[backend]:
         assert declared[name].problem(object()) is not None
         with pytest.raises(ConfigError, match=f"extra of {backend}: {name} "):
@@ -90,7 +92,8 @@ def test_options_of_backends_that_are_not_built_are_recognised(backend: str) -> 
         ("vmoba_attn", {"moba_config": {"st_topkk": 1}}, "moba_config: no option 'st_topkk'"),
         ("vmoba_attn", {"moba_config": {"st_topk": 1.5}}, "moba_config: st_topk must be a whole number, not 1.5"),
         ("sol_attn", {"kv_splits": "many"}, "kv_splits must be a whole number, not 'many'"),
-        ("sol_attn", {"dense_layers": 3}, "not implemented yet"),
+        ("sol_attn", {"dense_layers": 3.5}, "dense_layers must be text"),
+        ("sparge_attn", {"sparsity_ratio": 2}, "sparsity_ratio 2 > 1"),
         ("sage_attn", {"quant_symmetric": True}, "quant_symmetric: understood, but not implemented (Smart-Diffusion's"),
         ("sage_attn", {"quant_symmetric": 1}, "quant_symmetric must be true or false, not 1"),
     ],
@@ -110,7 +113,8 @@ def test_options_are_type_checked(backend: str, extra: dict[str, Any], message: 
         ({"quant": {"dtype_qk": "int8", "q_block_size": 16}}, "quant: understood, but not implemented"),
         ({"quant": {"q_block_size": 3}}, "quant: q_block_size 3 is not one of 1, 4, 16"),
         ({"block_sparse": {"sparsity": 0.8, "skip_layers": "0-3,38"}}, "block_sparse: understood, but not implemented"),
-        ({"fastvideo_vsa_topk": 64}, "fastvideo_vsa_topk: understood, but not implemented"),
+        ({"fastvideo_vsa_provider": "vsa"}, "fastvideo_vsa_provider 'vsa' is not one of auto, fastvideo, flashinfer"),
+        ({"fastvideo_vsa_precision": "fp8"}, "fastvideo_vsa_precision 'fp8' is not one of bf16, sage"),
         ({"fastvideo_vsa_topk": "64"}, "fastvideo_vsa_topk must be a whole number, not '64'"),
         ({"quant": {}, "extra": {"quant": {}}}, "quant stands both beside backend and under extra"),
     ],
@@ -132,3 +136,60 @@ def test_the_example_of_vllms_document_is_refused_for_its_true_reason() -> None:
         RefusedBackendError, match=r"per_role\['self'\]: .*'SPARSE_BLOCK' of vLLM-Omni .*no such backend"
     ):
         parse_config(text)
+
+
+PLANNED_TEXTS = {
+    "--attention-backend sparge_attn --attention-backend-config topk=0.3": ("sparge_attn", {"topk": 0.3}),
+    "--attention-backend sliding_tile_attn --attention-backend-config mask_strategy_file_path=a.json,sta_mode=x": (
+        "sliding_tile_attn",
+        {"mask_strategy_file_path": "a.json", "sta_mode": "x"},
+    ),
+    "--attention-backend video_sparse_attn --attention-backend-config VSA_sparsity=0.5": (
+        "video_sparse_attn",
+        {"VSA_sparsity": 0.5},
+    ),
+    '--attention-backend vmoba_attn --attention-backend-config \'{"moba_config": {"st_topk": 2}}\'': (
+        "vmoba_attn",
+        {"moba_config": {"st_topk": 2}},
+    ),
+    "--attention-backend sol_attn --attention-backend-config tau=1.5,dense_steps=4,dense_backend=fa": (
+        "sol_attn",
+        {"tau": 1.5, "dense_steps": 4, "dense_backend": "fa"},
+    ),
+    "--attention-backend sparse_video_gen_2_attn --attention-backend-config svg2_top_p_kmeans=0.8": (
+        "sparse_video_gen_2_attn",
+        {"svg2_top_p_kmeans": 0.8},
+    ),
+    "infer.attn_type=sparge infer.attn_config.sparsity_ratio=0.5 infer.attn_config.block_size=64": (
+        "sparge_attn",
+        {"sparsity_ratio": 0.5, "block_size": 64},
+    ),
+    '{"default": {"backend": "FASTVIDEO_VSA", "fastvideo_vsa_topk": 64, "fastvideo_vsa_provider": "flashinfer", '
+    '"fastvideo_vsa_precision": "sage"}}': (
+        "video_sparse_attn",
+        {"fastvideo_vsa_topk": 64, "fastvideo_vsa_provider": "flashinfer", "fastvideo_vsa_precision": "sage"},
+    ),
+}
+
+
+@pytest.mark.parametrize("text", PLANNED_TEXTS)
+def test_a_planned_backend_with_its_options_falls_back_as_its_name_alone_does(text: str) -> None:
+    backend, options = PLANNED_TEXTS[text]
+    config = parse_config(text)
+    assert (config.default.backend, dict(config.default.extra)) == (backend, options)
+    expected = f"options of {backend} ({', '.join(options)}): without effect, as it is not built yet here"
+    assert expected in config.notes
+    router = Router(parse_platform("cuda:9.0"))
+    request = AttentionRequest(1, 8, 4096, 4096, 128, "bfloat16")
+    with_options, alone = (
+        router.decide(request, (AttentionConfig(spec, accuracy="sparse"),), "self", "self")
+        for spec in (config.default, AttentionSpec(backend))
+    )
+    assert with_options.backend == alone.backend
+    assert [(one.backend, one.reasons) for one in with_options.rejected] == [
+        (one.backend, one.reasons) for one in alone.rejected
+    ]
+    with pytest.raises(NoBackendError, match="not built into this version"):
+        router.decide(request, (AttentionConfig(config.default, strict=True),), "self", "self")
+    again = parse_config(to_json(config))
+    assert again.default == config.default

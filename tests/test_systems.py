@@ -369,3 +369,19 @@ def test_12_an_unknown_name_lists_the_names_and_the_nearest() -> None:
     assert "did you mean sage_attn" in str(caught.value)
     assert all(name in str(caught.value) for name in CHOICES)
     assert not isinstance(caught.value, RefusedBackendError)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs_on"),
+    [
+        ("cube_sparse_attn", "FlexAttention"),
+        ("subblock_sparse_attn", "FlashInfer"),
+        ("video_sparse_attn_h3", "fastvideo-kernel"),
+        ("hybrid_window_attn_h3", "FlashAttention"),
+    ],
+)
+def test_a_refusal_names_the_package_whose_kernels_it_runs_there(name: str, runs_on: str) -> None:
+    with pytest.raises(UnknownBackendError) as refused:
+        canonical(name)
+    assert runs_on in str(refused.value)
+    assert "no package of their own" not in str(refused.value)

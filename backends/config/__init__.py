@@ -79,16 +79,16 @@ class AttentionSpec:
         if backend is None:
             raise ConfigError(f"extra: {self.backend} takes no options, it chooses; name a backend to set its options")
         declared = {option.name for option in backend.options}
-        foreign = [name for name in self.extra if name in FOREIGN_OPTIONS and name not in declared]
+        foreign = {name: self.extra[name] for name in self.extra if name in FOREIGN_OPTIONS and name not in declared}
         wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
-        if wrong or foreign:
-            wrong += foreign_problems({name: self.extra[name] for name in foreign})
+        # A planned backend falls back, and so do its options: only their values are checked.
+        planned = isinstance(backend, Planned)
+        wrong += problems(tuple(FOREIGN_OPTIONS.values()), foreign) if planned else foreign_problems(foreign)
+        if wrong:
             raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
         conflicts = backend.option_conflicts(self.extra)
         if conflicts:
             raise ConfigError(f"extra of {self.backend}: {'; '.join(conflicts)}")
-        if isinstance(backend, Planned):
-            raise ConfigError(f"extra of {self.backend}: {', '.join(self.extra)}: understood, but not implemented yet")
 
     def __hash__(self) -> int:
         return hash((self.backend, frozen(self.extra)))

@@ -6,6 +6,8 @@ Their words are in `words.py`; what the mapping means is in `mapping.py`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from . import ConfigError
@@ -22,6 +24,25 @@ COMMAND_FLAGS = (*CONFIG_FLAGS, "diffusion_attention_backend", "attention_backen
 COMPONENT_NAME = re.compile(
     r"(transformer|unet|text_encoder|image_encoder|vision_encoder|vae|audio_vae|video_vae|vocoder|connectors)(_\d+)?"
 )
+
+_PARALLEL = "splits each attention call over several cards"
+ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "diffusion_kv_cache_dtype": "sets the arithmetic of attention in vLLM-Omni: fp8 is FP8 attention of FLASH_ATTN "
+        "on CUDA since 0.32, before only on NPUs; sage_fp8_cuda is the nearest here",
+        "diffusion_kv_cache_skip_steps": "names steps that keep the arithmetic of attention in vLLM-Omni",
+        "diffusion_kv_cache_skip_layers": "names layers that keep the arithmetic of attention in vLLM-Omni",
+        "diffusion_kv_cache_dtype_skip_steps": "names steps that keep the arithmetic of attention in vLLM-Omni",
+        "diffusion_kv_cache_dtype_skip_layers": "names layers that keep the arithmetic of attention in vLLM-Omni",
+        **dict.fromkeys(
+            ("ulysses_degree", "ring_degree", "sp_degree", "sp_size", "usp", "ulysses_mode", "allgather_kv"), _PARALLEL
+        ),
+        "diffusion_attention_quant": "quantises attention in vLLM-Omni since 0.32; sage_attn is the nearest here",
+        "sglang_use_sage_attention_impl": "chooses among SGLang's Sage kernels; here each has a name of its own",
+        "sglang_diffusion_aiter_fp8_attn": "runs AITER's FP8 kernels in SGLang; here aiter is half precision only",
+    }
+)
+"""What flags and variables of other systems do to attention there; here they have no effect."""
 
 _ASSIGNMENT = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 _PROGRAM = re.compile(
@@ -48,9 +69,19 @@ class Flags(NamedTuple):
     environment: dict[str, str]
     """Variables that stand before the command."""
     skipped: tuple[str, ...]
-    """Flags of a command line that are not about attention."""
+    """Flags of a command line that have no effect here: not about attention, or in `ELSEWHERE`."""
     places: list[Place]
     """Where each setting stands."""
+
+
+def notes_on(skipped: Sequence[str]) -> list[str]:
+    """One note for each skipped flag that changes attention where it comes from, one for all others."""
+    about = {flag: flag.lstrip("-").replace("-", "_").lower() for flag in skipped}
+    known = [
+        f"{flag}: there it {ELSEWHERE[name]}; without effect here" for flag, name in about.items() if name in ELSEWHERE
+    ]
+    others = [flag for flag, name in about.items() if name not in ELSEWHERE]
+    return known + ([f"{', '.join(others)}: not about attention; without effect here"] if others else [])
 
 
 def looks_like_flags(text: str) -> bool:
@@ -181,12 +212,13 @@ def _is_attention(word: str) -> bool:
 
 
 def _refuse_near(word: Word, source: str) -> None:
-    """A flag of a command line that speaks of attention and is not known must not be passed over.
+    """A flag of a command line that speaks of attention, or attn, and is not known must not be passed over.
 
     Raises:
         ConfigError: it is one.
     """
-    if word.text.startswith("--") and "attention" in _head(word.text):
+    head = _head(word.text)
+    if word.text.startswith("--") and re.search("attention|attn", head) and head not in ELSEWHERE:
         name = word.text.partition("=")[0]
         raise ConfigError(f"{source}: flag {name} is about attention and not known here; known: {_known()}{_at(word)}")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..bounded import nearest, shortened
 from ..kernels import BACKENDS
+from ..kernels.planned import Planned
 from ..names import UnknownBackendError, canonical
 from ..options.foreign import BESIDE_BACKEND, FOREIGN_OPTIONS, foreign_problems
 from ..schedule import ScheduleEntry
@@ -19,7 +20,7 @@ from ..systems import line_of
 from . import LONGEST_ROLE, AttentionConfig, AttentionSpec, ConfigError
 from .components import component_entries
 from .data import load_json
-from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS
+from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS, notes_on
 from .schedule import FOREIGN_SCHEDULE, foreign_schedule, schedule_of
 
 SETTINGS = ("accuracy", "strict", "guard", "joint_is_self")
@@ -69,7 +70,8 @@ def from_mapping(value: Mapping[Any, Any], reading: Reading) -> AttentionConfig:
     unknown = [name for name in entries if name not in known]
     besides = _besides(keys, unknown)
     if besides:
-        reading.note(f"{', '.join(besides)}: not about attention; without effect here")
+        for note in notes_on(besides):
+            reading.note(note)
     unknown = [name for name in unknown if name not in besides]
     if unknown:
         raise ConfigError(f"{source}: unknown entry {', '.join(unknown)}; known: {', '.join(FIELDS)}")
@@ -128,6 +130,10 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     reading.note(line_of(name, system) if value.get("backend") is not None else "")
+    if spec.extra and isinstance(BACKENDS[spec.backend], Planned):
+        reading.note(
+            f"options of {spec.backend} ({', '.join(spec.extra)}): without effect, as it is not built yet here"
+        )
     return spec
 
 

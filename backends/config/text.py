@@ -21,7 +21,7 @@ from ..records.reader import FIELDS as RECORD_FIELDS
 from ..records.reader import is_record, read
 from . import AttentionConfig, ConfigError
 from .data import check_data, check_size, load_json, load_yaml
-from .flags import looks_like_flags, parse_flags, parse_pairs
+from .flags import ELSEWHERE, looks_like_flags, notes_on, parse_flags, parse_pairs
 from .mapping import FIELDS, Reading, from_mapping, spec_of
 from .places import Place, line_of_error, places_of
 from .python import python_problem
@@ -230,11 +230,12 @@ class _Reader:
             unknown = ", ".join(flags.environment)
             raise ConfigError(f"{self.source}: unknown entry {unknown}; known: {', '.join((*FIELDS, *variables))}")
         if flags.skipped:
-            note = shortened(f"{', '.join(flags.skipped)}: not about attention; without effect here")
-            config = replace(config, notes=(*config.notes, note))
+            config = replace(config, notes=(*config.notes, *map(shortened, notes_on(flags.skipped))))
         for name in flags.environment:
-            if "ATT" in name and name not in variables:
-                config = replace(config, notes=(*config.notes, f"{name}: not read from text; without effect here"))
+            if ("ATT" in name or name.lower() in ELSEWHERE) and name not in variables:
+                there = f"there it {ELSEWHERE[name.lower()]}; " if name.lower() in ELSEWHERE else ""
+                note = f"{name}: {there}not read from text; without effect here"
+                config = replace(config, notes=(*config.notes, note))
         for lower in _layers(flags.environment, (config,), self.component, self.read_files, self.inside + 1):
             if config.default.is_auto:
                 config = replace(

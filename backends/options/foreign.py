@@ -26,7 +26,7 @@ _QUANT = Option(
     "quant",
     dict,
     None,
-    "vLLM-Omni's Sage-like quantisation for TRTLLM_ATTN",
+    "vLLM-Omni's quantisation for TRTLLM_ATTN, since 0.32 for FLASHINFER_ATTN too",
     fields=(
         Option("dtype_qk", str, None, "Type of queries and keys.", also=(None,)),
         Option("dtype_vo", str, None, "Type of values and output.", also=(None,)),
@@ -50,8 +50,19 @@ _BLOCK_SPARSE = Option(
 )
 _TOPK = Option("fastvideo_vsa_topk", int, 64, "vLLM-Omni's number of tiles kept by FASTVIDEO_VSA", minimum=1)
 
-BESIDE_BACKEND: tuple[str, ...] = ("skip_softmax", "quant", "block_sparse", "fastvideo_vsa_topk")
-"""Names that vLLM-Omni 0.30 writes beside `backend`; read as if they stood under `extra`."""
+_PROVIDER = Option(
+    "fastvideo_vsa_provider", str, "auto", "vLLM-Omni 0.32's package for FASTVIDEO_VSA",
+    choices=("auto", "fastvideo", "flashinfer"),
+)  # fmt: skip
+_PRECISION = Option(
+    "fastvideo_vsa_precision", str, "bf16", "vLLM-Omni 0.32's arithmetic of FASTVIDEO_VSA", choices=("bf16", "sage")
+)
+
+BESIDE_BACKEND: tuple[str, ...] = (
+    *("skip_softmax", "quant", "block_sparse", "fastvideo_vsa_topk", "fastvideo_vsa_provider"),
+    "fastvideo_vsa_precision",
+)
+"""Names that vLLM-Omni 0.30, and 0.32, writes beside `backend`; read as if they stood under `extra`."""
 
 FOREIGN_OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
@@ -61,6 +72,8 @@ FOREIGN_OPTIONS: Mapping[str, Option] = MappingProxyType(
             _QUANT,
             _BLOCK_SPARSE,
             _TOPK,
+            _PROVIDER,
+            _PRECISION,
             Option("quant_bits", int, 8, "Smart-Diffusion's documents name it, its code does not", choices=(4, 8)),
             Option("quant_symmetric", bool, True, "Smart-Diffusion's documents name it, its code does not"),
             Option(
