@@ -1,0 +1,171 @@
+"""Calls of the hook whose tensors disagree, or hold nothing: ComfyUI's function answers them, and no kernel gets them.
+
+What it answers with is compared with stock in `test_hook_against_stock.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from attention_backends.backends.call_checks import CheckError  # noqa: E402
+from attention_backends.backends.router import NoBackendError  # noqa: E402
+from attention_calls import as_comfyui_runs  # noqa: E402
+from hook_side import exact, host, model_call, override, sampling, stand_in  # noqa: E402
+from test_failed_kernels import Machine  # noqa: E402
+
+BACKENDS = ("auto", "comfy", "sdpa_math")
+HEADS, HEAD_DIM = 4, 16
+
+
+@pytest.fixture(autouse=True)
+def _as_comfyui() -> Iterator[None]:
+    with as_comfyui_runs():
+        yield
+    host._outside_runs.clear()
+
+
+def made(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def flat(batch: int = 2, length: int = 6, heads: int = HEADS, head_dim: int = HEAD_DIM) -> torch.Tensor:
+    return made(batch, length, heads * head_dim)
+
+
+def apart(batch: int = 2, length: int = 6, heads: int = HEADS, head_dim: int = HEAD_DIM) -> torch.Tensor:
+    return made(batch, heads, length, head_dim)
+
+
+EMPTY: dict[str, tuple[list[torch.Tensor], dict[str, Any]]] = {
+    "no sample": ([flat(0)] * 3, {}),
+    "no query": ([flat(length=0), flat(), flat()], {}),
+    "no key": ([flat(), flat(length=0), flat(length=0)], {}),
+    "nothing": ([flat(length=0)] * 3, {}),
+    "no features": ([flat(head_dim=0)] * 3, {}),
+    "no head": ([apart(heads=0)] * 3, {"skip_reshape": True}),
+    "no sample, heads apart": ([apart(0)] * 3, {"skip_reshape": True}),
+    "no key, heads apart": ([apart(), apart(length=0), apart(length=0)], {"skip_reshape": True}),
+    "no value": ([flat(), flat(), flat(length=0)], {}),
+    "no key, masked": ([flat(), flat(length=0), flat(length=0)], {"mask": torch.zeros(6, 0)}),
+    "no query, masked": ([flat(length=0), flat(), flat()], {"mask": torch.ones(2, 0, 6, dtype=torch.bool)}),
+}
+
+ODD: dict[str, tuple[list[torch.Tensor], dict[str, Any]]] = {
+    "value in half": ([flat(), flat(), flat().half()], {}),
+    "key in half": ([flat(), flat().half(), flat()], {}),
+    "query in half": ([flat().half(), flat(), flat()], {"attn_precision": torch.float32}),
+    "another device": ([flat(), flat().to("meta"), flat().to("meta")], {}),
+    "mask on another device": ([flat()] * 3, {"mask": torch.zeros(6, 6, device="meta")}),
+    "keys that cannot be folded": ([flat(), flat(1, 5), flat(1, 5)], {}),
+    "key of another size": ([flat(), flat(head_dim=8), flat()], {"enable_gqa": True}),
+    "one sample of keys": ([apart(), apart(1), apart(1)], {"skip_reshape": True}),
+    "more samples of keys": ([apart(1), apart(2), apart(2)], {"skip_reshape": True}),
+    "fewer heads without a word": ([apart(), apart(heads=2), apart(heads=2)], {"skip_reshape": True}),
+    "heads that cannot be shared": (
+        [apart(), apart(heads=3), apart(heads=3)],
+        {"skip_reshape": True, "enable_gqa": True},
+    ),
+    "heads of values": ([apart(), apart(), apart(heads=1)], {"skip_reshape": True}),
+    "head_dim of keys": ([apart(), apart(head_dim=8), apart()], {"skip_reshape": True}),
+    "head_dim of values": ([apart(), apart(), apart(head_dim=8)], {"skip_reshape": True}),
+    "three dimensions of four": ([flat()] * 3, {"skip_reshape": True}),
+    "four dimensions of three": ([apart()] * 3, {}),
+    "mask of other keys": ([flat()] * 3, {"mask": torch.zeros(6, 7)}),
+    "mask of other samples": ([flat()] * 3, {"mask": torch.zeros(3, 1, 6)}),
+    "mask of five dimensions": ([flat()] * 3, {"mask": torch.zeros(1, 1, 1, 6, 6)}),
+    "mask of integers": ([flat()] * 3, {"mask": torch.zeros(6, 6, dtype=torch.int64)}),
+    "mask in half": ([flat()] * 3, {"mask": torch.zeros(6, 6).half()}),
+    "scale as a tensor": ([flat()] * 3, {"scale": torch.tensor(0.5)}),
+}
+
+NORMAL: tuple[list[torch.Tensor], dict[str, Any]] = ([flat()] * 3, {})
+
+
+class Answers:
+    """ComfyUI's function, which answers whatever it gets and notes it."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.output = torch.ones(1)
+        self.__name__ = self.__qualname__ = "attention_pytorch"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.got.append((args, kwargs))
+        return self.output
+
+
+def hook(ours: Any, func: Callable[..., Any], tensors: list[torch.Tensor], flags: dict[str, Any], run: Any) -> Any:
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
+    return model_call(
+        stand_in(["WanModel"], {}), options, lambda: ours(func, *tensors, HEADS, transformer_options=options, **flags)
+    )
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["first", "after calls that agree"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*ODD, *EMPTY])
+def test_comfyuis_function_gets_it_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, name: str, backend: str, after: bool
+) -> None:
+    machine, func = Machine(monkeypatch), Answers()
+    tensors, flags = {**ODD, **EMPTY}[name]
+    ours = override(backend)
+    run = sampling.Run(ours)
+    if after:  # plans that are there may not take it for one of theirs
+        hook(ours, exact, *NORMAL, run)
+        machine.ran.clear()
+    assert hook(ours, func, tensors, flags, run) is func.output
+    assert machine.ran == []
+    ((args, kwargs),) = func.got
+    assert [one is other for one, other in zip(args, tensors, strict=True)] == [True] * 3
+    assert kwargs["mask"] is flags.get("mask")
+    assert {flag: kwargs[flag] for flag in flags} == flags
+    assert [row.backend for row in run.trace.rows.values() if row.calls][-1:] == ["comfy"]
+    assert any(note.startswith("ComfyUI's own attention ran: ") for note in run.trace.notes)
+
+
+@pytest.mark.parametrize("name", [*ODD, *EMPTY])
+def test_strict_stops_what_there_is_to_compute(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    machine, func = Machine(monkeypatch), Answers()
+    ours = override("sdpa_math", strict=True)
+    tensors, flags = {**ODD, **EMPTY}[name]
+    if name in EMPTY:
+        assert hook(ours, func, tensors, flags, sampling.Run(ours)) is func.output
+    else:
+        with pytest.raises(NoBackendError, match="sdpa_math was asked for strictly"):
+            hook(ours, func, tensors, flags, sampling.Run(ours))
+    assert machine.ran == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("key", "value", "flags"),
+    [
+        (flat(length=6), flat(length=4), {}),
+        (flat(length=4), flat(length=6), {}),
+        (apart(length=6), apart(length=4), {"skip_reshape": True}),
+        (flat(1, 12), flat(1, 8), {}),
+        (flat(heads=2), flat(heads=2, length=4), {"enable_gqa": True}),
+    ],
+    ids=["fewer values", "more values", "heads apart", "folded", "grouped"],
+)
+def test_keys_without_a_value_are_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, backend: str, key: torch.Tensor, value: torch.Tensor, flags: dict[str, Any]
+) -> None:
+    machine, func = Machine(monkeypatch), Answers()
+    query = apart() if flags.get("skip_reshape") else flat()
+    ours = override(backend)
+    with pytest.raises(CheckError, match="give one value for each key"):
+        hook(ours, func, [query, key, value], flags, sampling.Run(ours))
+    assert (machine.ran, func.got) == ([], [])
+
+
+def test_more_arguments_than_there_are_are_refused_in_words() -> None:
+    ours = override()
+    with pytest.raises(TypeError, match="attention takes 8 positional arguments, and 9 were given"):
+        ours(exact, *NORMAL[0], HEADS, None, None, False, False, True)
