@@ -50,25 +50,27 @@ class KernelOutputError(RuntimeError):
 def check_output(output: object, call: AttentionCall) -> None:
     """`check_output_is` with what `call` must give; the call must still hold its tensors."""
     query = call.query
-    check_output_is(output, (*query.shape[:3], call.value.shape[3]), query.dtype, query.device)
+    check_output_is(output, (*query.shape[:3], call.value.shape[3]), query.dtype, query.get_device())
 
 
-def check_output_is(output: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_output_is(output: object, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> None:
     """Refuse what is no tensor of this shape, dtype and device. Reads no values, so it costs no synchronisation.
 
-    Under autocast its dtype is right too, as PyTorch's own attention returns it there.
+    `index` is that of the device, -1 for the CPU. Under autocast its dtype is right too, as PyTorch's own attention
+    returns it there.
 
     Raises:
         KernelOutputError: with what was returned and what was expected.
     """
     import torch
 
-    expected = f"{tuple(shape)} {_name(dtype)} on {device}"
+    expected = f"{tuple(shape)} {_name(dtype)} on {'cpu' if index < 0 else f'device {index}'}"
     if not isinstance(output, torch.Tensor):
         raise KernelOutputError(f"returned {type(output).__name__}, not a tensor {expected}")
-    kind = device.type
+    kind = output.device.type
     dtypes = {dtype, torch.get_autocast_dtype(kind)} if _autocasts(kind) else {dtype}
-    if output.shape != shape or output.dtype not in dtypes or output.device != device:
+    elsewhere = kind != "cpu" if index < 0 else output.get_device() != index
+    if output.shape != shape or output.dtype not in dtypes or elsewhere:
         raise KernelOutputError(
             f"returned {tuple(output.shape)} {_name(output.dtype)} on {output.device}, not {expected}"
         )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Plan:
     """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
 
-    __slots__ = ("clock", "decision", "device", "dtype", "function", "kernel", "request", "row", "shape", "strict")
+    __slots__ = ("clock", "decision", "dtype", "function", "index", "kernel", "request", "row", "shape", "strict")
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class Plan:
         self.shape = (request.batch, request.num_heads, request.q_len, request.v_head_dim or request.head_dim)
         """Of the output."""
         self.dtype: torch.dtype = getattr(torch, request.dtype)
-        self.device: torch.device | None = None
-        """Of the calls; known from the first one on."""
+        self.index: int | None = None
+        """Of the device of the calls, -1 for the CPU; known from the first one on."""
 
     def become(self, other: Plan) -> None:
         """Run later calls of this kind as `other` would."""
@@ -66,9 +66,9 @@ class Plan:
         Raises:
             KernelOutputError: what the kernel returned is not the output of such a call.
         """
-        device = self.device
-        if device is None:
-            device = self.device = call.query.device
+        index = self.index
+        if index is None:
+            index = self.index = call.query.get_device()
         clock = self.clock
         if clock is None:
             output = self.kernel(call)
@@ -80,10 +80,14 @@ class Plan:
             if not clock.paused:
                 row.nanoseconds += perf_counter_ns() - start
                 row.timed += 1
-        try:
-            if output.shape == self.shape and output.dtype is self.dtype and output.device == device:
+        try:  # 0.3 us; `device` would be 0.1 more
+            if (
+                output.shape == self.shape
+                and output.dtype is self.dtype
+                and (output.is_cpu if index < 0 else output.get_device() == index)
+            ):
                 return output
         except AttributeError:  # no tensor
             pass
-        check_output_is(output, self.shape, self.dtype, device)
+        check_output_is(output, self.shape, self.dtype, index)
         return output

@@ -263,7 +263,7 @@ class Session:
         try:
             output = plan.compute(call)
         except Exception as error:
-            output = self._recover(plan, call, error)
+            output = self.recover(plan, call, error)
         plan.row.calls += 1
         return output
 
@@ -287,7 +287,7 @@ class Session:
         plan.row.calls += 1
         return output
 
-    def _recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
+    def recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
         """Run the backends that are left, one after the other, until one computes the call; change `plan` to it."""
         while True:
             if isinstance(error, NoBackendError):

@@ -21,16 +21,17 @@ from ..backends.mask.plan import NOTHING_HIDDEN, MaskPlan
 from ..backends.names import COMFY, MEASURED
 from ..backends.plan import Plan
 from ..backends.request import AttentionCall
-from ..backends.router import NoBackendError
+from ..backends.router import ALWAYS, NoBackendError
 from .comfy_functions import changed_by_auto, forces_upcast, host_function, name_of_function, reads_booleans
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
-from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
+from .layouts import EMPTY, Layout, differing, kv_len_of, only_comfyui
 from .roles import Role
 from .scope import Scope
 from .sites import Site, maker
 
 MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
+BOOL = torch.bool
 ADD_ANY_MASK = ("attention_basic", "attention_split", "attention_sub_quad", "attention_xformers")
 """ComfyUI's functions that add masks of numbers in whatever dtype; others end in SDPA, which asks for the query's or
 float32."""
@@ -39,9 +40,9 @@ float32."""
 class HookPlan:
     """How every hook call of one kind runs: its layout, and the plan behind it."""
 
-    __slots__ = ("layout", "parts", "plan", "preferred")
+    __slots__ = ("layout", "looks", "parts", "plan", "preferred")
 
-    def __init__(self, layout: Layout, plan: Plan, parts: Parts | None, preferred: Any = None) -> None:
+    def __init__(self, layout: Layout, plan: Plan, parts: Parts | None, looks: bool, preferred: Any = None) -> None:
         self.layout = layout
         """Shared by all kinds that differ in their place only: what each call reads is to be in few places."""
         self.plan = plan
@@ -49,6 +50,8 @@ class HookPlan:
         """How the parts of the mask's plan run; None where the mask is passed on whole."""
         self.preferred = preferred
         """The function that the checkpoint asks for and that may run; None where ComfyUI's own is meant."""
+        self.looks = looks
+        """Whether each call's dtypes and devices are looked at, for 0.2 us; not where the kernel does so itself."""
 
 
 def route(
@@ -80,34 +83,36 @@ def route(
     ordinal = scope.ordinal
     scope.ordinal = ordinal + 1
     scope.routed += 1
-    given, mask_plan = mask, None
+    # Each of these costs torch 0.05 to 0.1 us, so it is read once.
+    q_shape, k_shape, dtype, device = query.shape, key.shape, query.dtype, query.get_device()
+    given, mask_plan, mask_facts = mask, None, None
     if mask is not None:
-        mask = _in_a_dtype_to_add(mask, query, func)
-        if mask is not given and scope.session.checks:
-            check(Layout(query, key, value, kwargs).call(query, key, value, given))  # which refuses it, in words
-        if mask is None or not 2 <= mask.ndim <= 4:
+        mask_dtype, mask_shape, source = mask.dtype, mask.shape, scope.mask_source
+        if mask_dtype is not dtype and mask_dtype is not BOOL:
+            mask = _in_a_dtype_to_add(mask, query, func)
+            if mask is not given:
+                if scope.session.checks:
+                    check(Layout(query, key, value, kwargs).call(query, key, value, given))  # refuses it, in words
+                source = given if source is None else source
+                mask_dtype = None if mask is None else mask.dtype
+        if mask is None or not 2 <= len(mask_shape) <= 4:
             text = f"mask {tuple(given.shape)} of {given.dtype} with queries of {query.dtype}"
             return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
-        same = key.shape[0] == query.shape[0] and key.ndim == query.ndim
-        source = given if mask is not given and scope.mask_source is None else scope.mask_source
-        kv_len = key.shape[-2] if same else kv_len_of(query, key, kwargs)
-        mask_plan = scope.masks.plan(mask, source, kv_len)
+        same = k_shape[0] == q_shape[0] and len(k_shape) == len(q_shape)
+        mask_plan = scope.masks.plan(mask, source, k_shape[-2] if same else kv_len_of(query, key, kwargs))
+        mask_facts = mask_plan.facts, mask_dtype, mask_shape, mask.stride()
     # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts. Names, then
     # values: half the time of pairs.
     plan_key = (
-        query.shape,
-        key.shape,
+        q_shape,
+        k_shape,
         value.shape,
         scope.site,
         scope.window,
         ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
-        query.dtype,
-        key.dtype,
-        value.dtype,
-        query.get_device(),
-        key.get_device(),
-        value.get_device(),
-        None if mask_plan is None else (mask_plan.facts, mask.dtype, mask.shape, mask.stride(), mask.get_device()),
+        dtype,
+        device,
+        mask_facts,
         *kwargs,
         *kwargs.values(),
     )
@@ -127,8 +132,18 @@ def route(
             known, scope.site = scope.site is marked, marked
         if known:  # else the key lacks the module that calls, which is marked from its next run on
             scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
+    elif hook_plan.looks and not (
+        key.dtype is value.dtype is dtype
+        and key.get_device() == value.get_device() == device
+        and (mask is None or mask.get_device() == device)
+    ):
+        text = differing(query, key, value, mask)
+        return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
     layout = hook_plan.layout
-    call = layout.call(query, key, value, mask)
+    if mask is None and layout.skip_reshape:  # as `Layout.call` has it, with a frame less
+        call = AttentionCall(query, key, value, None, False, layout.scale, layout.enable_gqa)
+    else:
+        call = layout.call(query, key, value, mask)
     func = hook_plan.preferred or func
     if owned:
         # Not only for the backend comfy: it is also the last resort when another one fails.
@@ -146,7 +161,15 @@ def route(
     if mask_plan is None or hook_plan.parts is None:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
-        output = scope.session.run(hook_plan.plan, call)
+        plan = hook_plan.plan
+        try:
+            output = plan.compute(call)  # as `Session.run` has it, with a frame less for each call
+        except Exception as error:
+            text = "" if call.query is None else differing(call.query, call.key, call.value, mask)
+            if text and not owned:  # the fault of this call alone: where kernels look at that, we do not
+                return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
+            output = scope.session.recover(plan, call, error)
+        plan.row.calls += 1
     else:
         host = partial(_host_part, func, options=options, kwargs=kwargs)
         output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
@@ -173,11 +196,9 @@ def _only_comfyui(
     """Why ComfyUI's own function is to run this kind of call; empty where kernels may. See `layouts.only_comfyui`."""
     if not KNOWN_ARGUMENTS.issuperset(kwargs):
         return _unknown(kwargs)
-    text = only_comfyui(query, key, value, kwargs)
+    text = only_comfyui(query, key, value, mask, kwargs)
     if text or mask is None:
         return text
-    if mask.device != query.device:
-        return f"devices differ: query {query.device}, mask {mask.device}"
     call = Layout(query, key, value, kwargs).call(query, key, value, mask)
     if not fits(call):
         scores = (*call.query.shape[:3], call.key.shape[2])
@@ -237,11 +258,14 @@ def _new_plan(
     parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, asked)
     if mask_plan is None or not parts:
         pattern = mask_plan.pattern if mask_plan is not None and not on_host else ""
-        hook_plan = HookPlan(layout, planned(call, f"{request.mask}, {pattern}" if pattern else ""), None, wish)
+        plan = planned(call, f"{request.mask}, {pattern}" if pattern else "")
+        # PyTorch's own function compares them; the operators below it, and packages, need not.
+        plain = plan.decision.backend == ALWAYS and scope.session.router.platform.kind == "cpu"
+        hook_plan = HookPlan(layout, plan, None, not plain, wish)
     else:
         planned_parts = plan_parts(scope.session, mask_plan, call, parts, planned)
-        first = next(plan for plan in planned_parts.plans if plan is not None)
-        hook_plan = HookPlan(layout, first, planned_parts, wish)
+        plan = next(plan for plan in planned_parts.plans if plan is not None)
+        hook_plan = HookPlan(layout, plan, planned_parts, True, wish)
     decision = hook_plan.plan.decision
     if preferred is not None and not choice.is_open and decision.backend != COMFY:
         scope.run.note(f"{preferred.source} gave way to {decision.source}")
@@ -332,16 +356,22 @@ def _pass_on(
     Raises:
         NoBackendError: a backend was named for this role, strictly, and there is something to compute.
     """
-    role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
-    kind = "none"
-    if mask is not None:
-        kind = mask_kind(as_4d(mask)) if 2 <= mask.ndim <= 4 else "bias"
-    count_passed_on(scope, role, kind, text)
+    _count_passed_on(scope, query, key, mask, text)
     if mask is not None and text.startswith("mask "):  # only ComfyUI's function knows how it reads this one
         if options is not None:
             kwargs = {**kwargs, "transformer_options": options}
         return func(query, key, value, **{**kwargs, "mask": mask, "_inside_attn_wrapper": True})
     return run_comfy(func, query, key, value, mask, options, kwargs)
+
+
+def _count_passed_on(
+    scope: Scope, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, text: str
+) -> None:
+    role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
+    kind = "none"
+    if mask is not None:
+        kind = mask_kind(as_4d(mask)) if 2 <= mask.ndim <= 4 else "bias"
+    count_passed_on(scope, role, kind, text)
 
 
 def count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:

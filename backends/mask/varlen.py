@@ -109,7 +109,7 @@ def as_kernel(kernel: VarlenKernel) -> Kernel:
         packed = pack(call, call.parts)
         output = kernel(packed)
         shape = (*packed.query.shape[:2], packed.value.shape[2])
-        check_output_is(output, shape, packed.query.dtype, packed.query.device)
+        check_output_is(output, shape, packed.query.dtype, packed.query.get_device())
         return unpack(output, call, call.parts)
 
     return run
