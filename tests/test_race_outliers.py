@@ -49,7 +49,7 @@ def test_no_kernel_is_dropped_because_one_call_compiled_and_one_was_held_up(real
         for call, ms in itertools.product(range(1, 8), (2.1 * USUAL, 20.0, 30.0, 400.0)):
             times = {INCUMBENT: itertools.repeat(USUAL), "other": disturbed(kernel_ms, first, {call: ms})}
             entry = None
-            for _ in range(2):  # a later run tries again what the first one put off
+            for _ in range(3):  # later runs try again what one put off
                 entry = race_once(times, entry).entry
                 if entry is not None and not entry.put_off:
                     break
@@ -79,7 +79,7 @@ def test_a_kernel_that_is_plainly_slower_is_dropped_after_two_calls(real: float)
 
 
 @pytest.mark.parametrize("real", [5.0, 11.0, 100.0])
-def test_a_far_slower_kernel_costs_at_most_two_budgets(real: float) -> None:
+def test_a_far_slower_kernel_costs_at_most_three_budgets(real: float) -> None:
     spent = 0.0
 
     def counted() -> Iterator[float]:
@@ -96,7 +96,7 @@ def test_a_far_slower_kernel_costs_at_most_two_budgets(real: float) -> None:
     assert entry is not None
     assert entry.winner == INCUMBENT
     assert entry.put_off == {}
-    assert spent <= 2 * max(measuring.BUDGET * USUAL + real * USUAL, real * USUAL)
+    assert spent <= 3 * max(measuring.BUDGET * USUAL + real * USUAL, real * USUAL)
 
 
 def test_the_choice_is_as_good_with_many_calls_held_up() -> None:

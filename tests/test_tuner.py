@@ -175,11 +175,12 @@ def test_a_first_call_beyond_the_budget_puts_a_candidate_off_to_the_next_run(sto
     assert machine.tuner.trials == 0
 
 
-def test_one_that_always_compiles_is_put_off_once_only(store: Store) -> None:
+def test_one_that_always_compiles_is_put_off_twice_only(store: Store) -> None:
+    """Once for compiling, once more in case that the next call was held up."""
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=4000.0))
-    for _ in range(3):
+    for _ in range(5):
         machine.run(small_call())
-    assert machine.backends["sdpa_math"].calls == 2
+    assert machine.backends["sdpa_math"].calls == 3
     assert only_entry(store)["rejected"] == {"sdpa_math": "its first calls took 4e+03 ms > 12 x 3 ms of torch_sdpa"}
 
 

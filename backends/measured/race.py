@@ -43,8 +43,9 @@ MOST_TRIALS = 32
 """Times of a candidate, however fast it is."""
 MOST_TIMES = 60
 """Times of the incumbent that are kept."""
-MOST_TIMES_PUT_OFF = 2
-"""A candidate whose time is not known when its budget is spent is tried again in a later run, at most so often."""
+MOST_TIMES_PUT_OFF = 3
+"""A candidate whose time is not known when its budget is spent is tried again in a later run, until it was put off so
+often: once for compiling, once for a hold-up."""
 
 
 class Runner:
