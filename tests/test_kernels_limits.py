@@ -354,8 +354,8 @@ def test_amd_cards_of_flash_attn() -> None:
 
     backend = BACKENDS["flash_attn_2"]
     assert backend.unavailable_reasons(Platform("rocm", gfx="gfx942", packages=packages)) == []
-    assert backend.unavailable_reasons(Platform("rocm", gfx="gfx1100", packages=packages)) == [
-        "architecture gfx1100 not in (gfx90a, gfx942, gfx950)"
+    assert backend.unavailable_reasons(Platform("rocm", gfx="gfx1030", packages=packages)) == [
+        "architecture gfx1030 not in (gfx90a, gfx942, gfx950)"
     ]
 
 
