@@ -51,7 +51,7 @@ class Plan:
         """Of the output."""
         self.dtype: torch.dtype = getattr(torch, request.dtype)
         self.index: int | None = None
-        """Of the device of the calls, -1 for the CPU; known from the first one on."""
+        """Of the device of the first call, -1 for the CPU."""
 
     def become(self, other: Plan) -> None:
         """Run later calls of this kind as `other` would."""
@@ -89,5 +89,7 @@ class Plan:
                 return output
         except AttributeError:  # no tensor
             pass
+        if call.query is not None:  # a host may have moved a model within a run
+            index = call.query.get_device()
         check_output_is(output, self.shape, self.dtype, index)
         return output

@@ -84,7 +84,7 @@ def route(
     scope.ordinal = ordinal + 1
     scope.routed += 1
     # Each of these costs torch 0.05 to 0.1 us, so it is read once.
-    q_shape, k_shape, dtype, device = query.shape, key.shape, query.dtype, query.get_device()
+    q_shape, k_shape, dtype = query.shape, key.shape, query.dtype
     given, mask_plan, mask_facts = mask, None, None
     if mask is not None:
         mask_dtype, mask_shape, source = mask.dtype, mask.shape, scope.mask_source
@@ -111,7 +111,6 @@ def route(
         scope.window,
         ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
         dtype,
-        device,
         mask_facts,
         *kwargs,
         *kwargs.values(),
@@ -134,8 +133,8 @@ def route(
             scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
     elif hook_plan.looks and not (
         key.dtype is value.dtype is dtype
-        and key.get_device() == value.get_device() == device
-        and (mask is None or mask.get_device() == device)
+        and query.get_device() == key.get_device() == value.get_device()
+        and (mask is None or mask.get_device() == query.get_device())
     ):
         text = differing(query, key, value, mask)
         return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
@@ -154,7 +153,7 @@ def route(
             call.owned = True
             call.host, containers = _host_call, (container(query), container(key), container(value))
             call.given = (layout, func, *containers, given, options, kwargs)
-    if call.owned:
+    if owned and call.owned:
         del query, key, value  # the last resort then gets what the call itself still holds
     else:
         call.host, call.given = _host_call, (layout, func, query, key, value, given, options, kwargs)

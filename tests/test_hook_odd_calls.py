@@ -170,3 +170,18 @@ def test_more_arguments_than_there_are_are_refused_in_words() -> None:
     ours = override()
     with pytest.raises(TypeError, match="attention takes 8 positional arguments, and 9 were given"):
         ours(exact, *NORMAL[0], HEADS, None, None, False, False, True)
+
+
+@pytest.mark.parametrize("names", [("q", "k", "v"), ("query", "key", "value")])
+@pytest.mark.parametrize("named", [1, 2, 3])
+@pytest.mark.parametrize("foreign", [None, lambda func, q, k, v, *args, **flags: func(q, k, v, *args, **flags)])
+def test_tensors_may_be_given_by_name(names: tuple[str, ...], named: int, foreign: Any) -> None:
+    tensors = [flat(), flat(length=4), flat(length=4)]
+    given = dict(zip(names[3 - named :], tensors[3 - named :], strict=True))
+    found = override("reference", foreign)(exact, *tensors[: 3 - named], **given, heads=HEADS)
+    torch.testing.assert_close(found, exact(*tensors, HEADS), rtol=0, atol=2e-6)
+
+
+def test_a_tensor_that_is_missing_is_named() -> None:
+    with pytest.raises(TypeError, match="no value was given"):
+        override()(exact, flat(), k=flat(), heads=HEADS)
