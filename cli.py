@@ -18,6 +18,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from .backends import route_report
+from .backends.bounded import shortened
 from .backends.calls import CATEGORIES, category_of
 from .backends.config import AttentionConfig
 from .backends.config.layers import default_of, joint_note, record_of, settings_of
@@ -96,7 +97,7 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
     except NoBackendError as refusal:
         return _fail(str(refusal), options.json)
     except ValueError as problem:
-        return _fail(" ".join(str(problem).split()), options.json)
+        return _fail(shortened(" ".join(str(problem).split())), options.json)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

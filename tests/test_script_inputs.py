@@ -10,6 +10,7 @@ import asyncio
 import copy
 import importlib
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ def class_of(name: str) -> Any:
 @lru_cache(maxsize=1)
 def model() -> Any:
     return tiny_sampling.build("wan")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_model_left() -> Iterator[None]:
+    yield
+    model.cache_clear()
 
 
 def widgets_and_sockets(name: str, groups: tuple[str, ...] = ("required", "optional")) -> dict[str, Any]:
