@@ -185,6 +185,14 @@ def test_shapes_that_disagree_are_refused_before_the_operator_reads_memory(what:
             kernel_support.implementation(pin, machine)(AttentionCall(q, k, v, mask))
 
 
+@pytest.mark.parametrize("pin", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+def test_dtypes_that_disagree_are_refused_too(pin: str) -> None:
+    for call in (AttentionCall(Q, K.half(), V), AttentionCall(Q.half(), K.half(), V)):
+        for machine in (CPU, CARD):
+            with pytest.raises(ValueError, match="dtypes disagree"):
+                kernel_support.implementation(pin, machine)(call)
+
+
 def test_a_mask_of_another_floating_type_is_rounded_and_hides_no_more_keys_than_before() -> None:
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 0, :], mask[..., 1, 2:], mask[..., 2, 3] = torch.finfo(torch.float32).min, float("-inf"), 1e30

@@ -122,8 +122,10 @@ def computes(call: AttentionCall) -> bool:
     """Whether a call has anything to compute: False where there is no key, or no element of output.
 
     Raises:
-        ValueError: its shapes disagree. The fused operators read memory by the query's shape without looking.
+        ValueError: its shapes or dtypes disagree. The fused operators read memory by the query's shape without looking.
     """
+    if call.key.dtype is not call.query.dtype or call.value.dtype is not call.query.dtype:
+        raise ValueError(f"dtypes disagree: query {call.query.dtype}, key {call.key.dtype}, value {call.value.dtype}")
     query, key, value = call.query.shape, call.key.shape, call.value.shape
     batch, heads, q_len, head_dim = query
     key_batch, key_heads, kv_len, key_dim = key
