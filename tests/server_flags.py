@@ -64,8 +64,8 @@ def fake_packages() -> None:
     )
 
 
-def look(flag: str) -> dict[str, Any]:
-    """What this ComfyUI, started with a flag, makes of `comfy` and of `auto`."""
+def look() -> dict[str, Any]:
+    """What this ComfyUI, as it was started, makes of `comfy` and of `auto`."""
     import comfy.ldm.modules.attention as attention
     from hook_side import HEADS, model_call, nodes_module, override, rows, sampling
 
@@ -123,8 +123,22 @@ def main(folder: str) -> None:
                 setattr(args, other.removeprefix("--").replace("-", "_"), other == flag)
             model_management.ENABLE_PYTORCH_ATTENTION = flag == "--use-pytorch-cross-attention"
             importlib.reload(attention)
-        found[flag] = look(flag)
+        found[flag] = look()
+    found["upcast"] = [upcasts(force=True), upcasts(dont=True), upcasts()]
     print(json.dumps(found))
+
+
+def upcasts(force: bool = False, dont: bool = False) -> list[bool]:
+    """Whether scores are forced to float32: by --force-upcast-attention, by a model; bfloat16 by a model."""
+    import comfy.ldm.modules.attention as attention
+    from comfy.cli_args import args
+    from hook_side import nodes_module
+
+    args.force_upcast_attention, args.dont_upcast_attention = force, dont
+    importlib.reload(attention)
+    forces = nodes_module("comfy_functions").forces_upcast
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    return [forces(None, half), forces(full, half), forces(full, brain), forces(full, full)]
 
 
 if __name__ == "__main__":

@@ -60,3 +60,11 @@ def test_each_flag_is_read_and_meant_by_comfy(servers: dict[str, Any], flag: str
         assert auto["notes"] == [found["changed"]]
         assert f"{called} ({function}, {flag})" in found["changed"]
         assert f"choose comfy to keep it, or allow {accuracy}" in found["changed"]
+
+
+def test_an_upcast_is_forced_where_comfyui_forces_it(servers: dict[str, Any]) -> None:
+    """By --force-upcast-attention for float16; by a model; by nobody after --dont-upcast-attention."""
+    forced, forbidden, neither = servers["upcast"]
+    assert forced == [True, True, True, False]
+    assert forbidden == [False, False, False, False]
+    assert neither == [False, True, True, False]
