@@ -8,6 +8,7 @@ this file alone calls them, and does before what ATen/native/transformers/attent
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from ..backend import Backend, Kernel, package_reason
@@ -159,6 +160,15 @@ def nothing(call: AttentionCall) -> torch.Tensor:
     return call.query.new_zeros((*call.query.shape[:3], call.value.shape[3]))
 
 
+@lru_cache(maxsize=64)
+def _ends(dtype: torch.dtype, device: torch.device, hidden: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What True and False of a mask become; kept, as making them takes longer than using them."""
+    import torch
+
+    with torch.inference_mode(False):  # they are used outside of it, too
+        return torch.zeros((), dtype=dtype, device=device), torch.full((), hidden, dtype=dtype, device=device)
+
+
 def bias_of(call: AttentionCall, hidden: float = float("-inf")) -> torch.Tensor | None:
     """The mask as the operators take it: added to the scores, in the query's dtype.
 
@@ -174,7 +184,7 @@ def bias_of(call: AttentionCall, hidden: float = float("-inf")) -> torch.Tensor 
     import torch
 
     if mask.dtype is torch.bool:
-        return call.query.new_full(mask.shape, hidden).masked_fill_(mask, 0.0)
+        return torch.where(mask, *_ends(dtype, mask.device, hidden))
     if not mask.is_floating_point():
         raise ValueError(f"mask dtype {mask.dtype} is neither bool nor floating")
     # A finite number that the query's dtype cannot hold stays finite: -inf would hide the key.
