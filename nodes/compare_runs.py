@@ -41,6 +41,12 @@ class Variant:
         rows = self.account["rows"] if self.account else []
         return " + ".join(dict.fromkeys(row["member"] or row["backend"] for row in rows)) or None
 
+    @property
+    def note(self) -> str:
+        """What is to be said of the last run beside its figures: another pack computed some of its calls, or all."""
+        text = self.account["outcome"]["text"] if self.account else ""
+        return f"{self.row.label or self.row.asked}: {text}" if text else ""
+
     def attention_ms(self, device: torch.device) -> float | None:
         """Time in attention of the run since this was asked last; None where it is not measured, or not of each call.
 
@@ -124,6 +130,7 @@ def compare(setup: SetUp, variants: list[Variant], repeat: int) -> tuple[Report,
             device, begin_run,
         )  # fmt: skip
     report = make_report(setup, [variant.row for variant in variants])
+    report.notes += [note for variant in variants if (note := variant.note)]
     cancelled.go_on(report)
     progress.end()
     return report, [entries[id(variant)].result[0] if entries[id(variant)].result else None for variant in variants]

@@ -9,6 +9,8 @@ import torch
 from comfy_api.latest import io
 
 from ..backends.config.data import load_json
+from ..backends.trace import BY_ANOTHER
+from ..backends.trace.outcome import NOT_USED, PARTLY
 from ..comparison import metrics, picture, tables
 from ..comparison.report import ComparisonError, Report, Row, Spread
 from . import graph
@@ -178,7 +180,10 @@ def make_row(number: int, label: str, report: dict[str, Any]) -> Row:
     asked = " + ".join(dict.fromkeys(path["asked"] or "auto" for path in paths)) or f"branch {number}"
     fell_back = sum(path["calls"] for path in paths if path["reason"])
     row = Row(asked, ran=ran, label=label or None, fell_back=fell_back, runs=1)
-    if paths and all(path["reason"] for path in paths):
+    outcome = run.get("outcome") or {}
+    if outcome.get("kind") == NOT_USED:
+        row.failed = outcome["text"]
+    elif paths and all(path["reason"] and path["backend"] != BY_ANOTHER for path in paths):
         row.failed = "fell back: " + ", ".join(dict.fromkeys(path["reason"] for path in paths))
     if run.get("seconds"):
         row.total_ms = Spread.of([1e3 * run["seconds"]])
@@ -187,15 +192,21 @@ def make_row(number: int, label: str, report: dict[str, Any]) -> Row:
 
 
 def fallback_notes(rows: list[Row], reports: dict[int, dict[str, Any]]) -> list[str]:
-    """For each branch in which some calls, not all, ran something else than was asked for: how many and why."""
+    """For each branch in which some calls, not all, ran something else than was asked for: how many and why.
+
+    Calls that another pack computed are said apart: nobody here decided on them.
+    """
     notes = []
     for row, (number, report) in zip(rows, reports.items(), strict=True):
         paths = (report.get("run") or {"rows": []})["rows"]
-        fallen = [path for path in paths if path["reason"]]
+        fallen = [path for path in paths if path["reason"] and path["backend"] != BY_ANOTHER]
         if fallen and not row.failed:
             calls, total = (sum(path["calls"] for path in some) for some in (fallen, paths))
             reasons = ", ".join(dict.fromkeys(path["reason"] for path in fallen))
             notes.append(f"branch {number}: {calls} of {total} calls fell back: {reasons}")
+        outcome = (report.get("run") or {}).get("outcome") or {}
+        if outcome.get("kind") == PARTLY:
+            notes.append(f"branch {number}: {outcome['text']}")
     return notes
 
 

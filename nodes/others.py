@@ -283,7 +283,8 @@ class Work(TorchDispatchMode):
         self.likely = False
         """Products of two activations, as attention makes, or memory for a kernel's output; not only projections."""
         self.attention = False
-        """Certainly attention, and not ours."""
+        """Certainly attention, and not ours: a function for it, or weights by softmax and then a product with them."""
+        self._weights = False
         self.left = False
         """The model's own block was called."""
 
@@ -296,8 +297,9 @@ class Work(TorchDispatchMode):
         if kind:
             self.any = True
             self.likely = self.likely or kind > PROJECTION
-            if kind == ATTENTION and not self.attention and not _is_ours(sys._getframe(1)):
-                self.attention = True
+            if kind >= PRODUCT and not self.attention and not _is_ours(sys._getframe(1)):
+                self.attention = kind == ATTENTION or (kind == PRODUCT and self._weights)
+                self._weights = self._weights or kind == SOFTMAX
         return func(*args, **(kwargs or {}))
 
     def without(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,7 +317,7 @@ class Work(TorchDispatchMode):
         return run
 
 
-NOTHING, PROJECTION, PRODUCT, ATTENTION = range(4)
+NOTHING, PROJECTION, KERNEL, PRODUCT, SOFTMAX, ATTENTION = range(6)
 _kinds: dict[Any, int] = {}
 _OURS = (f"{__package__}.hook_calls", "route")
 """The function through which every call that comes to us goes."""
@@ -324,12 +326,14 @@ _OURS = (f"{__package__}.hook_calls", "route")
 def _kind(func: Any) -> int:
     """What an operator says about who runs it."""
     namespace, _, name = (func.name() if hasattr(func, "name") else str(func)).rpartition("::")
-    if any(word in name for word in ("softmax", "scaled_dot_product", "attention", "attn")):
+    if any(word in name for word in ("scaled_dot_product", "attention", "attn")):
         return ATTENTION
-    if namespace.partition("::")[0] not in ("aten", "prim", "prims"):  # a package's own kernel
+    if "softmax" in name:
+        return SOFTMAX
+    if any(word in name for word in ("bmm", "matmul", "einsum")):
         return PRODUCT
-    if any(word in name for word in ("bmm", "matmul", "einsum")) or name.startswith(("empty", "new_empty")):
-        return PRODUCT
+    if namespace not in ("aten", "prim", "prims") or name.startswith(("empty", "new_empty")):  # a package's own kernel
+        return KERNEL
     return PROJECTION if any(word in name for word in ("mm", "linear", "convolution", "conv")) else NOTHING
 
 

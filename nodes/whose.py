@@ -25,7 +25,8 @@ MADE_BY = {"ModelPatcher.set_model_optimized_attention": ("ModelAttentionBackend
 """Functions of ComfyUI's library that make an override: the one node of ComfyUI that calls them, and its name."""
 CORE = ("nodes", "comfy", "comfy_extras", "comfy_api", "comfy_api_nodes", "comfy_execution")
 """Packages whose code is ComfyUI's own."""
-NOT_A_PACK = (*CORE, "torch", "functools", "builtins", "operator")
+LIBRARIES = ("torch", "functools", "builtins", "operator")
+EXTRAS = re.compile(r"(^|[/\\])(comfy_extras|comfy_api_nodes)[/\\]")
 COMFYUI = "ComfyUI"
 DEEPEST = 4
 """How many functions below each other `below` looks through."""
@@ -76,7 +77,7 @@ def origin(func: Any) -> tuple[str, str, str]:
     for _ in range(DEEPEST):
         if isinstance(func, functools.partial):
             given = [one for one in (func.func, *func.args, *func.keywords.values()) if callable(one)]
-            func = next((one for one in given if _top(origin(one)[0]) not in NOT_A_PACK), func.func)
+            func = next((one for one in given if not _is_library(origin(one)[0])), func.func)
         else:
             break
     func = getattr(func, "__func__", func)
@@ -100,7 +101,7 @@ def title_of(func: Any, prompt: Prompt | None = None) -> str:
         return "another pack"
     module, qualname, file = origin(func)
     prompt = prompt or {}
-    core = _top(module) in CORE
+    core = is_core(module)
     place = COMFYUI if core else _folder(module) or _folder(file)
     node_id, name = _node(module, qualname, place, prompt)
     if node_id is None and name is None:
@@ -116,6 +117,15 @@ def title_of(func: Any, prompt: Prompt | None = None) -> str:
     if own not in (name, node_id):
         return f"{own} ({name}{where})"
     return f"{name} ({place})" if place else name
+
+
+def is_core(module: str) -> bool:
+    """Whether a module is ComfyUI's own; those of its extra nodes have a path as their name."""
+    return _top(module) in CORE or (_folder(module) is None and EXTRAS.search(module) is not None)
+
+
+def _is_library(module: str) -> bool:
+    return is_core(module) or _top(module) in LIBRARIES
 
 
 def _top(module: str) -> str:
@@ -142,7 +152,7 @@ def _node(module: str, qualname: str, place: str | None, prompt: Prompt) -> tupl
     mine = [
         node_id
         for node_id, kind in classes.items()
-        if (_top(kind.__module__) not in CORE and _folder(kind.__module__) == place)
+        if not is_core(kind.__module__) and _folder(kind.__module__) == place
     ]
     queued = {str(node.get("class_type")) for node in prompt.values()}
     candidates = here if place == COMFYUI or place is None else mine
@@ -151,7 +161,10 @@ def _node(module: str, qualname: str, place: str | None, prompt: Prompt) -> tupl
 
 
 def _display_name(node_id: str) -> str:
-    return str(_mapping("NODE_DISPLAY_NAME_MAPPINGS").get(node_id) or node_id)
+    """The name in ComfyUI's menus; of nodes that are listed without one it is in their schema."""
+    named = _mapping("NODE_DISPLAY_NAME_MAPPINGS").get(node_id)
+    schema = getattr(_mapping("NODE_CLASS_MAPPINGS").get(node_id), "GET_SCHEMA", None)
+    return str(named or (schema is not None and schema().display_name) or node_id)
 
 
 def _mapping(name: str) -> Mapping[str, Any]:
