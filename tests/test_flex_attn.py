@@ -195,7 +195,7 @@ def _case(name: str) -> AttentionCall:
 def test_what_it_is_given(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     call = _case(name)
-    output = flex_attn.attend(*flex_attn.arguments(call))
+    output = flex_attn.attend(*flex_attn.arguments(call))[:, :, : call.query.shape[2]]
     assert output.shape == (*call.query.shape[:3], call.value.shape[3])
     assert error(output, truth(call)).within(allowed(call, "exact"))
 
@@ -205,7 +205,7 @@ def test_a_dropped_mask_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("causal", "padding per sample", "boolean per head", "bias"):
         call = _case(name)
         query, key, value, _, _, scale = flex_attn.arguments(call)
-        output = flex_attn.attend(query, key, value, None, None, scale)
+        output = flex_attn.attend(query, key, value, None, None, scale)[:, :, : call.query.shape[2]]
         assert not error(output, truth(call)).within(allowed(call, "exact")), name
 
 
@@ -217,7 +217,8 @@ def test_the_blocks_are_those_of_torch(name: str) -> None:
     """torch's own create_block_mask, which builds every value first, lists the same partial and whole blocks."""
     call = _case(name)
     ours = flex_attn.arguments(call)[4]
-    batch, heads, q_len, kv_len = *call.query.shape[:3], call.key.shape[2]
+    batch, heads = call.query.shape[:2]
+    q_len, kv_len = (flex_blocks.bucket(tensor.shape[2]) for tensor in (call.query, call.key))
     theirs = flex.create_block_mask(ours.mask_mod, batch, heads, q_len, kv_len, device="cpu")
     assert ours.seq_lengths == theirs.seq_lengths
     for kind in ("kv", "full_kv"):
@@ -243,15 +244,15 @@ def test_hidden_blocks_are_left_out() -> None:
 def test_a_padding_mask_is_not_expanded_in_memory() -> None:
     """A million queries and keys: values per query would be a terabyte."""
     mask = torch.ones(1, 1, 1, 2**20, dtype=torch.bool).expand(-1, -1, 2**10, -1)
-    blocks = flex_blocks.masked_blocks(mask)
+    blocks = flex_blocks.masked_blocks(mask, 2**10)
     assert int(blocks.full_kv_num_blocks.sum()) == 8 * 2**13
 
 
 def test_a_mask_beyond_32_bits() -> None:
-    call = call_for(SELF._replace(q_len=3, kv_len=3))
+    call = call_for(SELF._replace(q_len=128, kv_len=128))
     nothing = torch.empty(1, dtype=torch.bool, device="meta")
-    call.attn_mask = nothing.as_strided((1, 4, 3, 3), (2**30, 2**30, 1, 1))
-    with pytest.raises(ValueError, match="mask of 3221225476 elements > 2147483647"):
+    call.attn_mask = nothing.as_strided((1, 4, 128, 128), (2**30, 2**30, 1, 1))
+    with pytest.raises(ValueError, match="mask of 3221225726 elements > 2147483647"):
         flex_attn.arguments(call)
 
 
@@ -288,14 +289,71 @@ def test_with_compilation_switched_off_it_falls_back_and_says_why(monkeypatch: p
         strict.run(strict.plan(call.request(), "self", "self"), call)
 
 
-def test_kinds_of_call_are_bounded() -> None:
+def _variant(variants: flex_attn.Variants, call: AttentionCall) -> object:
+    return variants.of(flex_attn.arguments(call))
+
+
+def test_the_least_used_kind_of_call_gives_way() -> None:
+    """A kernel stays usable after any number of kinds, and keeps those that it was given last."""
     variants = flex_attn.Variants(most=2)
-    first = variants.of(call_for(SELF))
-    assert variants.of(call_for(SELF, seed=1)) is first
-    assert variants.of(call_for(SELF._replace(q_len=300))) is not first
-    with pytest.raises(RuntimeError, match="2 kinds of call are compiled >= 2, until the restart"):
-        variants.of(call_for(SELF._replace(q_len=400)))
-    assert variants.of(call_for(SELF)) is first, "what is compiled stays usable"
+    first = _variant(variants, call_for(SELF))
+    second = _variant(variants, call_for(SELF._replace(q_len=300)))
+    assert second is not first
+    assert _variant(variants, call_for(SELF, seed=1)) is first
+    assert _variant(variants, call_for(SELF._replace(q_len=400))) not in (first, second)
+    assert _variant(variants, call_for(SELF)) is first, "used after the second one"
+    assert variants.made == 3
+    assert _variant(variants, call_for(SELF._replace(q_len=300))) is not second
+    assert variants.made == 4
+
+
+def test_lengths_are_filled_up_to_few_buckets() -> None:
+    buckets = [flex_blocks.bucket(length) for length in range(1, 2**17 + 1)]
+    assert buckets[:1024] == [-(-length // 128) * 128 for length in range(1, 1025)]
+    assert all(made >= length and made % 128 == 0 for length, made in enumerate(buckets, 1))
+    assert all(made - length <= length / 8 for length, made in enumerate(buckets[1024:], 1025))
+    assert buckets == sorted(buckets)
+    assert len(set(buckets)) == 8 + 7 * 8
+
+
+@pytest.mark.parametrize(
+    ("mask", "causal"), [("none", False), ("none", True), ("key_padding", False), ("bool", False), ("bias", False)]
+)
+def test_prompts_of_a_hundred_lengths_are_few_kinds(mask: str, causal: bool) -> None:
+    """Trimming cuts each prompt to a length of its own; a whole bucket without a mask is a kind beside the others."""
+    variants = flex_attn.Variants()
+    for kv_len in range(30, 130):
+        request = SELF._replace(q_len=140, kv_len=kv_len, num_heads=1, head_dim=16, mask=mask, is_causal=causal)
+        _variant(variants, call_for(request))
+    assert variants.made <= 3
+
+
+def test_only_what_is_filled_up_is_copied() -> None:
+    whole = call_for(SELF._replace(q_len=256, kv_len=128))
+    query, key, value, _, blocks, _ = flex_attn.arguments(whole)
+    assert (query, key, value, blocks) == (whole.query, whole.key, whole.value, None)
+    backend = BACKENDS["flex_attn"]
+    assert backend.workspace_bytes(whole.request(), here()) == 0
+    ragged = SELF._replace(q_len=1100, kv_len=77, mask="bool")  # 1,152 queries and 128 keys
+    numbers = 4 * 64 * (1152 + 1152 + 128 + 128)
+    assert backend.workspace_bytes(ragged, here()) == numbers * 4 + 1152 * 128
+
+
+def test_a_limit_counts_what_is_filled_up() -> None:
+    request = SELF._replace(mask="bool", q_len=46_000, kv_len=46_000)  # 2,116,000,000 elements as they are
+    (reason,) = Router(parse_platform("cpu")).refuse("flex_attn", request)
+    assert reason == (
+        "2415919104 elements in the mask of one head > 2147483647, filled up to 49152 queries and 49152 keys"
+    )
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 5), (5, 0)])
+def test_nothing_to_compute_compiles_nothing(monkeypatch: pytest.MonkeyPatch, q_len: int, kv_len: int) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    output = BACKENDS["flex_attn"].load(here())(call_for(SELF._replace(q_len=q_len, kv_len=kv_len)))
+    assert output.shape == (1, 4, q_len, 64)
+    assert not output.any()
 
 
 def test_each_kind_has_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,9 +367,11 @@ def test_each_kind_has_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", compile_)
     variants = flex_attn.Variants()
-    padded = call_for(SELF._replace(mask="key_padding"))
-    variants.of(padded)
-    variants.of(_expanded(padded))  # the same facts with other strides, which the compiler treats as constants too
+    padded = call_for(SELF._replace(mask="key_padding", q_len=256, kv_len=256))
+    _variant(variants, padded)
+    mask = padded.attn_mask.expand(-1, 4, 256, -1)
+    padded.attn_mask = mask.contiguous()  # the same facts with other strides, which the compiler takes as constants
+    _variant(variants, padded)
     assert len({id(function.__code__) for function in (*functions, flex_attn.traced)}) == 3
 
 
@@ -347,12 +407,15 @@ def test_a_mask_changed_in_place_is_seen() -> None:
 
 
 @pytest.mark.compile
-def test_more_sizes_than_dynamo_keeps() -> None:
-    """Ten sizes through one kernel, where one function would go uncompiled after the eighth."""
+def test_more_kinds_than_dynamo_or_we_keep() -> None:
+    """Ten kinds through one kernel that keeps four, where one function would go uncompiled after the eighth."""
     router = Router(here())
     if router.unavailable("flex_attn"):
         pytest.skip(f"compile: {'; '.join(router.unavailable('flex_attn'))}")
-    kernel = router.kernel("flex_attn")
-    for length in range(32, 42):
-        call = call_for(SELF._replace(num_heads=1, q_len=length, kv_len=length))
-        assert error(kernel(call), truth(call)).within(allowed(call, "exact"))
+    variants = flex_attn.Variants(most=4)
+    for heads in (*range(1, 11), 1):
+        call = call_for(SELF._replace(num_heads=heads, q_len=50, kv_len=40, head_dim=16))
+        given = flex_attn.arguments(call)
+        output = variants.of(given)(*given)[:, :, :50]
+        assert error(output, truth(call)).within(allowed(call, "exact"))
+    assert variants.made == 11

@@ -18,60 +18,106 @@ if TYPE_CHECKING:
 BLOCK = 128
 """Queries and keys per block, FlexAttention's own default."""
 
+FINE = 1024
+"""Lengths up to this are filled up to whole blocks."""
 
-def masked_blocks(mask: torch.Tensor) -> BlockMask:
-    """The blocks of a boolean mask (batch, num_heads, q_len, kv_len); what it only repeats (stride 0) is read once."""
+STEPS = 8
+"""Lengths above it are filled up to one of so many lengths between two powers of 2: at most an eighth more."""
+
+
+def bucket(length: int) -> int:
+    """The length that `length` is filled up to: whole blocks, and few different ones, as each is compiled anew."""
+    step = BLOCK if length <= FINE else 2 ** (length - 1).bit_length() // (2 * STEPS)
+    return max(-(-length // step), 1) * step
+
+
+def filled(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A mask or bias (batch, num_heads, q_len, kv_len) with zeros up to `rows` and `columns`.
+
+    What it only repeats (stride 0) stays repeated; where nothing is missing it is the tensor itself.
+    """
     import torch
     from torch.nn.functional import pad
 
-    q_len, kv_len = mask.shape[2:]
-    visible = mask.to(torch.bool)
+    if tensor.shape[2:] == (rows, columns):
+        return tensor
+    once = tensor[repeated_once(tensor)]
+    is_bool = once.dtype == torch.bool
+    missing = 0 if once.shape[2] == 1 and tensor.stride(2) == 0 else rows - tensor.shape[2]
+    once = pad(once.view(torch.uint8) if is_bool else once, (0, columns - tensor.shape[3], 0, missing))
+    return (once.view(torch.bool) if is_bool else once).expand(*tensor.shape[:2], rows, columns)
+
+
+def repeated_once(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Slices of the first three dimensions that hold once what the tensor only repeats there."""
+    return tuple(slice(0, 1 if stride == 0 else None) for stride in tensor.stride()[:3])
+
+
+def masked_blocks(mask: torch.Tensor, q_len: int) -> BlockMask:
+    """The blocks of a boolean mask (batch, num_heads, rows, keys) of whole blocks, of which `q_len` rows matter.
+
+    What it only repeats (stride 0) is read once.
+    """
+    rows, keys = mask.shape[2:]
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return visible[b, h, q, k]
+        return mask[b, h, q, k]
 
-    once = visible[tuple(slice(0, 1 if stride == 0 else None) for stride in visible.stride()[:3])].view(torch.uint8)
+    import torch
+
+    once = mask[repeated_once(mask)].view(torch.uint8)
     repeats = once.shape[2] == 1
-    once = pad(once, (0, -kv_len % BLOCK, 0, 0 if repeats else -q_len % BLOCK))
-    batch, heads, _, keys = once.shape
+    batch, heads = once.shape[:2]
     # Queries first, as bytes: on the CPU a hundred times as fast as `any` along the keys.
-    rows = once.reshape(batch, heads, -1, 1 if repeats else BLOCK, keys)
-    some, every = (found.view(batch, heads, -1, keys // BLOCK, BLOCK) for found in (rows.amax(3), rows.amin(3)))
+    by_rows = once.reshape(batch, heads, -1, 1 if repeats else BLOCK, keys)
+    some, every = (found.view(batch, heads, -1, keys // BLOCK, BLOCK) for found in (by_rows.amax(3), by_rows.amin(3)))
     some, every = some.amax(-1) > 0, every.amin(-1) > 0
     if repeats:
-        some, every = (tensor.expand(-1, -1, -(-q_len // BLOCK), -1) for tensor in (some, every))
-    return block_mask(some, every, mask_mod, q_len, kv_len)
+        some, every = (tensor.expand(-1, -1, rows // BLOCK, -1) for tensor in (some, every))
+    needed = torch.arange(0, rows, BLOCK, device=mask.device)[:, None] < q_len
+    return block_mask(some & needed, every & needed, mask_mod, rows, keys)
+
+
+def seen_keys(kv_len: int, keys: int, device: torch.device) -> torch.Tensor:
+    """Which of `keys` are among the first `kv_len`, (keys,). A tensor, as the compiler takes a number as a constant."""
+    import torch
+
+    return torch.arange(keys, device=device) < kv_len
 
 
 def causal_blocks(q_len: int, kv_len: int, device: torch.device) -> BlockMask:
-    """The blocks of a causal mask, aligned to the top left as in SDPA."""
+    """The blocks of a causal mask, aligned to the top left as in SDPA, for lengths filled up to their buckets."""
     import torch
 
-    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return q >= k
+    rows, keys = bucket(q_len), bucket(kv_len)
+    if keys == kv_len:
 
-    first_q = torch.arange(0, q_len, BLOCK, device=device)[:, None]
-    first_k = torch.arange(0, kv_len, BLOCK, device=device)[None, :]
-    some = first_k <= (first_q + BLOCK - 1).clamp(max=q_len - 1)
-    every = (first_k + BLOCK - 1 <= first_q) & (first_k + BLOCK <= kv_len)
-    return block_mask(some[None, None], every[None, None], mask_mod, q_len, kv_len)
+        def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return q >= k
+    else:
+        seen = seen_keys(kv_len, keys, device)
+
+        def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return (q >= k) & seen[k]
+
+    first_q = torch.arange(0, rows, BLOCK, device=device)[:, None]
+    first_k = torch.arange(0, keys, BLOCK, device=device)[None, :]
+    some = (first_k <= (first_q + BLOCK - 1).clamp(max=q_len - 1)) & (first_k < kv_len) & (first_q < q_len)
+    every = (first_k + BLOCK - 1 <= first_q) & (first_k + BLOCK <= kv_len) & (first_q < q_len)
+    return block_mask(some[None, None], every[None, None], mask_mod, rows, keys)
 
 
 def block_mask(
-    some: torch.Tensor, every: torch.Tensor, mask_mod: Callable[..., torch.Tensor], q_len: int, kv_len: int
+    some: torch.Tensor, every: torch.Tensor, mask_mod: Callable[..., torch.Tensor], rows: int, keys: int
 ) -> BlockMask:
     """FlexAttention's BlockMask from what blocks (batch or 1, num_heads or 1, query blocks, key blocks) have.
 
-    `some`: a visible key; `every`: nothing hidden. An unfilled last block of queries is never whole, as in torch's
-    own create_block_mask, which would build all q_len * kv_len values first.
+    `some`: a visible key; `every`: nothing hidden. torch's own create_block_mask would build all rows * keys values
+    first.
     """
-    import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-    if q_len % BLOCK:
-        last = torch.arange(every.shape[2], device=every.device) == every.shape[2] - 1
-        every = every & ~last[:, None]
-    lengths: dict[str, Any] = {"seq_lengths": (q_len, kv_len)} if _takes_lengths() else {}
+    lengths: dict[str, Any] = {"seq_lengths": (rows, keys)} if _takes_lengths() else {}
     made: BlockMask = BlockMask.from_kv_blocks(
         *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, **lengths
     )

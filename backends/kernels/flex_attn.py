@@ -4,20 +4,28 @@ What a mask hides in whole blocks of 128 x 128 is skipped, so it is worth its co
 without one SDPA is faster. Nothing is kept between calls: ComfyUI samples under inference_mode, where a tensor has
 no version counter, so nobody can know that a mask seen before still has the same values. The lists of blocks are
 made anew from the mask of each call, in a few operations on the device and without a synchronisation.
+
+Shapes are compiled as constants, so lengths are filled up to buckets of whole blocks and the keys that fill them are
+hidden: prompts of all lengths up to 1,024 tokens are 8 kinds of call. That also keeps the kernel away from lengths that
+torch gets wrong (`FlexAttn`).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from ..backend import Backend, Kernel, Limits, package_reason
-from ..kernel_support.flex_blocks import causal_blocks, masked_blocks
+from ..kernel_support.flex_blocks import bucket, causal_blocks, filled, masked_blocks, seen_keys
 from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of
+from ..kernel_support.sdpa import computes, nothing
+from ..memory import item_bytes, key_size, mask_size, output_size, query_size, value_size
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest
 
@@ -26,9 +34,12 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     Compiled = Callable[..., torch.Tensor]
+    Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, BlockMask | None, float | None]
+    """query, key, value, bias, blocks, scale: those of `attend`."""
 
-MAX_VARIANTS = 24
-"""Kinds of call that one loaded kernel compiles; a model at one size takes one to three."""
+MAX_VARIANTS = 64
+"""Kinds of call that one loaded kernel keeps compiled; a model at one size takes one to three, with prompts of several
+lengths a few more. Beyond it the one that was not used for the longest time is compiled anew when it comes again."""
 
 GPU_KINDS = ("cuda", "rocm", "xpu")
 
@@ -43,6 +54,11 @@ class FlexAttn(Backend):
     least that Triton multiplies (pull request 147765), to 256, the most that Inductor has block sizes for. Before 2.7
     only powers of two (pull request 133495). On the CPU: x86 with AVX2, a C++ compiler, and not macOS. Rows without a
     visible key give zeros, as in SDPA.
+
+    With AVX2 (8 numbers to a vector) torch 2.13 is wrong or gives NaN at head_dim 8 and 16 where kv_len leaves 8 modulo
+    16: the micro-kernel for the last keys (_inductor/codegen/cpp_micro_gemm.py, the transposed form for
+    K % 8 == 0 and N % 8 == 0) writes a whole block of 16 scores for 8 keys. With AVX-512 it is right. Filled up to
+    whole blocks of 128 keys there is no such end; tests/test_cpu_operators.py sweeps lengths, head sizes and masks.
     """
 
     id = "flex_attn"
@@ -67,6 +83,7 @@ class FlexAttn(Backend):
         max_heads_of_all=MAX_HEADS,
     )
     powers_of_two = (16, 32, 64, 128, 256)
+    remarks = ("lengths are filled up to multiples of 128, above 1,024 tokens by up to an eighth",)
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
@@ -89,6 +106,24 @@ class FlexAttn(Backend):
         limits = self.card_limits if platform.kind in GPU_KINDS else self.limits
         return replace(limits, head_dims=self.powers_of_two) if package_reason("torch>=2.7", platform) else limits
 
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        limits, padded = self.limits_on(platform), _filled(request)
+        return limits.reasons(request) or [
+            f"{reason}, filled up to {padded.q_len} queries and {padded.kv_len} keys"
+            for reason in limits.reasons(padded)
+        ]
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Copies of what is filled up: query and output, key and value, and the mask."""
+        padded, numbers, mask = _filled(request), 0, 0
+        if padded.q_len != request.q_len:
+            numbers += query_size(padded) + output_size(padded)
+        if padded.kv_len != request.kv_len:
+            numbers += key_size(padded) + value_size(padded)
+        if padded != request:
+            mask = mask_size(padded) * (item_bytes(request) if request.mask == "bias" else 1)
+        return numbers * item_bytes(request) + mask
+
     def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
         reasons = ["the first call of each kind is compiled, which takes seconds to tens of seconds"]
         if request.mask in ("none", "bias") and not request.is_causal:
@@ -103,8 +138,11 @@ class FlexAttn(Backend):
         variants = Variants()
 
         def run(call: AttentionCall) -> torch.Tensor:
+            if not computes(call):
+                return nothing(call)
             with on_device_of(call.query):
-                return variants.of(call)(*arguments(call))
+                given = arguments(call)
+                return variants.of(given)(*given)[:, :, : call.query.shape[2]]
 
         return run
 
@@ -113,6 +151,10 @@ def cpp_compiler(os_name: str) -> tuple[str, str | None]:
     """The C++ compiler that Inductor starts on this system (CXX, else its default), and where it is."""
     name = os.environ.get("CXX") or ("cl" if os_name == "win32" else "g++")
     return name, shutil.which(name)
+
+
+def _filled(request: AttentionRequest) -> AttentionRequest:
+    return request._replace(q_len=bucket(request.q_len), kv_len=bucket(request.kv_len))
 
 
 class Variants:
@@ -126,29 +168,27 @@ class Variants:
 
     def __init__(self, most: int = MAX_VARIANTS) -> None:
         self.most = most
-        self._compiled: dict[object, Compiled] = {}
+        self.made = 0
+        self._compiled: OrderedDict[object, Compiled] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def of(self, call: AttentionCall) -> Compiled:
-        """The function for calls like this one: the same facts, device and strides.
-
-        Raises:
-            RuntimeError: there are as many as allowed, and none for this call.
-        """
-        tensors = (call.query, call.key, call.value, call.attn_mask)
-        strides = tuple(None if tensor is None else (tensor.stride(), tensor.dtype) for tensor in tensors)
-        kind = (call.request(), call.query.device, strides)
-        if kind not in self._compiled:
-            if len(self._compiled) >= self.most:
-                raise RuntimeError(
-                    f"{len(self._compiled)} kinds of call are compiled >= {self.most}, until the restart"
-                )
-            self._compiled[kind] = self._new()
-        return self._compiled[kind]
+    def of(self, given: Arguments) -> Compiled:
+        """The function for calls like this one, by what `arguments` made of it: shapes, strides, types, device."""
+        kind = kind_of(given)
+        with self._lock:
+            if kind in self._compiled:
+                self._compiled.move_to_end(kind)
+            else:
+                if len(self._compiled) >= self.most:
+                    self._compiled.popitem(last=False)
+                self._compiled[kind] = self._new()
+            return self._compiled[kind]
 
     def _new(self) -> Compiled:
         import torch
 
-        own = FunctionType(traced.__code__.replace(), traced.__globals__, f"flex_attn_{len(self._compiled)}")
+        own = FunctionType(traced.__code__.replace(), traced.__globals__, f"flex_attn_{self.made}")
+        self.made += 1
         compiled: Compiled = torch.compile(own, fullgraph=True, dynamic=False)
         return compiled
 
@@ -218,23 +258,55 @@ def adds(bias: torch.Tensor) -> Callable[..., torch.Tensor]:
     return score_mod
 
 
-def arguments(call: AttentionCall) -> tuple[object, ...]:
-    """What `attend` takes for this call: a boolean mask becomes lists of blocks, a bias a view as large as the scores.
+def arguments(call: AttentionCall) -> Arguments:
+    """What `attend` takes for this call, its lengths filled up to buckets.
+
+    A boolean mask becomes lists of blocks, a bias a view as large as the scores. Keys that fill up are hidden; rows
+    that do are for the caller to leave out of the output.
 
     Raises:
         ValueError: a mask reaches further than 32-bit offsets.
     """
-    query, key, value = indexable(call.query), indexable(call.key), indexable(call.value)
+    from torch.nn.functional import pad
+
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    rows, keys = bucket(q_len), bucket(kv_len)
+    query, key, value = (
+        pad(tensor, (0, 0, 0, length - tensor.shape[2])) if tensor.shape[2] != length else indexable(tensor)
+        for tensor, length in ((call.query, rows), (call.key, keys), (call.value, keys))
+    )
     mask, bias, blocks = call.attn_mask, None, None
     if mask is not None:
-        reach = sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-        if reach > INT32_ELEMENTS:
-            raise ValueError(f"mask of {reach} elements > {INT32_ELEMENTS}, the reach of 32-bit offsets")
-        whole = mask.expand(*query.shape[:3], key.shape[2])
-        if mask.dtype == torch.bool:
-            blocks = masked_blocks(whole)
+        visible = mask if mask.dtype.is_floating_point else mask.bool()
+        whole = visible.expand(*query.shape[:2], q_len, kv_len)
+        if not mask.dtype.is_floating_point:
+            blocks = masked_blocks(_in_reach(filled(whole, rows, keys)), q_len)
         else:
-            bias = whole
-    elif call.is_causal:
-        blocks = causal_blocks(query.shape[2], key.shape[2], query.device)
+            bias = _in_reach(filled(whole, rows, keys))
+    if call.is_causal:
+        blocks = causal_blocks(q_len, kv_len, query.device)
+    elif blocks is None and keys != kv_len:
+        seen = seen_keys(kv_len, keys, query.device)
+        blocks = masked_blocks(seen.expand(*query.shape[:2], rows, keys), q_len)
     return query, key, value, bias, blocks, call.scale
+
+
+def _in_reach(mask: torch.Tensor) -> torch.Tensor:
+    reach = sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    if reach > INT32_ELEMENTS:
+        raise ValueError(f"mask of {reach} elements > {INT32_ELEMENTS}, the reach of 32-bit offsets")
+    return mask
+
+
+def kind_of(given: Arguments) -> object:
+    """What the compiler takes as constant of these arguments of `attend`."""
+    *tensors, blocks, scale = given
+    facts = [_facts(tensor) for tensor in tensors]
+    if blocks is not None:
+        facts += [_facts(blocks.kv_indices), blocks.mask_mod.__code__]
+        facts += [_facts(cell.cell_contents) for cell in blocks.mask_mod.__closure__ or ()]
+    return (*facts, scale)
+
+
+def _facts(tensor: torch.Tensor | None) -> object:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
