@@ -20,6 +20,7 @@ Files beside them:
     request, call_checks             what a call is, and a look over it before it runs
     platform, routes, route_report   a machine as a value, and in which order it tries backends
     backend, family, limits, memory  what every backend declares
+    tolerance                        how far a kernel of each arithmetic may be off
     router, plan, session, faults    which kernel a call gets, how it runs, and errors after which nothing is tried
     names, systems, recommended      ids, what other systems call them, and what is known by model family
     versions                         how versions are compared

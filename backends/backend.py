@@ -8,12 +8,13 @@ means yes. A reason is lower case and names the value and the limit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from .limits import ANY_MASK, FLOATING, HALF, Limits
 from .options import Option
 from .platform import Platform
 from .request import AttentionCall, AttentionRequest
+from .tolerance import EXACT, Tolerance, accuracy, tolerance
 from .versions import meets, read
 
 if TYPE_CHECKING:
@@ -30,13 +31,26 @@ ACCURACY = ("exact", "quantized", "sparse")
 """`exact`: differs from SDPA by rounding only. `quantized`: INT8, FP8, FP4 arithmetic. `sparse`: skips work."""
 
 
+class _ByArithmetic:
+    """The accuracy class of a backend, from its arithmetic; where one sets `accuracy` itself, that stands."""
+
+    def __get__(self, backend: Backend | None, of: type[Backend]) -> str:
+        asked = of if backend is None else backend
+        return accuracy(asked.arithmetic, sparse=asked.sparse)
+
+
 class Backend:
     """One thing a person can select. A subclass declares the class attributes and writes `load`."""
 
     id: ClassVar[str]
     summary: ClassVar[str]
     """One sentence for menus: what it does and when to use it."""
-    accuracy: ClassVar[str] = "exact"
+    arithmetic: ClassVar[str] = "half"
+    """What it computes in, the coarsest of its steps: one of `tolerance.TOLERANCES`."""
+    sparse: ClassVar[bool] = False
+    """It skips work that has a weight."""
+    accuracy: ClassVar[str] = cast("str", _ByArithmetic())
+    """One of `ACCURACY`; follows from `arithmetic` and `sparse`."""
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
     """Kinds of platform it runs on (`platform.KINDS`)."""
     min_capability: ClassVar[tuple[int, int] | None] = None
@@ -73,6 +87,16 @@ class Backend:
             reasons.append(f"architecture {platform.gfx or 'unknown'} not in ({', '.join(self.architectures)})")
         reasons += [reason for need in self.requires if (reason := package_reason(need, platform))]
         return list(dict.fromkeys(reasons))
+
+    def arithmetic_on(self, platform: Platform) -> str:
+        """Its arithmetic on this machine; override where several kernels stand behind one id."""
+        if self.arithmetic in EXACT and self.accuracy == "quantized":
+            return "int8"  # one that declares the class alone
+        return self.arithmetic
+
+    def tolerance_on(self, platform: Platform) -> Tolerance:
+        """How far it may be off on this machine."""
+        return tolerance(self.arithmetic_on(platform), sparse=self.accuracy == "sparse")
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...] | None:
         """The only CUDA compute capabilities that it has kernels for; None for any from `min_capability`."""

@@ -65,6 +65,10 @@ class Family(Backend):
         chosen = self._chosen(platform)
         return (chosen.member(request, platform) or chosen.id) if chosen else None
 
+    def arithmetic_on(self, platform: Platform) -> str:
+        chosen = self._chosen(platform)
+        return chosen.arithmetic_on(platform) if chosen else self.arithmetic
+
     def origin(self, platform: Platform) -> str | None:
         chosen = self._chosen(platform)
         return chosen.origin(platform) if chosen else None

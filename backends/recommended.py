@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .trace import Row, Trace
 
 QUANTIZED = tuple(backend.id for backend in BACKENDS.values() if backend.accuracy == "quantized")
-FP4 = ("sage_attn_3",)
-INT8_AS_IT_IS = ("sage_attn", "sage_fp16_cuda", "sage_fp16_triton", "sage_fp8_cuda", "sage_fp8_sm90", "emulated_int8")
+FP4 = tuple(name for name in QUANTIZED if BACKENDS[name].arithmetic == "fp4")
+INT8_AS_IT_IS = tuple(name for name in QUANTIZED if name not in (*FP4, "comfy_kitchen_int8"))
 """Kernels that round query and key to INT8 without rotating their channels first, as `comfy_kitchen_int8` does."""
 
 

@@ -232,7 +232,7 @@ class Session:
         if clock is not None and (clock.has_events or guard is not None or self.checks):  # the kernel's time alone
             kernel, clock = timed_kernel(kernel, clock, row), None
         if guard is not None:
-            kernel = guard.watched(kernel, backend.accuracy, row)
+            kernel = guard.watched(kernel, backend.accuracy, row, backend.tolerance_on(self.router.platform))
         return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict, clock, function)
 
     def plan_packed(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan | None:

@@ -31,7 +31,7 @@ def inference():
 
 
 def right(output: torch.Tensor, call: AttentionCall) -> bool:
-    return error(output, truth(call)).within(allowed(call, "int8_fp8"))
+    return error(output, truth(call)).within(allowed(call, "int8"))
 
 
 def ran(router: Router, call: AttentionCall) -> torch.Tensor:

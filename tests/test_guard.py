@@ -22,6 +22,7 @@ from attention_backends.backends.platform import Platform  # noqa: E402
 from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.tolerance import SPARSE, TOLERANCES, accuracy  # noqa: E402
 from attention_backends.backends.trace import Row, Trace  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, cast, copied  # noqa: E402
 from guarded_runs import (  # noqa: E402
@@ -467,8 +468,10 @@ def test_the_page_says_what_was_measured() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "guard-budget-cpu.json").read_text())
     page = (ROOT / "docs" / "guard.md").read_text(encoding="utf-8")
     assert results["budgets"] == {name: budget._asdict() for name, budget in BUDGETS.items()}
-    for name, budget in BUDGETS.items():
-        assert f"| `{name}` | {budget.relative_l2:g} | {budget.row_error:g} |" in page
+    for name, budget in TOLERANCES.items():
+        said = f"| `{name}` | `{accuracy(name)}` | {budget.relative_l2:g} | {budget.row_error:g} |"
+        assert said in page
+    assert f"| any, skipping work | `sparse` | {SPARSE.relative_l2:g} | {SPARSE.row_error:g} |" in page
     for line in results["errors"]:
         assert f"| {line['relative_l2']:g} | {line['psnr']:.1f} | {line['worst_psnr']:.1f} |" in page
     for name, found in results["kernels"].items():

@@ -95,15 +95,15 @@ class TestSwallowedKeywords:
     def test_scale(self, monkeypatch, packages, function):
         router = machine(monkeypatch, packages)
         call = call_for(PLAIN._replace(scale=0.3))
-        assert not right(function(call.query, call.key.clone(), call.value, scale=0.3), call, "int8_fp8")
-        assert right(ran(router, "sage_attn", call), call, "int8_fp8")
+        assert not right(function(call.query, call.key.clone(), call.value, scale=0.3), call, "fp8")
+        assert right(ran(router, "sage_attn", call), call, "fp8")
 
     @pytest.mark.parametrize("kind", ["key_padding", "bool", "bias"])
     def test_mask(self, monkeypatch, packages, function, kind):
         router = machine(monkeypatch, packages)
         call = call_for(PLAIN._replace(mask=kind))
         swallowed = function(call.query, call.key.clone(), call.value, attn_mask=call.attn_mask)
-        assert not right(swallowed, call, "int8_fp8")
+        assert not right(swallowed, call, "fp8")
         assert router.refuse("sage_attn", call.request()) == (f"mask kind {kind} not in (none)",)
 
 
@@ -192,7 +192,7 @@ class TestSage2Cuda:
         router = machine(monkeypatch, SAGE_2, (12, 0))
         monkeypatch.setattr(sageattention_2, "NOISE_FROM", 160)
         call = call_for(PLAIN)
-        assert not right(sageattention_2.sageattn(call.query, call.key, call.value), call, "int8_fp8")
+        assert not right(sageattention_2.sageattn(call.query, call.key, call.value), call, "fp8")
         assert router.refuse("sage_attn", PLAIN._replace(kv_len=160_000)) == ("kv_len 160000 > 150000",)
         assert machine(monkeypatch, SAGE_2, (8, 9)).refuse("sage_attn", PLAIN._replace(kv_len=160_000)) == ()
 
@@ -203,7 +203,7 @@ class TestSage2Cuda:
         monkeypatch.setattr(sageattention_2.core.sm90_compile, name, hides_the_operator)
         router = machine(monkeypatch, SAGE_2, (9, 0))
         call = call_for(PLAIN)
-        assert not right(sageattention_2.sageattn(call.query, call.key, call.value), call, "int8_fp8")
+        assert not right(sageattention_2.sageattn(call.query, call.key, call.value), call, "fp8")
         (reason,) = router.unavailable("sage_attn")
         assert "unwritten memory on sm90" in reason
         assert machine(monkeypatch, SAGE_2, (8, 9)).unavailable("sage_attn") == ()
@@ -230,7 +230,7 @@ class TestSage2Cuda:
         monkeypatch.setattr(sageattention_2, "NOISE_FROM", 160)
         call = call_for(PLAIN)
         noise = sageattention_2.sageattn_qk_int8_pv_fp8_cuda(call.query, call.key, call.value)
-        assert not right(noise, call, "int8_fp8")
+        assert not right(noise, call, "fp8")
         assert router.refuse("sage_fp8_cuda", PLAIN._replace(kv_len=160_000)) == ("kv_len 160000 > 150000",)
         assert router.refuse("sage_fp16_cuda", PLAIN._replace(kv_len=160_000)) == ()
 
@@ -360,11 +360,11 @@ class TestOffsetsOf32Bits:
             ("flash_attn_4", "flash-attn-4==4.0.0b36", (9, 0), "exact"),
             ("flashinfer_attn", "flashinfer-python==0.7.2", (9, 0), "exact"),
             ("sage_attn", SAGE_1, (8, 9), "int8"),
-            ("sage_attn", SAGE_2, (8, 9), "int8_fp8"),
+            ("sage_attn", SAGE_2, (8, 9), "fp8"),
             ("sage_fp16_triton", SAGE_2, (8, 9), "int8"),
             ("sage_fp16_cuda", SAGE_2, (8, 0), "int8"),
-            ("sage_fp8_cuda", SAGE_2, (8, 9), "int8_fp8"),
-            ("sage_fp8_sm90", SAGE_2, (9, 0), "int8_fp8"),
+            ("sage_fp8_cuda", SAGE_2, (8, 9), "fp8"),
+            ("sage_fp8_sm90", SAGE_2, (9, 0), "fp8"),
         ],
     )
     def test_long_rows_are_copied(self, monkeypatch, backend, packages, capability, arithmetic_class):

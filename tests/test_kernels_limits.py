@@ -103,7 +103,7 @@ def test_refusing_calls_no_library(monkeypatch: pytest.MonkeyPatch, case: Machin
 
 def test_a_wrong_kernel_would_be_seen() -> None:
     """A dropped mask, a wrong scale, swapped heads, one bad row and one NaN are all beyond the tolerances."""
-    for dtype, arithmetic_class in (("bfloat16", "exact"), ("float16", "int8"), ("bfloat16", "int8_fp8")):
+    for dtype, arithmetic_class in (("bfloat16", "exact"), ("float16", "int8"), ("bfloat16", "fp8")):
         request = _request(dtype, 64, "key_padding", 4, (130, 130))
         call, limit = call_for(request), _limit(request, arithmetic_class)
         expected = truth(call)
@@ -367,14 +367,14 @@ def test_amd_cards_of_flash_attn() -> None:
         *((name, "exact") for name in ("flash_attn", "flash_attn_2", "flash_attn_3", "flash_attn_4")),
         ("flashinfer_attn", "exact"),
         ("xformers", "exact"),
-        ("sage_attn", "int8_fp8"),
+        ("sage_attn", "fp8"),
         ("trtllm_attn", "exact"),
         ("sage_fp16_cuda", "int8"),
         ("sage_fp16_triton", "int8"),
-        ("sage_fp8_cuda", "int8_fp8"),
-        ("sage_fp8_sm90", "int8_fp8"),
+        ("sage_fp8_cuda", "fp8"),
+        ("sage_fp8_sm90", "fp8"),
         ("sage_attn_3", "fp4"),
-        ("comfy_kitchen_int8", "int8_fp8"),
+        ("comfy_kitchen_int8", "fp8"),
         ("emulated_int8", "int8"),
     ],
 )

@@ -101,10 +101,10 @@ WITH_A_CARD = {
     "trtllm_attn": "exact",
     "xformers": "exact",
     "sage_fp16_cuda": "int8",
-    "sage_fp8_cuda": "int8_fp8",
-    "sage_fp8_sm90": "int8_fp8",
+    "sage_fp8_cuda": "fp8",
+    "sage_fp8_sm90": "fp8",
     "comfy_kitchen_int8": "int8",
-    "sage_attn": "int8_fp8",
+    "sage_attn": "fp8",
     "sage_fp16_triton": "int8",
     "sage_attn_3": "fp4",
 }

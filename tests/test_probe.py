@@ -26,7 +26,6 @@ from attention_backends.backends.machine import remembered  # noqa: E402
 from attention_backends.backends.machine.doctor import probe_all  # noqa: E402
 from attention_backends.backends.machine.isolated import run, words_of  # noqa: E402
 from attention_backends.backends.machine.probe import judge, probe  # noqa: E402
-from attention_backends.backends.machine.problems import problems, tensors  # noqa: E402
 from attention_backends.backends.machine.remembered import Outcome  # noqa: E402
 from attention_backends.backends.platform import Platform, detect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
@@ -361,35 +360,26 @@ def noisy(relative: float) -> Kernel:
     return kernel
 
 
+@pytest.mark.parametrize("backend_id", ["subject", "sage_attn_3", "torch_sdpa"])
 @pytest.mark.parametrize(
-    ("backend_id", "accuracy", "fits", "too_much"),
+    ("declared", "fits", "too_much"),
     [
-        ("subject", "exact", 0.0005, 0.01),
-        ("subject", "quantized", 0.04, 0.15),
-        ("sage_attn_3", "quantized", 0.2, 0.7),
-        ("subject", "sparse", 0.9, None),
+        ({}, 0.0005, 0.01),
+        ({"arithmetic": "fp32"}, 0.0005, 0.01),
+        ({"arithmetic": "int8"}, 0.04, 0.15),
+        ({"arithmetic": "fp8"}, 0.06, 0.15),
+        ({"arithmetic": "fp4"}, 0.2, 0.7),
+        ({"accuracy": "quantized"}, 0.04, 0.15),
+        ({"sparse": True}, 0.9, None),
     ],
+    ids=str,
 )
-def test_the_tolerance_is_that_of_the_class(
-    backend_id: str, accuracy: str, fits: float, too_much: float | None
+def test_the_tolerance_is_that_of_the_arithmetic(
+    declared: dict[str, object], fits: float, too_much: float | None, backend_id: str
 ) -> None:
-    assert verdict(noisy(fits), backend_id, accuracy=accuracy).status == "ok"
+    assert verdict(noisy(fits), backend_id, **declared).status == "ok"
     if too_much is not None:
-        assert verdict(noisy(too_much), backend_id, accuracy=accuracy).status == "failed"
-
-
-def test_every_limit_leaves_room_for_arithmetic_of_its_class_and_for_no_more() -> None:
-    from attention_backends.backends.machine.problems import LIMIT_OF, LOSSY_LIMIT
-    from tolerance import _fp4, _int8_fp8, error, truth
-
-    for request in problems():
-        if request.dtype == "float32":
-            continue
-        query, key, value = tensors(request)
-        call = AttentionCall(query, key, value)
-        assert LOSSY_LIMIT["quantized"] == pytest.approx(2 * error(_int8_fp8(call), truth(call)).total, rel=0.1)
-        if request.kv_len == 256:
-            assert LIMIT_OF["sage_attn_3"] == pytest.approx(2 * error(_fp4(call), truth(call)).total, rel=0.15)
+        assert verdict(noisy(too_much), backend_id, **declared).status == "failed"
 
 
 def test_the_first_problem_that_the_kernel_takes_is_used() -> None:

@@ -14,11 +14,12 @@ import logging
 import os
 import random
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..backend import Kernel
 from ..faults import check_output
 from ..request import AttentionCall
+from ..tolerance import Tolerance, tolerance
 from .findings import Findings
 from .turns import FIRST_GAP, LONGEST_GAP, NEVER, Step, Turns, following
 
@@ -36,19 +37,15 @@ MOST_PENDING = 256
 """Checks whose figures may wait on a device; a program without steps reads them then."""
 
 
-class Budget(NamedTuple):
-    """The errors up to which a check is good: of the worst head, and of the worst row."""
-
-    relative_l2: float
-    row_error: float
-
+Budget = Tolerance
+"""The errors up to which a check is good: of the worst head, and of the worst row."""
 
 BUDGETS: Mapping[str, Budget] = {
-    "exact": Budget(0.05, 0.2),
-    "quantized": Budget(0.1, 0.4),
-    "sparse": Budget(0.3, 1.2),
+    "exact": tolerance("half"),
+    "quantized": tolerance("int8"),
+    "sparse": tolerance("half", sparse=True),
 }
-"""Per accuracy class; where they come from, and what they mean for a picture, is in docs/guard.md."""
+"""The least that each accuracy class is allowed; a backend's own is `Backend.tolerance_on`."""
 
 
 class GuardAlarm(Exception):  # not an error of the program: the session answers it
@@ -78,10 +75,10 @@ class Guard:
         """Whether kernels of this class are watched."""
         return self.everything or accuracy != "exact"
 
-    def watched(self, kernel: Kernel, accuracy: str, row: Row) -> Kernel:
-        """The kernel with checks of some of its calls, whose figures go to `row`."""
+    def watched(self, kernel: Kernel, accuracy: str, row: Row, budget: Budget | None = None) -> Kernel:
+        """The kernel with checks of some of its calls, whose figures go to `row`; without a budget, of its class."""
         self._watched += 1
-        return Watch(self, kernel, BUDGETS[accuracy], row)
+        return Watch(self, kernel, budget or BUDGETS[accuracy], row)
 
     def refusal(self, role: str, block: str) -> str | None:
         """Why only exact kernels may run in this role and block; None where others may."""

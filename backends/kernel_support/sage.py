@@ -327,7 +327,7 @@ def load_varlen(smooth_k: bool) -> VarlenKernel:
 class SageBackend(FromHub):
     """A kernel of one of the SageAttention packages, which import Triton, all of them."""
 
-    accuracy = "quantized"
+    arithmetic = "int8"
     kinds = ("cuda",)
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

@@ -31,7 +31,7 @@ class ComfyKitchenInt8(Backend):
 
     id = "comfy_kitchen_int8"
     summary = "ComfyUI's own INT8 attention, from comfy-kitchen. Takes masks and any head size up to 256."
-    accuracy = "quantized"
+    arithmetic = "int8"
     kinds = ("cuda", "rocm")
     min_capability = (7, 5)
     architectures = (

@@ -31,7 +31,7 @@ class EmulatedInt8(Backend):
 
     id = "emulated_int8"
     summary = "An emulation of INT8 attention, slow, for seeing on any machine what quantising does to a picture."
-    accuracy = "quantized"
+    arithmetic = "int8"
     kinds = KINDS
     limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
 

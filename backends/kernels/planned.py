@@ -11,9 +11,11 @@ from ..platform import Platform
 class Planned(Backend):
     """A name without a kernel yet. It parses, shows in menus, and says why it cannot run."""
 
-    def __init__(self, backend_id: str, accuracy: str, summary: str, options: tuple[Option, ...] = ()) -> None:
+    sparse = True
+
+    def __init__(self, backend_id: str, arithmetic: str, summary: str, options: tuple[Option, ...] = ()) -> None:
         self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
-        self.accuracy = accuracy  # type: ignore[misc]
+        self.arithmetic = arithmetic  # type: ignore[misc]
         self.summary = summary  # type: ignore[misc]
         self.options = options  # type: ignore[misc]
 
@@ -22,11 +24,11 @@ class Planned(Backend):
 
 
 PLANNED = (
-    Planned("sliding_tile_attn", "sparse", "Sliding Tile Attention for video.", sparse_options.SLIDING_TILE),
-    Planned("video_sparse_attn", "sparse", "Video Sparse Attention.", sparse_options.VIDEO_SPARSE),
-    Planned("vmoba_attn", "sparse", "VMoBA block attention for video.", sparse_options.VMOBA),
-    Planned("sparse_video_gen_2_attn", "sparse", "Sparse VideoGen 2.", sparse_options.SPARSE_VIDEO_GEN_2),
-    Planned("sparge_attn", "sparse", "SpargeAttention: sparse and quantised.", sparse_options.SPARGE),
-    Planned("sol_attn", "sparse", "SOL sparse attention.", sparse_options.SOL),
-    Planned("radial_attn", "sparse", "Radial Attention for video.", sparse_options.RADIAL),
+    Planned("sliding_tile_attn", "half", "Sliding Tile Attention for video.", sparse_options.SLIDING_TILE),
+    Planned("video_sparse_attn", "half", "Video Sparse Attention.", sparse_options.VIDEO_SPARSE),
+    Planned("vmoba_attn", "half", "VMoBA block attention for video.", sparse_options.VMOBA),
+    Planned("sparse_video_gen_2_attn", "half", "Sparse VideoGen 2.", sparse_options.SPARSE_VIDEO_GEN_2),
+    Planned("sparge_attn", "int8", "SpargeAttention: sparse and quantised.", sparse_options.SPARGE),
+    Planned("sol_attn", "half", "SOL sparse attention.", sparse_options.SOL),
+    Planned("radial_attn", "half", "Radial Attention for video.", sparse_options.RADIAL),
 )

@@ -21,6 +21,7 @@ class Reference(Backend):
     summary = (
         "Attention by its textbook definition in double precision. Very slow; the yardstick for every other backend."
     )
+    arithmetic = "fp32"
     kinds = KINDS
     limits = Limits(dtypes=FLOATING, causal_cross=True, mask_and_causal=True, mixed_head_dims=True)
 

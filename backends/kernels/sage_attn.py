@@ -53,6 +53,10 @@ class SageAttn(sage.SageBackend):
             return self.limits
         return sage.without_noise(sage.build(platform).limits(self.id, platform.capability), platform)
 
+    def arithmetic_on(self, platform: Platform) -> str:
+        """Version 1 and the FP16 kernels of 2.x keep values in a half type."""
+        return "fp8" if sage.is_second(platform) and sage.picked(platform).startswith("sage_fp8") else "int8"
+
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         if not sage.is_second(platform):
             return f"sageattention {sage.installed(platform).public}"

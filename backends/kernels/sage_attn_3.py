@@ -32,6 +32,7 @@ class SageAttn3(sage.SageBackend):
 
     id = "sage_attn_3"
     summary = "SageAttention 3 in FP4, for Blackwell cards. The fastest and the least exact; takes no masks."
+    arithmetic = "fp4"
     requires = ("sageattn3",)
     hub = HubKernel("kernels-community/sage-blackwell", 1, ((12, 0),))
     limits = Limits(

@@ -21,6 +21,7 @@ class SageFP8Cuda(sage.SageCuda):
 
     id = "sage_fp8_cuda"
     summary = "SageAttention 2 with INT8 scores and FP8 values, CUDA kernel. Takes no masks."
+    arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda"
     options = (
         sage.GRANULARITY,

@@ -17,6 +17,7 @@ class SageFP8SM90(sage.SageCuda):
 
     id = "sage_fp8_sm90"
     summary = "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel. Takes no masks."
+    arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
     options = (
         sage.GRANULARITY,

@@ -1,5 +1,4 @@
-"""`sdpa_math`: PyTorch's unfused attention, pinned alone, never in less than float32; it builds the whole score matrix.
-"""
+"""`sdpa_math`: PyTorch's unfused attention, pinned alone, in float32 at least; it builds the whole score matrix."""
 
 from __future__ import annotations
 
@@ -37,6 +36,7 @@ class SDPAMath(PinnedSDPA):
     summary = (
         "PyTorch's plain matrix form, pinned. Slow and memory-hungry; for finding out whether a fused kernel errs."
     )
+    arithmetic = "fp32"
     kinds = KINDS
     pin = "MATH"
     limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)

@@ -14,21 +14,12 @@ from ..kernels import BACKENDS
 from ..platform import Platform
 from ..request import AttentionCall, AttentionRequest
 from ..router import Router
+from ..tolerance import EARNED
 from .devices import synchronise
 from .remembered import Outcome
 
 if TYPE_CHECKING:
     import torch
-
-EXACT_FACTOR = 3.0
-"""An exact kernel may err so many times as much as plain arithmetic in its dtype, both against float64."""
-
-LOSSY_LIMIT = {"quantized": 0.08, "sparse": float("inf")}
-"""Relative L2 by accuracy class. INT8 scores with FP8 values, emulated on these very problems, err by 0.040; twice
-that. What a sparse kernel skips matters fully on random numbers, so only finite output is asked of it."""
-
-LIMIT_OF = {"sage_attn_3": 0.4}
-"""FP4, emulated on these very problems, errs by 0.20."""
 
 
 def problems() -> Iterator[AttentionRequest]:
@@ -87,7 +78,7 @@ def tried(router: Router, backend: Backend, request: AttentionRequest, device: t
     ms = (perf_counter() - start) * 1e3
     output = output.cpu()
     after = [tensor.cpu() for tensor in (moved.query, moved.key, moved.value)]
-    reason, error_of = compare(output, call, backend)
+    reason, error_of = compare(output, call, backend, router.platform)
     same = all(map(torch.equal, after, (query, key, value)))
     if not reason and not same and not backend.changes_inputs:
         reason = "wrong: it changed its inputs"
@@ -123,8 +114,14 @@ def tensors(request: AttentionRequest) -> tuple[torch.Tensor, torch.Tensor, torc
     return rand(request.q_len, request.num_heads), rand(request.kv_len, kv_heads), rand(request.kv_len, kv_heads)
 
 
-def compare(output: torch.Tensor, call: AttentionCall, backend: Backend) -> tuple[str, float | None]:
-    """What is wrong with an output, empty if nothing, and its relative L2 distance from float64; all on the CPU."""
+def compare(
+    output: torch.Tensor, call: AttentionCall, backend: Backend, platform: Platform
+) -> tuple[str, float | None]:
+    """What is wrong with an output, empty if nothing, and its relative L2 distance from float64; all on the CPU.
+
+    By `tolerance.py`: an exact kernel may err a few times as much as plain arithmetic in its dtype does here. Of a
+    sparse kernel only finite output is asked: what it skips matters fully on random numbers.
+    """
     wide = call.changed(query=call.query.double(), key=call.key.double(), value=call.value.double())
     expected = BACKENDS["reference"].load(Platform("cpu"))(wide)
     if output.shape != expected.shape:
@@ -137,7 +134,10 @@ def compare(output: torch.Tensor, call: AttentionCall, backend: Backend) -> tupl
         return float((tensor.double() - expected).norm() / expected.norm())
 
     found = distance(output)
-    limit = LIMIT_OF.get(backend.id, LOSSY_LIMIT.get(backend.accuracy, EXACT_FACTOR * distance(_in_steps(call))))
+    arithmetic = backend.arithmetic_on(platform)
+    limit = backend.tolerance_on(platform).relative_l2 if backend.accuracy != "sparse" else float("inf")
+    if backend.accuracy == "exact":
+        limit = min(limit, EARNED[arithmetic] * distance(_in_steps(call)))
     return (f"wrong: relative L2 {found:.1e} > {limit:.1e}" if found > limit else ""), found
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..backend import Kernel
 from ..call_checks import CheckError, checked
 from ..faults import check_output, is_cuda_fault, is_out_of_memory
-from ..guard import BUDGETS, GuardAlarm, Watch
+from ..guard import GuardAlarm, Watch
 from ..plan import Plan
 from ..request import AttentionCall
 from ..router import Decision
@@ -94,13 +94,15 @@ class Trial:
         tuner.trials += 1
         call.owned = False  # one that fails must leave the tensors for the incumbent
         run = self._timed(name, kernel)
-        guard, accuracy = tuner.session.guard, tuner.session.router.backends[name].accuracy
+        guard, router = tuner.session.guard, tuner.session.router
+        backend = router.backends[name]
         try:
-            if not is_first and not (guard is not None and guard.enforces and guard.covers(accuracy)):
+            if not is_first and not (guard is not None and guard.enforces and guard.covers(backend.accuracy)):
                 output = run(call)
                 check_output(output, call)
                 return output
-            watch = Watch(tuner.judge, run, BUDGETS[accuracy], Row(plan.row.role, plan.row.block, name, "", ""))
+            budget = backend.tolerance_on(router.platform)
+            watch = Watch(tuner.judge, run, budget, Row(plan.row.role, plan.row.block, name, "", ""))
             return tuner.judge.check(watch, call, 0)
         except GuardAlarm as alarm:
             reason = str(alarm).removeprefix("guard: ").removesuffix(" in call 1 of the block")
@@ -151,9 +153,10 @@ class Trial:
         kernel = session._kernel(decision)
         if session.device_clock is not None:
             kernel = timed_kernel(kernel, session.device_clock, mine)
-        guard, accuracy = session.guard, session.router.backends[name].accuracy
-        if guard is not None and guard.covers(accuracy):
-            guard.watched(kernel, accuracy, mine)  # from now on it looks at the model's outputs
+        guard, backend = session.guard, session.router.backends[name]
+        if guard is not None and guard.covers(backend.accuracy):
+            budget = backend.tolerance_on(session.router.platform)
+            guard.watched(kernel, backend.accuracy, mine, budget)  # from now on it looks at the model's outputs
         self._paths[name] = decision, mine, checked(kernel) if session.checks else kernel
         return True
 

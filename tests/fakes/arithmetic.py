@@ -99,6 +99,18 @@ def int8_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
     return torch.cat(parts, dim=2)
 
 
+def int8_channels(value: torch.Tensor) -> torch.Tensor:
+    """Values rounded to INT8, one scale per head and channel."""
+    scale = value.float().abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / 127
+    return (value.float() / scale).round() * scale
+
+
+def int8_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Softmax weights rounded to unsigned INT8, relative to the row's largest."""
+    peak = weights.amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    return (weights / peak * 255).round() / 255 * peak
+
+
 def fp8_channels(value: torch.Tensor) -> torch.Tensor:
     """Values rounded to FP8 (E4M3), one scale per head and channel."""
     scale = value.float().abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / 448

@@ -46,7 +46,10 @@ def int8_attention(
         _check_alignment(v, 16)
     query, key = q.float(), k.float() - k.float().mean(dim=2, keepdim=True)
     factor = q.shape[3] ** -0.5 if scale is None else scale
-    key, value = arithmetic.for_heads(q, arithmetic.int8_blocks(key, 16)), arithmetic.for_heads(q, _int8_channels(v))
+    key, value = (
+        arithmetic.for_heads(q, arithmetic.int8_blocks(key, 16)),
+        arithmetic.for_heads(q, arithmetic.int8_channels(v)),
+    )
     scores = arithmetic.int8_blocks(query, 16) @ key.transpose(-2, -1) * (factor * 1.44269504)
     hidden = torch.zeros((), dtype=torch.bool)
     if attn_mask is not None:
@@ -57,9 +60,9 @@ def int8_attention(
         bias = 0.0 if mask.dtype == torch.bool else mask.float() * 1.44269504
         scores = torch.where(hidden, -50_000.0, scores + bias)
     weights = arithmetic.softmax_base_2(scores)
-    peak = weights.amax(dim=-1, keepdim=True).clamp(min=1e-30)
-    weights = (weights / peak * 255).round() / 255 * peak  # unsigned INT8, relative to the row's largest
-    output = (weights @ value).masked_fill(hidden.expand(scores.shape).all(dim=-1, keepdim=True), 0.0)
+    output = (arithmetic.int8_weights(weights) @ value).masked_fill(
+        hidden.expand(scores.shape).all(dim=-1, keepdim=True), 0.0
+    )
     kept = torch.bfloat16 if q.dtype == torch.float32 else q.dtype
     return output.to(kept).to(q.dtype)
 
@@ -93,9 +96,3 @@ def _check_alignment(tensor: torch.Tensor, size: int) -> None:
     fits = all(length < 2 or (stride > 0 and stride * tensor.element_size() % size == 0) for length, stride in rows)
     if tensor.data_ptr() % size or not fits:
         raise RuntimeError("quant_qk_per_thread_int8: Q/K base pointers and B/H/N strides must preserve alignment")
-
-
-def _int8_channels(value: torch.Tensor) -> torch.Tensor:
-    """Values rounded to INT8, one scale per head and channel."""
-    scale = value.float().abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / 127
-    return (value.float() / scale).round() * scale
