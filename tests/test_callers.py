@@ -22,7 +22,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.plan import Plan  # noqa: E402
 from expected_roles import expected_block  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
@@ -305,9 +305,9 @@ def test_families_that_are_not_sampled_have_their_roles_and_blocks(
     run = sampling.Run(ours)
     seen: Counter[tuple[str, str]] = Counter()
     paths: list[str] = []
-    compute = Session.run
+    compute = Plan.compute
 
-    def watched(self: Session, plan: Any, call: Any) -> Any:
+    def watched(plan: Plan, call: Any) -> Any:
         found = callers.caller().module
         path = next(path for path, module in model.named_modules() if module is found)
         expected = next(role for pattern, role in row.roles.items() if re.fullmatch(pattern, path))
@@ -315,9 +315,9 @@ def test_families_that_are_not_sampled_have_their_roles_and_blocks(
         assert plan.row.block == expected_block(path), path
         paths.append(path)
         seen[plan.row.role, plan.row.block] += 1
-        return compute(self, plan, call)
+        return compute(plan, call)
 
-    monkeypatch.setattr(Session, "run", watched)
+    monkeypatch.setattr(Plan, "compute", watched)
 
     def once(options: dict[str, Any]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
