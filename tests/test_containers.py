@@ -190,7 +190,9 @@ def letting_go(monkeypatch: pytest.MonkeyPatch) -> LettingGo:
     return kernel
 
 
-def hand_over(run: Any, kernel: LettingGo, mask: torch.Tensor | None = None, batch: int = 1) -> None:
+def hand_over(
+    run: Any, kernel: LettingGo, mask: torch.Tensor | None = None, batch: int = 1, step: torch.Tensor | None = None
+) -> None:
     """One call in containers; its output is right, and its tensors are gone after it."""
     tensors = [torch.randn(batch, 24, HEADS * 16) for _ in range(3)]
     expected = exact(*tensors, HEADS, mask)
@@ -198,6 +200,8 @@ def hand_over(run: Any, kernel: LettingGo, mask: torch.Tensor | None = None, bat
     kernel.watched = storages([container.peek() for container in containers])
     ours = run.override
     options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
+    if step is not None:
+        options["sigmas"] = step
 
     def body() -> torch.Tensor:
         output: torch.Tensor = ours.container_function(*containers, HEADS, mask=mask, transformer_options=options)
@@ -267,9 +271,10 @@ def test_gathered_keys_are_freed_even_by_kernels_that_free_nothing(letting_go: L
 def test_the_guard_keeps_what_it_checks_and_no_more(letting_go: LettingGo, mode: str) -> None:
     config = AttentionConfig(default=AttentionSpec("emulated_int8"), accuracy="quantized", guard=mode, source="node")
     run = sampling.Run(host.Override((config,)))
+    step = torch.ones(1)  # one of the sampler's, in which not every call is checked
     for _ in range(4):
-        hand_over(run, letting_go)
-    assert letting_go.free == [[False] * 3, *[[True] * 3] * 3]  # the first call is checked, then the ninth or later
+        hand_over(run, letting_go, step=step)
+    assert letting_go.free == [[False] * 3, *[[True] * 3] * 3]
 
 
 def test_a_fault_of_the_card_after_it_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
