@@ -103,8 +103,11 @@ class Run:
             log.warning("%s", text)
 
     def mark(self, model: Any, options: dict[str, Any]) -> None:
-        """Mark the attention modules of a model, once per run."""
-        if id(model) not in self._marks:
+        """Mark the attention modules of a model, once per run; again those that others have changed since."""
+        if id(model) in self._marks:
+            for mark in self._marks[id(model)]:
+                mark.renew()
+        else:
             self._marks[id(model)] = sites.attach(model.diffusion_model)
             self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
             self.trace.model = type(model).__name__

@@ -183,6 +183,15 @@ class Mark:
                 own[name] = self._site.wrap(method)
                 self._marked[name] = before, own[name]
 
+    def renew(self) -> None:
+        """Stand in again for what somebody else has put in our place during the run."""
+        own = self._module.__dict__
+        with _marks_lock:
+            gone = tuple(name for name, (_, marked) in self._marked.items() if own.get(name) is not marked)
+            for name in gone:
+                del self._marked[name]
+            self.cover(gone)
+
     def remove(self) -> None:
         """After the last run: put back what was there; leave alone what somebody else has put in our place since."""
         with _marks_lock:
@@ -252,6 +261,9 @@ class Marks(list[Mark]):
         """Mark every module of which it is known by now that it makes attention calls."""
         for name, module in self.model.named_modules():
             methods = calling_methods(module) if name else ()
+            if not methods and name and whose.is_foreign(type(module).forward, type(module).__module__):
+                # A pack replaced the class's forward: it is an attention module by its place.
+                methods = ("forward",) if roles_at(self.family, name, type(module).__name__) else ()
             if module in self._of:
                 self._of[module].cover(methods)
             elif methods:

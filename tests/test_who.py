@@ -22,7 +22,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.router import NoBackendError  # noqa: E402
-from hook_side import comfyui, counts, last_run, nodes_module, plain_comfyui, sampling, selected, with_role  # noqa: E402
+from hook_side import comfyui, counts, last_run, marks_left, nodes_module, plain_comfyui, sampling, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 whose = nodes_module("whose")
@@ -361,6 +361,54 @@ def test_a_replaced_forward(family: str, kind: str) -> None:
     assert by_another(record) == STEPS[family] * at_once
     with pytest.raises(NoBackendError, match=f"{ME} computed attention"):
         sampled(patched(True), family)
+
+
+def own_attention(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return torch.softmax(x @ x.mT, dim=-1) @ x
+
+
+def test_a_forward_that_is_replaced_between_two_steps() -> None:
+    """In a callback: the stand-in of the first step is gone by then, and what was there comes back after the run."""
+    from comfy.patcher_extension import CallbacksMP
+
+    def patched(strict: bool) -> Any:
+        model = selected(built("wan"), "sdpa_math", strict=strict)
+        module = model.model.diffusion_model.get_submodule(ATTENTION["wan"])
+        steps: list[int] = []
+
+        def install(patcher: Any, timestep: Any, *options: Any) -> None:
+            steps.append(1)
+            if len(steps) == 2:
+                module.forward = MethodType(own_attention, module)
+
+        model.add_callback(CallbacksMP.ON_PREPARE_STATE, install)
+        model.add_callback(CallbacksMP.ON_CLEANUP, lambda patcher: module.__dict__.pop("forward", None))
+        return model
+
+    record = sampled(patched(False), "wan")
+    assert by_role(record) == alone("wan")
+    assert by_another(record) == 1
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention of role cross"):
+        sampled(patched(True), "wan")
+    assert marks_left(built("wan").model.diffusion_model) == []
+
+
+def test_a_forward_that_is_replaced_in_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of ours saw the class: it is an attention module by its place in a model that we know."""
+    from attention_backends.nodes import callers
+    from comfy.ldm.wan.model import WanSelfAttention, WanT2VCrossAttention
+
+    expected = alone("wan")
+    monkeypatch.setattr(WanSelfAttention, "forward", own_attention)
+    for kind in (WanSelfAttention, WanT2VCrossAttention):
+        monkeypatch.delitem(callers._by_class, kind, raising=False)
+    record = sampled(selected(built("wan"), "sdpa_math"), "wan")
+    assert by_role(record) == expected
+    assert counts(record)["self", BY_ANOTHER] == expected["self"]
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention of role self"):
+        sampled(selected(built("wan"), "sdpa_math", strict=True), "wan")
+    monkeypatch.undo()
+    callers._by_class.pop(WanSelfAttention, None)
 
 
 @pytest.mark.parametrize("family", ["wan", "sd15"])
