@@ -26,6 +26,21 @@ class CheckError(ValueError):
     """A call that no kernel could answer rightly; the message says what was given and what to do."""
 
 
+class DifferingTensorsError(CheckError):
+    """A call of a host whose tensors have different dtypes or devices: only the host's own function can answer it."""
+
+
+def differing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """Which dtypes or devices the tensors of a call have; empty where they agree, the mask on its device alone."""
+    if not query.dtype == key.dtype == value.dtype:
+        return "dtypes differ: " + ", ".join(str(each.dtype).removeprefix("torch.") for each in (query, key, value))
+    if not query.device == key.device == value.device:
+        return "devices differ: " + ", ".join(str(each.device) for each in (query, key, value))
+    if mask is not None and mask.device != query.device:
+        return f"devices differ: query {query.device}, mask {mask.device}"
+    return ""
+
+
 def checks_from_environment(environ: Mapping[str, str] | None = None) -> bool:
     """Whether the environment switches checks on."""
     environ = os.environ if environ is None else environ

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .backend import Backend, Kernel, on_copies
-from .call_checks import CheckError, checked, checks_from_environment
+from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
 from .config import AttentionConfig, frozen
 from .config.layers import Choice, Settings, resolve, settings_of
 from .faults import KernelOutputError, is_cuda_fault, is_out_of_memory, stop_if_hopeless
@@ -263,7 +263,7 @@ class Session:
         try:
             output = plan.compute(call)
         except Exception as error:
-            output = self.recover(plan, call, error)
+            output = self._recover(plan, call, error)
         plan.row.calls += 1
         return output
 
@@ -287,8 +287,11 @@ class Session:
         plan.row.calls += 1
         return output
 
-    def recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
+    def _recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
         """Run the backends that are left, one after the other, until one computes the call; change `plan` to it."""
+        held = call.host is not None and call.query is not None
+        if held and (text := differing(call.query, call.key, call.value, call.attn_mask)):  # not the kernel's fault
+            raise DifferingTensorsError(text) from error
         while True:
             if isinstance(error, NoBackendError):
                 raise error  # of another configuration below the host's own function

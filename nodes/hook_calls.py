@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..backends.call_checks import check
+from ..backends.call_checks import DifferingTensorsError, check, differing
 from ..backends.config.layers import Choice
 from ..backends.mask import as_4d, as_additive, for_kernels, mask_kind
 from ..backends.mask.parts import Parts, calls_of, fits, plan_parts, run_parts
@@ -24,7 +24,7 @@ from ..backends.request import AttentionCall
 from ..backends.router import ALWAYS, NoBackendError
 from .comfy_functions import changed_by_auto, forces_upcast, host_function, name_of_function, reads_booleans
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
-from .layouts import EMPTY, Layout, differing, kv_len_of, only_comfyui
+from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
 from .roles import Role
 from .scope import Scope
 from .sites import Site, maker
@@ -139,10 +139,7 @@ def route(
         text = differing(query, key, value, mask)
         return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
     layout = hook_plan.layout
-    if mask is None and layout.skip_reshape:  # as `Layout.call` has it, with a frame less
-        call = AttentionCall(query, key, value, None, False, layout.scale, layout.enable_gqa)
-    else:
-        call = layout.call(query, key, value, mask)
+    call = layout.call(query, key, value, mask)
     func = hook_plan.preferred or func
     if owned:
         # Not only for the backend comfy: it is also the last resort when another one fails.
@@ -160,15 +157,12 @@ def route(
     if mask_plan is None or hook_plan.parts is None:
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
-        plan = hook_plan.plan
         try:
-            output = plan.compute(call)  # as `Session.run` has it, with a frame less for each call
-        except Exception as error:
-            text = "" if call.query is None else differing(call.query, call.key, call.value, mask)
-            if text and not owned:  # the fault of this call alone: where kernels look at that, we do not
-                return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
-            output = scope.session.recover(plan, call, error)
-        plan.row.calls += 1
+            output = scope.session.run(hook_plan.plan, call)
+        except DifferingTensorsError as error:  # where kernels look at that themselves, we do not
+            if owned:
+                raise
+            return _pass_on(scope, func, query, key, value, given, options, kwargs, str(error))
     else:
         host = partial(_host_part, func, options=options, kwargs=kwargs)
         output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..backends.call_checks import CheckError
+from ..backends.call_checks import CheckError, differing
 from ..backends.mask import as_4d
 from ..backends.request import AttentionCall
 
@@ -159,17 +159,6 @@ def only_comfyui(
             "  what to do: give one value for each key"
         )
     return reason
-
-
-def differing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str:
-    """Which dtypes or devices the tensors of a call have; empty where they agree, the mask on its device alone."""
-    if not query.dtype == key.dtype == value.dtype:
-        return "dtypes differ: " + ", ".join(str(each.dtype).removeprefix("torch.") for each in (query, key, value))
-    if not query.device == key.device == value.device:
-        return "devices differ: " + ", ".join(str(each.device) for each in (query, key, value))
-    if mask is not None and mask.device != query.device:
-        return f"devices differ: query {query.device}, mask {mask.device}"
-    return ""
 
 
 def _disagreement(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> str:
