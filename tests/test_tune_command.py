@@ -136,7 +136,7 @@ def test_show_export_clear_and_import(file: Path, tmp_path: Path, capsys: Captur
         (["--import", "{folder}/nothing.json"], "nothing.json"),
         (["--import", "{folder}/wrong.json"], "not a document of measured choices"),
         (["--import", "{folder}/text.json"], "Expecting value"),
-        (["--import", "{folder}/deep.json"], "recursion depth"),
+        (["--import", "{folder}/deep.json"], "nested too deeply"),
         (["--export", "{folder}/no/such/folder.json"], "folder.json"),
     ],
 )
