@@ -7,7 +7,7 @@ Files, by what they are for; a call of a patched model goes through the first th
              that is kept; `memory`, with `sizes`, tells ComfyUI what it takes
     a call   `hook_calls`, with `layouts` and `masks`, ComfyUI's functions (`comfy_functions`), the place in the model
              (`callers`, `sites`) and its role (`roles`); `compiled` is what torch.compile sees of it; `others` counts
-             what other packs compute, `whose` names them
+             what other packs compute, `whose` names them, `foreign_code` finds what else of theirs runs in a model
     nodes    a file for each in the list below; `graph` is what stands around one in a graph, `inputs` a look at what
              it was given. To Compare Attention Backends belong `compare_setup`, `compare_runs`, `capture`, `timed`,
              `pictures` and `similarity`, to the report `report_picture`

@@ -120,13 +120,17 @@ class Override:
         if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
             return func(*args, **kwargs)
         device = getattr(args[0], "tensor", args[0]).device
-        previous = sites.set_scope(self._scope_outside(device, kwargs.get("transformer_options") or {}))
+        scope = self._scope_outside(device, kwargs.get("transformer_options") or {})
+        previous, place = sites.set_scope(scope), scope.place()
         try:
+            scope.begin({})
             return self(func, *args, **kwargs)
         finally:
             sites.set_scope(previous)
+            scope.give_back(place)
 
     def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> Scope:
+        """The scope of a call outside any model call; a model call may be going on in it, further up the stack."""
         run = options.get(RUN_KEY)
         outside = run is None or run.override is not self or run.over
         if outside:
@@ -137,7 +141,6 @@ class Override:
         scope = run.scope(device)
         if outside and len(scope.plans) >= MOST_PLANS:  # no sampler ends such a run
             scope.session.forget()
-        scope.begin({})
         return scope
 
     def run_compiled(
@@ -181,7 +184,12 @@ class Override:
     def _at(self, site: sites.Site | None, ordinal: int, device: torch.device) -> Iterator[Scope]:
         """This thread's scope with `site` as the module that is running."""
         current = sites.current_scope()
-        scope = current if current is not None and current.run.override is self else self._scope_outside(device, {})
+        if current is None or current.run.override is not self:
+            scope = self._scope_outside(device, {})
+            place = scope.place()
+            scope.begin({})
+        else:
+            scope, place = current, None
         before = scope.site, scope.ordinal, scope.masks.not_kept
         if site is not None:
             scope.site, scope.ordinal = site, ordinal
@@ -190,6 +198,9 @@ class Override:
             yield scope
         finally:
             sites.set_scope(current)
-            if site is not None:
-                scope.site, scope.ordinal = before[:2]
-            scope.masks.not_kept = before[2]
+            if place is not None:
+                scope.give_back(place)
+            else:  # the model call goes on, with this call counted
+                if site is not None:
+                    scope.site, scope.ordinal = before[:2]
+                scope.masks.not_kept = before[2]

@@ -1,11 +1,13 @@
 """The mask plans of one model call: each source mask is read once, and nothing is kept after the call.
 
 ComfyUI samples under inference_mode, where a tensor has no version to tell that it was written to. So a plan is kept
-under the mask's memory for one model call, and the mask with it, lest its memory be used again for another one.
+under the mask's memory for one model call, and the mask with it, lest its memory be used again for another one; and
+only where no other pack's code runs between the blocks (`foreign_code.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ MADE_ANEW = "this model makes its masks anew in every block: they are passed to 
 COMPILED = "the model is compiled: its masks are passed to kernels as they are"
 COMPOSED = "another pack's override may change masks: they are passed to kernels as they are"
 PATCHED = "another pack's patch may change masks: they are passed to kernels as they are"
+FOREIGN = "another pack's code runs in this model and may change masks, so they are passed to kernels as they are: {}"
 OUTSIDE = "attention outside a model call: its masks are passed to kernels as they are"
 UNREAD = "a mask could not be read and is passed on as it is"
 
@@ -31,20 +34,19 @@ UNREAD = "a mask could not be read and is passed on as it is"
 class Masks:
     """The plans of the model call that is running."""
 
-    __slots__ = ("_plans", "_run", "not_kept")
+    __slots__ = ("_ask", "_plans", "_run", "not_kept")
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, ask: Callable[[], str] | None = None) -> None:
+        """`ask` says why no plan may be kept in this model call; None outside of any. Asked at the first mask."""
         self._run = run
+        self._ask = ask
         self._plans: dict[tuple[Any, ...], tuple[torch.Tensor, MaskPlan]] = {}
-        self.not_kept = OUTSIDE
+        self.not_kept: str | None = OUTSIDE if ask is None else None
         """Why no plan may be kept for a later call; empty inside a model call in which nobody else has a hand.
 
-        Keeping a plan means holding its mask, and trusting that nobody writes into it meanwhile.
+        Keeping a plan means holding its mask, and trusting that nobody writes into it meanwhile. None until a mask
+        comes, since finding out takes a look at every module.
         """
-
-    def clear(self) -> None:
-        """At the begin and the end of a model call: forget everything."""
-        self._plans.clear()
 
     def plan(self, mask: torch.Tensor, source: torch.Tensor | None, kv_len: int) -> MaskPlan:
         """The plan of a mask in one of ComfyUI's shapes, read now or earlier in this model call.
@@ -53,13 +55,15 @@ class Masks:
             source: the tensor that the model makes this mask from in every block, or None; equal sources stand for
                 equal masks.
         """
+        if self.not_kept is None:
+            self.not_kept = "" if self._ask is None else self._ask()
         if self.not_kept:
-            return self._plan_anew(mask, kv_len)
+            return self._plan_anew(mask, kv_len, self.not_kept)
         kept = mask
-        key: tuple[Any, ...] = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, kv_len)
+        key: tuple[Any, ...] = (mask.data_ptr(), _version(mask), mask.shape, mask.stride(), mask.dtype, kv_len)
         if source is not None:
             kept = source
-            key = (source.data_ptr(), source.shape, source.stride(), source.dtype, *key[1:])
+            key = (source.data_ptr(), _version(source), source.shape, source.stride(), source.dtype, *key[2:])
         found = self._plans.get(key)
         if found is None:
             if mask.device.type != "cpu" and len(self._plans) >= MOST_READ:
@@ -68,11 +72,11 @@ class Masks:
             found = self._plans[key] = (kept, self._read(mask, kv_len))
         return found[1]
 
-    def _plan_anew(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
+    def _plan_anew(self, mask: torch.Tensor, kv_len: int, reason: str) -> MaskPlan:
         """Reading a mask at every call costs little on the CPU; on an accelerator each would wait for it."""
         if mask.device.type == "cpu":
             return self._read(mask, kv_len)
-        self._run.note(self.not_kept)
+        self._run.note(reason)
         return passed_on(as_4d(mask))
 
     def _read(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
@@ -84,3 +88,8 @@ class Masks:
             # An operation that this device lacks, or too little memory to read it: the kernel may still have enough.
             self._run.note(f"{UNREAD}: {str(error).splitlines()[0]}")
             return passed_on(as_4d(mask))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version

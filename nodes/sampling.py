@@ -27,6 +27,7 @@ from ..backends.session import Session
 from ..backends.trace import Trace
 from ..backends.trace.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from . import sites
+from .foreign_code import ForeignCode
 from .others import KEY as KEY
 from .others import OVERRIDE as OVERRIDE
 from .others import Others
@@ -90,6 +91,9 @@ class Run:
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         self.step: int | None = None
         """The sampler's step of the present evaluation of the model, where its loop tells it: `sampler_loop.py`."""
+        self._code: dict[int, ForeignCode] = {}
+        self.around_model_calls = ""
+        """What of another pack calls the model in ComfyUI's place; empty where nothing does."""
         for text in override.notes:
             self.trace.note(text)
 
@@ -139,6 +143,13 @@ class Run:
         if before is not None:  # another sampler in the same run
             found.take_over(before[1])
         self._timetables[place] = sigmas, found
+        return found
+
+    def foreign_code(self, diffusion_model: torch.nn.Module) -> ForeignCode:
+        """What finds other packs' code in a model; it looks through the model once in a run."""
+        found = self._code.get(id(diffusion_model))
+        if found is None:
+            found = self._code[id(diffusion_model)] = ForeignCode(diffusion_model)
         return found
 
     def note_unmatched_roles(self) -> None:
@@ -196,6 +207,7 @@ class Run:
                 for mark in marks:
                     mark.remove()
             self._marks.clear()
+            self._code.clear()
 
     def marks(self) -> list[sites.Marks]:
         """The marks of each model that this run has called so far."""
@@ -224,6 +236,11 @@ class Run:
         if self.trace.ledger is not None:
             self.trace.ledger.begin_model_call(number, window)
         return window
+
+    def begin_again(self, window: int) -> None:
+        """After a model call inside another one, which goes on under the next number."""
+        if self.trace.ledger is not None:
+            self.trace.ledger.begin_model_call(self.trace.timeline.model_calls + 1, window)
 
     def check_reached(self, scope: Scope, options: dict[str, Any]) -> None:
         """After a model call: say so when no attention call of the run is known so far, ours or another's.

@@ -6,6 +6,7 @@ begins it, makes it current for its thread and takes it away again.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ import torch
 from ..backends.config.layers import Choice, resolve
 from ..backends.schedule import step_of
 from . import sites
-from .masks import COMPOSED, OUTSIDE, PATCHED, Masks
+from .foreign_code import ForeignCode, in_a_call
+from .masks import COMPOSED, FOREIGN, PATCHED, Masks
 from .roles import Role
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ class Scope:
     """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
 
     __slots__ = (
+        "code",
         "elsewhere",
+        "in_model_call",
         "mask_source",
         "masks",
         "options",
@@ -44,13 +48,20 @@ class Scope:
         self.override = run.override
         self.session = session
         self.plans = session.plans
-        self.masks = Masks(run)
         self.timetable = run.timeless
         """The schedules for this model call and its sampler; set before `begin`."""
+        self.code: ForeignCode | None = None
+        """Finds what of the running model is another pack's; set before `begin`."""
         self.begin({})
 
     def begin(self, options: dict[str, Any], *, in_model_call: bool = False) -> None:
-        """Start a model call with these transformer options, or a single call outside any."""
+        """Start a model call with these transformer options, or a single call outside any.
+
+        Every attribute gets another object, none is changed, so that `give_back` brings all of the former ones back.
+        """
+        if not in_model_call:
+            self.timetable, self.code = self.run.timeless, None
+        self.in_model_call = in_model_call
         self.options = options
         self.site: sites.Site | None = None
         self.ordinal = 0
@@ -59,8 +70,7 @@ class Scope:
         """Calls of this model call that others computed."""
         self.mask_source: torch.Tensor | None = None
         """What the running module makes its mask from, where it makes one of its own."""
-        self.masks.clear()
-        self.masks.not_kept = self._masks_not_kept(in_model_call)
+        self.masks = Masks(self.run, self._masks_not_kept if in_model_call else None)
         self.window = self._window()
         """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any.
 
@@ -69,14 +79,28 @@ class Scope:
         if in_model_call:
             self.window = self.run.begin_model_call(self.window)
 
-    def _masks_not_kept(self, in_model_call: bool) -> str:
+    def place(self) -> tuple[Any, ...]:
+        """Where this scope is now: everything that it holds, for `give_back`."""
+        return _everything(self)
+
+    def give_back(self, place: tuple[Any, ...]) -> None:
+        """Be again where it was: at the end of a model call or of a call outside any, which can be inside another."""
+        for name, value in zip(Scope.__slots__, place, strict=True):
+            setattr(self, name, value)
+        if self.in_model_call:
+            self.run.begin_again(self.window)
+
+    def _masks_not_kept(self) -> str:
         """Why masks may change between the blocks of this model call; empty where nobody else has a hand in."""
-        if not in_model_call:
-            return OUTSIDE
-        if self.run.override.foreign is not None:
+        if self.run.override.foreign is not None or self.run.others.on_top is not None:
             return COMPOSED
         options = self.options
-        return PATCHED if options.get("patches") or options.get("patches_replace") else ""
+        if options.get("patches") or options.get("patches_replace"):
+            return PATCHED
+        found = in_a_call(options) or self.run.around_model_calls
+        if not found and self.code is not None:
+            found = self.code.found()
+        return FOREIGN.format(found) if found else ""
 
     def _window(self) -> int:
         timetable = self.timetable
@@ -106,10 +130,6 @@ class Scope:
         if text and text not in self.run.trace.notes:
             self.run.note(text)
 
-    def place(self) -> tuple[dict[str, Any], sites.Site | None, int, torch.Tensor | None]:
-        """Where this model call is now."""
-        return self.options, self.site, self.ordinal, self.mask_source
-
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
         role = sites.role_at(self.site, ordinal, q_len, kv_len)
@@ -126,3 +146,6 @@ class Scope:
             return self.run.step
         sigma, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
         return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())
+
+
+_everything = attrgetter(*Scope.__slots__)

@@ -14,6 +14,7 @@ from ..backends.guard.turns import Step
 from ..backends.records.ledger import Ledger
 from ..backends.trace import outcome
 from . import memory, runs, sites
+from .foreign_code import function_wrapper
 from .sampler_loop import loop_step
 from .sampling import KEY, OVERRIDE, RUN_KEY, Run
 from .scope import Scope
@@ -29,6 +30,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.trace.ledger = Ledger()
     run.others.at_start = options.get(OVERRIDE)
     options[RUN_KEY] = run
+    run.around_model_calls = function_wrapper(executor.class_obj.model_options)
     runs.begin(run.trace)
     refusal = None
     try:
@@ -99,17 +101,18 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.mark(executor.class_obj, options)
     run.samples = max(run.samples, args[0].shape[0])
     scope = run.scope(args[0].device)
-    previous = sites.set_scope(scope)
-    outer = scope.place() if previous is scope else None
-    scope.timetable = run.timetable(executor.class_obj, options)
+    previous, place, on_top = sites.set_scope(scope), scope.place(), run.others.on_top
     inside = run.step is None
-    if inside:  # not from ComfyUI's own batching, which has asked already in the sampler's thread
-        run.step = step_in_loop(options.get("sample_sigmas"))
-    scope.begin(options, in_model_call=True)
-    replaced = run.others.watch(options)
-    if scope.session.tuner is not None:
-        scope.session.tuner.model_call(options.get("sigmas"))
+    replaced: dict[str, Any] = {}
     try:
+        scope.timetable = run.timetable(executor.class_obj, options)
+        scope.code = run.foreign_code(executor.class_obj.diffusion_model)
+        if inside:  # not from ComfyUI's own batching, which has asked already in the sampler's thread
+            run.step = step_in_loop(options.get("sample_sigmas"))
+        scope.begin(options, in_model_call=True)
+        replaced = run.others.watch(options)
+        if scope.session.tuner is not None:
+            scope.session.tuner.model_call(options.get("sigmas"))
         output = _guarded(scope, options, executor, args, kwargs)
         clock, sigma = scope.session.device_clock, options.get("sigmas")
         run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"), run.step)
@@ -120,10 +123,10 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if inside:
             run.step = None
         options.update(replaced)
-        scope.masks.clear()
         sites.set_scope(previous)
-        if outer is not None:  # a model call inside another: the outer one goes on where it was
-            scope.options, scope.site, scope.ordinal, scope.mask_source = outer
+        scope.give_back(place)
+        if scope.in_model_call:  # one inside another, which goes on where it was
+            run.others.on_top = on_top
         if own_run:
             run.close()
 
