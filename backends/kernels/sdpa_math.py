@@ -66,15 +66,7 @@ class SDPAMath(PinnedSDPA):
                 mask = mask.to(wide)
             with torch.autocast(device, enabled=False):
                 output = math(
-                    AttentionCall(
-                        query.to(wide),
-                        call.key.to(wide),
-                        call.value.to(wide),
-                        mask,
-                        is_causal=call.is_causal,
-                        scale=call.scale,
-                        enable_gqa=call.enable_gqa,
-                    )
+                    call.changed(query=query.to(wide), key=call.key.to(wide), value=call.value.to(wide), attn_mask=mask)
                 )
             return output.to(query.dtype)
 
