@@ -13,7 +13,7 @@ from itertools import product
 import pytest
 from attention_backends.backends.platform import Platform, detect
 from attention_backends.backends.request import AttentionRequest
-from kernel_machines import MACHINES, SAGE_1, SAGE_2, SAGE_FORK, TRITON, Machine
+from kernel_machines import MACHINES, SAGE_1, SAGE_2, SAGE_FORK, TRITON, Machine, running_on
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -360,27 +360,11 @@ def test_amd_cards_of_flash_attn() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("backend", "arithmetic_class"),
-    [
-        *((name, "exact") for name in ("torch_sdpa", "cudnn_attn", "sdpa_flash", "sdpa_efficient", "sdpa_math")),
-        *((name, "exact") for name in ("flash_attn", "flash_attn_2", "flash_attn_3", "flash_attn_4")),
-        ("flashinfer_attn", "exact"),
-        ("xformers", "exact"),
-        ("sage_attn", "fp8"),
-        ("trtllm_attn", "exact"),
-        ("sage_fp16_cuda", "int8"),
-        ("sage_fp16_triton", "int8"),
-        ("sage_fp8_cuda", "fp8"),
-        ("sage_fp8_sm90", "fp8"),
-        ("sage_attn_3", "fp4"),
-        ("comfy_kitchen_int8", "fp8"),
-        ("emulated_int8", "int8"),
-    ],
-)
-def test_every_cell_on_this_card(backend: str, arithmetic_class: str) -> None:
+@pytest.mark.parametrize("backend", running_on("cuda"))
+def test_every_cell_on_this_card(backend: str) -> None:
     router = Router(detect())
     reasons = router.unavailable(backend)
     if reasons:
         pytest.skip(f"GPU: {backend}: {'; '.join(reasons)}")
+    arithmetic_class = router.backends[backend].arithmetic_on(router.platform)
     assert _check_all(router, backend, arithmetic_class, device="cuda") >= 12

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.platform import Platform, detect
 from attention_backends.backends.request import AttentionCall, AttentionRequest
 
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from attention_backends.backends.mask import as_additive  # noqa: E402
 from attention_backends.backends.router import Router  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
+from kernel_machines import running_on  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402
 
 SELF = AttentionRequest(1, 4, 200, 200, 64, "float32")
@@ -82,32 +84,8 @@ CASES: dict[str, tuple[AttentionRequest, Callable[[AttentionCall], AttentionCall
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
-HERE = {
-    "torch_sdpa": "exact",
-    "sdpa_flash": "exact",
-    "sdpa_math": "exact",
-    "reference": "exact",
-    "emulated_int8": "int8",
-}
-WITH_A_CARD = {
-    **HERE,
-    "cudnn_attn": "exact",
-    "sdpa_efficient": "exact",
-    "flash_attn": "exact",
-    "flash_attn_2": "exact",
-    "flash_attn_3": "exact",
-    "flash_attn_4": "exact",
-    "flashinfer_attn": "exact",
-    "trtllm_attn": "exact",
-    "xformers": "exact",
-    "sage_fp16_cuda": "int8",
-    "sage_fp8_cuda": "fp8",
-    "sage_fp8_sm90": "fp8",
-    "comfy_kitchen_int8": "int8",
-    "sage_attn": "fp8",
-    "sage_fp16_triton": "int8",
-    "sage_attn_3": "fp4",
-}
+HERE = running_on("cpu")
+WITH_A_CARD = running_on("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +94,7 @@ def inference():
         yield
 
 
-def _check(router: Router, backend: str, arithmetic_class: str, name: str, dtype: str, device: str) -> str | None:
+def _check(router: Router, backend: str, name: str, dtype: str, device: str) -> str | None:
     """Run one case; None, or why it was refused."""
     request, change = CASES[name]
     call = change(call_for(request._replace(dtype=dtype), device))
@@ -127,7 +105,7 @@ def _check(router: Router, backend: str, arithmetic_class: str, name: str, dtype
     output = router.kernel(backend)(call)
     assert output.shape == (*call.query.shape[:3], call.value.shape[3])
     assert output.dtype == call.query.dtype
-    made, limit = error(output, expected), allowed(before, arithmetic_class)
+    made, limit = error(output, expected), allowed(before, BACKENDS[backend].arithmetic_on(router.platform))
     assert made.within(limit), f"{made} > {limit}"
     for tensor in ("query", "key", "value"):
         assert torch.equal(getattr(call, tensor), getattr(before, tensor)), f"{tensor} was changed"
@@ -138,7 +116,7 @@ def _check(router: Router, backend: str, arithmetic_class: str, name: str, dtype
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", HERE)
 def test_on_the_cpu(backend: str, name: str, dtype: str) -> None:
-    assert _check(Router(Platform("cpu", torch=torch.__version__)), backend, HERE[backend], name, dtype, "cpu") == (
+    assert _check(Router(Platform("cpu", torch=torch.__version__)), backend, name, dtype, "cpu") == (
         "head_dim of values 96 != 64" if (backend, name) == ("sdpa_flash", "wider values") else None
     )
 
@@ -151,7 +129,7 @@ def test_on_a_card(backend: str, name: str, dtype: str) -> None:
     router = Router(detect())
     if router.unavailable(backend):
         pytest.skip(f"GPU: {backend}: {'; '.join(router.unavailable(backend))}")
-    refused = _check(router, backend, WITH_A_CARD[backend], name, dtype, "cuda")
+    refused = _check(router, backend, name, dtype, "cuda")
     if refused:
         pytest.skip(f"GPU: {backend} refuses: {refused}")
 

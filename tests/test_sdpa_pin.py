@@ -17,6 +17,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels import torch_sdpa as torch_kernel  # noqa: E402
 from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
+from fakes.torch_operators import Operators  # noqa: E402
 from torch.backends import cuda  # noqa: E402
 from torch.nn import attention  # noqa: E402
 
@@ -27,7 +28,6 @@ torch.manual_seed(0)
 Q, K, V = (torch.randn(1, 2, 40, 16) for _ in range(3))
 MASK = torch.rand(1, 1, 40, 40) > 0.3
 
-Op = Callable[..., Any]
 SWITCHES = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")
 
 
@@ -202,45 +202,6 @@ def test_a_mask_of_another_floating_type_is_rounded_and_hides_no_more_keys_than_
     assert torch.equal(bias.isinf(), mask.isinf())
     with pytest.raises(ValueError, match=r"torch\.int64 is neither bool nor floating"):
         BACKENDS["sdpa_math"].load(CPU)(AttentionCall(Q, K, V, MASK.long()))
-
-
-class Operators:
-    """CUDA's fused operators, computed on the CPU: what each was given is looked at as the card's kernel would.
-
-    The arguments go to the real operator first, on the meta device: a name, number or shape that it does not take
-    fails there.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ran: list[str] = []
-        self.takes: dict[str, Callable[[Any], bool]] = {}
-        for name in ("flash", "efficient", "cudnn"):
-            self.takes[name] = lambda facts: True
-            operator = f"_scaled_dot_product_{name}_attention"
-            monkeypatch.setattr(torch, operator, self._stand_in(name, getattr(torch, operator)))
-            monkeypatch.setattr(cuda, f"can_use_{name}_attention", lambda facts, name=name: self.takes[name](facts))
-
-    def _stand_in(self, name: str, real: Op) -> Op:
-        def run(q: Any, k: Any, v: Any, *rest: Any, scale: float | None = None) -> tuple[torch.Tensor]:
-            def on_meta(value: Any) -> Any:
-                return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-            shape = real(*(on_meta(value) for value in (q, k, v, *rest)), scale=scale)[0].shape
-            bias, *flags = (None, True, *rest) if name == "flash" else rest
-            if name == "flash":
-                assert q.shape[3] % 8 == k.shape[3] % 8 == v.shape[3] % 8 == 0
-            if name == "efficient":
-                assert q.shape[1] == k.shape[1] == v.shape[1]
-                assert bias is None or (bias.shape == (*q.shape[:3], k.shape[2]) and bias.stride(3) == 1)
-                assert bias is None or all(bias.stride(i) % 16 == 0 for i in range(3))
-            assert bias is None or bias.dtype is q.dtype
-            assert flags[1] == 0.0
-            self.ran.append(name)
-            out = SDPA(q, k, v, attn_mask=bias, is_causal=flags[2], scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-            assert out.shape == shape
-            return (out,)
-
-        return run
 
 
 PINS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}

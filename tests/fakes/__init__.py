@@ -52,8 +52,9 @@ def on_platform(monkeypatch: pytest.MonkeyPatch, platform: Platform) -> Router:
     packages = dict(platform.packages)
     for name, module in _modules(packages).items():
         monkeypatch.setitem(sys.modules, name, module)
+    as_torch_says = (11, 0) if platform.kind == "rocm" else platform.capability
     for fake in CARD:
-        monkeypatch.setattr(fake, "CAPABILITY", platform.capability)
+        monkeypatch.setattr(fake, "CAPABILITY", as_torch_says)
     monkeypatch.setattr(sageattention_2, "FORK", "torch" in packages.get("sageattention", ""))
     monkeypatch.setattr(sageattention_2, "VERSION", packages.get("sageattention", "2.2.0"))
     monkeypatch.setattr(arithmetic, "CALLS", [])
