@@ -59,11 +59,12 @@ class Masks:
             self.not_kept = "" if self._ask is None else self._ask()
         if self.not_kept:
             return self._plan_anew(mask, kv_len, self.not_kept)
-        kept = mask
-        key: tuple[Any, ...] = (mask.data_ptr(), _version(mask), mask.shape, mask.stride(), mask.dtype, kv_len)
+        kept = mask if source is None else source
+        # How often it was written to in place, where torch counts that.
+        version = 0 if kept.is_inference() else kept._version
+        key: tuple[Any, ...] = (mask.shape, mask.stride(), mask.dtype, kv_len, version, kept.data_ptr())
         if source is not None:
-            kept = source
-            key = (source.data_ptr(), _version(source), source.shape, source.stride(), source.dtype, *key[2:])
+            key = (*key, source.shape, source.stride(), source.dtype)
         found = self._plans.get(key)
         if found is None:
             if mask.device.type != "cpu" and len(self._plans) >= MOST_READ:
@@ -88,8 +89,3 @@ class Masks:
             # An operation that this device lacks, or too little memory to read it: the kernel may still have enough.
             self._run.note(f"{UNREAD}: {str(error).splitlines()[0]}")
             return passed_on(as_4d(mask))
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to in place; 0 where nobody counts."""
-    return 0 if tensor.is_inference() else tensor._version
