@@ -161,6 +161,74 @@ def test_a_model_that_is_never_finite_is_not_blamed_on_attention() -> None:
     assert any("attention is not the cause" in note for note in made.trace.notes)
 
 
+@pytest.mark.parametrize("head", [0, 5, 23])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_worst_head_is_named_and_stands_beside_the_whole_call(head: int, batch: int) -> None:
+    call = AttentionCall(*tensors(random.Random(head), batch, 24, 100, 120, 32))
+    right = sdpa(call)
+    wrong = right.clone()
+    wrong[batch - 1, head] *= 1.2
+    guard = Guard("watch", Trace(), everything=False)
+    watch, row = watch_of(guard, lambda call: wrong)
+    watch(call)
+    found = row.guard
+    assert found.head == head
+    assert found.relative_l2 == pytest.approx(0.2, rel=1e-3)
+    assert 0.1 * 0.2 / (24 * batch) ** 0.5 < found.call_l2 < 3 * 0.2 / (24 * batch) ** 0.5
+    data = found.as_dict()
+    assert (data["head"], data["call_l2_limit"]) == (head, BUDGETS["quantized"].call_l2)
+    assert (
+        f"; head {head} is the worst, all together {found.call_l2:.2g} (limit 0.075)"
+        in lines([{"role": "self", "block": "0", "backend": LOSSY, "calls": 1, **data}])[1]
+    )
+
+
+def test_an_error_of_all_heads_is_seen_that_a_head_may_have_alone() -> None:
+    call = AttentionCall(*tensors(random.Random(0), 1, 8, 100, 120, 32))
+    for error, alarms in ((0.07, 0), (0.08, 1), (0.095, 1)):
+        guard = Guard("watch", Trace(), everything=False)
+        watch, row = watch_of(guard, lambda call, error=error: sdpa(call) * (1 + error))
+        watch(call)
+        assert row.guard.alarms == alarms, error
+        assert not alarms or row.guard.first_alarm.startswith(f"relative L2 {error:.3g} of the whole call > 0.075")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(1, 1, 1), (8, 2, 2), (4, 4, 9)])
+def test_the_figures_are_those_of_the_definition(heads: int, kv_heads: int, batch: int) -> None:
+    draw = torch.Generator().manual_seed(heads)
+    expected, output = (torch.randn(batch, heads, 16, 8, generator=draw) for _ in range(2))
+    found = guard_rows.Figures(*guard_rows.compared(output, expected, None, torch.zeros(())).tolist())
+    error = (output - expected).square().sum(dim=-1)
+    energy = expected.square().sum(dim=-1).mean(dim=-1)
+    of_heads = (error.mean(dim=-1) / energy).sqrt()
+    assert found.relative_l2 == pytest.approx(float(of_heads.max()), rel=1e-5)
+    assert found.head == int(of_heads.amax(dim=0).argmax())
+    assert found.call_l2 == pytest.approx(float((output - expected).norm() / expected.norm()), rel=1e-5)
+    assert found.row_error == pytest.approx(float((error / energy[..., None]).max().sqrt()), rel=1e-5)
+    cosine = torch.nn.functional.cosine_similarity(output.flatten(2), expected.flatten(2), dim=-1)
+    assert found.cosine == pytest.approx(float(cosine.min()), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [40, 4096])
+def test_a_check_starts_few_operations(length: int) -> None:
+    """Counted, since each is a launch on a card; a figure per head is no reason for more of them."""
+    call = AttentionCall(*(torch.randn(1, 2, length, 16) for _ in range(3)))
+    output = torch.zeros(1, 2, length, 16)
+    guard = Guard("watch", Trace(), everything=False)
+    watch, _ = watch_of(guard, lambda call: output)
+    started = 0
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal started
+            started += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        guard.check(watch, call, 0)
+    assert started <= 235, "what it was before the worst head was named"
+
+
 def test_inputs_that_are_not_finite_are_not_blamed_on_the_kernel() -> None:
     call = some_call(random.Random(0))
     call.value[:, :, 0] = float("nan")
@@ -406,7 +474,8 @@ def test_figures_that_wait_on_a_device_are_read_once_per_step(monkeypatch: pytes
 
     for which in (step, step, object()):
         guard.model_call(which, model, model)
-    assert reads == [2 * (6 + 6 + 1)], "two model calls of one step, read when the next one began"
+    figures = len(guard_rows.Figures._fields)
+    assert reads == [2 * (2 * figures + 1)], "two model calls of one step, read when the next one began"
     guard.flush()
     assert row.guard.checked == 6
 

@@ -38,7 +38,7 @@ MOST_PENDING = 256
 
 
 Budget = Tolerance
-"""The errors up to which a check is good: of the worst head, and of the worst row."""
+"""The errors up to which a check is good: of the worst head, of the worst row, and of the whole call."""
 
 BUDGETS: Mapping[str, Budget] = {
     "exact": tolerance("half"),
@@ -97,10 +97,10 @@ class Guard:
         call.owned = False  # the inputs are compared after the kernel: it may not give them up
         places = guard_rows.Places.of(call, self._source)
         with torch.no_grad():
-            expected, twin = guard_rows.exact_rows(call, places)
             # In mode enforce the whole of them, to put them back: the exact kernel needs what the first one got.
             inputs = [call.query, call.key, call.value]
             before = [tensor.clone() for tensor in inputs] if self.enforces else places.inputs(call)
+            expected, twin = guard_rows.exact_rows(call, places, None if self.enforces else before[0])
         output = watch.kernel(call)
         check_output(output, call)  # an index beyond its end would be a fault of the device
         with torch.no_grad():
@@ -145,11 +145,11 @@ class Guard:
         """Enter the figures of one check; why it was bad, or None."""
         findings = watch.row.guard
         if findings is None:
-            findings = watch.row.guard = Findings(*watch.budget)
+            findings = watch.row.guard = Findings(*watch.budget, watch.budget.call_l2)
         if not found.finite and not found.changed:  # the inputs were not: not this kernel's doing
             findings.checked += 1
             return None
-        findings.add(found.relative_l2, found.row_error, found.cosine)
+        findings.add(found.relative_l2, found.row_error, found.cosine, found.call_l2, int(found.head))
         reason = _reason(found, watch.budget)
         if reason is None:
             return None
@@ -290,6 +290,8 @@ def _reason(found: Figures, budget: Budget) -> str | None:
         return "output is not finite"
     if found.relative_l2 > budget.relative_l2:
         return f"relative L2 {found.relative_l2:.3g} of a head > {budget.relative_l2:g}"
+    if found.call_l2 > budget.call_l2:
+        return f"relative L2 {found.call_l2:.3g} of the whole call > {budget.call_l2:g}"
     if found.row_error > budget.row_error:
         return f"error {found.row_error:.3g} of a row > {budget.row_error:g}"
     return None

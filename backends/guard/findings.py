@@ -25,6 +25,7 @@ class Findings:
 
     relative_l2_limit: float | None = None
     row_error_limit: float | None = None
+    call_l2_limit: float | None = None
     """Above these a check is bad."""
     checked: int = 0
     relative_l2: float = 0.0
@@ -32,26 +33,36 @@ class Findings:
     row_error: float = 0.0
     """Of the worst row: its error over the root mean square size of its head's rows."""
     cosine: float = 1.0
+    call_l2: float = 0.0
+    """Of all heads and samples of a call together: the size of their rows' error over that of the rows."""
+    head: int | None = None
+    """The number of the worst head; `relative_l2` is its error."""
     alarms: int = 0
     """Checked calls that were bad."""
     first_alarm: str = ""
     """Why the first of them was, with the number of the call."""
 
-    def add(self, relative_l2: float, row_error: float, cosine: float) -> None:
+    def add(
+        self, relative_l2: float, row_error: float, cosine: float, call_l2: float = 0.0, head: int | None = None
+    ) -> None:
         """Count a checked call. NaN, from an output that is not finite, counts as infinite."""
         self.checked += 1
-        self.relative_l2 = max(self.relative_l2, _worst(relative_l2))
+        if _worst(relative_l2) > self.relative_l2:
+            self.relative_l2, self.head = _worst(relative_l2), head
+        self.call_l2 = max(self.call_l2, _worst(call_l2))
         self.row_error = max(self.row_error, _worst(row_error))
         self.cosine = min(self.cosine, -_worst(-cosine))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; a figure that is not finite becomes None, since JSON has no number for it."""
-        figures = {name: getattr(self, name) for name in ("relative_l2", "row_error", "cosine")}
+        figures = {name: getattr(self, name) for name in ("relative_l2", "row_error", "cosine", "call_l2")}
         return {
             "checked": self.checked,
             **{name: float(f"{value:.4g}") if math.isfinite(value) else None for name, value in figures.items()},
             "relative_l2_limit": self.relative_l2_limit,
             "row_error_limit": self.row_error_limit,
+            "call_l2_limit": self.call_l2_limit if self.call_l2_limit != math.inf else None,
+            "head": self.head,
             "alarms": self.alarms,
             "first_alarm": self.first_alarm or None,
         }
@@ -100,13 +111,21 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         bad = f"; BAD {entry['alarms']}: {entry['first_alarm']}" if entry["alarms"] else ""
         limit = entry["relative_l2_limit"]
         error = f"relative L2 {size}" + (f" (limit {limit:g})" if limit else "")
-        text.append(f"guard: {place}, {entry['backend']}: {error}, {entry['checked']} checked{bad}")
+        text.append(f"guard: {place}, {entry['backend']}: {error}, {entry['checked']} checked{_heads(entry)}{bad}")
     if len(found) > SHOWN:
         text.append(f"guard: {len(found) - SHOWN} more in the report's data")
     checks = min(entry["checked"] for entry in found)
     seen = ", ".join(f"{chance(1 / one_in, checks):.0%} if 1 row in {one_in:,} is bad" for one_in in (10, 100, 1000))
     text.append(f"guard: checks of each block: {checks}; chance to see an error that spoils rows at random: {seen}")
     return text
+
+
+def _heads(entry: Mapping[str, Any]) -> str:
+    """The worst head beside the whole call: `; head 3 is the worst, all together 0.014 (limit 0.075)`."""
+    head, all_heads, limit = (entry.get(name) for name in ("head", "call_l2", "call_l2_limit"))
+    if head is None or all_heads is None:
+        return ""
+    return f"; head {head} is the worst, all together {all_heads:.2g}" + (f" (limit {limit:g})" if limit else "")
 
 
 def _badness(entry: Mapping[str, Any]) -> tuple[int, float]:

@@ -30,9 +30,10 @@ SPREAD = 12.0
 
 
 class Figures(NamedTuple):
-    """What one check found; as a tensor of six numbers until it is read."""
+    """What one check found; as a tensor of these numbers until it is read."""
 
     relative_l2: float
+    """Of the worst head of a sample."""
     row_error: float
     cosine: float
     unmasked: float
@@ -41,6 +42,10 @@ class Figures(NamedTuple):
     """1 where the kernel changed query, key or value."""
     finite: float
     """1 where the reference is finite; else the inputs were not, and nothing can be said."""
+    call_l2: float
+    """Relative L2 of all heads and samples together."""
+    head: float
+    """The number of the worst head."""
 
 
 def spread(length: int, source: random.Random, count: int = ROWS) -> list[int]:
@@ -103,22 +108,27 @@ class _Sums:
         return self.total / self.size.clamp(min=1e-30)
 
 
-def exact_rows(call: AttentionCall, places: Places) -> tuple[torch.Tensor, torch.Tensor | None]:
+def exact_rows(
+    call: AttentionCall, places: Places, query_rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of these rows in float32, (samples, num_heads, rows, v_head_dim), and the same without any mask.
 
-    The second is None where nothing is masked. Rows without a visible key give zeros.
+    The second is None where nothing is masked. Rows without a visible key give zeros. `query_rows` are those of the
+    query, where they were taken already.
     """
     with torch.autocast(call.query.device.type, enabled=False):  # which would multiply them in half types
-        return _exact_rows(call, places)
+        return _exact_rows(call, places, query_rows)
 
 
-def _exact_rows(call: AttentionCall, places: Places) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _exact_rows(
+    call: AttentionCall, places: Places, query_rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     query, key, value = (tensor[places.samples] for tensor in (call.query, call.key, call.value))
     batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     scale = head_dim**-0.5 if call.scale is None else call.scale
     count = len(places.rows)
-    chosen = take(query, places.rows).float().mul_(scale)
+    chosen = (take(query, places.rows) if query_rows is None else query_rows).float() * scale
     chosen = chosen.reshape(batch, kv_heads, heads // kv_heads * count, head_dim)  # grouped heads share their keys
     mask = _mask_rows(call, places)
     positions = None
@@ -168,12 +178,14 @@ def compared(
     output: torch.Tensor, expected: torch.Tensor, twin: torch.Tensor | None, changed: torch.Tensor
 ) -> torch.Tensor:
     """`Figures` as a tensor on the device, from the rows of an output and what they should be."""
-    error = output.float() - expected
+    found = output.float()
+    error = found - expected
     row_errors = error.square().sum(dim=-1)
     energy = expected.square().sum(dim=-1).mean(dim=-1)
-    typical = torch.maximum(energy, SMALL_HEAD**2 * energy.mean()).clamp_(min=1e-30)
-    both = (output.float() * expected).sum(dim=(-2, -1))
-    sizes = (output.float().square().sum(dim=(-2, -1)) * expected.square().sum(dim=(-2, -1))).sqrt()
+    mean_energy = energy.mean()
+    typical = torch.maximum(energy, SMALL_HEAD**2 * mean_energy).clamp_(min=1e-30)
+    both = (found * expected).sum(dim=(-2, -1))
+    sizes = (found.square().sum(dim=(-2, -1)) * energy).mul_(expected.shape[2]).sqrt()
     cosine = torch.where(energy > 1e-30, both / sizes.clamp(min=1e-30), 1.0)
     unmasked = torch.zeros((), device=error.device)
     if twin is not None:
@@ -181,14 +193,18 @@ def compared(
         size = effect.square().sum()
         telling = size * error.numel() > SPREAD**2 * (error.square().sum() - size).clamp(min=0)
         unmasked = torch.where(telling & (size > 0), (error * effect).sum() / size.clamp(min=1e-30), 0.0)
+    head_errors = row_errors.mean(dim=-1)
+    worst, head = (head_errors / typical).amax(dim=0).max(dim=0)
     return torch.stack(
         [
-            (row_errors.mean(dim=-1) / typical).amax().sqrt(),
+            worst.sqrt(),
             (row_errors / typical[..., None]).amax().sqrt(),
             cosine.amin(),
             unmasked,
             changed.float(),
             expected.isfinite().all().float(),
+            (head_errors.mean() / mean_energy.clamp(min=1e-30)).sqrt(),
+            head.float(),
         ]
     )
 
