@@ -92,12 +92,11 @@ def test_a_row_without_a_key_is_zero(monkeypatch, as_bias):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
 def test_masks_of_other_dtypes_are_converted(monkeypatch, dtype):
     router, call = machine(monkeypatch, PACKAGE), call_for(PLAIN._replace(mask="bool"))
+    if dtype == torch.uint8:  # numbers are added to scores, integers too
+        call.attn_mask = call.attn_mask.to(dtype) * 2
+    else:
+        call.attn_mask = torch.zeros(call.attn_mask.shape, dtype=dtype).masked_fill(~call.attn_mask, float("-inf"))
     expected = copied(call)
-    call.attn_mask = (
-        call.attn_mask.to(dtype) * 2
-        if dtype == torch.uint8
-        else torch.zeros(call.attn_mask.shape, dtype=dtype).masked_fill(~call.attn_mask, float("-inf"))
-    )
     assert right(ran(router, call), expected)
 
 

@@ -200,6 +200,7 @@ def test_a_mask_of_another_floating_type_is_rounded_and_hides_no_more_keys_than_
     assert bias is not None
     assert bias.dtype is torch.float16
     assert torch.equal(bias.isinf(), mask.isinf())
+    assert kernel_support.bias_of(AttentionCall(Q.double(), K.double(), V.double(), mask)).dtype is torch.float64
     with pytest.raises(ValueError, match=r"torch\.int64 is neither bool nor floating"):
         BACKENDS["sdpa_math"].load(CPU)(AttentionCall(Q, K, V, MASK.long()))
 

@@ -189,6 +189,8 @@ def bias_of(call: AttentionCall, hidden: float = float("-inf")) -> torch.Tensor 
         raise ValueError(f"mask dtype {mask.dtype} is neither bool nor floating")
     # A finite number that the query's dtype cannot hold stays finite: -inf would hide the key.
     ends = torch.finfo(dtype)
+    if torch.finfo(mask.dtype).max <= ends.max:
+        return mask.to(dtype)
     return torch.where(mask.isinf(), mask, mask.clamp(ends.min, ends.max)).to(dtype)
 
 

@@ -62,7 +62,7 @@ def round_trip(tensor: torch.Tensor, block: int) -> torch.Tensor:
 
     batch, heads, length, head_dim = tensor.shape
     padded = torch.nn.functional.pad(tensor.float(), (0, 0, 0, -length % block))
-    blocks = padded.reshape(batch, heads, -1, block, head_dim)
+    blocks = padded.reshape(batch, heads, -(-length // block), block, head_dim)
     scale = blocks.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-30) / 127
     rounded: torch.Tensor = (blocks / scale).round() * scale
-    return rounded.reshape(batch, heads, -1, head_dim)[:, :, :length].to(tensor.dtype)
+    return rounded.flatten(2, 3)[:, :, :length].to(tensor.dtype)

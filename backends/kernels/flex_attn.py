@@ -267,6 +267,7 @@ def arguments(call: AttentionCall) -> Arguments:
     Raises:
         ValueError: a mask reaches further than 32-bit offsets.
     """
+    import torch
     from torch.nn.functional import pad
 
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
@@ -277,12 +278,11 @@ def arguments(call: AttentionCall) -> Arguments:
     )
     mask, bias, blocks = call.attn_mask, None, None
     if mask is not None:
-        visible = mask if mask.dtype.is_floating_point else mask.bool()
-        whole = visible.expand(*query.shape[:2], q_len, kv_len)
-        if not mask.dtype.is_floating_point:
-            blocks = masked_blocks(_in_reach(filled(whole, rows, keys)), q_len)
+        whole = filled(mask.expand(*query.shape[:2], q_len, kv_len), rows, keys)
+        if mask.dtype is torch.bool:
+            blocks = masked_blocks(_in_reach(whole), q_len)
         else:
-            bias = _in_reach(filled(whole, rows, keys))
+            bias = _in_reach(whole)
     if call.is_causal:
         blocks = causal_blocks(q_len, kv_len, query.device)
     elif blocks is None and keys != kv_len:
