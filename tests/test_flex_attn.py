@@ -149,6 +149,11 @@ def _bias_for_all(call: AttentionCall) -> AttentionCall:
     return call
 
 
+def _whole_numbers(call: AttentionCall) -> AttentionCall:
+    call.attn_mask = (call.attn_mask * 2).to(torch.int32)  # numbers are added to scores, integers too
+    return call
+
+
 def _expanded(call: AttentionCall) -> AttentionCall:
     call.attn_mask = call.attn_mask.expand(-1, 4, call.query.shape[2], -1)
     return call
@@ -179,6 +184,7 @@ CASES = {
     "boolean, rows without a key": (SELF._replace(mask="bool", q_len=300, kv_len=300), _hidden_rows),
     "bias": (SELF._replace(mask="bias", batch=2), _same),
     "bias, float16": (SELF._replace(mask="bias", dtype="float16"), _same),
+    "bias of integers": (SELF._replace(mask="bias"), _whole_numbers),
     "bias, one row for all": (SELF._replace(mask="bias"), _bias_for_all),
     "bias, rows of -inf": (SELF._replace(mask="bool", q_len=300, kv_len=300), _hidden_rows_as_bias),
 }
