@@ -17,6 +17,7 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec  #
 from attention_backends.backends.guard import BUDGETS, VARIABLE, Guard, GuardAlarm, Watch  # noqa: E402
 from attention_backends.backends.guard import rows as guard_rows  # noqa: E402
 from attention_backends.backends.guard.findings import ROWS, Findings, chance, lines, worst_first  # noqa: E402
+from attention_backends.backends.guard.turns import period  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.platform import Platform  # noqa: E402
 from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
@@ -548,6 +549,23 @@ def test_the_page_says_what_was_measured() -> None:
         if "FP4" not in name:
             assert found["relative_l2"] < BUDGETS[found["accuracy"]].relative_l2
             assert found["row_error"] < BUDGETS[found["accuracy"]].row_error
+    sight = json.loads((ROOT / "benchmarks" / "results" / "guard-sight-cpu.json").read_text())
+    for name, limits in sight["limits"].items():
+        assert limits == pytest.approx({**TOLERANCES[name]._asdict(), "call_l2": TOLERANCES[name].call_l2})
+    int8_seen, fp8_seen = (sight["sizes"][f"INT8 scores{more}"] for more in ("", ", FP8 weights and values"))
+    for off, seen in int8_seen.items():
+        shares = [of[off][where] for of in (int8_seen, fp8_seen) for where in ("one head", "all heads")]
+        assert f"| {off} | {' | '.join(f'{share:.0%}' for share in shares)} |" in page
+        assert seen["all heads"] >= seen["one head"]
+    for steps, run in sight["runs"].items():
+        assert f"| {steps} | {run['checks_of_a_block']:.3g} | step {run['all_blocks_worst']} |" in page
+        assert run["one_block_worst"] <= run["stated_steps"] == period(int(steps))
+    for kind, by_arithmetic in sight["honest"].items():
+        for name, found in by_arithmetic.items():
+            figures = (found["head_median"], found["head_worst"], found["call_worst"])
+            said = f"{' | '.join(f'{figure:.2g}' for figure in figures)} | {found['alarms']:.0%}"
+            assert f"| {kind} | {name} | {said} |" in page
+            assert found["alarms"] == 0 or kind == "outlier channels"
     for share in (0.2, 0.1, 0.01, 0.001):
         assert f"| {share:.1%} | {chance(share, 1):.0%} | {chance(share, 2):.0%} | {chance(share, 3):.0%} |" in page
     assert results["cost"]["share_of_attention"] < 0.005

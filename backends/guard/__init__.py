@@ -243,7 +243,9 @@ class Watch:
             raise GuardAlarm(reason)
         number = self.calls
         self.calls = number + 1
-        if (number < self.due_call and self.turns.step < self.due_step) or _is_capturing(call):
+        if number < self.due_call and self.turns.step < self.due_step:
+            return self.kernel(call)
+        if call.query.is_cuda and _is_capturing():
             return self.kernel(call)
         return guard.check(self, call, number) if self._takes_its_turn(number) else self.kernel(call)
 
@@ -297,10 +299,8 @@ def _reason(found: Figures, budget: Budget) -> str | None:
     return None
 
 
-def _is_capturing(call: AttentionCall) -> bool:
+def _is_capturing() -> bool:
     """Whether a CUDA graph is being recorded, which nothing may be read from."""
-    if not call.query.is_cuda:
-        return False
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
