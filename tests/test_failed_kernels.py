@@ -387,6 +387,26 @@ def test_a_wrong_output_is_seen_before_the_guard_reads_it(monkeypatch: pytest.Mo
     assert (backend, reason.startswith("sdpa_math: failed: KernelOutputError")) == ("reference", True)
 
 
+@pytest.mark.parametrize("mask", ["no mask", "a part for each sample"])
+@pytest.mark.parametrize("then", [broken, lambda call: None, lambda call: right(call).half()])
+@pytest.mark.parametrize("changed", ["query", "key", "value"])
+def test_with_enforce_the_next_kernel_gets_what_a_failed_one_got(
+    monkeypatch: pytest.MonkeyPatch, changed: str, then: Callable[[Any], Any], mask: str
+) -> None:
+    """A kernel that writes into its inputs, and fails before the guard compares them."""
+
+    def writes(call: Any) -> Any:
+        getattr(call, changed).mul_(3)
+        return then(call)
+
+    machine = Machine(monkeypatch, sdpa_math=writes)
+    machine.router.backends["sdpa_math"].accuracy = "quantized"  # type: ignore[misc]
+    config = AttentionConfig(default=AttentionSpec("sdpa_math"), guard="enforce", source="node")
+    found, run = hook(machine, host.Override((config,)), MASKS[mask])
+    torch.testing.assert_close(found, exact(*tensors(), HEADS, MASKS[mask]), rtol=0, atol=2e-6)
+    assert list(rows(run)) == ["reference"]
+
+
 def test_autocast_changes_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's attention returns autocast's dtype there, with and without us."""
     machine = Machine(monkeypatch)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..backend import Kernel
-from ..faults import check_output
+from ..faults import check_output, is_cuda_fault
 from ..request import AttentionCall
 from ..tolerance import Tolerance, tolerance
 from .findings import Findings
@@ -101,8 +101,13 @@ class Guard:
             inputs = [call.query, call.key, call.value]
             before = [tensor.clone() for tensor in inputs] if self.enforces else places.inputs(call)
             expected, twin = guard_rows.exact_rows(call, places, None if self.enforces else before[0])
-        output = watch.kernel(call)
-        check_output(output, call)  # an index beyond its end would be a fault of the device
+        try:
+            output = watch.kernel(call)
+            check_output(output, call)  # an index beyond its end would be a fault of the device
+        except Exception as error:
+            if self.enforces and not is_cuda_fault(error):  # after which nothing can be read
+                _put_back(inputs, before)
+            raise
         with torch.no_grad():
             changed = guard_rows.differ(before, inputs if self.enforces else places.inputs(call))
             rows = guard_rows.take(output[places.samples], places.rows)
@@ -112,8 +117,7 @@ class Guard:
                 reason = self._judged(watch, found, number)
                 if reason is not None:
                     if found.changed:
-                        for tensor, kept in zip(inputs, before, strict=True):
-                            tensor.copy_(kept)
+                        _put_back(inputs, before)
                     self.refused[watch.place] = (watch.row.backend, reason)
                     raise GuardAlarm(reason)
             else:
@@ -280,6 +284,18 @@ class Watch:
             step + 1 if step == self._began else following(self._number, step + 1, length),
         )
         return True
+
+
+def _put_back(inputs: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+    """Give query, key and value the numbers that they had; what has changed alone, as repeated memory takes none."""
+    import torch
+
+    from .rows import differ
+
+    with torch.no_grad():
+        for tensor, kept in zip(inputs, before, strict=True):
+            if differ([kept], [tensor]):
+                tensor.copy_(kept)
 
 
 def _reason(found: Figures, budget: Budget) -> str | None:
