@@ -181,6 +181,22 @@ def on_copies(kernel: Kernel) -> Kernel:
     return run
 
 
+def for_scale(kernel: Kernel, scale: float | None) -> Kernel:
+    """The kernel; for a scale of 0 or less one that gets the query times 0 or -1, and a scale above 0.
+
+    Kernels of the FlashAttention kind look for a row's largest score, and hide keys by -inf, before they scale, so that
+    such a scale gives another result: torch's CPU kernel makes a causal call NaN (2.13).
+    """
+    if scale is None or not scale <= 0:
+        return kernel
+    sign, positive = (-1.0, -scale) if scale < 0 else (scale, 1.0)
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        return kernel(call.changed(query=call.query * sign, scale=positive))
+
+    return run
+
+
 def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 

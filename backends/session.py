@@ -10,7 +10,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .backend import Backend, Kernel, on_copies
+from .backend import Backend, Kernel, for_scale, on_copies
 from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
 from .config import AttentionConfig, frozen
 from .config.layers import Choice, Settings, resolve, settings_of
@@ -226,6 +226,8 @@ class Session:
         )  # fmt: skip
         row.member = None if label else backend.member(request, self.router.platform)
         kernel = self._kernel(decision) if kernel is None else kernel
+        if decision.backend != COMFY:  # the host's own function gets what its program called with
+            kernel = for_scale(kernel, request.scale)
         guard, clock = self.guard, self.device_clock
         if guard is not None and (not guard.covers(backend.accuracy) or guard.refusal(role, block) is not None):
             guard = None

@@ -297,6 +297,7 @@ def outcome(
     return "answered"
 
 
+SCALES = (None, 0.3, 0.0, -0.3)
 RUN_HERE = ("auto", "torch_sdpa", "sdpa_math", "sdpa_flash", "reference", "emulated_int8")
 """Not `flex_attn`, which compiles each kind of call; `test_flex_attn.py` has it."""
 
@@ -311,7 +312,7 @@ def combinations(count: int, seed: int) -> Iterator[tuple[Any, ...]]:
             (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64),
             (False, True),
             (False, True),
-            (None, 0.3),
+            SCALES,
             FORMS,
             [*SHAPES[1], *SHAPES[2], *SHAPES[4]],
         )
@@ -391,12 +392,24 @@ def test_the_hook_too_whatever_a_mask_hides(name: str) -> None:
     shapes = [shape for number, some in SHAPES.items() if number > 1 for shape in some]
     rng = random.Random(name)
     for layout, form, shape in rng.sample(list(itertools.product(("", "skip_reshape"), FORMS, shapes)), 12):
-        dtype, grouped, scale = rng.choice((torch.float32, torch.bfloat16)), rng.random() < 0.5, rng.choice((None, 0.3))
+        dtype, grouped, scale = rng.choice((torch.float32, torch.bfloat16)), rng.random() < 0.5, rng.choice(SCALES)
         tensors = tensors_of(dtype, grouped, 8, rng.choice((8, 11)), rng.getrandbits(30))
         flags = {} if scale is None else {"scale": scale}
         for values in VALUES:
             mask = mask_of(values, form, shape, tensors, rng)
             assert hook_outcome(name, layout, tensors, mask, flags) == "answered", (layout, form, shape, dtype, values)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 0, -1])
+@pytest.mark.parametrize("name", RUN_HERE)
+def test_no_scale_is_wrong_with_a_causal_call_or_mask(name: str, scale: float) -> None:
+    """Torch's fused operators hide keys by -inf before they scale: 0 * -inf is NaN, and -1 * -inf shows them."""
+    for grouped in (False, True):
+        tensors = tensors_of(torch.float32, grouped, 8, 8, 3)
+        assert outcome(name, True, "BHSD", tensors, None, {"is_causal": True, "scale": scale}) == "answered"
+        for form in ("bool", "same"):
+            mask = mask_of("causal", form, "qk", tensors, random.Random(0))
+            assert hook_outcome(name, "skip_reshape", tensors, mask, {"scale": scale}) == "answered"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..backend import Kernel
+from ..backend import Kernel, for_scale
 from ..call_checks import CheckError, checked
 from ..faults import check_output, is_cuda_fault, is_out_of_memory
 from ..guard import GuardAlarm, Watch
@@ -150,7 +150,7 @@ class Trial:
         decision = replace(usual, backend=name, rejected=())
         mine = session.trace.row(row.role, row.block, name, decision.source, row.mask, None, decision.asked)
         mine.member = session.router.backends[name].member(plan.request, session.router.platform)
-        kernel = session._kernel(decision)
+        kernel = for_scale(session._kernel(decision), plan.request.scale)
         if session.device_clock is not None:
             kernel = timed_kernel(kernel, session.device_clock, mine)
         guard, backend = session.guard, session.router.backends[name]
