@@ -106,7 +106,7 @@ def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, d
     table = {}
     for name, (accuracy, dtype, kernel) in arithmetics().items():
         guard, row = Guard("watch", Trace()), Row("", "", name, "", "none")
-        watch = Watch(guard, lambda call, kernel=kernel: kernel(call).to(call.query.dtype), Budget(9, 9), row, 0)
+        watch = Watch(guard, lambda call, kernel=kernel: kernel(call).to(call.query.dtype), Budget(9, 9), row)
 
         def attention(
             query: torch.Tensor,
