@@ -21,7 +21,7 @@ from ..backends.mask.plan import NOTHING_HIDDEN, MaskPlan
 from ..backends.names import COMFY, MEASURED
 from ..backends.plan import Plan
 from ..backends.request import AttentionCall
-from ..backends.router import ALWAYS, NoBackendError
+from ..backends.router import ALWAYS, NoBackendError, forbidden
 from .comfy_functions import changed_by_auto, forces_upcast, host_function, name_of_function, reads_booleans
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL
 from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
@@ -235,6 +235,10 @@ def _new_plan(
     if choice.record is not None:  # what it knows of the whole call; it may know the parts instead
         found = scope.session.recorded(choice, role.name, block, request)
         asked = None if found is None else found.asked
+    if wish is not None and asked == COMFY and not function.may_run(request):
+        # ComfyUI would run it, and so against what the model says: the model's word goes first.
+        scope.run.note(f"{preferred.source} was left out: {forbidden(function.accuracy)}")
+        wish, preferred, function = None, None, host_function(func)
     takes_wish = wish is not None and choice.is_open and function.may_run(request)
     on_host = takes_wish or asked == COMFY
     if wish is not None and not on_host and not function.may_run(request):

@@ -109,7 +109,8 @@ class Override:
 
         routed.__name__ = name_of(func)
         routed.__dict__[KEY] = self
-        output = foreign(routed, *args, **kwargs)
+        with others.counted_elsewhere():
+            output = foreign(routed, *args, **kwargs)
         if scope.routed + scope.elsewhere == before:
             others.count(scope, foreign, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]))
         scope.ordinal = ordinal + 1

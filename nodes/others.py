@@ -4,9 +4,10 @@ What came to us is known. What did not is found by what happened in a model call
 
 - an override on top of ours is replaced by an `OnTop` for the model call, which sees every call of the hook;
 - a patch that replaces a block or an attention is called through a `Replaced`;
-- a forward that is not the class's own runs in `watched`;
+- a forward that is not the model's own runs in `watched`, whether of an attention module or of a block around some;
 - a marked module whose forward made fewer calls than usual asks `Others.missed`: another override may have been put
-  into its options inside the model call, or its module's attention function was replaced.
+  into its options inside the model call, all of ours may have been taken out of them, or its module's attention
+  function was replaced; one that runs outside our model calls during a sampler's step asks `Others.ran_without_us`.
 
 `Work` tells computing from skipping: patches that return what they are given, or what they kept from an earlier step,
 compute no attention and count for nothing.
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends.names import MEASURED
@@ -84,7 +87,18 @@ class Others:
         """Who stands around the whole model with a wrapper of its own that ComfyUI calls; empty where nobody does."""
         wrappers = options.get("wrappers") or {}
         held = [one for several in (wrappers.get("diffusion_model") or {}).values() for one in several]
+        held += [self._run.function_wrapper] if self._run.function_wrapper is not None else []
         return ", ".join(dict.fromkeys(self.title(one) for one in held if whose.is_foreign(one, "comfy")))
+
+    def _in_between(self, options: dict[str, Any]) -> Any:
+        """What of another pack stands between our node and the model's modules, as far as it is known; None else."""
+        wrappers = options.get("wrappers") or {}
+        held = [self._run.function_wrapper]
+        for kind in ("apply_model", "diffusion_model"):
+            held += [one for name, several in (wrappers.get(kind) or {}).items() if name != KEY for one in several]
+        for root in (marks.model for marks in self._run.marks()):
+            held += [one for one in vars(root).values() if isinstance(one, types.FunctionType | types.MethodType)]
+        return next((one for one in held if one is not None and whose.is_foreign(one, "comfy")), None)
 
     def watch(self, options: dict[str, Any]) -> dict[str, Any]:
         """Before a model call: see what others do in it. Returns what `options` held, to be put back."""
@@ -95,20 +109,33 @@ class Others:
             self.on_top = installed
             before[OVERRIDE] = installed
             options[OVERRIDE] = OnTop.of(installed)
-        replace = options.get("patches_replace")
-        if isinstance(replace, dict) and any(replace.values()):
-            before["patches_replace"] = replace
-            options["patches_replace"] = {
-                kind: {place: Replaced(patch, kind) for place, patch in patches.items()}
-                for kind, patches in replace.items()
-            }
-        return before
+        wrappers = options.get("wrappers") or {}
+        if wrappers.get("diffusion_model") or any(name != KEY for name in wrappers.get("apply_model") or {}):
+            before["wrappers"] = wrappers
+            inmost = {**(wrappers.get("diffusion_model") or {}), KEY: [self._inmost]}
+            options["wrappers"] = {**wrappers, "diffusion_model": inmost}
+        return before | _watch_patches(options)
+
+    def _inmost(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Within all other wrappers of a model call, which may have put patches into its options."""
+        options = kwargs.get("transformer_options")
+        if options is None:
+            options = next((one for one in args if isinstance(one, dict) and KEY in one), None)
+        before = {} if options is None or is_dynamo_compiling() else _watch_patches(options)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            if before:
+                options.update(before)
 
     def missed(self, scope: Scope, site: sites.Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward of a marked module ended with fewer calls to us than it usually makes."""
         options = kwargs.get("transformer_options")
         if options is None:
             options = next((one for one in args if isinstance(one, dict) and KEY in one), {})
+        elif KEY not in options and KEY in scope.options:  # somebody took out what comes from our node
+            count(scope, self._in_between(scope.options), _role(site, scope.ordinal), max(site.most, 1))
+            return
         other = options.get(OVERRIDE)
         if isinstance(other, OnTop):
             return  # it counts by itself
@@ -119,6 +146,44 @@ class Others:
         first = scope.ordinal
         for ordinal in range(first, max(site.most, first + 1)):
             count(scope, other, _role(site, ordinal))
+
+
+    def ran_without_us(self, site: sites.Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A marked module ran in a sampler's step and in no model call of ours, maybe without our options."""
+        options = kwargs.get("transformer_options")
+        if not isinstance(options, dict) or KEY in options:
+            return  # its calls come to us all the same
+        tensor = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
+        if tensor is not None:
+            other = self._in_between({})
+            count(self._run.scope(tensor.device), other, _role(site, 0), max(site.most, 1), block=site.block)
+
+
+def _watch_patches(options: dict[str, Any]) -> dict[str, Any]:
+    """Put a stand-in in place of each patch that replaces something. Returns what is to be put back."""
+    replace = options.get("patches_replace")
+    if not isinstance(replace, dict) or not any(
+        not isinstance(patch, Replaced) for patches in replace.values() for patch in patches.values()
+    ):
+        return {}
+    options["patches_replace"] = {
+        kind: {
+            place: patch if isinstance(patch, Replaced) else Replaced(patch, kind) for place, patch in patches.items()
+        }
+        for kind, patches in replace.items()
+    }
+    return {"patches_replace": replace}
+
+
+@contextmanager
+def counted_elsewhere() -> Iterator[None]:
+    """What another pack's override runs is counted for that: no watch around it looks at it too."""
+    works = _works()
+    works.append(None)
+    try:
+        yield
+    finally:
+        works.pop()
 
 
 def count(scope: Scope, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
@@ -192,7 +257,8 @@ class OnTop:
             return call(*given, **kwargs)
         before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
         q_len, kv_len = (getattr(one, "tensor", one).shape[-2] for one in args[:2])
-        output = call(*given, **kwargs)
+        with counted_elsewhere():
+            output = call(*given, **kwargs)
         if scope.routed + scope.elsewhere == before:
             count(scope, self.other, scope.role(ordinal, q_len, kv_len))
         scope.ordinal = ordinal + 1  # however often the other one calls, it is one call of the model
@@ -228,39 +294,63 @@ class Replaced:
             output = self.other(*args, **kwargs)
         came = scope.routed + scope.elsewhere > before
         if original is not None:
-            if not (came or work.left) and work.any:
+            if not (came or work.left) and work.likely:
                 found = _sites_of(original, scope)
                 if not found:
                     count(scope, self.other, SELF)
                 for site in found:
                     for ordinal in range(max(site.most, 1)):
                         count(scope, self.other, _role(site, ordinal), block=site.block)
-        elif work.attention if came else work.any:
+        elif work.attention if came else work.likely:
             role = {"attn1": SELF, "attn2": CROSS}.get(self.kind, SELF)
             count(scope, self.other, role, block=_unet_block(args))
         return output
 
 
-def watched(site: sites.Site, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that another pack put in place of a module's own, counting attention that it computes by itself."""
+def watched(site: sites.Site | None, forward: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
+    """A forward that another pack put in place of a module's own, counting attention that it computes by itself.
+
+    `site` is the module's; None for a block, whose forward others replace with the calls of the modules within.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         scope = getattr(current, "scope", None)
         if scope is None or is_dynamo_compiling():
             return forward(*args, **kwargs)
         before = scope.routed + scope.elsewhere
+        rows = [] if site is not None else list(scope.run.trace.rows.values())
+        calls = [row.calls for row in rows]
         with Work() as work:
             output = forward(*args, **kwargs)
         came = scope.routed + scope.elsewhere > before
-        if work.attention if came else work.likely:
-            first = scope.ordinal
-            for ordinal in range(first, max(site.most, first + 1)):
-                count(scope, forward, _role(site, ordinal))
-            scope.ordinal = max(site.most, first + 1)
+        if not (work.attention if came else work.likely):
+            return output
+        if site is None:
+            ran = {(row.role, row.block) for row, made in zip(rows, calls, strict=True) if row.calls > made}
+            ran |= {(row.role, row.block) for row in list(scope.run.trace.rows.values())[len(rows) :] if row.calls}
+            within = [found for part in module.modules() if (found := sites.site_of(part)) is not None]
+            for found in within:
+                for ordinal in range(max(found.most, 1)):
+                    role = _role(found, ordinal)
+                    if (role.name, found.block) not in ran:
+                        count(scope, forward, role, block=found.block)
+            return output
+        first = scope.ordinal
+        for ordinal in range(first, max(site.most, first + 1)):
+            count(scope, forward, _role(site, ordinal))
+        scope.ordinal = max(site.most, first + 1)
         return output
 
     run.__name__ = getattr(forward, "__name__", "forward")
     return run
+
+
+def _works() -> list[Work | None]:
+    """The watches of this thread, the inmost last; None where something in it counts what it runs by itself."""
+    found: list[Work | None] | None = getattr(current, "works", None)
+    if found is None:
+        found = current.works = []
+    return found
 
 
 class Work(TorchDispatchMode):
@@ -278,15 +368,29 @@ class Work(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.any = False
-        """Something that is more than element-wise: a product of matrices, or memory for a kernel's output."""
-        self.likely = False
-        """Products of two activations, as attention makes, or memory for a kernel's output; not only projections."""
+        self._product = False
+        """A product of two activations, as attention makes, or a package's kernel; not only projections."""
+        self._unfilled: dict[int, StorageWeakRef] = {}
+        """Memory that was asked for and that no operator of torch has filled: maybe a kernel's output."""
         self.attention = False
         """Certainly attention, and not ours: a function for it, or weights by softmax and then a product with them."""
         self._weights = False
         self.left = False
         """The model's own block was called."""
+
+    @property
+    def likely(self) -> bool:
+        """Whether attention may have been computed."""
+        return self._product or bool(self._unfilled)
+
+    def __enter__(self) -> Work:
+        _works().append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _works().pop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -294,13 +398,22 @@ class Work(TorchDispatchMode):
         kind = _kinds.get(func)
         if kind is None:
             kind = _kinds[func] = _kind(func)
-        if kind:
-            self.any = True
-            self.likely = self.likely or kind > PROJECTION
-            if kind >= PRODUCT and not self.attention and not _is_ours(sys._getframe(1)):
+        if kind >= KERNEL:
+            self._product = True
+            if kind >= PRODUCT and not self.attention and _works()[-1] is self and not _is_ours(sys._getframe(1)):
                 self.attention = kind == ATTENTION or (kind == PRODUCT and self._weights)
                 self._weights = self._weights or kind == SOFTMAX
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if kind == MEMORY:
+            if isinstance(output, torch.Tensor) and output.numel():
+                storage = StorageWeakRef(output.untyped_storage())
+                self._unfilled[storage.cdata] = storage
+        elif self._unfilled and func in _filling:
+            for filled in (*args[:1], *kwargs.values()):
+                if isinstance(filled, torch.Tensor):
+                    self._unfilled.pop(StorageWeakRef(filled.untyped_storage()).cdata, None)
+        return output
 
     def without(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, run outside this watch: it is the model's own."""
@@ -317,8 +430,13 @@ class Work(TorchDispatchMode):
         return run
 
 
-NOTHING, PROJECTION, KERNEL, PRODUCT, SOFTMAX, ATTENTION = range(6)
+NOTHING, MEMORY, KERNEL, PRODUCT, SOFTMAX, ATTENTION = range(6)
 _kinds: dict[Any, int] = {}
+_filling: set[Any] = set()
+"""Operators that write into memory that they are given, of those in `_kinds`."""
+_FILLING = ("copy_", "fill_", "zero_")
+_NO_ATTENTION = frozenset({"mm", "gemm", "linear", "quantize", "dequantize", "rope", "norm", "layernorm", "rmsnorm"})
+"""Words in the names of packages' operators for weights of few bits, positions and norms."""
 _OURS = (f"{__package__}.hook_calls", "route")
 """The function through which every call that comes to us goes."""
 
@@ -326,15 +444,20 @@ _OURS = (f"{__package__}.hook_calls", "route")
 def _kind(func: Any) -> int:
     """What an operator says about who runs it."""
     namespace, _, name = (func.name() if hasattr(func, "name") else str(func)).rpartition("::")
+    base, _, overload = name.partition(".")
+    if base in _FILLING or overload.endswith("out"):
+        _filling.add(func)
     if any(word in name for word in ("scaled_dot_product", "attention", "attn")):
         return ATTENTION
     if "softmax" in name:
         return SOFTMAX
     if any(word in name for word in ("bmm", "matmul", "einsum")):
         return PRODUCT
-    if namespace not in ("aten", "prim", "prims") or name.startswith(("empty", "new_empty")):  # a package's own kernel
+    if name.startswith(("empty", "new_empty")):
+        return MEMORY
+    if namespace not in ("aten", "prim", "prims") and not _NO_ATTENTION & set(base.split("_")):
         return KERNEL
-    return PROJECTION if any(word in name for word in ("mm", "linear", "convolution", "conv")) else NOTHING
+    return NOTHING
 
 
 def _is_ours(frame: Any) -> bool:

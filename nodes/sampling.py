@@ -94,6 +94,10 @@ class Run:
         self._code: dict[int, ForeignCode] = {}
         self.around_model_calls = ""
         """What of another pack calls the model in ComfyUI's place; empty where nothing does."""
+        self.function_wrapper: Any = None
+        """That function."""
+        self.is_evaluated = False
+        """The sampler has asked for the model's output."""
         for text in override.notes:
             self.trace.note(text)
 
@@ -109,8 +113,7 @@ class Run:
     def mark(self, model: Any, options: dict[str, Any]) -> None:
         """Mark the attention modules of a model, once per run; again those that others have changed since."""
         if id(model) in self._marks:
-            for mark in self._marks[id(model)]:
-                mark.renew()
+            self._marks[id(model)].renew()
         else:
             self._marks[id(model)] = sites.attach(model.diffusion_model)
             self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
@@ -251,7 +254,19 @@ class Run:
         self.reached = self.reached or scope.routed > 0
         if self.reached:
             self.trace.unused = ""
-            return
+        else:
+            self._not_reached(options)
+
+    def check_called(self, options: dict[str, Any]) -> None:
+        """After a whole run: say so when the sampler's model calls went past us.
+
+        Raises:
+            NoBackendError: and a backend was asked for strictly.
+        """
+        if self.is_evaluated and not self.reached and not self.trace.timeline.model_calls:
+            self._not_reached(options)
+
+    def _not_reached(self, options: dict[str, Any]) -> None:
         text, remedy = NEVER_INVOKED, "switch strict off; no attention node can change this model"
         around = self.others.around(options)
         if around:

@@ -94,7 +94,7 @@ class Site:
                 return compiled.traced_forward(handle, forward, args, kwargs)
             scope = getattr(current, "scope", None)
             if scope is None:
-                return forward(*args, **kwargs)
+                return self._without_scope(forward, args, kwargs)
             outer, ordinal = scope.site, scope.ordinal
             if outer is self:  # one of its methods calls another
                 return forward(*args, **kwargs)
@@ -115,7 +115,7 @@ class Site:
                 return marked(*args, **kwargs)
             scope = getattr(current, "scope", None)
             if scope is None:
-                return forward(*args, **kwargs)
+                return marked(*args, **kwargs)
             outer, scope.mask_source = scope.mask_source, kwargs.get(self.mask_argument)
             try:
                 return marked(*args, **kwargs)
@@ -123,6 +123,14 @@ class Site:
                 scope.mask_source = outer
 
         return self._with_code_of_its_own(marked_with_mask, method)
+
+    def _without_scope(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The method runs in no model call of ours; in a sampler's step, that run is told."""
+        output = forward(*args, **kwargs)
+        run = getattr(current, "run", None)
+        if run is not None:
+            run.others.ran_without_us(self, args, kwargs)
+        return output
 
     def _unusual(self, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward made another number of calls than usual: with fewer, another pack may have computed them."""
@@ -149,22 +157,27 @@ class Mark:
     see `forward` alone.
     """
 
-    __slots__ = ("_marked", "_module", "_site", "_users")
+    __slots__ = ("_home", "_marked", "_module", "_site", "_users")
 
-    def __init__(self, module: torch.nn.Module, site: Site) -> None:
+    def __init__(self, module: torch.nn.Module, site: Site | None, home: str) -> None:
+        """`site` is None for a block, of which only a forward that another pack replaced is watched.
+
+        `home` is the Python module of the model's class.
+        """
         self._module = module
+        self._home = home
         self._site = site
         self._users = 0
         self._marked: dict[str, tuple[Any, Callable[..., Any]]] = {}
         """By method: what stood in the module's own dictionary before, and what stands there now."""
 
     @classmethod
-    def on(cls, module: torch.nn.Module, site: Site, methods: tuple[str, ...]) -> Mark:
+    def on(cls, module: torch.nn.Module, site: Site | None, methods: tuple[str, ...], home: str) -> Mark:
         """The mark of a module, made by the first run that wants it."""
         with _marks_lock:
             mark = _marks.get(module)
             if mark is None:
-                mark = _marks[module] = cls(module, site)
+                mark = _marks[module] = cls(module, site, home)
             mark._users += 1
             mark.cover(methods)
             return mark
@@ -176,11 +189,11 @@ class Mark:
             if name not in self._marked:
                 before = own.get(name)
                 method = getattr(self._module, name)
-                if whose.is_foreign(method, type(self._module).__module__):
+                if whose.is_foreign(method, self._home):
                     from .others import watched  # which needs this module
 
-                    method = watched(self._site, method)
-                own[name] = self._site.wrap(method)
+                    method = watched(self._site, method, self._module)
+                own[name] = method if self._site is None else self._site.wrap(method)
                 self._marked[name] = before, own[name]
 
     def renew(self) -> None:
@@ -259,18 +272,40 @@ class Marks(list[Mark]):
 
     def cover(self) -> None:
         """Mark every module of which it is known by now that it makes attention calls."""
+        home = type(self.model).__module__
         for name, module in self.model.named_modules():
             methods = calling_methods(module) if name else ()
-            if not methods and name and whose.is_foreign(type(module).forward, type(module).__module__):
-                # A pack replaced the class's forward: it is an attention module by its place.
+            if not methods and name and whose.is_foreign(type(module).forward, home):
+                # A pack's module, or the class's forward replaced: it is an attention module by its place.
                 methods = ("forward",) if roles_at(self.family, name, type(module).__name__) else ()
             if module in self._of:
                 self._of[module].cover(methods)
             elif methods:
                 site = _site_of(module, name.replace("._orig_mod", ""), self.family)
                 site.most = 0
-                self._of[module] = mark = Mark.on(module, site, methods)
+                self._of[module] = mark = Mark.on(module, site, methods, home)
                 self.append(mark)
+        self._around = self._blocks()
+        self._cover_blocks()
+
+    def _blocks(self) -> list[torch.nn.Module]:
+        """The modules that have marked ones within, the model itself apart."""
+        paths = {name for name, module in self.model.named_modules() if module in self._of}
+        around = {path[:at] for path in paths for at, character in enumerate(path) if character == "."}
+        return [module for name in around if (module := self.model.get_submodule(name)) not in self._of]
+
+    def _cover_blocks(self) -> None:
+        home = type(self.model).__module__
+        for module in self._around:
+            if module not in self._of and whose.is_foreign(module.forward, home):
+                self._of[module] = mark = Mark.on(module, None, ("forward",), home)
+                self.append(mark)
+
+    def renew(self) -> None:
+        """Before another model call: stand in for what others have replaced since."""
+        for mark in self:
+            mark.renew()
+        self._cover_blocks()
 
     def learn(self, caller: callers.Caller) -> Site | None:
         """The site of a module that makes a call and had no mark; None where it is none of this model's.

@@ -31,11 +31,13 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.others.at_start = options.get(OVERRIDE)
     options[RUN_KEY] = run
     run.around_model_calls = function_wrapper(executor.class_obj.model_options)
+    run.function_wrapper = executor.class_obj.model_options.get("model_function_wrapper")
     runs.begin(run.trace)
     refusal = None
     try:
         output = executor(*args, **kwargs)
         run.stop_clock()
+        run.check_called(options)
         run.note_unmatched_roles()
         run.offer()
         if (refusal := run.unexplained()) is not None:
@@ -70,10 +72,14 @@ def calc_cond_batch_wrapper(
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
     before, run.step = run.step, step_in_loop(options.get("sample_sigmas"))
+    outer, sites.current.run = getattr(sites.current, "run", None), run
+    run.is_evaluated = True
+    if not run.over and hasattr(model, "diffusion_model"):
+        run.mark(model, options)  # here, since another pack may call the model without the wrapper below
     try:
         return executor(memory.told(model, run), conds, x_in, timestep, model_options)
     finally:
-        run.step = before
+        run.step, sites.current.run = before, outer
 
 
 def step_in_loop(schedule: Any) -> int | None:

@@ -276,6 +276,23 @@ def test_what_the_model_forbids_is_forbidden_to_it_too(why: str, strict: bool) -
     assert unexplained(asked_and_ran(run.trace)) is None
 
 
+@pytest.mark.parametrize("why", FORBIDDEN)
+@pytest.mark.parametrize("strict", [False, True])
+def test_comfy_by_name_is_comfyuis_own_function_there(why: str, strict: bool) -> None:
+    """ComfyUI hands such calls to the checkpoint's function all the same, which takes no notice of the flag."""
+    flags, dtype = FORBIDDEN[why]
+    run = run_on(WanModel(Own(SOL)), rows(6, dtype=dtype), flags=flags, backend="comfy", strict=strict)
+    assert ran == ["pytorch"]
+    assert rows_of(run) == [("comfy", "comfy", None)]
+    (row,) = run.trace.rows.values()
+    assert row.member is None
+    assert list(run.trace.notes) == [
+        "the checkpoint's own preference (comfy_kitchen_sol) was left out: accuracy sparse, and the model forbids "
+        "low precision for this call"
+    ]
+    assert unexplained(asked_and_ran(run.trace)) is None
+
+
 def test_force_upcast_attention_forbids_lossy_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI decides it from its command line, for models that say nothing."""
     hook_calls = nodes_module("hook_calls")

@@ -606,3 +606,221 @@ def test_the_report_has_rows_by_another() -> None:
     assert not any(line.startswith("fallback") for line in lines)
     (summary,) = (one for one in nodes_module("runs").summaries() if one["number"] == record["number"])
     assert (summary["by_another"], summary["fallbacks"]) == (4, 0)
+
+
+# Other ways in
+
+
+def mixed(x: Any) -> Any:
+    """Attention, as a pack may compute it without asking anybody."""
+    return torch.softmax(x @ x.mT, dim=-1) @ x
+
+
+BLOCKS = {
+    "wan": "blocks.0",
+    "flux": "single_blocks.0",
+    "sd15": "middle_block.1.transformer_blocks.0",
+    "minimax_h3": "blocks.0",
+}
+
+
+REPLACED_BLOCKS = [*itertools.product(FAMILIES, ("computes", "calls", "cached")), ("wan", "partly")]
+
+
+@pytest.mark.parametrize(("family", "kind"), REPLACED_BLOCKS)
+def test_a_replaced_forward_of_a_block(family: str, kind: str) -> None:
+    """What is around attention modules is another pack's: the modules within may never run."""
+    def patched(strict: bool) -> Any:
+        model = selected(built(family), "sdpa_math", strict=strict)
+        block = model.model.diffusion_model.get_submodule(BLOCKS[family])
+        theirs = type(block).forward
+        kept: list[Any] = []
+
+        def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            if kind == "computes":
+                return x + mixed(x)
+            if kind == "partly":
+                context = kwargs["context"] if "context" in kwargs else args[1]
+                x = x + mixed(x)
+                return x + self.cross_attn(x, context, transformer_options=kwargs["transformer_options"])
+            if kind == "calls" or not kept:
+                output = theirs(self, x, *args, **kwargs)
+                kept.append(torch.empty_like(output).copy_(output))  # in memory of its own
+                return output
+            return torch.add(kept[0], 0.0, out=torch.empty_like(kept[0]))
+
+        model.add_object_patch(f"diffusion_model.{BLOCKS[family]}.forward", MethodType(forward, block))
+        return model
+
+    record = sampled(patched(False), family)
+    if kind in ("calls", "cached"):
+        assert by_another(record) == 0
+        assert sampled(patched(True), family)["outcome"]["kind"] == "done"
+        return
+    assert by_role(record) == alone(family)
+    found = {(row["role"], row["block"]) for row in record["rows"] if row["backend"] == BY_ANOTHER}
+    assert {block for _, block in found} == {re.sub(r"\.transformer_blocks.*", "", BLOCKS[family])}
+    if kind == "partly":
+        assert {role for role, _ in found} == {"self"}
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention"):
+        sampled(patched(True), family)
+    left = built(family).model.diffusion_model.get_submodule(BLOCKS[family]).__dict__.get("forward")
+    assert left is None or whose.origin(left)[0] == __name__  # ComfyUI takes theirs off with the next model
+
+
+@pytest.mark.parametrize("kind", ["computes", "calls"])
+def test_a_module_of_a_pack_in_place_of_an_attention_module(kind: str) -> None:
+    class Theirs(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = [inner]
+
+        def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+            return mixed(x) if kind == "computes" else self.inner[0](x, *args, **kwargs)
+
+    def patched(strict: bool) -> Any:
+        model = selected(built("wan"), "sdpa_math", strict=strict)
+        inner = model.get_model_object("diffusion_model.blocks.0.self_attn")
+        while isinstance(getattr(inner, "inner", None), list):
+            inner = inner.inner[0]
+        model.add_object_patch("diffusion_model.blocks.0.self_attn", Theirs(inner))
+        return model
+
+    expected = alone("wan")
+    record = sampled(patched(False), "wan")
+    assert by_role(record) == expected
+    assert by_another(record) == (2 if kind == "computes" else 0)
+    if kind == "calls":
+        assert sampled(patched(True), "wan")["outcome"]["kind"] == "done"
+    else:
+        with pytest.raises(NoBackendError, match=f"{ME} computed attention of role self"):
+            sampled(patched(True), "wan")
+    built("wan").unpatch_model()
+
+
+def with_block_patch(options: dict[str, Any]) -> dict[str, Any]:
+    def own(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return {**{name: args[name] for name in ("txt",) if name in args}, "img": args["img"] + mixed(args["img"])}
+
+    return {**options, "patches_replace": {"dit": {("double_block", 0): own}}}
+
+
+def emptied(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("sigmas", "cond_or_uncond") if name in options}
+
+
+def changed(model: Any, way: str, change: Any, first: int = 1) -> Any:
+    """`model` with its options changed on the way to each model call from the `first` on."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen: list[int] = []
+
+    def maybe(options: Any) -> Any:
+        seen.append(1)
+        return change(options) if len(seen) >= first else options
+
+    def function(apply_model: Any, given: dict[str, Any]) -> Any:
+        options = maybe(given["c"]["transformer_options"])
+        return apply_model(given["input"], given["timestep"], **{**given["c"], "transformer_options": options})
+
+    def wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(maybe(one) if isinstance(one, dict) and "sigmas" in one else one for one in args)
+        if "transformer_options" in kwargs:
+            kwargs["transformer_options"] = maybe(kwargs["transformer_options"])
+        return executor(*args, **kwargs)
+
+    clone = model.clone()
+    if way == "function":
+        clone.set_model_unet_function_wrapper(function)
+    else:
+        clone.add_wrapper(getattr(WrappersMP, way), wrapper)
+    return clone
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("way", ["function", "APPLY_MODEL", "DIFFUSION_MODEL"])
+@pytest.mark.parametrize("family", ["wan", "flux"])
+def test_a_block_patch_that_a_wrapper_puts_there(family: str, way: str, order: str) -> None:
+    def patched(strict: bool) -> Any:
+        model = built(family) if order == "after" else changed(built(family), way, with_block_patch)
+        model = selected(model, "sdpa_math", strict=strict)
+        return changed(model, way, with_block_patch) if order == "after" else model
+
+    record = sampled(patched(False), family)
+    assert by_role(record) == alone(family)
+    assert {row["block"] for row in record["rows"] if row["backend"] == BY_ANOTHER} == {
+        "double_blocks.0" if family == "flux" else "blocks.0"
+    }
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention"):
+        sampled(patched(True), family)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("way", ["function", "APPLY_MODEL", "DIFFUSION_MODEL"])
+def test_options_that_are_taken_out_on_the_way(way: str, first: int) -> None:
+    """Nothing of our node is left in them, so that no call comes to us: from some model call on, or at all."""
+
+    def patched(strict: bool) -> Any:
+        return changed(selected(built("wan"), "sdpa_math", strict=strict), way, emptied, first)
+
+    record = sampled(patched(False), "wan")
+    expected = alone("wan")
+    assert by_role(record) == expected
+    assert by_another(record) == sum(expected.values()) // first
+    assert f"{ME} " in record["outcome"]["text"]
+    with pytest.raises(NoBackendError, match=f"{ME} computed attention"):
+        sampled(patched(True), "wan")
+
+
+def test_a_function_that_never_calls_the_model() -> None:
+    def patched(strict: bool) -> Any:
+        model = selected(built("wan"), "sdpa_math", strict=strict)
+        model.set_model_unet_function_wrapper(lambda apply_model, given: given["input"] * 0.5)
+        return model
+
+    text = f"no attention call of this model reached this node; {ME} runs the model in its own way"
+    assert sampled(patched(False), "wan")["outcome"]["text"] == f"Not used: {text}"
+    with pytest.raises(NoBackendError, match=text):
+        sampled(patched(True), "wan")
+
+
+def test_one_call_is_counted_once_where_several_stand_around_it() -> None:
+    """An override that answers half of the calls, within a replaced forward, within a replaced block."""
+    stranger = Stranger()
+    model = placed("wan", "after", "callback", stranger)
+    for path in ("blocks.0", "blocks.0.cross_attn", "blocks.0.self_attn"):
+        module = model.model.diffusion_model.get_submodule(path)
+
+        def forward(self: Any, *args: Any, _theirs: Any = type(module).forward, **kwargs: Any) -> Any:
+            return _theirs(self, *args, **kwargs)
+
+        model.add_object_patch(f"diffusion_model.{path}.forward", MethodType(forward, module))
+    record = sampled(model, "wan")
+    assert by_role(record) == alone("wan")
+    assert by_another(record) == stranger.answered == 4
+
+
+def test_what_is_no_attention() -> None:
+    """Projections, and memory that torch's own operators fill; a kernel's output is filled by nobody that is seen."""
+    others = nodes_module("others")
+    x = torch.ones(1, 4, 8)
+    for compute in (
+        lambda: torch.nn.functional.linear(x, torch.eye(8)),
+        lambda: torch.empty_like(x).copy_(x),
+        lambda: torch.add(x, x, out=torch.empty_like(x)),
+        lambda: torch.nn.functional.layer_norm(x, (8,)) * torch.empty(0).sum(),
+    ):
+        with torch.inference_mode(), others.Work() as work:
+            compute()
+        assert not work.likely
+    for compute in (lambda: torch.empty_like(x), lambda: mixed(x)):
+        with torch.inference_mode(), others.Work() as work:
+            compute()
+        assert work.likely
+
+    def of_a_package(name: str) -> int:
+        return others._kind(SimpleNamespace(name=lambda: name))  # type: ignore[no-any-return]
+
+    assert {of_a_package(f"comfy_kitchen::{name}") for name in ("scaled_mm_nvfp4", "quantize_per_tensor_fp8")} == {0}
+    assert of_a_package("sageattention::qk_int8_sv_f16") == others.KERNEL
+    assert of_a_package("comfy_kitchen::int8_attention") == others.ATTENTION
