@@ -147,7 +147,6 @@ class Others:
         for ordinal in range(first, max(site.most, first + 1)):
             count(scope, other, _role(site, ordinal))
 
-
     def ran_without_us(self, site: sites.Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A marked module ran in a sampler's step and in no model call of ours, maybe without our options."""
         options = kwargs.get("transformer_options")

@@ -630,6 +630,7 @@ REPLACED_BLOCKS = [*itertools.product(FAMILIES, ("computes", "calls", "cached"))
 @pytest.mark.parametrize(("family", "kind"), REPLACED_BLOCKS)
 def test_a_replaced_forward_of_a_block(family: str, kind: str) -> None:
     """What is around attention modules is another pack's: the modules within may never run."""
+
     def patched(strict: bool) -> Any:
         model = selected(built(family), "sdpa_math", strict=strict)
         block = model.model.diffusion_model.get_submodule(BLOCKS[family])
@@ -790,8 +791,9 @@ def test_one_call_is_counted_once_where_several_stand_around_it() -> None:
     model = placed("wan", "after", "callback", stranger)
     for path in ("blocks.0", "blocks.0.cross_attn", "blocks.0.self_attn"):
         module = model.model.diffusion_model.get_submodule(path)
+        own = type(module).forward
 
-        def forward(self: Any, *args: Any, _theirs: Any = type(module).forward, **kwargs: Any) -> Any:
+        def forward(self: Any, *args: Any, _theirs: Any = own, **kwargs: Any) -> Any:
             return _theirs(self, *args, **kwargs)
 
         model.add_object_patch(f"diffusion_model.{path}.forward", MethodType(forward, module))
