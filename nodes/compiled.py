@@ -31,6 +31,16 @@ UNKNOWN_ARGUMENT = "an argument of the call is not known to this version"
 T = TypeVar("T")
 
 
+def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Query, key and value where the call names some of them, as each of ComfyUI's functions does; takes those out."""
+    for names in (("q", "query"), ("k", "key"), ("v", "value"))[len(args) :]:
+        name = next((name for name in names if name in kwargs), None)
+        if name is None:
+            raise TypeError(f"attention: no {names[1]} was given")
+        args = (*args, kwargs.pop(name))
+    return args
+
+
 class Handles(Generic[T]):
     """Numbers for objects, as tensors; an object is not kept alive by its number."""
 
@@ -92,6 +102,8 @@ class Routed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.called = True
+        if len(args) < 3:
+            args = positional(args, kwargs)
         return _as_op(self.override, self.func, self.ordinal, self.site, True, args, kwargs)
 
 
@@ -126,7 +138,8 @@ def watched(
         return output
     calls[0] = ordinal + 1
     override = kwargs["transformer_options"]["attention_backends"]
-    return _counted(output, args[0], args[1], override.handle, site, ordinal, True)
+    query, key, *_ = args if len(args) > 1 else positional(args, dict(kwargs))
+    return _counted(output, query, key, override.handle, site, ordinal, True)
 
 
 def _as_op(

@@ -23,7 +23,7 @@ from ..backends.plan import Plan
 from ..backends.request import AttentionCall
 from ..backends.router import ALWAYS, NoBackendError, forbidden
 from .comfy_functions import changed_by_auto, forces_upcast, host_function, name_of_function, reads_booleans
-from .compiled import KNOWN_ARGUMENTS, POSITIONAL
+from .compiled import KNOWN_ARGUMENTS, POSITIONAL, positional
 from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
 from .roles import Role
 from .scope import Scope
@@ -70,6 +70,8 @@ def route(
     elif len(args) == 4:
         query, key, value, kwargs["heads"] = args
     else:
+        if len(args) < 3:  # another pack's override calls with names
+            args = positional(args, kwargs)
         query, key, value = args[:3]
         if len(args) > 3 + len(POSITIONAL):
             raise TypeError(f"attention takes {3 + len(POSITIONAL)} positional arguments, and {len(args)} were given")

@@ -37,16 +37,6 @@ MOST_PLANS = 1024
 _outside_runs: OrderedDict[Override, Run] = OrderedDict()
 
 
-def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Query, key and value where the call names some of them, as each of ComfyUI's functions does; takes those out."""
-    for names in (("q", "query"), ("k", "key"), ("v", "value"))[len(args) :]:
-        name = next((name for name in names if name in kwargs), None)
-        if name is None:
-            raise TypeError(f"attention: no {names[1]} was given")
-        args = (*args, kwargs.pop(name))
-    return args
-
-
 class Override:
     """What stands in `transformer_options`: a configuration, and the override that was there before, if any."""
 
@@ -86,7 +76,7 @@ class Override:
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one attention call of ComfyUI's hook."""
         if len(args) < 3:
-            args = _positional(args, kwargs)
+            args = compiled.positional(args, kwargs)
         if is_dynamo_compiling():
             return compiled.traced(self, func, args, kwargs)
         scope = getattr(current, "scope", None)

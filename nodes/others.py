@@ -104,9 +104,9 @@ class Others:
         """Before a model call: see what others do in it. Returns what `options` held, to be put back."""
         before = {}
         installed = options.get(OVERRIDE)
-        self.on_top = None
-        if installed is not None and installed is not self._run.override:
-            self.on_top = installed
+        # In one step: on several cards another thread may ask meanwhile.
+        self.on_top = None if installed is self._run.override else installed
+        if self.on_top is not None:
             before[OVERRIDE] = installed
             options[OVERRIDE] = OnTop.of(installed)
         wrappers = options.get("wrappers") or {}
@@ -255,7 +255,8 @@ class OnTop:
         if scope is None:
             return call(*given, **kwargs)
         before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
-        q_len, kv_len = (getattr(one, "tensor", one).shape[-2] for one in args[:2])
+        tensors = args if len(args) > 1 else compiled.positional(args, dict(kwargs))
+        q_len, kv_len = (getattr(one, "tensor", one).shape[-2] for one in tensors[:2])
         with counted_elsewhere():
             output = call(*given, **kwargs)
         if scope.routed + scope.elsewhere == before:

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from attention_backends.backends.call_checks import CheckError  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
-from hook_side import exact, host, model_call, override, sampling, stand_in  # noqa: E402
+from hook_side import compiled, exact, host, model_call, override, sampling, stand_in  # noqa: E402
 from test_failed_kernels import Machine  # noqa: E402
 
 BACKENDS = ("auto", "comfy", "sdpa_math")
@@ -180,6 +180,58 @@ def test_tensors_may_be_given_by_name(names: tuple[str, ...], named: int, foreig
     given = dict(zip(names[3 - named :], tensors[3 - named :], strict=True))
     found = override("reference", foreign)(exact, *tensors[: 3 - named], **given, heads=HEADS)
     torch.testing.assert_close(found, exact(*tensors, HEADS), rtol=0, atol=2e-6)
+
+
+def calling(names: tuple[str, ...], named: int) -> Any:
+    """Another pack's override that calls what it is given with so many tensors by name."""
+
+    def foreign(func: Any, *args: Any, **flags: Any) -> torch.Tensor:
+        by_name = dict(zip(names[3 - named :], args[3 - named : 3], strict=True))
+        return func(*args[: 3 - named], **by_name, **flags)
+
+    return foreign
+
+
+@pytest.mark.parametrize("way", ["outside", "in a model call", "in a compiled graph"])
+@pytest.mark.parametrize("names", [("q", "k", "v"), ("query", "key", "value")])
+@pytest.mark.parametrize("named", [1, 2, 3])
+def test_another_packs_override_may_give_them_by_name(
+    names: tuple[str, ...], named: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = [flat(), flat(length=4), flat(length=4)]
+    ours = override("reference", calling(names, named))
+    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
+
+    def call(*given: torch.Tensor) -> torch.Tensor:
+        return ours(exact, *given, heads=HEADS)
+
+    if way == "outside":
+        found = call(*tensors)
+    elif way == "in a model call":
+        options = {sampling.KEY: ours, sampling.OVERRIDE: ours}
+        found = model_call(stand_in(["WanModel"], {}), options, lambda: call(*tensors))
+    else:
+        torch._dynamo.reset()
+        found = torch.compile(call, backend="eager", fullgraph=True)(*tensors)
+    torch.testing.assert_close(found, exact(*tensors, HEADS), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("named", [1, 2, 3])
+def test_tensors_by_name_reach_an_override_on_top_of_ours(named: int) -> None:
+    """One that computes the call by itself, so that its lengths are looked at for the account."""
+    tensors = [flat(), flat(length=4), flat(length=4)]
+    names = ("q", "k", "v")
+    by_name = dict(zip(names[3 - named :], tensors[3 - named :], strict=True))
+    ours = override("reference")
+
+    def other(func: Any, *args: Any, **flags: Any) -> torch.Tensor:
+        return exact(*args, **{{"q": "query", "k": "key", "v": "value"}.get(name, name): flags[name] for name in flags})
+
+    options = {sampling.KEY: ours, sampling.OVERRIDE: other, sampling.RUN_KEY: sampling.Run(ours)}
+    call = lambda: options[sampling.OVERRIDE](exact, *tensors[: 3 - named], **by_name, heads=HEADS)  # noqa: E731
+    found = model_call(stand_in(["WanModel"], {}), options, call)
+    torch.testing.assert_close(found, exact(*tensors, HEADS), rtol=0, atol=2e-6)
+    assert sum(row.calls for row in options[sampling.RUN_KEY].trace.rows.values()) == 1
 
 
 def test_a_tensor_that_is_missing_is_named() -> None:
