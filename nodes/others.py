@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,10 +52,15 @@ class Others:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._titles: dict[tuple[str, str, str], str] = {}
+        self._habits: dict[Any, Habit] = {}
         self.on_top: Any = None
         """The override that stood on top of ours at the last model call; None where ours did."""
         self.at_start: Any = None
         """The override that was on the model when its sampler began; None where no sampler is known."""
+
+    def habit(self, place: Any) -> Habit:
+        """What is known of the function that others put at this place."""
+        return self._habits.setdefault(place, Habit())
 
     def title(self, other: Any) -> str:
         """What a person calls the node behind a function."""
@@ -167,7 +172,8 @@ def _watch_patches(options: dict[str, Any]) -> dict[str, Any]:
         return {}
     options["patches_replace"] = {
         kind: {
-            place: patch if isinstance(patch, Replaced) else Replaced(patch, kind) for place, patch in patches.items()
+            place: patch if isinstance(patch, Replaced) else Replaced(patch, kind, place)
+            for place, patch in patches.items()
         }
         for kind, patches in replace.items()
     }
@@ -268,15 +274,16 @@ class OnTop:
 class Replaced:
     """Stands in for a patch that replaces a block or an attention during a model call."""
 
-    def __init__(self, other: Callable[..., Any], kind: str) -> None:
+    def __init__(self, other: Callable[..., Any], kind: str, place: Any) -> None:
         self.other = other
         self.kind = kind
+        self.place = place
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replaced:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("other", "kind", "__setstate__"):
+        if name in ("other", "kind", "place", "__setstate__"):
             raise AttributeError(name)
         return getattr(self.other, name)
 
@@ -285,26 +292,57 @@ class Replaced:
         if scope is None or is_dynamo_compiling():
             return self.other(*args, **kwargs)
         before = scope.routed + scope.elsewhere
-        work = Work()
+        habit = scope.run.others.habit((self.kind, self.place))
+        work = Work() if habit.is_looked_at() else None
         extra = next((one for one in args if isinstance(one, dict) and "original_block" in one), None)
         original = extra["original_block"] if extra is not None else None
-        if original is not None:
+        if original is not None and work is not None:
             args = tuple({**one, "original_block": work.without(original)} if one is extra else one for one in args)
-        with work:
+        with work or nullcontext():
             output = self.other(*args, **kwargs)
         came = scope.routed + scope.elsewhere > before
+        computed = habit.saw(work, came)
         if original is not None:
-            if not (came or work.left) and work.likely:
+            if computed and not came:
                 found = _sites_of(original, scope)
                 if not found:
                     count(scope, self.other, SELF)
                 for site in found:
                     for ordinal in range(max(site.most, 1)):
                         count(scope, self.other, _role(site, ordinal), block=site.block)
-        elif work.attention if came else work.likely:
+        elif computed:
             role = {"attn1": SELF, "attn2": CROSS}.get(self.kind, SELF)
             count(scope, self.other, role, block=_unet_block(args))
         return output
+
+
+class Habit:
+    """Whether a function of another pack computes attention by itself each time, so that few of its calls are watched.
+
+    Only that: one whose calls came to us may compute later, and what keeps results for some steps alternates.
+    """
+
+    __slots__ = ("_alike", "_calls")
+
+    def __init__(self) -> None:
+        self._alike = 0
+        self._calls = 0
+
+    def is_looked_at(self) -> bool:
+        """Whether the call that begins is watched: each one until it is known, then every eighth."""
+        self._calls += 1
+        return self._alike < ALIKE or self._calls % LOOK_EVERY == 0
+
+    def saw(self, work: Work | None, came: bool) -> bool:
+        """Whether attention was computed past us in the call that ended; `came`: some of its calls came to us."""
+        computed = not came if work is None else work.attention if came else work.likely and not work.left
+        self._alike = self._alike + 1 if computed and not came else 0
+        return computed
+
+
+ALIKE = 4
+"""So many calls in a row that another pack computed by itself make it a habit."""
+LOOK_EVERY = 8
 
 
 def watched(site: sites.Site | None, forward: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
@@ -320,10 +358,11 @@ def watched(site: sites.Site | None, forward: Callable[..., Any], module: torch.
         before = scope.routed + scope.elsewhere
         rows = [] if site is not None else list(scope.run.trace.rows.values())
         calls = [row.calls for row in rows]
-        with Work() as work:
+        habit = scope.run.others.habit(module)
+        work = Work() if habit.is_looked_at() else None
+        with work or nullcontext():
             output = forward(*args, **kwargs)
-        came = scope.routed + scope.elsewhere > before
-        if not (work.attention if came else work.likely):
+        if not habit.saw(work, scope.routed + scope.elsewhere > before):
             return output
         if site is None:
             ran = {(row.role, row.block) for row, made in zip(rows, calls, strict=True) if row.calls > made}

@@ -826,3 +826,36 @@ def test_what_is_no_attention() -> None:
     assert {of_a_package(f"comfy_kitchen::{name}") for name in ("scaled_mm_nvfp4", "quantize_per_tensor_fp8")} == {0}
     assert of_a_package("sageattention::qk_int8_sv_f16") == others.KERNEL
     assert of_a_package("comfy_kitchen::int8_attention") == others.ATTENTION
+
+
+@pytest.mark.parametrize("way", ["forward", "patch"])
+def test_what_others_compute_each_time_is_watched_now_and_then(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watch costs some microseconds per operator; who took over in every call so far is counted without one."""
+    import tiny_sampling
+
+    others = nodes_module("others")
+    watches: list[int] = []
+    enter = others.Work.__enter__
+    monkeypatch.setattr(others.Work, "__enter__", lambda work: watches.append(1) or enter(work))
+
+    def patched(own: Any) -> Any:
+        model = selected(built("wan"), "sdpa_math")
+        block = model.model.diffusion_model.blocks[0]
+        if way == "forward":
+            model.add_object_patch("diffusion_model.blocks.0.forward", MethodType(own, block))
+        else:
+            model.set_model_patch_replace(
+                lambda args, extra: {**args, "img": own(block, args["img"])}, "dit", "double_block", 0
+            )
+        return model
+
+    tiny_sampling.sample(patched(lambda self, x, *args, **kwargs: x + mixed(x)), "wan", steps=20)
+    assert by_another(last_run()) == 2 * 20  # both attention modules of the block, in each model call
+    assert len(watches) == 4 + 2  # the first ones, and of the others each eighth
+    watches.clear()
+    turn = itertools.count()  # one that keeps what it computed for every other step is watched each time
+    tiny_sampling.sample(
+        patched(lambda self, x, *args, **kwargs: x + mixed(x) if next(turn) % 2 == 0 else x + 0.1), "wan", steps=20
+    )
+    assert by_another(last_run()) == 20
+    assert len(watches) == 20
