@@ -133,7 +133,8 @@ def route(
             known, scope.site = scope.site is marked, marked
         if known:  # else the key lacks the module that calls, which is marked from its next run on
             scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
-    elif hook_plan.looks and not (
+    # Owned ones are looked at always: once a kernel has refused them, nothing is left to pass on.
+    elif (hook_plan.looks or owned) and not (
         key.dtype is value.dtype is dtype
         and query.get_device() == key.get_device() == value.get_device()
         and (mask is None or mask.get_device() == query.get_device())

@@ -16,7 +16,7 @@ from attention_backends.backends.call_checks import CheckError  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import compiled, exact, host, model_call, override, sampling, stand_in  # noqa: E402
-from test_failed_kernels import Machine  # noqa: E402
+from test_failed_kernels import Container, Machine  # noqa: E402
 
 BACKENDS = ("auto", "comfy", "sdpa_math")
 HEADS, HEAD_DIM = 4, 16
@@ -180,6 +180,26 @@ def test_tensors_may_be_given_by_name(names: tuple[str, ...], named: int, foreig
     given = dict(zip(names[3 - named :], tensors[3 - named :], strict=True))
     found = override("reference", foreign)(exact, *tensors[: 3 - named], **given, heads=HEADS)
     torch.testing.assert_close(found, exact(*tensors, HEADS), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch_sdpa", "comfy", "sdpa_math", "reference"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_tensors_in_containers_that_differ_after_some_that_agreed_are_comfyuis(
+    monkeypatch: pytest.MonkeyPatch, which: int, backend: str
+) -> None:
+    ours = override(backend)
+    monkeypatch.setattr(compiled, "comfys_attention", lambda: exact)
+    run = sampling.Run(ours)
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
+    model = stand_in(["WanModel"], {})
+    for differs in (False, True, False):
+        given = [flat() for _ in range(3)]
+        if differs:
+            given[which] = given[which].half()
+        containers = [Container(tensor) for tensor in given]
+        call = lambda held=containers: ours.container_function(*held, heads=HEADS, transformer_options=options)  # noqa: E731
+        torch.testing.assert_close(model_call(model, options, call), exact(*given, HEADS), rtol=0, atol=2e-3)
+    assert not [row.reason for row in run.trace.rows.values() if "failed" in (row.reason or "")]
 
 
 def calling(names: tuple[str, ...], named: int) -> Any:
