@@ -74,15 +74,22 @@ class Others:
         if other is self._run.override.foreign:
             selector = self._selector_below(other)
             return "before this node" if selector is None else f"and {self.title(selector)} before this node"
-        same = self.at_start is not None and whose.origin(other) == whose.origin(self.at_start)
-        return "after this node" if same or whose.is_selector(other) else ""
+        if self.at_start is None:
+            return "after this node" if whose.is_selector(other) else ""
+        return "after this node" if self._was_there(other) else ""
+
+    def _was_there(self, other: Any) -> bool:
+        """Whether an override was on the model when the sampler began: one that a node puts there, not a callback."""
+        return self.at_start is None or whose.origin(other) == whose.origin(self.at_start)
 
     def order(self, other: Any) -> str:
         """Which order of the nodes makes this node's choice hold; empty where none does."""
         title, selector = self.title(other), self._selector_below(other)
         if selector is not None:
             return f"put this pack's node in place of {self.title(selector)}, which stands before {title}"
-        return f"put this pack's node after {title} or in place of it" if whose.is_selector(other) else ""
+        if not whose.is_selector(other) or not self._was_there(other):
+            return ""
+        return f"put this pack's node after {title} or in place of it"
 
     def _selector_below(self, other: Any) -> Any:
         """The choice of a kernel below another pack's override that ours is composed with, and that wins below it."""

@@ -470,6 +470,32 @@ def test_model_attention_backend_after_ours_and_below_another() -> None:
     assert not any(word in str(error.value) for word in ("<locals>", "partial", "optimized_attention_override"))
 
 
+def test_a_selector_that_a_callback_puts_on_top_is_not_moved_by_the_order_of_nodes() -> None:
+    """It is there again at each step, so that only taking it away helps."""
+    from comfy.patcher_extension import CallbacksMP
+
+    def attention_override_sage(func: Any, *args: Any, **kwargs: Any) -> Any:
+        return func(*args, **{**kwargs, "_inside_attn_wrapper": True})
+
+    def patched(order: str, strict: bool) -> Any:
+        model = built("wan").clone() if order == "before" else selected(built("wan"), "sdpa_math", strict=strict)
+        model.add_callback(
+            CallbacksMP.ON_PREPARE_STATE,
+            lambda patcher, timestep, options: options["transformer_options"].update(
+                {sampling.OVERRIDE: attention_override_sage}
+            ),
+        )
+        return selected(model, "sdpa_math", strict=strict) if order == "before" else model
+
+    in_callback(built("wan"), Stranger())  # skips where callbacks get no options
+    for order in ("before", "after"):
+        record = sampled(patched(order, strict=False), "wan")
+        assert record["outcome"]["text"] == f"Not used: {ME} took over attention"
+        with pytest.raises(NoBackendError) as error:
+            sampled(patched(order, strict=True), "wan")
+        assert f"what to do: remove or bypass {ME}, or switch strict off" in str(error.value)
+
+
 # Names
 
 
