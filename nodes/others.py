@@ -152,7 +152,8 @@ class Others:
         if isinstance(other, OnTop):
             return  # it counts by itself
         if other is self._run.override or KEY not in options:
-            other = _replaced_function(site)
+            homes = (type(marks.model).__module__ for marks in self._run.marks())
+            other = _replaced_function(site) if any(map(site.is_at_home, homes)) else None
             if other is None:
                 return  # the module has a branch without attention, or calls ComfyUI's function without options
         first = scope.ordinal

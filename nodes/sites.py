@@ -58,6 +58,10 @@ class Site:
         """Whether this is the site of that module."""
         return self._module() is module
 
+    def is_at_home(self, home: str) -> bool:
+        """Whether its class is of the same package as the model's class, which is in the Python module `home`."""
+        return self.class_module.partition(".")[0] == home.partition(".")[0]
+
     def preferred_attention(self, ordinal: int, holder: Any = None) -> Any:
         """The function that the checkpoint asks for in a call of this module, or None (ComfyUI 0.37 and newer).
 
