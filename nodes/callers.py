@@ -28,6 +28,8 @@ QUERY_KEY_VALUE = 3
 MOST_FRAMES = 200
 """How far up the stack a call's module is looked for."""
 
+_OF_TORCH = frozenset(vars(torch.nn.Module)) - {"forward"}
+"""Methods by which torch loads, saves, moves and prints a module: one that names attention there only keeps it."""
 _UNKNOWN, _SELF = object(), object()
 
 _by_class: weakref.WeakKeyDictionary[type, dict[tuple[Any, ...], tuple[str, ...]]] = weakref.WeakKeyDictionary()
@@ -80,7 +82,9 @@ def _methods(kind: type) -> Iterator[str]:
         if base is torch.nn.Module or base.__module__.partition(".")[0] == "torch":
             continue
         for name, value in base.__dict__.items():
-            if name not in seen and isinstance(value, types.FunctionType) and not name.startswith("__"):
+            if name in _OF_TORCH or name.startswith("__"):
+                continue
+            if name not in seen and isinstance(value, types.FunctionType):
                 seen.add(name)
                 yield name
 

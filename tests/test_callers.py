@@ -267,6 +267,32 @@ def test_another_method_alone_is_marked_and_its_helper_is_not() -> None:
     assert callers.calling_methods(Block(Base())) == ()
 
 
+class KeepsAFunction(torch.nn.Module):
+    """As ComfyUI's ComfyAttention, which notes at loading which function the checkpoint prefers and calls none."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.function = optimized_attention
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.function = optimized_attention
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        self.function = optimized_attention
+        return super().train(mode)
+
+
+class KeepsAndCalls(KeepsAFunction):
+    def forward(self, x: torch.Tensor, options: Any) -> torch.Tensor:
+        return optimized_attention(x, x, x, HEADS, transformer_options=options)
+
+
+def test_what_torch_calls_for_loading_and_moving_makes_no_attention_calls() -> None:
+    assert callers.calling_methods(KeepsAFunction()) == ()
+    assert callers.calling_methods(KeepsAndCalls()) == ("forward",)
+
+
 # ---- a real ComfyUI
 
 
