@@ -145,7 +145,7 @@ def test_a_fallback_that_fails_too_does_not_bring_back_the_backend_without_its_o
         raise RuntimeError("no kernel image")
 
     plan.kernel = fails  # type: ignore[assignment]
-    q = torch.zeros(1, 2, 16, 64)
+    q = torch.zeros(1, 2, 16, 64, dtype=torch.float16)  # as the request has it
     session.run(plan, AttentionCall(q, q, q, host=lambda call: q))
     assert plan.decision.backend == "comfy", "not the backend that was asked for with other options"
 
