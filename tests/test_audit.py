@@ -199,7 +199,8 @@ def hook() -> Any:
 
 def run_of(hook: Any, ours: Any, published: list[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """One sampling run of a stand-in Wan's self-attention; its account goes to `published`."""
-    monkeypatch.setattr(hook.wrappers.runs, "add", published.append)
+    add = hook.wrappers.runs.add
+    monkeypatch.setattr(hook.wrappers.runs, "add", lambda trace: (published.append(trace), add(trace)))
     model = hook.stand_in(["WanModel"], hook.PLACES)
     options = {hook.sampling.KEY: ours, hook.sampling.OVERRIDE: ours}
 
