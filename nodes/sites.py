@@ -203,6 +203,11 @@ class Mark:
     def renew(self) -> None:
         """Stand in again for what somebody else has put in our place during the run."""
         own = self._module.__dict__
+        for name, (_, marked) in self._marked.items():
+            if own.get(name) is not marked:
+                break
+        else:  # as at nearly every model call, so before the lock
+            return
         with _marks_lock:
             gone = tuple(name for name, (_, marked) in self._marked.items() if own.get(name) is not marked)
             for name in gone:
@@ -272,6 +277,8 @@ class Marks(list[Mark]):
         self.model = getattr(diffusion_model, "_orig_mod", diffusion_model)
         self.family = family_of_model(self.model)
         self._of: dict[torch.nn.Module, Mark] = {}
+        self._models_own: dict[int, Any] = {}
+        """Forwards of blocks that were found to be no other pack's, by id: each is looked at once."""
         self.cover()
 
     def cover(self) -> None:
@@ -299,11 +306,16 @@ class Marks(list[Mark]):
         return [module for name in around if (module := self.model.get_submodule(name)) not in self._of]
 
     def _cover_blocks(self) -> None:
-        home = type(self.model).__module__
+        home, known = type(self.model).__module__, self._models_own
         for module in self._around:
-            if module not in self._of and whose.is_foreign(module.forward, home):
+            forward = module.__dict__.get("forward") or type(module).forward
+            if known.get(id(forward)) is forward or module in self._of:
+                continue
+            if whose.is_foreign(forward, home):
                 self._of[module] = mark = Mark.on(module, None, ("forward",), home)
                 self.append(mark)
+            else:
+                known[id(forward)] = forward
 
     def renew(self) -> None:
         """Before another model call: stand in for what others have replaced since."""
