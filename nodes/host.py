@@ -75,16 +75,15 @@ class Override:
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one attention call of ComfyUI's hook."""
+        if is_dynamo_compiling():
+            return compiled.traced(self, func, compiled.positional(args, kwargs) if len(args) < 3 else args, kwargs)
+        scope = getattr(current, "scope", None)
+        ours = scope is not None and scope.override is self
+        if ours and self.foreign is None:
+            return route(scope, func, args, kwargs)
         if len(args) < 3:
             args = compiled.positional(args, kwargs)
-        if is_dynamo_compiling():
-            return compiled.traced(self, func, args, kwargs)
-        scope = getattr(current, "scope", None)
-        if scope is None or scope.override is not self:
-            return self._outside(func, *args, **kwargs)
-        if self.foreign is None:
-            return route(scope, func, args, kwargs)
-        return self._composed(scope, func, *args, **kwargs)
+        return self._composed(scope, func, *args, **kwargs) if ours else self._outside(func, *args, **kwargs)
 
     def _composed(self, scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Let the other pack's override run with our routing in place of ComfyUI's function."""
