@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("before", nargs="?")
     parser.add_argument("after", nargs="?", help="a commit; left out: this folder as it is")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--part", choices=PARTS, help="measure that one alone")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -120,8 +121,9 @@ def main() -> None:
                 subprocess.run(command, cwd=ROOT, check=True)
         try:
             workers = {name: Worker(tree) for name, tree in trees.items()}
+            parts = PARTS if arguments.part is None else [arguments.part]
             result: dict[str, Any] = {
-                name: compare(workers["before"], workers["after"], name, arguments.rounds) for name in PARTS
+                name: compare(workers["before"], workers["after"], name, arguments.rounds) for name in parts
             }
             for worker in workers.values():
                 worker.process.kill()

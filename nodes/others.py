@@ -122,7 +122,7 @@ class Others:
             before[OVERRIDE] = installed
             options[OVERRIDE] = OnTop.of(installed)
         wrappers = options.get("wrappers") or {}
-        if wrappers.get("diffusion_model") or any(name != KEY for name in wrappers.get("apply_model") or {}):
+        if wrappers.get("diffusion_model") or set(wrappers.get("apply_model") or ()) - {KEY}:
             before["wrappers"] = wrappers
             inmost = {**(wrappers.get("diffusion_model") or {}), KEY: [self._inmost]}
             options["wrappers"] = {**wrappers, "diffusion_model": inmost}

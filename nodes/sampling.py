@@ -96,6 +96,8 @@ class Run:
         """What of another pack calls the model in ComfyUI's place; empty where nothing does."""
         self.function_wrapper: Any = None
         """That function."""
+        self.is_sampled = False
+        """A sampler's run, not model calls that a program makes by itself."""
         self.is_evaluated = False
         """The sampler has asked for the model's output."""
         for text in override.notes:

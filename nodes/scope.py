@@ -85,8 +85,23 @@ class Scope:
 
     def give_back(self, place: tuple[Any, ...]) -> None:
         """Be again where it was: at the end of a model call or of a call outside any, which can be inside another."""
-        for name, value in zip(Scope.__slots__, place, strict=True):
-            setattr(self, name, value)
+        (  # in the order of the slots; a loop over them takes 1 us more in each model call
+            self.code,
+            self.elsewhere,
+            self.in_model_call,
+            self.mask_source,
+            self.masks,
+            self.options,
+            self.ordinal,
+            self.override,
+            self.plans,
+            self.routed,
+            self.run,
+            self.session,
+            self.site,
+            self.timetable,
+            self.window,
+        ) = place
         if self.in_model_call:
             self.run.begin_again(self.window)
 

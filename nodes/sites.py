@@ -200,14 +200,13 @@ class Mark:
                 own[name] = method if self._site is None else self._site.wrap(method)
                 self._marked[name] = before, own[name]
 
+    def stands(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """What stands where: the module's own dictionary, the name in it, and the stand-in."""
+        return [(self._module.__dict__, name, marked) for name, (_, marked) in self._marked.items()]
+
     def renew(self) -> None:
         """Stand in again for what somebody else has put in our place during the run."""
         own = self._module.__dict__
-        for name, (_, marked) in self._marked.items():
-            if own.get(name) is not marked:
-                break
-        else:  # as at nearly every model call, so before the lock
-            return
         with _marks_lock:
             gone = tuple(name for name, (_, marked) in self._marked.items() if own.get(name) is not marked)
             for name in gone:
@@ -298,6 +297,7 @@ class Marks(list[Mark]):
                 self.append(mark)
         self._around = self._blocks()
         self._cover_blocks()
+        self._note_what_stands()
 
     def _blocks(self) -> list[torch.nn.Module]:
         """The modules that have marked ones within, the model itself apart."""
@@ -317,11 +317,31 @@ class Marks(list[Mark]):
             else:
                 known[id(forward)] = forward
 
+    def _note_what_stands(self) -> None:
+        """Keep what `renew` compares: a model call asks each time, and hardly ever is anything replaced."""
+        self._stands: list[tuple[dict[str, Any], str, Any]] = [
+            (module.__dict__, "forward", module.__dict__.get("forward")) for module in self._around
+        ]
+        for mark in self:
+            self._stands += mark.stands()
+        kinds = {type(module) for module in self._around}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
+
     def renew(self) -> None:
         """Before another model call: stand in for what others have replaced since."""
+        for own, name, value in self._stands:
+            if own.get(name) is not value:
+                break
+        else:
+            for kind, forward in self._forwards:
+                if kind.forward is not forward:
+                    break
+            else:
+                return
         for mark in self:
             mark.renew()
         self._cover_blocks()
+        self._note_what_stands()
 
     def learn(self, caller: callers.Caller) -> Site | None:
         """The site of a module that makes a call and had no mark; None where it is none of this model's.

@@ -27,6 +27,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if override is None:
         return executor(*args, **kwargs)
     run = Run(override)
+    run.is_sampled = True
     run.trace.ledger = Ledger()
     run.others.at_start = options.get(OVERRIDE)
     options[RUN_KEY] = run
@@ -108,7 +109,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.samples = max(run.samples, args[0].shape[0])
     scope = run.scope(args[0].device)
     previous, place, on_top = sites.set_scope(scope), scope.place(), run.others.on_top
-    inside = run.step is None
+    inside = run.step is None and (run.is_sampled or own_run)
     replaced: dict[str, Any] = {}
     try:
         scope.timetable = run.timetable(executor.class_obj, options)
