@@ -131,8 +131,8 @@ class Recorder:
             latent = more.pop("latent", torch.zeros(FAMILIES[name].latents[0]))
             noise = comfy.sample.prepare_noise(latent, 0)
             return comfy.sample.sample(
-                model, noise, steps, 1.0, sampler, more.pop("scheduler", "simple"), positive, negative, latent,
-                disable_pbar=True, seed=0, **more,
+                model, noise, steps, more.pop("cfg", 1.0), sampler, more.pop("scheduler", "simple"), positive, negative,
+                latent, disable_pbar=True, seed=0, **more,
             ).clone()  # fmt: skip
 
     def sample_by(self, model: Any, function: Any, steps: int = 6, cfg: float = 1.0, **options: Any) -> torch.Tensor:
@@ -512,3 +512,19 @@ def test_a_model_call_without_a_sampler_has_no_step() -> None:
     ran, said = stand_in_calls("0-", {}, {"sigmas": torch.tensor([0.5])})
     assert ran == [BASE, BASE]
     assert "node.schedule[0] (steps 0-) never held in this run: no sampler ran" in said
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_each_context_window_is_in_the_window_of_its_step(wan: Recorder, cfg: float) -> None:
+    """ComfyUI's node calls the model for overlapping parts of a video in each step, and makes wrappers of its own."""
+    windows = pytest.importorskip("comfy_extras.nodes_context_windows", reason="this ComfyUI has no Context Windows")
+    model = windows.ContextWindowsManualNode.execute(
+        wan.model, 4, 1, "standard_static", 1, False, "pyramid", 2, False
+    ).args[0]
+    model = wan.patched({"backend": FIRST, "window": "first 2"}, before=selected(model, BASE))
+    latent = torch.zeros(1, 16, 10, 8, 8)
+    assert wan.sample(model, "heun", steps=4, cfg=cfg, latent=latent).isfinite().all()
+    assert len(wan.calls) == 3 * 7
+    assert "".join("X" if name == FIRST else "-" for name in wan.backends()) == "X" * 12 + "-" * 9
+    assert not [note for note in notes() if "computed" in note], notes()
