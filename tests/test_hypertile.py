@@ -69,7 +69,7 @@ def test_hypertile_is_what_it_is_without_us(tiled: Any, backend: str, cfg: float
 
 @pytest.mark.parametrize(
     ("backend", "batch"),
-    [*product(BACKENDS, (1, 2)), pytest.param("flex_attn", 2, marks=pytest.mark.compile)],
+    [*product(BACKENDS, (1, 2)), ("flex_attn", 2)],
 )
 def test_keys_are_folded_by_the_batch_of_the_query(backend: str, batch: int) -> None:
     with as_comfyui_runs():

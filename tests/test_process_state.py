@@ -7,6 +7,8 @@ such state in the package; each that stays is named here with the reason why no 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +136,24 @@ def test_the_scan_sees(source: str) -> None:
 )
 def test_the_scan_leaves_alone(source: str) -> None:
     assert not list(setters(source))
+
+
+def test_looking_at_the_machine_leaves_imports_as_they_are() -> None:
+    """setuptools, which torch.compile loads to build C++, cannot be imported once something has searched for pip."""
+    code = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest
+from attention_backends.cli import main
+from attention_backends.backends.machine.install import running_interpreter
+def finders():
+    return [(id(one), sorted(getattr(one, "__dict__", ()))) for one in sys.meta_path]
+before = finders()
+running_interpreter()
+assert main(["doctor"]) == 0
+assert finders() == before
+import setuptools
+"""
+    words = [sys.executable, "-c", code.format(tests=str(ROOT / "tests"))]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

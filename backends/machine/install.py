@@ -12,7 +12,7 @@ import shlex
 import sys
 import sysconfig
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,9 @@ def running_interpreter() -> Interpreter:
 
 
 def _refuses() -> str:
-    if find_spec("pip") is None:
+    # Not importlib.util.find_spec: before Python 3.12, setuptools takes a search for pip as pip's start and then keeps
+    # itself from being imported in this process, which Inductor's compiler does.
+    if PathFinder.find_spec("pip") is None:
         return "has no pip"
     inside_venv = sys.prefix != sys.base_prefix
     if not inside_venv and Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists():
