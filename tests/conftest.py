@@ -48,6 +48,7 @@ except ModuleNotFoundError:
     pass  # the tests that use it are skipped
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes for `-n auto`: one for each core up to four; one where tests would share a GPU."""
     return 1 if _why_no_cuda() is None else min(4, os.cpu_count() or 1)
