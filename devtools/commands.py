@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from .web import prepare_web
 HELP = {
     "setup": "make .venv with pinned needs, and those of a ComfyUI where one is found",
     "demo": "run a tiny model in a real ComfyUI with two backends and show what ran",
-    "test": "ruff, mypy and pytest; arguments after -- go to pytest (test -- -k router)",
+    "test": "ruff, mypy and all tests, or the rings that are named (test pure); after -- arguments of pytest",
     "bench": "measure what the pack costs and gains here, and compare with the results before; or one: bench overhead",
     "lint": "ruff and mypy",
     "doctor": "each backend: available, or why not and how to get it",
@@ -36,8 +37,6 @@ def main(root: Path) -> int:
     for name, text in HELP.items():
         parsers.add_parser(name, help=text, description=text)
     options, rest = parser.parse_known_args()
-    if rest[:1] == ["--"]:
-        rest = rest[1:]
     try:
         return _run(root, options.command, rest)
     except Stop as problem:
@@ -48,6 +47,10 @@ def main(root: Path) -> int:
 
 
 def _run(root: Path, command: str, rest: list[str]) -> int:
+    if command == "test":
+        return _test(root, rest)
+    if rest[:1] == ["--"]:
+        rest = rest[1:]
     if command in ("setup", "demo", "lint", "docs") and rest:
         raise Stop(f"dev.py {command} takes no arguments, got: {' '.join(rest)}")
     if command == "setup":
@@ -61,10 +64,8 @@ def _run(root: Path, command: str, rest: list[str]) -> int:
         return doctor(root, rest)
     if command == "bench":
         return _bench(root, rest)
-    if command == "docs":
-        inside = root / "devtools" / "inside"
-        return _call(root, prepare(root), str(inside / "with_package.py"), str(inside / "write_docs.py"))
-    return _test(root, rest)
+    inside = root / "devtools" / "inside"
+    return _call(root, prepare(root), str(inside / "with_package.py"), str(inside / "write_docs.py"))
 
 
 def _prepare_and_say(root: Path) -> tuple[Path, comfy.ComfyUI | None]:
@@ -77,13 +78,33 @@ def _prepare_and_say(root: Path) -> tuple[Path, comfy.ComfyUI | None]:
     return python, found
 
 
-def _test(root: Path, arguments: list[str]) -> int:
+RINGS = {
+    "pure": "choosing and configuring, without torch",
+    "project": "this folder itself: pages, sources, archive, commands, hostile files, the golden set",
+    "numeric": "kernels, masks and the Python API, with torch",
+    "comfyui": "the hook, the nodes and the server in a real ComfyUI",
+    "browser": "the front end in a Chromium",
+}
+"""The folders of tests/, from the fastest to the slowest."""
+
+
+def _test(root: Path, words: list[str]) -> int:
+    """Lint and run all tests; one ring or several are run alone, without linting."""
+    rings = list(itertools.takewhile(RINGS.__contains__, words))
+    arguments = words[len(rings) :]
+    if arguments and not arguments[0].startswith("-"):
+        listed = "".join(f"\n  {name:8} {text}" for name, text in RINGS.items())
+        raise Stop(f"No ring of tests is called {arguments[0]}; there are:{listed}\nArguments of pytest follow --")
+    if arguments[:1] == ["--"]:
+        arguments = arguments[1:]
     python, found = _prepare_and_say(root)
-    prepare_web(root)
-    linted = _lint(root, python)
+    if not rings or "browser" in rings:
+        prepare_web(root)
+    linted = 0 if rings else _lint(root, python)
     say("pytest")
     # A file's tests stay in one process: many share a model or a server that takes seconds to make.
-    tested = _call(root, python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *arguments, comfyui=found)
+    command = ["-m", "pytest", "-n", "auto", "--dist", "loadfile", *(f"tests/{ring}" for ring in rings), *arguments]
+    tested = _call(root, python, *command, comfyui=found)
     if linted:
         say("The tests are not all: ruff or mypy found something, see above.")
     return tested or linted

@@ -16,6 +16,8 @@ from browser import load_workflow, open_comfyui
 from make_workflows import QUIET, UI_FORM
 from PIL import Image
 from server_harness import ROOT, start_server
+
+sys.path.insert(0, str(ROOT / "tests" / "browser"))
 from test_panel import open_tab, run_workflow
 
 PICTURE = ROOT / "docs" / "screenshot.png"

@@ -58,7 +58,7 @@ class FlexAttn(Backend):
     With AVX2 (8 numbers to a vector) torch 2.13 is wrong or gives NaN at head_dim 8 and 16 where kv_len leaves 8 modulo
     16: the micro-kernel for the last keys (_inductor/codegen/cpp_micro_gemm.py, the transposed form for
     K % 8 == 0 and N % 8 == 0) writes a whole block of 16 scores for 8 keys. With AVX-512 it is right. Filled up to
-    whole blocks of 128 keys there is no such end; tests/test_cpu_operators.py sweeps lengths, head sizes and masks.
+    whole blocks of 128 keys there is no such end; test_cpu_operators.py sweeps lengths, head sizes and masks.
     """
 
     id = "flex_attn"

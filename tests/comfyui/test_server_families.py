@@ -1,0 +1,146 @@
+"""Through a real ComfyUI server on the CPU: our nodes in a graph, against the same graph without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attention_backends.devtools.server import Server, WorkflowError
+from server_harness import start_server
+from tiny_models import FAMILIES
+
+pytestmark = pytest.mark.comfy
+
+NODES = Path(__file__).parents[1] / "server_nodes" / "tiny_models_node.py"
+ROLES = {
+    "wan": {"self", "cross"},
+    "wan_i2v": {"self", "cross", "wan.image_cross"},
+    "wan_vace": {"self", "cross", "wan.vace_self", "wan.vace_cross"},
+    "flux": {"flux.double", "flux.single"},
+    "sd3": {"joint", "sd3.image_self"},
+    "qwen_image": {"joint"},
+    "qwen_image_masked": {"joint"},
+    "ltxav": {
+        "self",
+        "cross",
+        "ltx2.audio_self",
+        "ltx2.audio_text_cross",
+        "ltx2.audio_to_video",
+        "ltx2.video_to_audio",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One server, started as stock ComfyUI with PyTorch attention is."""
+    environ = {"ATTENTION_BACKENDS_TESTS": str(Path(__file__).parents[1]), "DIFFUSION_ATTENTION_BACKEND": ""}
+    with start_server(extra_nodes=[NODES], flags=["--use-pytorch-cross-attention"], environ=environ) as running:
+        yield running
+
+
+def selector(backend: str, strict: bool = False, model: Any = ("tiny", 0)) -> dict[str, Any]:
+    inputs = {"model": list(model), "backend": backend, "accuracy": "exact", "strict": strict, "guard": "off"}
+    return {"class_type": "AttentionBackendSelector", "inputs": inputs}
+
+
+def branch(model: Any, family: str, path: Path) -> dict[str, dict[str, Any]]:
+    """A sampler on `model` and the node that keeps its result."""
+    sampler = {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": list(model), "positive": ["tiny", 1], "negative": ["tiny", 2], "latent_image": ["tiny", 3],
+            "seed": 7, "steps": 2, "cfg": FAMILIES[family].cfg, "sampler_name": "euler", "scheduler": "simple",
+            "denoise": 1.0,
+        },
+    }  # fmt: skip
+    name = path.stem
+    keep = {"class_type": "KeepLatent", "inputs": {"samples": [f"sampler_{name}", 0], "path": str(path)}}
+    return {f"sampler_{name}": sampler, f"keep_{name}": keep}
+
+
+def run(server: Server, family: str, patches: dict[str, Any], model: Any, path: Path) -> list[torch.Tensor]:
+    tiny = {"tiny": {"class_type": "TinyModel", "inputs": {"family": family}}}
+    server.run(tiny | patches | branch(model, family, path))
+    kept: list[torch.Tensor] = torch.load(path)
+    return kept
+
+
+def last_run(server: Server) -> dict[str, Any]:
+    newest: dict[str, Any] = server.get("/attention_backends/last_run")["runs"][0]
+    return newest
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("family", ROLES)
+def test_torch_sdpa_is_stock_to_the_bit(server: Server, family: str, tmp_path: Path) -> None:
+    stock = run(server, family, {}, ("tiny", 0), tmp_path / "stock.pt")
+    ours = run(server, family, {"ours": selector("torch_sdpa")}, ("ours", 0), tmp_path / "ours.pt")
+    assert equal(stock, ours)
+    account = last_run(server)
+    assert {row["role"] for row in account["rows"]} == ROLES[family]
+    assert {row["backend"] for row in account["rows"]} == {"torch_sdpa"}
+    assert account["steps"] == 2
+    assert account["notes"] == []
+    assert account["seconds"] > 0
+    assert ("Wan Animate" in account["bypass"]) == family.startswith("wan"), "what is not counted is named"
+    again = run(server, family, {}, ("tiny", 0), tmp_path / "again.pt")
+    assert equal(stock, again), "the model of the cache was changed by our node"
+
+
+def test_roles_go_to_their_backends_and_branches_stay_apart(server: Server, tmp_path: Path) -> None:
+    stock = run(server, "wan", {}, ("tiny", 0), tmp_path / "stock.pt")
+    graph = {
+        "tiny": {"class_type": "TinyModel", "inputs": {"family": "wan"}},
+        "a": selector("torch_sdpa"),
+        "cross": {
+            "class_type": "PerRoleAttentionConfig",
+            "inputs": {"model": ["a", 0], "role": "cross", "backend": "sdpa_math", "extra": ""},
+        },
+        "b": selector("sdpa_math"),
+        **branch(("cross", 0), "wan", tmp_path / "mixed.pt"),
+        **branch(("b", 0), "wan", tmp_path / "math.pt"),
+        **branch(("tiny", 0), "wan", tmp_path / "plain.pt"),
+    }
+    server.run(graph)
+    runs = server.get("/attention_backends/last_run")["runs"][:2]
+    seen = {frozenset((row["role"], row["backend"]) for row in account["rows"]) for account in runs}
+    assert seen == {
+        frozenset({("self", "torch_sdpa"), ("cross", "sdpa_math")}),
+        frozenset({("self", "sdpa_math"), ("cross", "sdpa_math")}),
+    }
+    assert equal(torch.load(tmp_path / "plain.pt"), stock)
+    mixed, math = torch.load(tmp_path / "mixed.pt")[0], torch.load(tmp_path / "math.pt")[0]
+    assert not torch.equal(mixed, math)
+    torch.testing.assert_close(mixed, math, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_run_falls_back_and_strict_stops(server: Server, tmp_path: Path) -> None:
+    stock = run(server, "wan", {}, ("tiny", 0), tmp_path / "stock.pt")
+    loose = run(server, "wan", {"ours": selector("cudnn_attn")}, ("ours", 0), tmp_path / "loose.pt")
+    assert equal(stock, loose)
+    rows = last_run(server)["rows"]
+    assert {(row["asked"], row["backend"]) for row in rows} == {("cudnn_attn", "torch_sdpa")}
+    assert all("device cpu not in (cuda)" in row["reason"] for row in rows)
+    with pytest.raises(WorkflowError, match=r"cudnn_attn: device cpu not in \(cuda\)"):
+        run(server, "wan", {"ours": selector("cudnn_attn", strict=True)}, ("ours", 0), tmp_path / "strict.pt")
+
+
+def test_a_graph_with_an_unknown_backend_is_refused_with_the_nearest_names(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(WorkflowError, match=r"sage_atn.*did you mean.*sage_attn"):
+        run(server, "wan", {"ours": selector("sage_atn")}, ("ours", 0), tmp_path / "never.pt")
+
+
+def test_every_backend_is_offered_on_every_machine(server: Server) -> None:
+    from attention_backends.backends.names import CHOICES
+
+    node = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]
+    options = node["input"]["required"]["backend"][1].get("options") or node["input"]["required"]["backend"][0]
+    assert tuple(options) == CHOICES
+    assert list(node["input"]["required"]) == ["model", "backend", "accuracy", "strict", "guard"]

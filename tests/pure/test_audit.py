@@ -1,0 +1,272 @@
+"""The audit: what was asked against what ran, a reason for every divergence, and an error where one has none."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.platform import Platform, parse_platform
+from attention_backends.backends.request import parse_request
+from attention_backends.backends.router import Decision, Router
+from attention_backends.backends.session import Session
+from attention_backends.backends.trace import Trace
+from attention_backends.backends.trace.audit import (
+    UnexplainedError,
+    asked_and_ran,
+    line,
+    merged,
+    unexplained,
+)
+
+CALL = parse_request("num_heads=8,q_len=4096,kv_len=77,head_dim=64,dtype=float32")
+
+
+def traced(config: Any, *rows: tuple[Any, ...], categories: dict[str, str] | None = None) -> Trace:
+    """A trace under `config` with rows of (role, backend, asked, reason, calls)."""
+    trace = Trace(layers=(parse_config(config, "node"),), categories=categories or {row[0]: row[0] for row in rows})
+    for number, (role, backend, asked, reason, calls) in enumerate(rows):
+        source = "platform route" if asked is None else "node.default"
+        trace.row(role, str(number), backend, source, "none", reason, asked).calls = calls
+    return trace
+
+
+def verdicts(trace: Trace) -> dict[str, str]:
+    return {finding.role: finding.verdict for finding in asked_and_ran(trace)}
+
+
+def said(trace: Trace) -> str:
+    return line(finding.as_dict() for finding in asked_and_ran(trace))
+
+
+def test_as_asked_and_explained_in_one_line() -> None:
+    trace = traced(
+        {"default": "cudnn_attn", "per_role": {"cross": "sage_attn"}},
+        ("self", "cudnn_attn", "cudnn_attn", None, 40),
+        ("cross", "torch_sdpa", "sage_attn", "sage_attn: kv_len 77 is not a multiple of 64", 40),
+    )
+    assert verdicts(trace) == {"self": "as asked", "cross": "explained"}
+    assert said(trace) == (
+        "Asked and ran: self=cudnn_attn as asked; cross=sage_attn -> torch_sdpa (kv_len 77 is not a multiple of 64)"
+    )
+    assert unexplained(asked_and_ran(trace)) is None
+
+
+def test_blocks_that_ran_in_different_ways_are_counted() -> None:
+    trace = traced(
+        "sage_attn",
+        ("self", "sage_attn", "sage_attn", None, 30),
+        ("self", "torch_sdpa", "sage_attn", "sage_attn: failed: RuntimeError: no", 8),
+        ("self", "sdpa_math", "sage_attn", "sage_attn: failed: RuntimeError: no", 2),
+    )
+    (finding,) = asked_and_ran(trace)
+    assert finding.ran == {"sage_attn": 30, "torch_sdpa": 8, "sdpa_math": 2}
+    assert finding.reasons == ("sage_attn: failed: RuntimeError: no",)
+    assert said(trace) == (
+        "Asked and ran: self=sage_attn -> sage_attn 30 calls, torch_sdpa 8 calls, sdpa_math 2 calls "
+        "(failed: RuntimeError: no)"
+    )
+
+
+def test_auto_is_always_as_asked_and_rows_without_calls_count_for_nothing() -> None:
+    trace = traced("auto", ("self", "flash_attn", None, None, 4), ("cross", "torch_sdpa", None, None, 0))
+    assert verdicts(trace) == {"self": "as asked"}
+    assert said(trace) == "Asked and ran: self=auto -> flash_attn"
+    assert said(Trace()) == "Asked and ran: nothing"
+
+
+@pytest.mark.parametrize("asked", ["cudnn_attn", None], ids=["no reason", "the wish itself was lost"])
+def test_a_divergence_without_a_reason_is_unexplained(asked: str | None) -> None:
+    trace = traced("cudnn_attn", ("self", "torch_sdpa", asked, None, 3))
+    assert verdicts(trace) == {"self": "unexplained"}
+    assert said(trace) == "Asked and ran: self=cudnn_attn -> torch_sdpa (no reason recorded)"
+    text = unexplained(asked_and_ran(trace))
+    assert text is not None
+    assert "role self: asked for cudnn_attn via node.default; ran torch_sdpa" in text
+    assert "what to do: report this" in text
+
+
+def test_one_reason_does_not_explain_another_block() -> None:
+    trace = traced(
+        "sage_attn",
+        ("self", "torch_sdpa", "sage_attn", "sage_attn: head_dim 160 > 128", 3),
+        ("self", "sdpa_math", "sage_attn", None, 1),
+    )
+    assert verdicts(trace) == {"self": "unexplained"}
+
+
+def test_a_role_is_found_by_its_category() -> None:
+    config = {
+        "per_role": {"cross": "sdpa_math", "self": "sdpa_math", "wan.image_cross": "sdpa_math", "flux.single": "auto"},
+        "joint_is_self": True,
+    }
+    rows = (
+        ("ltx2.audio_to_video", "sdpa_math", "sdpa_math", None, 2),
+        ("flux.single", "sdpa_math", "sdpa_math", None, 2),
+    )
+    trace = traced(config, *rows, categories={"ltx2.audio_to_video": "cross", "flux.single": "joint"})
+    found = {finding.role: finding for finding in asked_and_ran(trace)}
+    assert {role: finding.verdict for role, finding in found.items()} == {
+        "ltx2.audio_to_video": "as asked",
+        "flux.single": "as asked",  # joint, which falls in category self
+        "wan.image_cross": "role never called",
+    }
+    never = found["wan.image_cross"]
+    assert never.source == "node.per_role['wan.image_cross']"
+    roles = "flux.single, ltx2.audio_to_video"
+    assert never.reasons == (f"role 'wan.image_cross' matched no attention call of this model; its roles are: {roles}",)
+    assert said(trace).endswith("wan.image_cross=sdpa_math never called")
+    assert unexplained(found.values()) is None
+
+
+def test_self_from_a_text_was_never_called_where_there_is_joint_attention_only() -> None:
+    rows = [("flux.single", "torch_sdpa", None, None, 2)]
+    trace = traced({"per_role": {"self": "sdpa_math"}}, *rows, categories={"flux.single": "joint"})
+    auto, never = asked_and_ran(trace)
+    assert (auto.asked, auto.verdict) == ("auto", "as asked")
+    assert (never.role, never.verdict) == ("self", "role never called")
+    assert never.reasons[0].endswith("its roles are: flux.single; joint_is_self: true makes self cover joint attention")
+
+
+def test_a_role_that_something_else_answered_needs_a_note() -> None:
+    trace = traced("sdpa_math", categories={"self": "self"})
+    assert verdicts(trace) == {"self": "unexplained"}
+    trace.note("another pack's override (theirs) computed attention of role self by itself")
+    assert verdicts(trace) == {"self": "explained"}
+    assert "self=sdpa_math -> elsewhere (another pack's override (theirs) computed" in said(trace)
+
+
+def test_stages_are_merged_with_the_worst_verdict() -> None:
+    explained = traced("sage_attn", ("self", "torch_sdpa", "sage_attn", "sage_attn: head_dim 160 > 128", 3))
+    as_asked = traced("sage_attn", ("self", "sage_attn", "sage_attn", None, 5))
+    never = traced({"per_role": {"cross": "sdpa_math"}}, ("self", "torch_sdpa", None, None, 1))
+    called = traced({"per_role": {"cross": "sdpa_math"}}, ("cross", "sdpa_math", "sdpa_math", None, 7))
+    audits = [trace.as_dict()["audit"] for trace in (explained, as_asked, never, called)]
+    before = str(audits)
+    found = merged(audits)  # type: ignore[arg-type]
+    assert [(row["role"], row["asked"], row["ran"], row["verdict"], row["reasons"]) for row in found] == [
+        ("self", "sage_attn", {"torch_sdpa": 3, "sage_attn": 5}, "explained", ["sage_attn: head_dim 160 > 128"]),
+        ("self", "auto", {"torch_sdpa": 1}, "as asked", []),
+        ("cross", "sdpa_math", {"sdpa_math": 7}, "as asked", []),
+    ]
+    assert str(audits) == before
+
+
+def test_it_is_part_of_the_account() -> None:
+    trace = traced("cudnn_attn", ("self", "cudnn_attn", "cudnn_attn", None, 4))
+    assert trace.as_dict()["audit"] == [
+        {
+            "role": "self",
+            "asked": "cudnn_attn",
+            "source": "node.default",
+            "ran": {"cudnn_attn": 4},
+            "reasons": [],
+            "verdict": "as asked",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "machine", ["cuda:12.0,cudnn=91002", "cuda:8.9,packages=flash-attn==2.8.3", "rocm:gfx942", "cpu"]
+)
+@pytest.mark.parametrize(
+    "name", ["auto", "cudnn_attn", "sage_attn", "sparge_attn", "flash_attn", "emulated_int8", "comfy"]
+)
+@pytest.mark.parametrize("change", [{}, {"mask": "bias"}, {"exact_only": True}, {"head_dim": 100}], ids=str)
+def test_the_router_explains_every_divergence_of_its_own(machine: str, name: str, change: dict[str, Any]) -> None:
+    trace = Trace(layers=(parse_config(name, "node"),), categories={"self": "self"})
+    decision = Router(parse_platform(machine)).decide(CALL._replace(**change), trace.layers, "self", "self")
+    trace.row("self", "", decision.backend, decision.source, "none", decision.reason, decision.asked).calls = 1
+    assert verdicts(trace)["self"] == ("explained" if decision.backend != name != "auto" else "as asked")
+
+
+# At the end of a run in ComfyUI
+
+
+def forgetful(self: Router, request: Any, choice: Any, **_: Any) -> Decision:
+    """A router with a defect: it runs something else and does not say why."""
+    return Decision("torch_sdpa", choice.source, choice.asked)
+
+
+@pytest.fixture
+def hook() -> Any:
+    pytest.importorskip("torch", reason="torch is not installed")
+    import hook_side
+
+    return hook_side
+
+
+def run_of(hook: Any, ours: Any, published: list[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One sampling run of a stand-in Wan's self-attention; its account goes to `published`."""
+    add = hook.wrappers.runs.add
+    monkeypatch.setattr(hook.wrappers.runs, "add", lambda trace: (published.append(trace), add(trace)))
+    model = hook.stand_in(["WanModel"], hook.PLACES)
+    options = {hook.sampling.KEY: ours, hook.sampling.OVERRIDE: ours}
+
+    def body() -> Any:
+        call = (hook.Q, hook.Q, hook.Q, hook.HEADS), {"transformer_options": options}
+        return model.get_submodule("blocks.0.self_attn")([call])
+
+    class Executor:
+        class_obj = SimpleNamespace(model_options={"transformer_options": options})
+
+        def __call__(self) -> Any:
+            return hook.model_call(model, options, body)
+
+    try:
+        return hook.wrappers.outer_sample_wrapper(Executor())
+    finally:
+        assert hook.sampling.RUN_KEY not in options
+        assert hook.marks_left(model) == []
+
+
+def test_a_strict_run_ends_with_an_error_and_its_account_is_there(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Router, "select", forgetful)
+    published: list[Any] = []
+    with pytest.raises(UnexplainedError, match=r"role self: asked for reference via node\.default; ran torch_sdpa"):
+        run_of(hook, hook.override("reference", strict=True), published, monkeypatch)
+    (trace,) = published
+    assert trace.as_dict()["audit"][0]["verdict"] == "unexplained"
+    assert not any("did not finish" in note for note in trace.notes)
+
+
+def test_a_run_that_is_not_strict_shows_it_and_goes_on(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Router, "select", forgetful)
+    published: list[Any] = []
+    assert run_of(hook, hook.override("reference"), published, monkeypatch)
+    assert published[0].as_dict()["audit"][0]["verdict"] == "unexplained"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_sound_run_passes(hook: Any, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[Any] = []
+    assert run_of(hook, hook.override("reference", strict=strict, cross="sdpa_math"), published, monkeypatch)
+    audit = published[0].as_dict()["audit"]
+    assert line(audit) == "Asked and ran: self=reference as asked; cross=sdpa_math never called"
+
+
+def test_a_session_by_itself_knows_what_was_asked() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    session = Session(Router(Platform("cpu", torch="2.11.0")), (parse_config("cudnn", "node"),))
+    session.plan(CALL, "ltx2.audio_to_video", "cross").row.calls += 1
+    (finding,) = asked_and_ran(session.trace)
+    assert (finding.asked, finding.verdict) == ("cudnn_attn", "explained")
+    assert session.trace.categories == {"ltx2.audio_to_video": "cross"}
+
+
+@pytest.mark.comfy
+def test_the_report_node_shows_it() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    from hook_side import comfyui, last_run, selected, with_role
+
+    comfyui()
+    import tiny_sampling
+    from attention_backends.nodes import report
+
+    model = with_role(selected(tiny_sampling.build("wan"), "sdpa_math"), "cross", "cudnn_attn")
+    tiny_sampling.sample(model, "wan", steps=1)
+    text = report.as_text({"run": last_run()})
+    wanted = "Asked and ran: self=sdpa_math as asked; cross=cudnn_attn -> torch_sdpa (device cpu not in (cuda))"
+    assert wanted in text.splitlines()
+    assert [row["verdict"] for row in last_run()["audit"]] == ["as asked", "explained"]

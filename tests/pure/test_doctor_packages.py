@@ -1,0 +1,370 @@
+"""What the doctor says of packages that are not what their names promise: written to disk, met in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.machine.doctor import Cards, cards_of
+from attention_backends.backends.machine.packages import PACKAGES_OF
+from attention_backends.backends.machine.symbols import SYMBOLS_OF, find, needs_of
+from attention_backends.backends.platform import KINDS, Platform, parse_platform
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+OTHER_TORCH = "flash_attn_2_cuda.cpython-312-x86_64-linux-gnu.so: undefined symbol: _ZN3c104cuda9SetDeviceEa"
+
+ON_A_CARD = """
+import importlib.util, json, sys
+root = sys.argv[1]
+spec = importlib.util.spec_from_file_location(
+    "attention_backends", root + "/__init__.py", submodule_search_locations=[root]
+)
+sys.modules["attention_backends"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["attention_backends"])
+
+import contextlib
+from attention_backends.backends.machine.doctor import examine
+from attention_backends.backends.machine.install import running_interpreter
+from attention_backends.backends.platform import Platform, installed_packages
+from attention_backends.backends.router import Router
+
+kind, card = sys.argv[2:4]
+facts = {"gfx": card} if kind == "rocm" else {"capability": tuple(map(int, card.split(".")))}
+platform = Platform(kind, torch="2.11.0", cuda="13.0", cudnn=91002, packages=installed_packages(), os="linux", **facts)
+with contextlib.redirect_stdout(sys.stderr):
+    rows = examine(Router(platform), running_interpreter(), sys.argv[4:])
+print(json.dumps({"backends": [row.as_dict() for row in rows]}))
+"""
+
+
+def install(site: Path, distribution: str, version: str, **modules: str) -> None:
+    """Write a distribution; a module `a__b` is the file `a/b.py`, and `a__` the file `a/__init__.py`."""
+    record = []
+    for name, text in modules.items():
+        parts = name.replace("__", "/").rstrip("/")
+        path = site / (f"{parts}/__init__.py" if name.endswith("__") else f"{parts}.py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        record.append(path.relative_to(site).as_posix())
+    info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+    (info / "RECORD").write_text("".join(f"{line},,\n" for line in [*record, f"{info.name}/METADATA"]))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every package is there, and none is right."""
+    site = tmp_path_factory.mktemp("broken site")
+    install(site, "flash-attn", "2.8.3", flash_attn__=f"raise ImportError({OTHER_TORCH!r})")
+    install(site, "flash-attn-3", "3.0.0")
+    install(site, "flashinfer-python", "0.7.2", flashinfer__="print('a banner')\nraise SystemExit('no licence')")
+    install(site, "triton", "3.6.0", triton__="")
+    install(site, "sageattention", "2.2.0", sageattention__="def sageattn(): ...")
+    install(site, "sageattn3", "1.0.0", sageattn3__="print('another banner')")
+    install(site, "xformers", "0.0.35", xformers__="", xformers__ops="raise RuntimeError('0 active drivers')")
+    install(site, "comfy-kitchen", "0.2.40", comfy_kitchen__="def __getattr__(name): raise OSError('no driver')")
+    install(site, "aiter", "0.13.20191203", aiter__="def map(function, items): ...")
+    return site
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Right packages under which others could be suspected."""
+    site = tmp_path_factory.mktemp("other site")
+    install(site, "flash-attn-4", "4.0.0b36", flash_attn__cute__="def flash_attn_func(): ...")
+    install(site, "triton", "3.6.0", triton__="")
+    names = ("sageattn", "sageattn_qk_int8_pv_fp16_cuda", "sageattn_qk_int8_pv_fp16_triton")
+    install(site, "sageattention", "1.0.6", sageattention__="".join(f"def {name}(): ...\n" for name in names))
+    return site
+
+
+def rows(site: Path, *command: str) -> dict[str, dict[str, Any]]:
+    """The rows that a fresh process prints as JSON, and nothing else on stdout."""
+    paths = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH", ""))))
+    environ = {**os.environ, "PYTHONPATH": paths, "ATTENTION_BACKENDS_CACHE": str(site / "cache")}
+    done = subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return {row["id"]: row for row in json.loads(done.stdout)["backends"]}
+
+
+@pytest.fixture(scope="module")
+def everywhere(broken: Path) -> dict[str, dict[str, Any]]:
+    """The command itself, on whatever machine this is."""
+    pytest.importorskip("torch")
+    return rows(broken, str(ROOT), "doctor", "--json")
+
+
+@pytest.fixture(scope="module")
+def on_hopper(broken: Path) -> dict[str, dict[str, Any]]:
+    pytest.importorskip("torch")  # kernels that are loaded import it
+    return rows(broken, "-c", ON_A_CARD, str(ROOT), "cuda", "9.0")
+
+
+WRONG = [
+    ("flash_attn_2", "importing flash_attn raised ImportError: " + OTHER_TORCH, ["flash_attn.flash_attn_func"]),
+    (
+        "flash_attn_3",
+        "metadata says flash-attn-3 3.0.0, but there is no module flash_attn_interface",
+        ["flash_attn_interface.flash_attn_func"],
+    ),
+    ("flashinfer_attn", "importing flashinfer raised SystemExit: no licence", ["flashinfer.single_prefill_with"]),
+    (
+        "sage_attn",
+        "metadata says sageattention 2.2.0, but {site}/sageattention/__init__.py has no ",
+        ["sageattention.sageattn_qk_int8_pv_fp16_triton", "sageattention.sageattn_qk_int8_pv_fp16_cuda"],
+    ),
+    (
+        "sage_attn_3",
+        "metadata says sageattn3 1.0.0, but {site}/sageattn3/__init__.py has no sageattn3_blackwell",
+        ["sageattn3.sageattn3_blackwell"],
+    ),
+    ("xformers", "importing xformers.ops raised RuntimeError: 0 active drivers", ["xformers.ops.memory_eff"]),
+    ("comfy_kitchen_int8", "importing comfy_kitchen raised OSError: no driver", ["comfy_kitchen.int8_attention"]),
+    (
+        "aiter",
+        "module aiter is that of aiter 0.13.20191203; package amd-aiter is not installed; "
+        "{site}/aiter/__init__.py has no flash_attn_func",
+        ["aiter.flash_attn_func"],
+    ),
+]
+
+
+@pytest.mark.parametrize("where", ["everywhere", "on_hopper"])
+@pytest.mark.parametrize(("backend", "problem", "missing"), WRONG)
+def test_each_wrong_package_is_a_row_that_says_what_is_wrong(
+    request: pytest.FixtureRequest, broken: Path, where: str, backend: str, problem: str, missing: list[str]
+) -> None:
+    row = request.getfixturevalue(where)[backend]
+    assert not row["available"]
+    assert row["symbols"]["problem"].startswith(problem.format(site=broken)), row["symbols"]
+    assert len(row["symbols"]["missing"]) >= len(missing)
+    for expected, found in zip(missing, row["symbols"]["missing"], strict=False):
+        assert found.startswith(expected)
+    assert set(row["symbols"]["missing"]) <= set(row["symbols"]["needed"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("flash_attn_2", "loading failed: ImportError: " + OTHER_TORCH),
+        ("flash_attn_3", "loading failed: ModuleNotFoundError: No module named 'flash_attn_interface'"),
+        ("flashinfer_attn", "loading failed: SystemExit: no licence"),
+        ("sage_attn", "loading failed: ImportError: metadata says sageattention 2.x, but "),
+        ("xformers", "loading failed: RuntimeError: 0 active drivers"),
+    ],
+)
+def test_on_the_card_it_was_meant_for_the_reason_is_what_it_raised(
+    on_hopper: dict[str, dict[str, Any]], backend: str, reason: str
+) -> None:
+    assert on_hopper[backend]["reasons"][0].startswith(reason)
+    assert "installed but does not load" in on_hopper[backend]["install"]
+
+
+def test_the_asyncio_package_named_aiter_is_told_on_an_amd_card(broken: Path) -> None:
+    row = rows(broken, "-c", ON_A_CARD, str(ROOT), "rocm", "gfx942", "aiter")["aiter"]
+    assert row["reasons"][0].startswith("package amd-aiter is not installed")
+    assert row["symbols"]["problem"].startswith("module aiter is that of aiter 0.13.20191203")
+
+
+def test_flash_attn_4_alone_is_not_flash_attn_2(beside: Path) -> None:
+    found = rows(beside, "-c", ON_A_CARD, str(ROOT), "cuda", "9.0", "flash_attn_2", "flash_attn_4")
+    assert found["flash_attn_4"]["available"]
+    assert found["flash_attn_4"]["symbols"]["problem"] is None
+    assert found["flash_attn_2"]["reasons"][0].startswith("package flash-attn is not installed")
+    problem = found["flash_attn_2"]["symbols"]["problem"]
+    assert problem.startswith("module flash_attn is that of flash-attn-4 4.0.0b36; package flash-attn is not installed")
+    assert f"{beside}/flash_attn (a bare folder) has no flash_attn_func" in problem
+
+
+def test_sageattention_2_under_the_metadata_of_1(beside: Path) -> None:
+    row = rows(beside, "-c", ON_A_CARD, str(ROOT), "cuda", "8.9", "sage_attn")["sage_attn"]
+    assert row["reasons"][0].startswith("loading failed: ImportError: metadata says sageattention 1.x, but ")
+    assert row["symbols"]["missing"] == []
+    assert row["symbols"]["problem"] == (
+        f"metadata says sageattention 1.0.6, but {beside}/sageattention/__init__.py has "
+        "sageattn_qk_int8_pv_fp16_cuda, which sageattention<2 does not have"
+    )
+
+
+def test_the_overview_tells_what_is_wrong_and_stays_silent_about_what_is_not_there(broken: Path) -> None:
+    pytest.importorskip("torch")
+    environ = {**os.environ, "PYTHONPATH": str(broken), "ATTENTION_BACKENDS_CACHE": str(broken / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT), "doctor"], env=environ, capture_output=True, text=True, timeout=240
+    )
+    assert "    names: importing flashinfer raised SystemExit: no licence\n" in done.stdout
+    assert "banner" not in done.stdout
+    assert "cards: " not in done.stdout
+    assert "package torch-npu is not installed" not in done.stdout  # no trace of it: the reasons are enough
+
+
+# The declarations
+
+
+def test_every_declared_name_is_of_a_package_that_can_be_advised() -> None:
+    for backend_id, needs in SYMBOLS_OF.items():
+        assert backend_id in BACKENDS
+        tops = {package.module.split(".")[0] for package in PACKAGES_OF.get(backend_id, ())} | {"torch"}
+        assert {need.module.split(".")[0] for need in needs} <= tops, backend_id
+
+
+def test_every_backend_of_a_package_declares_its_names() -> None:
+    from attention_backends.backends.family import Family
+
+    for backend in BACKENDS.values():
+        if backend.id in PACKAGES_OF and not isinstance(backend, Planned | Family):
+            assert backend.id in SYMBOLS_OF, backend.id
+
+
+def test_the_version_decides_which_names_are_needed() -> None:
+    def names(packages: str) -> tuple[str, ...]:
+        (need,) = needs_of("sage_attn", parse_platform(f"cuda:8.9,packages={packages}"))
+        return need.names
+
+    assert names("sageattention==1.0.6") == ("sageattn",)
+    assert "sageattn_qk_int8_pv_fp16_triton" in names("sageattention==2.2.0")
+    assert "sageattn_qk_int8_pv_fp16_triton" in names("")
+
+
+def test_a_backend_without_a_package_needs_no_names() -> None:
+    finding = find("torch_sdpa", Platform("cpu"))
+    assert (finding.needed, finding.missing, finding.problem) == ((), (), "")
+
+
+def _declared() -> list[Any]:
+    from kernel_machines import MACHINES
+
+    cases = {}
+    for machine in MACHINES:
+        described = parse_platform(f"cuda:9.0,packages={';'.join(machine.packages.split())}")
+        for need in needs_of(machine.backend, described):
+            for name in need.names:
+                cases[machine.backend, need.module, name, machine.packages] = machine
+    return [pytest.param(machine, *key[1:3], id=" ".join(key[:3:2])) for key, machine in cases.items()]
+
+
+@pytest.mark.parametrize(("on", "module", "name"), _declared())
+def test_a_kernel_without_one_of_its_declared_names_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, on: Any, module: str, name: str
+) -> None:
+    pytest.importorskip("torch")
+    from fakes import machine
+
+    router = machine(monkeypatch, on.packages, on.capability)
+    assert find(on.backend, router.platform).missing == ()
+    monkeypatch.delattr(sys.modules[module], name)
+    assert find(on.backend, router.platform).missing == (f"{module}.{name}",)
+    assert router.unavailable(on.backend), f"{name} is declared, and not needed to load"
+
+
+# Cards
+
+
+@pytest.mark.parametrize(
+    ("backend", "machine", "text"),
+    [
+        ("torch_sdpa", "cpu", "any device"),
+        ("cudnn_attn", "cpu", "CUDA 8.0 and newer"),
+        ("flash_attn_2", "mps", "CUDA 8.0 and newer; ROCm gfx90a, gfx942, gfx950"),
+        ("flash_attn_3", "cuda:8.9", "CUDA 9.0"),
+        ("flash_attn", "cuda:8.9", "those of flash_attn_2, flash_attn_3, flash_attn_4, aiter"),
+        ("sage_attn", "cuda:8.9,packages=sageattention==2.2.0", "CUDA 8.0, 8.6, 8.9, 9.0, 12.0, 12.1"),
+        ("sage_attn", "cuda:8.9,packages=sageattention==1.0.6", "CUDA 7.5, 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 12.0, 12.1"),
+        ("sage_attn_3", "cpu", "CUDA 10.0, 12.0, 12.1"),
+        ("aiter", "cpu", "ROCm gfx942, gfx950"),
+    ],
+)
+def test_the_cards_in_words(backend: str, machine: str, text: str) -> None:
+    if isinstance(BACKENDS[backend], Planned):
+        pytest.skip(f"other: {backend} is only planned")
+    assert cards_of(BACKENDS[backend], parse_platform(machine)).text == text
+
+
+def test_the_cards_as_data() -> None:
+    cards = cards_of(BACKENDS["flash_attn_2"], Platform("cpu")).as_dict()
+    assert cards == {
+        "kinds": ["cuda", "rocm"],
+        "min_capability": "8.0",
+        "capabilities": None,
+        "architectures": ["gfx90a", "gfx942", "gfx950"],
+        "members": [],
+    }
+    assert Cards(KINDS).text == "any device"
+
+
+CARDS = [f"cuda:{card}" for card in ("7.0", "7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")]
+CARDS += [f"rocm:{gfx}" for gfx in ("gfx90a", "gfx942", "gfx950", "gfx1030", "gfx1100", "gfx1201")]
+
+
+@pytest.mark.parametrize("backend_id", BACKENDS)
+def test_the_cards_that_are_shown_are_those_that_are_refused_by_no_check(backend_id: str) -> None:
+    backend = BACKENDS[backend_id]
+    if isinstance(backend, Planned) or cards_of(backend, Platform("cpu")).members:
+        return
+    for card in CARDS:
+        platform = parse_platform(card)
+        cards = cards_of(backend, platform)
+        if platform.kind not in cards.kinds:
+            continue
+        if platform.kind == "rocm":
+            shown = cards.architectures is None or platform.gfx in cards.architectures
+        else:
+            dotted = card.removeprefix("cuda:")
+            enough = backend.min_capability is None or platform.capability >= backend.min_capability
+            shown = enough and (cards.capabilities is None or dotted in cards.capabilities)
+        about_cards = ("compute capability", "architecture", "device")
+        refused = [reason for reason in backend.unavailable_reasons(platform) if reason.startswith(about_cards)]
+        assert shown == (not refused), (card, cards.text, refused)
+
+
+# Versions
+
+
+@pytest.mark.parametrize(
+    ("backend_id", "package", "accepted", "refused"),
+    [
+        ("flash_attn_2", "flash-attn", ("2.6.3", "2.8.3.post2"), ("2.6.2", "1.0.9")),
+        ("sage_attn", "sageattention", ("1.0.6", "2.1.1", "2.2.0"), ("1.0.5", "2.0.0", "2.0.1", "2.1.0")),
+        *(
+            (name, "sageattention", ("2.1.1", "2.2.0+cu130torch2.9.0andhigher.post4"), ("1.0.6", "2.0.1", "2.1.0"))
+            for name in ("sage_fp16_cuda", "sage_fp16_triton", "sage_fp8_cuda", "sage_fp8_sm90")
+        ),
+        ("xformers", "xformers", ("0.0.29", "0.0.35"), ("0.0.28.post3",)),
+        ("aiter", "amd-aiter", ("0.1.5", "0.1.7.post2.dev18"), ("0.1.4",)),
+        ("xla_flash", "torch-xla", ("2.2.0", "2.9.0"), ("2.1.0",)),
+        ("flex_attn", "torch", ("2.5.0", "2.11.0"), ("2.4.1",)),
+    ],
+)
+def test_the_lowest_version_is_exactly_the_one_agreed(
+    backend_id: str, package: str, accepted: tuple[str, ...], refused: tuple[str, ...]
+) -> None:
+    backend = BACKENDS[backend_id]
+    if isinstance(backend, Planned):
+        pytest.skip(f"other: {backend_id} is only planned")
+    needs = [Requirement(need) for need in backend.requires if Requirement(need).name == package]
+    assert needs, f"{backend_id} requires nothing of {package}"
+
+    def met(version: str) -> bool:
+        return all(need.specifier.contains(version, prereleases=True) for need in needs)
+
+    assert [version for version in accepted if not met(version)] == []
+    assert [version for version in refused if met(version)] == []
+
+
+@pytest.mark.parametrize(("torch", "refused"), [("2.4.1", True), ("2.5.0", False)])
+def test_flex_attention_asks_the_torch_that_is_there(torch: str, refused: bool) -> None:
+    if isinstance(BACKENDS["flex_attn"], Planned):
+        pytest.skip("other: flex_attn is only planned")
+    reasons = BACKENDS["flex_attn"].unavailable_reasons(
+        parse_platform(f"cuda:9.0,torch={torch},packages=triton==3.6.0")
+    )
+    assert any("torch" in reason for reason in reasons) == refused

@@ -1,0 +1,387 @@
+"""What configurations of vLLM-Omni, SGLang diffusion, Diffusers and Smart-Diffusion mean here, case by case.
+
+The cases are those that the other systems' own tests make of their configuration, roles and selection.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import text as config_text
+from attention_backends.backends.config.layers import Choice, resolve
+from attention_backends.backends.config.print import to_json
+from attention_backends.backends.config.text import from_environment, parse_config
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.names import (
+    ALIASES,
+    BACKEND_IDS,
+    CHOICES,
+    RefusedBackendError,
+    UnknownBackendError,
+    canonical,
+)
+from attention_backends.backends.platform import parse_platform
+from attention_backends.backends.request import parse_request
+from attention_backends.backends.router import NoBackendError, Router
+from attention_backends.backends.schedule import ScheduleEntry
+from attention_backends.backends.schedule.timetable import Timetable
+from attention_backends.backends.systems import SYSTEMS, key_of, line_of, systems_page
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = [(system, row) for system in SYSTEMS for row in system.names]
+
+# The names that each system publishes, as its enum or its documents list them.
+PUBLISHED = {
+    "vllm_omni": "FLASH_ATTN CUDNN_ATTN FLASHINFER_ATTN TORCH_SDPA SDPA SAGE_ATTN SAGE_ATTN_3 TRTLLM_ATTN "
+    "FASTVIDEO_VSA FLASH_ATTN_HUB FLASH_ATTN_3_HUB RAINFUSION_ATTN SPARSE_BLOCK "
+    # Newer than 0.30.0
+    "SPARSE_ATTN SOL_ATTN SPARGE SLA_ATTN MINDIE_SLA aiter_quant vdnh3 b12x flashinfer_sm120",
+    "sglang": "fa2 fa fa3 fa4 sliding_tile_attn torch_sdpa torch_cudnn_sdpa cudnn_sdpa dynamic_cudnn_sdpa sage_attn "
+    "sage_attn_3 sparge_attn video_sparse_attn video_sparse_attn_h3 hybrid_window_attn_h3 sparse_video_gen_2_attn "
+    "vmoba_attn aiter aiter_sage sla_attn sage_sla_attn laser_attn block_sparse_attn rain_fusion_attn sol_attn "
+    "subblock_sparse_attn cube_sparse_attn fp8_fa_sm120 no_attention",
+    "diffusers": "flash flash_hub flash_varlen flash_varlen_hub flash_4_hub _flash_3 _flash_varlen_3 _flash_3_hub "
+    "_flash_3_varlen_hub aiter aiter_fa2_hub flex native _native_cudnn _native_efficient _native_flash _native_math "
+    "_native_npu _native_xla sage sage_hub sage_blackwell_hub sage_varlen _sage_qk_int8_pv_fp8_cuda "
+    "_sage_qk_int8_pv_fp8_cuda_sm90 _sage_qk_int8_pv_fp16_cuda _sage_qk_int8_pv_fp16_triton xformers",
+    "smart_diffusion": "auto flash_attn sage sparge flash_mla flash_infer triton npu ref",
+}
+
+
+# Names
+
+
+@pytest.mark.parametrize("system", PUBLISHED)
+def test_every_published_name_means_something_or_is_refused_with_a_reason(system: str) -> None:
+    rows = {row.name: row for one in SYSTEMS if one.id == system for row in one.names}
+    for name in PUBLISHED[system].split():
+        row = rows[name]
+        if row.means is None:
+            with pytest.raises(RefusedBackendError, match="is not available here: ") as caught:
+                canonical(name)
+            assert str(caught.value).endswith(row.line)
+            assert "unknown" not in str(caught.value)
+        else:
+            assert canonical(name) == canonical(name.upper()) == row.means
+
+
+@pytest.mark.parametrize(("system", "row"), ROWS, ids=lambda value: getattr(value, "name", getattr(value, "id", "")))
+def test_a_row_is_true_to_itself(system: Any, row: Any) -> None:
+    assert row.means is None or row.means in CHOICES
+    assert row.means is not None or row.line, "a refusal needs a reason"
+    assert not row.line.endswith(".")
+    assert "|" not in row.line
+
+
+def test_a_name_means_the_same_in_every_system() -> None:
+    meanings: dict[str, set[str | None]] = {}
+    for _, row in ROWS:
+        meanings.setdefault(key_of(row.name), set()).add(row.means)
+    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+    for name, (means,) in meanings.items():
+        if name in BACKEND_IDS:
+            assert means == name, "an id of ours never means another one"
+
+
+def test_names_stand_in_one_place() -> None:
+    published = {key_of(row.name) for _, row in ROWS if row.means}
+    assert published - set(CHOICES) <= set(ALIASES)
+    assert len(set(ALIASES) - published) <= 6, "other spellings are few"
+
+
+def test_the_line_of_a_name_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    config_text._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "attention_backends"):
+        for _ in range(3):
+            config = parse_config({"default": "fa3", "per_role": {"cross": "dynamic_cudnn_sdpa", "self": "sdpa_math"}})
+    texts = [record.getMessage() for record in caplog.records]
+    assert texts == list(config.notes)
+    assert texts[0].startswith("fa3 (SGLang diffusion 0.5.23) means flash_attn here: the FlashAttention family")
+    assert texts[1].startswith("dynamic_cudnn_sdpa (SGLang diffusion 0.5.23) means cudnn_attn here: ")
+
+
+def test_pasting_a_name_on_which_the_systems_disagree_prints_its_line() -> None:
+    """Also where it is an id of ours: a person who pastes it means what their system means."""
+    for text, words in {
+        "aiter": "aiter on PyPI is another package, for asyncio",
+        "FLASH_ATTN": "plain flash-attn (version 2) is not taken",
+        "flash_attn": "On AMD AITER before flash-attn",
+        "fa2": "plain flash-attn on every card, Blackwell too",
+        "fa4": "the FlashAttention family, as there",
+        "_native_npu": "auto runs SDPA there, as SGLang does; vLLM runs mindiesd's kernels",
+        "auto": "prefers lossy kernels",
+        "attention_backend: aiter": "SGLang takes it by itself on AMD, and vLLM runs it there as FLASH_ATTN",
+    }.items():
+        (note,) = parse_config(text).notes
+        assert words in note
+    assert parse_config("torch_sdpa").notes == ()
+    assert parse_config({"per_role": {"cross": None}}).notes == (), "nothing was written"
+    assert "that vLLM bundles" in parse_config("--diffusion-attention-backend FLASH_ATTN").notes[0]
+    assert "vLLM bundles" in parse_config({"attention_config": {"per_role": {"self": "FLASH_ATTN"}}}).notes[0]
+    assert "prefers lossy kernels" in parse_config("infer.attn_type=auto").notes[0]
+    assert line_of("sage_attn", "sglang") == ""
+    assert line_of("no_attention", "sglang") == "", "a refusal speaks for itself"
+
+
+def test_a_line_says_not_built_of_what_is_not_built_and_of_nothing_else() -> None:
+    for _, row in ROWS:
+        if row.means in BACKENDS:
+            assert ("not built yet" in row.line) == isinstance(BACKENDS[str(row.means)], Planned), row.name
+    (note,) = parse_config("infer.attn_type=sparge").notes
+    assert note.endswith("runs FlashAttention 2; not built yet here: calls fall back, counted, or stop with strict")
+    assert chosen("cuda:9.0", CALL.format(128), "sparge").is_fallback
+
+
+def test_a_refusal_speaks_of_the_system_that_the_name_came_from() -> None:
+    for text, title in {
+        "--attention-backend sla_attn": "SGLang diffusion",
+        "--diffusion-attention-backend SLA_ATTN": "vLLM-Omni",
+        "transformer=sla_attn": "SGLang diffusion",
+    }.items():
+        with pytest.raises(RefusedBackendError, match=f"of {title} .* is not available here: Sparse-Linear"):
+            parse_config(text)
+
+
+def test_the_page_of_names_is_generated() -> None:
+    page = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
+    assert page == systems_page(), "stale: write backends.systems.systems_page() to docs/systems.md"
+    for _, row in ROWS:
+        assert f"| `{row.name}` | " in page
+
+
+# 1 to 9: roles, priority, forms
+
+
+def ask(value: object, role: str, category: str) -> Choice:
+    return resolve((parse_config(value),), role, category)
+
+
+def test_1_a_role_takes_its_own_and_others_the_default() -> None:
+    value = {"default": "FLASH_ATTN", "per_role": {"self": "SAGE_ATTN", "cross": "TORCH_SDPA"}}
+    assert ask(value, "self", "self").asked == "sage_attn"
+    assert ask(value, "cross", "cross").asked == "torch_sdpa"
+    cross_only = {"default": "FLASH_ATTN", "per_role": {"cross": "TORCH_SDPA"}}
+    assert ask(cross_only, "joint", "joint").asked == "flash_attn"
+    assert ask(value, "joint", "joint") == Choice("flash_attn", "config.default")
+    assert ask(value, "flux.double", "joint") == Choice("flash_attn", "config.default")
+
+
+def test_2_the_category_counts_where_the_role_is_not_named_and_the_source_says_so() -> None:
+    choice = ask({"per_role": {"cross": "TORCH_SDPA"}}, "ltx2.audio_to_video", "cross")
+    assert choice.asked == "torch_sdpa"
+    assert choice.source == "config.per_role['cross'] (category of 'ltx2.audio_to_video')"
+    both = {"per_role": {"cross": "TORCH_SDPA", "ltx2": {"audio_to_video": "CUDNN_ATTN"}}}
+    choice = ask(both, "ltx2.audio_to_video", "cross")
+    assert (choice.asked, choice.source) == ("cudnn_attn", "config.per_role['ltx2.audio_to_video']")
+
+
+def test_3_nothing_said_is_the_platforms_route() -> None:
+    assert resolve((), "self", "self") == Choice(None, "platform route")
+    for role, category in (("cross", "cross"), ("joint", "joint"), ("flux.double", "joint")):
+        assert ask({"per_role": {"self": "SAGE_ATTN"}}, role, category) == Choice(None, "platform route")
+
+
+def test_4_nested_roles_and_every_kind_of_spec_are_equal_and_nothing_is_changed() -> None:
+    spec = {"backend": "TORCH_SDPA"}
+    nested = {"per_role": {"ltx2": {"audio_self": spec, "audio_to_video": "TORCH_SDPA"}}}
+    before = copy.deepcopy(nested)
+    typed = {"per_role": {"ltx2.audio_self": AttentionSpec("torch_sdpa"), "ltx2.audio_to_video": spec}}
+    assert parse_config(nested) == parse_config(typed)
+    assert nested == before
+    wrapped = {"diffusion_attention_config": nested}
+    assert parse_config(wrapped) == parse_config(typed)
+    assert nested == before
+    assert wrapped["diffusion_attention_config"] is nested
+
+
+@pytest.mark.parametrize("auto", ["auto", "AUTO", " Auto ", None])
+def test_5_auto_is_as_if_nothing_stood_there(auto: Any) -> None:
+    assert parse_config({"default": auto}).default.is_auto
+    assert dict(parse_config({"per_role": {"self": auto}}).per_role) == {}
+    assert parse_config({"attention_backend": auto, "default": "fa"}).default.backend == "flash_attn"
+    assert ask({"default": "fa", "per_role": {"self": auto}}, "self", "self").source == "config.default"
+
+
+LTX2 = {
+    "self": ("self", "FLASH_ATTN"),
+    "ltx2.audio_self": ("self", "TORCH_SDPA"),
+    "cross": ("cross", "CUDNN_ATTN"),
+    "ltx2.audio_text_cross": ("cross", "TORCH_SDPA"),
+    "ltx2.audio_to_video": ("cross", "FLASHINFER_ATTN"),
+    "ltx2.video_to_audio": ("cross", "SAGE_ATTN"),
+}
+
+
+def test_6_the_six_roles_of_ltx2_from_flags_and_from_yaml() -> None:
+    flags = " ".join(f"--diffusion-attention-config.per_role.{role}.backend {name}" for role, (_, name) in LTX2.items())
+    with pytest.raises(ConfigError, match="conflicts with"):
+        parse_config(flags + " --diffusion-attention-config.per_role.ltx2 TORCH_SDPA")
+    nested = """
+        per_role:
+          self: FLASH_ATTN
+          cross: CUDNN_ATTN
+          ltx2:
+            audio_self: TORCH_SDPA
+            audio_text_cross: {backend: TORCH_SDPA}
+            audio_to_video: FLASHINFER_ATTN
+            video_to_audio: SAGE_ATTN
+    """
+    assert parse_config(flags) == parse_config(nested)
+    for role, (category, name) in LTX2.items():
+        choice = ask(flags, role, category)
+        assert (choice.asked, choice.source) == (canonical(name), f"config.per_role[{role!r}]")
+    partly = {"default": "TORCH_SDPA", "per_role": {"cross": "CUDNN_ATTN", "ltx2.audio_self": "SAGE_ATTN"}}
+    asked = {role: ask(partly, role, category).asked for role, (category, _) in LTX2.items()}
+    assert asked == {
+        "self": "torch_sdpa",
+        "ltx2.audio_self": "sage_attn",
+        "cross": "cudnn_attn",
+        "ltx2.audio_text_cross": "cudnn_attn",
+        "ltx2.audio_to_video": "cudnn_attn",
+        "ltx2.video_to_audio": "cudnn_attn",
+    }
+
+
+def test_7_the_environment_counts_below_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"DIFFUSION_ATTENTION_BACKEND": "SAGE_ATTN"}
+    explicit = parse_config("TORCH_SDPA")
+    assert resolve((explicit, *from_environment(environ)), "self", "self").asked == "torch_sdpa"
+    only_cross = parse_config({"per_role": {"cross": "TORCH_SDPA"}})
+    assert resolve((only_cross, *from_environment(environ)), "self", "self") == Choice(
+        "sage_attn", "DIFFUSION_ATTENTION_BACKEND.default"
+    )
+    assert resolve(from_environment({"DIFFUSION_ATTENTION_BACKEND": "auto"}), "self", "self").asked is None
+    assert from_environment({"DIFFUSION_ATTENTION_BACKEND": "garbage"}, above=(explicit,)) == ()
+    with pytest.raises(UnknownBackendError):
+        from_environment({"DIFFUSION_ATTENTION_BACKEND": "garbage"}, above=(only_cross,))
+    monkeypatch.setitem(os.environ, "DIFFUSION_ATTENTION_BACKEND", "garbage")
+    assert parse_config("--diffusion-attention-backend auto") == AttentionConfig(), "parsing reads no environment"
+
+
+def test_8_a_shorthand_with_a_structured_default_is_an_error_with_roles_it_is_not() -> None:
+    roles = "--diffusion-attention-config.per_role.cross.backend TORCH_SDPA"
+    config = parse_config(f"--diffusion-attention-backend SAGE_ATTN {roles}")
+    assert (config.default.backend, config.per_role["cross"].backend) == ("sage_attn", "torch_sdpa")
+    for value in (
+        "--diffusion-attention-backend SAGE_ATTN --diffusion-attention-config.default.backend FLASH_ATTN",
+        {"backend": "SAGE_ATTN", "default": "FLASH_ATTN"},
+        {"diffusion_attention_backend": "SAGE_ATTN", "diffusion_attention_config": {"default": "SAGE_ATTN"}},
+    ):
+        with pytest.raises(ConfigError, match="give one of them, not both"):
+            parse_config(value)
+
+
+@pytest.mark.parametrize("place", ["default", "per_role"])
+def test_9_an_option_of_another_backend_is_an_error_when_it_is_read(place: str) -> None:
+    for extra in ({"svg2_num_q_centroids": 3}, {"fastvideo_vsa_topk": 64}, {"nonsense": 1}):
+        spec = {"backend": "TORCH_SDPA", "extra": extra}
+        with pytest.raises(ConfigError, match=f"extra of torch_sdpa: .*{next(iter(extra))}"):
+            parse_config({"default": spec} if place == "default" else {"per_role": {"never.used": spec}})
+
+
+def test_3_a_schedule_that_is_pasted_leaves_joint_attention_alone_too() -> None:
+    profiles = {"sage": {"per_role": {"self": "SAGE_ATTN"}}}
+    pasted = {"diffusion_attention_schedule": {"profiles": profiles, "default": [{"start": 0, "profile": "sage"}]}}
+    ours = {"schedule": [{"backend": "SAGE_ATTN", "role": "self", "steps": "0-"}]}
+    for value in (pasted, ours):
+        for more, joint in (({}, None), ({"joint_is_self": True}, "sage_attn")):
+            config = parse_config({**value, **more})
+            table = Timetable((config,), (1.0, 0.5, 0.0))
+            asked = [table.resolve(table.at(1.0), role, role, "")[0].asked for role in ("self", "joint")]
+            assert asked == ["sage_attn", joint]
+            assert parse_config(to_json(config)) == config
+    entry = ScheduleEntry(AttentionSpec("sage_attn"), role="self")
+    table = Timetable((AttentionConfig(schedule=(entry,)),))
+    assert table.resolve(table.at(None), "joint", "joint", "")[0].asked == "sage_attn", "a node's entry covers it"
+
+
+# 10 to 12: selection on described machines
+
+
+def chosen(platform: str, request: str, config: str = "auto") -> Any:
+    router = Router(parse_platform(platform))
+    return router.decide(parse_request(request), (parse_config(config),), "self", "self")
+
+
+CALL = "num_heads=24,q_len=4096,head_dim={}"
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "backend"),
+    [
+        ("cuda:12.0,cudnn=91002", 128, "cudnn_attn"),
+        ("cuda:12.0,cudnn=91002", 72, "cudnn_attn"),
+        ("cuda:12.0,cudnn=91002", 320, "torch_sdpa"),
+        ("cuda:12.0,cudnn=91002", 12, "torch_sdpa"),
+        ("cuda:12.0,cudnn=90400,packages=flashinfer-python==0.7.2", 128, "flashinfer_attn"),
+        ("cuda:12.0,cudnn=90400", 128, "torch_sdpa"),
+        ("cuda:9.0,packages=flash-attn==2.8.3", 128, "flash_attn"),
+        ("cuda:9.0", 128, "torch_sdpa"),
+        ("cuda:7.5,packages=flash-attn==2.8.3", 128, "torch_sdpa"),
+        ("mps", 128, "torch_sdpa"),
+        ("cpu", 128, "torch_sdpa"),
+    ],
+)
+def test_10_automatic_choice_follows_the_card_and_the_head_size(platform: str, head_dim: int, backend: str) -> None:
+    assert chosen(platform, CALL.format(head_dim)).backend == backend
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "config", "reason"),
+    [
+        ("cuda:12.0,cudnn=91002", 12, "CUDNN_ATTN", "head_dim 12 is not a multiple of 8"),
+        ("cuda:12.0,cudnn=91002", 128, "FLASHINFER_ATTN", "package flashinfer-python is not installed"),
+        ("cuda:9.0,packages=sageattention==2.2.0;triton==3.6.0", 256, "sage_attn", "head_dim 256 > 128"),
+    ],
+)
+def test_10_a_named_backend_that_cannot_run_is_an_error_with_strict(
+    platform: str, head_dim: int, config: str, reason: str
+) -> None:
+    with pytest.raises(NoBackendError) as caught:
+        chosen(platform, CALL.format(head_dim), f"backend={config},strict=true")
+    assert reason in str(caught.value)
+    decision = chosen(platform, CALL.format(head_dim), config)
+    assert decision.is_fallback
+    assert reason in str(decision.reason)
+    assert chosen("cuda:12.0,cudnn=91002", CALL.format(72), "backend=CUDNN_ATTN,strict=true").backend == "cudnn_attn"
+
+
+def test_11_old_cards_and_single_precision_stay_on_sdpa() -> None:
+    flash = "packages=flash-attn==2.8.3"
+    assert chosen(f"cuda:8.0,{flash}", CALL.format(128) + ",dtype=float32").backend == "torch_sdpa"
+    decision = chosen(f"cuda:7.5,{flash}", CALL.format(128), "FLASH_ATTN")
+    assert decision.backend == "torch_sdpa"
+    assert "7.5" in str(decision.reason)
+    with pytest.raises(NoBackendError, match="sparge_attn: "):
+        chosen("cuda:7.5,packages=spas-sage-attn==0.1.0", CALL.format(128), "backend=sparge,strict=true")
+
+
+def test_12_an_unknown_name_lists_the_names_and_the_nearest() -> None:
+    with pytest.raises(UnknownBackendError) as caught:
+        parse_config("--attention-backend sage_atn")
+    assert "did you mean sage_attn" in str(caught.value)
+    assert all(name in str(caught.value) for name in CHOICES)
+    assert not isinstance(caught.value, RefusedBackendError)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs_on"),
+    [
+        ("cube_sparse_attn", "FlexAttention"),
+        ("subblock_sparse_attn", "FlashInfer"),
+        ("video_sparse_attn_h3", "fastvideo-kernel"),
+        ("hybrid_window_attn_h3", "FlashAttention"),
+    ],
+)
+def test_a_refusal_names_the_package_whose_kernels_it_runs_there(name: str, runs_on: str) -> None:
+    with pytest.raises(UnknownBackendError) as refused:
+        canonical(name)
+    assert runs_on in str(refused.value)
+    assert "no package of their own" not in str(refused.value)
