@@ -11,6 +11,7 @@ from attention_backends.backends.recommended import PRECAUTIONS
 from attention_backends.devtools.server import Server
 from browser import open_comfyui, why_no_browser
 from server_harness import start_server
+from syrupy.assertion import SnapshotAssertion
 from test_server_families import NODES, branch
 from test_web import words
 
@@ -75,7 +76,7 @@ def test_the_input_and_the_route(server: Server) -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
-def test_the_line_on_the_node_offers_it(server: Server, tmp_path: Path) -> None:
+def test_the_line_on_the_node_offers_it(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     with open_comfyui(server.url, tmp_path / "profile") as page:
         page.evaluate("(graph) => window.app.loadApiJson(graph, 'tiny')", graph(tmp_path / "line.pt", guard="watch"))
         page.wait_for_timeout(500)
@@ -88,7 +89,7 @@ def test_the_line_on_the_node_offers_it(server: Server, tmp_path: Path) -> None:
         line = page.locator(f"{LINE}[title*='{OFFER}']")
         line.wait_for(timeout=20_000)
         ran, _, hint = line.inner_text().partition("; ")
-        assert ran == "self emulated_int8 4 calls, cross emulated_int8 4"
+        assert ran == snapshot
         assert hint == words()["line"]["recommended"]
         page.evaluate(
             "() => { const node = window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector');"

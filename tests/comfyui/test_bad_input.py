@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -98,11 +99,10 @@ def test_the_per_role_node_refuses_wrong_values(wrong: dict[str, Any], message: 
 @pytest.mark.parametrize(
     "patch", [lambda m: selected(m, "auto"), lambda m: with_role(m, "self", "auto")], ids=["default", "role"]
 )
-def test_a_model_without_a_diffusion_model_is_refused(model: Any, patch: Any) -> None:
-    with pytest.raises(
-        ValueError, match=rf"no diffusion model to patch \(got {type(model).__name__}\); connect the MODEL"
-    ):
+def test_a_model_without_a_diffusion_model_is_refused(model: Any, patch: Any, snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ValueError) as caught:
         patch(model)
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_a_category_matches_the_roles_in_it() -> None:
     assert last_run()["notes"] == []
 
 
-def test_strict_lists_the_call_and_every_backends_reasons() -> None:
+def test_strict_lists_the_call_and_every_backends_reasons(snapshot: SnapshotAssertion) -> None:
     model = selected(tiny_sampling.build("qwen_image_masked"), "cudnn_attn", strict=True)
     with pytest.raises(NoBackendError) as caught:
         tiny_sampling.sample(model, "qwen_image_masked")
     first, call, machine, asked, *others, advice = str(caught.value).splitlines()
-    assert first == "no attention backend for this call (asked for cudnn_attn via node.default)"
-    assert call == "  call: batch 2, 2 heads, q_len 116, kv_len 116, head_dim 128, float32, mask bias"
+    assert first == snapshot
+    assert call == snapshot
     assert machine.startswith("  machine: cpu")
-    assert asked == "  cudnn_attn: device cpu not in (cuda)"
+    assert asked == snapshot
     assert "choose one that can run it (torch_sdpa, " in advice
     refused = {name.strip() for line in others for name in line.partition(":")[0].split(",")}
     assert all(line.partition(":")[2].strip() for line in others)
@@ -163,12 +163,12 @@ def test_strict_lists_the_call_and_every_backends_reasons() -> None:
     assert not refused & advised
 
 
-def test_not_strict_falls_back_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_not_strict_falls_back_with_the_reason(caplog: pytest.LogCaptureFixture, snapshot: SnapshotAssertion) -> None:
     model = selected(tiny_sampling.build("wan"), "cudnn_attn")
     caplog.clear()
     tiny_sampling.sample(model, "wan")
     assert counts(last_run()) == {("self", "torch_sdpa"): 4, ("cross", "torch_sdpa"): 4}
-    assert {row["reason"] for row in last_run()["rows"]} == {"cudnn_attn: device cpu not in (cuda)"}
+    assert {row["reason"] for row in last_run()["rows"]} == snapshot
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     for role in ("self", "cross"):
         text = f"role {role}: torch_sdpa runs instead of cudnn_attn (cudnn_attn: device cpu not in (cuda))"

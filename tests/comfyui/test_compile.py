@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 from tiny_models import FAMILIES
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -418,12 +419,13 @@ def test_a_foreign_override_that_asks_twice() -> None:
 
 
 @pytest.mark.usefixtures("hook")
-def test_a_foreign_override_that_never_asks() -> None:
+def test_a_foreign_override_that_never_asks(snapshot: SnapshotAssertion) -> None:
     outcome = Compiled(override("sdpa_math", answers))
     close(outcome.outputs, [torch.zeros_like(Q)] * 3)
     assert any("computed attention of role self by itself" in note for note in outcome.notes)
-    with pytest.raises(NoBackendError, match="by itself, but sdpa_math was asked for strictly"):
+    with pytest.raises(NoBackendError) as caught:
         Compiled(override("sdpa_math", answers, strict=True))
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.usefixtures("hook")
@@ -439,12 +441,13 @@ def test_two_of_ours_with_another_between() -> None:
 
 
 @pytest.mark.usefixtures("hook")
-def test_an_argument_of_a_later_comfyui() -> None:
+def test_an_argument_of_a_later_comfyui(snapshot: SnapshotAssertion) -> None:
     outcome = Compiled(override("sdpa_math"), brand_new=3)
     close(outcome.outputs, outcome.expected())
     assert outcome.rows == [(role, "comfy", 1) for role in ROLES]
-    with pytest.raises(NoBackendError, match="not known to this version"):
+    with pytest.raises(NoBackendError) as caught:
         Compiled(override("sdpa_math", strict=True), brand_new=3)
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.usefixtures("hook")

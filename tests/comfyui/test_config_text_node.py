@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -95,7 +96,7 @@ def test_self_covers_joint_where_a_node_says_it_and_not_where_a_text_does(model:
     assert joint(with_text(model, "per_role.self=sdpa_efficient joint_is_self=true")) == "sdpa_efficient"
 
 
-def test_it_wins_over_earlier_nodes_and_later_ones_over_it(model: Any) -> None:
+def test_it_wins_over_earlier_nodes_and_later_ones_over_it(model: Any, snapshot: SnapshotAssertion) -> None:
     before = with_role(
         with_role(selected(model, "sdpa_flash", strict=True), "cross", "sdpa_math"), "joint", "sdpa_math"
     )
@@ -104,12 +105,7 @@ def test_it_wins_over_earlier_nodes_and_later_ones_over_it(model: Any) -> None:
     assert settings_of(layers(patched)) == ("quantized", True, "off"), "what the text does not say stays"
     later = with_role(selected(patched, "sdpa_math"), "cross", "torch_sdpa")
     assert asked(later) == {"default": "sdpa_math", "cross": "torch_sdpa", "joint": "sdpa_math"}
-    assert later.model_options["transformer_options"]["attention_backends"].notes == (
-        "the default was set twice: torch_sdpa replaces sdpa_flash",
-        "role cross was set twice: sdpa_efficient replaces sdpa_math",
-        "the default was set twice: sdpa_math replaces torch_sdpa",
-        "role cross was set twice: torch_sdpa replaces sdpa_efficient",
-    )
+    assert later.model_options["transformer_options"]["attention_backends"].notes == snapshot
     assert asked(before) == {"default": "sdpa_flash", "cross": "sdpa_math", "joint": "sdpa_math"}
 
 
@@ -237,13 +233,15 @@ def test_errors_point_at_the_place(model: Any, text: str, place_of_it: str) -> N
     assert place_of_it in str(caught.value)
 
 
-def test_errors_in_a_file_name_it(model: Any, place: Path) -> None:
+def test_errors_in_a_file_name_it(model: Any, place: Path, snapshot: SnapshotAssertion) -> None:
     (place / "a.json").write_text(json.dumps({"per_role": {"cross": "sagee"}}))
-    with pytest.raises(UnknownBackendError, match=r"^a\.json\.per_role\['cross'\]: unknown attention backend 'sagee'"):
+    with pytest.raises(UnknownBackendError) as caught:
         with_text(model, file="a.json")
+    assert str(caught.value) == snapshot
     (place / "b.yaml").write_bytes("default: fa".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"b\.yaml is not UTF-8 text; save it as UTF-8"):
+    with pytest.raises(ValueError) as caught:
         with_text(model, file="b.yaml")
+    assert str(caught.value) == snapshot
     (place / "c.yaml").write_bytes(b"#" * 1_000_001)
     assert "c.yaml: 1000001 bytes > 1000000" in node().validate_inputs("c.yaml")
 
@@ -263,9 +261,10 @@ def test_wrong_inputs_are_refused(model: Any, wrong: dict[str, Any], message: st
         with_text(model, **wrong)
 
 
-def test_a_refused_name_says_why_and_where(model: Any) -> None:
-    with pytest.raises(RefusedBackendError, match=r"text: attention backend 'flash_mla' of Smart-Diffusion .* MLA is"):
+def test_a_refused_name_says_why_and_where(model: Any, snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(RefusedBackendError) as caught:
         with_text(model, "flash_mla")
+    assert str(caught.value) == snapshot
 
 
 def test_the_node_is_offered_and_its_inputs_keep_their_order() -> None:

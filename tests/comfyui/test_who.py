@@ -19,6 +19,7 @@ from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -172,7 +173,7 @@ PLACES = [("wan", way, order) for way in WAYS for order in ("before", "after")] 
 
 
 @pytest.mark.parametrize(("family", "way", "order"), PLACES)
-def test_an_override_put_on_top_during_the_run(family: str, way: str, order: str) -> None:
+def test_an_override_put_on_top_during_the_run(family: str, way: str, order: str, snapshot: SnapshotAssertion) -> None:
     expected = alone(family)
     stranger = Stranger()
     record = sampled(placed(family, order, way, stranger), family)
@@ -182,8 +183,9 @@ def test_an_override_put_on_top_during_the_run(family: str, way: str, order: str
     assert record["outcome"]["text"] == (
         f"Partly used: {ME} computed {stranger.answered} of {sum(expected.values())} attention calls"
     )
-    with pytest.raises(NoBackendError, match=rf"{ME} computed attention of role .* by itself") as error:
+    with pytest.raises(NoBackendError) as error:
         sampled(placed(family, order, way, Stranger(), strict=True), family)
+    assert str(error.value) == snapshot
     assert f"what to do: remove or bypass {ME}, or switch strict off" in str(error.value)
     assert last_run()["outcome"]["kind"] == "refused"
 
@@ -247,7 +249,7 @@ def test_a_block_patch_counts_where_it_computes(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["attn1", "attn2"])
-def test_a_replaced_attention_of_a_unet(kind: str) -> None:
+def test_a_replaced_attention_of_a_unet(kind: str, snapshot: SnapshotAssertion) -> None:
     """As IP-Adapter's packs do: ComfyUI's function without the options of the model, twice."""
     from comfy.ldm.modules.attention import optimized_attention
 
@@ -268,8 +270,9 @@ def test_a_replaced_attention_of_a_unet(kind: str) -> None:
     assert not any("matched no attention call" in note for note in record["notes"])
     named = selected(built("sd15"), "sdpa_math", strict=True)
     named.set_model_patch_replace(own, kind, "middle", 0)
-    with pytest.raises(NoBackendError, match=f"role {role} by itself, but sdpa_math was asked for strictly"):
+    with pytest.raises(NoBackendError) as caught:
         sampled(named, "sd15")
+    assert str(caught.value) == snapshot
 
 
 def test_every_cross_attention_replaced_is_no_missing_role() -> None:
@@ -368,7 +371,7 @@ def own_attention(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.softmax(x @ x.mT, dim=-1) @ x
 
 
-def test_a_forward_that_is_replaced_between_two_steps() -> None:
+def test_a_forward_that_is_replaced_between_two_steps(snapshot: SnapshotAssertion) -> None:
     """In a callback: the stand-in of the first step is gone by then, and what was there comes back after the run."""
     from comfy.patcher_extension import CallbacksMP
 
@@ -389,12 +392,13 @@ def test_a_forward_that_is_replaced_between_two_steps() -> None:
     record = sampled(patched(False), "wan")
     assert by_role(record) == alone("wan")
     assert by_another(record) == 1
-    with pytest.raises(NoBackendError, match=f"{ME} computed attention of role cross"):
+    with pytest.raises(NoBackendError) as caught:
         sampled(patched(True), "wan")
+    assert str(caught.value) == snapshot
     assert marks_left(built("wan").model.diffusion_model) == []
 
 
-def test_a_forward_that_is_replaced_in_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_that_is_replaced_in_its_class(monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion) -> None:
     """Before anything of ours saw the class: it is an attention module by its place in a model that we know."""
     from attention_backends.nodes import callers
     from comfy.ldm.wan.model import WanSelfAttention, WanT2VCrossAttention
@@ -406,8 +410,9 @@ def test_a_forward_that_is_replaced_in_its_class(monkeypatch: pytest.MonkeyPatch
     record = sampled(selected(built("wan"), "sdpa_math"), "wan")
     assert by_role(record) == expected
     assert counts(record)["self", BY_ANOTHER] == expected["self"]
-    with pytest.raises(NoBackendError, match=f"{ME} computed attention of role self"):
+    with pytest.raises(NoBackendError) as caught:
         sampled(selected(built("wan"), "sdpa_math", strict=True), "wan")
+    assert str(caught.value) == snapshot
     monkeypatch.undo()
     callers._by_class.pop(WanSelfAttention, None)
 
@@ -578,7 +583,7 @@ def patched_by(node_id: str, model: Any, *values: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output.args[0]
 
 
-def test_self_attention_guidance() -> None:
+def test_self_attention_guidance(snapshot: SnapshotAssertion) -> None:
     """It computes the middle block's self-attention with functions of its own, to have the weights."""
     model = patched_by("SelfAttentionGuidance", selected(built("sd15"), "sdpa_math"), 0.5, 2.0)
     record = sampled(model, "sd15")
@@ -588,8 +593,9 @@ def test_self_attention_guidance() -> None:
     total = sum(row["calls"] for row in record["rows"])
     assert record["outcome"]["text"] == f"Partly used: {name} computed {found} of {total} attention calls"
     strict = patched_by("SelfAttentionGuidance", selected(built("sd15"), "sdpa_math", strict=True), 0.5, 2.0)
-    with pytest.raises(NoBackendError, match=re.escape(f"{name} computed attention of role self by itself")):
+    with pytest.raises(NoBackendError) as caught:
         sampled(strict, "sd15")
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.parametrize("node_id", NOT_STRANGERS)
@@ -697,7 +703,9 @@ def test_a_replaced_forward_of_a_block(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["computes", "calls", "holds"])
-def test_a_module_of_a_pack_in_place_of_an_attention_module(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_of_a_pack_in_place_of_an_attention_module(
+    kind: str, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     # What a pack's own file has imported says nothing of what its module calls.
     monkeypatch.setitem(
         globals(), "optimized_attention", importlib.import_module("comfy.ldm.wan.model").optimized_attention
@@ -727,8 +735,9 @@ def test_a_module_of_a_pack_in_place_of_an_attention_module(kind: str, monkeypat
     if kind != "computes":
         assert sampled(patched(True), "wan")["outcome"]["kind"] == "done"
     else:
-        with pytest.raises(NoBackendError, match=f"{ME} computed attention of role self"):
+        with pytest.raises(NoBackendError) as caught:
             sampled(patched(True), "wan")
+        assert str(caught.value) == snapshot
     built("wan").unpatch_model()
 
 

@@ -37,6 +37,7 @@ from broken_backends import (
     router,
     wrong_scale,
 )  # fmt: skip
+from syrupy.assertion import SnapshotAssertion
 
 SMALL = {"width": 16, "height": 16, "steps": 2, "repeat": 2, "device": "cpu"}
 
@@ -112,15 +113,12 @@ def test_two_runs_of_one_backend_agree_within_the_spread() -> None:
     assert row_of(found, AGAIN).identical
 
 
-def test_repeats_are_interleaved() -> None:
+def test_repeats_are_interleaved(snapshot: SnapshotAssertion) -> None:
     told: list[str] = []
     compare(
         small(), ["torch_sdpa", "sdpa_math"], progress=lambda what, done, total: told.append(f"{done}/{total} {what}")
     )
-    assert told == [
-        "0/6 torch_sdpa: the warm-up", "1/6 sdpa_math: the warm-up", "2/6 torch_sdpa: run 1 of 2",
-        "3/6 sdpa_math: run 1 of 2", "4/6 torch_sdpa: run 2 of 2", "5/6 sdpa_math: run 2 of 2",
-    ]  # fmt: skip
+    assert told == snapshot  # fmt: skip
 
 
 def test_one_step_starts_every_backend_from_the_same_latent() -> None:
@@ -268,12 +266,12 @@ def test_a_backend_that_takes_no_masks_runs_what_they_leave(kind: str) -> None:
         assert row.calls[0].request.endswith(f"mask key_padding; mask {kind}"), row.calls[0].request
 
 
-def test_a_mask_of_which_nothing_can_be_left_out_is_refused_by_name() -> None:
+def test_a_mask_of_which_nothing_can_be_left_out_is_refused_by_name(snapshot: SnapshotAssertion) -> None:
     calls = [hiding("weaker")]
     rows, _ = compare_calls(calls, ["torch_sdpa", AGAIN], router(without_masks()), 1, quiet)
     assert rows[0].relative_l2 < 1e-6
     assert rows[0].calls[0].request.endswith("mask bias")
-    assert rows[1].failed == "cross attention of block 0: mask kind bias not in (none) (in the warm-up)"
+    assert rows[1].failed == snapshot
 
 
 def test_masks_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,10 +298,10 @@ def test_a_kernel_that_spoils_its_inputs_spoils_only_its_own_row() -> None:
 # Backends that cannot run
 
 
-def test_a_backend_that_is_not_available_is_a_row_that_says_why() -> None:
+def test_a_backend_that_is_not_available_is_a_row_that_says_why(snapshot: SnapshotAssertion) -> None:
     found = compare(small(), ["cudnn_attn", "comfy", "sdpa_math"])
     row = row_of(found, "cudnn_attn")
-    assert row.failed == "device cpu not in (cuda)"
+    assert row.failed == snapshot
     assert (row.ran, row.runs, row.step_ms, row.psnr) == (None, 0, None, None)
     assert found.pictures[1] is None
     assert row_of(found, "comfy").failed == "runs only inside ComfyUI"
@@ -337,12 +335,12 @@ def test_a_family_shows_the_member_that_ran() -> None:
 # In the middle
 
 
-def test_out_of_memory_in_the_middle_keeps_what_was_finished() -> None:
+def test_out_of_memory_in_the_middle_keeps_what_was_finished(snapshot: SnapshotAssertion) -> None:
     calls_before = CALLS * (1 + 2) + 3  # the warm-up, one run of two steps, and a little more
     made = router(Wrong(MEMORY, failing_after(calls_before, no_memory)))
     found = compare(small(repeat=3), [MEMORY, "sdpa_math"], router=made)
     row = row_of(found, MEMORY)
-    assert row.failed == "out of memory: try a smaller size or fewer frames (in run 2 of 3)"
+    assert row.failed == snapshot
     assert row.runs == 1
     assert row.identical
     assert found.pictures[1] is not None
@@ -357,7 +355,7 @@ def test_a_fault_of_the_device_ends_the_rest_but_keeps_what_was_finished() -> No
     assert [row.runs for row in found.report.rows] == [2, 1, 1]
 
 
-def test_an_interruption_keeps_what_was_finished() -> None:
+def test_an_interruption_keeps_what_was_finished(snapshot: SnapshotAssertion) -> None:
     def stop(what: str, done: int, total: int) -> None:
         if what == "sdpa_math: run 1 of 2":
             raise KeyboardInterrupt
@@ -365,21 +363,23 @@ def test_an_interruption_keeps_what_was_finished() -> None:
     found = compare(small(), ["torch_sdpa", "sdpa_math"], progress=stop)
     assert found.interrupted
     assert [row.runs for row in found.report.rows] == [1, 0]
-    assert found.report.rows[1].failed == "interrupted before its first run was finished"
+    assert found.report.rows[1].failed == snapshot
     assert found.pictures[0] is not None
     assert any("interrupted" in note for note in found.report.notes)
 
 
-def test_a_reference_that_fails_leaves_the_others_without_differences() -> None:
+def test_a_reference_that_fails_leaves_the_others_without_differences(snapshot: SnapshotAssertion) -> None:
     broken = Wrong("torch_sdpa", failing_after(0, no_memory))
     found = compare(small(), ["sdpa_math"], router=router(broken))
     assert found.report.rows[0].failed.startswith("out of memory")
     assert found.report.rows[1].runs == 2
     assert found.report.rows[1].psnr is None
-    with pytest.raises(ComparisonError, match="to get a latent to start from: out of memory"):
+    with pytest.raises(ComparisonError) as caught:
         compare(small(mode="one_step"), ["sdpa_math"], router=router(broken))
-    with pytest.raises(ComparisonError, match="to get calls to compare: out of memory"):
+    assert str(caught.value) == snapshot
+    with pytest.raises(ComparisonError) as caught:
         compare(small(mode="attention"), ["sdpa_math"], router=router(broken))
+    assert str(caught.value) == snapshot
 
 
 # Bad input
@@ -399,25 +399,30 @@ def test_no_backends_chosen(names: list[str]) -> None:
         compare(small(), [])
 
 
-def test_the_same_backend_twice() -> None:
-    with pytest.raises(ComparisonError, match="sdpa_math is named twice: name each backend once"):
+def test_the_same_backend_twice(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ComparisonError) as caught:
         parse_backends(["sdpa_math", "sdpa_math"])
-    with pytest.raises(ComparisonError, match="torch_sdpa and sdpa are both torch_sdpa"):
+    assert str(caught.value) == snapshot
+    with pytest.raises(ComparisonError) as caught:
         parse_backends(["torch_sdpa", "sdpa"])
-    with pytest.raises(ComparisonError, match="fa3 and FLASH_ATTN are both flash_attn"):
+    assert str(caught.value) == snapshot
+    with pytest.raises(ComparisonError) as caught:
         parse_backends(["fa3", "FLASH_ATTN"])
+    assert str(caught.value) == snapshot
 
 
-def test_names_that_are_no_backend() -> None:
+def test_names_that_are_no_backend(snapshot: SnapshotAssertion) -> None:
     with pytest.raises(UnknownBackendError, match="did you mean sage_attn"):
         parse_backends(["sage_atn"])
-    with pytest.raises(ComparisonError, match="auto is a way to choose, not a backend"):
+    with pytest.raises(ComparisonError) as caught:
         parse_backends(["auto"])
+    assert str(caught.value) == snapshot
 
 
-def test_a_latent_of_another_shape_is_refused() -> None:
-    with pytest.raises(ComparisonError, match=r"latent of shape \(1, 4, 16, 16\): expected \(1, 16, 1, 16, 16\)"):
+def test_a_latent_of_another_shape_is_refused(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ComparisonError) as caught:
         compare(small(), ["sdpa_math"], noise=torch.zeros(1, 4, 16, 16))
+    assert str(caught.value) == snapshot
 
 
 def test_a_given_latent_is_where_sampling_starts() -> None:

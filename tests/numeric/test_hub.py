@@ -15,6 +15,7 @@ from attention_backends.backends.machine import hub
 from attention_backends.backends.platform import HUB_VARIABLE, Platform, detect, hub_allowed, parse_platform
 from attention_backends.backends.request import AttentionRequest
 from attention_backends.backends.router import Router
+from syrupy.assertion import SnapshotAssertion
 
 pytest.importorskip("torch", reason="torch is not installed")
 
@@ -54,14 +55,19 @@ def card(capability: tuple[int, int], *packages: tuple[str, str], hub: bool = Tr
 
 @pytest.mark.parametrize(("backend", "capability", "repository", "version"), FROM_HUB)
 def test_allowed_it_runs_from_a_pinned_repository_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, backend: str, capability: tuple[int, int], repository: str, version: int
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    capability: tuple[int, int],
+    repository: str,
+    version: int,
+    snapshot: SnapshotAssertion,
 ) -> None:
     router = on_platform(monkeypatch, card(capability, KERNELS))
     assert router.unavailable(backend) == ()
     assert [f"{repository}@{version}"] == fake.DOWNLOADS
     call = call_for(CALL)
     assert error(router.kernel(backend)(call), truth(call)).within(allowed(call, "exact"))
-    assert router.refuse(backend, CALL._replace(mask="bool")) == ("mask kind bool not in (none)",)
+    assert router.refuse(backend, CALL._replace(mask="bool")) == snapshot
     origin = f"Hub: {repository} v{version}"
     plan = Session(router).plan(CALL, "self", "self")
     assert plan.decision.backend in ("flash_attn", "cudnn_attn", "torch_sdpa", backend)
@@ -103,10 +109,13 @@ def test_while_it_is_off_the_library_is_not_even_called(
     assert fake.DOWNLOADS == []
 
 
-def test_the_fake_would_have_failed_the_test_above(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fake_would_have_failed_the_test_above(
+    monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     monkeypatch.setattr(fake, "FORBIDDEN", True)
-    with pytest.raises(pytest.fail.Exception, match="although downloads are not allowed"):
+    with pytest.raises(pytest.fail.Exception) as caught:
         on_platform(monkeypatch, card((8, 6), KERNELS)).unavailable("flash_attn_2")
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.parametrize(
@@ -162,9 +171,10 @@ def test_a_local_kernel_and_the_cache_need_no_download(monkeypatch: pytest.Monke
     assert fake.DOWNLOADS == []
 
 
-def test_only_trusted_publishers() -> None:
-    with pytest.raises(ValueError, match=r"somebody/flash-attn2 is not of a trusted publisher \(kernels-community\)"):
+def test_only_trusted_publishers(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ValueError) as caught:
         hub.HubKernel("somebody/flash-attn2", 1, ((8, 0),))
+    assert str(caught.value) == snapshot
 
 
 def test_a_publisher_that_the_hub_no_longer_trusts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,12 +225,13 @@ def test_the_environment_decides_and_only_a_clear_yes_counts(
     assert detect().hub is False
 
 
-def test_a_described_machine_says_it_with_a_word() -> None:
+def test_a_described_machine_says_it_with_a_word(snapshot: SnapshotAssertion) -> None:
     on = parse_platform("cuda:8.6,hub=on,packages=kernels==0.15.2")
     assert (on.hub, parse_platform("cuda:8.6").hub) == (True, False)
     assert Router(on).select(CALL, Choice("flash_attn_2", "node"), strict=True).backend == "flash_attn_2"
-    with pytest.raises(ValueError, match="hub 'maybe' is not one of on, off"):
+    with pytest.raises(ValueError) as caught:
         parse_platform("cuda:8.6,hub=maybe")
+    assert str(caught.value) == snapshot
 
 
 def test_nothing_optional_is_imported_at_start() -> None:
@@ -249,15 +260,17 @@ print([name for name in router.backends if not router.unavailable(name)])
 AMD = Platform("rocm", gfx="gfx942", torch="2.11.0", packages=(KERNELS,), os="linux", hub=True)
 
 
-def test_aiter_from_the_hub_has_the_limits_of_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aiter_from_the_hub_has_the_limits_of_its_build(
+    monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     router = on_platform(monkeypatch, AMD)
     assert router.unavailable("aiter") == ()
     assert fake.DOWNLOADS == ["kernels-community/aiter-flash-attn-ck@1"]
     call = call_for(CALL)
     assert error(router.kernel("aiter")(call), truth(call)).within(allowed(call, "exact"))
     assert router.backends["aiter"].origin(router.platform) == "Hub: kernels-community/aiter-flash-attn-ck v1"
-    assert router.refuse("aiter", CALL._replace(dtype="float16")) == ("dtype float16 not in (bfloat16)",)
-    assert router.refuse("aiter", CALL._replace(head_dim=96)) == ("head_dim 96 not in (64, 128)",)
+    assert router.refuse("aiter", CALL._replace(dtype="float16")) == snapshot
+    assert router.refuse("aiter", CALL._replace(head_dim=96)) == snapshot
     assert str(router.backends["flash_attn"].member(CALL, router.platform)).startswith("aiter (Hub")
     installed = replace(AMD, packages=(KERNELS, ("amd-aiter", "0.1.7")))
     assert BACKENDS["aiter"].origin(installed) is None
@@ -275,7 +288,7 @@ def test_they_too_are_taken_only_where_it_is_allowed(
     assert reason.endswith(f"is not installed, and {OFF}")
 
 
-def test_sage_3_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sage_3_from_the_hub(monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion) -> None:
     triton = ("triton", "3.6.0")
     router = on_platform(monkeypatch, card((12, 0), KERNELS, triton))
     assert router.unavailable("sage_attn_3") == ()
@@ -288,6 +301,4 @@ def test_sage_3_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         "sage_attn_3 (Hub: kernels-community/sage-blackwell v1)"
     )
     # The Hub has no build for other Blackwell cards.
-    assert on_platform(monkeypatch, card((10, 0), KERNELS, triton)).unavailable("sage_attn_3") == (
-        "package sageattn3 is not installed",
-    )
+    assert on_platform(monkeypatch, card((10, 0), KERNELS, triton)).unavailable("sage_attn_3") == snapshot

@@ -14,6 +14,7 @@ from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.platform import Platform, parse_platform
 from attention_backends.backends.request import AttentionCall, AttentionRequest
 from attention_backends.backends.router import Router
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -92,16 +93,18 @@ def test_every_cell_is_right_or_refused(
 class TestXformers:
     @pytest.mark.parametrize("kind", ["key_padding", "bool", "bias"])
     @pytest.mark.parametrize("kv_len", [64, 77])
-    def test_a_mask_needs_its_full_shape_and_aligned_rows(self, monkeypatch, kind, kv_len):
+    def test_a_mask_needs_its_full_shape_and_aligned_rows(self, monkeypatch, kind, kv_len, snapshot: SnapshotAssertion):
         router = machine(monkeypatch, XFORMERS, (8, 6))
         call = call_for(HALF._replace(mask=kind, kv_len=kv_len))
         as_it_comes = call.attn_mask if kind == "bias" else torch.where(call.attn_mask, 0.0, -1e4).half()
-        with pytest.raises(ValueError, match="Invalid shape for attention bias"):
+        with pytest.raises(ValueError) as caught:
             xformers.memory_efficient_attention(*bshd(call), attn_bias=as_it_comes[:1, :1])
+        assert str(caught.value) == snapshot
         full = as_it_comes.expand(2, 4, 33, kv_len).contiguous()
         if kv_len % 8:
-            with pytest.raises(NotImplementedError, match=r"attn_bias.stride\(-2\) % 8 != 0"):
+            with pytest.raises(NotImplementedError) as caught:
                 xformers.memory_efficient_attention(*bshd(call), attn_bias=full)
+            assert str(caught.value) == snapshot
         assert right(ran(router, "xformers", call), call)
         assert xformers.OPERATORS[-1] == "cutlassF-pt"
 
@@ -139,23 +142,25 @@ class TestXformers:
         assert output[0, :, 5:9].abs().max() == 0
         assert right(output, call)
 
-    def test_tensors_that_start_at_odd_places_are_copied(self, monkeypatch):
+    def test_tensors_that_start_at_odd_places_are_copied(self, monkeypatch, snapshot: SnapshotAssertion):
         router = machine(monkeypatch, XFORMERS, (8, 6))
         call = call_for(HALF)
         for name in ("query", "key", "value"):
             tensor = getattr(call, name)
             setattr(call, name, torch.nn.functional.pad(tensor.transpose(1, 2), (0, 1))[..., :-1].transpose(1, 2))
-        with pytest.raises(NotImplementedError, match=r"query.stride\(-2\) % 8 != 0"):
+        with pytest.raises(NotImplementedError) as caught:
             xformers.memory_efficient_attention(*bshd(call))
+        assert str(caught.value) == snapshot
         assert right(ran(router, "xformers", call), call)
 
-    def test_a_single_head_with_an_odd_step_is_copied_too(self, monkeypatch):
+    def test_a_single_head_with_an_odd_step_is_copied_too(self, monkeypatch, snapshot: SnapshotAssertion):
         """torch calls such a tensor contiguous, because the step of a dimension of 1 is never taken."""
         router = machine(monkeypatch, XFORMERS, (8, 6))
         call = call_for(HALF._replace(num_heads=1))
         call.query = call.query.contiguous().as_strided(call.query.shape, (33 * 64, 3, 64, 1))
-        with pytest.raises(NotImplementedError, match=r"query.stride\(-2\) % 8 != 0"):
+        with pytest.raises(NotImplementedError) as caught:
             xformers.memory_efficient_attention(*bshd(call))
+        assert str(caught.value) == snapshot
         assert right(ran(router, "xformers", call), call)
 
     def test_causal_is_a_class_of_its_own(self, monkeypatch):
@@ -180,7 +185,7 @@ class TestXformers:
         assert not reason.endswith(".")
         assert router.select(HALF, AUTO).backend == "torch_sdpa"
 
-    def test_flash_attn_4_alone_stands_in_its_way(self, monkeypatch):
+    def test_flash_attn_4_alone_stands_in_its_way(self, monkeypatch, snapshot: SnapshotAssertion):
         """xformers finds a folder `flash_attn` and imports version 2 from it, which is not there."""
 
         def missing(name: str) -> object:
@@ -191,10 +196,7 @@ class TestXformers:
         package = ModuleType("xformers")
         package.__getattr__ = missing
         monkeypatch.setitem(sys.modules, "xformers", package)
-        assert router.unavailable("xformers") == (
-            "loading failed: ImportError: xformers takes what flash-attn-4 left for version 2 "
-            "(No module named 'flash_attn.flash_attn_interface')",
-        )
+        assert router.unavailable("xformers") == snapshot
 
     @pytest.mark.parametrize(("capability", "operator"), [((7, 5), "_Cutlass"), ((12, 0), "_Flash")])
     def test_the_operator_that_a_card_needs_must_work_with_this_torch(self, monkeypatch, capability, operator):
@@ -210,11 +212,11 @@ class TestXformers:
 
 
 class TestAiter:
-    def test_causal_is_aligned_to_the_bottom_right(self, monkeypatch):
+    def test_causal_is_aligned_to_the_bottom_right(self, monkeypatch, snapshot: SnapshotAssertion):
         router = on_platform(monkeypatch, AITER)
         call = call_for(PLAIN._replace(is_causal=True))
         assert not right(amd_aiter.flash_attn_func(*bshd(call), causal=True).transpose(1, 2), call)
-        assert router.refuse("aiter", call.request()) == ("is_causal with q_len 33 != kv_len 77",)
+        assert router.refuse("aiter", call.request()) == snapshot
 
     def test_versions_that_return_a_tuple_of_one(self, monkeypatch):
         router = on_platform(monkeypatch, AITER)
@@ -222,12 +224,9 @@ class TestAiter:
         call = call_for(PLAIN)
         assert right(ran(router, "aiter", call), call)
 
-    def test_the_package_for_asyncio_is_another_one(self, monkeypatch):
+    def test_the_package_for_asyncio_is_another_one(self, monkeypatch, snapshot: SnapshotAssertion):
         other = Platform("rocm", gfx="gfx942", torch="2.11.0", packages=(("aiter", "0.13.20191203"),))
-        assert on_platform(monkeypatch, other).unavailable("aiter") == (
-            "package amd-aiter is not installed, and Hub kernels are off (ATTENTION_BACKENDS_HUB=1 allows downloads)",
-            "package aiter 0.13.20191203 is a library for asyncio with the same name",
-        )
+        assert on_platform(monkeypatch, other).unavailable("aiter") == snapshot
         both = Platform("rocm", gfx="gfx942", packages=(("amd-aiter", "0.1.7"), ("aiter", "0.13.20191203")))
         router = on_platform(monkeypatch, both)
         assert router.unavailable("aiter") == ()  # amd-aiter was installed over it
@@ -248,12 +247,12 @@ class TestAiter:
         (found,) = Router(parse_platform(machine_text)).unavailable("aiter")
         assert found.removesuffix(", and Hub kernels are off (ATTENTION_BACKENDS_HUB=1 allows downloads)") == reason
 
-    def test_a_route_takes_it_where_it_can_and_something_else_for_masks(self, monkeypatch):
+    def test_a_route_takes_it_where_it_can_and_something_else_for_masks(self, monkeypatch, snapshot: SnapshotAssertion):
         router = on_platform(monkeypatch, AITER)
         assert router.select(PLAIN, AUTO).backend == "aiter"
         masked = router.select(PLAIN._replace(mask="bool"), AUTO)
         assert masked.backend == "torch_sdpa"
-        assert str(masked.rejected[0]) == "aiter: mask kind bool not in (none)"
+        assert str(masked.rejected[0]) == snapshot
 
 
 class TestNpuFusion:
@@ -305,12 +304,12 @@ class TestNpuFusion:
         router = Router(parse_platform("npu,packages=torch-npu==2.13.0"))
         assert reason in router.refuse("npu_fusion", PLAIN._replace(**changes))
 
-    def test_only_by_name_and_only_on_npus(self, monkeypatch):
+    def test_only_by_name_and_only_on_npus(self, monkeypatch, snapshot: SnapshotAssertion):
         router = on_platform(monkeypatch, NPU)
         assert router.select(PLAIN, AUTO).backend == "torch_sdpa"
         assert router.select(PLAIN, Choice("npu_fusion", "node"), strict=True).backend == "npu_fusion"
-        assert Router(parse_platform("cpu")).unavailable("npu_fusion") == ("device cpu not in (npu)",)
-        assert Router(parse_platform("npu")).unavailable("npu_fusion") == ("package torch-npu is not installed",)
+        assert Router(parse_platform("cpu")).unavailable("npu_fusion") == snapshot
+        assert Router(parse_platform("npu")).unavailable("npu_fusion") == snapshot
 
 
 class TestXlaFlash:
@@ -322,11 +321,12 @@ class TestXlaFlash:
         assert right(ran(router, "xla_flash", call), call)
 
     @pytest.mark.parametrize("kv_len", [513, 600, 1000])
-    def test_a_last_block_that_is_not_full_is_filled_and_hidden(self, monkeypatch, kv_len):
+    def test_a_last_block_that_is_not_full_is_filled_and_hidden(self, monkeypatch, kv_len, snapshot: SnapshotAssertion):
         router = on_platform(monkeypatch, TPU)
         call = call_for(PLAIN._replace(kv_len=kv_len))
-        with pytest.raises(ValueError, match="should be divisible by block_k_major=512"):
+        with pytest.raises(ValueError) as caught:
             torch_xla.flash_attention(call.query, call.key, call.value, sm_scale=0.125)
+        assert str(caught.value) == snapshot
         assert right(ran(router, "xla_flash", call), call)
         old = Router(parse_platform("xla,packages=torch-xla==2.3.0"))
         assert old.refuse("xla_flash", call.request()) == (f"kv_len {kv_len} > 512 is not a multiple of 512",)
@@ -368,13 +368,11 @@ class TestXlaFlash:
         call = call_for(PLAIN._replace(dtype="float32"))
         assert not right(torch_xla.flash_attention(call.query, call.key, call.value, sm_scale=0.125), call)
 
-    def test_the_route_starts_with_it_on_a_tpu_alone(self, monkeypatch):
+    def test_the_route_starts_with_it_on_a_tpu_alone(self, monkeypatch, snapshot: SnapshotAssertion):
         assert on_platform(monkeypatch, TPU).select(PLAIN, AUTO).backend == "xla_flash"
         monkeypatch.setattr(torch_xla, "DEVICE", "CPU")
         router = on_platform(monkeypatch, TPU)
         assert router.select(PLAIN, AUTO).backend == "torch_sdpa"
-        assert router.unavailable("xla_flash") == (
-            "loading failed: ImportError: the XLA device is CPU, and the kernel is made for TPU",
-        )
+        assert router.unavailable("xla_flash") == snapshot
         old = Router(parse_platform("xla,packages=torch-xla==2.1.0"))
-        assert old.unavailable("xla_flash") == ("package torch-xla 2.1.0 does not meet >=2.2",)
+        assert old.unavailable("xla_flash") == snapshot

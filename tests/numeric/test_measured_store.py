@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -74,13 +75,13 @@ def test_what_is_put_is_found_by_key_environment_and_accuracy(store: Store) -> N
     assert len(store.entries()) == 4, "one entry for each kind of call"
 
 
-def test_entries_are_plain_data_newest_first(store: Store) -> None:
+def test_entries_are_plain_data_newest_first(store: Store, snapshot: SnapshotAssertion) -> None:
     put(store, *reversed(some()))
     entries = store.entries()
     assert [one["role"] for one in entries] == ["self", "cross", "ltx2.audio_to_video", "joint"]
     assert entries == json.loads(json.dumps(entries))
     assert entries[0]["ms"] == MS
-    assert entries[1]["rejected"]["emulated_int8"] == "relative L2 0.21 > 0.1"
+    assert entries[1]["rejected"]["emulated_int8"] == snapshot
     store.here.add(HERE)
     assert [one["here"] for one in store.entries()] == [True, True, True, False]
     summary = store.summary()

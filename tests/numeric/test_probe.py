@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch")
 
@@ -213,12 +214,14 @@ def _gone(pid: int) -> bool:
         time.sleep(0.05)
 
 
-def test_a_python_that_does_not_even_start_is_no_fault_of_the_kernels(tmp_path: Path) -> None:
+def test_a_python_that_does_not_even_start_is_no_fault_of_the_kernels(
+    tmp_path: Path, snapshot: SnapshotAssertion
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         (tmp_path / "sitecustomize.py").write_text("import os; os._exit(7)")
         patch.setenv("PYTHONPATH", str(tmp_path))
         outcome = probe("torch_sdpa")
-    assert (outcome.status, outcome.reason) == ("untested", "crashed: exit code 7 while starting")
+    assert (outcome.status, outcome.reason) == snapshot
     assert outcome.status not in remembered.LASTING
 
 
@@ -382,7 +385,7 @@ def test_the_tolerance_is_that_of_the_arithmetic(
         assert verdict(noisy(too_much), backend_id, **declared).status == "failed"
 
 
-def test_the_first_problem_that_the_kernel_takes_is_used() -> None:
+def test_the_first_problem_that_the_kernel_takes_is_used(snapshot: SnapshotAssertion) -> None:
     seen: list[AttentionCall] = []
 
     def kernel(call: AttentionCall) -> torch.Tensor:
@@ -393,7 +396,7 @@ def test_the_first_problem_that_the_kernel_takes_is_used() -> None:
     assert seen[0].key.shape == (1, 2, 256, 128)
     assert seen[0].key.dtype == torch.bfloat16
     refused = verdict(kernel, limits=Limits(head_dims=(32,)))
-    assert (refused.status, refused.reason.split(":")[0]) == ("untested", "takes none of the probe's calls")
+    assert (refused.status, refused.reason.split(":")[0]) == snapshot
 
 
 CPU = Platform("cpu", torch="2.11.0", described=True)
@@ -411,7 +414,7 @@ def test_every_backend_that_runs_here_passes(name: str) -> None:
 # All of them, and the command
 
 
-def test_only_what_the_machine_has_is_run_and_it_is_remembered_at_once() -> None:
+def test_only_what_the_machine_has_is_run_and_it_is_remembered_at_once(snapshot: SnapshotAssertion) -> None:
     asked, said = [], []
 
     def runs(name: str) -> Outcome:
@@ -441,10 +444,7 @@ def test_only_what_the_machine_has_is_run_and_it_is_remembered_at_once() -> None
     remembered._outcomes.cache_clear()
     assert remembered.recall("good", router.platform) == Outcome("ok", "", 1e-4, 3.0)
     found = probe_all(router, ("needs", "raises"), runs, said.append)
-    assert {name: outcome.words for name, outcome in found.items()} == {
-        "needs": "unavailable (package flash-attn is not installed)",
-        "raises": "unavailable (asking failed: OSError: driver library is gone)",
-    }
+    assert {name: outcome.words for name, outcome in found.items()} == snapshot
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from attention_backends import cli
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.records.record import as_record
 from attention_backends.comparison.metadata import PNG, texts_of
+from syrupy.assertion import SnapshotAssertion
 from test_record import made_up
 
 RECORD = as_record(
@@ -85,7 +86,9 @@ def test_pillows_files_are_read(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "a.webp") == {"attention_backends": TEXT, "workflow": '{"a": 1}', "prompt": "{}"}
 
 
-def test_the_table_says_what_ran_and_what_can_run_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_says_what_ran_and_what_can_run_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     (tmp_path / "a.png").write_bytes(FILES["text.png"])
     machine = "cuda:9.0,name=H100,torch=2.13.0,packages=flash-attn-3==3.0.0;flash-attn==2.8.3"
     status, out, _ = replay(capsys, str(tmp_path / "a.png"), "--platform", machine)
@@ -101,7 +104,7 @@ def test_the_table_says_what_ran_and_what_can_run_here(tmp_path: Path, capsys: p
 
     _, out, _ = replay(capsys, str(tmp_path / "a.png"), "--platform", "cpu", "--json")
     (decision,) = json.loads(out)["runs"][0]["decisions"]
-    assert decision["ran"][0]["cannot_run"] == ["device cpu not in (cuda)"]
+    assert decision["ran"][0]["cannot_run"] == snapshot
 
 
 def test_the_output_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,10 +158,11 @@ def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert (status, "cannot read" in err, "No such file" in err) == (2, True, True)
 
 
-def test_a_small_text_cannot_become_a_large_one(tmp_path: Path) -> None:
+def test_a_small_text_cannot_become_a_large_one(tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     from attention_backends.comparison import metadata
 
     packed: Any = zlib.compress(bytes(metadata.MOST + 1))
     (tmp_path / "bomb.png").write_bytes(png(chunk(b"zTXt", b"a\0\0" + packed)))
-    with pytest.raises(ValueError, match="a text of more than"):
+    with pytest.raises(ValueError) as caught:
         texts_of(tmp_path / "bomb.png")
+    assert str(caught.value) == snapshot

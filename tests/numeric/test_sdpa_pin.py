@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -193,7 +194,9 @@ def test_dtypes_that_disagree_are_refused_too(pin: str) -> None:
                 kernel_support.implementation(pin, machine)(call)
 
 
-def test_a_mask_of_another_floating_type_is_rounded_and_hides_no_more_keys_than_before() -> None:
+def test_a_mask_of_another_floating_type_is_rounded_and_hides_no_more_keys_than_before(
+    snapshot: SnapshotAssertion,
+) -> None:
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 0, :], mask[..., 1, 2:], mask[..., 2, 3] = torch.finfo(torch.float32).min, float("-inf"), 1e30
     bias = kernel_support.bias_of(AttentionCall(Q.half(), K.half(), V.half(), mask))
@@ -201,8 +204,9 @@ def test_a_mask_of_another_floating_type_is_rounded_and_hides_no_more_keys_than_
     assert bias.dtype is torch.float16
     assert torch.equal(bias.isinf(), mask.isinf())
     assert kernel_support.bias_of(AttentionCall(Q.double(), K.double(), V.double(), mask)).dtype is torch.float64
-    with pytest.raises(ValueError, match=r"torch\.int64 is neither bool nor floating"):
+    with pytest.raises(ValueError) as caught:
         BACKENDS["sdpa_math"].load(CPU)(AttentionCall(Q, K, V, MASK.long()))
+    assert str(caught.value) == snapshot
 
 
 PINS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
@@ -210,7 +214,7 @@ PINS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn":
 
 @pytest.mark.parametrize("name", PINS)
 def test_the_fused_operators_of_a_card_are_given_what_torch_gives_them(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
 ) -> None:
     operators = Operators(monkeypatch)
     kernel = kernel_support.pinned(PINS[name], CARD)
@@ -246,8 +250,9 @@ def test_the_fused_operators_of_a_card_are_given_what_torch_gives_them(
     with pytest.raises(ValueError, match="causal" if name != "efficient" else "shapes"):
         kernel(bad)
     operators.takes[name] = lambda facts: False
-    with pytest.raises(ValueError, match=f"torch's {PINS[name]} does not take this call"):
+    with pytest.raises(ValueError) as caught:
         kernel(AttentionCall(Q, K, V))
+    assert str(caught.value) == snapshot
 
 
 def test_torchs_no_counts_only_where_the_implementation_is_switched_on(

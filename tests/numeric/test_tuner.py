@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -136,12 +137,12 @@ def test_trials_are_spread_over_steps_2_to_4_and_take_turns(store: Store) -> Non
     assert order[:3] != order[3:6]
 
 
-def test_a_candidate_twice_as_slow_is_dropped_after_one_call(store: Store) -> None:
+def test_a_candidate_twice_as_slow_is_dropped_after_one_call(store: Store, snapshot: SnapshotAssertion) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=6.2))
     session = machine.run(small_call())
     assert machine.backends["sdpa_math"].calls == 2, "the first call only warms up"
     entry = only_entry(store)
-    assert entry["rejected"] == {"sdpa_math": "6.2 ms in one call > 2 x 3 ms of torch_sdpa"}
+    assert entry["rejected"] == snapshot
     assert entry["winner"] == INCUMBENT
     assert ran(session) == {INCUMBENT: 238, "sdpa_math": 2}
 
@@ -175,13 +176,13 @@ def test_a_first_call_beyond_the_budget_puts_a_candidate_off_to_the_next_run(sto
     assert machine.tuner.trials == 0
 
 
-def test_one_that_always_compiles_is_put_off_twice_only(store: Store) -> None:
+def test_one_that_always_compiles_is_put_off_twice_only(store: Store, snapshot: SnapshotAssertion) -> None:
     """Once for compiling, once more in case that the next call was held up."""
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=4000.0))
     for _ in range(5):
         machine.run(small_call())
     assert machine.backends["sdpa_math"].calls == 3
-    assert only_entry(store)["rejected"] == {"sdpa_math": "its first calls took 4e+03 ms > 12 x 3 ms of torch_sdpa"}
+    assert only_entry(store)["rejected"] == snapshot
 
 
 def test_calls_under_a_millisecond_are_not_tuned(store: Store) -> None:
@@ -256,14 +257,15 @@ def test_a_candidate_that_goes_wrong_harms_nothing(store: Store, kernel: Any, ac
     assert session.failed == {}
 
 
-def test_a_fault_of_the_gpu_is_never_swallowed(store: Store) -> None:
+def test_a_fault_of_the_gpu_is_never_swallowed(store: Store, snapshot: SnapshotAssertion) -> None:
     def fault(call: AttentionCall) -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     bad = Costed("sdpa_math", None, lambda: 1.2, fault)  # type: ignore[arg-type]
     machine = Machine(store, steady(torch_sdpa=3.0), others=[bad])
-    with pytest.raises(KernelFaultError, match="the attention kernel sdpa_math left the GPU unusable"):
+    with pytest.raises(KernelFaultError) as caught:
         machine.run(small_call())
+    assert str(caught.value) == snapshot
 
 
 def test_out_of_memory_of_the_incumbent_is_passed_on(store: Store) -> None:
@@ -321,7 +323,7 @@ def test_the_chosen_lossy_kernel_is_watched_as_usual(store: Store) -> None:
     assert [entry["checked"] for entry in found] == [1, 1, 1]
 
 
-def test_a_bad_lossy_trial_under_enforce_leaves_its_block_free(store: Store) -> None:
+def test_a_bad_lossy_trial_under_enforce_leaves_its_block_free(store: Store, snapshot: SnapshotAssertion) -> None:
     """It is right in its first call, and wrong from the second on: enforce looks at each trial."""
     calls = iter([sdpa])
     lossy = Costed("sage_attn", None, lambda: 1.5, lambda call: next(calls, worse)(call), "quantized")  # type: ignore[arg-type]
@@ -329,7 +331,7 @@ def test_a_bad_lossy_trial_under_enforce_leaves_its_block_free(store: Store) -> 
     session = machine.run(small_call(), blocks=3, steps=30)
     assert session.guard is not None
     assert session.guard.refused == {}
-    assert only_entry(store)["rejected"] == {"sage_attn": "relative L2 0.3 of a head > 0.1"}
+    assert only_entry(store)["rejected"] == snapshot
     assert ran(session) == {INCUMBENT: 89, "sage_attn": 1}
 
 
@@ -359,12 +361,12 @@ def test_a_run_that_is_too_short_is_finished_by_later_ones(store: Store) -> None
     assert session.trace.notes == {}
 
 
-def test_the_account_counts_what_ran(store: Store) -> None:
+def test_the_account_counts_what_ran(store: Store, snapshot: SnapshotAssertion) -> None:
     source = random.Random(2)
     machine = Machine(store, {name: noisy(3 + at, source) for at, name in enumerate((INCUMBENT, *NAMES[:3]))})
     session = machine.run(small_call())
     assert ran(session) == {name: backend.calls for name, backend in machine.backends.items()}
-    assert list(session.trace.notes) == ["measured: tuning (1 kinds of call; later runs use what was found)"]
+    assert list(session.trace.notes) == snapshot
     audit: Any = session.trace.as_dict()["audit"]
     assert [(finding["asked"], finding["source"], finding["verdict"]) for finding in audit] == [
         ("measured", "node.default", "as asked")
@@ -380,7 +382,9 @@ def test_strict_refuses_nothing(store: Store) -> None:
     assert ran(session) == {INCUMBENT: 240}
 
 
-def test_a_winner_that_cannot_run_another_length_of_the_bucket_gives_way(store: Store) -> None:
+def test_a_winner_that_cannot_run_another_length_of_the_bucket_gives_way(
+    store: Store, snapshot: SnapshotAssertion
+) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
     machine.run(small_call(37))
     machine.backends["sdpa_math"].most = 38
@@ -388,7 +392,7 @@ def test_a_winner_that_cannot_run_another_length_of_the_bucket_gives_way(store: 
     assert len(store.entries()) == 1
     assert ran(other) == {INCUMBENT: 240}
     (said,) = {row.source for row in other.trace.rows.values()}
-    assert said == "node.default: measured (sdpa_math is out: q_len 39 > 38)"
+    assert said == snapshot
     assert ran(machine.run(small_call(38))) == {"sdpa_math": 240}
 
 
@@ -416,16 +420,20 @@ def test_one_kernel_under_two_names_is_tried_once(store: Store, monkeypatch: pyt
     assert machine.backends["flash_attn_2"].calls == 0
 
 
-def test_kernels_that_a_route_avoids_are_no_candidates(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_a_route_avoids_are_no_candidates(
+    store: Store, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, flex_attn=2.0, reference=1.1, emulated_int8=1.1))
     monkeypatch.setattr(machine.backends["flex_attn"], "avoid_reasons", lambda request, platform: ["compiles"])
     session = machine.run(small_call())
     assert ran(session) == {INCUMBENT: 240}
     (source,) = {row.source for row in session.trace.rows.values()}
-    assert source == "node.default: measured (no other backend can run this call with accuracy exact)"
+    assert source == snapshot
 
 
-def test_nothing_is_tried_where_that_may_not_be(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_tried_where_that_may_not_be(
+    store: Store, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert ran(machine.run(small_call(), steps=4)) == {INCUMBENT: 120}
@@ -433,7 +441,7 @@ def test_nothing_is_tried_where_that_may_not_be(store: Store, monkeypatch: pytes
     session = machine.begin()
     machine.tuner.paused = "a recorded run is repeated"
     plan = session.plan(small_call().request(), "self", "self")
-    assert plan.decision.source == "node.default: measured (nothing is tried: a recorded run is repeated)"
+    assert plan.decision.source == snapshot
     machine.run(small_call())
     session = machine.begin()
     machine.tuner.paused = "a recorded run is repeated"

@@ -15,6 +15,7 @@ from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.names import CHOICES
 from attention_backends.backends.platform import Platform
 from attention_backends.cli import category_of, main
+from syrupy.assertion import SnapshotAssertion
 
 CALL = "batch=1,num_heads=24,q_len=4096,kv_len=4096,head_dim=128,dtype=bfloat16,mask=none"
 BLACKWELL = "cuda:12.0,cudnn=91002"
@@ -114,18 +115,10 @@ def test_explain_asks_the_running_machine_by_default(capsys: pytest.CaptureFixtu
     assert answer["asked"] is None
 
 
-def test_explain_in_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_in_sentences(capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion) -> None:
     arguments = ["--platform", "cpu", "--role", "ltx2.audio_to_video", "--config", "per_role.cross=cudnn"]
     assert main(["explain", *arguments, "--request", CALL]) == 0
-    assert capsys.readouterr().out == (
-        "Call:    batch 1, 24 heads, q_len 4096, kv_len 4096, head_dim 128, bfloat16, mask none\n"
-        "Machine: cpu, torch 2.11.0\n"
-        "torch_sdpa would run for role ltx2.audio_to_video (category cross, taken from its name).\n"
-        "That follows from: --config.per_role['cross'] (category of 'ltx2.audio_to_video'), "
-        "which asks for cudnn_attn.\n"
-        "Refused before it:\n"
-        "  cudnn_attn: device cpu not in (cuda)\n"
-    )
+    assert capsys.readouterr().out == snapshot
 
 
 @pytest.mark.parametrize(
@@ -328,7 +321,7 @@ def test_doctor_takes_names_by_any_alias_and_says_everything_about_them(capsys: 
 
 
 def test_what_a_package_prints_while_loading_stays_out_of_the_answer(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
 ) -> None:
     pytest.importorskip("torch")
 
@@ -344,5 +337,5 @@ def test_what_a_package_prints_while_loading_stays_out_of_the_answer(
     assert main(["doctor", "--json"]) == 0
     said = capsys.readouterr()
     row = json.loads(said.out)["backends"][-1]
-    assert row["reasons"] == ["loading failed: RuntimeError: 0 active drivers"]
+    assert row["reasons"] == snapshot
     assert "banner" in said.err

@@ -12,6 +12,7 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec, C
 from attention_backends.backends.config.layers import Choice, joint_note, resolve
 from attention_backends.backends.config.text import from_environment, parse_config, parse_extra
 from attention_backends.backends.names import UnknownBackendError
+from syrupy.assertion import SnapshotAssertion
 
 LTX2 = {
     "self": "flash_attn_2",
@@ -138,7 +139,7 @@ def test_joint_attention_falls_in_category_self_where_a_node_or_the_text_says_so
     assert _ask({"per_role": {"joint": "sdpa_math"}}, "self", "self").asked is None
 
 
-def test_in_text_joint_is_a_role_of_its_own() -> None:
+def test_in_text_joint_is_a_role_of_its_own(snapshot: SnapshotAssertion) -> None:
     text = "per_role.self=sdpa_flash"
     for role in ("joint", "flux.double"):
         assert _ask(text, role, "joint").asked is None
@@ -149,8 +150,9 @@ def test_in_text_joint_is_a_role_of_its_own() -> None:
     under_a_variable = 'ATTENTION_BACKENDS_CONFIG=\'{"per_role": {"self": "sdpa_flash"}}\' per_role.cross=sdpa_math'
     assert _ask(under_a_variable, "self", "self").asked == "sdpa_flash"
     assert _ask(under_a_variable, "joint", "joint").asked is None
-    with pytest.raises(ConfigError, match="joint_is_self must be true or false, not 'yes'"):
+    with pytest.raises(ConfigError) as caught:
         parse_config("joint_is_self=yes")
+    assert str(caught.value) == snapshot
 
 
 def test_where_self_would_have_decided_for_joint_a_note_says_so() -> None:
@@ -282,9 +284,10 @@ def test_what_is_not_understood_is_refused_with_its_place(value: object, message
     assert message in str(caught.value)
 
 
-def test_an_unknown_backend_is_named_with_its_place_and_the_nearest() -> None:
-    with pytest.raises(UnknownBackendError, match=r"config\.per_role\['cross'\]: unknown attention backend 'sage_atn'"):
+def test_an_unknown_backend_is_named_with_its_place_and_the_nearest(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(UnknownBackendError) as caught:
         parse_config({"per_role": {"cross": "sage_atn"}})
+    assert str(caught.value) == snapshot
     with pytest.raises(UnknownBackendError, match="did you mean sage_attn"):
         parse_config("sage_atn")
 

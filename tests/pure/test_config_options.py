@@ -16,6 +16,7 @@ from attention_backends.backends.platform import parse_platform
 from attention_backends.backends.request import AttentionRequest
 from attention_backends.backends.router import NoBackendError, Router
 from option_backend import WithOptions
+from syrupy.assertion import SnapshotAssertion
 
 
 @pytest.fixture
@@ -127,15 +128,14 @@ def test_the_typed_blocks_of_vllm_are_recognised(block: dict[str, Any], message:
         assert message in str(caught.value)
 
 
-def test_the_example_of_vllms_document_is_refused_for_its_true_reason() -> None:
+def test_the_example_of_vllms_document_is_refused_for_its_true_reason(snapshot: SnapshotAssertion) -> None:
     text = (
         "--diffusion-attention-config.per_role.self.backend SPARSE_BLOCK "
         "--diffusion-attention-config.per_role.self.extra.block_size 128"
     )
-    with pytest.raises(
-        RefusedBackendError, match=r"per_role\['self'\]: .*'SPARSE_BLOCK' of vLLM-Omni .*no such backend"
-    ):
+    with pytest.raises(RefusedBackendError) as caught:
         parse_config(text)
+    assert str(caught.value) == snapshot
 
 
 PLANNED_TEXTS = {
@@ -173,7 +173,9 @@ PLANNED_TEXTS = {
 
 
 @pytest.mark.parametrize("text", PLANNED_TEXTS)
-def test_a_planned_backend_with_its_options_falls_back_as_its_name_alone_does(text: str) -> None:
+def test_a_planned_backend_with_its_options_falls_back_as_its_name_alone_does(
+    text: str, snapshot: SnapshotAssertion
+) -> None:
     backend, options = PLANNED_TEXTS[text]
     config = parse_config(text)
     assert (config.default.backend, dict(config.default.extra)) == (backend, options)
@@ -189,7 +191,8 @@ def test_a_planned_backend_with_its_options_falls_back_as_its_name_alone_does(te
     assert [(one.backend, one.reasons) for one in with_options.rejected] == [
         (one.backend, one.reasons) for one in alone.rejected
     ]
-    with pytest.raises(NoBackendError, match="not built into this version"):
+    with pytest.raises(NoBackendError) as caught:
         router.decide(request, (AttentionConfig(config.default, strict=True),), "self", "self")
+    assert str(caught.value) == snapshot
     again = parse_config(to_json(config))
     assert again.default == config.default

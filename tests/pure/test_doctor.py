@@ -15,6 +15,7 @@ from attention_backends.backends.machine.packages import PACKAGES_OF
 from attention_backends.backends.platform import Platform, parse_platform
 from attention_backends.backends.router import Router
 from packaging.requirements import Requirement
+from syrupy.assertion import SnapshotAssertion
 
 LINUX = Interpreter("/opt/comfy/venv/bin/python", "cp312", "linux_x86_64")
 WINDOWS = Interpreter(r"C:\ComfyUI_windows_portable\python_embeded\python.exe", "cp312", "win_amd64")
@@ -116,7 +117,7 @@ def test_nothing_is_advised_where_no_package_would_help(backend: Fake, machine: 
     assert found.text == f"nothing to install on this machine: {reason}"
 
 
-def test_a_family_gets_the_member_that_the_card_can_run() -> None:
+def test_a_family_gets_the_member_that_the_card_can_run(snapshot: SnapshotAssertion) -> None:
     class Family(Fake):
         def unavailable_reasons(self, platform: Platform) -> list[str]:
             member = "flash-attn-4" if platform.architecture == "Blackwell" else "flash-attn"
@@ -126,7 +127,7 @@ def test_a_family_gets_the_member_that_the_card_can_run() -> None:
     assert "flash-attn-4" in advice(family, "cuda:12.0").text
     assert advice(family, "cuda:8.9").text.startswith("take a wheel for ")
     nowhere = advice(family, "cuda:12.0,os=windows", WINDOWS)
-    assert nowhere.text == "nothing to install on this machine: no build of flash-attn-4 for win32 is known"
+    assert nowhere.text == snapshot
 
 
 MACHINES = [
@@ -194,13 +195,13 @@ def test_every_package_that_a_backend_requires_can_be_advised() -> None:
 # Rows
 
 
-def test_a_row_for_each_backend_with_reasons_version_and_file() -> None:
+def test_a_row_for_each_backend_with_reasons_version_and_file(snapshot: SnapshotAssertion) -> None:
     rows = {row.id: row.as_dict() for row in examine(Router(Platform("cpu", torch="2.11.0")), LINUX)}
     assert list(rows) == list(BACKENDS)
     for row in rows.values():
         assert row["available"] == (not row["reasons"])
         assert (row["install"] is None) == row["available"]
-    assert rows["cudnn_attn"]["reasons"] == ["device cpu not in (cuda)"]
+    assert rows["cudnn_attn"]["reasons"] == snapshot
 
 
 def test_what_is_part_of_torch_shows_torch_and_its_file() -> None:
@@ -211,28 +212,28 @@ def test_what_is_part_of_torch_shows_torch_and_its_file() -> None:
     assert row.advice is None
 
 
-def test_a_package_that_is_there_but_does_not_load_is_a_row() -> None:
+def test_a_package_that_is_there_but_does_not_load_is_a_row(snapshot: SnapshotAssertion) -> None:
     platform = Platform("cuda", (8, 9), torch="2.11.0", cuda="13.0", packages=(("flash-attn", "2.8.3"),), os="linux")
     (row,) = examine(Router(platform, {"flash_attn_2": FLASH_2}), LINUX)
-    assert row.reasons == ("loading failed: ImportError: undefined symbol: _ZN3c10",)
+    assert row.reasons == snapshot
     assert row.version == "flash-attn 2.8.3"
     assert row.advice is not None
     assert row.advice.text.startswith("flash-attn 2.8.3 is installed but does not load: a build for this machine")
     assert "torch 2.11" in row.advice.text
 
 
-def test_a_check_that_itself_raises_is_a_row() -> None:
+def test_a_check_that_itself_raises_is_a_row(snapshot: SnapshotAssertion) -> None:
     class Raises(Fake):
         def unavailable_reasons(self, platform: Platform) -> list[str]:
             raise OSError("driver library is gone")
 
     (row,) = examine(Router(Platform("cpu"), {"sage_attn": Raises("sage_attn")}), LINUX)
-    assert row.reasons == ("asking failed: OSError: driver library is gone",)
+    assert row.reasons == snapshot
 
 
-def test_without_torch_every_row_says_so_and_nothing_is_loaded() -> None:
+def test_without_torch_every_row_says_so_and_nothing_is_loaded(snapshot: SnapshotAssertion) -> None:
     rows = examine(Router(Platform("cpu")), LINUX, without_torch="torch: ModuleNotFoundError: No module named 'torch'")
-    assert {row.reasons for row in rows} == {("torch: ModuleNotFoundError: No module named 'torch'",)}
+    assert {row.reasons for row in rows} == snapshot
     assert {row.advice for row in rows} == {Advice("nothing", NO_TORCH)}
 
 

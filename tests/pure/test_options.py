@@ -15,6 +15,7 @@ from attention_backends.backends.platform import Platform, parse_platform
 from attention_backends.backends.request import AttentionCall, AttentionRequest
 from attention_backends.backends.router import NoBackendError, Router
 from attention_backends.backends.session import Session
+from syrupy.assertion import SnapshotAssertion
 
 OPTIONS = (
     Option("smooth", bool, True, "Subtract the mean of the keys."),
@@ -50,14 +51,16 @@ def test_every_problem_is_told() -> None:
     assert len(problems(OPTIONS, {"smooth": 1, "steps": 0, "x": 1})) == 3
 
 
-def test_a_choice_takes_no_options() -> None:
-    with pytest.raises(ConfigError, match="auto takes no options, it chooses; name a backend"):
+def test_a_choice_takes_no_options(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ConfigError) as caught:
         AttentionSpec("auto", {"smooth": True})
+    assert str(caught.value) == snapshot
 
 
-def test_the_message_says_where() -> None:
-    with pytest.raises(ConfigError, match=r"config\.per_role\['self'\]: extra of sdpa_math: no option 'x'"):
+def test_the_message_says_where(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ConfigError) as caught:
         parse_config({"per_role": {"self": {"backend": "sdpa_math", "extra": {"x": 1}}}})
+    assert str(caught.value) == snapshot
 
 
 def test_specs_with_other_options_differ(tunable: Backend) -> None:
@@ -172,7 +175,9 @@ def test_options_that_a_version_lacks_are_known_before_anything_is_loaded() -> N
     assert not newer.decide(REQUEST, (parse_config({"default": extra}),), "self", "self").is_fallback
 
 
-def test_an_option_that_the_package_refuses_is_a_fallback_with_its_reason(tunable: Backend) -> None:
+def test_an_option_that_the_package_refuses_is_a_fallback_with_its_reason(
+    tunable: Backend, snapshot: SnapshotAssertion
+) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
 
     def session(strict: bool) -> Session:
@@ -182,8 +187,9 @@ def test_an_option_that_the_package_refuses_is_a_fallback_with_its_reason(tunabl
     decision = session(strict=False).plan(REQUEST, "self", "self").decision
     assert decision.backend == "torch_sdpa"
     assert "this version has no good mode" in str(decision.reason)
-    with pytest.raises(NoBackendError, match="this version has no good mode"):
+    with pytest.raises(NoBackendError) as caught:
         session(strict=True).plan(REQUEST, "self", "self")
+    assert str(caught.value) == snapshot
 
 
 def test_out_of_memory_while_options_load_is_passed_on(tunable: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from attention_backends.backends.request import AttentionCall, AttentionRequest, parse_request
+from syrupy.assertion import SnapshotAssertion
 
 
 def test_the_example_of_the_command_line_reads_as_written() -> None:
@@ -69,9 +70,9 @@ def test_facts_are_equal_and_hash_alike_when_they_are_the_same() -> None:
     assert one != one._replace(scale=0.5)
 
 
-def test_the_description_names_everything_that_is_not_ordinary() -> None:
+def test_the_description_names_everything_that_is_not_ordinary(snapshot: SnapshotAssertion) -> None:
     plain = AttentionRequest(1, 24, 4096, 77, 128, "bfloat16").describe()
-    assert plain == "batch 1, 24 heads, q_len 4096, kv_len 77, head_dim 128, bfloat16, mask none"
+    assert plain == snapshot
     special = AttentionRequest(1, 8, 4, 4, 64, "float16", 2, 32, "bias", True, 0.5, True).describe()
     for words in ("8 heads over 2 key heads", "head_dim 64 (value 32)", "mask bias", "causal", "scale 0.5"):
         assert words in special

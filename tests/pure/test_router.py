@@ -12,6 +12,7 @@ from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.request import DTYPES, MASK_KINDS, AttentionRequest, parse_request
 from attention_backends.backends.router import NOTHING_MEASURES, NoBackendError, Rejection, Router
+from syrupy.assertion import SnapshotAssertion
 
 CALL = parse_request("num_heads=24,q_len=4096,head_dim=128")
 WIDE = parse_request("num_heads=24,q_len=4096,head_dim=256")
@@ -79,11 +80,11 @@ def test_a_named_backend_runs_when_it_can() -> None:
     assert (decision.backend, decision.source, decision.rejected) == ("sage_attn", "node.default", ())
 
 
-def test_a_named_backend_that_cannot_falls_back_along_the_route_with_its_reason() -> None:
+def test_a_named_backend_that_cannot_falls_back_along_the_route_with_its_reason(snapshot: SnapshotAssertion) -> None:
     fakes = (Fake("flash_attn"), Fake("sage_attn", "quantized", unavailable="package sageattention is not installed"))
     decision = router(*fakes).select(WIDE, named("sage_attn"))
     assert (decision.backend, decision.asked, decision.is_fallback) == ("torch_sdpa", "sage_attn", True)
-    assert decision.reason == "sage_attn: package sageattention is not installed"
+    assert decision.reason == snapshot
     assert [rejection.backend for rejection in decision.rejected] == ["sage_attn", "flash_attn"]
 
 
@@ -106,18 +107,16 @@ def test_strict_stops_with_the_call_every_reason_and_what_to_do() -> None:
         assert words in message
 
 
-def test_where_all_failed_what_to_do_names_none_of_them() -> None:
+def test_where_all_failed_what_to_do_names_none_of_them(snapshot: SnapshotAssertion) -> None:
     here = router(Fake("flash_attn"), Fake("sdpa_math"))
     failed = {(name, (), CALL): "RuntimeError: dtypes differ" for name in ("torch_sdpa", "flash_attn")}
     with pytest.raises(NoBackendError) as caught:
         here.select(CALL, AUTO, failed=failed)
     advice = str(caught.value).splitlines()[-1]
-    assert advice == (
-        "  what to do: choose one that can run it (sdpa_math), or set DIFFUSERS_ATTN_CHECKS=1 to learn whether the "
-        "call's tensors fit together"
-    )
-    with pytest.raises(NoBackendError, match="switch strict off to fall back, or set DIFFUSERS_ATTN_CHECKS=1"):
+    assert advice == snapshot
+    with pytest.raises(NoBackendError) as caught:
         here.select(CALL, named("flash_attn"), strict=True, failed=failed)
+    assert str(caught.value) == snapshot
 
 
 def test_strict_has_nothing_to_say_about_auto() -> None:
@@ -133,9 +132,9 @@ def test_a_model_that_forbids_low_precision_wins_without_breaking_strict() -> No
     assert router(Fake("flash_attn")).select(fragile, named("flash_attn"), strict=True).backend == "flash_attn"
 
 
-def test_a_name_that_no_backend_has_is_a_reason() -> None:
+def test_a_name_that_no_backend_has_is_a_reason(snapshot: SnapshotAssertion) -> None:
     decision = router().select(CALL, named("later_attn"))
-    assert decision.reason == "later_attn: not a backend of this version"
+    assert decision.reason == snapshot
 
 
 def test_measured_without_a_measurement_is_auto_with_a_note_and_never_refuses() -> None:
@@ -150,26 +149,27 @@ def test_measured_without_a_measurement_is_auto_with_a_note_and_never_refuses() 
     assert wide.backend == "torch_sdpa"
 
 
-def test_the_last_resort_is_what_comfyui_would_run() -> None:
+def test_the_last_resort_is_what_comfyui_would_run(snapshot: SnapshotAssertion) -> None:
     odd = CALL._replace(dtype="float8_e4m3fn")
     decision = Router(HOPPER, {"torch_sdpa": Fake("torch_sdpa"), "comfy": Fake("comfy", limits=Limits(DTYPES))}).select(
         odd, AUTO
     )
     assert decision.backend == "comfy"
     assert decision.rejected[-1].backend == "torch_sdpa"
-    with pytest.raises(NoBackendError, match="asked for auto via platform route"):
+    with pytest.raises(NoBackendError) as caught:
         Router(HOPPER, {"torch_sdpa": Fake("torch_sdpa")}).select(odd, AUTO)
+    assert str(caught.value) == snapshot
 
 
 # What is learnt while running
 
 
-def test_a_backend_that_failed_on_a_call_is_not_tried_on_it_again() -> None:
+def test_a_backend_that_failed_on_a_call_is_not_tried_on_it_again(snapshot: SnapshotAssertion) -> None:
     here = router(Fake("flash_attn"))
     failed = {("flash_attn", (), CALL): "RuntimeError: no kernel image"}
     decision = here.select(CALL, named("flash_attn"), failed=failed)
     assert decision.backend == "torch_sdpa"
-    assert decision.reason == "flash_attn: failed before on this call: RuntimeError: no kernel image"
+    assert decision.reason == snapshot
     assert here.select(CALL._replace(q_len=77), named("flash_attn"), failed=failed).backend == "flash_attn"
     assert here.select(CALL, named("flash_attn")).backend == "flash_attn", "another session starts afresh"
 
@@ -268,16 +268,13 @@ def test_roles_of_one_configuration_run_on_different_backends() -> None:
     assert decision.source == "node.per_role['cross'] (category of 'ltx2.audio_to_video')"
 
 
-def test_what_a_route_has_against_a_backend_is_a_note_where_a_person_names_it() -> None:
+def test_what_a_route_has_against_a_backend_is_a_note_where_a_person_names_it(snapshot: SnapshotAssertion) -> None:
     """flex_attn is compiled at its first call and skips nothing without a mask: it runs all the same, and says so."""
     machine = parse_platform("cuda:9.0,torch=2.11.0,packages=triton==3.6.0")
     router = Router(machine)
     named = router.select(CALL, Choice("flex_attn", "test"))
     assert (named.backend, named.rejected) == ("flex_attn", ())
-    assert named.notes == (
-        "flex_attn: the first call of each kind is compiled, which takes seconds to tens of seconds",
-        "flex_attn: mask kind none not in (key_padding, bool): no block is skipped, SDPA is faster",
-    )
+    assert named.notes == snapshot
     assert router.select(CALL, Choice(None, "test")).notes == ()
     assert router.select(CALL, Choice("torch_sdpa", "test")).notes == ()
 

@@ -16,6 +16,7 @@ from attention_backends.backends.router import NoBackendError, Router
 from attention_backends.backends.routes import ROUTES, default_line, route_for
 from attention_backends.backends.session import Session
 from attention_backends.cli import main
+from syrupy.assertion import SnapshotAssertion
 
 CALL = parse_request("num_heads=24,q_len=4096,head_dim=128")
 AUTO = Choice(None, "platform route")
@@ -198,7 +199,9 @@ def test_the_default_is_the_first_available_of_the_route() -> None:
     assert Router(parse_platform("cpu")).default_backend() == "torch_sdpa"
 
 
-def test_a_role_is_logged_once_and_a_fallback_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_role_is_logged_once_and_a_fallback_once_per_reason(
+    caplog: pytest.LogCaptureFixture, snapshot: SnapshotAssertion
+) -> None:
     pytest.importorskip("torch")
     session = Session(
         Router(Platform("cpu", torch="2.11.0")), (parse_config({"per_role": {"cross": "cudnn"}}, "node"),)
@@ -209,14 +212,8 @@ def test_a_role_is_logged_once_and_a_fallback_once_per_reason(caplog: pytest.Log
             session.plan(CALL._replace(q_len=q_len), "self", "self")
     infos = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert infos == [
-        "Resolved diffusion attention backend 'TORCH_SDPA' for role='ltx2.audio_to_video' (category='cross') via "
-        "node.per_role['cross'] (category of 'ltx2.audio_to_video')",
-        "Resolved diffusion attention backend 'TORCH_SDPA' for role='self' via platform route",
-    ]
-    assert warnings == [
-        "role ltx2.audio_to_video: torch_sdpa runs instead of cudnn_attn (cudnn_attn: device cpu not in (cuda))"
-    ]
+    assert infos == snapshot
+    assert warnings == snapshot
 
 
 def test_a_route_keeps_small_queries_off_cudnn_but_a_person_may_ask_for_it() -> None:
@@ -250,12 +247,14 @@ def route(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command_prints_the_route_of_a_described_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_route_of_a_described_machine(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     text = route(capsys, "--platform", "cuda:12.0,cudnn=91002,packages=flashinfer-python==0.7.2")
     lines = text.splitlines()
-    assert lines[0] == "Machine: cuda, sm_120, torch 2.11.0, CUDA 13.0, cuDNN 91002"
+    assert lines[0] == snapshot
     assert lines[1].startswith("Route:   Blackwell (reported: vLLM-Omni's table")
-    assert lines[2] == "Log:     Defaulting to diffusion attention backend CUDNN_ATTN (Blackwell sm_120, cuDNN 91002)"
+    assert lines[2] == snapshot
     assert "  1 cudnn_attn       available   <- auto starts here" in lines
     assert "  2 flashinfer_attn  available" in lines
     assert any(line.startswith("  3 flash_attn_4     no: package flash-attn-4 is not installed") for line in lines)
@@ -264,11 +263,11 @@ def test_the_command_prints_the_route_of_a_described_machine(capsys: pytest.Capt
     assert text.count("<- auto starts here") == 1
 
 
-def test_the_command_prints_it_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_it_as_data(capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion) -> None:
     report = json.loads(route(capsys, "--platform", "cuda:12.0,cudnn=90400", "--json"))
     assert (report["title"], report["capabilities"], report["evidence"]) == ("Blackwell", ["10.0", "12.9"], "reported")
     assert report["auto"] == "torch_sdpa"
-    assert report["log"] == "Defaulting to diffusion attention backend SDPA"
+    assert report["log"] == snapshot
     assert report["exact"][0] == {"backend": "cudnn_attn", "available": False, "reasons": ["cuDNN 90400 < 90500"]}
     assert [state["backend"] for state in report["lossy"]] == ["sage_attn", "sage_fp16_triton"]
 
