@@ -220,7 +220,7 @@ def test_errors_are_told_from_rounding() -> None:
     assert said["emulated_int8"].startswith("error ")
     assert not said["emulated_int8"].endswith("declared exact")
     for name in (broken.WRONG_SCALE, broken.DROPPED_MASK):
-        assert said[name].endswith("though it is declared exact"), said[name]
+        assert said[name].endswith("declared exact"), said[name]
     cosines = {row.backend: row.cosine for row in case.rows}
     assert cosines["torch_sdpa"] > 1 - 1e-9
     assert cosines[broken.DROPPED_MASK] < 0.999
@@ -229,18 +229,16 @@ def test_errors_are_told_from_rounding() -> None:
 # What cannot run
 
 
-def test_what_cannot_run_is_refused_before_the_kernel_is_called() -> None:
+def test_what_cannot_run_is_refused_before_the_kernel_is_called(snapshot: SnapshotAssertion) -> None:
     spy = Spying()
     limited = broken.Wrong("aiter", spy)
     limited.limits = limited.limits.__class__(dtypes=("float32",), masks=("none",))  # type: ignore[misc]
     case, ended = run(broken.router(limited), "cudnn_attn", "aiter", "comfy", "torch_sdpa")
     assert ended is None
-    assert statuses(case) == {
-        "cudnn_attn": "device cpu not in (cuda)",
-        "aiter": "mask kind key_padding not in (none)",
-        "comfy": bench.OUTSIDE_COMFYUI,
-        "torch_sdpa": "ok",
-    }
+    said = statuses(case)
+    assert said.pop("comfy") == bench.OUTSIDE_COMFYUI
+    assert said.pop("torch_sdpa") == "ok"
+    assert said == snapshot
     assert spy.calls == []
 
 
@@ -257,7 +255,7 @@ def test_failures_are_rows_and_the_rest_goes_on(snapshot: SnapshotAssertion) -> 
     assert said[broken.RAISING] == snapshot
     assert said[broken.MEMORY].startswith("out of memory: ")
     assert said[broken.NAN] == snapshot
-    assert said["flex_attn"].startswith("failed: RuntimeError: output of shape (1, 2, 48, 3)")
+    assert said["flex_attn"] == snapshot
     assert said["torch_sdpa"] == "ok"
     assert [row.backend for row in bench_report.ranking(case)] == ["torch_sdpa"]
 
@@ -275,12 +273,12 @@ def test_a_preset_that_does_not_fit_is_rows_and_the_next_one_runs(
     monkeypatch.setattr(bench, "make_inputs", too_large)
     cases = [Case("large", SMALL._replace(q_len=64), 8), Case("small", SMALL, 8)]
     assert run_cases(cases, ["torch_sdpa", "cudnn_attn"], broken.router(), CPU) is None
-    assert cases[0].rows[0].status.endswith("(while the inputs were made)")
+    assert cases[0].rows[0].status == snapshot
     assert cases[0].rows[1].status == snapshot
     assert statuses(cases[1])["torch_sdpa"] == "ok"
 
 
-def test_a_fault_ends_the_run_and_keeps_what_was_finished() -> None:
+def test_a_fault_ends_the_run_and_keeps_what_was_finished(snapshot: SnapshotAssertion) -> None:
     spy = Spying()
     router = broken.router(
         broken.Wrong(broken.FAULT, broken.failing_after(4, broken.fault)), broken.Wrong("aiter", spy)
@@ -288,7 +286,7 @@ def test_a_fault_ends_the_run_and_keeps_what_was_finished() -> None:
     cases = [Case("one", SMALL, 8), Case("two", SMALL, 8)]
     ended = run_cases(cases, ["torch_sdpa", broken.FAULT, "aiter"], router, CPU)
     assert ended is not None
-    assert f"{broken.FAULT} left the GPU unusable in one: CUDA error: an illegal memory access" in ended
+    assert ended == snapshot
     assert [row.backend for row in cases[0].rows] == ["torch_sdpa", broken.FAULT]
     assert cases[0].rows[0].ms is not None
     assert cases[1].rows == []
@@ -335,10 +333,12 @@ def test_what_the_host_would_run_is_really_called() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="only Linux says how much memory is free")
-def test_scores_beyond_the_memory_of_a_computer_are_refused() -> None:
+def test_scores_beyond_the_memory_of_a_computer_are_refused(snapshot: SnapshotAssertion) -> None:
     huge = PRESETS["wan22"].request("bfloat16")._replace(batch=10_000)
     case, _ = run(broken.router(), "sdpa_math", request=huge)
-    assert case.rows[0].status.startswith("its scores need 858993.5 GB > ")
+    needed, above, _ = case.rows[0].status.partition(" > ")
+    assert above
+    assert needed == snapshot
     assert bench_inputs.lacking_memory("torch_sdpa", huge, CPU) is None
     assert bench_inputs.lacking_memory("sdpa_math", SMALL, CPU) is None
 
@@ -379,15 +379,13 @@ def test_ratios_ranks_and_blanks(snapshot: SnapshotAssertion) -> None:
     assert {line[5] for line in bench_tables.cells(case)[1:]} == {"-"}
 
 
-def test_a_report_says_what_was_scaled_and_what_was_not_counted() -> None:
+def test_a_report_says_what_was_scaled_and_what_was_not_counted(snapshot: SnapshotAssertion) -> None:
     asked = Asked("hv15", "torch_sdpa", "masked", "bias", "fp32", tokens=64)
     report = measure(asked, broken.router())
     text = bench_tables.console(report)
-    assert "scaled down from q_len 14336, kv_len 14336, 256 hidden" in text
-    assert "last 1 keys hidden" in text
-    assert "lengths scaled down to 64 tokens" in text
-    assert "peak MB is blank: torch counts memory on CUDA devices only, this is cpu" in text
-    assert "64 of 64 query rows checked" in text
+    lines = text.splitlines()
+    assert next(line for line in lines if line.startswith("hv15, masked: batch ")) == snapshot
+    assert [line for line in lines if line.startswith("Note: ")] == snapshot
     data = json.loads(report.to_json(), parse_constant=lambda text: pytest.fail(text))
     (case,) = data["cases"]
     assert case["request"]["mask"] == "bias"
@@ -405,21 +403,24 @@ def test_the_device_that_was_asked_for_is_the_one_that_runs(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    "wrong",
     [
-        ({"presets": "hv16"}, "no preset is called hv16; there are: all, hv15"),
-        ({"dtype": "int8"}, "dtype 'int8' is not one of bfloat16"),
-        ({"masks": "some"}, "masks 'some' is not one of both"),
-        ({"mask_kind": "causal"}, "mask_kind 'causal' is not one of key_padding"),
-        ({"tokens": -1}, "tokens -1: give 1 to"),
-        ({"backends": "sgae"}, "unknown attention backend 'sgae'"),
-        ({"backends": "auto"}, "auto is a way to choose"),
-        ({"presets": "ltx2_audio", "masks": "masked"}, "nothing to measure: ltx2_audio: no masked case"),
+        {"presets": "hv16"},
+        {"dtype": "int8"},
+        {"masks": "some"},
+        {"mask_kind": "causal"},
+        {"tokens": -1},
+        {"backends": "sgae"},
+        {"backends": "auto"},
+        {"presets": "ltx2_audio", "masks": "masked"},
     ],
 )
-def test_what_makes_no_sense_is_refused_with_a_sentence(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_makes_no_sense_is_refused_with_a_sentence(wrong: dict[str, Any], snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ValueError) as caught:
         measure(Asked(**{"tokens": 16, **wrong}), broken.router())
+    said, _, names = str(caught.value).partition(" are: ")
+    assert said == snapshot
+    assert not names or {"hv15", "torch_sdpa"} & set(names.split(", "))
 
 
 # The command
@@ -440,7 +441,7 @@ def test_the_command_writes_chart_data_and_report(tmp_path: Path) -> None:
     for text in (done.stdout, page):
         assert "Ranking, fastest first" in text
         assert "flux, masked: " in text
-        assert "lengths scaled down to 64 tokens on the longest side" in text
+        assert "down to 64 tokens" in text
         assert text.isascii()
     assert data["command"] in page
     assert shlex.split(data["command"])[-6:] == ["--tokens", "64", "--seed", "0", "--device", "cpu"]
@@ -497,7 +498,9 @@ def test_help_needs_no_torch() -> None:
     assert "ltx2_audio_to_video" in done.stdout
 
 
-def test_what_is_left_out_without_a_name_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_left_out_without_a_name_is_said(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     from attention_backends.backends.platform import Platform
     from attention_backends.backends.router import Router
     from attention_backends.comparison import bench_command, bench_run
@@ -507,7 +510,7 @@ def test_what_is_left_out_without_a_name_is_said(capsys: pytest.CaptureFixture[s
     chosen = bench_run.choose_backends("", router)
     assert not set(bench_command.ONLY_NAMED) & set(chosen)
     (absent, unasked) = bench_run._not_here(chosen, router, "")
-    assert unasked.startswith("measured only where they are named")
+    assert unasked.partition(": ")[0] == snapshot
     assert set(unasked.partition(": ")[2].split(", ")) == set(bench_command.ONLY_NAMED)
     assert not set(bench_command.ONLY_NAMED) & set(absent.partition(": ")[2].split(", "))
     assert bench_run._not_here(chosen, router, "flash_attn") == []

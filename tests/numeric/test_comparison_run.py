@@ -89,7 +89,7 @@ def test_emulated_int8_differs_a_little_and_not_by_rounding(plain: Comparison) -
     assert row.psnr > 30
 
 
-def test_a_report_has_all_that_was_measured(plain: Comparison) -> None:
+def test_a_report_has_all_that_was_measured(plain: Comparison, snapshot: SnapshotAssertion) -> None:
     report = plain.report
     first = report.rows[0]
     assert (first.asked, first.ran, first.runs, first.speedup) == ("torch_sdpa", "torch_sdpa", 2, 1.0)
@@ -101,7 +101,7 @@ def test_a_report_has_all_that_was_measured(plain: Comparison) -> None:
         assert 6 * row.step_ms.low <= row.total_ms.high
         assert 0 < row.attention_share < 1
         assert row.peak_memory is None
-    assert any("peak memory: not measured on the CPU" in note for note in report.notes)
+    assert next(note for note in report.notes if note.startswith("peak memory: ")) == snapshot
     assert report.versions["torch"] == torch.__version__
     assert "sha256" in report.model
 
@@ -190,10 +190,10 @@ def test_nan_in_one_block_is_named_and_crashes_nothing() -> None:
     assert row_of(found, "sdpa_math").psnr > 90
 
 
-def test_attention_alone_names_the_block_with_the_nan() -> None:
+def test_attention_alone_names_the_block_with_the_nan(snapshot: SnapshotAssertion) -> None:
     found = compare(small(mode="attention"), ["sdpa_math", NAN], router=router(Wrong(NAN, nan_in_block_2())))
     row = row_of(found, NAN)
-    assert "of self attention in block 2" in row.broken
+    assert row.broken == snapshot
     assert [call.broken is not None for call in row.calls].count(True) == 1
     assert math.isnan(row.relative_l2)
     assert all(call.relative_l2 < 1e-5 for call in row_of(found, "sdpa_math").calls)
@@ -308,22 +308,21 @@ def test_a_backend_that_is_not_available_is_a_row_that_says_why(snapshot: Snapsh
     assert row_of(found, "sdpa_math").runs == 2
 
 
-def test_nothing_runs_in_place_of_a_backend_that_raises() -> None:
+def test_nothing_runs_in_place_of_a_backend_that_raises(snapshot: SnapshotAssertion) -> None:
     raising = Wrong(RAISING, failing_after(0, lambda: ValueError("no such tile")))
     found = compare(small(), [RAISING, "sdpa_math"], router=router(raising))
     row = row_of(found, RAISING)
-    assert "self attention of block 0" in row.failed
-    assert "no such tile" in row.failed
+    assert row.failed == snapshot
     assert (row.ran, row.runs) == (None, 0)
     assert found.pictures[1] is None
     assert row_of(found, "sdpa_math").runs == 2
 
 
-def test_a_request_that_is_refused_names_the_limit() -> None:
+def test_a_request_that_is_refused_names_the_limit(snapshot: SnapshotAssertion) -> None:
     half_only = Wrong(AGAIN, plain_sdpa())
     half_only.limits = type(half_only.limits)(dtypes=("float16",))  # type: ignore[misc]
     row = row_of(compare(small(), [AGAIN], router=router(half_only)), AGAIN)
-    assert "dtype float32 not in (float16)" in row.failed
+    assert row.failed == snapshot
     assert row.ran is None
 
 
@@ -347,11 +346,11 @@ def test_out_of_memory_in_the_middle_keeps_what_was_finished(snapshot: SnapshotA
     assert [row_of(found, name).runs for name in ("torch_sdpa", "sdpa_math")] == [3, 3]
 
 
-def test_a_fault_of_the_device_ends_the_rest_but_keeps_what_was_finished() -> None:
+def test_a_fault_of_the_device_ends_the_rest_but_keeps_what_was_finished(snapshot: SnapshotAssertion) -> None:
     made = router(Wrong(FAULT, failing_after(CALLS * (1 + 2) + 1, fault)))
     found = compare(small(), ["torch_sdpa", FAULT, "sdpa_math"], router=made)
     assert "illegal memory access" in row_of(found, FAULT).failed
-    assert row_of(found, "sdpa_math").failed == f"not run to the end: {FAULT} left the device unusable"
+    assert row_of(found, "sdpa_math").failed == snapshot
     assert [row.runs for row in found.report.rows] == [2, 1, 1]
 
 
@@ -434,23 +433,24 @@ def test_a_given_latent_is_where_sampling_starts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "changes",
     [
-        ({"mode": "fast"}, "mode 'fast' is not one of end_to_end, one_step, attention"),
-        ({"width": 17}, "width 17: give an even number of at least 12"),
-        ({"height": 10}, "height 10: give an even number of at least 12"),
-        ({"steps": 0}, "steps 0 < 1"),
-        ({"steps": 1001}, "steps 1001 > 1000"),
-        ({"frames": 0}, "frames 0 < 1"),
-        ({"repeat": 0}, "repeat 0 < 1"),
-        ({"guidance": math.nan}, "guidance nan is not a finite number"),
-        ({"dtype": "int8"}, "dtype 'int8' is not one of"),
-        ({"prompt": "a zebra"}, "does not know: zebra"),
+        pytest.param({"mode": "fast"}, id="mode"),
+        pytest.param({"width": 17}, id="width"),
+        pytest.param({"height": 10}, id="height"),
+        pytest.param({"steps": 0}, id="no steps"),
+        pytest.param({"steps": 1001}, id="too many steps"),
+        pytest.param({"frames": 0}, id="frames"),
+        pytest.param({"repeat": 0}, id="repeat"),
+        pytest.param({"guidance": math.nan}, id="guidance"),
+        pytest.param({"dtype": "int8"}, id="dtype"),
+        pytest.param({"prompt": "a zebra"}, id="prompt"),
     ],
 )
-def test_bad_settings_are_named(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_bad_settings_are_named(changes: dict[str, Any], snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ValueError) as caught:
         small(**changes)
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.parametrize("device", ["toaster", "meta", pytest.param("cuda:63", id="a card that is not there")])

@@ -119,29 +119,21 @@ def test_the_fake_would_have_failed_the_test_above(
 
 
 @pytest.mark.parametrize(
-    ("machine", "reasons"),
+    "machine",
     [
-        (card((8, 6)), ["package flash-attn is not installed, and package kernels is not installed, which loads it"]),
-        (
-            card((8, 6), ("kernels", "0.14.1")),
-            ["package flash-attn is not installed, and package kernels 0.14.1 does not meet >=0.15, which loads it"],
-        ),
-        (
-            card((8, 6), ("flash-attn", "2.6.0"), KERNELS, hub=False),
-            [f"package flash-attn 2.6.0 does not meet >=2.6.3, and {OFF}"],
-        ),
+        card((8, 6)),
+        card((8, 6), ("kernels", "0.14.1")),
+        card((8, 6), ("flash-attn", "2.6.0"), KERNELS, hub=False),
         # No build for the machine is known: then the Hub is not spoken of.
-        (card((12, 0), KERNELS), ["package flash-attn is not installed"]),
-        (card((8, 6), KERNELS, os="win32"), ["package flash-attn is not installed"]),
-        (card((7, 5), KERNELS), ["compute capability 7.5 < 8.0", "package flash-attn is not installed"]),
-        (Platform("rocm", gfx="gfx942", packages=(KERNELS,), hub=True), ["package flash-attn is not installed"]),
-        (Platform("cpu", packages=(KERNELS,), hub=True), ["device cpu not in (cuda, rocm)"]),
+        card((12, 0), KERNELS),
+        card((8, 6), KERNELS, os="win32"),
+        card((7, 5), KERNELS),
+        Platform("rocm", gfx="gfx942", packages=(KERNELS,), hub=True),
+        Platform("cpu", packages=(KERNELS,), hub=True),
     ],
 )
-def test_reasons_in_words(monkeypatch: pytest.MonkeyPatch, machine: Platform, reasons: list[str]) -> None:
-    found = on_platform(monkeypatch, machine).unavailable("flash_attn_2")
-    assert len(found) == len(reasons)
-    assert all(text.startswith(reason) for text, reason in zip(found, reasons, strict=True)), found
+def test_reasons_in_words(monkeypatch: pytest.MonkeyPatch, machine: Platform, snapshot: SnapshotAssertion) -> None:
+    assert on_platform(monkeypatch, machine).unavailable("flash_attn_2") == snapshot
     assert fake.DOWNLOADS == []
 
 
@@ -154,14 +146,16 @@ def test_an_installed_package_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
     assert row.version == "flash-attn 2.8.3"
 
 
-def test_a_local_kernel_and_the_cache_need_no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_kernel_and_the_cache_need_no_download(
+    monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     repository = "kernels-community/flash-attn2"
     monkeypatch.setattr(fake, "LOCAL", {repository: fake.REPOSITORIES[repository, 3]})
     assert on_platform(monkeypatch, card((8, 6), KERNELS)).unavailable("flash_attn_2") == ()
     monkeypatch.setattr(fake, "LOCAL", {})
     monkeypatch.setattr(fake, "OFFLINE", True)
     (reason,) = on_platform(monkeypatch, card((8, 6), KERNELS)).unavailable("flash_attn_2")
-    assert reason.startswith("loading failed: FileNotFoundError: Cannot find a local snapshot for kernels-community/")
+    assert reason == snapshot
     (row,) = examine(on_platform(monkeypatch, card((8, 6), KERNELS)), HERE, ["flash_attn_2"])
     assert row.version == "Hub: kernels-community/flash-attn2 v3"
     assert row.advice is not None
@@ -177,17 +171,21 @@ def test_only_trusted_publishers(snapshot: SnapshotAssertion) -> None:
     assert str(caught.value) == snapshot
 
 
-def test_a_publisher_that_the_hub_no_longer_trusts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_publisher_that_the_hub_no_longer_trusts_is_refused(
+    monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     monkeypatch.setattr(fake, "PUBLISHERS", set())
     (reason,) = on_platform(monkeypatch, card((8, 6), KERNELS)).unavailable("flash_attn_2")
-    assert "is not from a trusted publisher" in reason
+    assert reason == snapshot
     assert fake.DOWNLOADS == []
 
 
-def test_a_repository_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_leads_elsewhere_is_refused(
+    monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     monkeypatch.setattr(fake, "REDIRECTIONS", {"kernels-community/flash-attn2": "somebody/flash-attn2"})
     (reason,) = on_platform(monkeypatch, card((8, 6), KERNELS)).unavailable("flash_attn_2")
-    assert reason.startswith("loading failed: UserWarning: 'kernels-community/flash-attn2' redirected to 'somebody/")
+    assert reason == snapshot
     assert fake.DOWNLOADS == []
 
 

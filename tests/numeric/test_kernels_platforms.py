@@ -168,7 +168,7 @@ class TestXformers:
         call = call_for(HALF._replace(kv_len=33, is_causal=True))
         assert right(ran(router, "xformers", call), call)
 
-    def test_a_part_that_did_not_load_is_a_reason_in_its_words(self, monkeypatch):
+    def test_a_part_that_did_not_load_is_a_reason_in_its_words(self, monkeypatch, snapshot: SnapshotAssertion):
         words = (
             "xFormers can't load C++/CUDA extensions. xFormers was built for:\n"
             "    PyTorch 2.10.0+cu128 with CUDA 1208 (you have 2.11.0+cu130)\n"
@@ -179,8 +179,7 @@ class TestXformers:
         monkeypatch.setattr(xformers._cpp_lib, "_cpp_library_load_exception", ImportError(words))
         router = machine(monkeypatch, XFORMERS, (7, 5))
         (reason,) = router.unavailable("xformers")
-        assert reason.startswith("loading failed: ImportError: xFormers can't load C++/CUDA extensions.")
-        assert "PyTorch 2.10.0+cu128 with CUDA 1208 (you have 2.11.0+cu130)" in reason
+        assert reason == snapshot
         assert "\n" not in reason
         assert not reason.endswith(".")
         assert router.select(HALF, AUTO).backend == "torch_sdpa"
@@ -199,10 +198,12 @@ class TestXformers:
         assert router.unavailable("xformers") == snapshot
 
     @pytest.mark.parametrize(("capability", "operator"), [((7, 5), "_Cutlass"), ((12, 0), "_Flash")])
-    def test_the_operator_that_a_card_needs_must_work_with_this_torch(self, monkeypatch, capability, operator):
+    def test_the_operator_that_a_card_needs_must_work_with_this_torch(
+        self, monkeypatch, capability, operator, snapshot: SnapshotAssertion
+    ):
         monkeypatch.setattr(getattr(xformers, operator), "AVAILABLE", False)
         (reason,) = machine(monkeypatch, XFORMERS, capability).unavailable("xformers")
-        assert "does not work with torch 2.11.0" in reason
+        assert reason == snapshot
 
     def test_cards_before_ampere_start_with_it(self, monkeypatch):
         router = machine(monkeypatch, XFORMERS, (7, 5))
@@ -232,20 +233,20 @@ class TestAiter:
         assert router.unavailable("aiter") == ()  # amd-aiter was installed over it
         monkeypatch.delattr(amd_aiter, "flash_attn_func")
         (reason,) = on_platform(monkeypatch, both).unavailable("aiter")
-        assert "has no flash_attn_func: PyPI's package aiter, for asyncio, stands in the way of amd-aiter" in reason
+        assert reason.partition("amd_aiter.py ")[2] == snapshot
 
     @pytest.mark.parametrize(
-        ("machine_text", "reason"),
+        "machine_text",
         [
-            ("rocm:gfx1100,packages=amd-aiter==0.1.7", "architecture gfx1100 not in (gfx942, gfx950)"),
-            ("rocm,packages=amd-aiter==0.1.7", "architecture unknown not in (gfx942, gfx950)"),
-            ("rocm:gfx942,packages=amd-aiter==0.1.4", "package amd-aiter 0.1.4 does not meet >=0.1.5"),
-            ("cuda:9.0,packages=amd-aiter==0.1.7;aiter==0.13", "device cuda not in (rocm)"),
+            "rocm:gfx1100,packages=amd-aiter==0.1.7",
+            "rocm,packages=amd-aiter==0.1.7",
+            "rocm:gfx942,packages=amd-aiter==0.1.4",
+            "cuda:9.0,packages=amd-aiter==0.1.7;aiter==0.13",
         ],
     )
-    def test_cards_and_versions(self, machine_text, reason):
+    def test_cards_and_versions(self, machine_text, snapshot: SnapshotAssertion):
         (found,) = Router(parse_platform(machine_text)).unavailable("aiter")
-        assert found.removesuffix(", and Hub kernels are off (ATTENTION_BACKENDS_HUB=1 allows downloads)") == reason
+        assert found == snapshot
 
     def test_a_route_takes_it_where_it_can_and_something_else_for_masks(self, monkeypatch, snapshot: SnapshotAssertion):
         router = on_platform(monkeypatch, AITER)
@@ -290,19 +291,19 @@ class TestNpuFusion:
         assert right(output, call)
 
     @pytest.mark.parametrize(
-        ("changes", "reason"),
+        "changes",
         [
-            ({"mask": "bias"}, "mask kind bias not in (none, key_padding, bool)"),
-            ({"head_dim": 40}, "head_dim 40 is not a multiple of 16"),
-            ({"head_dim": 528}, "head_dim 528 > 512"),
-            ({"dtype": "float32"}, "dtype float32 not in (float16, bfloat16)"),
-            ({"is_causal": True}, "is_causal is not supported"),
-            ({"num_heads": 257}, "num_heads 257 > 256"),
+            pytest.param({"mask": "bias"}, id="mask"),
+            pytest.param({"head_dim": 40}, id="head_dim of no multiple"),
+            pytest.param({"head_dim": 528}, id="head_dim"),
+            pytest.param({"dtype": "float32"}, id="dtype"),
+            pytest.param({"is_causal": True}, id="is_causal"),
+            pytest.param({"num_heads": 257}, id="num_heads"),
         ],
     )
-    def test_refusals(self, changes, reason):
+    def test_refusals(self, changes, snapshot: SnapshotAssertion):
         router = Router(parse_platform("npu,packages=torch-npu==2.13.0"))
-        assert reason in router.refuse("npu_fusion", PLAIN._replace(**changes))
+        assert router.refuse("npu_fusion", PLAIN._replace(**changes)) == snapshot
 
     def test_only_by_name_and_only_on_npus(self, monkeypatch, snapshot: SnapshotAssertion):
         router = on_platform(monkeypatch, NPU)
@@ -329,7 +330,7 @@ class TestXlaFlash:
         assert str(caught.value) == snapshot
         assert right(ran(router, "xla_flash", call), call)
         old = Router(parse_platform("xla,packages=torch-xla==2.3.0"))
-        assert old.refuse("xla_flash", call.request()) == (f"kv_len {kv_len} > 512 is not a multiple of 512",)
+        assert old.refuse("xla_flash", call.request()) == snapshot
 
     @pytest.mark.parametrize("kv_len", [77, 128, 600])
     def test_a_padding_mask_is_a_segment(self, monkeypatch, kv_len):
@@ -340,7 +341,8 @@ class TestXlaFlash:
         call.attn_mask = None
         assert not right(output, call)
         old = Router(parse_platform("xla,packages=torch-xla==2.3.0"))
-        assert "mask kind key_padding not in (none)" in old.refuse("xla_flash", PLAIN._replace(mask="key_padding"))
+        refused = old.refuse("xla_flash", PLAIN._replace(mask="key_padding"))
+        assert any("key_padding not in (none)" in reason for reason in refused)
 
     def test_a_sample_without_keys_gets_zeros(self, monkeypatch):
         router = on_platform(monkeypatch, TPU)
@@ -352,17 +354,17 @@ class TestXlaFlash:
         assert right(output, call)
 
     @pytest.mark.parametrize(
-        ("changes", "reason"),
+        "changes",
         [
-            ({"mask": "bool"}, "mask kind bool not in (none, key_padding)"),
-            ({"dtype": "float32"}, "dtype float32 not in (bfloat16)"),
-            ({"dtype": "float16"}, "dtype float16 not in (bfloat16)"),
-            ({"head_dim": 160}, "head_dim 160 > 128 is not a multiple of 128"),
+            pytest.param({"mask": "bool"}, id="mask"),
+            pytest.param({"dtype": "float32"}, id="float32"),
+            pytest.param({"dtype": "float16"}, id="float16"),
+            pytest.param({"head_dim": 160}, id="head_dim"),
         ],
     )
-    def test_refusals(self, changes, reason):
+    def test_refusals(self, changes, snapshot: SnapshotAssertion):
         router = Router(parse_platform("xla,packages=torch-xla==2.9.0"))
-        assert router.refuse("xla_flash", PLAIN._replace(**changes)) == (reason,)
+        assert router.refuse("xla_flash", PLAIN._replace(**changes)) == snapshot
 
     def test_float32_would_be_multiplied_in_bfloat16(self, monkeypatch):
         call = call_for(PLAIN._replace(dtype="float32"))

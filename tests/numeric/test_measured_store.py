@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sqlite3
 import subprocess
 import sys
@@ -119,33 +120,36 @@ def changed(field: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("document", "said"),
+    "document",
     [
-        ([], "not a document of measured choices"),
-        ({"format": "other"}, "not a document of measured choices"),
-        ({"format": "attention_backends.measured", "version": 2, "entries": []}, "version 2 of the document is not 1"),
-        ({"format": "attention_backends.measured", "version": 1, "entries": {}}, "entries must be a list"),
-        ({"format": "attention_backends.measured", "version": 1, "entries": [7]}, r"entries\[0\]: must be an object"),
-        (changed("role", 5), r"entries\[0\]: role must be a text"),
-        (changed("q_len", "long"), "q_len 'long' is not a number above 0"),
-        (changed("q_len", True), "q_len True is not a number above 0"),
-        (changed("is_causal", 1), "is_causal 1 is not true or false"),
-        (changed("mask", "some"), "mask 'some' is not one of"),
-        (changed("accuracy", "any"), "accuracy 'any' is not one of exact, quantized, sparse"),
-        (changed("winner", "fast_attn"), "winner 'fast_attn' has no time in ms"),
-        (changed("ms", {"torch_sdpa": -1}), "ms: torch_sdpa -1 is not a number of 0 or more"),
-        (changed("ms", {"torch_sdpa": float("nan")}), "ms: torch_sdpa nan"),
-        (changed("rejected", {"xformers": ""}), "rejected: xformers must be a text"),
-        (changed("put_off", {"xformers": 0}), "put_off: xformers 0 is not a number above 0"),
-        (changed("environment", "x" * 3000), "environment must be a text of 1 to 2000 characters"),
+        pytest.param([], id="a list"),
+        pytest.param({"format": "other"}, id="format"),
+        pytest.param({"format": "attention_backends.measured", "version": 2, "entries": []}, id="version"),
+        pytest.param({"format": "attention_backends.measured", "version": 1, "entries": {}}, id="entries"),
+        pytest.param({"format": "attention_backends.measured", "version": 1, "entries": [7]}, id="an entry"),
+        pytest.param(changed("role", 5), id="role"),
+        pytest.param(changed("q_len", "long"), id="q_len"),
+        pytest.param(changed("q_len", True), id="q_len, bool"),
+        pytest.param(changed("is_causal", 1), id="is_causal"),
+        pytest.param(changed("mask", "some"), id="mask"),
+        pytest.param(changed("accuracy", "any"), id="accuracy"),
+        pytest.param(changed("winner", "fast_attn"), id="winner"),
+        pytest.param(changed("ms", {"torch_sdpa": -1}), id="ms"),
+        pytest.param(changed("ms", {"torch_sdpa": float("nan")}), id="ms, nan"),
+        pytest.param(changed("rejected", {"xformers": ""}), id="rejected"),
+        pytest.param(changed("put_off", {"xformers": 0}), id="put_off"),
+        pytest.param(changed("environment", "x" * 3000), id="environment"),
     ],
 )
-def test_a_document_with_anything_wrong_changes_nothing(store: Store, document: Any, said: str) -> None:
+def test_a_document_with_anything_wrong_changes_nothing(
+    store: Store, document: Any, snapshot: SnapshotAssertion
+) -> None:
     put(store, some()[1])
     if isinstance(document, dict) and document.get("entries") and isinstance(document["entries"], list):
         document["entries"].append(some()[3].as_dict())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError) as caught:
         store.import_(document)
+    assert str(caught.value) == snapshot
     assert [one["role"] for one in store.entries()] == ["cross"]
 
 
@@ -164,7 +168,9 @@ def test_the_oldest_entries_go_first(store: Store) -> None:
 
 
 @pytest.mark.parametrize("content", [b"no database" * 500, b""])
-def test_a_damaged_file_is_set_aside(store: Store, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_set_aside(
+    store: Store, content: bytes, caplog: pytest.LogCaptureFixture, snapshot: SnapshotAssertion
+) -> None:
     store.path.parent.mkdir()
     store.path.write_bytes(content)
     assert store.get(key(), HERE, "exact") is None
@@ -174,9 +180,7 @@ def test_a_damaged_file_is_set_aside(store: Store, content: bytes, caplog: pytes
     if content:
         assert asides == [FILE, f"{FILE}.damaged"]
         assert store.path.with_name(f"{FILE}.damaged").read_bytes() == content
-        assert warnings(caplog) == [
-            f"{FILE} cannot be read (file is not a database); it is {FILE}.damaged now, and a new one begins"
-        ]
+        assert warnings(caplog) == snapshot
         assert store.summary()["problem"] == warnings(caplog)[0]
     else:
         assert asides == [FILE], "an empty file is a new one"
@@ -216,7 +220,7 @@ def test_a_file_of_another_version_is_set_aside_and_kept(store: Store, other_ver
 
 
 def test_where_no_file_can_be_made_the_choice_works_in_memory(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
 ) -> None:
     no_rest(monkeypatch)
     (tmp_path / "file").write_text("in the way")
@@ -227,7 +231,7 @@ def test_where_no_file_can_be_made_the_choice_works_in_memory(
     assert machine.tuner.trials == 0
     assert store.entries()[0]["winner"] == "sdpa_math"
     assert len(warnings(caplog)) == 1, "said once"
-    assert "they are kept in memory until that works again" in warnings(caplog)[0]
+    assert re.sub(r"\(.*\)", "(...)", warnings(caplog)[0]) == snapshot
     (tmp_path / "file").unlink()
     store.flush()
     assert again(store).entries()[0]["winner"] == "sdpa_math", "nothing is lost"
@@ -247,7 +251,7 @@ def test_a_read_only_file_is_read_and_new_choices_stay_in_memory(
     monkeypatch.setattr(readonly._database, "_connect", connect)
     put(readonly, some()[1])
     assert [one["role"] for one in readonly.entries()] == ["self", "cross"]
-    assert "attempt to write a readonly database" in warnings(caplog)[0]
+    assert "readonly database" in warnings(caplog)[0]
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         readonly.clear()
     assert len(readonly.entries()) == 2, "what could not be removed is still there"
@@ -271,7 +275,7 @@ def test_a_full_disk(store: Store, caplog: pytest.LogCaptureFixture, monkeypatch
         put(store, entry(key(f"role.{number}")))
     assert len(store.entries()) == 41
     (said,) = warnings(caplog)
-    assert "database or disk is full" in said
+    assert "disk is full" in said
     in_file = len(again(store).entries())
     assert 1 <= in_file < 41
     full = False

@@ -148,7 +148,6 @@ def test_a_kernel_that_is_right() -> None:
 
 class Expected(NamedTuple):
     status: str
-    reason: str
     stderr: str = ""
 
 
@@ -157,21 +156,21 @@ class Expected(NamedTuple):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("signalled", Expected("crashed", "signal 11 (SIGSEGV) while running", "the kernel's last words")),
-        ("crashing_import", Expected("crashed", "signal 9 (SIGKILL) while loading")),
-        ("exiting", Expected("crashed", "ended by itself with exit code 0 while running")),
-        ("exiting_import", Expected("unavailable", "loading failed: SystemExit: bye")),
-        ("babbling", Expected("ok", "")),
-        ("crashing_at_exit", Expected("ok", "")),
-        (
-            "raising",
-            Expected("failed", "raised ValueError: no kernel image is available for execution on the device", "line 2"),
-        ),
+        ("signalled", Expected("crashed", "the kernel's last words")),
+        ("crashing_import", Expected("crashed")),
+        ("exiting", Expected("crashed")),
+        ("exiting_import", Expected("unavailable")),
+        ("babbling", Expected("ok")),
+        ("crashing_at_exit", Expected("ok")),
+        ("raising", Expected("failed", "line 2")),
     ],
 )
-def test_whatever_a_kernel_does_is_an_outcome_in_words(name: str, expected: Expected) -> None:
+def test_whatever_a_kernel_does_is_an_outcome_in_words(
+    name: str, expected: Expected, snapshot: SnapshotAssertion
+) -> None:
     outcome = probe(name, source=SOURCE)  # "hung" where it waits for what Python would wait for
-    assert (outcome.status, outcome.reason.split(", in ")[0]) == (expected.status, expected.reason)
+    assert outcome.status == expected.status
+    assert outcome.reason.split(", in ")[0] == snapshot
     if name == "signalled":  # the innermost function is worth more than the signal
         assert ", in signalled (" in outcome.reason
         assert "broken_kernels.py, line " in outcome.reason
@@ -248,20 +247,20 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    "status",
     [
-        (-11, "signal 11 (SIGSEGV)"),
-        (-9, "signal 9 (SIGKILL)"),
-        (-40, "signal 40"),
-        (3, "exit code 3"),
-        (0xC0000005, "exit code 0xc0000005 (access violation)"),
-        (0xC0000409 - 2**32, "exit code 0xc0000409 (stack buffer overrun or abort)"),
+        pytest.param(-11, id="segmentation fault"),
+        pytest.param(-9, id="killed"),
+        pytest.param(-40, id="signal without a name"),
+        pytest.param(3, id="exit code"),
+        pytest.param(0xC0000005, id="access violation"),
+        pytest.param(0xC0000409 - 2**32, id="stack buffer overrun"),
     ],
 )
-def test_the_end_of_a_process_in_words(status: int, words: str) -> None:
+def test_the_end_of_a_process_in_words(status: int, snapshot: SnapshotAssertion) -> None:
     if sys.platform == "win32" and status in (-11, -9):
         pytest.skip("no such signal there")
-    assert words_of(status) == words
+    assert words_of(status) == snapshot
 
 
 def test_lines_that_come_one_by_one_are_all_kept() -> None:
@@ -327,25 +326,27 @@ def out_of_memory(call: AttentionCall) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "status", "reason"),
+    ("kernel", "status", "error"),
     [
-        (with_nan, "failed", "wrong: NaN in the output"),
-        (wrong_scale, "failed", "wrong: relative L2 6."),
-        (without_the_last_block, "failed", "wrong: relative L2 "),
-        (lambda call: torch.zeros_like(call.query), "failed", "wrong: relative L2 1.0e+00 > "),
-        (lambda call: plain_sdpa()(call) + float("inf"), "failed", "wrong: infinite numbers in the output"),
-        (lambda call: plain_sdpa()(call).transpose(1, 2), "failed", "wrong: output (1, 256, 2, 64) is not"),
-        (lambda call: (plain_sdpa()(call), None), "failed", "raised AttributeError: 'tuple'"),
-        (lambda call: sys.exit(4), "failed", "raised SystemExit: 4"),
-        (mean_taken_from_keys, "failed", "wrong: it changed its inputs"),
-        (out_of_memory, "untested", "out of memory: RuntimeError: CUDA out of memory"),
-        (plain_sdpa(), "ok", ""),
+        pytest.param(with_nan, "failed", "", id="NaN"),
+        pytest.param(wrong_scale, "failed", "6.", id="scale"),
+        pytest.param(without_the_last_block, "failed", "", id="last block"),
+        pytest.param(lambda call: torch.zeros_like(call.query), "failed", "1.0e+00 ", id="zeros"),
+        pytest.param(lambda call: plain_sdpa()(call) + float("inf"), "failed", "", id="infinite"),
+        pytest.param(lambda call: plain_sdpa()(call).transpose(1, 2), "failed", "", id="layout"),
+        pytest.param(lambda call: (plain_sdpa()(call), None), "failed", "", id="two outputs"),
+        pytest.param(lambda call: sys.exit(4), "failed", "", id="exit"),
+        pytest.param(mean_taken_from_keys, "failed", "", id="inputs"),
+        pytest.param(out_of_memory, "untested", "", id="memory"),
+        pytest.param(plain_sdpa(), "ok", "", id="right"),
     ],
 )
-def test_the_verdict_on_an_exact_kernel(kernel: Kernel, status: str, reason: str) -> None:
+def test_the_verdict_on_an_exact_kernel(kernel: Kernel, status: str, error: str, snapshot: SnapshotAssertion) -> None:
     outcome = verdict(kernel)
     assert outcome.status == status
-    assert outcome.reason.startswith(reason)
+    before, l2, numbers = outcome.reason.partition("relative L2 ")
+    assert numbers.startswith(error)
+    assert (before + l2 if l2 else outcome.reason) == snapshot
 
 
 def test_a_kernel_that_says_that_it_changes_its_inputs_may() -> None:
@@ -475,9 +476,9 @@ def test_the_command_probes_shows_and_forgets_in_a_folder_of_any_name(pack: Path
     assert len(list((tmp_path / "cache").iterdir())) == 1
     later = _doctor(pack, "sdpa_math")
     assert "probing" not in later.stderr
-    assert "; probed: ok (relative L2 " in later.stdout
+    assert "; probed: ok (relative" in later.stdout
     forgotten = _doctor(pack, "--forget", "sdpa_math")
-    assert "outcomes of probes forgotten: 1" in forgotten.stderr
+    assert "probes forgotten: 1" in forgotten.stderr
     assert "probed" not in forgotten.stdout
 
 
@@ -486,7 +487,9 @@ def test_nothing_is_probed_or_written_unless_asked(pack: Path, tmp_path: Path) -
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_the_command_says_of_a_named_backend_and_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_says_of_a_named_backend_and_of_all(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     from attention_backends.cli import main
 
     remembered.remember(
@@ -495,25 +498,27 @@ def test_what_the_command_says_of_a_named_backend_and_of_all(capsys: pytest.Capt
     assert main(["doctor", "_native_math", "npu_fusion"]) == 0
     named = capsys.readouterr().out
     assert "    cards: any device\n" in named
-    assert "    names: package torch-npu is not installed\n" in named
-    assert "; probed: crashed (signal 6 (SIGABRT) while running)\n" in named
-    assert "    stderr of the probe: why\n" in named
+    shown = ("sdpa_math ", "    cards: ", "    names: ", "    stderr ")
+    assert [" ".join(line.split()) for line in named.splitlines() if line.startswith(shown)] == snapshot
     assert main(["doctor"]) == 0
     overview = capsys.readouterr().out
     assert "cards: " not in overview
     assert "stderr of the probe" not in overview
-    assert "a probe in this environment crashed (signal 6 (SIGABRT) while running)" in overview
+    assert " ".join(next(line for line in overview.splitlines() if line.startswith("sdpa_math ")).split()) == snapshot
     assert main(["doctor", "--verbose"]) == 0
     assert capsys.readouterr().out.count("    cards: ") == len(BACKENDS)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "inf", "nan"])
-def test_a_time_limit_is_a_number_of_seconds(capsys: pytest.CaptureFixture[str], seconds: str) -> None:
+def test_a_time_limit_is_a_number_of_seconds(
+    capsys: pytest.CaptureFixture[str], seconds: str, snapshot: SnapshotAssertion
+) -> None:
     from attention_backends.cli import main
 
     with pytest.raises(SystemExit):
         main(["doctor", "--probe", f"--timeout={seconds}"])
-    assert f"'{seconds}' is not a number of seconds" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.partition("argument --timeout: ")[2] == snapshot
 
 
 # On a card
