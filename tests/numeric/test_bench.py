@@ -517,4 +517,4 @@ def test_what_is_left_out_without_a_name_is_said(
     with pytest.raises(SystemExit):
         main(["bench", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "all that run here but flash_attn, flex_attn, emulated_int8, reference" in said
+    assert f" but {', '.join(bench_command.ONLY_NAMED)}" in said

@@ -64,10 +64,16 @@ def test_slower_is_what_lies_wholly_on_the_worse_side(name: str, now: dict, befo
     assert bool(suite.worse({name: now}, {name: before})) is is_worse
 
 
+def cells(page: str, figure: str) -> list[str]:
+    """What stands before the figure, in the rows of a table that end with it."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    return [name for name, *rest in rows if rest == [figure]]
+
+
 def test_the_page_and_the_chart_show_every_figure(tmp_path: Path) -> None:
     page = suite.page(RESULTS, [])
-    assert "| masks, masks, suffix | 2.00 (1.90-2.10) |" in page
-    assert "| overhead, tiny_wan, ours_minus_stock | 5.00 (4.00-6.00) |" in page
+    assert cells(page, "2.00 (1.90-2.10)") == ["masks, masks, suffix"]
+    assert cells(page, "5.00 (4.00-6.00)") == ["overhead, tiny_wan, ours_minus_stock"]
     assert "Nothing is worse" in page
     assert "- it is slower" in suite.page(RESULTS, ["it is slower"])
     suite.chart(RESULTS, tmp_path / "chart.png")
@@ -82,8 +88,7 @@ MEMORY = {
 
 def test_memory_is_compared_too(snapshot: SnapshotAssertion) -> None:
     page = suite.page({**RESULTS, "memory": MEMORY}, [])
-    assert "| calls, no mask | 2 | 1 PyTorch's own call |" in page
-    assert "| owned, no mask | 3 | 4 with tensors that the caller keeps |" in page
+    assert [line for line in page.splitlines() if "no mask" in line] == snapshot
     assert page.count("no mask") == 2  # not among the times
     now = {"memory, calls, no mask, ours_bytes": figure(2049, 2049, 2049)}
     assert suite.worse(now, suite.figures({"memory": MEMORY})) == snapshot

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from attention_backends.cli import main
 from attention_backends.comparison import command
+from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--size", "16", "--steps", "2", "--repeat", "2", "--device", "cpu")
@@ -71,29 +72,30 @@ def test_the_other_modes_write_the_same_files(mode: str, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    "arguments",
     [
-        (["--backends", ""], "no backends chosen"),
-        (["--backends", "sdpa_math,_native_math"], "sdpa_math and _native_math are both sdpa_math"),
-        (["--backends", "sdpa_math,sdpa_math"], "sdpa_math is named twice"),
-        (["--backends", "sgae"], "unknown attention backend 'sgae'"),
-        (["--backends", "auto"], "auto is a way to choose"),
-        (["--size", "33x32"], "width 33: give an even number"),
-        (["--size", "32 by 32"], "size '32 by 32': give WIDTHxHEIGHT"),
-        (["--size", "32x32x32"], "give WIDTHxHEIGHT"),
-        (["--steps", "0"], "steps 0 < 1"),
-        (["--mode", "quick"], "mode 'quick' is not one of"),
-        (["--prompt", "a zebra"], "does not know: zebra"),
-        (["--device", "toaster"], "device 'toaster' cannot be used"),
+        pytest.param(["--backends", ""], id="no backends"),
+        pytest.param(["--backends", "sdpa_math,_native_math"], id="two names"),
+        pytest.param(["--backends", "sdpa_math,sdpa_math"], id="a backend twice"),
+        pytest.param(["--backends", "sgae"], id="no such backend"),
+        pytest.param(["--backends", "auto"], id="auto"),
+        pytest.param(["--size", "33x32"], id="width"),
+        pytest.param(["--size", "32 by 32"], id="size in words"),
+        pytest.param(["--size", "32x32x32"], id="three sizes"),
+        pytest.param(["--steps", "0"], id="steps"),
+        pytest.param(["--mode", "quick"], id="mode"),
+        pytest.param(["--prompt", "a zebra"], id="prompt"),
+        pytest.param(["--device", "toaster"], id="device"),
     ],
 )
 def test_bad_input_ends_with_2_and_a_sentence(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
 ) -> None:
     assert main(["compare", "--output", str(tmp_path / "out"), *arguments]) == 2
     captured = capsys.readouterr()
-    assert words in captured.err
     assert "Traceback" not in captured.err
+    said = captured.err.partition(" names are: ")[0]
+    assert said.partition(": Expected one of ")[0] == snapshot
     assert captured.out == ""
     assert not list(tmp_path.glob("out/*"))
 
@@ -106,7 +108,11 @@ def test_an_output_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("arguments", [["compare", *TINY], ["bench", "--presets", "flux2", "--tokens", "16"]])
 def test_a_folder_without_rights_is_found_before_the_work(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    snapshot: SnapshotAssertion,
 ) -> None:
     def refuses(**given: Path) -> None:  # root is refused nothing
         raise PermissionError(13, "Permission denied", str(given["dir"]))
@@ -114,7 +120,7 @@ def test_a_folder_without_rights_is_found_before_the_work(
     monkeypatch.setattr(command.tempfile, "TemporaryFile", refuses)
     assert main([*arguments, "--output", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path}: no file can be written there (Permission denied); name another folder with --output" in said
+    assert said.replace(str(tmp_path), "FOLDER") == snapshot
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +130,7 @@ def test_a_missing_package_is_said_before_anything_runs(
     monkeypatch.setitem(sys.modules, "skimage", None)
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     assert main(["compare", "--output", str(tmp_path / "out")]) == 2
-    assert "python -m pip install scikit-image matplotlib" in capsys.readouterr().err
+    assert "install scikit-image matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -147,7 +149,7 @@ def test_nan_from_step_2_on_with_enforce_gives_the_exact_result() -> None:
         assert calls == (3 * BLOCKS if again else 5 * BLOCKS - 3), "two steps, and the one that was run again"
 
 
-def test_a_model_that_is_never_finite_is_not_blamed_on_attention() -> None:
+def test_a_model_that_is_never_finite_is_not_blamed_on_attention(snapshot: SnapshotAssertion) -> None:
     made = session(sdpa, "enforce")
     run_once(made, some_call(random.Random(0)))
     runs = itertools.count()
@@ -159,7 +161,7 @@ def test_a_model_that_is_never_finite_is_not_blamed_on_attention() -> None:
     for _ in range(3):
         made.guard.model_call(object(), model, model)
     assert next(runs) == 4, "run again once, not at every step"
-    assert any("attention is not the cause" in note for note in made.trace.notes)
+    assert made.trace.notes == snapshot
 
 
 @pytest.mark.parametrize("head", [0, 5, 23])
@@ -178,10 +180,9 @@ def test_the_worst_head_is_named_and_stands_beside_the_whole_call(head: int, bat
     assert 0.1 * 0.2 / (24 * batch) ** 0.5 < found.call_l2 < 3 * 0.2 / (24 * batch) ** 0.5
     data = found.as_dict()
     assert (data["head"], data["call_l2_limit"]) == (head, BUDGETS["quantized"].call_l2)
-    assert (
-        f"; head {head} is the worst, all together {found.call_l2:.2g} (limit 0.075)"
-        in lines([{"role": "self", "block": "0", "backend": LOSSY, "calls": 1, **data}])[1]
-    )
+    said = lines([{"role": "self", "block": "0", "backend": LOSSY, "calls": 1, **data}])[1]
+    assert f"; head {head} " in said
+    assert f" {found.call_l2:.2g} (limit 0.075)" in said
 
 
 def test_an_error_of_all_heads_is_seen_that_a_head_may_have_alone() -> None:
@@ -191,7 +192,7 @@ def test_an_error_of_all_heads_is_seen_that_a_head_may_have_alone() -> None:
         watch, row = watch_of(guard, lambda call, error=error: sdpa(call) * (1 + error))
         watch(call)
         assert row.guard.alarms == alarms, error
-        assert not alarms or row.guard.first_alarm.startswith(f"relative L2 {error:.3g} of the whole call > 0.075")
+        assert not alarms or re.search(rf"^relative L2 {error:.3g} .* > 0\.075", row.guard.first_alarm)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(1, 1, 1), (8, 2, 2), (4, 4, 9)])
@@ -260,7 +261,7 @@ def test_the_twin_tells_a_dropped_mask_that_no_budget_would(dropped: bool) -> No
         watch(call)
         assert row.guard.relative_l2 < BUDGETS["quantized"].relative_l2
         assert row.guard.alarms == dropped, row.guard
-        assert not dropped or "nearer to the result without the mask" in row.guard.first_alarm
+        assert not dropped or "result without the mask" in row.guard.first_alarm
 
 
 def without_mask(call: AttentionCall) -> AttentionCall:
@@ -494,15 +495,16 @@ def test_a_refused_block_stays_refused_for_another_kind_of_call() -> None:
     assert plan.decision.backend == LOSSY, "another block has not been caught yet"
 
 
-def test_an_alarm_is_an_error_only_inside_enforce() -> None:
+def test_an_alarm_is_an_error_only_inside_enforce(snapshot: SnapshotAssertion) -> None:
     kernel, call = SABOTAGES["tail rows zeroed"](random.Random(0))
     guard = Guard("enforce", Trace(), everything=False)
     watch, _ = watch_of(guard, kernel)
-    with pytest.raises(GuardAlarm, match="in call 1 of the block"):
+    with pytest.raises(GuardAlarm) as caught:
         watch(call)
+    assert str(caught.value).partition(" of a head > ")[2] == snapshot
 
 
-def test_the_report_lists_the_worst_blocks_first() -> None:
+def test_the_report_lists_the_worst_blocks_first(snapshot: SnapshotAssertion) -> None:
     trace = Trace()
     for block, (error, alarms) in enumerate([(0.01, 0), (0.5, 1), (0.03, 0)]):
         row = trace.row("self", str(block), LOSSY, "test", "none", None, LOSSY)
@@ -512,8 +514,7 @@ def test_the_report_lists_the_worst_blocks_first() -> None:
     assert [entry["block"] for entry in found] == ["1", "2", "0"]
     json.dumps(found)
     text = lines(found)
-    assert "6 calls checked on 16 query rows per head, 1 bad; 60 ran" in text[0]
-    assert "BAD 1: relative L2 0.5" in text[1]
+    assert text[:2] == snapshot
     seen = [f"{chance(1 / one_in, 2):.0%} if 1 row in {one_in:,} is bad" for one_in in (100, 1000)]
     assert text[-1].endswith(", ".join(seen))
     assert lines([]) == []

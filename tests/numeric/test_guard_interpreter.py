@@ -77,7 +77,7 @@ def test_that_it_changes_its_keys_is_seen(sageattention: ModuleType) -> None:  #
     for seed in range(20):
         run(call_for(AttentionRequest(1, 2, 100, 64, 64, "float16"), seed=seed))
     assert row.guard.alarms == 20
-    assert "changed query, key or value" in row.guard.first_alarm
+    assert "changed query, key" in row.guard.first_alarm
 
 
 @pytest.mark.parametrize("kv_len", [77, 200])

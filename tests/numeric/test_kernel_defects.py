@@ -50,7 +50,7 @@ def ran(router, backend: str, call: AttentionCall) -> torch.Tensor:
 
 class TestSage1:
     @pytest.mark.parametrize("kv_len", [77, 200, 226])
-    def test_keys_that_fill_the_last_block_are_counted(self, monkeypatch, kv_len):
+    def test_keys_that_fill_the_last_block_are_counted(self, monkeypatch, kv_len, snapshot: SnapshotAssertion):
         call = call_for(PLAIN._replace(kv_len=kv_len))
         output = sageattention_1.sageattn(call.query, call.key.clone(), call.value)
         assert not right(output, call, "int8")
@@ -62,7 +62,7 @@ class TestSage1:
         assert right(output, zero_keys, "int8")
 
         router = machine(monkeypatch, SAGE_1)
-        assert router.refuse("sage_attn", call.request()) == (f"kv_len {kv_len} is not a multiple of 64",)
+        assert router.refuse("sage_attn", call.request()) == snapshot
 
     def test_whole_blocks_and_causal_calls_are_right(self, monkeypatch):
         router = machine(monkeypatch, SAGE_1)
@@ -313,12 +313,12 @@ class TestFlash:
         square = call_for(PLAIN._replace(kv_len=130, is_causal=True))
         assert right(ran(router, "flash_attn_2", square), square, "exact")
 
-    def test_version_4_alone_leaves_a_folder_without_the_function(self, monkeypatch):
+    def test_version_4_alone_leaves_a_folder_without_the_function(self, monkeypatch, snapshot: SnapshotAssertion):
         router = machine(monkeypatch, "flash-attn-4==4.0.0b36", (9, 0))
         import flash_attn
 
         assert not hasattr(flash_attn, "flash_attn_func")
-        assert router.unavailable("flash_attn_2")[0].startswith("package flash-attn is not installed")
+        assert router.unavailable("flash_attn_2")[0] == snapshot
         assert router.unavailable("flash_attn_4") == ()
 
     def test_metadata_without_the_function_is_a_reason(self, monkeypatch, snapshot: SnapshotAssertion):
@@ -344,7 +344,7 @@ class TestFlash:
         one = [tensor[0].transpose(0, 1) for tensor in (biased.query, biased.key, biased.value)]
         misread = flashinfer.single_prefill_with_kv_cache(*one, custom_mask=biased.attn_mask[0, 0])
         assert not right(misread.transpose(0, 1)[None], biased, "exact")
-        assert router.refuse("flashinfer_attn", biased.request())[0].startswith("mask kind bias not in (none")
+        assert router.refuse("flashinfer_attn", biased.request())[0] == snapshot
 
     def test_flashinfer_with_a_mask_for_each_head(self, monkeypatch):
         router = machine(monkeypatch, "flashinfer-python==0.7.2", (9, 0))

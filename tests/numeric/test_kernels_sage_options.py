@@ -171,22 +171,23 @@ def test_an_older_build_without_a_parameter(monkeypatch, snapshot: SnapshotAsser
 
 
 @pytest.mark.parametrize(
-    ("backend", "extra", "words"),
+    ("backend", "extra"),
     [
-        ("sage_fp8_sm90", {"pv_accum_dtype": "fp32"}, r"pv_accum_dtype 'fp32' is not one of fp32\+fp32"),
-        ("sage_fp8_sm90", {"smooth_v": True}, "no option 'smooth_v'"),
-        ("sage_fp16_cuda", {"pv_accum_dtype": "fp32+fp16"}, r"is not one of fp32, fp16\+fp32, fp16"),
-        ("sage_fp8_cuda", {"qk_quant_gran": "per_block"}, "qk_quant_gran 'per_block' is not one of auto, per_warp"),
-        ("sage_fp16_cuda", {"smooth_v": True}, "smooth_v has no effect with pv_accum_dtype fp32, only with fp16"),
-        ("sage_fp16_cuda", {"smooth_v": True, "pv_accum_dtype": "fp16+fp32"}, r"pv_accum_dtype fp16\+fp32, only"),
-        ("sage_fp8_cuda", {"smooth_v": True, "pv_accum_dtype": "fp32+fp16"}, r"fp32\+fp16, only with fp32"),
-        ("sage_fp16_cuda", {"smooth_k": "yes"}, "smooth_k must be true or false, not 'yes'"),
-        ("sage_attn", {"qk_quant_gran": "per_warp"}, "no option 'qk_quant_gran'"),
+        ("sage_fp8_sm90", {"pv_accum_dtype": "fp32"}),
+        ("sage_fp8_sm90", {"smooth_v": True}),
+        ("sage_fp16_cuda", {"pv_accum_dtype": "fp32+fp16"}),
+        ("sage_fp8_cuda", {"qk_quant_gran": "per_block"}),
+        ("sage_fp16_cuda", {"smooth_v": True}),
+        ("sage_fp16_cuda", {"smooth_v": True, "pv_accum_dtype": "fp16+fp32"}),
+        ("sage_fp8_cuda", {"smooth_v": True, "pv_accum_dtype": "fp32+fp16"}),
+        ("sage_fp16_cuda", {"smooth_k": "yes"}),
+        ("sage_attn", {"qk_quant_gran": "per_warp"}),
     ],
 )
-def test_options_that_a_kernel_never_has_are_refused_when_read(backend, extra, words):
-    with pytest.raises(ConfigError, match=words):
+def test_options_that_a_kernel_never_has_are_refused_when_read(backend, extra, snapshot: SnapshotAssertion):
+    with pytest.raises(ConfigError) as caught:
         AttentionSpec(backend, extra)
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,16 @@ def tune(capsys: Capture, *arguments: str, status: int = 0) -> dict[str, Any]:
     return found
 
 
-def test_presets_fill_the_store(file: Path, machine: dict[str, Costed], capsys: Capture) -> None:
+def test_presets_fill_the_store(
+    file: Path, machine: dict[str, Costed], capsys: Capture, snapshot: SnapshotAssertion
+) -> None:
     found = tune(capsys, "--presets", "flux2,wan22_14b_cross", *SMALL)
     assert found["not_measured"] == []
     assert {(one["role"], one["winner"], one["num_heads"]) for one in found["entries"]} == {
         ("joint", "sdpa_math", 48), ("cross", "sdpa_math", 40),
     }  # fmt: skip
-    assert all(one["rejected"]["aiter"].startswith("9 ms in one call > 2 x 3 ms") for one in found["entries"])
+    (rejected,) = {one["rejected"]["aiter"] for one in found["entries"]}
+    assert rejected == snapshot
     assert found["summary"]["entries"] == found["summary"]["entries_here"] == 2
     assert Store(file).summary()["entries"] == 2
 
@@ -78,11 +82,13 @@ def test_a_kernel_may_compile_as_long_as_it_likes(file: Path, machine: dict[str,
     assert (entry["winner"], entry["put_off"]) == ("sdpa_math", {})
 
 
-def test_what_gives_no_choice_says_why(file: Path, machine: dict[str, Costed], capsys: Capture) -> None:
+def test_what_gives_no_choice_says_why(
+    file: Path, machine: dict[str, Costed], capsys: Capture, snapshot: SnapshotAssertion
+) -> None:
     machine["torch_sdpa"].cost = lambda: 0.2
     found = tune(capsys, "--presets", "flux2", *SMALL)
     assert found["entries"] == []
-    assert found["not_measured"] == [{"preset": "flux2", "reason": "under 1 ms, not tuned"}]
+    assert found["not_measured"] == snapshot
 
     def fails(call: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -106,17 +112,17 @@ def test_a_fault_of_the_gpu_ends_it(file: Path, machine: dict[str, Costed], caps
     assert found["summary"]["entries"] == 1, "what was found before is kept"
 
 
-def test_show_export_clear_and_import(file: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_show_export_clear_and_import(file: Path, tmp_path: Path, capsys: Capture, snapshot: SnapshotAssertion) -> None:
     store = Store(file)
     for entry in some():
         store.put(entry)
     assert len(tune(capsys, "--show")["entries"]) == 4
     assert main(["tune", "--show"]) == 0
     text = capsys.readouterr().out
-    assert "(4 choices, 3 for this machine)" in text
+    first, _, _, *table = text.splitlines()
+    assert first.partition("measured.sqlite3 ")[2] == snapshot
+    assert [" ".join(line.rpartition("; ")[0].split()) for line in table] == snapshot  # without the days
     assert "sdpa_flash" in text
-    assert "emulated_int8: relative L2 0.21 > 0.1" in text
-    assert "of another machine: cuda NVIDIA GeForce RTX 4090" in text
     out = tmp_path / "choices.json"
     assert tune(capsys, "--export", str(out)) == {"exported": 4}
     assert main(["tune", "--export", "-"]) == 0
@@ -129,37 +135,37 @@ def test_show_export_clear_and_import(file: Path, tmp_path: Path, capsys: Captur
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    "arguments",
     [
-        (["--presets", "flux9"], "no preset is called flux9"),
-        (["--dtype", "int3"], "dtype 'int3' is not one of bfloat16, float16, float32"),
-        (["--tokens", "-1"], "tokens -1: give 1 or more"),
-        (["--import", "{folder}/nothing.json"], "nothing.json"),
-        (["--import", "{folder}/wrong.json"], "not a document of measured choices"),
-        (["--import", "{folder}/text.json"], "Expecting value"),
-        (["--import", "{folder}/deep.json"], "nested too deeply"),
-        (["--export", "{folder}/no/such/folder.json"], "folder.json"),
+        pytest.param(["--presets", "flux9"], id="presets"),
+        pytest.param(["--dtype", "int3"], id="dtype"),
+        pytest.param(["--tokens", "-1"], id="tokens"),
+        pytest.param(["--import", "{folder}/nothing.json"], id="no file"),
+        pytest.param(["--import", "{folder}/wrong.json"], id="another document"),
+        pytest.param(["--import", "{folder}/text.json"], id="no JSON"),
+        pytest.param(["--import", "{folder}/deep.json"], id="deep JSON"),
+        pytest.param(["--export", "{folder}/no/such/folder.json"], id="no folder"),
     ],
 )
 def test_bad_input_ends_with_a_reason(
-    file: Path, tmp_path: Path, capsys: Capture, arguments: list[str], said: str
+    file: Path, tmp_path: Path, capsys: Capture, arguments: list[str], snapshot: SnapshotAssertion
 ) -> None:
     (tmp_path / "wrong.json").write_text("[]", encoding="utf-8")
     (tmp_path / "text.json").write_text("choices", encoding="utf-8")
     (tmp_path / "deep.json").write_text("[" * 200_000, encoding="utf-8")
     arguments = [word.replace("{folder}", str(tmp_path)) for word in arguments]
     found = tune(capsys, *arguments, status=2)
-    assert said in found["error"]
+    said = found["error"].replace(str(tmp_path), "FOLDER").replace("\\", "/")
+    assert said.partition(" are: ")[0].partition(": [Errno")[0] == snapshot
 
 
 def test_a_store_that_cannot_be_written_is_found_before_the_work(
-    file: Path, machine: dict[str, Costed], tmp_path: Path, capsys: Capture
+    file: Path, machine: dict[str, Costed], tmp_path: Path, capsys: Capture, snapshot: SnapshotAssertion
 ) -> None:
     (tmp_path / "plain").write_text("here first", encoding="utf-8")
     nowhere = tmp_path / "plain" / "measured.sqlite3"
     found = tune(capsys, "--presets", "flux2", "--store", str(nowhere), *SMALL, status=2)
-    assert f"{nowhere} cannot be written (" in found["error"]
-    assert found["error"].endswith(f"name another file with --store or {VARIABLE}")
+    assert re.sub(r"\(.*\)", "(...)", found["error"].replace(str(nowhere), "FILE")) == snapshot
 
 
 def test_explain_knows_the_store(

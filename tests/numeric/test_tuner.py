@@ -185,14 +185,14 @@ def test_one_that_always_compiles_is_put_off_twice_only(store: Store, snapshot: 
     assert only_entry(store)["rejected"] == snapshot
 
 
-def test_calls_under_a_millisecond_are_not_tuned(store: Store) -> None:
+def test_calls_under_a_millisecond_are_not_tuned(store: Store, snapshot: SnapshotAssertion) -> None:
     machine = Machine(store, steady(torch_sdpa=0.9, sdpa_math=0.1))
     session = machine.run(small_call())
     assert ran(session) == {INCUMBENT: 240}
     assert store.entries() == []
     assert tuning(session)["not_tuned"] == 1
     sources = {row.source for row in session.trace.rows.values() if row.calls}
-    assert "node.default: measured (under 1 ms, not tuned)" in sources
+    assert sources == snapshot
 
 
 @pytest.mark.parametrize(("ms", "winner"), [(2.95, INCUMBENT), (2.9, "sdpa_math")])
@@ -226,16 +226,18 @@ def spoils(call: AttentionCall) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "accuracy", "reason"),
+    ("kernel", "accuracy"),
     [
-        (worse, "exact", "relative L2 0.3 of a head > 0.05"),
-        (worse, "quantized", "relative L2 0.3 of a head > 0.1"),
-        (out_of_memory, "exact", "out of memory in a trial"),
-        (broken, "exact", "failed: RuntimeError: no kernel image is available"),
-        (spoils, "exact", "the kernel changed query, key or value"),
+        (worse, "exact"),
+        (worse, "quantized"),
+        (out_of_memory, "exact"),
+        (broken, "exact"),
+        (spoils, "exact"),
     ],
 )
-def test_a_candidate_that_goes_wrong_harms_nothing(store: Store, kernel: Any, accuracy: str, reason: str) -> None:
+def test_a_candidate_that_goes_wrong_harms_nothing(
+    store: Store, kernel: Any, accuracy: str, snapshot: SnapshotAssertion
+) -> None:
     bad = Costed("sage_attn", None, lambda: 1.2, kernel, accuracy)  # type: ignore[arg-type]
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0), accuracy="quantized", others=[bad])
     call = small_call()
@@ -249,7 +251,7 @@ def test_a_candidate_that_goes_wrong_harms_nothing(store: Store, kernel: Any, ac
     assert all(torch.equal(output, exact) for output in outputs)
     assert torch.equal(call.key, key)
     entry = only_entry(store)
-    assert entry["rejected"] == {"sage_attn": reason}
+    assert entry["rejected"] == snapshot
     assert entry["winner"] == "sdpa_math"
     assert bad.calls == 1
     assert "sage_attn" not in ran(session)

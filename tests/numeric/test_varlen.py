@@ -233,7 +233,7 @@ def test_one_that_fails_gives_way_to_a_call_each_once(
 
 @pytest.mark.parametrize(
     ("words", "raised"),
-    [("CUDA out of memory", RuntimeError), ("an illegal memory access was encountered", KernelFaultError)],
+    [("CUDA out of memory", RuntimeError), ("illegal memory access", KernelFaultError)],
 )
 def test_errors_after_which_nothing_may_run(
     monkeypatch: pytest.MonkeyPatch, words: str, raised: type[Exception]
@@ -329,16 +329,17 @@ def test_when_an_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert not reads("flash_attn_2", "cuda", mask="key_padding", dtype="float32")  # refused without a mask too
 
 
-def test_explain_says_that_a_described_mask_has_no_values(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_says_that_a_described_mask_has_no_values(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     from attention_backends import cli
 
     words = ["explain", "--config", "flash_varlen", "--platform", "cuda:8.6,packages=flash-attn==2.8.3"]
     facts = "batch=2,num_heads=4,q_len=64,head_dim=64"
     assert cli.main([*words, "--request", f"{facts},mask=key_padding"]) == 0
     said = capsys.readouterr().out
-    assert "flash_attn_2: mask kind key_padding not in (none)" in said
-    assert "a described call has no mask values" in said
-    assert "one call over packed tokens" in said
+    meant = ("Note: a ", "  flash_attn_2: ")
+    assert [line for line in said.splitlines() if line.startswith(meant)] == snapshot
     assert cli.main([*words, "--request", facts]) == 0
     said = capsys.readouterr().out
     assert "flash_attn_2 would run" in said
