@@ -501,7 +501,7 @@ def test_an_alarm_is_an_error_only_inside_enforce(snapshot: SnapshotAssertion) -
     watch, _ = watch_of(guard, kernel)
     with pytest.raises(GuardAlarm) as caught:
         watch(call)
-    assert str(caught.value).partition(" of a head > ")[2] == snapshot
+    assert str(caught.value).partition(" > ")[2] == snapshot
 
 
 def test_the_report_lists_the_worst_blocks_first(snapshot: SnapshotAssertion) -> None:

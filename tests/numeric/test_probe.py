@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -331,7 +332,7 @@ def out_of_memory(call: AttentionCall) -> torch.Tensor:
         pytest.param(with_nan, "failed", "", id="NaN"),
         pytest.param(wrong_scale, "failed", "6.", id="scale"),
         pytest.param(without_the_last_block, "failed", "", id="last block"),
-        pytest.param(lambda call: torch.zeros_like(call.query), "failed", "1.0e+00 ", id="zeros"),
+        pytest.param(lambda call: torch.zeros_like(call.query), "failed", "1.0e+00", id="zeros"),
         pytest.param(lambda call: plain_sdpa()(call) + float("inf"), "failed", "", id="infinite"),
         pytest.param(lambda call: plain_sdpa()(call).transpose(1, 2), "failed", "", id="layout"),
         pytest.param(lambda call: (plain_sdpa()(call), None), "failed", "", id="two outputs"),
@@ -344,9 +345,8 @@ def out_of_memory(call: AttentionCall) -> torch.Tensor:
 def test_the_verdict_on_an_exact_kernel(kernel: Kernel, status: str, error: str, snapshot: SnapshotAssertion) -> None:
     outcome = verdict(kernel)
     assert outcome.status == status
-    before, l2, numbers = outcome.reason.partition("relative L2 ")
-    assert numbers.startswith(error)
-    assert (before + l2 if l2 else outcome.reason) == snapshot
+    assert re.sub(r"\d\.\de[+-]\d\d", "...", outcome.reason) == snapshot
+    assert not error or f"{outcome.relative_l2:.1e}".startswith(error)
 
 
 def test_a_kernel_that_says_that_it_changes_its_inputs_may() -> None:

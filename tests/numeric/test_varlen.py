@@ -233,7 +233,7 @@ def test_one_that_fails_gives_way_to_a_call_each_once(
 
 @pytest.mark.parametrize(
     ("words", "raised"),
-    [("CUDA out of memory", RuntimeError), ("illegal memory access", KernelFaultError)],
+    [("CUDA out of memory", RuntimeError), ("an illegal memory access was encountered", KernelFaultError)],
 )
 def test_errors_after_which_nothing_may_run(
     monkeypatch: pytest.MonkeyPatch, words: str, raised: type[Exception]
