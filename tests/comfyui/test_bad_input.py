@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,11 @@ def per_role() -> Any:
     return nodes_module("per_role").PerRoleAttentionConfig
 
 
+def without_names(error: BaseException) -> str:
+    """What an error says, without the names of all backends."""
+    return re.sub(r"(the names are:) [\w, ]*\w", r"\1 ...", str(error))
+
+
 @pytest.mark.parametrize("node", [selector, per_role])
 @pytest.mark.parametrize(
     ("name", "near"),
@@ -57,38 +63,35 @@ def test_every_known_spelling_passes(node: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"backend": 3}, "backend must be a name, not int: 3"),
-        ({"backend": "sagee"}, "unknown attention backend 'sagee'; did you mean sage"),
-        ({"accuracy": "best"}, "accuracy 'best' is not one of exact, quantized, sparse"),
-        ({"strict": "yes"}, "strict must be true or false, not 'yes'"),
-        ({"guard": "maybe"}, "guard 'maybe' is not one of off, watch, enforce"),
-    ],
+    "wrong",
+    [{"backend": 3}, {"backend": "sagee"}, {"accuracy": "best"}, {"strict": "yes"}, {"guard": "maybe"}],
+    ids=["no backend", "unknown backend", "accuracy", "strict", "guard"],
 )
-def test_the_selector_refuses_wrong_values(wrong: dict[str, Any], message: str) -> None:
+def test_the_selector_refuses_wrong_values(wrong: dict[str, Any], snapshot: SnapshotAssertion) -> None:
     right = {"backend": "auto", "accuracy": "exact", "strict": False, "guard": "off"}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as caught:
         selector().execute(tiny_sampling.build("wan"), **{**right, **wrong})
+    assert without_names(caught.value) == snapshot
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    "wrong",
     [
-        ({"backend": 3}, "backend must be a name, not int: 3"),
-        ({"role": "  "}, "role is empty; write self, cross, joint, or a role of the model"),
-        ({"role": None}, "role must be text, not NoneType"),
-        ({"extra": "{x"}, "extra: not valid JSON at line 1, column 2"),
-        ({"extra": "words"}, "extra: 'words' is not name=value"),
-        ({"extra": "a=1 a=2"}, "extra: 'a' conflicts with an earlier entry"),
-        ({"extra": "smooth=1"}, "extra of sdpa_math: no option 'smooth' .known: none."),
-        ({"extra": {"smooth": 1}}, "extra must be text, not dict"),
+        pytest.param({"backend": 3}, id="no backend"),
+        pytest.param({"role": "  "}, id="empty role"),
+        pytest.param({"role": None}, id="no role"),
+        pytest.param({"extra": "{x"}, id="damaged JSON"),
+        pytest.param({"extra": "words"}, id="words"),
+        pytest.param({"extra": "a=1 a=2"}, id="twice"),
+        pytest.param({"extra": "smooth=1"}, id="unknown option"),
+        pytest.param({"extra": {"smooth": 1}}, id="no text"),
     ],
 )
-def test_the_per_role_node_refuses_wrong_values(wrong: dict[str, Any], message: str) -> None:
+def test_the_per_role_node_refuses_wrong_values(wrong: dict[str, Any], snapshot: SnapshotAssertion) -> None:
     right = {"role": "self", "backend": "sdpa_math", "extra": ""}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as caught:
         per_role().execute(tiny_sampling.build("wan"), **{**right, **wrong})
+    assert without_names(caught.value) == snapshot
 
 
 @pytest.mark.parametrize(
@@ -106,34 +109,33 @@ def test_a_model_without_a_diffusion_model_is_refused(model: Any, patch: Any, sn
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value"),
     [
-        ("ATTENTION_BACKENDS_CONFIG", '{"per_role": 3}', r"\.per_role: expected .* not int"),
-        ("ATTENTION_BACKENDS_CONFIG", '{"default": ["a"]}', r"\.default: expected .* not list"),
-        ("ATTENTION_BACKENDS_CONFIG", '{"strict": "yes"}', ": strict must be true or false"),
-        ("ATTENTION_BACKENDS_CONFIG", "nowhere.json", ": cannot read nowhere.json"),
-        ("DIFFUSION_ATTENTION_BACKEND", "sagee", ": unknown attention backend 'sagee'"),
+        ("ATTENTION_BACKENDS_CONFIG", '{"per_role": 3}'),
+        ("ATTENTION_BACKENDS_CONFIG", '{"default": ["a"]}'),
+        ("ATTENTION_BACKENDS_CONFIG", '{"strict": "yes"}'),
+        ("ATTENTION_BACKENDS_CONFIG", "nowhere.json"),
+        ("DIFFUSION_ATTENTION_BACKEND", "sagee"),
     ],
+    ids=["per_role", "default", "strict", "no file", "unknown backend"],
 )
-def test_a_wrong_environment_is_named(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_environment_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=name + message):
+    with pytest.raises(ValueError) as caught:
         selected(tiny_sampling.build("wan"), "auto")
+    assert name in str(caught.value)
+    assert without_names(caught.value) == snapshot
 
 
-@pytest.mark.parametrize(
-    ("role", "notes"),
-    [
-        ("flux.single", ["role 'flux.single' matched no attention call of this model; its roles are: cross, self"]),
-        ("joint", ["role 'joint' matched no attention call of this model; its roles are: cross, self"]),
-        ("cross", []),
-    ],
-)
-def test_a_role_that_matches_nothing_is_a_note(role: str, notes: list[str]) -> None:
+@pytest.mark.parametrize("role", ["flux.single", "joint", "cross"])
+def test_a_role_that_matches_nothing_is_a_note(role: str, snapshot: SnapshotAssertion) -> None:
     model = with_role(selected(tiny_sampling.build("wan"), "torch_sdpa", strict=True), role, "torch_sdpa")
     tiny_sampling.sample(model, "wan")
     assert counts(last_run()) == {("self", "torch_sdpa"): 4, ("cross", "torch_sdpa"): 4}
-    assert last_run()["notes"] == notes
+    assert len(last_run()["notes"]) == (role != "cross")
+    assert last_run()["notes"] == snapshot
 
 
 def test_a_category_matches_the_roles_in_it() -> None:
@@ -154,10 +156,12 @@ def test_strict_lists_the_call_and_every_backends_reasons(snapshot: SnapshotAsse
     assert call == snapshot
     assert machine.startswith("  machine: cpu")
     assert asked == snapshot
-    assert "choose one that can run it (torch_sdpa, " in advice
+    before, _, rest = advice.partition("(")
+    assert before == snapshot
+    assert rest.startswith("torch_sdpa, ")
     refused = {name.strip() for line in others for name in line.partition(":")[0].split(",")}
     assert all(line.partition(":")[2].strip() for line in others)
-    advised = set(advice.partition("(")[2].partition(")")[0].split(", "))
+    advised = set(rest.partition(")")[0].split(", "))
     exact = {name for name, backend in BACKENDS.items() if backend.accuracy == "exact"}
     assert exact - {"cudnn_attn", "reference", "comfy"} <= refused | advised
     assert not refused & advised

@@ -16,6 +16,7 @@ import tiny_sampling  # noqa: E402
 from attention_backends.backends.config.layers import settings_of  # noqa: E402
 from attention_backends.backends.names import RefusedBackendError, UnknownBackendError  # noqa: E402
 from hook_side import counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
+from test_bad_input import without_names  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 
@@ -62,23 +63,22 @@ def test_a_pasted_command_line_decides_what_runs(model: Any) -> None:
     assert "attention_backends" not in model.model_options["transformer_options"], "the patch goes on a clone"
 
 
-def test_the_account_says_what_was_read_without_effect_and_what_a_name_means(model: Any) -> None:
+def test_the_account_says_what_was_read_without_effect_and_what_a_name_means(
+    model: Any, snapshot: SnapshotAssertion
+) -> None:
     text = "sglang serve --model-path x --component-attention-backends transformer=dynamic_cudnn_sdpa,vae=fa"
     tiny_sampling.sample(with_text(model, text), "wan")
-    notes = "\n".join(last_run()["notes"])
-    assert "dynamic_cudnn_sdpa (SGLang diffusion 0.5.23) means cudnn_attn here: " in notes
-    assert "component vae: not routed here, only the diffusion model is" in notes
-    assert "--model-path: not about attention" in notes
+    assert last_run()["notes"] == snapshot
 
 
-def test_a_name_of_another_system_prints_its_line_in_the_other_nodes_too(model: Any) -> None:
+def test_a_name_of_another_system_prints_its_line_in_the_other_nodes_too(
+    model: Any, snapshot: SnapshotAssertion
+) -> None:
     selector, per_role = nodes_module("selector").AttentionBackendSelector, nodes_module("per_role")
     patched = selector.execute(model, "fa3", "exact", False, "off").args[0]
     patched = per_role.PerRoleAttentionConfig.execute(patched, "cross", "_native_npu", "").args[0]
     patched = per_role.PerRoleAttentionConfig.execute(patched, "self", "flash_attn", "").args[0]
-    family, npu = patched.model_options["transformer_options"]["attention_backends"].notes
-    assert family.startswith("fa3 (SGLang diffusion 0.5.23) means flash_attn here: the FlashAttention family")
-    assert npu.startswith("_native_npu (Diffusers 0.42.1) means npu_fusion here: ")
+    assert patched.model_options["transformer_options"]["attention_backends"].notes == snapshot
 
 
 def test_self_covers_joint_where_a_node_says_it_and_not_where_a_text_does(model: Any) -> None:
@@ -150,12 +150,12 @@ def test_files_of_the_folder_are_offered_and_read(model: Any, place: Path, name:
     assert asked(with_text(model, file=name)) == {"default": "torch_sdpa", "cross": "sdpa_math"}
 
 
-def test_no_folder_is_no_error(model: Any, place: Path) -> None:
+def test_no_folder_is_no_error(model: Any, place: Path, snapshot: SnapshotAssertion) -> None:
     place.rmdir()
     assert next(each for each in node().define_schema().inputs if each.id == "file").options == ["none"]
     assert node().validate_inputs("none") is True
     assert node().validate_inputs(None) is True, "a linked input is known only when it runs"
-    assert "there are: none. Put .json, .yaml or .yml files" in node().validate_inputs("a.json")
+    assert node().validate_inputs("a.json") == snapshot
 
 
 @pytest.fixture
@@ -214,51 +214,51 @@ def test_an_edited_file_is_a_new_result(place: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("text", "place_of_it"),
+    "text",
     [
-        ('{\n "default": "torch_sdpa",\n "per_role": }', "text: not valid JSON at line 3, column 14"),
-        ('\n\n{"default": }', "text: not valid JSON at line 3, column 13"),
-        ("\n\nbackend=sdpa_math\nstrict", "'strict' is not name=value (line 4)"),
-        ("default: torch_sdpa\nper_role: [a\n", "text: not valid YAML at line 2, column 13"),
-        ("default: torch_sdpa\nper_role:\n  cross: sagee", "text.per_role['cross']: unknown attention backend 'sagee'"),
-        ("default: torch_sdpa\nper_role:\n  cross: sagee", "(line 3)"),
-        ("--attention-backend torch_sdpa \\\n --attention-backend-confg x=1", "unknown entry attention_backend_confg"),
-        ("sglang serve \\\n --attention-backend-confg x=1", "flag --attention-backend-confg is about attention"),
-        ("backend=sdpa_math strict", "text: 'strict' is not name=value"),
+        pytest.param('{\n "default": "torch_sdpa",\n "per_role": }', id="JSON"),
+        pytest.param('\n\n{"default": }', id="JSON after empty lines"),
+        pytest.param("\n\nbackend=sdpa_math\nstrict", id="words in lines"),
+        pytest.param("default: torch_sdpa\nper_role: [a\n", id="YAML"),
+        pytest.param("default: torch_sdpa\nper_role:\n  cross: sagee", id="unknown backend"),
+        pytest.param("--attention-backend torch_sdpa \\\n --attention-backend-confg x=1", id="unknown entry"),
+        pytest.param("sglang serve \\\n --attention-backend-confg x=1", id="unknown flag"),
+        pytest.param("backend=sdpa_math strict", id="words"),
     ],
 )
-def test_errors_point_at_the_place(model: Any, text: str, place_of_it: str) -> None:
-    with pytest.raises(ValueError, match=r".") as caught:
+def test_errors_point_at_the_place(model: Any, text: str, snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ValueError) as caught:
         with_text(model, text)
-    assert place_of_it in str(caught.value)
+    assert without_names(caught.value) == snapshot
 
 
 def test_errors_in_a_file_name_it(model: Any, place: Path, snapshot: SnapshotAssertion) -> None:
     (place / "a.json").write_text(json.dumps({"per_role": {"cross": "sagee"}}))
     with pytest.raises(UnknownBackendError) as caught:
         with_text(model, file="a.json")
-    assert str(caught.value) == snapshot
+    assert without_names(caught.value) == snapshot
     (place / "b.yaml").write_bytes("default: fa".encode("utf-16"))
     with pytest.raises(ValueError) as caught:
         with_text(model, file="b.yaml")
     assert str(caught.value) == snapshot
     (place / "c.yaml").write_bytes(b"#" * 1_000_001)
-    assert "c.yaml: 1000001 bytes > 1000000" in node().validate_inputs("c.yaml")
+    assert node().validate_inputs("c.yaml") == snapshot
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    "wrong",
     [
-        ({"text": 3}, "text must be text, not int: 3"),
-        ({"text": "fa", "file": "a.yaml"}, "both text and the file a.yaml are given; clear the text"),
-        ({"text": "fa", "component": " "}, "component must be a name such as transformer"),
-        ({"text": "fa", "file": 3}, "both text and the file 3"),
-        ({"file": 3}, "no configuration file 3"),
+        pytest.param({"text": 3}, id="no text"),
+        pytest.param({"text": "fa", "file": "a.yaml"}, id="text and file"),
+        pytest.param({"text": "fa", "component": " "}, id="component"),
+        pytest.param({"text": "fa", "file": 3}, id="text and no name of a file"),
+        pytest.param({"file": 3}, id="no name of a file"),
     ],
 )
-def test_wrong_inputs_are_refused(model: Any, wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_inputs_are_refused(model: Any, wrong: dict[str, Any], snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ValueError) as caught:
         with_text(model, **wrong)
+    assert str(caught.value) == snapshot
 
 
 def test_a_refused_name_says_why_and_where(model: Any, snapshot: SnapshotAssertion) -> None:
