@@ -36,7 +36,7 @@ def per_role() -> Any:
     return nodes_module("per_role").PerRoleAttentionConfig
 
 
-def without_names(error: BaseException) -> str:
+def without_names(error: object) -> str:
     """What an error says, without the names of all backends."""
     return re.sub(r"(the names are:) [\w, ]*\w", r"\1 ...", str(error))
 
@@ -174,9 +174,7 @@ def test_not_strict_falls_back_with_the_reason(caplog: pytest.LogCaptureFixture,
     assert counts(last_run()) == {("self", "torch_sdpa"): 4, ("cross", "torch_sdpa"): 4}
     assert {row["reason"] for row in last_run()["rows"]} == snapshot
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    for role in ("self", "cross"):
-        text = f"role {role}: torch_sdpa runs instead of cudnn_attn (cudnn_attn: device cpu not in (cuda))"
-        assert warnings.count(text) == 1
+    assert sorted(text for text in warnings if text.startswith("role ")) == snapshot
 
 
 def test_what_only_the_environment_says_holds_for_a_per_role_node(

@@ -16,6 +16,7 @@ aiohttp = pytest.importorskip("aiohttp", reason="aiohttp, which ComfyUI needs, i
 
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
 from server_harness import start_server  # noqa: E402
+from test_bad_input import without_names  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 NODES = Path(__file__).parents[1] / "server_nodes"
@@ -135,11 +136,11 @@ def test_out_of_memory_in_the_second_run_keeps_what_was_finished(server: Server,
     assert rows["model_1"]["runs"] == 1
     assert rows["model_1"]["psnr"] is None or rows["model_1"]["identical"], "its finished picture is compared"
     assert [rows[name]["runs"] for name in ("torch_sdpa", "comfy", "sdpa_math")] == [3, 3, 3]
-    assert "out of memory: try a smaller size or fewer frames" in record["table"]["text"][0]
+    assert rows["model_1"]["failed"] in record["table"]["text"][0]
     assert record["picture"]["images"]
 
 
-def test_cancel_within_a_run_stops_it_and_logs_what_was_finished(server: Server) -> None:
+def test_cancel_within_a_run_stops_it_and_logs_what_was_finished(server: Server, snapshot: SnapshotAssertion) -> None:
     done = {"cancelled": 0}
 
     def cancel(value: int, most: int) -> None:
@@ -153,11 +154,12 @@ def test_cancel_within_a_run_stops_it_and_logs_what_was_finished(server: Server)
     assert ended == "execution_interrupted"
     assert done["cancelled"]
     assert seen[-1][0] < seen[-1][1]
-    said = server.log[lines:]
-    assert "the comparison was cancelled; what was measured before:" in said
-    table = said.split("what was measured before:")[1]
-    assert "torch_sdpa" in table
-    assert "interrupted before its first run was finished" in table
+    said = server.log[lines:].splitlines()
+    first = next(number for number, line in enumerate(said) if "the comparison was cancelled" in line)
+    assert said[first].partition("the comparison")[2] == snapshot
+    rows = {line.split("  ")[0]: " ".join(line.split()) for line in said[first:]}
+    assert "torch_sdpa" in rows
+    assert rows["model 1"] == snapshot
 
 
 def test_cancel_between_two_runs_begins_no_other(server: Server) -> None:
@@ -165,7 +167,7 @@ def test_cancel_between_two_runs_begins_no_other(server: Server) -> None:
     lines = len(server.log)
     with pytest.raises(WorkflowError, match="the run was interrupted"):
         server.run(graph(seed=7, repeat=2, shaky={"cancel_after": 2}))
-    table = server.log[lines:].split("what was measured before:")[1]
+    table = server.log[lines:].split("the comparison was cancelled")[1]
     rows = [line for line in table.splitlines() if line.startswith(("torch_sdpa", "comfy", "sdpa_math", "model 1"))]
     assert len(rows) == 4
     assert not [line for line in rows if "interrupted" in line], "each had finished a run"
@@ -174,27 +176,32 @@ def test_cancel_between_two_runs_begins_no_other(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"backends": "sdpa_math, sdpa_math"}, "sdpa_math is named twice: name each backend once"),
-        ({"backends": "torch_sdpa, sdpa"}, "torch_sdpa and sdpa are both torch_sdpa: name each backend once"),
-        ({"backends": " "}, "nothing to compare: name backends, or connect patched models"),
-        ({"backends": "", "mode": "attention"}, "nothing to compare: name backends"),
-        ({"backends": "auto"}, "auto is a way to choose, not a backend"),
-        ({"backends": "sage_atn"}, "unknown attention backend 'sage_atn'; did you mean sage_attn"),
+        {"backends": "sdpa_math, sdpa_math"},
+        {"backends": "torch_sdpa, sdpa"},
+        {"backends": " "},
+        {"backends": "", "mode": "attention"},
+        {"backends": "auto"},
+        {"backends": "sage_atn"},
     ],
     ids=["twice", "twice by another name", "none", "none, attention alone", "a choice", "unknown"],
 )
-def test_wrong_backends_are_refused_in_one_sentence(server: Server, changes: dict[str, Any], message: str) -> None:
+def test_wrong_backends_are_refused_in_one_sentence(
+    server: Server, changes: dict[str, Any], snapshot: SnapshotAssertion
+) -> None:
     with pytest.raises(WorkflowError) as caught:
         server.run(graph(**changes))
-    assert message in str(caught.value)
-    refused = "refused the workflow" in str(caught.value)
+    first, second = str(caught.value).splitlines()[:2]
+    refused = "refused the workflow" in first
+    assert without_names(second.partition(" - ")[2] if refused else first) == snapshot
     assert refused == bool(changes["backends"].strip()), "names are read before anything runs"
 
 
 @pytest.mark.parametrize("mode", ["end_to_end", "one_step", "attention"])
-def test_a_latent_of_another_model_is_refused_before_anything_runs(server: Server, mode: str) -> None:
+def test_a_latent_of_another_model_is_refused_before_anything_runs(
+    server: Server, mode: str, snapshot: SnapshotAssertion
+) -> None:
     nodes = graph(mode=mode, latent_image=["other", 3])
     nodes["other"] = node("TinyModel", family="sd15")
     nodes["filled"] = node("LatentAdd", samples1=["drawn", 0], samples2=["drawn", 0])
@@ -207,6 +214,4 @@ def test_a_latent_of_another_model_is_refused_before_anything_runs(server: Serve
     nodes[OUR_NODE]["inputs"]["latent_image"] = ["filled", 0]
     with pytest.raises(WorkflowError) as caught:
         server.run(nodes)
-    first = str(caught.value).splitlines()[0]
-    assert "latent_image of shape (1, 4, 1, 16, 24) is not one of this model, which has 16 channels" in first
-    assert "5 dimensions" in first
+    assert str(caught.value).splitlines()[0] == snapshot

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
 from hostile_texts import TEXTS, products  # noqa: E402
 from server_harness import start_server  # noqa: E402
+from test_bad_input import without_names  # noqa: E402
 from test_server_families import NODES, branch, last_run  # noqa: E402
 
 pytestmark = pytest.mark.comfy
@@ -60,13 +62,15 @@ def test_a_name_that_is_not_in_the_folder_is_refused_before_anything_runs(
     folder = server.folder / "user" / "default" / "attention_backends"
     folder.mkdir(parents=True, exist_ok=True)
     (folder.parent / "secret.json").write_text('{"sesame": 1}')
-    with pytest.raises(WorkflowError, match=r"(?s)refused the workflow: .*no configuration file"):
+    with pytest.raises(WorkflowError, match="no configuration file") as caught:
         run(server, tmp_path, file=name)
+    assert "refused the workflow" in str(caught.value)
 
 
-def test_an_error_points_at_the_line(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(WorkflowError, match=r"cross.*unknown attention backend 'sagee'.*\(line 3\)"):
+def test_an_error_points_at_the_line(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(WorkflowError) as caught:
         run(server, tmp_path, text="default: torch_sdpa\nper_role:\n  cross: sagee")
+    assert without_names(caught.value).splitlines()[0] == snapshot
 
 
 ERRORS = {
@@ -125,15 +129,17 @@ def test_hostile_texts_end_with_the_documented_error(server: Server, tmp_path: P
     assert {row["backend"] for row in last_run(server)["rows"]} == {"sdpa_math"}
 
 
-def test_null_is_refused_before_anything_runs(server: Server, tmp_path: Path) -> None:
+def test_null_is_refused_before_anything_runs(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     settings = {"accuracy": "exact", "strict": False, "guard": "off"}
     with pytest.raises(WorkflowError) as caught:
         server.run(graph(tmp_path, "AttentionBackendSelector", backend=None, **settings))
     assert "refused the workflow" in str(caught.value)
-    assert "backend must be a name, not null; write auto, or one of: " in str(caught.value)
+    said, _, names = str(caught.value).partition(" - ")[2].partition(" one of: ")
+    assert said == snapshot
+    assert names
     nodes = graph(tmp_path, "AttentionBackendSelector", backend="auto", **settings)
     nodes["ours"]["inputs"]["model"] = None
-    with pytest.raises(WorkflowError, match="model is not connected: connect an output of type MODEL"):
+    with pytest.raises(WorkflowError, match="model is not connected"):
         server.run(nodes)
 
 

@@ -89,7 +89,7 @@ def test_nan_in_one_block_from_step_2_on(
     assert note == snapshot
     assert torch.equal(sampled(guarded(wan, "enforce")), exact)
     run = last_run()
-    assert any("it was computed again with exact kernels" in note for note in run["notes"])
+    assert [note for note in run["notes"] if note.startswith("guard")] == snapshot
     ran = counts(run)
     assert ran["self", LOSSY] == 2 * 3
     assert ran["self", "torch_sdpa"] == 2 * (STEPS - 2), "the rerun of one step, and the steps after it"
@@ -98,7 +98,9 @@ def test_nan_in_one_block_from_step_2_on(
 
 
 @comfy_only
-def test_a_bad_block_is_replaced_and_reported(wan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_block_is_replaced_and_reported(
+    wan: Any, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
+) -> None:
     exact = sampled(selected(wan, "torch_sdpa"))
     with_kernel(monkeypatch, zeroed_tail)
     assert not torch.equal(sampled(guarded(wan, "watch")), exact)
@@ -117,11 +119,11 @@ def test_a_bad_block_is_replaced_and_reported(wan: Any, monkeypatch: pytest.Monk
     assert sorted(entry["checked"] for entry in watched) == [1, 1, 1, 2]
     assert sorted(entry["checked"] for entry in run["guard"]) == [1, 2, 2, 2]
     text = nodes_module("report").as_text({"run": run})
-    assert "guard: 7 calls checked on 16 query rows per head, 1 bad; 15 ran" in text
+    lines = [line for line in text.splitlines() if line.startswith("guard: ")]
+    assert lines[0] == snapshot
     assert f"guard: self blocks.1, {LOSSY}: relative L2" in text
     assert text.index("guard: self blocks.1") < text.index("guard: self blocks.0")
-    assert "guard: checks of each block: 1; chance to see" in text
-    assert "81% if 1 row in 10 is bad" in text
+    assert lines[-1] == snapshot
     limit = watched[0]["relative_l2_limit"]
     assert limit
     assert f" (limit {limit:g}), 1 checked" in text

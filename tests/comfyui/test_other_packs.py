@@ -170,7 +170,7 @@ def test_comfyuis_own_selector_before_and_after_ours(wan: Any, snapshot: Snapsho
     (after,) = stock.patch(selected(wan, "sdpa_math"), "pytorch attention")
     _, record = sampled(after)
     assert counts(record) == {("self", "by another"): 4, ("cross", "by another"): 4}
-    assert "put this pack's node after Model Attention Backend (ComfyUI) or in place of it" in record["notes"][0]
+    assert record["notes"] == snapshot
     with pytest.raises(NoBackendError) as caught:
         sampled(stock.patch(selected(wan, "sdpa_math", strict=True), "pytorch attention")[0])
     assert str(caught.value) == snapshot

@@ -190,14 +190,14 @@ def rows_of(run: Any) -> list[tuple[str, str | None, str | None]]:
     return [(row.backend, row.asked, row.reason) for row in run.trace.rows.values() if row.calls]
 
 
-def test_int8_and_sparse_ones_run_under_their_own_names_and_are_guarded() -> None:
+def test_int8_and_sparse_ones_run_under_their_own_names_and_are_guarded(snapshot: SnapshotAssertion) -> None:
     for holder, called, function in ((INT8, "comfy_kitchen_int8", "int8"), (SOL, "comfy_kitchen_sol", "sol 0.5")):
         ran.clear()
         run = run_on(WanModel(Own(holder)), rows(6), times=2)
         assert ran == [function] * 2
         assert rows_of(run) == [(called, called, None)]
         (row,) = run.trace.rows.values()
-        assert row.source == f"the checkpoint's own preference ({called})"
+        assert row.source == snapshot(name=called)
         assert row.guard is not None
         assert row.guard.checked > 0
         assert list(run.trace.notes) == []
@@ -388,7 +388,7 @@ def test_the_guard_looks_at_some_of_them_and_hands_the_others_on() -> None:
     ],
 )
 def test_comfy_is_what_the_server_was_started_with(
-    name: str, called: str | None, accuracy: str, monkeypatch: pytest.MonkeyPatch
+    name: str, called: str | None, accuracy: str, monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
 ) -> None:
     """Named, it is that function and called so; auto with accuracy exact says what it changes."""
 
@@ -411,7 +411,7 @@ def test_comfy_is_what_the_server_was_started_with(
     assert len(notes) == (accuracy != "exact")
     if notes:
         assert f"{called} ({name}" in notes[0]
-        assert "choose comfy to keep it, or allow quantized" in notes[0]
+        assert notes[0] == snapshot
     assert list(run_on(WanModel(Own(NONE)), rows(6), backend="sdpa_math").trace.notes) == []
 
 

@@ -69,13 +69,14 @@ def test_the_machine_is_described_without_paths(server: Server, snapshot: Snapsh
     assert not re.search(r"[\" ]/\w+/\w+", rest)
 
 
-def test_one_backend_can_be_asked_for(server: Server) -> None:
+def test_one_backend_can_be_asked_for(server: Server, snapshot: SnapshotAssertion) -> None:
     status, answer = asked(server, "/machine?backend=CUDNN_ATTN&backend=torch_sdpa")
     assert status == 200
     assert [row["id"] for row in answer["backends"]] == ["cudnn_attn", "torch_sdpa"]
     assert asked(server, "/machine?backend=torch_spda")[0] == 400
     status, answer = asked(server, "/machine?backend=auto")
-    assert (status, answer["error"]) == (400, "auto: not one backend, or not in this version")
+    assert status == 400
+    assert answer == snapshot
     assert asked(server, "/machine?" + "&".join(["backend=torch_sdpa"] * 65))[0] == 400
 
 
@@ -105,16 +106,13 @@ def test_runs_are_listed_and_given_in_full(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "why"),
-    [
-        ("999999", 404, "run 999999 is not kept; the last 20 are"),
-        ("-1", 400, "the number of a run is a whole number, not '-1'"),
-        ("1e3", 400, "the number of a run is a whole number, not '1e3'"),
-        ("9" * 400, 400, f"the number of a run is a whole number, not '{'9' * 40}'"),
-    ],
+    ("number", "status"),
+    [("999999", 404), ("-1", 400), ("1e3", 400), pytest.param("9" * 400, 400, id="400 digits-400")],
 )
-def test_a_wrong_number_is_refused(server: Server, number: str, status: int, why: str) -> None:
-    assert asked(server, f"/runs/{number}") == (status, {"error": why})
+def test_a_wrong_number_is_refused(server: Server, number: str, status: int, snapshot: SnapshotAssertion) -> None:
+    found, answer = asked(server, f"/runs/{number}")
+    assert found == status
+    assert answer == snapshot
 
 
 def test_settings_hold_without_a_restart_and_over_one(server: Server) -> None:
@@ -132,18 +130,23 @@ def test_settings_hold_without_a_restart_and_over_one(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "why"),
+    ("body", "status"),
     [
-        ({"hub": "yes"}, 400, "hub must be true or false, not 'yes'"),
-        ({"hubs": True}, 400, "unknown setting hubs; known: hub, log_level, trace"),
-        ({"log_level": ["DEBUG"]}, 400, "log_level ['DEBUG'] is not one of DEBUG, INFO, WARNING, ERROR, or empty"),
-        ({"trace": "some"}, 400, "trace 'some' is not one of full, sampled, off"),
-        ([], 400, "expected an object with one or more of: hub, log_level, trace"),
-        ({"log_level": "x" * 5000}, 413, "more than 4096 bytes"),
+        ({"hub": "yes"}, 400),
+        ({"hubs": True}, 400),
+        ({"log_level": ["DEBUG"]}, 400),
+        ({"trace": "some"}, 400),
+        ([], 400),
+        ({"log_level": "x" * 5000}, 413),
     ],
+    ids=["hub-400", "unknown-400", "log_level-400", "trace-400", "list-400", "long-413"],
 )
-def test_wrong_settings_are_refused_with_the_reason(server: Server, body: object, status: int, why: str) -> None:
-    assert changed(server, body) == (status, {"error": why})
+def test_wrong_settings_are_refused_with_the_reason(
+    server: Server, body: object, status: int, snapshot: SnapshotAssertion
+) -> None:
+    found, answer = changed(server, body)
+    assert found == status
+    assert answer == snapshot
 
 
 def test_other_sites_and_other_bodies_change_nothing(server: Server) -> None:
@@ -155,12 +158,13 @@ def test_other_sites_and_other_bodies_change_nothing(server: Server) -> None:
     assert asked(server, "/settings")[1]["machine"]["hub"]["value"] is False
 
 
-def test_the_bug_report_names_no_path(server: Server) -> None:
+def test_the_bug_report_names_no_path(server: Server, snapshot: SnapshotAssertion) -> None:
     with _open(f"{server.url}{PREFIX}/bug_report", timeout=120) as answer:
         text = answer.read().decode()
         assert answer.headers["Content-Type"].startswith("text/plain")
-    assert "| cudnn_attn | device cpu not in (cuda) |" in text
-    assert "Asked and ran: self=torch_sdpa as asked; cross=sdpa_math as asked" in text
+    lines = text.splitlines()
+    assert next(line for line in lines if line.startswith("| cudnn_attn |")) == snapshot
+    assert next(line for line in lines if "self=torch_sdpa" in line) == snapshot
     assert str(server.folder) not in text
     assert not re.search(r"(^|[\s'\"`])(~?/\w+/\w+|[A-Z]:\\)", text, re.MULTILINE)
 

@@ -187,7 +187,7 @@ def test_the_report_says_what_its_times_rest_on(settings: Any, snapshot: Snapsho
     run = sampled_run(9)
     calls, timed = (sum(row[name] for row in run["rows"]) for name in ("calls", "timed"))
     assert about(run).startswith(f"ms: {timed} of {calls} calls were timed")
-    assert "none of these model calls" in about({**run, "rows": [{**row, "timed": 0} for row in run["rows"]]})
+    assert about({**run, "rows": [{**row, "timed": 0} for row in run["rows"]]}) == snapshot
 
 
 def test_a_variable_holds_it_and_is_said(
@@ -205,7 +205,7 @@ def test_a_variable_holds_it_and_is_said(
     settings.change({"log_level": ""})
     assert environ == {VARIABLE: "Sampled"}
     assert trace_mode({VARIABLE: "a bit"}) == "full"
-    assert f"{VARIABLE}=a bit is not one of full, sampled, off" in caplog.text
+    assert next(text for text in caplog.messages if f"{VARIABLE}=" in text) == snapshot
 
     free: dict[str, str] = {}
     settings = MachineSettings(tmp_path, free)
