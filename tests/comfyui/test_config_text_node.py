@@ -251,8 +251,8 @@ def test_errors_in_a_file_name_it(model: Any, place: Path, snapshot: SnapshotAss
         pytest.param({"text": 3}, id="no text"),
         pytest.param({"text": "fa", "file": "a.yaml"}, id="text and file"),
         pytest.param({"text": "fa", "component": " "}, id="component"),
-        pytest.param({"text": "fa", "file": 3}, id="text and no name of a file"),
-        pytest.param({"file": 3}, id="no name of a file"),
+        pytest.param({"text": "fa", "file": 3}, id="text and a number"),
+        pytest.param({"file": 3}, id="file a number"),
     ],
 )
 def test_wrong_inputs_are_refused(model: Any, wrong: dict[str, Any], snapshot: SnapshotAssertion) -> None:
