@@ -155,10 +155,9 @@ def test_in_text_joint_is_a_role_of_its_own(snapshot: SnapshotAssertion) -> None
     assert str(caught.value) == snapshot
 
 
-def test_where_self_would_have_decided_for_joint_a_note_says_so() -> None:
+def test_where_self_would_have_decided_for_joint_a_note_says_so(snapshot: SnapshotAssertion) -> None:
     layers = (parse_config("per_role.self=sdpa_flash"), parse_config("sdpa_math", "file"))
-    said = str(joint_note(layers, "flux.double", "joint"))
-    assert "config.per_role['self'] (sdpa_flash) does not cover role 'flux.double'" in said
+    assert joint_note(layers, "flux.double", "joint") == snapshot
     assert joint_note(layers, "self", "self") is None
     assert joint_note((parse_config("per_role.joint=sdpa_math"), *layers), "joint", "joint") is None
     assert joint_note((parse_config("per_role.self=sdpa_flash joint_is_self=true"),), "joint", "joint") is None
@@ -247,41 +246,41 @@ def test_yaml_may_say_off() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    "value",
     [
-        (7, "config: expected text or a mapping, not int"),
-        (["sage"], "config: expected text or a mapping, not list"),
-        ({"backends": "sage"}, "config: unknown entry backends; known: default, backend, per_role"),
-        ({"default": "sage", "backend": "sage"}, "'backend' is short for 'default.backend'; give one of them"),
-        ("backend=sage default.backend=sage", "give one of them, not both"),
-        ({"default": ["sage"]}, "config.default: expected a backend's name or a mapping, not list"),
-        ({"default": {"backend": 7}}, "config.default: backend must be a name, not int: 7"),
-        ({"default": {"backend": "sage", "topk": 1}}, "config.default: unknown entry topk; known: backend, extra"),
-        (
-            {"default": {"backend": "sage", "extra": {"topk": 1}}},
-            "config.default: extra of sage_attn: no option 'topk'",
+        pytest.param(7, id="a number"),
+        pytest.param(["sage"], id="a list"),
+        pytest.param({"backends": "sage"}, id="unknown entry"),
+        pytest.param({"default": "sage", "backend": "sage"}, id="default and backend"),
+        pytest.param("backend=sage default.backend=sage", id="the same as flags"),
+        pytest.param({"default": ["sage"]}, id="default as a list"),
+        pytest.param({"default": {"backend": 7}}, id="number for a name"),
+        pytest.param({"default": {"backend": "sage", "topk": 1}}, id="option beside a backend"),
+        pytest.param({"default": {"backend": "sage", "extra": {"topk": 1}}}, id="unknown option"),
+        pytest.param({"default": {"backend": "sage", "extra": 3}}, id="number for the options"),
+        pytest.param({"per_role": "sage"}, id="roles as text"),
+        pytest.param({"per_role": {"cross": {}}}, id="empty role"),
+        pytest.param(
+            {"per_role": {"ltx2": {"backend": "sage", "audio_self": "sdpa"}}}, id="option in a group of roles"
         ),
-        ({"default": {"backend": "sage", "extra": 3}}, "config.default: extra must be a mapping, not int"),
-        ({"per_role": "sage"}, "config.per_role: expected role: backend entries, not str"),
-        ({"per_role": {"cross": {}}}, "config.per_role['cross']: empty entry"),
-        ({"per_role": {"ltx2": {"backend": "sage", "audio_self": "sdpa"}}}, "['ltx2']: unknown entry audio_self"),
-        ({"accuracy": "good"}, "config: accuracy 'good' is not one of exact, quantized, sparse"),
-        ({"guard": "on"}, "config: guard 'on' is not one of off, watch, enforce"),
-        ({"strict": "yes"}, "config: strict must be true or false, not 'yes'"),
-        ('{"default": }', "config: not valid JSON at line 1, column 13"),
-        ("default: [sage\n", "config: not valid YAML"),
-        ("- sage\n- sdpa", "config: expected text or a mapping, not list"),
-        ("backend=sage strict", "config: 'strict' is not name=value"),
-        ("backend=sage backend=sdpa", "config: 'backend' conflicts with an earlier entry"),
-        ("per_role.ltx2=sage per_role.ltx2.audio_self=sdpa", "'per_role.ltx2.audio_self' conflicts"),
-        ("per_role.ltx2.audio_self=sdpa per_role.ltx2=sage", "'per_role.ltx2' conflicts with an earlier entry"),
-        ("nowhere/attention.yaml", "config: cannot read"),
+        pytest.param({"accuracy": "good"}, id="unknown accuracy"),
+        pytest.param({"guard": "on"}, id="unknown guard"),
+        pytest.param({"strict": "yes"}, id="strict as text"),
+        pytest.param('{"default": }', id="JSON"),
+        pytest.param("default: [sage\n", id="YAML"),
+        pytest.param("- sage\n- sdpa", id="a list as text"),
+        pytest.param("backend=sage strict", id="flag without a value"),
+        pytest.param("backend=sage backend=sdpa", id="flag twice"),
+        pytest.param("per_role.ltx2=sage per_role.ltx2.audio_self=sdpa", id="role of its group"),
+        pytest.param("per_role.ltx2.audio_self=sdpa per_role.ltx2=sage", id="group of a role"),
+        pytest.param("nowhere/attention.yaml", id="no file"),
     ],
 )
-def test_what_is_not_understood_is_refused_with_its_place(value: object, message: str) -> None:
+def test_what_is_not_understood_is_refused_with_its_place(value: object, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(value)
-    assert message in str(caught.value)
+    ours = str(caught.value).replace("\\", "/").partition(": expected ',' or ']'")[0]  # the rest is said by YAML
+    assert ours == snapshot
 
 
 def test_an_unknown_backend_is_named_with_its_place_and_the_nearest(snapshot: SnapshotAssertion) -> None:
@@ -293,19 +292,19 @@ def test_an_unknown_backend_is_named_with_its_place_and_the_nearest(snapshot: Sn
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content"),
     [
-        ("a.json", b"[1]", "expected a mapping, not list"),
-        ("a.json", b"{", "a.json): not valid JSON at line 1"),
-        ("a.yaml", b"a.yaml", "not the name of another file"),
-        ("a.yaml", "default: sage".encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
+        pytest.param("a.json", b"[1]", id="list"),
+        pytest.param("a.json", b"{", id="cut off"),
+        pytest.param("a.yaml", b"a.yaml", id="name of itself"),
+        pytest.param("a.yaml", "default: sage".encode("utf-16"), id="UTF-16"),
     ],
 )
-def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, snapshot: SnapshotAssertion) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         parse_config(tmp_path / name)
-    assert message in str(caught.value)
+    assert str(caught.value).replace(str(tmp_path / name), name) == snapshot
 
 
 def test_extra_reads_from_json_and_from_pairs() -> None:

@@ -77,41 +77,37 @@ def test_what_stands_nowhere_in_the_text_gets_no_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "names"),
+    "text",
     [
-        ('pipe.transformer.set_attention_backend("_flash_3_hub")', "paste the name alone: _flash_3_hub"),
-        ("pipeline = load('x')\npipeline.transformer.set_attention_backend('flash')", "the name alone: flash"),
-        ('with attention_backend("_flash_3_hub"):\n    image = pipeline(prompt).images[0]', "alone: _flash_3_hub"),
-        ('attention_backend("sage")', "alone: sage"),
-        (
-            'attention_config=AttentionConfig(\n    default=AttentionSpec(backend="FLASH_ATTN"),\n'
-            '    per_role={\n        "cross": AttentionSpec(backend="TORCH_SDPA"),\n    },\n),',
-            "paste its names (FLASH_ATTN, TORCH_SDPA) as text, such as default: FLASH_ATTN and per_role: entries",
-        ),
-        ("from vllm_omni.diffusion.data import AttentionConfig", "paste a backend's name, flags, JSON or YAML"),
-        ("pipeline.transformer.reset_attention_backend()", "paste a backend's name, flags, JSON or YAML"),
+        'pipe.transformer.set_attention_backend("_flash_3_hub")',
+        "pipeline = load('x')\npipeline.transformer.set_attention_backend('flash')",
+        'with attention_backend("_flash_3_hub"):\n    image = pipeline(prompt).images[0]',
+        'attention_backend("sage")',
+        'attention_config=AttentionConfig(\n    default=AttentionSpec(backend="FLASH_ATTN"),\n'
+        '    per_role={\n        "cross": AttentionSpec(backend="TORCH_SDPA"),\n    },\n),',
+        "from vllm_omni.diffusion.data import AttentionConfig",
+        "pipeline.transformer.reset_attention_backend()",
     ],
 )
-def test_python_is_told_from_a_configuration(text: str, names: str) -> None:
+def test_python_is_told_from_a_configuration(text: str, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(text)
-    assert "this is Python; " in str(caught.value)
-    assert names in str(caught.value)
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("[]", "expected text or a mapping, not list"),
-        ('["sage"]', "expected text or a mapping, not list"),
-        ('""', "an empty name; leave the text empty, or name a backend"),
-        ("default: ''", "unknown attention backend ''"),
+        "[]",
+        '["sage"]',
+        '""',
+        "default: ''",
     ],
 )
-def test_what_is_no_configuration_is_not_taken_for_a_name(text: str, message: str) -> None:
+def test_what_is_no_configuration_is_not_taken_for_a_name(text: str, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         parse_config(text)
-    assert message in str(caught.value)
+    assert str(caught.value).partition(" the names are")[0] == snapshot
     assert parse_config('"sage"').default == parse_config("'sage'").default == parse_config("sage").default
 
 

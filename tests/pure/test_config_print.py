@@ -15,6 +15,7 @@ from attention_backends.backends.names import BACKEND_IDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from option_backend import WithOptions
+from syrupy.assertion import SnapshotAssertion
 
 
 def backends(default: str | None = None, **per_role: str) -> dict[str, Any]:
@@ -47,23 +48,26 @@ def test_errors_point_at_the_line(text: str, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ('{"default": "fa", "default": "sage"}', "'default' is given twice"),
-        ('{"default": NaN}', "NaN is not a number that JSON has"),
-        ('{"a":' * 100_000, "nested too deeply"),
-        ("a: &a [*a]", "nested more than 40 deep"),
-        ("a: &a [x,x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
-         "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d]", "more than 10000 entries"),
-        ("per_role: {1: fa}", "a role must be text, not 1"),
-        ("per_role: {a.b: fa, a: {b: fa}}", "per_role['a.b']: given twice"),
-        ("a: 2001-13-01", "unknown entry a; known: "),
+        '{"default": "fa", "default": "sage"}',
+        '{"default": NaN}',
+        pytest.param('{"a":' * 100_000, id="deep"),
+        "a: &a [*a]",
+        pytest.param(
+            "a: &a [x,x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
+           "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: [*d,*d,*d]",
+            id="an anchor in each line",
+        ),
+        "per_role: {1: fa}",
+        "per_role: {a.b: fa, a: {b: fa}}",
+        "a: 2001-13-01",
     ],
 )  # fmt: skip
-def test_text_from_anywhere_is_refused_in_bounds(text: str, message: str) -> None:
+def test_text_from_anywhere_is_refused_in_bounds(text: str, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(text)
-    assert message in str(caught.value)
+    assert str(caught.value) == snapshot
 
 
 @pytest.mark.parametrize(

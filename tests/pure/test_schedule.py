@@ -72,46 +72,47 @@ def test_steps_as_they_are_written(text: Any, steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "text", "message"),
+    ("read", "text"),
     [
-        ("steps", "3-0", "ends before it begins; write 0-3"),
-        ("steps", "last", "'last' is not one of the forms 0-3, 5, 4-, first 2 or last 2"),
-        ("steps", "last 0", "is none at all"),
-        ("steps", "0-1,,3", "nothing between two commas"),
-        ("steps", "-1", "'-1' is not one of the forms"),
-        ("steps", "0.5", "'0.5' is not one of the forms"),
-        ("steps", "double_blocks.0", "'double_blocks.0' is not one of the forms"),
-        ("steps", True, "expected text such as '0-3,last 2', not bool"),
-        ("steps", 1.5, "expected text such as '0-3,last 2', not float"),
-        ("blocks", "double_blocks.x", "or with a name before it, as double_blocks.0-3"),
-        ("percent", "20-80", "goes past 1; write 0-0.2 or 0%-20%"),
-        ("percent", "20%-180%", "goes past 100%"),
-        ("percent", "0.8-0.2", "ends before it begins"),
-        ("percent", "0.2", "is not one of the forms 0-0.2, 20%-80%, first 10% or last 10%"),
-        ("sigmas", "0.5", "is not of the form 1-0.85"),
-        ("sigmas", "50%-20%", "is not of the form 1-0.85"),
-        ("sigmas", "nan-1", "is not of the form 1-0.85"),
+        ("steps", "3-0"),
+        ("steps", "last"),
+        ("steps", "last 0"),
+        ("steps", "0-1,,3"),
+        ("steps", "-1"),
+        ("steps", "0.5"),
+        ("steps", "double_blocks.0"),
+        ("steps", True),
+        ("steps", 1.5),
+        ("blocks", "double_blocks.x"),
+        ("percent", "20-80"),
+        ("percent", "20%-180%"),
+        ("percent", "0.8-0.2"),
+        ("percent", "0.2"),
+        ("sigmas", "0.5"),
+        ("sigmas", "50%-20%"),
+        ("sigmas", "nan-1"),
     ],
 )
-def test_what_is_wrong_is_said_with_what_is_accepted(read: str, text: Any, message: str) -> None:
+def test_what_is_wrong_is_said_with_what_is_accepted(read: str, text: Any, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ConfigError) as caught:
         entry(**{read: text})
-    assert message in str(caught.value)
+    assert str(caught.value) == snapshot
     assert str(caught.value).startswith(read)
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    "said",
     [
-        ({}, "says where it holds: steps, percent, sigmas, blocks, role or masked"),
-        ({"role": "  ", "steps": ""}, "says where it holds"),
-        ({"steps": "0", "sigmas": "1-0"}, "steps and sigmas in one entry"),
-        ({"role": 3}, "role must be text"),
+        pytest.param({}, id="nowhere"),
+        pytest.param({"role": "  ", "steps": ""}, id="empty"),
+        pytest.param({"steps": "0", "sigmas": "1-0"}, id="steps and sigmas"),
+        pytest.param({"role": 3}, id="role of a number"),
     ],
 )
-def test_an_entry_says_where_it_holds_once(said: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_an_entry_says_where_it_holds_once(said: dict[str, Any], snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ConfigError) as caught:
         entry(**said)
+    assert str(caught.value) == snapshot
 
 
 numbers = st.integers(0, 60)
@@ -259,11 +260,12 @@ def test_a_role_is_matched_by_name_or_category(role: str, holds: str) -> None:
 # What stands above what
 
 
-def test_the_later_window_wins_and_it_is_said() -> None:
+def test_the_later_window_wins_and_it_is_said(snapshot: SnapshotAssertion) -> None:
     table = Timetable((config(entry(steps="0-2"), entry("sdpa_flash", steps="2-3")),), FLOW)
     found = [table.resolve(table.at(sigma), "self", "self", "") for sigma in FLOW[:5]]
     assert [choice.asked for choice, _ in found] == ["sdpa_math", "sdpa_math", "sdpa_flash", "sdpa_flash", "torch_sdpa"]
-    overlap = "windows of the schedule overlap: config.schedule[1] (steps 2-3) wins over config.schedule[0] (steps 0-2)"
+    overlap = found[2][1]
+    assert overlap == snapshot
     assert [note for _, note in found] == ["", "", overlap, "", ""]
 
 
@@ -293,18 +295,16 @@ def test_what_never_held_is_told_with_the_reason(snapshot: SnapshotAssertion) ->
     asked(table, 1.0)
     never, block, role = table.unused(["self"])
     assert never == snapshot
-    assert block.startswith("config.schedule[1] (blocks 7) matched no attention call of this model: roles self; blocks")
-    assert role.startswith("config.schedule[2] (role cross) matched no attention call")
+    assert block == snapshot
+    assert role == snapshot
     asked(table, 1.0, "cross", "cross")
     assert len(table.unused(["self"])) == 2
 
 
-def test_a_sampler_with_sigmas_of_its_own_is_told() -> None:
+def test_a_sampler_with_sigmas_of_its_own_is_told(snapshot: SnapshotAssertion) -> None:
     table = Timetable((config(entry(steps="1-2,last 1"), entry(sigmas="1-0")),), FLOW)
     assert table.between(0.9) == table.between(0.75) == ""
-    note = table.between(0.8)
-    assert "steps became sigma windows" in note
-    assert note.endswith("config.schedule[0] (steps 1-2,last 1): sigma 0.9 down to above 0.5, 0.25 and below")
+    assert table.between(0.8) == snapshot
     assert Timetable((config(entry(sigmas="1-0")),), FLOW).between(0.8) == ""
 
 
@@ -351,25 +351,22 @@ def test_flags_are_dotted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"),
+    "value",
     [
-        ({"steps": "0"}, "config.schedule[0]: no backend; name the one that holds there"),
-        ([{"backend": "sdpa"}, {"backend": "sdpa", "step": "0"}], "config.schedule[0]: an entry of a schedule says"),
-        (
-            [{"backend": "sdpa", "steps": "0", "step": "0"}],
-            "config.schedule[0]: unknown entry step; known: backend, ex",
-        ),
-        ([{"backend": "sdpa", "steps": "3-0"}], "config.schedule[0]: steps: '3-0' ends before it begins"),
-        ([{"backend": "sdpa", "steps": "0", "extra": {"x": 1}}], "config.schedule[0]: extra of torch_sdpa"),
-        (["sdpa"], "config.schedule[0]: expected a mapping with backend and where it holds, not 'sdpa'"),
-        ({"1": {"backend": "sdpa", "steps": "0"}}, "expected entries numbered from 0"),
-        (3, "config.schedule: expected a list of entries, not int"),
+        pytest.param({"steps": "0"}, id="no backend"),
+        pytest.param([{"backend": "sdpa"}, {"backend": "sdpa", "step": "0"}], id="nowhere"),
+        pytest.param([{"backend": "sdpa", "steps": "0", "step": "0"}], id="a slip"),
+        pytest.param([{"backend": "sdpa", "steps": "3-0"}], id="steps backwards"),
+        pytest.param([{"backend": "sdpa", "steps": "0", "extra": {"x": 1}}], id="an option"),
+        pytest.param(["sdpa"], id="a name alone"),
+        pytest.param({"1": {"backend": "sdpa", "steps": "0"}}, id="numbered from 1"),
+        pytest.param(3, id="a number"),
     ],
 )
-def test_a_wrong_entry_is_named(value: Any, message: str) -> None:
+def test_a_wrong_entry_is_named(value: Any, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"schedule": value})
-    assert message in str(caught.value)
+    assert str(caught.value) == snapshot
 
 
 def test_an_unknown_backend_is_named_with_its_entry() -> None:
@@ -388,7 +385,7 @@ def foreign(**said: Any) -> dict[str, Any]:
     return {"diffusion_attention_schedule": {"profiles": profiles, **said}}
 
 
-def test_profiles_with_half_open_ranges() -> None:
+def test_profiles_with_half_open_ranges(snapshot: SnapshotAssertion) -> None:
     ranges = [{"start": 2, "end": 5, "profile": "dense"}, {"start": 6, "end": None, "profile": "mixed"}]
     found = parse_config({"diffusion_attention_config": {"default": "CUDNN_ATTN"}, **foreign(default=ranges)})
     assert [entry.describe() for entry in found.schedule] == ["steps 2-4", "steps 6-, role self",
@@ -398,7 +395,7 @@ def test_profiles_with_half_open_ranges() -> None:
     words = {"torch_sdpa": "A", "cudnn_attn": "D", "flash_attn": "F"}
     assert "".join(words[asked(table, sigma) or ""] for sigma in sigmas[:8]) == "DDAAADFF"
     assert asked(table, sigmas[7], "ltx2.audio_self", "self") == "torch_sdpa", "the exact role over its category"
-    assert any("roles that it does not name stay as they are" in note for note in found.notes)
+    assert next(note for note in found.notes if "profiles.mixed" in note) == snapshot
     again = parse_config(to_dict(found))
     assert again.schedule == found.schedule
 
@@ -416,35 +413,38 @@ def test_its_flag_in_a_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    "said",
     [
-        ({"default": [{"start": True, "end": 2, "profile": "dense"}]}, "default[0].start: expected a whole number"),
-        ({"default": [{"start": 3, "end": 3, "profile": "dense"}]}, "steps 3 to 3"),
-        ({"default": [{"start": 0, "end": 1, "profile": "other"}]}, "profile 'other' is not one of those given"),
-        ({"sigma": [{"low": 0.5, "high": 1.5, "profile": "dense"}]}, "expected 0 <= low <= high <= 1"),
-        ({"sigma": [{"low": None, "high": 1, "profile": "dense"}]}, "sigma[0].low: expected a sigma from 0 to 1"),
-        ({"sigma": [{"low": 0, "high": 1, "profile": "dense"}], "default": [{"start": 0, "profile": "dense"}]},
-         "both default (steps) and sigma"),
-        ({"ranges": []}, "unknown entry ranges; known: profiles, default, sigma"),
-        ({"profiles": {"x": {"default": "sdpa", "strict": True}}}, "profiles.x: strict holds for a whole run"),
-        ({"profiles": {"x": {"default": "sdpaa"}}}, "sdpaa"),
+        pytest.param({"default": [{"start": True, "end": 2, "profile": "dense"}]}, id="start that is no number"),
+        pytest.param({"default": [{"start": 3, "end": 3, "profile": "dense"}]}, id="empty range"),
+        pytest.param({"default": [{"start": 0, "end": 1, "profile": "other"}]}, id="unknown profile"),
+        pytest.param({"sigma": [{"low": 0.5, "high": 1.5, "profile": "dense"}]}, id="sigma above 1"),
+        pytest.param({"sigma": [{"low": None, "high": 1, "profile": "dense"}]}, id="low that is no number"),
+        pytest.param(
+            {"sigma": [{"low": 0, "high": 1, "profile": "dense"}], "default": [{"start": 0, "profile": "dense"}]},
+            id="ranges and windows",
+        ),
+        pytest.param({"ranges": []}, id="a slip"),
+        pytest.param({"profiles": {"x": {"default": "sdpa", "strict": True}}}, id="strict in a profile"),
+        pytest.param({"profiles": {"x": {"default": "sdpaa"}}}, id="unknown backend"),
     ],
 )  # fmt: skip
-def test_what_its_schedules_cannot_say_here(said: dict[str, Any], message: str) -> None:
+def test_what_its_schedules_cannot_say_here(said: dict[str, Any], snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         parse_config(foreign(**said))
-    assert message in str(caught.value)
+    assert str(caught.value).partition(" the names are")[0] == snapshot
 
 
-def test_both_schedules_at_once_are_refused() -> None:
-    with pytest.raises(ConfigError, match="both 'schedule' and 'diffusion_attention_schedule'"):
+def test_both_schedules_at_once_are_refused(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(ConfigError) as caught:
         parse_config({"schedule": {"backend": "sdpa", "steps": "0"}, **foreign()})
+    assert str(caught.value) == snapshot
 
 
 # Where no sampler runs
 
 
-def test_outside_comfyui_a_schedule_over_time_says_that_it_has_no_effect() -> None:
+def test_outside_comfyui_a_schedule_over_time_says_that_it_has_no_effect(snapshot: SnapshotAssertion) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     query = torch.zeros(1, 2, 8, 64)
     request = AttentionCall(query, query, query).request()
@@ -452,14 +452,15 @@ def test_outside_comfyui_a_schedule_over_time_says_that_it_has_no_effect() -> No
     session = Session(Router(detect(torch.device("cpu"))), layers)
     assert session.plan(request, "self", "self").decision.asked == "torch_sdpa"
     assert session.plan(request, "cross", "cross").decision.asked == "sdpa_flash"
-    said = "a schedule over steps, percent or sigmas has no effect here: no sampler of ComfyUI runs"
-    assert list(session.trace.notes) == [said]
+    assert list(session.trace.notes) == snapshot
 
 
-def test_explain_names_the_windows_that_it_cannot_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_names_the_windows_that_it_cannot_place(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     written = "backend=torch_sdpa schedule.0.backend=sdpa_math schedule.0.steps=0-1 schedule.0.role=self"
     where = ("explain", "--platform", "cpu", "--config", written, "--role")
     assert main([*where, "joint"]) == 0
-    assert "--config.schedule[0] asks for sdpa_math at steps 0-1, role self; what is" in capsys.readouterr().out
+    assert next(line for line in capsys.readouterr().out.splitlines() if "schedule[0]" in line) == snapshot
     assert main([*where, "cross"]) == 0
     assert "schedule" not in capsys.readouterr().out
