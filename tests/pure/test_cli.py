@@ -35,7 +35,7 @@ def explain(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 # explain
 
 
-def test_explain_answers_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_answers_as_data(capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion) -> None:
     answer = explain(capsys, "--platform", BLACKWELL, "--request", CALL, "--role", "cross", "--config", "cudnn")
     assert answer == {
         "backend": "cudnn_attn",
@@ -60,52 +60,41 @@ def test_explain_answers_as_data(capsys: pytest.CaptureFixture[str]) -> None:
             "scale": None,
             "exact_only": False,
         },
-        "platform": "cuda, sm_120, torch 2.11.0, CUDA 13.0, cuDNN 91002",
+        "platform": snapshot,
         "notes": [],
     }
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "begins", "ends"),
+    ("family", "config"),
     [
-        (
-            "qwen_image",
-            "sage_attn",
-            "recommended for Qwen-Image: calls with masked text exact, in place of",
-            "applies to",
-        ),
-        (
-            "qwen_image",
-            "torch_sdpa",
-            "recommended for Qwen-Image",
-            "changes nothing for torch_sdpa with accuracy exact",
-        ),
-        ("flux", "sage_attn", "nothing is recommended for family 'flux'; there is something for: qwen_image,", "wan"),
+        ("qwen_image", "sage_attn"),
+        ("qwen_image", "torch_sdpa"),
+        ("flux", "sage_attn"),
     ],
 )
 def test_explain_says_what_is_recommended_for_a_family(
-    capsys: pytest.CaptureFixture[str], family: str, config: str, begins: str, ends: str
+    capsys: pytest.CaptureFixture[str], family: str, config: str, snapshot: SnapshotAssertion
 ) -> None:
     answer = explain(capsys, "--platform", BLACKWELL, "--config", config, "--family", family)
-    assert answer["notes"][-1].startswith(begins)
-    assert answer["notes"][-1].rpartition("; ")[2].startswith(ends) or answer["notes"][-1].endswith(ends)
+    assert answer["notes"][-1] == snapshot
     elsewhere = explain(capsys, "--platform", "cpu", "--config", config)
     assert not any("recommended" in note for note in elsewhere["notes"])
 
 
-def test_explain_lists_who_was_refused_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_lists_who_was_refused_and_why(capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion) -> None:
     answer = explain(capsys, "--platform", "cuda:7.5", "--config", "cudnn_attn", "--request", CALL)
     assert (answer["backend"], answer["asked"]) == ("torch_sdpa", "cudnn_attn")
-    assert answer["rejected"][0] == {"backend": "cudnn_attn", "reasons": ["compute capability 7.5 < 8.0"]}
+    assert answer["rejected"][0] == {"backend": "cudnn_attn", "reasons": snapshot}
 
 
 def test_explain_names_the_member_of_a_family(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
 ) -> None:
     monkeypatch.setattr(type(BACKENDS["torch_sdpa"]), "member", lambda backend, request, platform: "one of several")
     assert explain(capsys, "--platform", "cpu")["member"] == "one of several"
     assert main(["explain", "--platform", "cpu"]) == 0
-    assert "torch_sdpa (one of several) would run for role self." in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[0] == snapshot
 
 
 def test_explain_asks_the_running_machine_by_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +142,7 @@ def test_the_environment_counts_below_config(
     assert explain(capsys, "--platform", "cpu", "--config", "sdpa_flash")["backend"] == "sdpa_flash"
     monkeypatch.setenv("ATTENTION_BACKENDS_CONFIG", '{"default": "cudnn_attn", "strict": true}')
     assert main(["explain", "--platform", "cpu"]) == 2
-    assert "asked for cudnn_attn via ATTENTION_BACKENDS_CONFIG.default" in capsys.readouterr().err
+    assert "via ATTENTION_BACKENDS_CONFIG.default" in capsys.readouterr().err
 
 
 def test_explain_keeps_the_environments_settings_below_a_configuration_without_its_own(
@@ -161,16 +150,17 @@ def test_explain_keeps_the_environments_settings_below_a_configuration_without_i
 ) -> None:
     monkeypatch.setenv("ATTENTION_BACKENDS_CONFIG", '{"strict": true}')
     assert main(["explain", "--platform", "cpu", "--config", "cudnn_attn"]) == 2
-    assert "asked for cudnn_attn via --config.default" in capsys.readouterr().err
+    assert "via --config.default" in capsys.readouterr().err
     assert explain(capsys, "--platform", "cpu", "--config", "backend=cudnn_attn,strict=false")["asked"] == "cudnn_attn"
 
 
-def test_explain_prints_what_a_name_of_another_system_means_here(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "fa3 (SGLang diffusion 0.5.23) means flash_attn here: the FlashAttention family"
+def test_explain_prints_what_a_name_of_another_system_means_here(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     (note,) = explain(capsys, "--platform", "cpu", "--config", "fa3")["notes"]
-    assert note.startswith(line)
+    assert note == snapshot
     assert main(["explain", "--platform", "cpu", "--config", "fa3"]) == 0
-    assert f"Note: {line}" in capsys.readouterr().out
+    assert f"Note: {note}" in capsys.readouterr().out
 
 
 def test_explain_takes_a_component(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,11 +195,13 @@ def test_the_category_follows_from_the_name_and_can_be_given(
     assert (given["category"], given["category_derived"]) == ("joint", False)
 
 
-def test_it_says_where_self_does_not_cover_joint_attention(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_where_self_does_not_cover_joint_attention(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     arguments = ("--platform", "cpu", "--role", "flux.single", "--config")
     answer = explain(capsys, *arguments, "per_role.self=sdpa_math")
     assert answer["source"] == "platform route"
-    assert "--config.per_role['self'] (sdpa_math) does not cover role 'flux.single'" in answer["notes"][0]
+    assert answer["notes"] == snapshot
     answer = explain(capsys, *arguments, "per_role.self=sdpa_math joint_is_self=true")
     assert (answer["backend"], answer["notes"]) == ("sdpa_math", [])
 
@@ -219,31 +211,32 @@ def test_strict_refuses_with_the_whole_story(capsys: pytest.CaptureFixture[str],
     arguments = ["explain", "--platform", "cuda:7.5", "--request", CALL, "--config", "backend=cudnn_attn,strict=true"]
     assert main([*arguments, *(["--json"] if as_json else [])]) == 2
     said = capsys.readouterr()
-    for words in ("asked for cudnn_attn via --config.default", "q_len 4096", "7.5 < 8.0", "what to do: choose one"):
+    for words in ("via --config.default", "q_len 4096", "7.5 < 8.0", "what to do: "):
         assert words in said.err
     assert (json.loads(said.out) == {"error": said.err.rstrip("\n")}) if as_json else (said.out == "")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        (["explain", "--platform", "toaster"], "platform: 'toaster' is not one of cpu"),
-        (["explain", "--platform", "cpu", "--request", "q_len=8"], "request: num_heads, head_dim not given"),
-        (["explain", "--platform", "cpu", "--role", " "], "--role is empty; write self, cross, joint"),
-        (["explain", "--platform", "cpu", "--config", "sage_atn"], "--config: unknown attention backend 'sage_atn'"),
-        (["explain", "--platform", "cpu", "--config", "a: [b"], "--config: not valid YAML"),
-        (["explain", "--platform", "cpu", "--config", "nowhere.json"], "--config: cannot read nowhere.json"),
-        (["explain", "--platform", "cpu", "--config", '{"a": 1}'], "--config: unknown entry a; known: default"),
-        (["doctor", "sage_atn"], "did you mean sage_attn"),
-        (["doctor", "auto"], "auto: a way to choose, not a backend"),
+        pytest.param(["explain", "--platform", "toaster"], id="platform"),
+        pytest.param(["explain", "--platform", "cpu", "--request", "q_len=8"], id="request"),
+        pytest.param(["explain", "--platform", "cpu", "--role", " "], id="role"),
+        pytest.param(["explain", "--platform", "cpu", "--config", "sage_atn"], id="backend"),
+        pytest.param(["explain", "--platform", "cpu", "--config", "a: [b"], id="YAML"),
+        pytest.param(["explain", "--platform", "cpu", "--config", "nowhere.json"], id="no file"),
+        pytest.param(["explain", "--platform", "cpu", "--config", '{"a": 1}'], id="entry"),
+        pytest.param(["doctor", "sage_atn"], id="doctor"),
+        pytest.param(["doctor", "auto"], id="doctor auto"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], snapshot: SnapshotAssertion
 ) -> None:
     assert main(arguments) == 2
     said = capsys.readouterr()
-    assert message in said.err
+    ours = said.err.partition(" the names are")[0].partition(": expected ',' or ']'")[0]  # the rest is said by YAML
+    assert ours == snapshot
     assert said.err.count("\n") == 1
     assert said.out == ""
 

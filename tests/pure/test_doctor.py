@@ -71,7 +71,7 @@ def test_the_exact_command_where_one_is_safe(backend: Fake, machine: str, comman
     [
         (FLASH_2, "cuda:8.9,torch=2.11.0", LINUX, "https://github.com/Dao-AILab/flash-attention/releases"),
         (FLASH_2, "cuda:8.9,os=windows", WINDOWS, "https://github.com/Dao-AILab/flash-attention/releases"),
-        (SAGE_2, "cuda:8.9", LINUX, "build version 2 from https://github.com/thu-ml/SageAttention for "),
+        (SAGE_2, "cuda:8.9", LINUX, "version 2 from https://github.com/thu-ml/SageAttention"),
         (SAGE_2, "cuda:8.9,os=windows", WINDOWS, "https://github.com/woct0rdho/SageAttention/releases"),
         (SAGE, "cuda:8.9,os=windows", WINDOWS, "https://github.com/woct0rdho/SageAttention/releases"),
         (SAGE_3, "cuda:12.0", LINUX, "https://github.com/thu-ml/SageAttention/tree/main/sageattention3_blackwell"),
@@ -79,11 +79,14 @@ def test_the_exact_command_where_one_is_safe(backend: Fake, machine: str, comman
         (XFORMERS, "cuda:8.6,torch=2.7.1,cuda=12.8", LINUX, "https://github.com/facebookresearch/xformers"),
     ],
 )
-def test_elsewhere_the_page_and_the_tags(backend: Fake, machine: str, interpreter: Interpreter, words: str) -> None:
+def test_elsewhere_the_page_and_the_tags(
+    backend: Fake, machine: str, interpreter: Interpreter, words: str, snapshot: SnapshotAssertion
+) -> None:
     platform = parse_platform(machine)
     found = advice(backend, machine, interpreter)
     assert found.kind == "page"
     assert words in found.text
+    assert found.text == snapshot
     torch = ".".join(platform.torch.split(".")[:2])
     for tag in (interpreter.python, f"torch {torch}", f"CUDA {platform.cuda}", interpreter.machine, platform.sm):
         assert tag in found.text
@@ -100,21 +103,23 @@ def test_windows_is_told_which_triton_belongs_to_its_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "machine", "reason"),
+    ("backend", "machine"),
     [
-        (FLASH_2, "cuda:7.5", "compute capability 7.5 < 8.0"),
-        (FLASH_2, "mps", "device mps not in (cuda)"),
-        (SAGE, "cpu", "device cpu not in (cuda)"),
-        (SAGE_3, "cuda:8.9", "compute capability 8.9 < 10.0"),
-        (AITER, "cuda:9.0", "device cuda not in (rocm)"),
-        (FLASHINFER, "cuda:8.9,os=windows", "no build of flashinfer-python for win32 is known"),
-        (Fake("sdpa_flash", kinds=("cuda",)), "xpu", "device xpu not in (cuda)"),
+        pytest.param(FLASH_2, "cuda:7.5", id="an old card"),
+        pytest.param(FLASH_2, "mps", id="Apple"),
+        pytest.param(SAGE, "cpu", id="no card"),
+        pytest.param(SAGE_3, "cuda:8.9", id="an Ada card"),
+        pytest.param(AITER, "cuda:9.0", id="no AMD card"),
+        pytest.param(FLASHINFER, "cuda:8.9,os=windows", id="Windows"),
+        pytest.param(Fake("sdpa_flash", kinds=("cuda",)), "xpu", id="Intel"),
     ],
 )
-def test_nothing_is_advised_where_no_package_would_help(backend: Fake, machine: str, reason: str) -> None:
+def test_nothing_is_advised_where_no_package_would_help(
+    backend: Fake, machine: str, snapshot: SnapshotAssertion
+) -> None:
     found = advice(backend, machine)
     assert found.kind == "nothing"
-    assert found.text == f"nothing to install on this machine: {reason}"
+    assert found.text == snapshot
 
 
 def test_a_family_gets_the_member_that_the_card_can_run(snapshot: SnapshotAssertion) -> None:
@@ -178,10 +183,11 @@ def test_a_path_with_spaces_is_quoted_for_its_shell() -> None:
 
 
 @pytest.mark.parametrize("why", ["has no pip", "belongs to the operating system, which forbids pip in it"])
-def test_no_command_for_an_interpreter_that_pip_cannot_install_into(why: str) -> None:
+def test_no_command_for_an_interpreter_that_pip_cannot_install_into(why: str, snapshot: SnapshotAssertion) -> None:
     found = advice(SAGE, f"cuda:8.9,{TRITON}", LINUX._replace(refuses=why))
     assert found.kind == "page"
-    assert found.text.startswith(f"this Python {why}; ask again with the Python that runs ComfyUI")
+    assert why in found.text
+    assert found.text == snapshot
     assert "pip install" not in found.text
 
 
@@ -218,7 +224,7 @@ def test_a_package_that_is_there_but_does_not_load_is_a_row(snapshot: SnapshotAs
     assert row.reasons == snapshot
     assert row.version == "flash-attn 2.8.3"
     assert row.advice is not None
-    assert row.advice.text.startswith("flash-attn 2.8.3 is installed but does not load: a build for this machine")
+    assert row.advice.text == snapshot
     assert "torch 2.11" in row.advice.text
 
 
@@ -265,5 +271,5 @@ def test_a_cpu_only_torch_is_named_as_the_cause() -> None:
     assert why_no_card(Platform("cuda")) is None
     said = why_no_card(Platform("cpu", os="linux")) or ""
     cpu_build = torch.version.cuda is None and torch.version.hip is None
-    assert ("built for the CPU alone" in said) == cpu_build
+    assert ("for the CPU alone" in said) == cpu_build
     assert ("finds no card" in said) != cpu_build

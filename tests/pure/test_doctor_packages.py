@@ -17,6 +17,7 @@ from attention_backends.backends.machine.packages import PACKAGES_OF
 from attention_backends.backends.machine.symbols import SYMBOLS_OF, find, needs_of
 from attention_backends.backends.platform import KINDS, Platform, parse_platform
 from packaging.requirements import Requirement
+from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER_TORCH = "flash_attn_2_cuda.cpython-312-x86_64-linux-gnu.so: undefined symbol: _ZN3c104cuda9SetDeviceEa"
@@ -155,56 +156,56 @@ def test_each_wrong_package_is_a_row_that_says_what_is_wrong(
 @pytest.mark.parametrize(
     ("backend", "reason"),
     [
-        ("flash_attn_2", "loading failed: ImportError: " + OTHER_TORCH),
-        ("flash_attn_3", "loading failed: ModuleNotFoundError: No module named 'flash_attn_interface'"),
-        ("flashinfer_attn", "loading failed: SystemExit: no licence"),
-        ("sage_attn", "loading failed: ImportError: metadata says sageattention 2.x, but "),
-        ("xformers", "loading failed: RuntimeError: 0 active drivers"),
+        ("flash_attn_2", "ImportError: " + OTHER_TORCH),
+        ("flash_attn_3", "ModuleNotFoundError: No module named 'flash_attn_interface'"),
+        ("flashinfer_attn", "SystemExit: no licence"),
+        ("sage_attn", "ImportError: metadata says sageattention "),
+        ("xformers", "RuntimeError: 0 active drivers"),
     ],
 )
 def test_on_the_card_it_was_meant_for_the_reason_is_what_it_raised(
     on_hopper: dict[str, dict[str, Any]], backend: str, reason: str
 ) -> None:
-    assert on_hopper[backend]["reasons"][0].startswith(reason)
-    assert "installed but does not load" in on_hopper[backend]["install"]
+    assert on_hopper[backend]["reasons"][0].startswith(f"loading failed: {reason}")
+    assert "does not load" in on_hopper[backend]["install"]
 
 
-def test_the_asyncio_package_named_aiter_is_told_on_an_amd_card(broken: Path) -> None:
+def test_the_asyncio_package_named_aiter_is_told_on_an_amd_card(broken: Path, snapshot: SnapshotAssertion) -> None:
     row = rows(broken, "-c", ON_A_CARD, str(ROOT), "rocm", "gfx942", "aiter")["aiter"]
-    assert row["reasons"][0].startswith("package amd-aiter is not installed")
-    assert row["symbols"]["problem"].startswith("module aiter is that of aiter 0.13.20191203")
+    assert row["reasons"] == snapshot
+    assert row["symbols"]["problem"].partition("; ")[0] == snapshot
 
 
-def test_flash_attn_4_alone_is_not_flash_attn_2(beside: Path) -> None:
+def test_flash_attn_4_alone_is_not_flash_attn_2(beside: Path, snapshot: SnapshotAssertion) -> None:
     found = rows(beside, "-c", ON_A_CARD, str(ROOT), "cuda", "9.0", "flash_attn_2", "flash_attn_4")
     assert found["flash_attn_4"]["available"]
     assert found["flash_attn_4"]["symbols"]["problem"] is None
-    assert found["flash_attn_2"]["reasons"][0].startswith("package flash-attn is not installed")
+    assert found["flash_attn_2"]["reasons"] == snapshot
     problem = found["flash_attn_2"]["symbols"]["problem"]
-    assert problem.startswith("module flash_attn is that of flash-attn-4 4.0.0b36; package flash-attn is not installed")
-    assert f"{beside}/flash_attn (a bare folder) has no flash_attn_func" in problem
+    assert problem.replace(str(beside), "BESIDE") == snapshot
 
 
-def test_sageattention_2_under_the_metadata_of_1(beside: Path) -> None:
+def test_sageattention_2_under_the_metadata_of_1(beside: Path, snapshot: SnapshotAssertion) -> None:
     row = rows(beside, "-c", ON_A_CARD, str(ROOT), "cuda", "8.9", "sage_attn")["sage_attn"]
-    assert row["reasons"][0].startswith("loading failed: ImportError: metadata says sageattention 1.x, but ")
+    assert row["reasons"][0].startswith("loading failed: ImportError: ")
+    assert "metadata says sageattention 1.x" in row["reasons"][0]
     assert row["symbols"]["missing"] == []
-    assert row["symbols"]["problem"] == (
-        f"metadata says sageattention 1.0.6, but {beside}/sageattention/__init__.py has "
-        "sageattn_qk_int8_pv_fp16_cuda, which sageattention<2 does not have"
-    )
+    assert row["symbols"]["problem"].replace(str(beside), "BESIDE") == snapshot
 
 
-def test_the_overview_tells_what_is_wrong_and_stays_silent_about_what_is_not_there(broken: Path) -> None:
+def test_the_overview_tells_what_is_wrong_and_stays_silent_about_what_is_not_there(
+    broken: Path, snapshot: SnapshotAssertion
+) -> None:
     pytest.importorskip("torch")
     environ = {**os.environ, "PYTHONPATH": str(broken), "ATTENTION_BACKENDS_CACHE": str(broken / "cache")}
     done = subprocess.run(
         [sys.executable, str(ROOT), "doctor"], env=environ, capture_output=True, text=True, timeout=240
     )
-    assert "    names: importing flashinfer raised SystemExit: no licence\n" in done.stdout
+    names = [line for line in done.stdout.splitlines() if line.startswith("    names: ")]
+    assert [line for line in names if "SystemExit: no licence" in line] == snapshot
     assert "banner" not in done.stdout
     assert "cards: " not in done.stdout
-    assert "package torch-npu is not installed" not in done.stdout  # no trace of it: the reasons are enough
+    assert "package torch-npu" not in done.stdout  # no trace of it: the reasons are enough
 
 
 # The declarations
@@ -270,23 +271,23 @@ def test_a_kernel_without_one_of_its_declared_names_does_not_load(
 
 
 @pytest.mark.parametrize(
-    ("backend", "machine", "text"),
+    ("backend", "machine"),
     [
-        ("torch_sdpa", "cpu", "any device"),
-        ("cudnn_attn", "cpu", "CUDA 8.0 and newer"),
-        ("flash_attn_2", "mps", "CUDA 8.0 and newer; ROCm gfx90a, gfx942, gfx950"),
-        ("flash_attn_3", "cuda:8.9", "CUDA 9.0"),
-        ("flash_attn", "cuda:8.9", "those of flash_attn_2, flash_attn_3, flash_attn_4, aiter"),
-        ("sage_attn", "cuda:8.9,packages=sageattention==2.2.0", "CUDA 8.0, 8.6, 8.9, 9.0, 12.0, 12.1"),
-        ("sage_attn", "cuda:8.9,packages=sageattention==1.0.6", "CUDA 7.5, 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 12.0, 12.1"),
-        ("sage_attn_3", "cpu", "CUDA 10.0, 12.0, 12.1"),
-        ("aiter", "cpu", "ROCm gfx942, gfx950"),
+        ("torch_sdpa", "cpu"),
+        ("cudnn_attn", "cpu"),
+        ("flash_attn_2", "mps"),
+        ("flash_attn_3", "cuda:8.9"),
+        ("flash_attn", "cuda:8.9"),
+        ("sage_attn", "cuda:8.9,packages=sageattention==2.2.0"),
+        ("sage_attn", "cuda:8.9,packages=sageattention==1.0.6"),
+        ("sage_attn_3", "cpu"),
+        ("aiter", "cpu"),
     ],
 )
-def test_the_cards_in_words(backend: str, machine: str, text: str) -> None:
+def test_the_cards_in_words(backend: str, machine: str, snapshot: SnapshotAssertion) -> None:
     if isinstance(BACKENDS[backend], Planned):
         pytest.skip(f"other: {backend} is only planned")
-    assert cards_of(BACKENDS[backend], parse_platform(machine)).text == text
+    assert cards_of(BACKENDS[backend], parse_platform(machine)).text == snapshot
 
 
 def test_the_cards_as_data() -> None:

@@ -19,6 +19,7 @@ from attention_backends.backends.machine.install import Interpreter
 from attention_backends.backends.machine.remembered import Outcome
 from attention_backends.backends.platform import Platform
 from attention_backends.backends.router import Router
+from syrupy.assertion import SnapshotAssertion
 
 HERE = Platform(
     "cuda", (8, 9), name="RTX 4090", torch="2.11.0", cuda="13.0", cudnn=91002, packages=(("flash-attn", "2.8.3"),)
@@ -55,20 +56,21 @@ def in_a_new_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "words"),
+    "outcome",
     [
-        (CRASH, "a probe in this environment crashed (signal 11 (SIGSEGV) while running)"),
-        (Outcome("failed", "wrong: NaN in the output"), "failed (wrong: NaN in the output)"),
-        (Outcome("hung", "no answer within 120 s while running"), "hung (no answer within 120 s while running)"),
+        pytest.param(CRASH, id="crashed"),
+        pytest.param(Outcome("failed", "wrong: NaN in the output"), id="failed"),
+        pytest.param(Outcome("hung", "no answer within 120 s while running"), id="hung"),
     ],
 )
-def test_what_a_probe_condemned_is_unavailable_and_not_even_loaded(outcome: Outcome, words: str) -> None:
+def test_what_a_probe_condemned_is_unavailable_and_not_even_loaded(
+    outcome: Outcome, snapshot: SnapshotAssertion
+) -> None:
     remembered.remember({"flash_attn_2": outcome}, HERE)
     in_a_new_process()
     fake = Fake("flash_attn_2")
     (reason,) = Router(HERE, {"flash_attn_2": fake}).unavailable("flash_attn_2")
-    assert words in reason
-    assert reason.endswith("run doctor --probe flash_attn_2 or doctor --forget flash_attn_2, and start anew")
+    assert reason == snapshot
     assert fake.loads == 0
     # The probe itself must be able to try again.
     assert Router(HERE, {"flash_attn_2": fake}, recalls=False).unavailable("flash_attn_2") == ()
@@ -178,14 +180,14 @@ def test_the_last_resort_is_never_taken_away() -> None:
     assert Router(HERE, {"torch_sdpa": Fake("torch_sdpa")}).unavailable("torch_sdpa") == ()
 
 
-def test_the_doctors_rows_show_it() -> None:
+def test_the_doctors_rows_show_it(snapshot: SnapshotAssertion) -> None:
     remembered.remember({"flash_attn_2": CRASH, "xformers": GOOD}, HERE)
     in_a_new_process()
     router = Router(HERE, {name: Fake(name) for name in ("flash_attn_2", "xformers", "aiter")})
     rows = {row.id: row for row in examine(router, Interpreter("python", "cp312", "linux_x86_64"))}
     assert rows["flash_attn_2"].probed == CRASH
     assert not rows["flash_attn_2"].available
-    assert rows["flash_attn_2"].symbols.problem.startswith("not looked for: a probe crashed (signal 11")
+    assert rows["flash_attn_2"].symbols.problem == snapshot
     assert rows["flash_attn_2"].as_dict()["probed"]["stderr"] == ("Fatal Python error",)  # type: ignore[index]
     assert rows["xformers"].probed == GOOD
     assert rows["xformers"].available
@@ -256,7 +258,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_is_no_obstacle(
     monkeypatch.setattr(tempfile, "mkstemp", refused)
     with caplog.at_level(logging.WARNING, "attention_backends"):
         remembered.remember({"flash_attn_2": CRASH}, HERE)
-    assert "known to this process only" in caplog.text
+    assert "this process only" in caplog.text
     assert "Permission denied" in caplog.text
     assert remembered.refusal("flash_attn_2", HERE) is not None
     assert not (folder / "probes.json").exists()

@@ -10,6 +10,7 @@ from attention_backends.backends.measured.place import environment_of
 from attention_backends.backends.platform import Platform, parse_platform
 from attention_backends.backends.request import AttentionRequest
 from attention_backends.backends.router import Router
+from syrupy.assertion import SnapshotAssertion
 
 CALL = AttentionRequest(1, 8, 1024, 1024, 128, "bfloat16")
 RDNA = ("gfx1100", "gfx1103", "gfx1151", "gfx1200", "gfx1201")
@@ -42,16 +43,15 @@ def test_without_the_variable_the_reason_names_it(gfx: str) -> None:
 
 @pytest.mark.parametrize("gfx", OTHERS)
 @pytest.mark.parametrize("variable", [False, True])
-def test_older_cards_are_refused_as_before(gfx: str, variable: bool) -> None:
-    assert Router(card(gfx, variable)).unavailable("flash_attn_2") == (
-        f"architecture {gfx} not in (gfx90a, gfx942, gfx950)",
-    )
+def test_older_cards_are_refused_as_before(gfx: str, variable: bool, snapshot: SnapshotAssertion) -> None:
+    (reason,) = Router(card(gfx, variable)).unavailable("flash_attn_2")
+    assert reason == snapshot
 
 
-def test_the_first_version_with_that_backend() -> None:
+def test_the_first_version_with_that_backend(snapshot: SnapshotAssertion) -> None:
     assert Router(card("gfx1100", True, "2.7.1")).unavailable("flash_attn_2") == ()
     (reason,) = Router(card("gfx1100", True, "2.6.3")).unavailable("flash_attn_2")
-    assert reason == "package flash-attn 2.6.3 does not meet >=2.7.1, the first with that backend"
+    assert reason == snapshot
 
 
 def test_mi300_is_as_it_was() -> None:
@@ -61,16 +61,16 @@ def test_mi300_is_as_it_was() -> None:
         assert router.backends["flash_attn_2"].member(CALL, router.platform) is None
 
 
-def test_doctor_says_what_would_help() -> None:
+def test_doctor_says_what_would_help(snapshot: SnapshotAssertion) -> None:
     backend = BACKENDS["flash_attn_2"]
     set_it = how_to_get(backend, card("gfx1100", False), HERE)
-    assert set_it.text == "nothing to install: set FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE before the program starts"
+    assert set_it.text == snapshot
     get_it = how_to_get(backend, card("gfx1100", False, ""), HERE)
     assert get_it.kind == "page"
     assert "FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE" in get_it.note
     assert "reported" in set_it.note
     assert "reported" in get_it.note
-    assert "nothing to install on this machine" in how_to_get(backend, card("gfx1030", False), HERE).text
+    assert how_to_get(backend, card("gfx1030", False), HERE).text == snapshot
 
 
 def test_what_was_measured_or_probed_with_the_variable_does_not_count_without_it() -> None:

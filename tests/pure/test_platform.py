@@ -67,28 +67,28 @@ def test_package_names_are_written_as_people_like() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("", "'' is not one of cpu, cuda"),
-        ("gpu", "'gpu' is not one of cpu, cuda"),
-        ("cuda:new", "'new' is not a compute capability such as 9.0 or sm_90"),
-        ("cuda:9", "'9' is not a compute capability"),
-        ("cuda:99", "'99' is not a compute capability such as 9.0 or sm_90"),
-        ("cuda:sm_1210", "'sm_1210' is not a compute capability"),
-        ("cpu:avx512", "cpu takes no card, got 'avx512'"),
-        ("cuda:9.0,cudnn=new", "cudnn 'new' is not a version number such as 91002"),
-        ("cuda:9.0,os=beos", "os 'beos' is not one of linux, windows"),
-        ("cuda:9.0,cudnn_sdp=maybe", "cudnn_sdp 'maybe' is not one of on, off"),
-        ("cuda:9.0,colour=red", "'colour=red' is not one of torch, cuda, cudnn"),
-        ("cuda:9.0,packages=flash-attn", "package 'flash-attn' has no version; write name==version"),
-        ("cuda:9.0,packages=flash-attn==", "package 'flash-attn==' has no version"),
-        ("cuda:9.0,packages=a==1,b==2", "'b==2' is not one of torch, cuda"),
+        "",
+        "gpu",
+        "cuda:new",
+        "cuda:9",
+        "cuda:99",
+        "cuda:sm_1210",
+        "cpu:avx512",
+        "cuda:9.0,cudnn=new",
+        "cuda:9.0,os=beos",
+        "cuda:9.0,cudnn_sdp=maybe",
+        "cuda:9.0,colour=red",
+        "cuda:9.0,packages=flash-attn",
+        "cuda:9.0,packages=flash-attn==",
+        "cuda:9.0,packages=a==1,b==2",
     ],
 )
-def test_bad_descriptions_say_which_part(text: str, message: str) -> None:
+def test_bad_descriptions_say_which_part(text: str, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ValueError, match=r"^platform: ") as caught:
         parse_platform(text)
-    assert message in str(caught.value)
+    assert str(caught.value) == snapshot
 
 
 def test_a_platform_is_a_value() -> None:

@@ -37,30 +37,30 @@ def test_short_names_of_types(short: str, long: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("", "num_heads, q_len, head_dim not given"),
-        ("num_heads=1,q_len=4", "head_dim not given"),
-        ("heads=1,q_len=4,head_dim=8", "'heads=1' is not one of batch, num_heads"),
-        ("num_heads", "'num_heads' is not one of"),
-        ("num_heads=1,q_len=4,head_dim=eight", "head_dim 'eight' is not a number"),
-        ("num_heads=1,q_len=4,head_dim=", "head_dim '' is not a number"),
-        ("num_heads=1,q_len=4,kv_len=0,head_dim=8", "kv_len 0 < 1"),
-        ("num_heads=1,q_len=-4,head_dim=8", "q_len -4 < 1"),
-        ("num_heads=1,q_len=4,head_dim=8,dtype=int8", "dtype 'int8' is not one of float16"),
-        ("num_heads=1,q_len=4,head_dim=8,mask=causal", "mask 'causal' is not one of none, key_padding"),
-        ("num_heads=1,q_len=4,head_dim=8,is_causal=maybe", "is_causal 'maybe' is neither true nor false"),
-        ("num_heads=1,q_len=4,head_dim=8,scale=big", "scale 'big' is not a number"),
-        ("num_heads=1,q_len=4,head_dim=8,scale=nan", "scale 'nan' is not a number"),
-        ("num_heads=1,q_len=4,head_dim=8,scale=-inf", "scale '-inf' is not a number"),
-        ("num_heads=24,num_kv_heads=7,q_len=4,head_dim=8", "num_heads 24 is not a multiple of num_kv_heads 7"),
-        ("num_heads=2,num_kv_heads=4,q_len=4,head_dim=8", "num_heads 2 is not a multiple of num_kv_heads 4"),
+        "",
+        "num_heads=1,q_len=4",
+        "heads=1,q_len=4,head_dim=8",
+        "num_heads",
+        "num_heads=1,q_len=4,head_dim=eight",
+        "num_heads=1,q_len=4,head_dim=",
+        "num_heads=1,q_len=4,kv_len=0,head_dim=8",
+        "num_heads=1,q_len=-4,head_dim=8",
+        "num_heads=1,q_len=4,head_dim=8,dtype=int8",
+        "num_heads=1,q_len=4,head_dim=8,mask=causal",
+        "num_heads=1,q_len=4,head_dim=8,is_causal=maybe",
+        "num_heads=1,q_len=4,head_dim=8,scale=big",
+        "num_heads=1,q_len=4,head_dim=8,scale=nan",
+        "num_heads=1,q_len=4,head_dim=8,scale=-inf",
+        "num_heads=24,num_kv_heads=7,q_len=4,head_dim=8",
+        "num_heads=2,num_kv_heads=4,q_len=4,head_dim=8",
     ],
 )
-def test_bad_requests_say_which_part(text: str, message: str) -> None:
+def test_bad_requests_say_which_part(text: str, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ValueError, match=r"^request: ") as caught:
         parse_request(text)
-    assert message in str(caught.value)
+    assert str(caught.value) == snapshot
 
 
 def test_facts_are_equal_and_hash_alike_when_they_are_the_same() -> None:
@@ -76,7 +76,7 @@ def test_the_description_names_everything_that_is_not_ordinary(snapshot: Snapsho
     special = AttentionRequest(1, 8, 4, 4, 64, "float16", 2, 32, "bias", True, 0.5, True).describe()
     for words in ("8 heads over 2 key heads", "head_dim 64 (value 32)", "mask bias", "causal", "scale 0.5"):
         assert words in special
-    assert special.endswith("low precision forbidden by the model")
+    assert special == snapshot
 
 
 def test_tensors_become_facts_without_being_read() -> None:

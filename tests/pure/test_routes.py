@@ -143,26 +143,26 @@ def test_gates_of_the_route(machine: str, head_dim: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "request_text", "reason"),
+    ("machine", "request_text"),
     [
-        ("cuda:12.0", "num_heads=24,q_len=4096,head_dim=12", "head_dim 12 is not a multiple of 8"),
-        ("cuda:12.0", "num_heads=24,q_len=4096,head_dim=320", "head_dim 320 > 128"),
-        ("cuda:12.0", "num_heads=24,q_len=4096,head_dim=128,dtype=fp32", "dtype float32 not in (float16, bfloat16)"),
-        ("cuda:12.0", "num_heads=24,q_len=4096,kv_len=1,head_dim=128", "kv_len 1 < 2"),
-        ("cuda:12.0,cudnn=90499", "num_heads=24,q_len=4096,head_dim=128", "cuDNN 90499 < 90500"),
-        ("cuda:12.0,cudnn=none", "num_heads=24,q_len=4096,head_dim=128", "PyTorch has no cuDNN"),
-        ("cuda:12.0,cudnn_sdp=off", "num_heads=24,q_len=4096,head_dim=128", "enable_cudnn_sdp(False)"),
-        ("cuda:7.5", "num_heads=24,q_len=4096,head_dim=128", "compute capability 7.5 < 8.0"),
-        ("cuda", "num_heads=24,q_len=4096,head_dim=128", "compute capability unknown"),
-        ("rocm:gfx942", "num_heads=24,q_len=4096,head_dim=128", "device rocm not in (cuda)"),
+        ("cuda:12.0", "num_heads=24,q_len=4096,head_dim=12"),
+        ("cuda:12.0", "num_heads=24,q_len=4096,head_dim=320"),
+        ("cuda:12.0", "num_heads=24,q_len=4096,head_dim=128,dtype=fp32"),
+        ("cuda:12.0", "num_heads=24,q_len=4096,kv_len=1,head_dim=128"),
+        ("cuda:12.0,cudnn=90499", "num_heads=24,q_len=4096,head_dim=128"),
+        ("cuda:12.0,cudnn=none", "num_heads=24,q_len=4096,head_dim=128"),
+        ("cuda:12.0,cudnn_sdp=off", "num_heads=24,q_len=4096,head_dim=128"),
+        ("cuda:7.5", "num_heads=24,q_len=4096,head_dim=128"),
+        ("cuda", "num_heads=24,q_len=4096,head_dim=128"),
+        ("rocm:gfx942", "num_heads=24,q_len=4096,head_dim=128"),
     ],
 )
-def test_cudnn_by_name_and_strict_says_why_not(machine: str, request_text: str, reason: str) -> None:
+def test_cudnn_by_name_and_strict_says_why_not(machine: str, request_text: str, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(NoBackendError) as caught:
         Router(parse_platform(machine)).select(
             parse_request(request_text), Choice("cudnn_attn", "node.default"), strict=True
         )
-    assert reason in str(caught.value)
+    assert next(line for line in str(caught.value).splitlines() if line.startswith("  cudnn_attn: ")) == snapshot
 
 
 def test_cudnn_by_name_takes_what_it_can() -> None:
@@ -176,22 +176,22 @@ def test_cudnn_by_name_takes_what_it_can() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "backend", "line"),
+    ("machine", "backend"),
     [
-        ("cuda:12.0,cudnn=91002", "cudnn_attn", "CUDNN_ATTN (Blackwell sm_120, cuDNN 91002)"),
-        ("cuda:12.0", "flashinfer_attn", "FLASHINFER_ATTN (Blackwell sm_120)"),
-        ("cuda:9.0", "flash_attn", "FLASH_ATTN (Hopper sm_90)"),
-        ("rocm:gfx942", "aiter", "AITER (gfx942)"),
-        ("cuda:10.3,cudnn=91500", "cudnn_attn", "CUDNN_ATTN (Blackwell sm_103, cuDNN 91500)"),
-        ("cuda:12.1", "flash_attn_4", "FLASH_ATTN_4 (Blackwell sm_121)"),
-        ("cuda:8.9", "flash_attn", "FLASH_ATTN (Ada sm_89)"),
-        ("cuda:7.5", "xformers", "XFORMERS (Turing sm_75)"),
-        ("xla", "xla_flash", "XLA_FLASH"),
-        ("cpu", "torch_sdpa", "SDPA"),
+        ("cuda:12.0,cudnn=91002", "cudnn_attn"),
+        ("cuda:12.0", "flashinfer_attn"),
+        ("cuda:9.0", "flash_attn"),
+        ("rocm:gfx942", "aiter"),
+        ("cuda:10.3,cudnn=91500", "cudnn_attn"),
+        ("cuda:12.1", "flash_attn_4"),
+        ("cuda:8.9", "flash_attn"),
+        ("cuda:7.5", "xformers"),
+        ("xla", "xla_flash"),
+        ("cpu", "torch_sdpa"),
     ],
 )
-def test_the_line_that_says_what_auto_starts_with(machine: str, backend: str, line: str) -> None:
-    assert default_line(parse_platform(machine), backend) == f"Defaulting to diffusion attention backend {line}"
+def test_the_line_that_says_what_auto_starts_with(machine: str, backend: str, snapshot: SnapshotAssertion) -> None:
+    assert default_line(parse_platform(machine), backend) == snapshot
 
 
 def test_the_default_is_the_first_available_of_the_route() -> None:
@@ -216,16 +216,16 @@ def test_a_role_is_logged_once_and_a_fallback_once_per_reason(
     assert warnings == snapshot
 
 
-def test_a_route_keeps_small_queries_off_cudnn_but_a_person_may_ask_for_it() -> None:
+def test_a_route_keeps_small_queries_off_cudnn_but_a_person_may_ask_for_it(snapshot: SnapshotAssertion) -> None:
     router = Router(parse_platform("cuda:12.0,cudnn=91002"))
     small = parse_request("num_heads=8,q_len=64,kv_len=64,head_dim=128")
     decision = router.select(small, Choice(None, "platform route"))
     assert decision.backend == "torch_sdpa"
-    assert "query of 65536 elements < 131072" in str(decision.rejected[0])
+    assert str(decision.rejected[0]) == snapshot
     assert router.select(small, Choice("cudnn_attn", "test"), strict=True).backend == "cudnn_attn"
 
 
-def test_lossy_backends_come_first_only_where_they_are_allowed() -> None:
+def test_lossy_backends_come_first_only_where_they_are_allowed(snapshot: SnapshotAssertion) -> None:
     packages = "sageattention==2.2.0;triton==3.6.0;flash-attn==2.8.3"
     router = Router(parse_platform(f"cuda:8.9,packages={packages}"))
     call = parse_request("num_heads=8,q_len=4096,head_dim=128")
@@ -234,7 +234,7 @@ def test_lossy_backends_come_first_only_where_they_are_allowed() -> None:
     assert router.select(call, auto, accuracy="quantized").backend == "sage_attn"
     masked = router.select(call._replace(mask="bool"), auto, accuracy="quantized")
     assert masked.backend == "sage_fp16_triton"
-    assert "mask kind bool not in (none)" in str(masked.rejected[0])
+    assert str(masked.rejected[0]) == snapshot
     fragile = router.select(call._replace(exact_only=True), auto, accuracy="quantized")
     assert fragile.backend == "flash_attn"
 
@@ -253,14 +253,15 @@ def test_the_command_prints_the_route_of_a_described_machine(
     text = route(capsys, "--platform", "cuda:12.0,cudnn=91002,packages=flashinfer-python==0.7.2")
     lines = text.splitlines()
     assert lines[0] == snapshot
-    assert lines[1].startswith("Route:   Blackwell (reported: vLLM-Omni's table")
+    assert lines[1] == snapshot
     assert lines[2] == snapshot
-    assert "  1 cudnn_attn       available   <- auto starts here" in lines
+    first = next(line for line in lines if line.startswith("  1 cudnn_attn "))
+    assert first == snapshot
     assert "  2 flashinfer_attn  available" in lines
-    assert any(line.startswith("  3 flash_attn_4     no: package flash-attn-4 is not installed") for line in lines)
-    lossy = lines.index("Lossy, tried before these where accuracy allows more than exact:")
+    assert next(line for line in lines if line.startswith("  3 flash_attn_4 ")) == snapshot
+    lossy = next(index for index, line in enumerate(lines) if line.startswith("Lossy"))
     assert lines[lossy + 1].startswith("  1 sage_attn ")
-    assert text.count("<- auto starts here") == 1
+    assert text.count(first.rpartition("  ")[2]) == 1, "auto starts at one"
 
 
 def test_the_command_prints_it_as_data(capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion) -> None:
@@ -288,6 +289,8 @@ def test_the_command_asks_this_machine_by_default(capsys: pytest.CaptureFixture[
     assert f"torch {torch.__version__.split('+')[0]}" in route(capsys).splitlines()[0]
 
 
-def test_the_command_refuses_a_machine_that_it_cannot_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_a_machine_that_it_cannot_read(
+    capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
+) -> None:
     assert main(["route", "--platform", "gpu"]) == 2
-    assert "platform: 'gpu' is not one of cpu, cuda" in capsys.readouterr().err
+    assert capsys.readouterr().err == snapshot
