@@ -83,7 +83,7 @@ class TestFindingComfyUI:
 
     def test_a_named_interpreter_must_be_there(self, tmp_path: Path) -> None:
         assert comfyui.own_interpreter(tmp_path, {"COMFYUI_PYTHON": sys.executable}) == Path(sys.executable)
-        with pytest.raises(Stop, match=r"COMFYUI_PYTHON is .*gone, which is not a file"):
+        with pytest.raises(Stop, match=r"COMFYUI_PYTHON is .*gone"):
             comfyui.own_interpreter(tmp_path, {"COMFYUI_PYTHON": str(tmp_path / "gone")})
 
     def test_other_versions_beside_it(self, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from hostile_texts import CASES
+from syrupy.assertion import SnapshotAssertion
 
 TESTS = Path(__file__).parents[1]
 DOCUMENTED = ("ConfigError", "UnknownBackendError", "RefusedBackendError", "ComparisonError", "ValueError")
@@ -56,20 +57,20 @@ def test_a_hostile_text_is_read_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    "name",
     [
-        ("YAML: merge keys", "merge keys (<<) are not read"),
-        ("YAML: aliases", "more than 10000 entries"),
-        ("YAML: too long", "99999 bytes > 32768"),
-        ("YAML: a tag of Python", "tags such as"),
-        ("YAML: a base 60 number", "unknown attention backend '1:59:59"),
-        ("JSON: too long", "1000009 bytes > 1000000"),
-        ("JSON: one key in few", "'a' is given twice"),
-        ("record: blocks times calls", "stand for more than 50000 calls"),
-        ("replay: zTXt", "a text of more than"),
-        ("replay: zTXt of another name", "has no attention record (its metadata: workflow)"),
-        ("flags: variables inside one another", "nested too deeply"),
+        "YAML: merge keys",
+        "YAML: aliases",
+        "YAML: too long",
+        "YAML: a tag of Python",
+        "YAML: a base 60 number",
+        "JSON: too long",
+        "JSON: one key in few",
+        "record: blocks times calls",
+        "replay: zTXt",
+        "replay: zTXt of another name",
+        "flags: variables inside one another",
     ],
 )
-def test_what_is_said_of_it(name: str, said: str) -> None:
-    assert said in found()[name]["message"]
+def test_what_is_said_of_it(name: str, snapshot: SnapshotAssertion) -> None:
+    assert found()[name]["message"].partition(" the names are")[0][:300] == snapshot

@@ -116,12 +116,13 @@ def test_limits_that_differ_have_rows_of_their_own(snapshot: SnapshotAssertion) 
     assert rows[0][1:6] == ("fp16, bf16", "to 128", "bool", "no", "equal lengths")
 
 
-def test_options_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_in_words(monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion) -> None:
     monkeypatch.setitem(BACKENDS, "sample", Sample())
     page = support_page()
-    assert "| `sample` | `share` | a number | `0.5` | from 0 to 1 | How much. |" in page
-    assert "| `sample` | `mode` | text | `fast` | `fast`, `good` | Which. |" in page
-    assert "A sample \\| with a bar." in page
+    assert [
+        line for line in page.splitlines() if line.startswith(("| `sample` | `share`", "| `sample` | `mode`"))
+    ] == snapshot
+    assert "\\| with a bar." in page
 
 
 def test_a_new_backend_makes_the_page_stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,9 +310,9 @@ def test_dev_py_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert page.read_text(encoding="utf-8") == support_page()
 
 
-def test_dev_py_offers_it() -> None:
+def test_dev_py_offers_it(snapshot: SnapshotAssertion) -> None:
     result = subprocess.run([sys.executable, "dev.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert "docs" in result.stdout
     refused = subprocess.run([sys.executable, "dev.py", "docs", "x"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "dev.py docs takes no arguments, got: x" in refused.stderr
+    assert refused.stderr.splitlines()[-1] == snapshot

@@ -293,4 +293,4 @@ def test_the_command_refuses_a_machine_that_it_cannot_read(
     capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
 ) -> None:
     assert main(["route", "--platform", "gpu"]) == 2
-    assert capsys.readouterr().err == snapshot
+    assert capsys.readouterr().err.rstrip() == snapshot
