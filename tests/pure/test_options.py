@@ -155,22 +155,19 @@ def test_a_fallback_that_fails_too_does_not_bring_back_the_backend_without_its_o
     assert plan.decision.backend == "comfy", "not the backend that was asked for with other options"
 
 
-def test_options_that_a_version_lacks_are_known_before_anything_is_loaded() -> None:
+def test_options_that_a_version_lacks_are_known_before_anything_is_loaded(snapshot: SnapshotAssertion) -> None:
     card = "cuda:8.9,packages=sageattention=={};triton==3.6.0"
-    for version, extra, words in (
-        ("2.2.0", {"backend": "sage_attn", "extra": {"smooth_k": False}}, "sageattn has no option smooth_k"),
-        (
-            "2.1.1",
-            {"backend": "sage_fp8_cuda", "extra": {"pv_accum_dtype": "fp32+fp16"}},
-            "sageattention 2.1.1 has no pv_accum_dtype fp32+fp16, which came with 2.2",
-        ),
+    for version, extra in (
+        ("2.2.0", {"backend": "sage_attn", "extra": {"smooth_k": False}}),
+        ("2.1.1", {"backend": "sage_fp8_cuda", "extra": {"pv_accum_dtype": "fp32+fp16"}}),
     ):
         router = Router(parse_platform(card.format(version)))
         decision = router.decide(REQUEST, (parse_config({"default": extra}),), "self", "self")
         assert decision.is_fallback
-        assert words in str(decision.reason)
-        with pytest.raises(NoBackendError, match=words.replace("+", r"\+")):
+        assert decision.reason == snapshot(name=version)
+        with pytest.raises(NoBackendError) as caught:
             router.decide(REQUEST, (parse_config({"default": extra, "strict": True}),), "self", "self")
+        assert str(decision.reason) in str(caught.value)
     newer = Router(parse_platform(card.format("2.2.0")))
     assert not newer.decide(REQUEST, (parse_config({"default": extra}),), "self", "self").is_fallback
 
