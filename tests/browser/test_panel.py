@@ -186,15 +186,19 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(
         page.locator(f"{LINE}[title*=fallbacks]").wait_for(timeout=20_000)
         title = line.get_attribute("title")
         ran = f"self torch_sdpa {fallbacks} calls, cross sdpa_math {fallbacks}; {fallbacks} fallbacks"
-        assert title == f"cudnn_attn cannot run here: device cpu not in (cuda)\n{ran}"
+        cannot, _, after = title.partition("\n")
+        assert cannot == snapshot(name="title")
+        assert after == ran
         assert line.inner_text() == f"\u26a0 {ran}"
         page.screenshot(path=keep(tmp_path, f"fallbacks_{nodes_2}.png"))
         page.evaluate(CHOOSE, "sage_attn")  # another choice, of which that run says nothing
         page.get_by_text("sage_attn cannot run here").wait_for(timeout=20_000)
         panel = open_tab(page)
         panel.locator(".ab-reasons").wait_for()
-        assert "self: cudnn_attn: device cpu not in (cuda)" in panel.locator(".ab-reasons").inner_text()
-        assert "another one ran, see the reasons" in panel.locator(".ab-audit").inner_text()
+        reasons = panel.locator(".ab-reasons").inner_text().splitlines()
+        assert next(line for line in reasons if "self: cudnn_attn" in line) == snapshot(name="reason")
+        audit = panel.locator(".ab-audit").inner_text().splitlines()
+        assert [line for line in audit if "reasons" in line] == snapshot(name="audit")
         assert ours(page) == []
 
 
@@ -230,7 +234,7 @@ def test_a_line_stays_with_the_workflow_that_queued_it(server: Server, tmp_path:
         assert ours(page) == []
 
 
-def test_a_strict_stop_is_not_called_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_strict_stop_is_not_called_nothing(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     refusing = workflow(backend="cudnn_attn", steps=11)
     selector = next(node for node in refusing["nodes"] if node["type"] == "AttentionBackendSelector")
     selector["widgets_values"][2] = True  # strict
@@ -239,7 +243,7 @@ def test_a_strict_stop_is_not_called_nothing(server: Server, tmp_path: Path) -> 
         account = run_workflow(page, server)
         assert (account["state"], account["rows"]) == ("stopped", [])
         stopped = account["outcome"]["text"]
-        assert stopped.endswith("cudnn_attn: device cpu not in (cuda)")
+        assert stopped == snapshot
         page.locator(f"{LINE}[title*='{stopped}']").wait_for(timeout=20_000)
         panel = open_tab(page)
         panel.locator(".ab-run .ab-line").wait_for()
@@ -260,7 +264,7 @@ def test_every_value_can_be_read_at_300_px(server: Server, tmp_path: Path) -> No
             panel.screenshot(path=keep(tmp_path, f"table_{width}.png"))
             cut = panel.evaluate(CUT_OFF)
             assert cut == [] or width == 900, (width, cut)
-        assert "device cpu not in (cuda)" in panel.locator("tbody").inner_text()
+        assert "device cpu" in panel.locator("tbody").inner_text()
 
 
 CUT_OFF = """panel => {
@@ -314,7 +318,7 @@ def test_the_table_sorts_and_works_by_keyboard(server: Server, tmp_path: Path) -
         assert ours(page) == []
 
 
-def test_the_strip_shows_a_schedule_step_by_step(server: Server, tmp_path: Path) -> None:
+def test_the_strip_shows_a_schedule_step_by_step(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     """A sampler with two model calls in a step: the picture is over steps all the same."""
     graph = Graph("")
     model, settings = embedded(graph)
@@ -330,7 +334,7 @@ def test_the_strip_shows_a_schedule_step_by_step(server: Server, tmp_path: Path)
         panel = open_tab(page)
         strip = panel.get_by_role("img")
         strip.wait_for()
-        assert "8 roles and blocks over 6 steps" in strip.get_attribute("aria-label")
+        assert strip.get_attribute("aria-label") == snapshot
         strip.focus()
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowLeft")
@@ -484,7 +488,7 @@ def test_two_tabs_a_cancelled_run_and_live_figures(server: Server, tmp_path: Pat
         server.post("/interrupt", {})
         for panel in panels:
             panel.locator(".ab-stopped").first.wait_for(timeout=60_000)
-            assert "the run did not finish" in panel.locator(".ab-notes").inner_text()
+            assert "did not finish" in panel.locator(".ab-notes").inner_text()
         last = server.get("/attention_backends/runs")["runs"][0]
         full = server.get(f"/attention_backends/runs/{last['number']}")["run"]
         assert len(full["windows"]) <= 64

@@ -16,6 +16,7 @@ from browser import load_workflow, open_comfyui, why_no_browser
 from measured_entries import ELSEWHERE, entry, key, some
 from panel_pictures import keep
 from server_harness import start_server
+from syrupy.assertion import SnapshotAssertion
 from test_panel import barriers, open_tab, ours, run_workflow, workflow
 from test_routes_http import asked
 from test_web import words
@@ -71,21 +72,18 @@ def test_an_export_is_imported_again(server: Server) -> None:
     assert asked(server, "/measured")[1]["entries"] == before["entries"]
 
 
-def test_what_is_wrong_is_refused_and_changes_nothing(server: Server) -> None:
+def test_what_is_wrong_is_refused_and_changes_nothing(server: Server, snapshot: SnapshotAssertion) -> None:
     good = document(some())
     lame = {**good, "entries": [{**good["entries"][0], "winner": "nobody"}]}
     wrong = [
-        ({}, 400, "not a document of measured choices: format must be 'attention_backends.measured'"),
-        ({**good, "version": 99}, 400, "version 99 of the document is not 1"),
-        (lame, 400, "entries[0]: winner 'nobody' has no time in ms"),
-        ({**good, "more": "x" * (4 << 20)}, 413, "more than 4194304 bytes"),
+        ({}, 400, "empty"),
+        ({**good, "version": 99}, 400, "version"),
+        (lame, 400, "winner"),
+        ({**good, "more": "x" * (4 << 20)}, 413, "size"),
     ]
     for body, status, why in wrong:
-        assert posted(server, "/measured/import", body) == (status, {"error": why})
-    assert asked(server, "/measured/import", b'{"a": NaN}', **JSON) == (
-        400,
-        {"error": "the body: NaN is not a number that JSON has"},
-    )
+        assert posted(server, "/measured/import", body) == (status, {"error": snapshot(name=why)})
+    assert asked(server, "/measured/import", b'{"a": NaN}', **JSON) == (400, {"error": snapshot(name="NaN")})
     assert asked(server, "/measured/import", b"[" * 5000, **JSON)[0] == 400
     for body in ([], {"confirm": True}, None):
         assert posted(server, "/measured/clear", body)[0] == 400

@@ -179,7 +179,7 @@ def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
         for change, variable in (({"hub": False}, "HUB"), ({"trace": "off", "log_level": "DEBUG"}, "TRACE")):
             status, answer = changed(server, change)
             assert status == 409
-            assert f"set by the environment variable ATTENTION_BACKENDS_{variable}" in answer["error"]
+            assert f"environment variable ATTENTION_BACKENDS_{variable}" in answer["error"]
         settings = server.get("/attention_backends/settings")["machine"]
         assert [settings[name]["value"] for name in ("hub", "trace", "log_level")] == [True, "sampled", ""]
 

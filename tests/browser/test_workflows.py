@@ -116,7 +116,7 @@ def test_per_role_runs_and_reports_each_role(server: Server, snapshot: SnapshotA
         ["cross", "sdpa_math", "none", "80"],
     ]
     assert " ".join(lines[3]) == snapshot
-    assert " ".join(lines[4]).startswith("not counted, because it never reaches ComfyUI's attention hook: the face")
+    assert " ".join(lines[4]) == snapshot
     assert len(lines) == 5
 
 
@@ -167,17 +167,17 @@ def test_compare_node_runs_and_says_what_could_not(server: Server) -> None:
     assert "reference" in rows["torch_sdpa"]
     for name in ("cudnn_attn", "sage_attn"):
         # Only the reason: a time or a PSNR here would be another kernel's.
-        assert set(rows[name].split("device cpu not in (cuda)")[0].split()) == {name, "-"}, table
+        assert set(rows[name].split("device cpu not")[0].split()) == {name, "-"}, table
 
 
 @pytest.mark.comfy
-def test_branches_by_hand_run_and_no_fallback_bears_another_name(server: Server) -> None:
+def test_branches_by_hand_run_and_no_fallback_bears_another_name(server: Server, snapshot: SnapshotAssertion) -> None:
     lines = shown(server, "compare_sdpa_cudnn_sage").splitlines()
     assert lines[1].startswith("torch_sdpa ")
     assert "reference" in lines[1]
     for line, name in zip(lines[2:4], ("cudnn_attn", "sage_attn"), strict=True):
         assert line.startswith(f"{name} -> torch_sdpa ")
-        assert line.endswith(f"fell back: {name}: device cpu not in (cuda)")
+        assert line.partition("fell back: ")[2] == snapshot(name=name)
 
 
 def refusal(server: Server, nodes: dict[str, Any]) -> list[tuple[str, str, str]]:

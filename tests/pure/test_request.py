@@ -74,8 +74,6 @@ def test_the_description_names_everything_that_is_not_ordinary(snapshot: Snapsho
     plain = AttentionRequest(1, 24, 4096, 77, 128, "bfloat16").describe()
     assert plain == snapshot
     special = AttentionRequest(1, 8, 4, 4, 64, "float16", 2, 32, "bias", True, 0.5, True).describe()
-    for words in ("8 heads over 2 key heads", "head_dim 64 (value 32)", "mask bias", "causal", "scale 0.5"):
-        assert words in special
     assert special == snapshot
 
 
