@@ -114,13 +114,12 @@ def main(folder: str) -> None:
     from comfy.cli_args import args
 
     found = {}
-    for flag in FLAGS:
-        name = flag.removeprefix("--").replace("-", "_")
-        if not hasattr(args, name):
-            continue
+    names = {flag: flag.removeprefix("--").replace("-", "_") for flag in FLAGS}
+    there = {flag: name for flag, name in names.items() if hasattr(args, name)}
+    for flag in there:
         if flag != FLAGS[0]:
-            for other in FLAGS:
-                setattr(args, other.removeprefix("--").replace("-", "_"), other == flag)
+            for other, name in there.items():
+                setattr(args, name, other == flag)
             model_management.ENABLE_PYTORCH_ATTENTION = flag == "--use-pytorch-cross-attention"
             importlib.reload(attention)
         found[flag] = look()
