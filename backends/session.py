@@ -245,9 +245,11 @@ class Session:
         row = part.row
         if self.tuner is not None and self.tuner.is_trying(part):
             return None
-        return self._plan(
+        packed = self._plan(
             request, part.decision, row.role, row.block, part.strict, f"{row.mask}, varlen", row.reason, kernel
         )
+        packed.index = part.index
+        return packed
 
     def _kernel(self, decision: Decision) -> Kernel:
         kernel = self.router.kernel(decision.backend, decision.options)

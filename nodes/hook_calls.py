@@ -251,9 +251,11 @@ def _new_plan(
 
     def planned(part: AttentionCall, treatment: str = "") -> Plan:
         facts = part.request(exact_only=request.exact_only)
-        return scope.session.plan(
+        plan = scope.session.plan(
             facts, role.name, role.category, block, preferred, treatment, choice, function, last_resort
         )
+        plan.index = part.query.get_device()
+        return plan
 
     parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, asked)
     if mask_plan is None or not parts:

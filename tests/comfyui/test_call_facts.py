@@ -29,7 +29,7 @@ from attention_backends.backends.platform import detect  # noqa: E402
 from attention_backends.backends.request import AttentionCall  # noqa: E402
 from attention_backends.backends.router import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
-from hook_side import model_call, override, sampling, stand_in  # noqa: E402
+from hook_side import model_call, nodes_module, override, sampling, stand_in  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -52,6 +52,15 @@ def full_call() -> AttentionCall:
         if name not in ("query", "key", "value"):
             setattr(call, name, f"{name} {number}")
     return call
+
+
+def test_a_call_that_a_layout_makes_has_every_attribute() -> None:
+    """It is made without `__init__`."""
+    query = torch.randn(1, 2, 4, SIZE)
+    layout = nodes_module("layouts").Layout(query, query, query, {"heads": 2, "skip_reshape": True, "scale": 0.5})
+    made, expected = layout.call(query, query, query, None), AttentionCall(query, query, query, scale=0.5)
+    for name in AttentionCall.__slots__:
+        assert getattr(made, name) is getattr(expected, name) or getattr(made, name) == getattr(expected, name), name
 
 
 @pytest.mark.parametrize("name", AttentionCall.__slots__)
