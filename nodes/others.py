@@ -325,7 +325,7 @@ class Replaced:
 
 
 class Habit:
-    """Whether a function of another pack computes attention by itself each time, so that few of its calls are watched.
+    """Whether a function of another pack always computes attention without calling us, so that few calls are watched.
 
     Only that: one whose calls came to us may compute later, and what keeps results for some steps alternates.
     """
@@ -349,7 +349,7 @@ class Habit:
 
 
 ALIKE = 4
-"""So many calls in a row that another pack computed by itself make it a habit."""
+"""After so many calls in a row that another pack computed, only each `LOOK_EVERY`th is watched."""
 LOOK_EVERY = 8
 
 

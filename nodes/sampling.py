@@ -97,7 +97,7 @@ class Run:
         self.function_wrapper: Any = None
         """That function."""
         self.is_sampled = False
-        """A sampler's run, not model calls that a program makes by itself."""
+        """Whether a sampler makes the model calls; False where a program calls the model directly."""
         self.is_evaluated = False
         """The sampler has asked for the model's output."""
         for text in override.notes:

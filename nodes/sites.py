@@ -201,7 +201,7 @@ class Mark:
                 self._marked[name] = before, own[name]
 
     def stands(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """What stands where: the module's own dictionary, the name in it, and the stand-in."""
+        """For each method: the dictionary of the module, the name in it, and the stand-in that it should hold."""
         return [(self._module.__dict__, name, marked) for name, (_, marked) in self._marked.items()]
 
     def renew(self) -> None:

@@ -23,6 +23,14 @@ PLACES = [*(("input", n) for n in (1, 2, 4, 5, 7, 8)), *(("output", n) for n in 
 """The blocks of SD1.5 in the order in which IP-Adapter counts them."""
 
 
+def place_of(folder_name: str, here: Path) -> Path:
+    """Where a pack lies in a ComfyUI; the case of its folder's name is its installer's."""
+    places = [one for one in (here / "custom_nodes").iterdir() if one.name.lower() == folder_name.lower()]
+    if not places:
+        pytest.skip(f"{folder_name} is not in the custom_nodes of this ComfyUI")
+    return places[0]
+
+
 def loaded(folder_name: str) -> Any:
     """ComfyUI's module of nodes with a pack loaded as ComfyUI loads it."""
     comfyui()
@@ -30,10 +38,7 @@ def loaded(folder_name: str) -> Any:
 
     here = find_comfyui()
     assert here is not None
-    places = [one for one in (here / "custom_nodes").iterdir() if one.name.lower() == folder_name.lower()]
-    if not places:
-        pytest.skip(f"{folder_name} is not in the custom_nodes of this ComfyUI")
-    assert asyncio.run(nodes.load_custom_node(str(places[0]), module_parent="custom_nodes"))
+    assert asyncio.run(nodes.load_custom_node(str(place_of(folder_name, here)), module_parent="custom_nodes"))
     return nodes
 
 
@@ -124,6 +129,8 @@ def test_kjnodes_nag_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[("cross", "sdpa_math")] == 3 * calls[("self", "sdpa_math")]  # both prompts' calls, and one more of NAG
 
 
-def test_the_folders_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folders_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "custom_nodes" / "comfyui-pack").mkdir(parents=True)
+    assert place_of("ComfyUI-Pack", tmp_path).name == "comfyui-pack"
     with pytest.raises(pytest.skip.Exception, match="no-such-pack"):
-        loaded("no-such-pack")
+        place_of("no-such-pack", tmp_path)
