@@ -1,6 +1,7 @@
 """The guard: a lossy kernel's output is compared now and then, on a few query rows, with attention from the definition.
 
-Roles and blocks take turns over the steps of a run (`turns.py`). The rows of the reference are computed before the
+Roles and blocks take turns over the steps of a run (`turns.py`). In mode `enforce` a backend's first alarm has its
+kernels in all other roles and blocks checked at their next call. The rows of the reference are computed before the
 kernel runs, so a kernel that changes its inputs is seen and cannot spoil them. Figures stay on the device and are read
 once per step; on the CPU, and in mode `enforce`, at once. What it cannot see is in docs/guard.md.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +66,13 @@ class Guard:
         """Role and block -> the backend that was caught there, and why."""
         self.refused_everywhere: str | None = None
         self._source = random.Random(seed)  # noqa: S311  # of its own, so that no seed of a run is touched
-        self.turns = Turns(first_calls=self.enforces)
+        self.turns = Turns()
         self._watched = 0
+        self._backends: set[str] = set()
+        """Those of the watched kernels."""
+        self._caught: set[str] = set()
+        """Backends with an alarm, in mode `enforce`."""
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
         self._pending: list[tuple[Callable[[list[float]], None], torch.Tensor]] = []
         self._step: object = None
         self._model_calls = 0
@@ -78,7 +85,12 @@ class Guard:
     def watched(self, kernel: Kernel, accuracy: str, row: Row, budget: Budget | None = None) -> Kernel:
         """The kernel with checks of some of its calls, whose figures go to `row`; without a budget, of its class."""
         self._watched += 1
-        return Watch(self, kernel, budget or BUDGETS[accuracy], row)
+        watch = Watch(self, kernel, budget or BUDGETS[accuracy], row)
+        if row.backend not in self._backends or row.backend in self._caught:
+            self._backends.add(row.backend)
+            watch.check_next()
+        self._watches.add(watch)
+        return watch
 
     def refusal(self, role: str, block: str) -> str | None:
         """Why only exact kernels may run in this role and block; None where others may."""
@@ -119,10 +131,19 @@ class Guard:
                     if found.changed:
                         _put_back(inputs, before)
                     self.refused[watch.place] = (watch.row.backend, reason)
+                    self._suspect(watch.row.backend)
                     raise GuardAlarm(reason)
             else:
                 self._later(lambda values: self._warn(watch, guard_rows.Figures(*values), number), figures)
         return output
+
+    def _suspect(self, backend: str) -> None:
+        """At the first alarm of a backend, have each of its kernels checked at its next call."""
+        if backend not in self._caught:
+            self._caught.add(backend)
+            for watch in self._watches:
+                if watch.row.backend == backend:
+                    watch.check_next()
 
     def _later(self, read: Callable[[list[float]], None], figures: torch.Tensor) -> None:
         self._pending.append((read, figures))
@@ -221,7 +242,7 @@ class Watch:
     """One kernel for the calls of one kind in one place, counted."""
 
     __slots__ = (
-        "_began", "_checks", "_is_waiting", "_last", "_number",
+        "__weakref__", "_began", "_checks", "_is_waiting", "_last", "_number",
         "budget", "calls", "due_call", "due_step", "gap", "guard", "kernel", "place", "row", "turns",
     )  # fmt: skip
 
@@ -234,7 +255,7 @@ class Watch:
         self._last = self._checks = 0
         """The step of the last check, and how many there were."""
         self._is_waiting = False
-        """Its turn has come in this step, for a later one of its calls."""
+        """Its turn has come, for its call number `due_call`."""
         self.calls = 0
         self.due_call = 0 if self.turns.step < 0 else NEVER
         self.due_step = self.turns.first(self._number)
@@ -253,6 +274,10 @@ class Watch:
             return self.kernel(call)
         return guard.check(self, call, number) if self._takes_its_turn(number) else self.kernel(call)
 
+    def check_next(self) -> None:
+        """Have the next call checked, whoever's turn it is."""
+        self.due_call, self._is_waiting = self.calls, True
+
     @property
     def may_check(self) -> bool:
         """Whether the next call may be checked."""
@@ -262,6 +287,7 @@ class Watch:
         """Whether call `number` is to be checked; sets when that is asked again."""
         turns, step = self.turns, self.turns.step
         if step < 0:
+            self._is_waiting = False
             self.due_call = number + self.gap
             self.gap = min(2 * self.gap, LONGEST_GAP)
             return True

@@ -48,9 +48,7 @@ def period(steps: int | None) -> int:
 class Turns:
     """Whose turn it is, for the watched kernels of one session."""
 
-    def __init__(self, *, first_calls: bool) -> None:
-        """`first_calls`: each kind of call is checked at its first call, whoever's turn it is."""
-        self.first_calls = first_calls
+    def __init__(self) -> None:
         self.step = -1
         """The present step, counted on where another sampler of the run begins anew; -1 where nobody has said one."""
         self.is_last = False
@@ -82,18 +80,14 @@ class Turns:
     @property
     def period(self) -> int:
         """Steps from one check of a role and block to the next: fewer where there are few, as each step has a check."""
-        return max(min(self._full_period(), len(self._numbers)), 1)
-
-    def _full_period(self) -> int:
-        length = period(self._count)
-        return max(length, FEW_STEPS) if self.first_calls else length
+        return max(min(period(self._count), len(self._numbers)), 1)
 
     def first(self, number: int) -> int:
         """The step in which a kind of call that is new now is checked for the first time."""
         now = max(self.step, 0)
-        if self.first_calls or self.step < 0 or self._count is None or now != self._since:
+        if self.step < 0 or self._count is None or now != self._since:
             return now  # who comes in the middle of a window may be gone before its turn
-        due = following(number, now, self._full_period())
+        due = following(number, now, period(self._count))
         return due if due < self._until else now + slot(number, self._until - now)
 
 

@@ -38,7 +38,13 @@ def one_thread() -> None:
 class Simulated:
     """A run whose kernels compute nothing: which calls the guard looked at, and in which step."""
 
-    def __init__(self, mode: str = "watch", roles: Sequence[str] = FAMILIES["wan 14B"]) -> None:
+    def __init__(
+        self,
+        mode: str = "watch",
+        roles: Sequence[str] = FAMILIES["wan 14B"],
+        backend: Callable[[int], str] = lambda place: LOSSY,
+    ) -> None:
+        self.backend = backend
         self.guard = Guard(mode, Trace(), everything=False)
         self.guard.check = self._check  # type: ignore[method-assign]
         self.roles = roles
@@ -72,7 +78,7 @@ class Simulated:
                     continue
                 key = place, kind(self.step, place)
                 if key not in self.watches:
-                    row = Row(role, str(place), LOSSY, "test", "none")
+                    row = Row(role, str(place), self.backend(place), "test", "none")
                     self.watches[key] = self.guard.watched(lambda call: None, "quantized", row)  # type: ignore[assignment]
                 for _ in range(calls):
                     self.watches[key](call)
@@ -163,13 +169,19 @@ def test_of_several_calls_in_a_step_each_is_looked_at(calls: int, evaluations: i
             assert min(looked_at) > 0.4 * len(run.seen) / each, looked_at
 
 
-def test_enforce_checks_each_first_call_and_then_by_turns() -> None:
+def test_enforce_makes_the_checks_of_watch() -> None:
     for steps in (2, 4, 8, 20, 50):
-        run = Simulated("enforce").run(steps)
-        assert {where for step, where, _ in run.seen if step == 0} == {watch.place for watch in run.watches.values()}
-        assert {step for step, _, _ in run.seen} == set(range(steps))
-        for watch in run.watches.values():
-            assert max(run.gaps(watch.place, steps)) <= max(period(steps), FEW_STEPS)
+        watched, enforced = (Simulated(mode).run(steps).seen for mode in ("watch", "enforce"))
+        assert enforced == watched, steps
+        assert len(enforced) <= sum(before(steps, number) for number in range(1, 81)), steps
+
+
+def test_the_first_call_of_each_backend_is_checked() -> None:
+    """Whose kernels may be wrong everywhere, each for itself."""
+    for mode in ("watch", "enforce"):
+        run = Simulated(mode, backend=lambda place: f"kernel {place % 3}").run(20)
+        assert {("self", "0"), ("cross", "1"), ("self", "2")} <= {where for step, where, _ in run.seen if step == 0}
+        assert len(run.seen) <= len(Simulated(mode).run(20).seen) + 2, "one check more for each further backend"
 
 
 def test_a_solver_that_ends_with_one_call_is_checked_in_its_last_step() -> None:
@@ -263,52 +275,100 @@ def plantings(count: int) -> Iterator[tuple[int, int, int, str, int | None, int 
         yield steps, blocks, source.randrange(steps), source.choice(("watch", "enforce")), block, head
 
 
+class Planted:
+    """A run of a kernel that is wrong in some blocks from some step on: which blocks were caught when, what passed."""
+
+    def __init__(
+        self, mode: str, steps: int, is_wrong: Callable[[int, int], bool], head: int | None, seed: int
+    ) -> None:
+        """`is_wrong` takes step and block."""
+        self.guard = Guard(mode, Trace(), everything=False, seed=seed)
+        self.steps, self.is_wrong = steps, is_wrong
+        self.call = planted_call(random.Random(seed))
+        self.right = int8(self.call)
+        self.wrong = self.right.clone()
+        self.wrong[:, slice(None) if head is None else head] *= 1.5
+        self.seen: dict[int, int] = {}
+        """Block -> the step in which it was caught."""
+        self.passed: list[tuple[int, int]] = []
+        """Block and step of each wrong output that the model got."""
+        self.passed_late: list[tuple[int, int]] = []
+        """Those after the first alarm."""
+        self.checked = 0
+
+    def run(self, blocks: int, backend: Callable[[int], str] = lambda block: LOSSY) -> Planted:
+        now = {"step": 0, "block": 0}
+
+        def kernel(call: AttentionCall) -> torch.Tensor:
+            return self.wrong if self.is_wrong(now["step"], now["block"]) else self.right
+
+        rows = [Row("self" if at % 2 else "cross", str(at), backend(at), "test", "none") for at in range(blocks)]
+        watches: list[Any] = [None] * blocks
+
+        def model() -> list[Any]:
+            for at in range(blocks):
+                now["block"] = at
+                watches[at] = watches[at] or self.guard.watched(kernel, "quantized", rows[at])
+                try:
+                    output = watches[at](self.call)
+                except GuardAlarm:
+                    self.seen.setdefault(at, now["step"])
+                    continue
+                if output is self.wrong:
+                    self.passed.append((at, now["step"]))
+                    self.passed_late += self.passed[-1:] if self.seen else []
+                if rows[at].guard is not None and rows[at].guard.alarms:
+                    self.seen.setdefault(at, now["step"])
+            return []
+
+        for step in range(self.steps):
+            now["step"] = step
+            self.guard.model_call(object(), model, model, Step(step, self.steps))
+        self.checked = sum(row.guard.checked for row in rows if row.guard is not None)
+        return self
+
+
 def plant(steps: int, blocks: int, begin: int, mode: str, block: int | None, head: int | None, seed: int) -> None:
     """One run: the error is seen within the period, and under `enforce` nothing wrong is passed on from there on."""
-    guard = Guard(mode, Trace(), everything=False, seed=seed)
-    call = planted_call(random.Random(seed))
-    right = int8(call)
-    wrong = right.clone()
-    wrong[:, slice(None) if head is None else head] *= 1.5
-    now = {"step": 0, "block": 0}
-
-    def kernel(call: AttentionCall) -> torch.Tensor:
-        return wrong if now["step"] >= begin and block in (None, now["block"]) else right
-
-    rows = [Row("self" if at % 2 else "cross", str(at), LOSSY, "test", "none") for at in range(blocks)]
-    watches: list[Any] = [None] * blocks
-    seen: dict[int, int] = {}
-    passed: list[tuple[int, int]] = []
-
-    def model() -> list[Any]:
-        for at in range(blocks):
-            now["block"] = at
-            watches[at] = watches[at] or guard.watched(kernel, "quantized", rows[at])
-            try:
-                output = watches[at](call)
-            except GuardAlarm:
-                seen.setdefault(at, now["step"])
-                continue
-            if output is wrong:
-                passed.append((at, now["step"]))
-            if rows[at].guard is not None and rows[at].guard.alarms:
-                seen.setdefault(at, now["step"])
-        return []
-
-    for step in range(steps):
-        now["step"] = step
-        guard.model_call(object(), model, model, Step(step, steps))
-    length = min(max(period(steps), FEW_STEPS) if mode == "enforce" else period(steps), blocks)
+    run = Planted(mode, steps, lambda step, at: step >= begin and block in (None, at), head, seed).run(blocks)
+    length = min(period(steps), blocks)
     bad = range(blocks) if block is None else [block]
-    assert all(at in bad for at in seen)
+    assert all(at in bad for at in run.seen)
     for at in bad:
         if begin + length <= steps or begin == 0:
-            assert begin <= seen[at] < begin + length, (at, seen)
-        assert mode != "enforce" or all(step < seen.get(at, steps) for where, step in passed if where == at)
+            assert begin <= run.seen[at] < begin + length, (at, run.seen)
     if block is None:
-        assert min(seen.values()) == begin, "wrong everywhere: seen in the very step"
-    if mode == "enforce" and begin == 0:
-        assert passed == []
+        assert min(run.seen.values()) == begin, "wrong everywhere: seen in the very step"
+    if mode == "enforce":
+        assert run.passed_late == []
+        if block is None and begin == 0:
+            assert run.passed == []
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8, 20, 50])
+def test_enforce_checks_all_blocks_of_a_backend_after_its_first_alarm(steps: int) -> None:
+    healthy = Planted("enforce", steps, lambda step, at: False, None, 0).run(30)
+    assert healthy.seen == {}
+    for begin in (0, 1, steps // 2):
+        run = Planted("enforce", steps, lambda step, at, begin=begin: step >= begin, None, 0).run(30)
+        assert run.passed_late == []
+        assert {step for _, step in run.passed} <= {begin}, "what stands before the first block that is caught"
+        assert begin or run.passed == []
+    # Two backends, of which one is wrong: the other one's blocks are left to their turns.
+    run = Planted("enforce", steps, lambda step, at: at % 2 == 1, None, 0).run(30, lambda at: f"kernel {at % 2}")
+    assert run.passed == []
+    assert set(run.seen) == set(range(1, 30, 2))
+    assert run.checked <= 15 + (healthy.checked + 15) / 2
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_one_alarm_has_each_other_block_checked_once(steps: int) -> None:
+    healthy = Planted("enforce", steps, lambda step, at: False, None, 0).run(30)
+    run = Planted("enforce", steps, lambda step, at: at == 5, None, 0).run(30)
+    assert list(run.seen) == [5]
+    assert run.seen[5] < period(steps)
+    assert run.passed == [(5, step) for step in range(run.seen[5])]
+    assert healthy.checked < run.checked <= healthy.checked + 29
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
