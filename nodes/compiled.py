@@ -18,6 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     from .host import Override
+    from .others import Stranger
     from .sites import Site
 
 POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -64,6 +65,7 @@ class Handles(Generic[T]):
 
 overrides: Handles[Override] = Handles()
 sites: Handles[Site] = Handles()
+strangers: Handles[Stranger] = Handles()
 
 
 class Running:
@@ -75,6 +77,8 @@ class Running:
 
     def __init__(self) -> None:
         self.site: tuple[torch.Tensor, list[int]] | None = None
+        self.asked: list[int] | None = None
+        """What the other pack's function that is being traced has asked us for: calls, and modules that made some."""
 
 
 running = Running()
@@ -82,12 +86,54 @@ running = Running()
 
 def traced_forward(handle: torch.Tensor, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The forward of an attention module in a trace. Where the graph would break inside, torch calls it untraced."""
-    outer = running.site
+    outer, asked = running.site, running.asked
+    before = 0 if asked is None else asked[0]
     running.site = (handle, [0])
     try:
         return forward(*args, **kwargs)
     finally:
         running.site = outer
+        if asked is not None and asked[0] > before:
+            asked[1] += 1
+
+
+def traced_stranger(
+    stranger: torch.Tensor | None, other: Callable[..., Any], args: Any, kwargs: Any, *, of_block: bool = False
+) -> Any:
+    """Another pack's function in a trace, in place of an attention, a block or a forward.
+
+    A trace says how many of its calls come to us, not whether it computes attention by itself. Where none comes, the
+    run is told when the graph runs. So it is for `of_block`, a block's forward, with how many modules made calls.
+
+    Args:
+        stranger: the handle of a `Stranger`; None for a patch. That one's handle would be an input of the graph with a
+            place in `transformer_options`, which may be gone when a graph without guards on them runs again.
+    """
+    outer = running.asked
+    running.asked = made = [0, 0]
+    try:
+        output = other(*args, **kwargs)
+    finally:
+        running.asked = outer
+        if outer is not None:
+            outer[0] += made[0] or 1  # what is told is told once
+            outer[1] += made[1]
+    return output if made[0] and not of_block else _telling(output, stranger, made[1])
+
+
+def _telling(output: Any, stranger: torch.Tensor | None, modules: int) -> Any:
+    """The output with its first tensor through the op that tells the run."""
+    if isinstance(output, torch.Tensor):
+        return output if output.requires_grad else _told(output, stranger, modules)
+    if isinstance(output, dict):
+        for name, part in output.items():
+            if isinstance(part, torch.Tensor):
+                return {**output, name: _telling(part, stranger, modules)}
+    elif type(output) in (tuple, list):
+        for at, part in enumerate(output):
+            if isinstance(part, torch.Tensor):
+                return type(output)([*output[:at], _telling(part, stranger, modules), *output[at + 1 :]])
+    return output
 
 
 class Routed:
@@ -111,6 +157,8 @@ def traced(override: Override, func: Callable[..., torch.Tensor], args: Any, kwa
     """One attention call of ComfyUI's hook in a trace."""
     if isinstance(func, Routed):  # another pack kept us below it; our later override decides
         return func(*args, **kwargs)
+    if running.asked is not None:
+        running.asked[0] += 1
     ordinal, site = -1, None
     if running.site is not None:
         site, calls = running.site
@@ -129,6 +177,8 @@ def watched(
     other: Callable[..., torch.Tensor], func: Callable[..., torch.Tensor], args: Any, kwargs: Any
 ) -> torch.Tensor:
     """One call in a trace of another pack's override that stands on top of ours; counted where that answers it."""
+    if running.asked is not None:
+        running.asked[0] += 1
     if running.site is None:
         return other(func, *args, **kwargs)
     site, calls = running.site
@@ -288,6 +338,14 @@ def _run_counted(
     return output.clone()
 
 
+def _run_told(output: torch.Tensor, stranger: torch.Tensor | None, modules: int) -> torch.Tensor:
+    """The output of another pack's function, as it is, once the run knows that it ran."""
+    from .others import ran_in_graph  # which needs this module
+
+    ran_in_graph(strangers.get(stranger), modules)
+    return output.clone()
+
+
 def _fake_counted(output: torch.Tensor, *rest: object) -> torch.Tensor:
     return torch.empty_like(output)
 
@@ -306,3 +364,4 @@ _counted = _define(
     _run_counted,
     _fake_counted,
 )
+_told = _define("told", "(Tensor output, Tensor? stranger, int modules) -> Tensor", _run_told, _fake_counted)

@@ -98,7 +98,8 @@ class Others:
     def around(self, options: dict[str, Any]) -> str:
         """Who stands around the whole model with a wrapper of its own that ComfyUI calls; empty where nobody does."""
         wrappers = options.get("wrappers") or {}
-        held = [one for several in (wrappers.get("diffusion_model") or {}).values() for one in several]
+        found = wrappers.get("diffusion_model") or {}
+        held = [one for name, several in found.items() if name != KEY for one in several]
         held += [self._run.function_wrapper] if self._run.function_wrapper is not None else []
         return ", ".join(dict.fromkeys(self.title(one) for one in held if whose.is_foreign(one, "comfy")))
 
@@ -133,7 +134,7 @@ class Others:
         options = kwargs.get("transformer_options")
         if options is None:
             options = next((one for one in args if isinstance(one, dict) and KEY in one), None)
-        before = {} if options is None or is_dynamo_compiling() else _watch_patches(options)
+        before = {} if options is None else _watch_patches(options)
         try:
             return executor(*args, **kwargs)
         finally:
@@ -296,8 +297,10 @@ class Replaced:
         return getattr(self.other, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return compiled.traced_stranger(None, self.other, args, kwargs)
         scope = getattr(current, "scope", None)
-        if scope is None or is_dynamo_compiling():
+        if scope is None:
             return self.other(*args, **kwargs)
         before = scope.routed + scope.elsewhere
         habit = scope.run.others.habit((self.kind, self.place))
@@ -359,9 +362,14 @@ def watched(site: sites.Site | None, forward: Callable[..., Any], module: torch.
     `site` is the module's; None for a block, whose forward others replace with the calls of the modules within.
     """
 
+    stranger = Stranger(forward, module if site is None else None)
+    handle = compiled.strangers.new(stranger)
+
     def run(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return compiled.traced_stranger(handle, forward, args, kwargs, of_block=site is None)
         scope = getattr(current, "scope", None)
-        if scope is None or is_dynamo_compiling():
+        if scope is None:
             return forward(*args, **kwargs)
         before = scope.routed + scope.elsewhere
         rows = [] if site is not None else list(scope.run.trace.rows.values())
@@ -375,8 +383,7 @@ def watched(site: sites.Site | None, forward: Callable[..., Any], module: torch.
         if site is None:
             ran = {(row.role, row.block) for row, made in zip(rows, calls, strict=True) if row.calls > made}
             ran |= {(row.role, row.block) for row in list(scope.run.trace.rows.values())[len(rows) :] if row.calls}
-            within = [found for part in module.modules() if (found := sites.site_of(part)) is not None]
-            for found in within:
+            for found in stranger.within():
                 for ordinal in range(max(found.most, 1)):
                     role = _role(found, ordinal)
                     if (role.name, found.block) not in ran:
@@ -390,6 +397,47 @@ def watched(site: sites.Site | None, forward: Callable[..., Any], module: torch.
 
     run.__name__ = getattr(forward, "__name__", "forward")
     return run
+
+
+class Stranger:
+    """A forward of another pack that stands in place of a module's own; `block`: that module, where it is a block."""
+
+    def __init__(self, forward: Callable[..., Any], block: torch.nn.Module | None) -> None:
+        self.forward = forward
+        self._block = block
+
+    def within(self) -> list[sites.Site]:
+        """The attention modules of the block."""
+        parts = () if self._block is None else self._block.modules()
+        return [found for part in parts if (found := sites.site_of(part)) is not None]
+
+
+def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
+    """Another pack's function ran in a compiled graph and asked us for nothing, or for the calls of few modules.
+
+    Args:
+        stranger: the forward; None for a patch of the present model call.
+        modules: how many attention modules of its block made calls to us.
+    """
+    scope = getattr(current, "scope", None)
+    if scope is None or (modules and stranger is not None and modules >= len(stranger.within())):
+        return
+    run, replace = scope.run, scope.options.get("patches_replace") or {}
+    held = [stranger.forward] if stranger is not None else []
+    if stranger is None:
+        held = [patch.other for kind in replace.values() for patch in kind.values() if isinstance(patch, Replaced)]
+    title = " or ".join(dict.fromkeys(map(run.others.title, held))) or run.others.title(None)
+    if title in run.trace.unseen:
+        return
+    run.trace.unseen[title] = None
+    text = f"{title} ran in the compiled model and may have computed attention by itself"
+    if run.trace.ledger is not None:
+        run.trace.ledger.not_repeated[f"{text}; a repeat needs that node"] = None
+    asked = "only a part of the" if modules else "no"
+    run.note(
+        f"{title} ran in the compiled model and asked this node for {asked} attention; whether it computed any by "
+        "itself is not seen there"
+    )
 
 
 def _works() -> list[Work | None]:

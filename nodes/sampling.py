@@ -270,7 +270,7 @@ class Run:
 
     def _not_reached(self, options: dict[str, Any]) -> None:
         text, remedy = NEVER_INVOKED, "switch strict off; no attention node can change this model"
-        around = self.others.around(options)
+        around = self.others.around(options) or ", ".join(self.trace.unseen)
         if around:
             text = f"no attention call of this model reached this node; {around} runs the model in its own way"
             remedy = f"remove or bypass {around}, or switch strict off"

@@ -99,6 +99,8 @@ class Trace:
     timeline: Timeline = field(default_factory=Timeline)
     another: dict[str, str] = field(default_factory=dict)
     """Who else computed calls, each with where it stands: `after this node`, `before this node`, or empty."""
+    unseen: dict[str, None] = field(default_factory=dict)
+    """Who else ran in a compiled model, where it is not seen whether they computed attention."""
     unused: str = ""
     """Why no attention call of this run is known; empty where one is."""
     stopped: outcome.Outcome | None = None

@@ -148,9 +148,16 @@ def _why_not_reached(trace: Trace) -> str | None:
     return trace.unused or None
 
 
+def unseen(trace: Trace) -> str:
+    """Who else ran in a compiled model and may have computed calls there; empty where nobody did."""
+    if not trace.unseen:
+        return ""
+    return f"{' and '.join(trace.unseen)} ran in the compiled model and may have computed attention by itself"
+
+
 def _never_called(trace: Trace) -> list[Finding]:
     """Entries for roles that no call had, neither by name nor by category."""
-    why = _why_not_reached(trace)
+    why = _why_not_reached(trace) or unseen(trace) or None
     known = {row.role for row in trace.rows.values() if row.calls}
     known.update(trace.categories, trace.categories.values())
     names = ", ".join(sorted(trace.categories)) or "none"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..faults import is_out_of_memory
 from ..router import NoBackendError
-from .audit import UnexplainedError
+from .audit import UnexplainedError, unseen
 
 if TYPE_CHECKING:
     from . import Trace
@@ -92,7 +92,10 @@ def of_trace(trace: Trace) -> Outcome:
         return Outcome(NOT_USED, f"{' and '.join(name + where[name] for name in theirs)} took over attention")
     if others:
         return Outcome(PARTLY, f"{' and '.join(theirs)} computed {others} of {total} attention calls")
-    return Outcome(NOT_USED, trace.unused) if trace.unused and not total else Outcome(DONE)
+    if trace.unused and not total:
+        return Outcome(NOT_USED, trace.unused)
+    text = unseen(trace)
+    return Outcome(PARTLY, text) if text else Outcome(DONE)
 
 
 def merged(outcomes: list[Mapping[str, Any]]) -> dict[str, Any]:
