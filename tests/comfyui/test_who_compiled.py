@@ -6,19 +6,20 @@ torch's backend `eager`, which traces, guards and recompiles as any other.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
+from tiny_models import FAMILIES
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from hook_side import comfyui, counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
+from hook_side import comfyui, counts, last_run, nodes_module, plain_comfyui, selected  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
 pytestmark = pytest.mark.comfy
@@ -38,8 +39,14 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @functools.cache
-def built(family: str) -> Any:
-    return tiny_sampling.build(family)
+def built(family: str, **sizes: int) -> Any:
+    """Tracing takes the time of these tests: one block where it is enough."""
+    stock = FAMILIES[family]
+    FAMILIES[family] = dataclasses.replace(stock, unet={**stock.unet, **sizes})
+    try:
+        return tiny_sampling.build(family)
+    finally:
+        FAMILIES[family] = stock
 
 
 def compiled(model: Any, *paths: str) -> Any:
@@ -95,17 +102,18 @@ def test_a_block_patch_in_the_graph(kind: str, snapshot: SnapshotAssertion) -> N
         model.set_model_patch_replace(own, "dit", "double_block", 0)
         return model
 
-    eager, _ = sampled(patched(), "wan")
     latent, record = sampled(compiled(patched()), "wan")
-    torch.testing.assert_close(latent, eager, rtol=0, atol=1e-4 * float(eager.abs().max()))
     assert not counters["graph_break"]
     assert graphs() == 1
     assert is_ours_alone(record) is (kind == "calls")
     assert {backend for _, backend in counts(record)} == {"sdpa_math"}
-    if kind != "calls":
-        assert record["notes"] == snapshot
+    if kind != "computes":
+        return
+    assert record["notes"] == snapshot
+    eager, _ = sampled(patched(), "wan")
+    torch.testing.assert_close(latent, eager, rtol=0, atol=1e-4 * float(eager.abs().max()))
     _, record = sampled(compiled(patched(strict=True)), "wan")
-    assert is_ours_alone(record) is (kind == "calls"), "not certain, so strict refuses nothing"
+    assert not is_ours_alone(record), "not certain, so strict refuses nothing"
     assert graphs() == 1
 
 
@@ -132,7 +140,7 @@ def test_a_replaced_attention_in_the_graph(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["computes", "calls"])
 def test_a_replaced_forward_in_the_graph(kind: str) -> None:
-    model = selected(built("wan"), "sdpa_math")
+    model = selected(built("wan", num_layers=1), "sdpa_math")
     module = model.model.diffusion_model.get_submodule("blocks.0.self_attn")
     theirs = type(module).forward
 
@@ -140,15 +148,15 @@ def test_a_replaced_forward_in_the_graph(kind: str) -> None:
         return mixed(x) if kind == "computes" else theirs(self, x, *args, **kwargs)
 
     model.add_object_patch("diffusion_model.blocks.0.self_attn.forward", MethodType(forward, module))
-    _, record = sampled(compiled(model), "wan")
+    _, record = sampled(compiled(model), "wan", steps=1)
     assert not counters["graph_break"]
     assert graphs() == 1
     assert is_ours_alone(record) is (kind == "calls")
 
 
-@pytest.mark.parametrize("kind", ["computes", "partly", "calls"])
+@pytest.mark.parametrize("kind", ["partly", "calls"])
 def test_a_replaced_forward_of_a_block_in_the_graph(kind: str, snapshot: SnapshotAssertion) -> None:
-    model = selected(built("wan"), "sdpa_math")
+    model = selected(built("wan", num_layers=1), "sdpa_math")
     block = model.model.diffusion_model.get_submodule("blocks.0")
     theirs = type(block).forward
 
@@ -156,13 +164,11 @@ def test_a_replaced_forward_of_a_block_in_the_graph(kind: str, snapshot: Snapsho
         if kind == "calls":
             return theirs(self, x, *args, **kwargs)
         x = x + mixed(x)
-        if kind == "computes":
-            return x
         context = kwargs["context"] if "context" in kwargs else args[1]
         return x + self.cross_attn(x, context, transformer_options=kwargs["transformer_options"])
 
     model.add_object_patch("diffusion_model.blocks.0.forward", MethodType(forward, block))
-    _, record = sampled(compiled(model), "wan")
+    _, record = sampled(compiled(model), "wan", steps=1)
     assert not counters["graph_break"]
     assert graphs() == 1
     assert is_ours_alone(record) is (kind == "calls")
@@ -174,33 +180,11 @@ def test_a_model_of_which_nothing_comes_to_us(snapshot: SnapshotAssertion) -> No
     def own(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         return {**args, "img": args["img"] + mixed(args["img"])}
 
-    model = selected(built("wan"), "sdpa_math")
-    for block in range(len(model.model.diffusion_model.blocks)):
-        model.set_model_patch_replace(own, "dit", "double_block", block)
+    model = selected(built("wan", num_layers=1), "sdpa_math")
+    model.set_model_patch_replace(own, "dit", "double_block", 0)
     _, record = sampled(compiled(model), "wan", steps=1)
     assert record["outcome"] == snapshot
     assert ME in record["outcome"]["cause"]
-
-
-def test_a_role_of_which_every_call_is_in_a_patch_is_not_missing() -> None:
-    """The model has it: only nothing is seen of it."""
-
-    def own(q: Any, k: Any, v: Any, extra: dict[str, Any]) -> Any:
-        return torch.softmax(q @ k.mT, dim=-1) @ v
-
-    model = with_role(selected(built("sd15"), "auto"), "cross", "sdpa_math")
-    for kind, index in itertools.product(("input", "middle", "output"), range(12)):
-        model.set_model_patch_replace(own, "attn2", kind, index)
-    blocks = [
-        name
-        for name, part in model.model.diffusion_model.named_modules()
-        if type(part).__name__ == "BasicTransformerBlock"
-    ]
-    _, record = sampled(compiled(model, *blocks), "sd15", steps=1)
-    assert {role for role, _ in counts(record)} == {"self"}
-    (finding,) = [one for one in record["audit"] if one["role"] == "cross"]
-    assert finding["verdict"] == "not reached"
-    assert ME in finding["reasons"][0]
 
 
 def test_the_op_is_what_it_declares() -> None:
@@ -219,9 +203,9 @@ def test_a_patch_that_a_wrapper_inside_the_graph_puts_there() -> None:
         options = {**args[at], "patches_replace": {"dit": {("double_block", 0): own}}}
         return executor(*args[:at], options, *args[at + 1 :], **kwargs)
 
-    model = selected(built("wan"), "sdpa_math")
+    model = selected(built("wan", num_layers=1), "sdpa_math")
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "theirs", wrapper)
-    _, record = sampled(compiled(model), "wan")
+    _, record = sampled(compiled(model), "wan", steps=1)
     assert not counters["graph_break"]
     assert graphs() == 1
     assert not is_ours_alone(record)

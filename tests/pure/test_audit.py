@@ -19,6 +19,7 @@ from attention_backends.backends.trace.audit import (
     merged,
     unexplained,
 )
+from attention_backends.backends.trace.outcome import of_trace
 from syrupy.assertion import SnapshotAssertion
 
 CALL = parse_request("num_heads=8,q_len=4096,kv_len=77,head_dim=64,dtype=float32")
@@ -112,6 +113,17 @@ def test_a_role_is_found_by_its_category(snapshot: SnapshotAssertion) -> None:
     assert never.reasons == snapshot
     assert said(trace) == snapshot
     assert unexplained(found.values()) is None
+
+
+def test_a_role_without_calls_is_not_missing_where_others_ran_unseen() -> None:
+    config = {"per_role": {"self": "cudnn_attn", "cross": "sage_attn"}}
+    trace = traced(config, ("self", "cudnn_attn", "cudnn_attn", None, 40))
+    assert verdicts(trace) == {"self": "as asked", "cross": "role never called"}
+    trace.unseen["A node"] = None
+    assert verdicts(trace) == {"self": "as asked", "cross": "not reached"}
+    (_, cross) = asked_and_ran(trace)
+    assert cross.reasons == (of_trace(trace).cause,)
+    assert (of_trace(trace).kind, of_trace(trace).cause.startswith("A node ")) == ("partly", True)
 
 
 def test_self_from_a_text_was_never_called_where_there_is_joint_attention_only(snapshot: SnapshotAssertion) -> None:
