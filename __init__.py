@@ -43,7 +43,7 @@ def _comfyui_before(oldest: str) -> str | None:
         from comfyui_version import __version__
     except ImportError:
         return None
-    from .backends.versions import meets, read
+    from .backends.values.versions import meets, read
 
     readable = read(__version__) is not None
     return __version__ if readable and not meets(__version__, f">={oldest}") else None

@@ -17,23 +17,23 @@ from dataclasses import asdict, replace
 from io import TextIOWrapper
 from typing import Any
 
-from .backends import route_report
-from .backends.bounded import shortened
 from .backends.calls import CATEGORIES, category_of
 from .backends.config import AttentionConfig
 from .backends.config.layers import default_of, joint_note, record_of, settings_of
+from .backends.config.names import canonical
 from .backends.config.text import from_environment, parse_config
+from .backends.doctor import probe, route_report
+from .backends.doctor.doctor import Row, examine, probe_all, this_machine, why_no_card
+from .backends.doctor.install import Interpreter, running_interpreter
+from .backends.engine.router import NoBackendError, Router
 from .backends.kernels import BACKENDS
-from .backends.machine import probe, remembered
-from .backends.machine.doctor import Row, examine, probe_all, this_machine, why_no_card
-from .backends.machine.install import Interpreter, running_interpreter
-from .backends.measured.known import with_store
-from .backends.measured.store import Store, default_path
-from .backends.names import canonical
-from .backends.platform import Platform, parse_platform
-from .backends.recommended import lines_for
-from .backends.request import AttentionRequest, parse_request
-from .backends.router import NoBackendError, Router
+from .backends.measure import remembered
+from .backends.observe.advisories import lines_for
+from .backends.observe.autotune.known import with_store
+from .backends.observe.autotune.store import Store, default_path
+from .backends.values.bounded import shortened
+from .backends.values.platform import Platform, parse_platform
+from .backends.values.request import AttentionRequest, parse_request
 from .comparison import bench_command as bench
 from .comparison import command as compare
 from .comparison import replay_command as replay

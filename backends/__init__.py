@@ -1,8 +1,10 @@
 """Routing of attention calls to kernels: what can run, what should run, and what did run.
 
 Nothing in this package imports ComfyUI, and importing it imports neither torch nor any kernel package.
-Start reading at `request.py` (what a call is), then `backend.py` and `router.py` (which kernel it gets), `plan.py` and
-`session.py` (how it runs, and what else runs where it fails). Programs call what is named here, such as `attention` and
+Start reading at `values/request.py` (what a call is), then `kernels/backend.py` and `engine/router.py` (which kernel
+it gets), `engine/plan.py` and
+`engine/session.py` (how it runs, and what else runs where it fails). Programs call what is named here, such as
+`attention` and
 `attention_backend`; it lives in `api.py`.
 
 Folders, by what a call goes through:

@@ -18,15 +18,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .call_checks import CheckError
 from .calls import router_for, run_attention
 from .config import AttentionConfig, ConfigError
 from .config.layers import settings_of
+from .config.names import AUTO, MEASURED
 from .config.text import parse_config
-from .names import AUTO, MEASURED
-from .router import NoBackendError
-from .scopes import Account, Entry, add_up, current, entered, read_environment
-from .trace import Trace
+from .context import Account, Entry, add_up, current, entered, read_environment
+from .engine.call_checks import CheckError
+from .engine.router import NoBackendError
+from .report import Trace
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,7 @@ def force_backend(backend: object, *, device: torch.device | None = None) -> Ite
 def checks(on: bool = True) -> AbstractContextManager[None]:
     """Look over every call inside the block before it runs, or not: in place of what the environment says.
 
-    What is looked at is in `call_checks.py`.
+    What is looked at is in `engine/call_checks.py`.
     """
     return entered(Entry(checks=on))
 

@@ -1,6 +1,6 @@
 """One call of the library's `attention`: from what is in force around it to a plan, its kernel, and back.
 
-What is in force is in `scopes.py`. A thread keeps a session for each set of configurations, and in it the plans.
+What is in force is in `context.py`. A thread keeps a session for each set of configurations, and in it the plans.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from .call_checks import CheckError, check
 from .config import AttentionConfig
+from .config.names import COMFY
 from .config.text import parse_config
+from .context import KEPT, Book, CallSession, Stack, current
+from .engine.call_checks import CheckError, check
+from .engine.router import Router
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
-from .mask import as_4d, for_kernels
-from .names import COMFY
-from .platform import Platform, detect
-from .request import AttentionCall
-from .router import Router
-from .scopes import KEPT, Book, CallSession, Stack, current
-from .trace import Trace
+from .report import Trace
+from .values.masks import as_4d, for_kernels
+from .values.platform import Platform, detect
+from .values.request import AttentionCall
 
 if TYPE_CHECKING:
     import torch

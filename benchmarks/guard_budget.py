@@ -82,7 +82,7 @@ def of_errors(scenes: list[Any], references: list[torch.Tensor]) -> list[dict[st
 def arithmetics() -> dict[str, tuple[str, torch.dtype, Callable[[Any], torch.Tensor]]]:
     """Name -> accuracy class, dtype of the inputs, and what computes a call."""
     from attention_backends.backends.kernels import BACKENDS
-    from attention_backends.backends.platform import detect
+    from attention_backends.backends.values.platform import detect
 
     platform = detect(torch.device("cpu"))
     plain, int8 = (BACKENDS[name].load(platform) for name in ("torch_sdpa", "emulated_int8"))
@@ -100,8 +100,8 @@ def arithmetics() -> dict[str, tuple[str, torch.dtype, Callable[[Any], torch.Ten
 def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
     """The guard's worst figures over every call of whole runs, and the pictures."""
     from attention_backends.backends.guard import Budget, Guard, Watch
-    from attention_backends.backends.request import AttentionCall
-    from attention_backends.backends.trace import Row, Trace
+    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.values.request import AttentionCall
 
     table = {}
     for name, (accuracy, dtype, kernel) in arithmetics().items():
@@ -141,8 +141,8 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
     A check is timed by itself, beside the call that it belongs to: its share is under what a loaded machine repeats.
     """
     from attention_backends.backends.guard import Guard, Watch
-    from attention_backends.backends.request import AttentionCall
-    from attention_backends.backends.trace import Row, Trace
+    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.values.request import AttentionCall
 
     random = torch.Generator().manual_seed(0)
     call = AttentionCall(*(torch.randn(1, HEADS, TOKENS, HEAD_DIM, generator=random) for _ in range(3)))
@@ -170,7 +170,7 @@ def checks_of(steps: int, blocks: int = 80) -> float:
     """Checks of one block in a run of so many steps, the mean over the blocks of a model."""
     from attention_backends.backends.guard import Guard
     from attention_backends.backends.guard.turns import Step
-    from attention_backends.backends.trace import Row, Trace
+    from attention_backends.backends.report import Row, Trace
 
     guard, seen = Guard("watch", Trace()), []
     guard.check = lambda watch, call, number: seen.append(watch.place)
@@ -185,7 +185,7 @@ def checks_of(steps: int, blocks: int = 80) -> float:
         return []
 
     random = torch.zeros(1)
-    from attention_backends.backends.request import AttentionCall
+    from attention_backends.backends.values.request import AttentionCall
 
     call = AttentionCall(random, random, random)
     for step in range(steps):

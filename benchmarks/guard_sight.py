@@ -62,8 +62,8 @@ def tensors(kind: str, draw: torch.Generator) -> list[torch.Tensor]:
 def checked(call: Any, output: torch.Tensor, arithmetic: str, seed: int) -> Any:
     """The findings of one check of a call with this output."""
     from attention_backends.backends.guard import Guard
-    from attention_backends.backends.tolerance import tolerance
-    from attention_backends.backends.trace import Row, Trace
+    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.values.tolerance import tolerance
 
     guard, row = Guard("watch", Trace(), everything=True, seed=seed), Row("self", "0", "", "", "none")
     output = output.to(call.query.dtype)
@@ -73,7 +73,7 @@ def checked(call: Any, output: torch.Tensor, arithmetic: str, seed: int) -> Any:
 
 
 def calls(kind: str, dtype: torch.dtype, count: int) -> list[Any]:
-    from attention_backends.backends.request import AttentionCall
+    from attention_backends.backends.values.request import AttentionCall
 
     draw = torch.Generator().manual_seed(1)
     return [AttentionCall(*(tensor.to(dtype) for tensor in tensors(kind, draw))) for _ in range(count)]
@@ -87,7 +87,7 @@ def off_by(output: torch.Tensor, error: float, heads: slice, draw: torch.Generat
 
 
 def scaled(call: Any, factor: float, heads: slice, kernel: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-    from attention_backends.backends.request import AttentionCall
+    from attention_backends.backends.values.request import AttentionCall
 
     query = call.query.clone()
     query[:, heads] *= factor
@@ -136,8 +136,8 @@ def checks_of(steps: int) -> list[tuple[int, int]]:
     """Step and block of each check of a run."""
     from attention_backends.backends.guard import Guard
     from attention_backends.backends.guard.turns import Step
-    from attention_backends.backends.request import AttentionCall
-    from attention_backends.backends.trace import Row, Trace
+    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.values.request import AttentionCall
 
     nothing = AttentionCall(*[torch.zeros(1)] * 3)
     guard = Guard("watch", Trace(), everything=False)
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     chosen = parser.parse_args()
-    from attention_backends.backends.tolerance import tolerance
+    from attention_backends.backends.values.tolerance import tolerance
     from guard_budget import rounded
 
     torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other

@@ -1,6 +1,7 @@
 """Where a mask's plan stops to pay: how few hidden keys, and how many blocks, are worth calls of their own.
 
-The limits of the planner (`CPU_KEPT` and `MOST_BLOCKS` in backends/mask/plan.py) are lifted, and SDPA with the mask is
+The limits of the planner (`CPU_KEPT` and `MOST_BLOCKS` in backends/engine/mask_reader.py) are lifted, and SDPA with
+the mask is
 timed against the same call honoured by its plan, on both sides of them.
 
 Run: python benchmarks/mask_limits.py [--device cuda] [--json FILE]   (no ComfyUI needed; about six minutes)
@@ -40,7 +41,7 @@ def diagonal(tokens: int, blocks: int) -> torch.Tensor:
 
 def measure(device: str, rounds: int = 25) -> dict[str, Any]:
     """Ratios, above 1 where the plan is faster, by form and tokens; batch 1, float32 on the CPU, else bfloat16."""
-    from attention_backends.backends.mask import plan
+    from attention_backends.backends.engine import mask_reader as plan
 
     found: dict[str, Any] = {}
     with torch.inference_mode(), patch.object(plan, "CPU_KEPT", 1.0), patch.object(plan, "MOST_BLOCKS", math.inf):

@@ -1,4 +1,4 @@
-"""What a mask costs: SDPA with the mask against the same call honoured by its plan (backends/mask/plan.py).
+"""What a mask costs: SDPA with the mask against the same call honoured by its plan (backends/engine/mask_reader.py).
 
 For each form the plan is made once, as at the first block of a model call, and every call after it is timed; what
 making it costs stands beside. `same` says whether both gave the same bits, else how far they are apart.
@@ -67,9 +67,9 @@ def compare(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rounds: int
 ) -> dict[str, Any]:
     """SDPA with the mask beside SDPA on what its plan leaves of the call."""
-    from attention_backends.backends.bench import synchronise
-    from attention_backends.backends.mask.plan import inspect
-    from attention_backends.backends.request import AttentionCall
+    from attention_backends.backends.doctor.bench import synchronise
+    from attention_backends.backends.engine.mask_reader import inspect
+    from attention_backends.backends.values.request import AttentionCall
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
     plan = inspect(mask, key.shape[2])
@@ -98,7 +98,7 @@ def compare(
 
 def reading(mask: torch.Tensor, tokens: int) -> float:
     """Milliseconds to make the plan once, the median of five."""
-    from attention_backends.backends.mask.plan import inspect
+    from attention_backends.backends.engine.mask_reader import inspect
 
     times = []
     for _ in range(5):

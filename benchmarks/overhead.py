@@ -63,7 +63,7 @@ def override_path(pairs: int) -> dict[str, Any]:
     """Bare SDPA, ComfyUI's wrapped PyTorch attention, and ours, on 1x8x16x64 without reshapes."""
     import comfy.ldm.modules.attention as comfy_attention
     from attention_backends.backends.config import AttentionConfig, AttentionSpec
-    from attention_backends.nodes import host, sampling, sites
+    from attention_backends.nodes.hook import host, sampling, sites
 
     override = host.Override((AttentionConfig(default=AttentionSpec("torch_sdpa")),))
     scope = sampling.Run(override).scope(torch.device("cpu"))
@@ -113,7 +113,7 @@ def override_path(pairs: int) -> dict[str, Any]:
 def mask_lookup(rounds: int) -> dict[str, float]:
     """Finding the plan of a (1, 1, 1, 512) mask again, in one model call."""
     from attention_backends.backends.config import AttentionConfig
-    from attention_backends.nodes import host, sampling
+    from attention_backends.nodes.hook import host, sampling
 
     scope = sampling.Run(host.Override((AttentionConfig(),))).scope(torch.device("cpu"))
     scope.begin({}, in_model_call=True)
@@ -145,7 +145,7 @@ def alternate(kinds: list[Callable[[], Any]], rounds: int, calls: int) -> dict[s
 
 def tiny_wan(rounds: int) -> dict[str, Any]:
     """Whole model calls of a Wan whose layers do almost nothing, as sampling makes them."""
-    from attention_backends.nodes import patch, sampling
+    from attention_backends.nodes.hook import patch, sampling
 
     family = tiny_models.FAMILIES["wan"]
     narrow = {"dim": 32, "ffn_dim": 32, "text_dim": 16, "freq_dim": 32, "num_layers": LAYERS}

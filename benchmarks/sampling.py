@@ -33,7 +33,7 @@ def measure(rounds: int = 15, sizes: tuple[int, ...] = tuple(LATENTS)) -> dict[s
     import comfy.ldm.modules.attention as comfy_attention
     import comfy.sd
     from attention_backends.demo.model import WEIGHTS
-    from attention_backends.nodes import patch, sampling
+    from attention_backends.nodes.hook import patch, sampling
 
     patcher = comfy.sd.load_diffusion_model(str(WEIGHTS))
     model = patcher.model

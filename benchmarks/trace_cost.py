@@ -45,7 +45,7 @@ class Model:
     """A narrow Wan with our node on it, ready for single model calls of a run with any trace."""
 
     def __init__(self, device: torch.device, tokens: int) -> None:
-        from attention_backends.nodes import patch, sampling
+        from attention_backends.nodes.hook import patch, sampling
 
         family = tiny_models.FAMILIES["wan"]
         narrow = {"dim": 128, "ffn_dim": 256, "text_dim": 16, "freq_dim": 32, "num_layers": LAYERS}
@@ -116,9 +116,9 @@ def best(work: Callable[[], Any], number: int = 2000, rounds: int = 25) -> float
 
 def counted(model: Model) -> dict[str, Any]:
     """What each attention call and each model call pay for the trace, and their share of a step of `STEP_MS`."""
-    from attention_backends.backends.trace import Row
-    from attention_backends.backends.trace.device_clock import DeviceClock
-    from attention_backends.backends.trace.timed_kernel import timed_kernel
+    from attention_backends.backends.measure.device_clock import DeviceClock
+    from attention_backends.backends.report import Row
+    from attention_backends.backends.report.timed_kernel import timed_kernel
 
     run = model.new_run("full")
     model.call(run, 0)

@@ -1,7 +1,7 @@
 """What a change costs per attention call: the same measurement in two commits, alternated.
 
 Each commit runs in a process of its own, from a checkout of its own, with the functions of its own
-`benchmarks/overhead.py`. The two take turns, order drawn anew in each round, so that drift of the machine falls on
+`overhead.py`. The two take turns, order drawn anew in each round, so that drift of the machine falls on
 both. The figures are microseconds per attention call and the difference of each pair, with a 95 % interval.
 
 Run: python benchmarks/two_commits.py BEFORE [AFTER] [--rounds N] [--json FILE]   (AFTER: this folder as it is now)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..backends.presets import MASK_KINDS, PRESETS
+from ..backends.measure.presets import MASK_KINDS, PRESETS
 from .command import Progress, make_folder
 from .metrics import need
 from .report import ComparisonError
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, program: str) -> int:
         import torch
     except ImportError as error:
         raise ComparisonError(f"a benchmark needs torch, which cannot be imported here: {error}") from error
-    from ..backends.bench import INTERRUPTED
+    from ..backends.doctor.bench import INTERRUPTED
     from .bench_chart import draw_benchmark
     from .bench_run import Asked, measure
     from .bench_tables import console, markdown

@@ -1,6 +1,6 @@
 """What a kernel benchmark found: ranks, ratios, each row in words, and JSON.
 
-Boundary: numbers and words; what is measured and how is in `backends/bench.py`, tables are in `bench_tables.py`.
+Boundary: numbers and words; what is measured and how is in `backends/doctor/bench.py`, tables are in `bench_tables.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..backends.bench import TIMED, WARM_UP, Case, KernelResult
+from ..backends.doctor.bench import TIMED, WARM_UP, Case, KernelResult
 from .tables import ROUNDING
 
 SDPA, CUDNN = "torch_sdpa", "cudnn_attn"

@@ -1,6 +1,6 @@
 """One run of the kernel benchmark, from names and numbers to a report; for the command line and for the node.
 
-Boundary: it reads what was asked for and hands it to `backends/bench.py`; it writes no file.
+Boundary: it reads what was asked for and hands it to `backends/doctor/bench.py`; it writes no file.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..backends.bench import Host, Progress, make_cases, run_cases
-from ..backends.bench_inputs import device_of
-from ..backends.names import COMFY
-from ..backends.presets import MASK_KINDS, parse_presets
-from ..backends.router import Router
+from ..backends.config.names import COMFY
+from ..backends.doctor.bench import Host, Progress, make_cases, run_cases
+from ..backends.engine.router import Router
+from ..backends.measure.bench_inputs import device_of
+from ..backends.measure.presets import MASK_KINDS, parse_presets
 from . import machine
 from .bench_report import CUDNN, SDPA, BenchReport
 from .contenders import ONLY_BY_NAME, parse_backends

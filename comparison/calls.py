@@ -12,11 +12,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..backends.engine.mask_reader import inspect
+from ..backends.engine.router import Router
 from ..backends.kernels.reference import reference_attention
-from ..backends.machine.devices import synchronise
-from ..backends.mask.plan import inspect
-from ..backends.request import AttentionCall
-from ..backends.router import Router
+from ..backends.values.devices import synchronise
+from ..backends.values.request import AttentionCall
 from . import metrics
 from .contenders import REFERENCE, Routed
 from .report import CallScore, Row, Spread

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
-from ..backends.machine.devices import device_named, synchronise
-from ..backends.mask.parts import Parts, calls_of, plan_parts, run_parts
-from ..backends.mask.plan import MaskPlan
-from ..backends.names import AUTO, COMFY, MEASURED, canonical
-from ..backends.plan import Plan
-from ..backends.platform import KINDS, detect
-from ..backends.request import AttentionCall, AttentionRequest
-from ..backends.router import NoBackendError, Router
-from ..backends.session import Session
-from ..backends.trace import Trace
+from ..backends.config.names import AUTO, COMFY, MEASURED, canonical
+from ..backends.engine.mask_reader import MaskPlan
+from ..backends.engine.plan import Plan
+from ..backends.engine.router import NoBackendError, Router
+from ..backends.engine.session import Session
+from ..backends.engine.sub_calls import Parts, calls_of, plan_parts, run_parts
+from ..backends.report import Trace
+from ..backends.values.devices import device_named, synchronise
+from ..backends.values.platform import KINDS, detect
+from ..backends.values.request import AttentionCall, AttentionRequest
 from .report import ComparisonError
 
 REFERENCE = "torch_sdpa"

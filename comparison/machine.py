@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..backends.machine.remembered import own_version
-from ..backends.platform import Platform
+from ..backends.measure.remembered import own_version
+from ..backends.values.platform import Platform
 
 
 def describe(platform: Platform) -> str:

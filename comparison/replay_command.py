@@ -1,6 +1,6 @@
 """The command `replay`: what a picture's record says, whether it can run here, and the configuration that repeats it.
 
-Boundary: the terminal and files. What a record means is in `backends/records/replay.py`.
+Boundary: the terminal and files. What a record means is in `backends/config/recorded.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..backends.bounded import MOST_JSON, read_file, shortened
 from ..backends.config import ConfigError
-from ..backends.config.data import load_json
-from ..backends.records.reader import is_record, read
-from ..backends.records.record import MARK
-from ..backends.records.replay import Held, Recorded, differences
-from ..backends.request import AttentionRequest
-from ..backends.router import Router
+from ..backends.config.record_reader import is_record, read
+from ..backends.config.recorded import Held, Recorded, differences
+from ..backends.engine.router import Router
+from ..backends.observe.replay.record import MARK
+from ..backends.values.bounded import MOST_JSON, read_file, shortened
+from ..backends.values.data import load_json
+from ..backends.values.request import AttentionRequest
 from .metadata import texts_of
 from .report import ComparisonError
 

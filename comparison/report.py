@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..backends.bounded import shortened
+from ..backends.values.bounded import shortened
 
 SAME = (
     "mode", "model", "prompt", "seed", "width", "height", "frames", "steps", "guidance", "sampling", "dtype",

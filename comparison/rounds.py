@@ -13,8 +13,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..backends.faults import CUDA_FAULTS, OUT_OF_MEMORY
-from ..backends.machine.devices import synchronise
+from ..backends.values.devices import synchronise
+from ..backends.values.faults import CUDA_FAULTS, OUT_OF_MEMORY
 from .contenders import Routed
 from .machine import module_of
 from .report import Row, Spread

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backends.router import Router
+from ..backends.engine.router import Router
 from ..demo.model import TinyWan
 from ..demo.sampling import SHIFT
 from . import machine, metrics

@@ -15,19 +15,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends.backend import ACCURACY
-from ..backends.bounded import read_file
-from ..backends.config.data import load_json
-from ..backends.measured.entry import MOST_BYTES, MOST_VALUES
-from ..backends.measured.store import VARIABLE, Store, default_path
-from ..backends.presets import PRESETS, Preset, parse_presets
+from ..backends.kernels.backend import ACCURACY
+from ..backends.measure.presets import PRESETS, Preset, parse_presets
+from ..backends.observe.autotune.entry import MOST_BYTES, MOST_VALUES
+from ..backends.observe.autotune.store import VARIABLE, Store, default_path
+from ..backends.values.bounded import read_file
+from ..backends.values.data import load_json
 from .command import Progress
 from .report import ComparisonError
 
 if TYPE_CHECKING:
     import torch
 
-    from ..backends.router import Router
+    from ..backends.engine.router import Router
 
 HELP = "measure which kernel is fastest for the calls of real models, for the choice `measured`"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
@@ -125,8 +125,8 @@ def _measure(options: argparse.Namespace, store: Store) -> tuple[list[dict[str, 
         import torch
     except ImportError as error:
         raise ComparisonError(f"measuring needs torch, which cannot be imported here: {error}") from error
-    from ..backends.bench_inputs import device_of
-    from ..backends.faults import KernelFaultError
+    from ..backends.measure.bench_inputs import device_of
+    from ..backends.values.faults import KernelFaultError
     from .contenders import router_for
 
     dtype = DTYPES.get(options.dtype, options.dtype)
@@ -172,12 +172,12 @@ def measure(
     """
     import torch
 
-    from ..backends.bench_inputs import random_call
     from ..backends.config import AttentionConfig, AttentionSpec
-    from ..backends.faults import is_out_of_memory
-    from ..backends.measured.tuner import Tuner
-    from ..backends.names import MEASURED
-    from ..backends.session import Session
+    from ..backends.config.names import MEASURED
+    from ..backends.engine.session import Session
+    from ..backends.measure.bench_inputs import random_call
+    from ..backends.observe.autotune.tuner import Tuner
+    from ..backends.values.faults import is_out_of_memory
 
     session = Session(router, (AttentionConfig(AttentionSpec(MEASURED), accuracy=accuracy, source="tune"),))
     session.tuner = tuner = Tuner(session, store, anew=True)
@@ -205,7 +205,7 @@ def measure(
 
 def _warm_up(session: Any, tuner: Any, incumbent: str, accuracy: str, call: Any) -> None:
     """Have every candidate compile what it compiles: here nobody waits for a picture, so that costs it nothing."""
-    from ..backends.faults import KernelFaultError, is_cuda_fault
+    from ..backends.values.faults import KernelFaultError, is_cuda_fault
 
     for name in tuner.candidates(call.request(), incumbent, accuracy):
         try:

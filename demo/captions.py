@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..backends.bounded import shortened
+from ..backends.values.bounded import shortened
 
 TEXT_DIM = 4096
 TOKENS = 16  # every caption is padded to this length with zeros, so that captions batch

@@ -22,17 +22,17 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import routes
-from .benchmark import AttentionBenchmark
-from .compare import AttentionCompare
-from .comparison import AttentionComparison
-from .config_text import AttentionConfigText
+from .compare.benchmark import AttentionBenchmark
+from .compare.compare import AttentionCompare
+from .compare.comparison import AttentionComparison
+from .configure.config_text import AttentionConfigText
+from .configure.per_role import PerRoleAttentionConfig
+from .configure.schedule import AttentionSchedule
+from .configure.selector import AttentionBackendSelector
 from .demo import AttentionDemoCaption, AttentionDemoImage
-from .per_role import PerRoleAttentionConfig
-from .record import AttentionRecord
-from .report import AttentionReport
-from .schedule import AttentionSchedule
-from .selector import AttentionBackendSelector
+from .http import routes
+from .report.record import AttentionRecord
+from .report.report import AttentionReport
 
 
 class Extension(ComfyExtension):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_backends.backends import account, attention, calls, read_environment, scopes
+from attention_backends.backends import account, attention, calls, read_environment
+from attention_backends.backends import context as scopes
 from hook_side import no_environment
 
 random = torch.Generator().manual_seed(3)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from attention_backends.backends.request import AttentionCall, AttentionRequest
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 
 
 @contextmanager

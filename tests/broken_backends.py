@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from attention_backends.backends.backend import FLOATING, Backend, Kernel, Limits
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import KINDS, Platform, detect
-from attention_backends.backends.request import AttentionCall
-from attention_backends.backends.router import Router
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.values.platform import KINDS, Platform, detect
+from attention_backends.backends.values.request import AttentionCall
 
 WRONG_SCALE, DROPPED_MASK, NAN, RAISING = "sol_attn", "radial_attn", "vmoba_attn", "aiter"
 MEMORY, FAULT, AGAIN, MEMBER = "sparge_attn", "video_sparse_attn", "flex_attn", "xformers"

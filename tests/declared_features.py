@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from attention_backends.backends.backend import FLOATING
-from attention_backends.backends.limits import Limits
-from attention_backends.backends.request import AttentionCall, AttentionRequest
+from attention_backends.backends.kernels.backend import FLOATING
+from attention_backends.backends.values.limits import Limits
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 from attention_calls import call_for
 
 HEAD_DIMS = (64, 128, 40, 72, 96, 80, 160, 256, 32, 16)

@@ -1,6 +1,6 @@
 """What role and block each attention call of a tiny model has, for the tests to compare with.
 
-Written from the models' own code and the lengths of the tiny models, without looking at nodes/roles.py.
+Written from the models' own code and the lengths of the tiny models, without looking at nodes/hook/roles.py.
 """
 
 from __future__ import annotations

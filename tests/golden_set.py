@@ -132,7 +132,7 @@ def _short(found: Any) -> Any:
 
 def explain() -> dict[str, Any]:
     """`explain --json` for machines x requests with `auto`, and for machines x names of backends."""
-    from attention_backends.backends.names import CHOICES
+    from attention_backends.backends.config.names import CHOICES
 
     cases = {}
     for platform, request in product(PLATFORMS, REQUESTS):
@@ -162,10 +162,10 @@ def route() -> dict[str, Any]:
 
 def doctor() -> dict[str, Any]:
     """The rows of `doctor --json` for each machine, as if one interpreter were asked there."""
-    from attention_backends.backends.machine import doctor as of_machine
-    from attention_backends.backends.machine.install import Interpreter
-    from attention_backends.backends.platform import parse_platform
-    from attention_backends.backends.router import Router
+    from attention_backends.backends.doctor import doctor as of_machine
+    from attention_backends.backends.doctor.install import Interpreter
+    from attention_backends.backends.engine.router import Router
+    from attention_backends.backends.values.platform import parse_platform
 
     cases = {}
     for one in PLATFORMS:
@@ -191,7 +191,7 @@ def records() -> dict[str, Any]:
 def python_names() -> dict[str, Any]:
     """What programs may import, and how it is called."""
     from attention_backends import backends
-    from attention_backends.backends.names import ALIASES, CHOICES
+    from attention_backends.backends.config.names import ALIASES, CHOICES
 
     cases: dict[str, Any] = {"aliases": dict(sorted(ALIASES.items())), "choices": sorted(CHOICES)}
     for name in sorted(backends.__all__):

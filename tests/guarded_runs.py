@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
-from attention_backends.backends.backend import FLOATING, Backend, Kernel, Limits
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.engine.plan import Plan
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.engine.session import Session
 from attention_backends.backends.guard import Guard
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.plan import Plan
-from attention_backends.backends.platform import KINDS, Platform, detect
-from attention_backends.backends.request import AttentionCall
-from attention_backends.backends.router import Router
-from attention_backends.backends.session import Session
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.values.platform import KINDS, Platform, detect
+from attention_backends.backends.values.request import AttentionCall
 
 LOSSY = "sage_fp8_cuda"
 """The id that the wrong kernels go by."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_backends.backends.backend import FLOATING, Backend, Limits
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
-from attention_backends.backends.mask.plan import passed_on
-from attention_backends.backends.platform import KINDS
+from attention_backends.backends.engine.mask_reader import passed_on
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits
+from attention_backends.backends.values.platform import KINDS
 from comfy_location import find_comfyui, why_no_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def nodes_module(name: str) -> ModuleType:
 
 
 compiled, host, sampling, sites, masks, wrappers = (
-    nodes_module(name) for name in ("compiled", "host", "sampling", "sites", "masks", "wrappers")
+    nodes_module(f"hook.{name}") for name in ("compiled", "host", "sampling", "sites", "masks", "wrappers")
 )
 
 
@@ -258,17 +258,17 @@ def close(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 def selected(model: Any, backend: str, strict: bool = False) -> Any:
     """What the Attention Backend Selector gives for a ComfyUI MODEL."""
-    return nodes_module("patch").set_default(model, backend, accuracy="exact", strict=strict, guard="off")
+    return nodes_module("hook.patch").set_default(model, backend, accuracy="exact", strict=strict, guard="off")
 
 
 def with_role(model: Any, role: str, backend: str) -> Any:
     """What the Per-Role Attention Config gives for a ComfyUI MODEL."""
-    return nodes_module("patch").set_role(model, role, AttentionSpec(backend))
+    return nodes_module("hook.patch").set_role(model, role, AttentionSpec(backend))
 
 
 def last_run(back: int = 0) -> dict[str, Any]:
     """The account of the last sampling run, or of one before it."""
-    return nodes_module("runs").recent()[back]
+    return nodes_module("history.runs").recent()[back]
 
 
 def counts(record: dict[str, Any]) -> dict[tuple[str, str], int]:

@@ -63,13 +63,13 @@ def replayed(name: str, make: Callable[[], bytes]) -> Work:
 
 
 def replay(path: Path) -> Any:
-    command, router = ours("comparison.replay_command"), ours("backends.router").Router(platform())
+    command, router = ours("comparison.replay_command"), ours("backends.engine.router").Router(platform())
     report = command.report_of(command.load(path), router)
     return len(command.as_text(report)), len(json.dumps(report))
 
 
 def platform() -> Any:
-    return ours("backends.platform").parse_platform("cpu")
+    return ours("backends.values.platform").parse_platform("cpu")
 
 
 def imported(make: Callable[[], bytes]) -> Work:
@@ -107,14 +107,14 @@ def store(make: Callable[[Path], None]) -> Work:
 
 
 def looked_at(path: Path) -> Any:
-    kept = ours("backends.measured.store").Store(path)
+    kept = ours("backends.observe.autotune.store").Store(path)
     return kept.entries(), kept.summary()
 
 
 def probes(make: Callable[[], bytes]) -> Work:
     def work(folder: Path) -> Callable[[], Any]:
         (folder / "probes.json").write_bytes(make())
-        return lambda: ours("backends.machine.remembered")._outcomes(folder / "probes.json")
+        return lambda: ours("backends.measure.remembered")._outcomes(folder / "probes.json")
 
     return work
 
@@ -122,7 +122,7 @@ def probes(make: Callable[[], bytes]) -> Work:
 def settings(make: Callable[[], bytes]) -> Work:
     def work(folder: Path) -> Callable[[], Any]:
         (folder / "attention_backends.json").write_bytes(make())
-        return lambda: ours("nodes.machine_settings").MachineSettings(folder, {}).stored
+        return lambda: ours("nodes.http.machine_settings").MachineSettings(folder, {}).stored
 
     return work
 
@@ -438,15 +438,15 @@ if hasattr(os, "mkfifo"):
     PLAIN |= {
         "variable: a pipe": lambda folder: from_variable(str(pipe(folder / "a.json"))),
         "replay: a pipe": lambda folder: replay(pipe(folder / "a.png")),
-        "probes: a pipe": lambda folder: ours("backends.machine.remembered")._outcomes(pipe(folder / "probes.json")),
+        "probes: a pipe": lambda folder: ours("backends.measure.remembered")._outcomes(pipe(folder / "probes.json")),
     }
 if Path("/dev/zero").exists():
     PLAIN |= {
         "variable: a device": lambda folder: from_variable(str(zero(folder / "a.json"))),
         "replay: a device": lambda folder: replay(zero(folder / "a.png")),
-        "probes: a device": lambda folder: ours("backends.machine.remembered")._outcomes(zero(folder / "probes.json")),
+        "probes: a device": lambda folder: ours("backends.measure.remembered")._outcomes(zero(folder / "probes.json")),
         "store: a device": lambda folder: looked_at(zero(folder / "measured.sqlite3")),
-        "settings: a device": lambda folder: ours("nodes.machine_settings").MachineSettings(
+        "settings: a device": lambda folder: ours("nodes.http.machine_settings").MachineSettings(
             zero(folder / "attention_backends.json").parent, {}
         ),
     }

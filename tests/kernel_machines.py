@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from attention_backends.backends.backend import Backend
+from attention_backends.backends.config.names import COMFY
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.backend import Backend
 from attention_backends.backends.kernels.planned import Planned
-from attention_backends.backends.names import COMFY
-from attention_backends.backends.platform import Platform
+from attention_backends.backends.values.platform import Platform
 
 CARD = Platform("cuda", capability=(8, 9), torch="2.12.0", cuda="13.0", cudnn=91002, os="linux")
 

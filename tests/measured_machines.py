@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
-from attention_backends.backends.backend import FLOATING, Backend, Kernel, Limits
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa
+from attention_backends.backends.engine.plan import Plan
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.measured.store import Store
-from attention_backends.backends.measured.tuner import Tuner
-from attention_backends.backends.plan import Plan
-from attention_backends.backends.platform import KINDS, Platform, detect
-from attention_backends.backends.request import AttentionCall
-from attention_backends.backends.router import Router
-from attention_backends.backends.session import Session
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.observe.autotune.store import Store
+from attention_backends.backends.observe.autotune.tuner import Tuner
+from attention_backends.backends.values.platform import KINDS, Platform, detect
+from attention_backends.backends.values.request import AttentionCall
 
 INCUMBENT = "torch_sdpa"
 """What the route of a CPU takes."""

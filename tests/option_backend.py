@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attention_backends.backends.backend import Backend
-from attention_backends.backends.options import Option
+from attention_backends.backends.kernels.backend import Backend
+from attention_backends.backends.values.options import Option
 
 
 class WithOptions(Backend):

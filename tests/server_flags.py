@@ -69,7 +69,7 @@ def look() -> dict[str, Any]:
     import comfy.ldm.modules.attention as attention
     from hook_side import HEADS, model_call, nodes_module, override, rows, sampling
 
-    started = nodes_module("comfy_functions").started_with()
+    started = nodes_module("hook.comfy_functions").started_with()
     found: dict[str, Any] = {
         "function": started.function.name,
         "flag": started.flag,
@@ -135,7 +135,7 @@ def upcasts(force: bool = False, dont: bool = False) -> list[bool]:
 
     args.force_upcast_attention, args.dont_upcast_attention = force, dont
     importlib.reload(attention)
-    forces = nodes_module("comfy_functions").forces_upcast
+    forces = nodes_module("hook.comfy_functions").forces_upcast
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     return [forces(None, half), forces(full, half), forces(full, brain), forces(full, full)]
 

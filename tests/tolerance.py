@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from attention_backends.backends.kernel_support.sdpa import expand_kv
 from attention_backends.backends.kernels.emulated_int8 import KEY_BLOCK, QUERY_BLOCK, round_trip
 from attention_backends.backends.kernels.reference import reference_attention
-from attention_backends.backends.request import AttentionCall
-from attention_backends.backends.tolerance import EARNED
+from attention_backends.backends.kernels.support.sdpa import expand_kv
+from attention_backends.backends.values.request import AttentionCall
+from attention_backends.backends.values.tolerance import EARNED
 from attention_calls import cast
 from fakes.arithmetic import fp4_blocks, fp4_weights, fp8_channels, fp8_weights, int8_channels, int8_weights
 
@@ -46,7 +46,7 @@ def error(output: torch.Tensor, expected: torch.Tensor) -> Error:
 
 
 def allowed(call: AttentionCall, arithmetic: str) -> Error:
-    """The largest `error` that a kernel of this arithmetic (backends/tolerance.py) may make on `call`.
+    """The largest `error` that a kernel of this arithmetic (backends/values/tolerance.py) may make on `call`.
 
     `exact` stands for `half`: plain arithmetic in the dtype of the call.
     """

@@ -14,7 +14,7 @@ import { Refused } from './server.js'
 
 /** @typedef {{ asks: boolean, all: boolean, others: boolean, run: RunSummary | undefined }} State */
 
-/** What the server takes of a document (nodes/measured_routes.py). */
+/** What the server takes of a document (nodes/http/measured_routes.py). */
 const MOST_BYTES = 4 << 20
 
 /** Kinds of call that are shown at first. */

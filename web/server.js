@@ -1,5 +1,5 @@
 /**
- * What the pack's server routes answer (nodes/routes.py), typed.
+ * What the pack's server routes answer (nodes/http/routes.py), typed.
  *
  * @typedef {{ role: string, backend: string, calls: number }} Total
  * @typedef {{ id: string, class_type: string, backend: string }} Chooser

@@ -3,7 +3,7 @@
  *
  * The server's events name a prompt, not a workflow, and ids of nodes and of graphs repeat between workflows. So a
  * prompt that this page queues brings a mark of its workflow along, as an input of our nodes. The server takes that
- * input out again (nodes/queued_by.py) and tells the mark with the run.
+ * input out again (nodes/history/queued_by.py) and tells the mark with the run.
  */
 
 /**

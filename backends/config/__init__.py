@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..backend import ACCURACY
-from ..bounded import shortened
 from ..kernels import BACKENDS
+from ..kernels.backend import ACCURACY
 from ..kernels.planned import Planned
-from ..names import AUTO, canonical
-from ..options import problems
-from ..options.foreign import FOREIGN_OPTIONS, foreign_problems
+from ..values.bounded import shortened
+from ..values.options import problems
+from .foreign_options import FOREIGN_OPTIONS, foreign_problems
+from .names import AUTO, canonical
 
 if TYPE_CHECKING:
-    from ..recommended import Precaution
-    from ..records.replay import Recorded
-    from ..schedule import ScheduleEntry
+    from ..observe.advisories import Precaution
+    from .recorded import Recorded
+    from .schedule import ScheduleEntry
 
 GUARD_MODES = ("off", "watch", "enforce")
 PLATFORM_ROUTE = "platform route"

@@ -11,10 +11,10 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping
 
-from ..bounded import nearest
-from ..names import RefusedBackendError
+from ..values.bounded import nearest
 from . import LONGEST_ROLE, AttentionSpec, ConfigError
 from .flags import COMPONENT_NAME
+from .names import RefusedBackendError
 
 KNOWN = ("transformer", "unet", "text_encoder", "image_encoder", "vae", "audio_vae", "video_vae")
 MOST = 64

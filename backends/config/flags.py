@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ..values.data import MAX_DEPTH
 from . import ConfigError
-from .data import MAX_DEPTH
 from .places import Place, place, places_of
 from .words import Word, at_commas, scalar, with_assignments, words_of
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..names import AUTO, MEASURED
 from . import CATEGORY_PARENT, PLATFORM_ROUTE, AttentionConfig, AttentionSpec
+from .names import AUTO, MEASURED
 
 if TYPE_CHECKING:
-    from ..recommended import Precaution
-    from ..records.replay import Recorded
+    from ..observe.advisories import Precaution
+    from .recorded import Recorded
 
 
 def joint_note(layers: tuple[AttentionConfig, ...], role: str, category: str) -> str | None:

@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..bounded import nearest, shortened
 from ..kernels import BACKENDS
 from ..kernels.planned import Planned
-from ..names import UnknownBackendError, canonical
-from ..options.foreign import BESIDE_BACKEND, FOREIGN_OPTIONS, foreign_problems
-from ..schedule import ScheduleEntry
-from ..systems import line_of
+from ..values.bounded import nearest, shortened
+from ..values.data import load_json
 from . import LONGEST_ROLE, AttentionConfig, AttentionSpec, ConfigError
 from .components import component_entries
-from .data import load_json
 from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS, notes_on
-from .schedule import FOREIGN_SCHEDULE, foreign_schedule, schedule_of
+from .foreign_options import BESIDE_BACKEND, FOREIGN_OPTIONS, foreign_problems
+from .names import UnknownBackendError, canonical
+from .schedule import ScheduleEntry
+from .schedule_forms import FOREIGN_SCHEDULE, foreign_schedule, schedule_of
+from .systems import line_of
 
 SETTINGS = ("accuracy", "strict", "guard", "joint_is_self")
 FIELDS = ("default", "backend", "per_role", "schedule", *SETTINGS)

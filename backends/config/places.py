@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..bounded import MOST_MESSAGE
-from .data import json_marks, yaml_entries
+from ..values.bounded import MOST_MESSAGE
+from ..values.data import json_marks, yaml_entries
 
 MAX_PLACES = 2000
 """More entries than a person writes; a longer text gets no lines."""

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..options.foreign import BESIDE_BACKEND
+from ..values.data import dump_yaml
 from . import AttentionConfig, AttentionSpec
-from .data import dump_yaml
+from .foreign_options import BESIDE_BACKEND
 from .mapping import SPEC_FIELDS
-from .schedule import entry_to_dict
+from .schedule_forms import entry_to_dict
 from .words import scalar
 
 FORMATS = ("dict", "json", "yaml", "flags")

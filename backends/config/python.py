@@ -9,7 +9,7 @@ import ast
 import re
 from itertools import islice
 
-from ..names import AUTO, is_known
+from .names import AUTO, is_known
 
 _OF_THE_SYSTEMS = re.compile(
     r"\b(set_attention_backend|attention_backend|force_backend|AttentionConfig|AttentionSpec|OmniDiffusionConfig)\s*\("

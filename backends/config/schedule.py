@@ -1,173 +1,100 @@
-"""The entries of a schedule from plain data: our own list, and vLLM-Omni's profiles with ranges or sigma windows.
+"""Schedules: another backend for some steps, sigmas or blocks of a run, on top of what a role resolves to.
 
-Ours is a list of mappings such as `{"backend": "torch_sdpa", "steps": "0-3,last 2"}`. vLLM-Omni's
-`diffusion_attention_schedule` names whole configurations and gives each a half-open range of steps (`end` null is the
-end) or a window of sigmas; https://docs.vllm.ai/projects/vllm-omni (attention schedules).
+A `ScheduleEntry` is what a person writes. A `Timetable` (`timetable.py`) is the entries of every configuration of a run
+put on that run's own sigmas and the model's own blocks; it says which entries hold at a model call, as one number, and
+what they make of a role. Nothing here knows a sampler: a host that knows the step of a model call says it, else sigmas
+tell it; calls are never counted, so they may be skipped, doubled or resumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from ..schedule import ScheduleEntry
-from . import CATEGORY_PARENT, AttentionConfig, AttentionSpec, ConfigError
-from .data import load_json
+from . import CATEGORY_PARENT, LONGEST_ROLE, AttentionConfig, AttentionSpec, ConfigError
+from .layers import precautions_of
+from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 
-FOREIGN_SCHEDULE = "diffusion_attention_schedule"
-"""vLLM-Omni's name, as a flag or an entry of a stage."""
-MOST_ENTRIES = 256
-"""Of a schedule; each is looked at in every model call."""
-ENTRY_FIELDS = ("backend", "extra", "steps", "percent", "sigmas", "blocks", "role", "masked")
+ROUNDING = 1e-4
+"""Two sigmas that differ by less than this part of them are one: samplers compute with float32, some by a detour."""
 
-ReadSpec = Callable[[object, str], AttentionSpec]
-ReadConfig = Callable[[Mapping[Any, Any], str], AttentionConfig]
+OUTSIDE_A_SAMPLER = "a schedule over steps, percent or sigmas has no effect here: no sampler of ComfyUI runs"
+
+TIMES = ("steps", "percent", "sigmas")
+"""What a window can be over; an entry has one of them at most."""
 
 
-def schedule_of(value: object, where: str, read: ReadSpec) -> tuple[ScheduleEntry, ...]:
-    """Our own form: one entry, a list of them, or a mapping numbered from 0, as dotted flags give it.
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """A backend, and where it holds: steps, percent or sigmas; blocks; role; masks. What is not said is everywhere.
 
-    Raises:
-        ConfigError, UnknownBackendError: an entry is not understood; the message says which.
+    Windows are given as text and kept parsed. A role is matched by its name or its category.
     """
-    listed = _listed(value, where)
-    _check_count(len(listed), where)
-    return tuple(_entry(entry, f"{where}[{number}]", read) for number, entry in enumerate(listed))
+
+    spec: AttentionSpec
+    steps: tuple[Numbers, ...] = ()
+    percent: tuple[Span, ...] = ()
+    sigmas: tuple[Span, ...] = ()
+    blocks: tuple[Numbers, ...] = ()
+    role: str = ""
+    masked: bool = False
+    """Only calls with a mask that hides or weighs something, also where hidden keys are left out before the kernel."""
+
+    def __post_init__(self) -> None:
+        readers: Mapping[str, Callable[[object], object]] = {
+            "steps": lambda value: parse_numbers(value, "steps"),
+            "percent": parse_percent,
+            "sigmas": parse_sigmas,
+            "blocks": lambda value: parse_numbers(value, "blocks"),
+        }
+        for name, read in readers.items():
+            value = getattr(self, name)
+            if not (isinstance(value, tuple) and all(isinstance(part, (Numbers, Span)) for part in value)):
+                object.__setattr__(self, name, read(value))
+        if isinstance(self.spec, str):
+            object.__setattr__(self, "spec", AttentionSpec(self.spec))
+        if not isinstance(self.role, str):
+            raise ConfigError(f"role must be text, not {self.role!r}")
+        if len(self.role) > LONGEST_ROLE:
+            raise ConfigError(f"role {self.role!r}: {len(self.role)} characters > {LONGEST_ROLE}")
+        object.__setattr__(self, "role", self.role.strip())
+        object.__setattr__(self, "masked", parse_flag(self.masked, "masked"))
+        times = [name for name in TIMES if getattr(self, name)]
+        if len(times) > 1:
+            raise ConfigError(f"{' and '.join(times)} in one entry; give one of them, and another entry for the other")
+        if not times and not self.blocks and not self.role and not self.masked:
+            raise ConfigError(
+                "an entry of a schedule says where it holds: steps, percent, sigmas, blocks, role or masked"
+            )
+
+    def windows(self) -> dict[str, str]:
+        """What was said about where it holds, as text that reads to the same."""
+        said = {name: ",".join(map(str, getattr(self, name))) for name in (*TIMES, "blocks")}
+        said |= {"role": self.role, "masked": "true" if self.masked else ""}
+        return {name: text for name, text in said.items() if text}
+
+    def describe(self) -> str:
+        """Where it holds, in one line."""
+        parts = (f"{name} {text}" for name, text in self.windows().items() if name != "masked")
+        return ", ".join([*parts, "masked calls"] if self.masked else parts)
+
+    def takes(self, role: str, category: str, parent_of: Callable[[str], str | None] = CATEGORY_PARENT.get) -> bool:
+        """True when it is for this role; `parent_of` is the one of its configuration."""
+        parent: str | None = category
+        while self.role and parent and self.role not in (role, parent):
+            parent = parent_of(parent)
+        return not self.role or bool(parent)
 
 
-def _check_count(count: int, where: str) -> None:
-    if count > MOST_ENTRIES:
-        raise ConfigError(f"{where}: {count} entries > {MOST_ENTRIES}: join windows, as in 0-3,last 2")
+def step_of(sigma: float, schedule: Sequence[float]) -> int:
+    """The step, from 0, that a model call belongs to, by sigmas alone: calls can be skipped, doubled or resumed.
 
-
-def _listed(value: object, where: str) -> list[object]:
-    if isinstance(value, str):
-        value = load_json(value, where)
-    if isinstance(value, Mapping):
-        if not value or set(map(str, value)) & set(ENTRY_FIELDS):
-            return [value] if value else []
-        numbered = {str(key): entry for key, entry in value.items()}
-        if set(numbered) != {str(number) for number in range(len(numbered))}:
-            said = ", ".join(numbered)
-            raise ConfigError(f"{where}: expected entries numbered from 0, or {', '.join(ENTRY_FIELDS)}; not {said}")
-        return [numbered[str(number)] for number in range(len(numbered))]
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where}: expected a list of entries, not {type(value).__name__}: {value!r}")
-    return list(value)
-
-
-def _entry(value: object, where: str, read: ReadSpec) -> ScheduleEntry:
-    if isinstance(value, ScheduleEntry):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a mapping with backend and where it holds, not {value!r}")
-    unknown = [str(key) for key in value if key not in ENTRY_FIELDS]
-    if unknown:
-        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(ENTRY_FIELDS)}")
-    if value.get("backend") is None:
-        raise ConfigError(f"{where}: no backend; name the one that holds there")
-    spec = read({name: value[name] for name in ("backend", "extra") if value.get(name) is not None}, where)
-    said = {name: value[name] for name in ENTRY_FIELDS[2:] if value.get(name) is not None}
-    return _made(where, spec, said)
-
-
-def _made(where: str, spec: AttentionSpec, said: Mapping[str, Any]) -> ScheduleEntry:
-    try:
-        return ScheduleEntry(spec, **said)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def entry_to_dict(entry: ScheduleEntry) -> dict[str, Any]:
-    """An entry as plain data that reads to the same."""
-    extra = {"extra": dict(entry.spec.extra)} if entry.spec.extra else {}
-    return {"backend": entry.spec.backend, **extra, **entry.windows()}
-
-
-def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple[ScheduleEntry, ...], list[str]]:
-    """vLLM-Omni's form, and what there is to say about it.
-
-    Raises:
-        ConfigError, UnknownBackendError: it is not understood, or says what a schedule here cannot do.
+    It is the last entry of the sampler's sigmas that is not below the current one, within 1e-4.
     """
-    value = load_json(value, where) if isinstance(value, str) else value
-    value = _fields(value, where, ("profiles", "default", "sigma"))
-    profiles = {}
-    for name, profile in _fields(value.get("profiles") or {}, f"{where}.profiles").items():
-        place = f"{where}.profiles.{name}"
-        profiles[str(name)] = read(_fields(profile, place), place)
-        _check_profile(profiles[str(name)], place)
-    ranges, sigmas = value.get("default") or [], value.get("sigma") or []
-    if ranges and sigmas:
-        raise ConfigError(f"{where}: both default (steps) and sigma; give one of them")
-    entries: list[ScheduleEntry] = []
-    notes: list[str] = []
-    for field, given in (("default", ranges), ("sigma", sigmas)):
-        for number, window in enumerate(_listed_windows(given, f"{where}.{field}")):
-            place = f"{where}.{field}[{number}]"
-            ends = ("start", "end") if field == "default" else ("low", "high")
-            window = _fields(window, place, (*ends, "profile"))
-            profile = str(window.get("profile"))
-            if profile not in profiles:
-                known = ", ".join(profiles) or "none"
-                raise ConfigError(f"{place}: profile {profile!r} is not one of those given: {known}")
-            said = _steps(window, place) if field == "default" else _sigmas(window, place)
-            _check_count(len(entries) + len(profiles[profile].per_role), where)
-            entries += (_made(place, spec, {**said, "role": role}) for role, spec in _by_role(profiles[profile]))
-            if profiles[profile].default.is_auto:
-                note = f"{where}.profiles.{profile}: roles that it does not name stay as they are outside its windows"
-                notes += [note] if note not in notes else []
-    return tuple(entries), notes
+    bound = sigma * (1 - ROUNDING)
+    return max((i for i, value in enumerate(schedule) if value >= bound), default=0)
 
 
-def _by_role(config: AttentionConfig) -> Iterator[tuple[str, AttentionSpec]]:
-    """The least special first, since the last one wins."""
-    if not config.default.is_auto:
-        yield "", config.default
-    order = {"self": 0, "cross": 0, **dict.fromkeys(CATEGORY_PARENT, 1)}
-    yield from sorted(config.per_role.items(), key=lambda item: order.get(item[0], 2))
-
-
-def _check_profile(config: AttentionConfig, where: str) -> None:
-    for name in ("accuracy", "strict", "guard"):
-        if getattr(config, name) is not None:
-            raise ConfigError(f"{where}: {name} holds for a whole run; give it outside the profiles")
-    if config.schedule:
-        raise ConfigError(f"{where}: a profile has no schedule of its own")
-
-
-def _steps(window: Mapping[Any, Any], where: str) -> dict[str, str]:
-    start, end = window.get("start", 0), window.get("end")
-    for name, number in (("start", start), ("end", 1 if end is None else end)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ConfigError(f"{where}.{name}: expected a whole number of steps, not {number!r}")
-    if start < 0 or (end is not None and end <= start):
-        raise ConfigError(f"{where}: steps {start} to {end}: it starts at 0 or later, and ends after it starts")
-    return {"steps": f"{start}-{'' if end is None else end - 1}"}
-
-
-def _sigmas(window: Mapping[Any, Any], where: str) -> dict[str, str]:
-    low: Any = window.get("low")
-    high: Any = window.get("high")
-    for name, number in (("low", low), ("high", high)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ConfigError(f"{where}.{name}: expected a sigma from 0 to 1, not {number!r}")
-    if not 0 <= low <= high <= 1:
-        raise ConfigError(f"{where}: sigmas {low} to {high}: expected 0 <= low <= high <= 1")
-    return {"sigmas": f"{high}-{low}"}
-
-
-def _listed_windows(value: object, where: str) -> list[object]:
-    value = load_json(value, where) if isinstance(value, str) else value
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where}: expected a list of windows, not {type(value).__name__}")
-    return list(value)
-
-
-def _fields(value: object, where: str, known: tuple[str, ...] = ()) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, not {type(value).__name__}: {value!r}")
-    unknown = [str(key) for key in value if known and key not in known]
-    if unknown:
-        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(known)}")
-    return value
+def is_scheduled(layers: tuple[AttentionConfig, ...]) -> bool:
+    """True when a choice can depend on more than the role."""
+    return any(layer.schedule for layer in layers) or bool(precautions_of(layers))

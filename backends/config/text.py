@@ -15,16 +15,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..bounded import MOST_JSON, MOST_TEXT, read_file, shortened
-from ..names import UnknownBackendError
-from ..records.reader import FIELDS as RECORD_FIELDS
-from ..records.reader import is_record, read
+from ..values.bounded import MOST_JSON, MOST_TEXT, read_file, shortened
+from ..values.data import check_data, check_size, load_json, load_yaml
 from . import AttentionConfig, ConfigError
-from .data import check_data, check_size, load_json, load_yaml
 from .flags import ELSEWHERE, looks_like_flags, notes_on, parse_flags, parse_pairs
 from .mapping import FIELDS, Reading, from_mapping, spec_of
+from .names import UnknownBackendError
 from .places import Place, line_of_error, places_of
 from .python import python_problem
+from .record_reader import FIELDS as RECORD_FIELDS
+from .record_reader import is_record, read
 
 log = logging.getLogger("attention_backends")
 

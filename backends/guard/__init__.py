@@ -18,17 +18,17 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..backend import Kernel
-from ..faults import check_output, is_cuda_fault
-from ..request import AttentionCall
-from ..tolerance import Tolerance, tolerance
-from .findings import Findings
+from ..kernels.backend import Kernel
+from ..report.findings import Findings
+from ..values.faults import check_output, is_cuda_fault
+from ..values.request import AttentionCall
+from ..values.tolerance import Tolerance, tolerance
 from .turns import FIRST_GAP, LONGEST_GAP, NEVER, Step, Turns, following
 
 if TYPE_CHECKING:
     import torch
 
-    from ..trace import Row, Trace
+    from ..report import Row, Trace
     from .rows import Figures
 
 log = logging.getLogger("attention_backends")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..request import AttentionCall
-from .findings import ROWS
+from ..report.findings import ROWS
+from ..values.request import AttentionCall
 
 LAST = 2
 """Of the rows, those that are always the last ones: a kernel's unfinished last block is the likeliest place."""

@@ -1,12 +1,12 @@
 """The ordered list of backends: one file each, and one line here.
 
-A new kernel is added in these two places, and its id in `names.py`; docs/adding_a_kernel.md has the rest.
+A new kernel is added in these two places, and its id in `config/names.py`; docs/adding_a_kernel.md has the rest.
 """
 
 from __future__ import annotations
 
-from ..backend import Backend
 from .aiter import Aiter
+from .backend import Backend
 from .comfy import Comfy
 from .comfy_kitchen_int8 import ComfyKitchenInt8
 from .cudnn_attn import CudnnAttn

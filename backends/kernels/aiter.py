@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
-from ..backend import HALF, Kernel, Limits
-from ..kernel_support.flash import FlashAttention
-from ..kernel_support.layout import INT32_ELEMENTS
-from ..machine.hub import HubKernel
-from ..platform import Platform
+from ..values.platform import Platform
+from .backend import HALF, Kernel, Limits
+from .support.flash import FlashAttention
+from .support.hub import HubKernel
+from .support.layout import INT32_ELEMENTS
 
 AMD_CARDS = ("gfx942", "gfx950")
 """MI300 and MI350: where vLLM-Omni 0.30 uses it."""

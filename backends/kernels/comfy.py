@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backend import FLOATING, Backend, Kernel, Limits
-from ..platform import KINDS, Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import KINDS, Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import FLOATING, Backend, Kernel, Limits
 
 if TYPE_CHECKING:
     import torch

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backend import Backend, Kernel, Limits
-from ..kernel_support.layout import INT32_ELEMENTS, on_device_of
-from ..memory import key_size, query_size, value_size
-from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import Backend, Kernel, Limits
+from .support.layout import INT32_ELEMENTS, on_device_of
+from .support.workspace import key_size, query_size, value_size
 
 if TYPE_CHECKING:
     import torch

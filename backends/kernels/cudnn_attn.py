@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..backend import HALF, Limits
-from ..kernel_support.sdpa import PinnedSDPA
-from ..platform import Platform
-from ..request import AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionRequest
+from .backend import HALF, Limits
+from .support.sdpa import PinnedSDPA
 
 MIN_CUDNN = 90500
 """vLLM-Omni's floor for routing to cuDNN by itself; newer reports say 9.7 for native Blackwell kernels."""

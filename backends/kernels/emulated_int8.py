@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backend import FLOATING, Backend, Kernel, Limits
-from ..kernel_support.sdpa import expanded, plain_sdpa
-from ..memory import expanded_bytes, item_bytes, key_size, query_size
-from ..platform import KINDS, Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import KINDS, Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import FLOATING, Backend, Kernel, Limits
+from .support.sdpa import expanded, plain_sdpa
+from .support.workspace import expanded_bytes, item_bytes, key_size, query_size
 
 if TYPE_CHECKING:
     import torch

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..backend import Backend
-from ..family import Family
+from .backend import Backend
+from .group import Family
 
 
 def flash_attn(version_2: Backend, version_3: Backend, version_4: Backend, amd: Backend) -> Family:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..backend import HALF, Limits, package_reason
-from ..kernel_support.flash import FlashAttention
-from ..kernel_support.layout import INT32_ELEMENTS
-from ..machine.hub import HubKernel
-from ..platform import FLASH_TRITON_VARIABLE, Platform
-from ..request import AttentionRequest
+from ..values.platform import FLASH_TRITON_VARIABLE, Platform
+from ..values.request import AttentionRequest
+from .backend import HALF, Limits, package_reason
+from .support.flash import FlashAttention
+from .support.hub import HubKernel
+from .support.layout import INT32_ELEMENTS
 
 AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 """MI200, MI300 and MI350: what the released Composable Kernel backend lists (flash-attention, README)."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..backend import HALF, Limits
-from ..kernel_support.flash import FlashAttention
-from ..machine.hub import HubKernel
-from ..platform import Platform
+from ..values.platform import Platform
+from .backend import HALF, Limits
+from .support.flash import FlashAttention
+from .support.hub import HubKernel
 
 
 class FlashAttn3(FlashAttention):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..backend import HALF, Limits
-from ..kernel_support.flash import FlashAttention
-from ..kernel_support.layout import INT32_ELEMENTS
-from ..machine.hub import HubKernel
-from ..platform import Platform
+from ..values.platform import Platform
+from .backend import HALF, Limits
+from .support.flash import FlashAttention
+from .support.hub import HubKernel
+from .support.layout import INT32_ELEMENTS
 
 
 class FlashAttn4(FlashAttention):

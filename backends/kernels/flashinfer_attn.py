@@ -6,17 +6,17 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..backend import HALF, Backend, Kernel, Limits, package_reason
-from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of
-from ..mask.ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
-from ..memory import item_bytes, mask_size, output_size
-from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import HALF, Backend, Kernel, Limits, package_reason
+from .support.layout import INT32_ELEMENTS, indexable, on_device_of
+from .support.ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
+from .support.workspace import item_bytes, mask_size, output_size
 
 if TYPE_CHECKING:
     import torch
 
-    from ..mask.varlen import PackedCall, VarlenKernel
+    from .varlen import PackedCall, VarlenKernel
 
 PLANS = 8
 """Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""

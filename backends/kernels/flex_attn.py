@@ -21,13 +21,13 @@ from dataclasses import replace
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
-from ..backend import Backend, Kernel, Limits, package_reason
-from ..kernel_support.flex_blocks import bucket, causal_blocks, filled, masked_blocks, seen_keys
-from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of
-from ..kernel_support.sdpa import computes, nothing
-from ..memory import item_bytes, key_size, mask_size, output_size, query_size, value_size
-from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import Backend, Kernel, Limits, package_reason
+from .support.flex_blocks import bucket, causal_blocks, filled, masked_blocks, seen_keys
+from .support.layout import INT32_ELEMENTS, indexable, on_device_of
+from .support.sdpa import computes, nothing
+from .support.workspace import item_bytes, key_size, mask_size, output_size, query_size, value_size
 
 if TYPE_CHECKING:
     import torch

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backend import HALF, Backend, Kernel, Limits
-from ..kernel_support.layout import to_bshd
-from ..kernel_support.sdpa import expanded
-from ..platform import Platform
-from ..request import AttentionCall
+from ..values.platform import Platform
+from ..values.request import AttentionCall
+from .backend import HALF, Backend, Kernel, Limits
+from .support.layout import to_bshd
+from .support.sdpa import expanded
 
 if TYPE_CHECKING:
     import torch

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..backend import Backend
-from ..options import Option
-from ..options import sparse as sparse_options
-from ..platform import Platform
+from ..values.options import Option
+from ..values.platform import Platform
+from . import planned_options as sparse_options
+from .backend import Backend
 
 
 class Planned(Backend):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backend import FLOATING, Backend, Kernel, Limits
-from ..kernel_support.sdpa import expand_kv
-from ..memory import key_size, output_size, query_size, score_size, value_size
-from ..platform import KINDS, Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import KINDS, Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import FLOATING, Backend, Kernel, Limits
+from .support.sdpa import expand_kv
+from .support.workspace import key_size, output_size, query_size, score_size, value_size
 
 if TYPE_CHECKING:
     import torch

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..backend import Kernel, Limits
-from ..kernel_support import sage
-from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
-from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import Kernel, Limits
+from .support import sage
+from .support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
 
 if TYPE_CHECKING:
     import torch
 
-    from ..mask.varlen import VarlenKernel
+    from .varlen import VarlenKernel
 
 FIRST_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """1.0.6 is Triton alone, which compiles for all of them."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..backend import HALF, Kernel, Limits
-from ..kernel_support import sage
-from ..kernel_support.layout import INT32_ELEMENTS, on_device_of
-from ..machine.hub import HubKernel
-from ..memory import item_bytes, key_size, query_size, value_size
-from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import HALF, Kernel, Limits
+from .support import sage
+from .support.hub import HubKernel
+from .support.layout import INT32_ELEMENTS, on_device_of
+from .support.workspace import item_bytes, key_size, query_size, value_size
 
 if TYPE_CHECKING:
     import torch

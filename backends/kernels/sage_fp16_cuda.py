@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..backend import Kernel, Limits
-from ..kernel_support import sage
-from ..options import Option
-from ..platform import Platform
+from ..values.options import Option
+from ..values.platform import Platform
+from .backend import Kernel, Limits
+from .support import sage
 
 
 class SageFP16Cuda(sage.SageCuda):

@@ -6,18 +6,18 @@ from inspect import signature
 from math import log
 from typing import TYPE_CHECKING
 
-from ..backend import Kernel, Limits
-from ..kernel_support import sage
-from ..kernel_support.layout import indexable, on_device_of, to_bshd
-from ..mask import without_keys
-from ..options import Option
-from ..platform import Platform
-from ..request import AttentionCall
+from ..values.masks import without_keys
+from ..values.options import Option
+from ..values.platform import Platform
+from ..values.request import AttentionCall
+from .backend import Kernel, Limits
+from .support import sage
+from .support.layout import indexable, on_device_of, to_bshd
 
 if TYPE_CHECKING:
     import torch
 
-    from ..mask.varlen import VarlenKernel
+    from .varlen import VarlenKernel
 
 LOG2_E = 1 / log(2)
 

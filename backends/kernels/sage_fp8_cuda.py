@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..backend import Kernel, Limits
-from ..kernel_support import sage
-from ..options import Option
-from ..platform import Platform
-from ..versions import meets
+from ..values.options import Option
+from ..values.platform import Platform
+from ..values.versions import meets
+from .backend import Kernel, Limits
+from .support import sage
 
 
 class SageFP8Cuda(sage.SageCuda):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..backend import Kernel
-from ..kernel_support import sage
-from ..options import Option
-from ..platform import Platform
+from ..values.options import Option
+from ..values.platform import Platform
+from .backend import Kernel
+from .support import sage
 
 
 class SageFP8SM90(sage.SageCuda):

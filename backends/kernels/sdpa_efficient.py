@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..backend import Limits
-from ..kernel_support.sdpa import PinnedSDPA
-from ..memory import expanded_bytes
-from ..platform import Platform
-from ..request import AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionRequest
+from .backend import Limits
+from .support.sdpa import PinnedSDPA
+from .support.workspace import expanded_bytes
 
 
 class SDPAEfficient(PinnedSDPA):

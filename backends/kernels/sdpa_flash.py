@@ -7,15 +7,15 @@ from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from ..backend import FLOATING, HALF, Limits, package_reason
-from ..kernel_support.layout import on_device_of
-from ..kernel_support.sdpa import PinnedSDPA
-from ..platform import Platform
+from ..values.platform import Platform
+from .backend import FLOATING, HALF, Limits, package_reason
+from .support.layout import on_device_of
+from .support.sdpa import PinnedSDPA
 
 if TYPE_CHECKING:
     import torch
 
-    from ..mask.varlen import PackedCall, VarlenKernel
+    from .varlen import PackedCall, VarlenKernel
 
 
 class SDPAFlash(PinnedSDPA):

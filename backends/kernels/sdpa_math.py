@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backend import FLOATING, Kernel, Limits
-from ..kernel_support.precision import float32_is_full, wide_dtype
-from ..kernel_support.sdpa import PinnedSDPA, pinned
-from ..memory import (
+from ..values.platform import KINDS, Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import FLOATING, Kernel, Limits
+from .support.precision import float32_is_full, wide_dtype
+from .support.sdpa import PinnedSDPA, pinned
+from .support.workspace import (
     expanded_bytes,
     inputs_bytes,
     item_bytes,
@@ -17,8 +19,6 @@ from ..memory import (
     query_size,
     score_size,
 )
-from ..platform import KINDS, Platform
-from ..request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class SDPAMath(PinnedSDPA):
 
     Half types are widened to float32 here: torch by itself does so only while nobody in the process allowed less
     (`allow_fp16_bf16_reduction_math_sdp`), which importing ComfyUI does. float64 is used while float32 products are
-    allowed to be less (`kernel_support/precision.py`).
+    allowed to be less (`support/precision.py`).
     """
 
     id = "sdpa_math"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..backend import FLOATING, Backend, Kernel, Limits
-from ..kernel_support.sdpa import CHECKS, expanded, facts_for_torch, implementation, plain_sdpa
-from ..memory import expanded_bytes
-from ..platform import KINDS, Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import KINDS, Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import FLOATING, Backend, Kernel, Limits
+from .support.sdpa import CHECKS, expanded, facts_for_torch, implementation, plain_sdpa
+from .support.workspace import expanded_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -5,12 +5,12 @@ from __future__ import annotations
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from ..backend import HALF, Backend, Kernel, Limits
-from ..kernel_support.layout import INT32_ELEMENTS, on_device_of
-from ..mask.ragged import WORKSPACE_BYTES, lengths, offsets, stream_of, to_bhsd, to_thd, workspace
-from ..memory import item_bytes, query_size
-from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import HALF, Backend, Kernel, Limits
+from .support.layout import INT32_ELEMENTS, on_device_of
+from .support.ragged import WORKSPACE_BYTES, lengths, offsets, stream_of, to_bhsd, to_thd, workspace
+from .support.workspace import item_bytes, query_size
 
 if TYPE_CHECKING:
     import torch

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..backend import HALF, Backend, Kernel, Limits
-from ..kernel_support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
-from ..kernel_support.sdpa import expanded
-from ..mask import as_additive, without_keys
-from ..memory import expanded_bytes, item_bytes, mask_size
-from ..platform import Platform
-from ..request import AttentionCall, AttentionRequest
+from ..values.masks import as_additive, without_keys
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .backend import HALF, Backend, Kernel, Limits
+from .support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from .support.sdpa import expanded
+from .support.workspace import expanded_bytes, item_bytes, mask_size
 
 if TYPE_CHECKING:
     import torch

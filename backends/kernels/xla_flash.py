@@ -6,10 +6,10 @@ from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from ..backend import Backend, Kernel, Limits, package_reason
-from ..kernel_support.sdpa import expanded
-from ..platform import Platform
-from ..request import AttentionCall
+from ..values.platform import Platform
+from ..values.request import AttentionCall
+from .backend import Backend, Kernel, Limits, package_reason
+from .support.sdpa import expanded
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.measured.entry import document
-from attention_backends.backends.measured.store import Store
+from attention_backends.backends.observe.autotune.entry import document
+from attention_backends.backends.observe.autotune.store import Store
 from attention_backends.devtools.server import Server
 from browser import load_workflow, open_comfyui, why_no_browser
 from measured_entries import ELSEWHERE, entry, key, some

@@ -20,7 +20,7 @@ from server_harness import ROOT, start_server
 from test_panel import LINE, RENDERERS, SAVED, ours, workflow
 from workflow_graphs import Graph, embedded, ksampler
 
-queued_by = nodes_module("queued_by")
+queued_by = nodes_module("history.queued_by")
 NAME = queued_by.INPUT
 MARK = "0f" * 16
 SELECTOR = "AttentionBackendSelector"

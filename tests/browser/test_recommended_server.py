@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.recommended import PRECAUTIONS
+from attention_backends.backends.observe.advisories import PRECAUTIONS
 from attention_backends.devtools.server import Server
 from browser import open_comfyui, why_no_browser
 from server_harness import start_server

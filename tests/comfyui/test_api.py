@@ -27,12 +27,14 @@ from attention_backends.backends import (  # noqa: E402
     checks,
     force_backend,
     read_environment,
-    scopes,
+)
+from attention_backends.backends import (  # noqa: E402
+    context as scopes,
 )
 from attention_backends.backends.config import AttentionConfig, ConfigError  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
 from hook_side import Kernel  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as sdpa  # noqa: E402
 

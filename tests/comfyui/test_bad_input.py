@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import settings_of  # noqa: E402
+from attention_backends.backends.config.names import CHOICES  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.names import CHOICES  # noqa: E402
-from attention_backends.backends.router import NoBackendError  # noqa: E402
 from hook_side import comfyui, counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy
@@ -29,11 +29,11 @@ def _comfy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def selector() -> Any:
-    return nodes_module("selector").AttentionBackendSelector
+    return nodes_module("configure.selector").AttentionBackendSelector
 
 
 def per_role() -> Any:
-    return nodes_module("per_role").PerRoleAttentionConfig
+    return nodes_module("configure.per_role").PerRoleAttentionConfig
 
 
 def without_names(error: object) -> str:
@@ -181,8 +181,8 @@ def test_what_only_the_environment_says_holds_for_a_per_role_node(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     comfyui()
-    selector = nodes_module("selector")
-    patch = nodes_module("patch")
+    selector = nodes_module("configure.selector")
+    patch = nodes_module("hook.patch")
     file = tmp_path / "attention.json"
     file.write_text('{"strict": true, "accuracy": "quantized"}')
     monkeypatch.setenv("ATTENTION_BACKENDS_CONFIG", str(file))

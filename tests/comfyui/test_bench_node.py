@@ -13,7 +13,7 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
 from hook_side import comfyui, nodes_module  # noqa: E402
 from server_harness import start_server  # noqa: E402
@@ -85,7 +85,7 @@ def test_what_a_graph_may_hold_stays_as_it_is(server: Server) -> None:
 def node(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module of the node in this process, without the picture that a server would write."""
     comfyui()
-    module = nodes_module("benchmark")
+    module = nodes_module("compare.benchmark")
     monkeypatch.setattr(module.ui, "PreviewImage", lambda image, cls: SimpleNamespace(as_dict=dict))
     return module
 
@@ -133,8 +133,8 @@ def test_the_progress_bar_goes_from_backend_to_backend(node: Any, monkeypatch: p
 def test_every_function_of_comfyui_gives_the_right_result(
     node: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attention_backends.backends.bench_inputs import random_call
-    from attention_backends.backends.request import AttentionRequest
+    from attention_backends.backends.measure.bench_inputs import random_call
+    from attention_backends.backends.values.request import AttentionRequest
 
     monkeypatch.setattr(node.attention, "optimized_attention", getattr(node.attention, name))
     call = random_call(AttentionRequest(1, 4, 40, 48, 16, "float32", mask=kind), torch.device("cpu"), 0)

@@ -19,15 +19,15 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.api import attention, attention_backend  # noqa: E402
-from attention_backends.backends.backend import on_copies  # noqa: E402
-from attention_backends.backends.kernel_support.sdpa import expanded, without_gaps  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.backend import on_copies  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
-from attention_backends.backends.mask import for_kernels  # noqa: E402
-from attention_backends.backends.mask.pieces import ALL, Part, call_of  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
-from attention_backends.backends.router import NoBackendError  # noqa: E402
+from attention_backends.backends.kernels.support.sdpa import expanded, without_gaps  # noqa: E402
+from attention_backends.backends.values.mask_plan import ALL, Part, call_of  # noqa: E402
+from attention_backends.backends.values.masks import for_kernels  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import model_call, nodes_module, override, sampling, stand_in  # noqa: E402
 
@@ -57,7 +57,7 @@ def full_call() -> AttentionCall:
 def test_a_call_that_a_layout_makes_has_every_attribute() -> None:
     """It is made without `__init__`."""
     query = torch.randn(1, 2, 4, SIZE)
-    layout = nodes_module("layouts").Layout(query, query, query, {"heads": 2, "skip_reshape": True, "scale": 0.5})
+    layout = nodes_module("hook.layouts").Layout(query, query, query, {"heads": 2, "skip_reshape": True, "scale": 0.5})
     made, expected = layout.call(query, query, query, None), AttentionCall(query, query, query, scale=0.5)
     for name in AttentionCall.__slots__:
         assert getattr(made, name) is getattr(expected, name) or getattr(made, name) == getattr(expected, name), name

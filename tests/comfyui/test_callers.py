@@ -22,7 +22,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.plan import Plan  # noqa: E402
+from attention_backends.backends.engine.plan import Plan  # noqa: E402
 from expected_roles import expected_block  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
@@ -40,7 +40,7 @@ from hook_side import (  # noqa: E402
 )
 from tiny_forwards import FORWARDS, Forward  # noqa: E402
 
-callers, roles, hook_calls = (nodes_module(name) for name in ("callers", "roles", "hook_calls"))
+callers, roles, hook_calls = (nodes_module(f"hook.{name}") for name in ("callers", "roles", "hook_calls"))
 
 
 def attention_of(options: Any) -> Callable[..., torch.Tensor]:

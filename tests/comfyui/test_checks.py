@@ -9,13 +9,13 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.call_checks import CheckError, check, checked, checks_from_environment  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
-from attention_backends.backends.platform import Platform  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
-from attention_backends.backends.trace import Trace  # noqa: E402
+from attention_backends.backends.engine.call_checks import CheckError, check, checked, checks_from_environment  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.report import Trace  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from hook_side import Outcome, override  # noqa: E402
 
 

@@ -34,7 +34,7 @@ class Noise:
 def set_up(family: str, steps: int = 4) -> Any:
     import comfy.samplers
 
-    setup = nodes_module("compare_setup")
+    setup = nodes_module("compare.compare_setup")
     model = tiny_sampling.build(family)
     positive, negative = tiny_sampling.conditioning(family)
     guider = setup.make_guider(model, positive, negative, tiny_sampling.FAMILIES[family].cfg)
@@ -45,12 +45,12 @@ def set_up(family: str, steps: int = 4) -> Any:
 
 def compared(family: str, backends: str) -> tuple[dict[str, Any], list[Any]]:
     """The node's work from variants to judged rows and pictures."""
-    runs = nodes_module("compare_runs")
+    runs = nodes_module("compare.compare_runs")
     with torch.inference_mode():
         setup = set_up(family)
         model = setup.guider.model_patcher
         report, results = runs.compare(setup, runs.make_variants(model, backends, {}), 1)
-        pictures = nodes_module("compare").judge(report, results, model, None)
+        pictures = nodes_module("compare.compare").judge(report, results, model, None)
     return {row.asked: row for row in report.rows}, pictures
 
 
@@ -62,7 +62,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
         return output
 
     made = router(Wrong(DROPPED_MASK, dropped_mask), Wrong(WRONG_SCALE, wrong_scale), Wrong(NAN, nan_in_a_corner))
-    for module in ("compare_runs", "compare_setup", "sampling"):
+    for module in ("compare.compare_runs", "compare.compare_setup", "hook.sampling"):
         monkeypatch.setattr(nodes_module(module), "router_for", lambda device: made)
 
 
@@ -91,7 +91,7 @@ def test_cancel_while_attention_alone_is_compared(
     import comfy.model_management
     import comfy.utils
 
-    runs = nodes_module("compare_runs")
+    runs = nodes_module("compare.compare_runs")
     begun: list[int] = []
 
     def update(self: Any, done: int, *_: Any) -> None:
@@ -132,7 +132,7 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
     """As on a GPU, where the account has no times: every call between two events, none of them read in a step."""
     from attention_backends.comparison import rounds
 
-    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
+    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
     gpu = torch.device("cuda")
     monkeypatch.setattr(timed.Timed, "new_event", Event)
     monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
@@ -161,7 +161,7 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
 
 
 def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
+    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
     monkeypatch.setattr(timed.Timed, "new_event", Event)
     monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
     monkeypatch.setattr(Event, "at_rest", True)
@@ -174,7 +174,7 @@ def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytes
 
 
 def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
+    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
     monkeypatch.setattr(timed.Timed, "new_event", staticmethod(lambda: pytest.fail("an event on the CPU")))
     setup = set_up("wan", steps=2)
     variant = runs.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
@@ -185,7 +185,7 @@ def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: 
 
 def test_another_packs_model_is_left_as_it_is() -> None:
     """Where another pack answers the calls, our override is not asked first, so nothing is timed."""
-    timed, runs = nodes_module("timed"), nodes_module("compare_runs")
+    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
     plain = tiny_sampling.build("wan")
     assert timed.timed(plain) == (plain, None)
     ours = selected(plain, "sdpa_math")
@@ -197,7 +197,7 @@ def test_another_packs_model_is_left_as_it_is() -> None:
 def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
     setup = set_up("wan", steps=2)
     ours = selected(setup.guider.model_patcher, "torch_sdpa", strict=True)
-    clone, override = nodes_module("timed").timed(ours)
+    clone, override = nodes_module("compare.timed").timed(ours)
     assert override is not None
     assert clone is not ours
     assert ours.model_options["transformer_options"]["attention_backends"] is not override
@@ -207,7 +207,7 @@ def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
 @pytest.mark.gpu
 def test_on_a_card_the_events_give_a_time() -> None:
     """Through the hook's own stand-in for a model, whose calls and tensors lie on the card."""
-    timed, sampling = nodes_module("timed"), nodes_module("sampling")
+    timed, sampling = nodes_module("compare.timed"), nodes_module("hook.sampling")
     ours = timed.Timed((AttentionConfig(default=AttentionSpec("sdpa_math"), source="node"),))
     ours.pairs = []
     run = sampling.Run(ours)
@@ -225,7 +225,7 @@ def test_on_a_card_the_events_give_a_time() -> None:
 
 
 def test_a_comparison_is_one_entry_of_the_kept_runs_and_warm_ups_are_none() -> None:
-    runs, compared = nodes_module("runs"), nodes_module("compare_runs")
+    runs, compared = nodes_module("history.runs"), nodes_module("compare.compare_runs")
     setup = set_up("wan", steps=2)
     setup.sample(selected(setup.guider.model_patcher, "sdpa_math"))
     before = [entry["number"] for entry in runs.summaries()]
@@ -256,7 +256,7 @@ def test_a_comparison_is_one_entry_of_the_kept_runs_and_warm_ups_are_none() -> N
 
 
 def test_runs_outside_of_a_comparison_are_kept_one_by_one_also_after_one_that_failed() -> None:
-    runs = nodes_module("runs")
+    runs = nodes_module("history.runs")
     setup = set_up("wan", steps=1)
     model = selected(setup.guider.model_patcher, "sdpa_math")
 

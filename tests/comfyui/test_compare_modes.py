@@ -115,7 +115,7 @@ def test_similarity_by_a_clip_vision_model(tmp_path: Path) -> None:
     broken[0, 0, 0, 0] = float("nan")
     rows = [Row(name) for name in ("reference", "near", "far", "broken", "missing")]
     pictures = [picture, (picture + 0.01).clamp(0, 1), 1 - picture, broken, None]
-    nodes_module("similarity").score(rows, pictures, clip)
+    nodes_module("compare.similarity").score(rows, pictures, clip)
     same, near, far = (row.clip_similarity for row in rows[:3])
     assert same == pytest.approx(1, abs=1e-5)
     assert far < near < 1
@@ -126,7 +126,7 @@ def test_similarity_by_a_clip_vision_model(tmp_path: Path) -> None:
 def test_rows_of_a_long_call_equal_those_of_the_whole() -> None:
     """Drawn rows are right with a mask, grouped heads and an offset, and the last row is among them."""
     from attention_backends.backends.kernels.reference import reference_attention
-    from attention_backends.backends.request import AttentionCall
+    from attention_backends.backends.values.request import AttentionCall
     from attention_backends.comparison import calls
 
     random = torch.Generator().manual_seed(0)

@@ -21,8 +21,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.router import NoBackendError  # noqa: E402
-from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
+from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
     PLACES,
@@ -49,7 +49,7 @@ from hook_side import (  # noqa: E402
 from test_host import use_kernels  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
-compiled = nodes_module("compiled")
+compiled = nodes_module("hook.compiled")
 BLOCKS = re.compile(r"(blocks|double_blocks|single_blocks|joint_blocks|layers|transformer_blocks)\.\d+")
 
 
@@ -158,7 +158,7 @@ def test_a_schedule_does_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     patcher = small(monkeypatch, "wan", num_layers=4)
     schedule = (ScheduleEntry("reference", steps="1-"), ScheduleEntry("torch_sdpa", blocks="2-3", role="self"))
     config = AttentionConfig(default=AttentionSpec("sdpa_math"), schedule=schedule, strict=True, source="node")
-    ours = nodes_module("patch").set_config(patcher, config)
+    ours = nodes_module("hook.patch").set_config(patcher, config)
     expected = tiny_sampling.sample(ours, "wan", steps=3)
     wanted = account()
     assert {row[2] for row in wanted} == {"sdpa_math", "reference", "torch_sdpa"}
@@ -244,9 +244,9 @@ def test_blocks_compiled_by_object_patches(monkeypatch: pytest.MonkeyPatch, what
 def test_calls_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     comfyui()
     patcher = small(monkeypatch, "wan", num_layers=1)
-    model, plain = nodes_module("capture").capturing(patcher)
+    model, plain = nodes_module("compare.capture").capturing(patcher)
     tiny_sampling.sample(model, "wan")
-    model, calls = nodes_module("capture").capturing(patcher)
+    model, calls = nodes_module("compare.capture").capturing(patcher)
     tiny_sampling.sample(each_block(model), "wan")
     assert list(calls) == list(plain)
 
@@ -297,7 +297,7 @@ def test_two_copies_of_the_package_in_one_process(hook: None) -> None:
     arguments = (Q, Q, Q, None, 2, False, False, None, None, None, ours.handle, None, -1, False)
     for module, reached in ((copy, False), (compiled, True)):
         close([module._attention(*arguments)], [exact(Q, Q, Q, 2)])
-        assert (ours in nodes_module("host")._outside_runs) is reached
+        assert (ours in nodes_module("hook.host")._outside_runs) is reached
 
 
 def test_kernels_get_real_sizes(monkeypatch: pytest.MonkeyPatch, hook: None) -> None:
@@ -368,7 +368,7 @@ def test_memory_of_a_mask_is_used_again(hook: None) -> None:
 def test_no_mask_of_a_compiled_model_is_read_on_an_accelerator() -> None:
     run = sampling.Run(override())
     plans = run.scope(torch.device("cpu")).masks
-    plans.not_kept = nodes_module("masks").COMPILED
+    plans.not_kept = nodes_module("hook.masks").COMPILED
     plan = plans.plan(torch.zeros(1, 1, 6, device="meta"), None, 6)  # reading this one would be an error
     assert plan.treatment == "passed on"
     assert any("compiled" in note for note in run.trace.notes)
@@ -513,7 +513,7 @@ def test_outside_a_model_call() -> None:
     ours = override("torch_sdpa", cross="reference")
     attention = torch.compile(lambda q, k: ours(exact, q, k, k, 2), backend="eager", fullgraph=True)
     close([attention(Q, Q), attention(Q, Q[:, :4])], [exact(Q, Q, Q, 2), exact(Q, Q[:, :4], Q[:, :4], 2)])
-    trace = nodes_module("host")._outside_runs[ours].trace
+    trace = nodes_module("hook.host")._outside_runs[ours].trace
     assert [(row.role, row.backend, row.calls) for row in trace.rows.values()] == [
         ("self", "torch_sdpa", 1),
         ("cross", "reference", 1),

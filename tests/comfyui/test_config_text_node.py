@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config.layers import settings_of  # noqa: E402
-from attention_backends.backends.names import RefusedBackendError, UnknownBackendError  # noqa: E402
+from attention_backends.backends.config.names import RefusedBackendError, UnknownBackendError  # noqa: E402
 from hook_side import counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
 from test_bad_input import without_names  # noqa: E402
 
@@ -41,7 +41,7 @@ def model() -> Any:
 
 
 def node() -> Any:
-    return nodes_module("config_text").AttentionConfigText
+    return nodes_module("configure.config_text").AttentionConfigText
 
 
 def with_text(model: Any, text: str = "", **more: Any) -> Any:
@@ -74,7 +74,7 @@ def test_the_account_says_what_was_read_without_effect_and_what_a_name_means(
 def test_a_name_of_another_system_prints_its_line_in_the_other_nodes_too(
     model: Any, snapshot: SnapshotAssertion
 ) -> None:
-    selector, per_role = nodes_module("selector").AttentionBackendSelector, nodes_module("per_role")
+    selector, per_role = nodes_module("configure.selector").AttentionBackendSelector, nodes_module("configure.per_role")
     patched = selector.execute(model, "fa3", "exact", False, "off").args[0]
     patched = per_role.PerRoleAttentionConfig.execute(patched, "cross", "_native_npu", "").args[0]
     patched = per_role.PerRoleAttentionConfig.execute(patched, "self", "flash_attn", "").args[0]
@@ -273,7 +273,7 @@ def test_the_node_is_offered_and_its_inputs_keep_their_order() -> None:
     assert [each.id for each in schema.inputs] == ["model", "text", "file", "component"]
     source = (Path(__file__).parents[2] / "nodes" / "__init__.py").read_text(encoding="utf-8")
     assert source.count("            AttentionConfigText,\n") == 1
-    assert "AttentionConfigText" in nodes_module("graph").OURS, "branches that differ only in it are comparable"
+    assert "AttentionConfigText" in nodes_module("history.graph").OURS, "branches that differ only in it are comparable"
 
 
 def test_comfyui_accepts_the_node() -> None:

@@ -26,7 +26,7 @@ from hook_side import (  # noqa: E402
     stand_in,
 )
 
-compiled = nodes_module("compiled")
+compiled = nodes_module("hook.compiled")
 
 
 class Container:

@@ -16,18 +16,18 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import AttentionConfig, ConfigError
+from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.print import to_flags, to_json, to_yaml
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.machine import remembered
-from attention_backends.backends.measured import entry as measured_entry
-from attention_backends.backends.measured.database import TABLE
-from attention_backends.backends.measured.store import FILE, Store
-from attention_backends.backends.names import UnknownBackendError
-from attention_backends.backends.platform import parse_platform
-from attention_backends.backends.records.record import as_record
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import Router
-from attention_backends.backends.schedule.timetable import Timetable
+from attention_backends.backends.config.timetable import Timetable
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.measure import remembered
+from attention_backends.backends.observe.autotune import entry as measured_entry
+from attention_backends.backends.observe.autotune.database import TABLE
+from attention_backends.backends.observe.autotune.store import FILE, Store
+from attention_backends.backends.observe.replay.record import as_record
+from attention_backends.backends.values.platform import parse_platform
+from attention_backends.backends.values.request import AttentionRequest
 from attention_backends.comparison import replay_command
 from hook_side import nodes_module
 from measured_entries import entry, key
@@ -187,7 +187,7 @@ def test_a_configuration(name: str) -> None:
 
 
 def refused() -> type[Exception]:
-    from attention_backends.backends.names import RefusedBackendError
+    from attention_backends.backends.config.names import RefusedBackendError
 
     return RefusedBackendError
 
@@ -296,7 +296,7 @@ def test_remembered_probes(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_machine(tmp_path: Path) -> None:
-    settings = nodes_module("machine_settings")
+    settings = nodes_module("http.machine_settings")
     file = tmp_path / settings.FILE
     for path, data in mutants({"hub": False, "log_level": "DEBUG", "trace": "full"}):
         only((ValueError,), lambda data=data: settings.checked(data), path)  # type: ignore[misc]
@@ -324,7 +324,7 @@ def test_the_reports_of_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     from hook_side import plain_comfyui
 
     plain_comfyui(monkeypatch)
-    comparison = nodes_module("comparison")
+    comparison = nodes_module("compare.comparison")
     images = {"image_1": torch.zeros(1, 8, 8, 3), "image_2": torch.ones(1, 8, 8, 3)}
     monkeypatch.setattr(comparison.picture, "draw", lambda report, pictures: report.subject())  # seconds each
     monkeypatch.setattr(comparison.picture, "to_tensor", lambda drawn: torch.zeros(1, 8, 8, 3))

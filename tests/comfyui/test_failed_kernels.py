@@ -15,12 +15,12 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends import attention, attention_backend, calls  # noqa: E402
-from attention_backends.backends.backend import FLOATING, Limits  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.faults import KernelFaultError, KernelOutputError  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.kernels.backend import FLOATING, Limits  # noqa: E402
+from attention_backends.backends.values.faults import KernelFaultError, KernelOutputError  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import HEADS, Kernel, compiled, exact, host, model_call, override, sampling, stand_in  # noqa: E402
 

@@ -20,7 +20,7 @@ import tiny_sampling  # noqa: E402
 from hook_side import masks, nodes_module, plain_comfyui, selected, wrappers  # noqa: E402
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook  # noqa: E402
 
-foreign_code = nodes_module("foreign_code")
+foreign_code = nodes_module("hook.foreign_code")
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from hook_side import (  # noqa: E402
 from test_other_packs import FakeSparse  # noqa: E402
 
 pytestmark = pytest.mark.comfy
-memory = nodes_module("memory")
+memory = nodes_module("hook.memory")
 
 SHAPES = [(1, 16, 1, 4 + 2 * (at % 4), 4 + 2 * (at // 4)) for at in range(12)]
 """Latents of 4 to 20 tokens; more of them than are remembered."""
@@ -73,7 +73,7 @@ def settings_of(model: Any) -> list[Any]:
     """Models as people build them: ours alone, with a guard, and with the sparse node on either side."""
     from comfy.model_patcher import ModelPatcher
 
-    patch = nodes_module("patch")
+    patch = nodes_module("hook.patch")
     found = [
         selected(model, "torch_sdpa"),
         patch.set_default(model, "emulated_int8", accuracy="quantized", strict=False, guard="watch"),

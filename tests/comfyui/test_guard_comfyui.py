@@ -13,10 +13,10 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.guard import Guard  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
 from hook_side import (  # noqa: E402
     counts,
@@ -57,7 +57,7 @@ def with_kernel(monkeypatch: pytest.MonkeyPatch, wrong: Wrong) -> None:
 
 
 def guarded(model: Any, mode: str) -> Any:
-    return nodes_module("patch").set_default(model, LOSSY, accuracy="exact", strict=True, guard=mode)
+    return nodes_module("hook.patch").set_default(model, LOSSY, accuracy="exact", strict=True, guard=mode)
 
 
 def nan_from_step_2(call: Any, place: str, step: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ def test_a_bad_block_is_replaced_and_reported(
     # Four take turns in five steps; under enforce the three others are checked once more after the alarm.
     assert sorted(entry["checked"] for entry in watched) == [1, 1, 1, 2]
     assert sorted(entry["checked"] for entry in run["guard"]) == [1, 2, 2, 3]
-    text = nodes_module("report").as_text({"run": run})
+    text = nodes_module("report.report").as_text({"run": run})
     lines = [line for line in text.splitlines() if line.startswith("guard: ")]
     assert lines[0] == snapshot
     assert f"guard: self blocks.1, {LOSSY}: relative L2" in text
@@ -132,7 +132,7 @@ def test_a_bad_block_is_replaced_and_reported(
 
 @comfy_only
 def test_exact_kernels_cost_no_check(wan: Any) -> None:
-    model = nodes_module("patch").set_default(wan, "torch_sdpa", accuracy="exact", strict=False, guard="enforce")
+    model = nodes_module("hook.patch").set_default(wan, "torch_sdpa", accuracy="exact", strict=False, guard="enforce")
     plain = sampled(selected(wan, "torch_sdpa"))
     assert torch.equal(sampled(model), plain)
     assert last_run()["guard"] == []
@@ -140,7 +140,7 @@ def test_exact_kernels_cost_no_check(wan: Any) -> None:
 
 @comfy_only
 def test_the_widget(wan: Any) -> None:
-    schema = nodes_module("selector").AttentionBackendSelector.define_schema()
+    schema = nodes_module("configure.selector").AttentionBackendSelector.define_schema()
     (widget,) = (one for one in schema.inputs if one.id == "guard")
     assert widget.options == ["off", "watch", "enforce"]
     assert widget.default == "watch"
@@ -167,7 +167,7 @@ def test_what_a_model_takes_out_of_its_control_is_there_again(monkeypatch: pytes
 
 
 def test_the_guard_knows_nothing_of_comfyui() -> None:
-    for name in ("guard", "guard.rows", "guard.findings"):
+    for name in ("guard", "guard.rows", "report.findings"):
         module = __import__(f"attention_backends.backends.{name}", fromlist=[name])
         assert "import comfy" not in inspect.getsource(module)
 

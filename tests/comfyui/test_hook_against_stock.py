@@ -19,12 +19,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.call_checks import CheckError  # noqa: E402
-from attention_backends.backends.mask import as_additive  # noqa: E402
+from attention_backends.backends.engine.call_checks import CheckError  # noqa: E402
+from attention_backends.backends.values.masks import as_additive  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import comfyui, host, masks, no_environment, nodes_module, override  # noqa: E402
 
-layouts, hook_calls = nodes_module("layouts"), nodes_module("hook_calls")
+layouts, hook_calls = nodes_module("hook.layouts"), nodes_module("hook.hook_calls")
 
 FUNCTIONS = ("pytorch", "sub_quad", "split", "basic")
 BACKENDS = ("auto", "comfy", "torch_sdpa", "sdpa_math", "sdpa_flash", "reference")

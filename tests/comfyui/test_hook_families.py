@@ -20,7 +20,7 @@ from tiny_models import FAMILIES
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from hook_side import (  # noqa: E402
     comfyui,
     last_run,

@@ -16,7 +16,7 @@ from hook_side import exact, host, nodes_module, sampling  # noqa: E402
 HEADS, HEAD_DIM, LENGTH, BATCH = 4, 16, 12, 2
 INNER = HEADS * HEAD_DIM
 
-layouts = nodes_module("layouts")
+layouts = nodes_module("hook.layouts")
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_places_that_differ_share_their_layout() -> None:
     query = torch.randn(BATCH, LENGTH, INNER)
     for number in range(3):
         for tensor in (query, query[:, :4]):
-            sites = nodes_module("sites")
+            sites = nodes_module("hook.sites")
             previous = sites.set_scope(scope)
             scope.begin({})
             scope.window = number

@@ -27,7 +27,7 @@ from hook_side import (  # noqa: E402
     selected,
 )
 
-hook_calls = nodes_module("hook_calls")
+hook_calls = nodes_module("hook.hook_calls")
 
 BACKENDS = ("torch_sdpa", "comfy", "sdpa_math", "sdpa_flash", "reference", "emulated_int8")
 """Beside these `flex_attn` runs here; it is asked for a single call, as it compiles for every shape."""

@@ -12,15 +12,15 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.engine.mask_reader import AS_BOOLEANS, PASSED_ON, inspect  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.mask import as_4d  # noqa: E402
-from attention_backends.backends.mask import pieces as mask_parts  # noqa: E402
-from attention_backends.backends.mask.parts import calls_of, plan_parts, run_parts  # noqa: E402
-from attention_backends.backends.mask.plan import AS_BOOLEANS, PASSED_ON, inspect  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.values import mask_plan as mask_parts  # noqa: E402
+from attention_backends.backends.values.masks import as_4d  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import Kernel, Outcome, close, exact, override, sampling  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402

@@ -14,12 +14,12 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.measured import tuner  # noqa: E402
-from attention_backends.backends.measured.store import VARIABLE, Store, shared_store  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
+from attention_backends.backends.observe.autotune import tuner  # noqa: E402
+from attention_backends.backends.observe.autotune.store import VARIABLE, Store, shared_store  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
 from hook_side import counts, last_run, marks_left, nodes_module, plain_comfyui, sampling  # noqa: E402
 from measured_machines import Clock, Costed  # noqa: E402
 
@@ -49,7 +49,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
 
 def measured(model: Any, **settings: Any) -> Any:
     usual = {"accuracy": "exact", "strict": True, "guard": "watch"}
-    return nodes_module("patch").set_default(model, "measured", **{**usual, **settings})
+    return nodes_module("hook.patch").set_default(model, "measured", **{**usual, **settings})
 
 
 def with_backends(monkeypatch: pytest.MonkeyPatch, **backends: Costed) -> dict[str, Costed]:
@@ -107,7 +107,7 @@ def test_the_first_run_tunes_and_the_second_uses_the_store(
     assert {row["source"] for row in run["rows"]} == snapshot
     assert torch.equal(first, second), "every kernel that may run here gives the same numbers"
     assert marks_left(wan.model.diffusion_model) == []
-    record = nodes_module("runs").recent()[0]
+    record = nodes_module("history.runs").recent()[0]
     assert record["tuning"] == run["tuning"]
 
 
@@ -139,7 +139,7 @@ def test_with_the_real_clock(wan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_model_without_measured_has_no_tuner_and_no_store(wan: Any, store: Store) -> None:
-    tiny_sampling.sample(nodes_module("patch").set_default(
+    tiny_sampling.sample(nodes_module("hook.patch").set_default(
         wan, "sdpa_math", accuracy="exact", strict=False, guard="off"), FAMILY, steps=2)  # fmt: skip
     assert last_run()["tuning"]["state"] is None
     assert not store.path.exists()
@@ -195,7 +195,7 @@ def test_masks_are_honoured_while_kernels_are_tried(
 ) -> None:
     model = tiny_sampling.build(family)
     backends = timed_kernels(monkeypatch)
-    patch = nodes_module("patch")
+    patch = nodes_module("hook.patch")
     plain = patch.set_default(model, "torch_sdpa", accuracy="exact", strict=True, guard="off")
     exact = tiny_sampling.sample(plain, family, steps=5)
     calls = sum(per_backend(last_run()).values())

@@ -12,12 +12,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import platform  # noqa: E402
-from attention_backends.backends.measured import database  # noqa: E402
-from attention_backends.backends.measured import store as measured_store  # noqa: E402
-from attention_backends.backends.measured.database import MOST  # noqa: E402
-from attention_backends.backends.measured.store import Store, environment_of  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
+from attention_backends.backends.observe.autotune import database  # noqa: E402
+from attention_backends.backends.observe.autotune import store as measured_store  # noqa: E402
+from attention_backends.backends.observe.autotune.database import MOST  # noqa: E402
+from attention_backends.backends.observe.autotune.store import Store, environment_of  # noqa: E402
+from attention_backends.backends.values import platform  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
 from measured_entries import entry, key, some  # noqa: E402
 
 HERE = environment_of(detect(torch.device("cpu")))
@@ -161,7 +161,7 @@ def test_what_a_read_only_file_has_is_used_while_nothing_can_be_written(store: S
 @pytest.mark.comfy
 def test_a_full_store_can_be_imported_where_it_was_exported() -> None:
     """In sizes as on a card: eight kernels, three of them refused with the longest reasons."""
-    from attention_backends.backends.measured import entry as measured_entry
+    from attention_backends.backends.observe.autotune import entry as measured_entry
 
     environment = "cuda NVIDIA GeForce RTX 5090 sm120 | driver 580.95.05 | torch 2.10.0+cu130 | CUDA 13.0 | " \
         "cuDNN 91400 | comfy-kitchen 0.2.7 | flash-attn 2.8.3 | sageattention 2.2.0 | sageattn3 1.0.0 | " \
@@ -172,7 +172,7 @@ def test_a_full_store_can_be_imported_where_it_was_exported() -> None:
     import hook_side
 
     hook_side.comfyui()
-    limit = hook_side.nodes_module("measured_routes").MOST_BYTES
+    limit = hook_side.nodes_module("http.measured_routes").MOST_BYTES
     assert len(json.dumps(document, indent=1)) <= limit
     page = (Path(__file__).parents[2] / "web" / "measured_view.js").read_text(encoding="utf-8")
     assert f"const MOST_BYTES = {limit >> 20} << 20\n" in page
@@ -187,7 +187,7 @@ def test_the_device_of_comfyui_tells_which_choices_hold_here(tmp_path: Path, mon
     import comfy.model_management
     import folder_paths
 
-    routes = hook_side.nodes_module("measured_routes")
+    routes = hook_side.nodes_module("http.measured_routes")
     monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(platform, "_machine", platform._machine.__wrapped__)  # it is asked once per process

@@ -13,11 +13,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from attention_backends.backends.engine import mask_reader as mask_plan  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.mask import plan as mask_plan  # noqa: E402
-from attention_backends.backends.memory import extra_bytes, inputs_bytes, item_bytes, output_size  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.request import AttentionRequest  # noqa: E402
+from attention_backends.backends.kernels.support.workspace import (  # noqa: E402
+    extra_bytes,
+    inputs_bytes,
+    item_bytes,
+    output_size,
+)
+from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.values.request import AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from hook_side import (  # noqa: E402
     Kernel,
@@ -34,8 +39,8 @@ from hook_side import (  # noqa: E402
 from test_bench_suite import script  # noqa: E402
 
 measured = script("memory")
-memory = nodes_module("memory")
-sizes = nodes_module("sizes")
+memory = nodes_module("hook.memory")
+sizes = nodes_module("hook.sizes")
 CPU = detect(torch.device("cpu"))
 LONG = AttentionRequest(batch=2, num_heads=4, q_len=384, kv_len=512, head_dim=64, dtype="float32")
 REQUESTS = {
@@ -172,11 +177,11 @@ def test_comfyui_is_told_what_the_chosen_kernel_takes(comfy: Any, monkeypatch: p
 @pytest.mark.comfy
 def test_a_kernel_of_some_steps_counts_as_well(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from attention_backends.backends.config import AttentionSpec
-    from attention_backends.backends.schedule import ScheduleEntry
+    from attention_backends.backends.config.schedule import ScheduleEntry
 
     stock, loaded = comfy.build("wan"), Loaded(monkeypatch)
     entry = ScheduleEntry(AttentionSpec("sdpa_math"), percent="0.5-1", role="self")
-    comfy.sample(nodes_module("patch").add_to_schedule(stock, entry), "wan", steps=1)
+    comfy.sample(nodes_module("hook.patch").add_to_schedule(stock, entry), "wan", steps=1)
     told = loaded.last()
     comfy.sample(stock, "wan", steps=1)
     extra = BACKENDS["sdpa_math"].workspace_bytes(AttentionRequest(1, 2, 72, 72, 128, "float32"), CPU)
@@ -204,7 +209,7 @@ def test_samples_that_run_one_by_one_need_memory_for_one(comfy: Any, lengths: tu
     """Other lengths in each sample make a call for each; one length for all leaves them together."""
     from attention_backends.backends.config import AttentionConfig, AttentionSpec
 
-    sites = nodes_module("sites")
+    sites = nodes_module("hook.sites")
     override = host.Override((AttentionConfig(default=AttentionSpec("sdpa_math")),))
     run = sampling.Run(override)
     run.samples = 2

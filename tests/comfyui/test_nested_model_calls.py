@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
-from attention_backends.backends.records.ledger import Ledger  # noqa: E402
+from attention_backends.backends.observe.replay.ledger import Ledger  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
@@ -27,7 +27,7 @@ from hook_side import (  # noqa: E402
     stand_in,
 )
 
-Scope = nodes_module("scope").Scope
+Scope = nodes_module("hook.scope").Scope
 QUERY, KEY, VALUE = rows(6), rows(9, 1), rows(9, 2)
 
 
@@ -233,12 +233,12 @@ def test_another_rule_for_masks_holds_in_the_inner_call_alone() -> None:
         seen.append(scope.masks.not_kept)
 
     outer(happens)
-    assert seen == [nodes_module("masks").PATCHED, ""]
+    assert seen == [nodes_module("hook.masks").PATCHED, ""]
 
 
 def test_a_new_attribute_of_a_scope_is_given_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is added to the slots is saved by being one of them."""
-    scope_module = nodes_module("scope")
+    scope_module = nodes_module("hook.scope")
     outer = Outer(override("torch_sdpa"))
 
     def happens(scope: Any) -> None:

@@ -16,8 +16,8 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.trace.outcome import STOPPED, WORDS, first_line, merged  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.report.outcome import STOPPED, WORDS, first_line, merged  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
     PLACES,
@@ -34,7 +34,7 @@ from test_audit import forgetful  # noqa: E402
 from test_web import node_with_types, words  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-runs = nodes_module("runs")
+runs = nodes_module("history.runs")
 CLASS_NAME = re.compile(r"\b[A-Z]\w*(Error|Exception|Interrupt)\b|<locals>|\bpartial\b")
 
 
@@ -157,7 +157,7 @@ def test_every_place_says_the_same(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain_comfyui(monkeypatch)
-    report = nodes_module("report")
+    report = nodes_module("report.report")
     case = CASES[name]
     account, summary, log = account_of(name, monkeypatch, caplog)
     assert (account["outcome"]["kind"], account["outcome"]["text"]) == (case.kind, case.text)

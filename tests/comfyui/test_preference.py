@@ -18,11 +18,11 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.trace.audit import asked_and_ran, unexplained  # noqa: E402
+from attention_backends.backends.report.audit import asked_and_ran, unexplained  # noqa: E402
 from hook_side import HEADS, compiled, exact, host, model_call, nodes_module, plain_comfyui, rows, sampling  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 
-comfy_functions = nodes_module("comfy_functions")
+comfy_functions = nodes_module("hook.comfy_functions")
 
 ran: list[str] = []
 alive: list[bool] = []
@@ -226,7 +226,7 @@ def test_it_is_found_on_a_module_that_is_not_within() -> None:
 @pytest.mark.parametrize("model", ["MMDiT", "SomeModel"])
 def test_it_is_found_there_without_a_stack_too(model: str) -> None:
     """In a compiled graph: by the role table, or among the modules within."""
-    sites, roles = nodes_module("sites"), nodes_module("roles")
+    sites, roles = nodes_module("hook.sites"), nodes_module("hook.roles")
     module = Elsewhere(INT8, SOL)
     site = sites.Site(module, "joint_blocks.0", roles.family_of((model,)))
     assert site.preferred_attention(0) is INT8.function
@@ -293,7 +293,7 @@ def test_comfy_by_name_is_comfyuis_own_function_there(why: str, strict: bool, sn
 
 def test_force_upcast_attention_forbids_lossy_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI decides it from its command line, for models that say nothing."""
-    hook_calls = nodes_module("hook_calls")
+    hook_calls = nodes_module("hook.hook_calls")
     monkeypatch.setattr(hook_calls, "forces_upcast", lambda precision, dtype: dtype == torch.float16)
     assert rows_of(run_on(WanModel(Own(INT8)), rows(6, dtype=torch.float16)))[0][0] == "torch_sdpa"
     run = run_on(WanModel(Own(NONE)), rows(6, dtype=torch.float16), backend="emulated_int8", accuracy="quantized")
@@ -420,7 +420,7 @@ def test_comfy_is_what_the_server_was_started_with(
 def test_calls_are_captured_whatever_they_come_in(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For comparisons, which then run what the checkpoint asks for where ComfyUI's own is compared."""
     plain_comfyui(monkeypatch)
-    capture = nodes_module("capture")
+    capture = nodes_module("compare.capture")
     ours = capture.Capturing((AttentionConfig(default=AttentionSpec("sdpa_math"), source="node", guard="off"),))
     ours.calls = {}
     run = sampling.Run(ours)

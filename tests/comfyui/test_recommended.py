@@ -16,10 +16,13 @@ import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.config.print import to_text  # noqa: E402
+from attention_backends.backends.config.schedule import ScheduleEntry, is_scheduled  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.config.timetable import Timetable  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
-from attention_backends.backends.recommended import (  # noqa: E402
+from attention_backends.backends.observe.advisories import (  # noqa: E402
     FP4,
     INT8_AS_IT_IS,
     NOT_USED,
@@ -29,13 +32,10 @@ from attention_backends.backends.recommended import (  # noqa: E402
     offers,
     recommended_page,
 )
-from attention_backends.backends.request import AttentionCall, parse_request  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.schedule import ScheduleEntry, is_scheduled  # noqa: E402
-from attention_backends.backends.schedule.timetable import Timetable  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
-from attention_backends.backends.trace import Trace  # noqa: E402
-from attention_backends.backends.trace.audit import AS_ASKED, asked_and_ran  # noqa: E402
+from attention_backends.backends.report import Trace  # noqa: E402
+from attention_backends.backends.report.audit import AS_ASKED, asked_and_ran  # noqa: E402
+from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, parse_request  # noqa: E402
 from hook_side import (  # noqa: E402
     Kernel,
     host,
@@ -59,7 +59,7 @@ Rows = dict[tuple[str, str, str, str], int]
 
 
 def test_the_rows_are_complete() -> None:
-    roles = nodes_module("roles")
+    roles = nodes_module("hook.roles")
     families = {family.name: family for family in roles.FAMILIES}
     lossy = {backend.id for backend in BACKENDS.values() if backend.accuracy != "exact"}
     for row in PRECAUTIONS:
@@ -240,7 +240,7 @@ def test_an_entry_for_masked_calls(snapshot: SnapshotAssertion) -> None:
 
 def selected(model: Any, backend: str = INT8, *, accuracy: str = "exact", **more: bool) -> Any:
     """The selector's own `execute`; without `recommended` as a graph from before it was there."""
-    node = nodes_module("selector").AttentionBackendSelector
+    node = nodes_module("configure.selector").AttentionBackendSelector
     return node.execute(model, backend, accuracy, False, "off", **more).args[0]
 
 
@@ -312,7 +312,7 @@ def test_on_and_off_in_a_model(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert ran(run) == expected
     assert {backend for _, _, backend, _ in expected} == ({EXACT} if name == "qwen_image_masked" else {EXACT, INT8})
     assert {finding["verdict"] for finding in run["audit"]} == {AS_ASKED}
-    text = nodes_module("report").as_text({"run": run})
+    text = nodes_module("report.report").as_text({"run": run})
     assert "fallback" not in text
 
 
@@ -397,8 +397,8 @@ def test_the_first_and_last_step_of_wan(monkeypatch: pytest.MonkeyPatch, snapsho
 @pytest.mark.parametrize("first", ["selector", "person"])
 def test_what_a_person_names_wins(first: str) -> None:
     model = tiny_sampling.build("ltxv")
-    role = nodes_module("per_role").PerRoleAttentionConfig
-    window = nodes_module("schedule").AttentionSchedule
+    role = nodes_module("configure.per_role").PerRoleAttentionConfig
+    window = nodes_module("configure.schedule").AttentionSchedule
 
     def sampled(person: Any, recommended: bool = True) -> set[tuple[str, str]]:
         if first == "selector":
@@ -440,7 +440,7 @@ def test_other_families_and_exact_kernels() -> None:
 def test_a_later_selector_decides_and_other_nodes_leave_it() -> None:
     model = tiny_sampling.build("ltxv")
     on = selected(model, recommended=True)
-    patch = nodes_module("patch")
+    patch = nodes_module("hook.patch")
 
     def rows_of(given: Any) -> tuple[str, ...]:
         return tuple(row.title for row in patch.current_config(given).recommended)
@@ -457,7 +457,7 @@ def test_a_later_selector_decides_and_other_nodes_leave_it() -> None:
 @pytest.mark.comfy
 @pytest.mark.usefixtures("quiet")
 def test_the_input_is_the_last_and_may_be_missing() -> None:
-    inputs = nodes_module("selector").AttentionBackendSelector.define_schema().inputs
+    inputs = nodes_module("configure.selector").AttentionBackendSelector.define_schema().inputs
     assert [one.id for one in inputs] == ["model", "backend", "accuracy", "strict", "guard", "recommended"]
     (*_, last) = inputs
     assert (last.optional, last.default, last.display_name) == (True, False, "recommended for this model")

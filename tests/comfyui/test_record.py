@@ -18,17 +18,17 @@ import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError  # noqa: E402
 from attention_backends.backends.config.layers import asks_for_measured  # noqa: E402
 from attention_backends.backends.config.print import to_json  # noqa: E402
+from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.measured.store import Store  # noqa: E402
-from attention_backends.backends.measured.tuner import Tuner  # noqa: E402
-from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
-from attention_backends.backends.records.ledger import Ledger  # noqa: E402
-from attention_backends.backends.records.record import FORMAT, MARK, as_record, facts_of, normal, ranges  # noqa: E402
-from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
-from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
-from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
+from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
+from attention_backends.backends.observe.replay.ledger import Ledger  # noqa: E402
+from attention_backends.backends.observe.replay.record import FORMAT, MARK, as_record, facts_of, normal, ranges  # noqa: E402
+from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
 from hook_side import (  # noqa: E402
     Kernel,
@@ -59,7 +59,7 @@ def build(family: str) -> Any:
 
 def record() -> Data:
     """That of the last run, as it comes out of a file."""
-    runs = nodes_module("runs")
+    runs = nodes_module("history.runs")
     made = as_record([runs.decisions(last_run()["number"])], {"comfyui": "0.33.0"})
     found: Data = json.loads(json.dumps(made))
     return found
@@ -67,7 +67,7 @@ def record() -> Data:
 
 def replayed(model: Any, kept: Data) -> Any:
     """What Attention Config From Text gives for a model and a pasted record."""
-    return nodes_module("patch").set_config(model, parse_config(json.dumps(kept), "text", read_files=False))
+    return nodes_module("hook.patch").set_config(model, parse_config(json.dumps(kept), "text", read_files=False))
 
 
 def ran(kept: Data) -> dict[tuple[str, str], list[tuple[int, str]]]:
@@ -81,7 +81,7 @@ def ran(kept: Data) -> dict[tuple[str, str], list[tuple[int, str]]]:
 
 def kernels_of_model_calls() -> list[Any]:
     """For each window of the last run, in order, its cells as (role, block, backend, mask, calls)."""
-    (found,) = [nodes_module("runs").find(last_run()["number"])]
+    (found,) = [nodes_module("history.runs").find(last_run()["number"])]
     names = [(row["role"], row["block"], row["backend"], row["mask"]) for row in found["rows"]]
     windows = [(one["first"], one["last"], sorted((names[row], n) for row, n, _ in one["cells"]))
                for one in found["windows"]]  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_masked_call_that_ran_whole_runs_whole_again() -> None:
 
 def scheduled(model: Any, *entries: ScheduleEntry) -> Any:
     for entry in entries:
-        model = nodes_module("patch").add_to_schedule(model, entry)
+        model = nodes_module("hook.patch").add_to_schedule(model, entry)
     return model
 
 
@@ -177,7 +177,7 @@ def wrong_from_step_2(call: Any) -> Any:
 def test_a_guard_that_stepped_in_is_recorded_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("wan")
     use(monkeypatch, Lossy(wrong_from_step_2))
-    guarded = nodes_module("patch").set_default(model, LOSSY, accuracy="exact", strict=False, guard="enforce")
+    guarded = nodes_module("hook.patch").set_default(model, LOSSY, accuracy="exact", strict=False, guard="enforce")
     made = tiny_sampling.sample(guarded, "wan", steps=4)
     kept = record()["runs"][0]
     assert kept["steady"] is False
@@ -226,7 +226,7 @@ def test_a_record_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Kernel("sdpa_math", broken))
     tiny_sampling.sample(selected(model, "sdpa_math"), "wan")
     assert "jane" in json.dumps(record())
-    node = nodes_module("record")
+    node = nodes_module("report.record")
     metadata: Data = {"workflow": {}}
     hidden = SimpleNamespace(prompt={}, unique_id="1", extra_pnginfo=metadata)
     monkeypatch.setattr(node.AttentionRecord, "hidden", hidden, raising=False)

@@ -166,7 +166,7 @@ def test_a_first_stage_from_the_cache_is_in_the_account(server: Server) -> None:
 
 
 def test_signature_is_of_the_graph_and_not_of_its_numbers() -> None:
-    graph = nodes_module("graph")
+    graph = nodes_module("history.graph")
     nodes = workflow(seed=7).nodes
     mine = graph.signature(nodes, SAMPLER)
     moved = {f"1{name}": copy.deepcopy(node) for name, node in reversed(nodes.items())}
@@ -191,7 +191,7 @@ def test_signature_is_of_the_graph_and_not_of_its_numbers() -> None:
 
 
 def test_an_expanded_node_stands_for_its_origin() -> None:
-    origin = nodes_module("graph").origin
+    origin = nodes_module("history.graph").origin
     assert origin({"12:5": {}}, "12:5.0.0.3") == "12:5"
     assert origin({"12:5": {}}, "12:5") == "12:5"
     assert origin({"12:5": {}}, "7.0.0.3") is None

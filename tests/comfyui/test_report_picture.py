@@ -18,7 +18,7 @@ from panel_pictures import keep  # noqa: E402
 from server_harness import start_server  # noqa: E402
 from workflow_graphs import EMBEDDED, Graph, embedded, ksampler, output  # noqa: E402
 
-picture, graph = nodes_module("report_picture"), nodes_module("graph")
+picture, graph = nodes_module("report.report_picture"), nodes_module("history.graph")
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_the_bug_report_names_no_path(server: Server, snapshot: SnapshotAssertio
 
 
 def test_a_variable_of_the_person_wins_and_is_said(tmp_path: Any, snapshot: SnapshotAssertion) -> None:
-    MachineSettings = nodes_module("machine_settings").MachineSettings
+    MachineSettings = nodes_module("http.machine_settings").MachineSettings
 
     environ = {"ATTENTION_BACKENDS_HUB": "0", "DIFFUSION_ATTENTION_BACKEND": "sage_attn"}
     settings = MachineSettings(tmp_path, environ)
@@ -184,7 +184,7 @@ def test_a_variable_of_the_person_wins_and_is_said(tmp_path: Any, snapshot: Snap
 
 
 def test_a_damaged_file_is_as_none(tmp_path: Any) -> None:
-    settings = nodes_module("machine_settings")
+    settings = nodes_module("http.machine_settings")
 
     (tmp_path / "attention_backends.json").write_text("{'hub'", encoding="utf-8")
     assert settings.MachineSettings(tmp_path, {}).stored == settings.UNSET

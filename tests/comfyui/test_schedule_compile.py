@@ -45,7 +45,7 @@ def test_switching_compiles_nothing_again(how: Callable[..., Any]) -> None:
     tiny_sampling.sample(how(patcher), "wan", steps=4)
     warm = counters["stats"]["unique_graphs"]
     assert warm >= 1
-    node = nodes_module("schedule").AttentionSchedule
+    node = nodes_module("configure.schedule").AttentionSchedule
     ours = node.execute(patcher, "torch_sdpa", "steps", "0,2", "", "").args[0]
     ours = node.execute(ours, "sdpa_flash", "steps", "1-", "last 1", "cross").args[0]
     expected = tiny_sampling.sample(ours, "wan", steps=4)

@@ -19,11 +19,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
+from attention_backends.backends.config.windows import parse_numbers  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.schedule import ScheduleEntry  # noqa: E402
-from attention_backends.backends.schedule.windows import parse_numbers  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
 from hook_side import (  # noqa: E402
     Kernel,
     comfyui,
@@ -87,7 +87,7 @@ class Recorder:
 
     def _kernel(self, name: str) -> Any:
         def run(call: Any) -> torch.Tensor:
-            scope = nodes_module("sites").current_scope()
+            scope = nodes_module("hook.sites").current_scope()
             block = scope.site.block
             # The text is the only other length in these models.
             role = "self" if call.query.shape[2] == call.key.shape[2] else "cross"
@@ -99,7 +99,7 @@ class Recorder:
     def patched(self, *entries: dict[str, str], before: Any = None) -> Any:
         """The model after a Selector and one Attention Schedule node for each entry, its calls kept."""
         model = before or selected(self.model, BASE)
-        node = nodes_module("schedule").AttentionSchedule
+        node = nodes_module("configure.schedule").AttentionSchedule
         for entry in entries:
             said = {"when": "steps", "window": "", "blocks": "", "role": "", **entry}
             model = node.execute(model, **said).args[0]
@@ -331,7 +331,7 @@ def test_a_sampler_class_with_a_loop_of_its_own(wan: Recorder) -> None:
 @pytest.mark.comfy
 def test_the_account_tells_the_same_steps(wan: Recorder) -> None:
     wan.sample(wan.patched({"backend": FIRST, "window": "first 2"}), "heun", steps=4)
-    steps = [window["steps"] for window in nodes_module("runs")._runs[0].windows]
+    steps = [window["steps"] for window in nodes_module("history.runs")._runs[0].windows]
     assert steps == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [3, 3]]
 
 
@@ -413,7 +413,7 @@ def test_blocks_and_roles(wan: Recorder, snapshot: SnapshotAssertion) -> None:
 
 @pytest.mark.comfy
 def test_the_preset_keeps_the_first_and_last_steps_precise(wan: Recorder, snapshot: SnapshotAssertion) -> None:
-    node = nodes_module("schedule")
+    node = nodes_module("configure.schedule")
     model = wan.patched({"backend": FIRST, "when": node.PRECISE, "window": "2"})
     wan.sample(model, steps=6)
     assert wan.backends() == [FIRST, FIRST, BASE, BASE, FIRST, FIRST]

@@ -26,15 +26,15 @@ from hook_side import nodes_module, plain_comfyui  # noqa: E402
 pytestmark = pytest.mark.comfy
 
 NODES = {
-    "AttentionBackendSelector": "selector",
-    "PerRoleAttentionConfig": "per_role",
-    "AttentionSchedule": "schedule",
-    "AttentionConfigText": "config_text",
-    "AttentionReport": "report",
-    "AttentionRecord": "record",
-    "AttentionCompare": "compare",
-    "AttentionComparison": "comparison",
-    "AttentionBenchmark": "benchmark",
+    "AttentionBackendSelector": "configure.selector",
+    "PerRoleAttentionConfig": "configure.per_role",
+    "AttentionSchedule": "configure.schedule",
+    "AttentionConfigText": "configure.config_text",
+    "AttentionReport": "report.report",
+    "AttentionRecord": "report.record",
+    "AttentionCompare": "compare.compare",
+    "AttentionComparison": "compare.comparison",
+    "AttentionBenchmark": "compare.benchmark",
     "AttentionDemoCaption": "demo",
     "AttentionDemoImage": "demo",
 }
@@ -85,7 +85,7 @@ def _comfy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path))
     drawn = (torch.zeros(1, 8, 8, 3), "table")
-    monkeypatch.setattr(nodes_module("comparison"), "draw", lambda *_: drawn)  # seconds, and not about inputs
+    monkeypatch.setattr(nodes_module("compare.comparison"), "draw", lambda *_: drawn)  # seconds, and not about inputs
     known = {**comfy_nodes.NODE_CLASS_MAPPINGS, "Source": Source, **{name: class_of(name) for name in NODES}}
     monkeypatch.setattr(comfy_nodes, "NODE_CLASS_MAPPINGS", known)
 

@@ -143,7 +143,7 @@ def test_a_graph_with_an_unknown_backend_is_refused_with_the_nearest_names(serve
 
 
 def test_every_backend_is_offered_on_every_machine(server: Server) -> None:
-    from attention_backends.backends.names import CHOICES
+    from attention_backends.backends.config.names import CHOICES
 
     node = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]
     options = node["input"]["required"]["backend"][1].get("options") or node["input"]["required"]["backend"][0]

@@ -13,9 +13,9 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends import trace as trace_module  # noqa: E402
+from attention_backends.backends import report as trace_module  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.trace import SAMPLED_EACH, VARIABLE, Trace, trace_mode  # noqa: E402
+from attention_backends.backends.report import SAMPLED_EACH, VARIABLE, Trace, trace_mode  # noqa: E402
 from hook_side import (  # noqa: E402
     ENVIRONMENT,
     PLACES,
@@ -41,7 +41,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Iterator[Any]:
-    made = nodes_module("machine_settings").MachineSettings(tmp_path)
+    made = nodes_module("http.machine_settings").MachineSettings(tmp_path)
     made.apply()
     yield made
     made.change({"trace": "full"})
@@ -51,7 +51,7 @@ def sampled_run(steps: int = 4, **options: Any) -> dict[str, Any]:
     """The account, with its timeline, of a tiny Wan that has just been sampled."""
     with torch.inference_mode():
         tiny_sampling.sample(selected(tiny_sampling.build("wan"), "torch_sdpa"), "wan", steps, **options)
-    return nodes_module("runs").find(last_run()["number"])
+    return nodes_module("history.runs").find(last_run()["number"])
 
 
 def facts(run: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -83,9 +83,9 @@ def test_the_next_run_obeys_the_setting_and_counts_stay_exact(settings: Any) -> 
 
 
 def test_off_costs_nothing_nothing_stands_before_the_kernel(settings: Any) -> None:
-    from attention_backends.backends.request import AttentionRequest
+    from attention_backends.backends.values.request import AttentionRequest
 
-    sampling, override = nodes_module("sampling"), nodes_module("host").Override
+    sampling, override = nodes_module("hook.sampling"), nodes_module("hook.host").Override
     request = AttentionRequest(1, 8, 64, 64, 64, "float32")
     for mode in ("off", "full"):
         settings.change({"trace": mode})
@@ -115,7 +115,7 @@ class Busy(Event):
 
 
 def test_device_times_come_without_waiting_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, sampling = Gpu(), nodes_module("sampling")
+    gpu, sampling = Gpu(), nodes_module("hook.sampling")
     options = {"new_event": lambda: Busy(gpu), "current_stream": lambda device: device}
     clock = trace_module.DeviceClock
     monkeypatch.setattr(trace_module, "DeviceClock", lambda kind: clock(kind, **options))
@@ -123,7 +123,7 @@ def test_device_times_come_without_waiting_inside_a_step(monkeypatch: pytest.Mon
 
     def wait(device: Any) -> None:
         assert gpu.synchronised == 0, "something waited in the run"
-        live.extend(nodes_module("runs").find(nodes_module("runs").summaries()[0]["number"])["rows"])
+        live.extend(nodes_module("history.runs").find(nodes_module("history.runs").summaries()[0]["number"])["rows"])
         gpu.finish()
 
     monkeypatch.setattr(sampling, "synchronise", wait)
@@ -132,12 +132,12 @@ def test_device_times_come_without_waiting_inside_a_step(monkeypatch: pytest.Mon
     assert [row["ms"] for row in run["rows"]] == [1.5 * row["calls"] for row in run["rows"]]
     assert all(row["timed"] == row["calls"] for row in run["rows"])
     assert all(ms == 1.5 * calls for window in run["windows"] for _, calls, ms in window["cells"])
-    assert nodes_module("report").about_times(run) == ""
+    assert nodes_module("report.report").about_times(run) == ""
 
 
 @pytest.mark.gpu
 def test_on_a_card_every_row_has_its_time() -> None:
-    sampling, host = nodes_module("sampling"), nodes_module("host")
+    sampling, host = nodes_module("hook.sampling"), nodes_module("hook.host")
     ours = host.Override((AttentionConfig(default=AttentionSpec("sdpa_math"), source="node"),))
     run = sampling.Run(ours)
     options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
@@ -170,16 +170,16 @@ def test_a_cancelled_run_keeps_the_times_that_are_there(monkeypatch: pytest.Monk
     monkeypatch.setattr(Trace, "end_of_model_call", cancelled)
     with pytest.raises(InterruptedError):
         sampled_run(4)
-    run = nodes_module("runs").find(last_run()["number"])
+    run = nodes_module("history.runs").find(last_run()["number"])
     assert run["state"] == "stopped"
     assert gpu.synchronised == 0
     assert all(row["timed"] < row["calls"] for row in run["rows"])
     assert all(row["ms"] == pytest.approx(1.5 * row["calls"]) for row in run["rows"])
-    assert "calls were timed" in nodes_module("report").about_times(run)
+    assert "calls were timed" in nodes_module("report.report").about_times(run)
 
 
 def test_the_report_says_what_its_times_rest_on(settings: Any, snapshot: SnapshotAssertion) -> None:
-    about = nodes_module("report").about_times
+    about = nodes_module("report.report").about_times
     assert about(sampled_run(2)) == ""
     settings.change({"trace": "off"})
     assert about(sampled_run(2)) == snapshot
@@ -193,7 +193,7 @@ def test_the_report_says_what_its_times_rest_on(settings: Any, snapshot: Snapsho
 def test_a_variable_holds_it_and_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, snapshot: SnapshotAssertion
 ) -> None:
-    MachineSettings = nodes_module("machine_settings").MachineSettings
+    MachineSettings = nodes_module("http.machine_settings").MachineSettings
 
     environ = {VARIABLE: "Sampled"}
     settings = MachineSettings(tmp_path, environ)

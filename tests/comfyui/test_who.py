@@ -23,11 +23,11 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.router import NoBackendError  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from hook_side import comfyui, counts, last_run, marks_left, nodes_module, plain_comfyui, sampling, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy
-whose = nodes_module("whose")
+whose = nodes_module("hook.whose")
 FAMILIES = ("wan", "flux", "sd15", "minimax_h3")
 STEPS = {"wan": 2, "flux": 2, "sd15": 1, "minimax_h3": 2}  # the UNet has the most calls
 BY_ANOTHER = "by another"
@@ -404,7 +404,7 @@ def test_a_forward_that_is_replaced_in_its_class(monkeypatch: pytest.MonkeyPatch
     """Before anything of ours saw the class: it is an attention module by its place in a model that we know."""
     from comfy.ldm.wan.model import WanSelfAttention, WanT2VCrossAttention
 
-    callers = nodes_module("callers")
+    callers = nodes_module("hook.callers")
     expected = alone("wan")
     monkeypatch.setattr(WanSelfAttention, "forward", own_attention)
     for kind in (WanSelfAttention, WanT2VCrossAttention):
@@ -613,7 +613,9 @@ def test_nodes_that_compute_no_attention_of_their_own(node_id: str) -> None:
 
 
 def test_records_and_comparisons_say_that_a_run_is_not_ours_alone() -> None:
-    runs, comparison, compare_runs = (nodes_module(name) for name in ("runs", "comparison", "compare_runs"))
+    runs, comparison, compare_runs = (
+        nodes_module(name) for name in ("history.runs", "compare.comparison", "compare.compare_runs")
+    )
     stranger = Stranger()
     record = sampled(placed("wan", "before", "callback", stranger), "wan")
     kept = runs.decisions(record["number"])
@@ -634,13 +636,13 @@ def test_records_and_comparisons_say_that_a_run_is_not_ours_alone() -> None:
 
 
 def test_the_report_has_rows_by_another() -> None:
-    report = nodes_module("report")
+    report = nodes_module("report.report")
     record = sampled(placed("wan", "after", "callback", Stranger()), "wan")
     lines = report.as_text({"run": record}).splitlines()
     assert f"by another: self: {ME} computed it" in lines or f"by another: cross: {ME} computed it" in lines
     assert any(line.split()[1:3] == ["by", "another"] for line in lines)
     assert not any(line.startswith("fallback") for line in lines)
-    (summary,) = (one for one in nodes_module("runs").summaries() if one["number"] == record["number"])
+    (summary,) = (one for one in nodes_module("history.runs").summaries() if one["number"] == record["number"])
     assert (summary["by_another"], summary["fallbacks"]) == (4, 0)
 
 
@@ -849,7 +851,7 @@ def test_one_call_is_counted_once_where_several_stand_around_it() -> None:
 
 def test_what_is_no_attention() -> None:
     """Projections, and memory that torch's own operators fill; a kernel's output is filled by nobody that is seen."""
-    others = nodes_module("others")
+    others = nodes_module("hook.others")
     x = torch.ones(1, 4, 8)
     for compute in (
         lambda: torch.nn.functional.linear(x, torch.eye(8)),
@@ -878,7 +880,7 @@ def test_what_others_compute_each_time_is_watched_now_and_then(way: str, monkeyp
     """A watch costs some microseconds per operator; who took over in every call so far is counted without one."""
     import tiny_sampling
 
-    others = nodes_module("others")
+    others = nodes_module("hook.others")
     watches: list[int] = []
     enter = others.Work.__enter__
     monkeypatch.setattr(others.Work, "__enter__", lambda work: watches.append(1) or enter(work))

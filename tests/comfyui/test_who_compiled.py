@@ -73,13 +73,14 @@ def mixed(x: Any) -> Any:
 
 def is_ours_alone(record: dict[str, Any]) -> bool:
     """Whether outcome, record and comparison say so, and nothing else."""
-    decisions = nodes_module("runs").decisions(record["number"])
+    decisions = nodes_module("history.runs").decisions(record["number"])
     report = {"run": record}
-    row = nodes_module("comparison").make_row(1, "", report)
+    row = nodes_module("compare.comparison").make_row(1, "", report)
     said = {
         "outcome": record["outcome"]["kind"] == "done",
         "record": decisions["steady"] and not decisions["not_repeated"],
-        "comparison": row.failed is None and nodes_module("comparison").fallback_notes([row], {1: report}) == [],
+        "comparison": row.failed is None
+        and nodes_module("compare.comparison").fallback_notes([row], {1: report}) == [],
         "notes": not any("compiled model" in note for note in record["notes"]),
     }
     assert len(set(said.values())) == 1, (said, record["notes"])
@@ -188,7 +189,7 @@ def test_a_model_of_which_nothing_comes_to_us(snapshot: SnapshotAssertion) -> No
 
 
 def test_the_op_is_what_it_declares() -> None:
-    told = nodes_module("compiled")._told
+    told = nodes_module("hook.compiled")._told
     torch.library.opcheck(told, (torch.ones(2, 3).mT, None, 0), test_utils=("test_schema", "test_faketensor"))
 
 

@@ -11,8 +11,8 @@ import sys
 from types import ModuleType
 
 import pytest
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.router import Router
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.values.platform import Platform
 
 from . import (
     amd_aiter,

@@ -25,11 +25,13 @@ from attention_backends.backends import (  # noqa: E402
     checks,
     force_backend,
     read_environment,
-    scopes,
+)
+from attention_backends.backends import (  # noqa: E402
+    context as scopes,
 )
 from attention_backends.backends.config import AttentionConfig, ConfigError  # noqa: E402
-from attention_backends.backends.names import UnknownBackendError  # noqa: E402
-from attention_backends.backends.router import NoBackendError  # noqa: E402
+from attention_backends.backends.config.names import UnknownBackendError  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as sdpa  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("nothing_in_force")

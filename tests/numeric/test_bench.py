@@ -17,15 +17,16 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import broken_backends as broken  # noqa: E402
-from attention_backends.backends import bench, bench_inputs  # noqa: E402
-from attention_backends.backends.bench import Case, make_cases, run_cases  # noqa: E402
-from attention_backends.backends.bench_inputs import exact_rows, make_inputs  # noqa: E402
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa  # noqa: E402
+from attention_backends.backends.doctor import bench  # noqa: E402
+from attention_backends.backends.doctor.bench import Case, make_cases, run_cases  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.presets import PRESETS, parse_presets  # noqa: E402
-from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
+from attention_backends.backends.measure import bench_inputs  # noqa: E402
+from attention_backends.backends.measure.bench_inputs import exact_rows, make_inputs  # noqa: E402
+from attention_backends.backends.measure.presets import PRESETS, parse_presets  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
 from attention_backends.comparison import bench_command, bench_report, bench_run, bench_tables  # noqa: E402
 from attention_backends.comparison.bench_run import Asked, choose_backends, measure  # noqa: E402
@@ -501,8 +502,8 @@ def test_help_needs_no_torch() -> None:
 def test_what_is_left_out_without_a_name_is_said(
     capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
 ) -> None:
-    from attention_backends.backends.platform import Platform
-    from attention_backends.backends.router import Router
+    from attention_backends.backends.engine.router import Router
+    from attention_backends.backends.values.platform import Platform
     from attention_backends.comparison import bench_command, bench_run
 
     packages = (("flash-attn", "2.8.3"), ("triton", "3.6.0"))

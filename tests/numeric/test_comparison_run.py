@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_backends.backends.backend import FLOATING
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa
-from attention_backends.backends.names import UnknownBackendError
-from attention_backends.backends.request import AttentionCall
+from attention_backends.backends.config.names import UnknownBackendError
+from attention_backends.backends.kernels.backend import FLOATING
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.values.request import AttentionCall
 from attention_backends.comparison import metrics
 from attention_backends.comparison.calls import CapturedCall, compare_calls
 from attention_backends.comparison.contenders import Routed, default_backends, parse_backends, router_for

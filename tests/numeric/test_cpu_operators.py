@@ -17,14 +17,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import Router
+from attention_backends.backends.values.platform import Platform
+from attention_backends.backends.values.request import AttentionRequest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.mask import for_kernels  # noqa: E402
+from attention_backends.backends.values.masks import for_kernels  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from kernel_machines import running_on  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402

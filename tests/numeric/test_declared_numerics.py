@@ -15,16 +15,16 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.backend import FLOATING, Backend, Limits  # noqa: E402
-from attention_backends.backends.kernel_support.sdpa import expand_kv, plain_sdpa  # noqa: E402
+from attention_backends.backends.config.names import COMFY  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS, flex_attn, torch_sdpa  # noqa: E402
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits  # noqa: E402
 from attention_backends.backends.kernels.planned import Planned  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
-from attention_backends.backends.mask.varlen import PackedCall  # noqa: E402
-from attention_backends.backends.names import COMFY  # noqa: E402
-from attention_backends.backends.platform import KINDS, Platform  # noqa: E402
-from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sdpa  # noqa: E402
+from attention_backends.backends.kernels.varlen import PackedCall  # noqa: E402
+from attention_backends.backends.values.platform import KINDS, Platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from declared_features import Feature, features, without  # noqa: E402
 from fakes import on_platform, torch_operators, torch_varlen  # noqa: E402

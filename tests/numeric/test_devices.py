@@ -12,12 +12,12 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import platform  # noqa: E402
-from attention_backends.backends.bench_inputs import device_of  # noqa: E402
+from attention_backends.backends.doctor import problems  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.machine import devices, problems  # noqa: E402
-from attention_backends.backends.platform import Platform, detect  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.measure.bench_inputs import device_of  # noqa: E402
+from attention_backends.backends.values import devices, platform  # noqa: E402
+from attention_backends.backends.values.platform import Platform, detect  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from fakes import torch_npu, torch_xla  # noqa: E402
@@ -120,7 +120,7 @@ def test_nothing_is_imported_that_is_not_installed() -> None:
         "tried = [];"
         "finder = type('F', (), {'find_spec': lambda self, name, *rest: tried.append(name)})();"
         "sys.meta_path.insert(0, finder);"
-        "from attention_backends.backends.platform import detect; detect();"
+        "from attention_backends.backends.values.platform import detect; detect();"
         "print([name for name in tried if name.startswith(('torch_npu', 'torch_xla'))])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -141,7 +141,7 @@ def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_times_and_who_probes_wait_alike() -> None:
-    from attention_backends.backends import bench
+    from attention_backends.backends.doctor import bench
 
     assert bench.synchronise is problems.synchronise is devices.synchronise
 

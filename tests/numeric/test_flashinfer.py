@@ -7,12 +7,12 @@ into packed bits for offsets into bytes; TensorRT-LLM's kernel reads a query as 
 from __future__ import annotations
 
 import pytest
-from attention_backends.backends.mask.plan import inspect
-from attention_backends.backends.request import AttentionCall, AttentionRequest
+from attention_backends.backends.engine.mask_reader import inspect
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.mask import ragged  # noqa: E402
+from attention_backends.backends.kernels.support import ragged  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from fakes import arithmetic, flashinfer, machine  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402

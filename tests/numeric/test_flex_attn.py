@@ -11,19 +11,19 @@ import shutil
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.layers import Choice
+from attention_backends.backends.engine.priorities import ROUTES
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.request import MASK_KINDS, AttentionCall, AttentionRequest
-from attention_backends.backends.routes import ROUTES
+from attention_backends.backends.values.platform import Platform, parse_platform
+from attention_backends.backends.values.request import MASK_KINDS, AttentionCall, AttentionRequest
 from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="this torch has no FlexAttention")
 
-from attention_backends.backends.kernel_support import flex_blocks  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import flex_attn  # noqa: E402
-from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.kernels.support import flex_blocks  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402
 

@@ -16,17 +16,17 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.guard import BUDGETS, VARIABLE, Guard, GuardAlarm, Watch  # noqa: E402
 from attention_backends.backends.guard import rows as guard_rows  # noqa: E402
-from attention_backends.backends.guard.findings import ROWS, Findings, chance, lines, worst_first  # noqa: E402
 from attention_backends.backends.guard.turns import period  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
-from attention_backends.backends.platform import Platform  # noqa: E402
-from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
-from attention_backends.backends.tolerance import SPARSE, TOLERANCES, accuracy  # noqa: E402
-from attention_backends.backends.trace import Row, Trace  # noqa: E402
+from attention_backends.backends.report import Row, Trace  # noqa: E402
+from attention_backends.backends.report.findings import ROWS, Findings, chance, lines, worst_first  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
+from attention_backends.backends.values.tolerance import SPARSE, TOLERANCES, accuracy  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, cast, copied  # noqa: E402
 from guarded_runs import (  # noqa: E402
     BLOCKS,

@@ -12,14 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import AttentionCall, AttentionRequest
+from attention_backends.backends.values.platform import Platform
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.guard import Guard, Watch  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.trace import Row, Trace  # noqa: E402
+from attention_backends.backends.report import Row, Trace  # noqa: E402
 from attention_calls import call_for, copied  # noqa: E402
 from test_sage_interpreter import SaysCuda, inference, sageattention  # noqa: E402, F401  # fixtures
 

@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.guard import BUDGETS, Guard, GuardAlarm, Watch  # noqa: E402
 from attention_backends.backends.guard.turns import FEW_STEPS, LONGEST_GAP, LONGEST_PERIOD, Step, period  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
-from attention_backends.backends.trace import Row, Trace  # noqa: E402
+from attention_backends.backends.report import Row, Trace  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from guarded_runs import LOSSY, int8, sdpa  # noqa: E402
 
 # Blocks and roles of one model call, in the order in which these models call attention.

@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from attention_backends.backends import platform
 from attention_backends.backends.config.layers import Choice
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.machine import hub
-from attention_backends.backends.platform import HUB_VARIABLE, Platform, detect, hub_allowed, parse_platform
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import Router
+from attention_backends.backends.kernels.support import hub
+from attention_backends.backends.values import platform
+from attention_backends.backends.values.platform import HUB_VARIABLE, Platform, detect, hub_allowed, parse_platform
+from attention_backends.backends.values.request import AttentionRequest
 from syrupy.assertion import SnapshotAssertion
 
 pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.machine.doctor import examine
-from attention_backends.backends.machine.install import Interpreter
-from attention_backends.backends.session import Session
+from attention_backends.backends.doctor.doctor import examine
+from attention_backends.backends.doctor.install import Interpreter
+from attention_backends.backends.engine.session import Session
 from attention_calls import as_comfyui_runs, call_for
 from fakes import hub as fake
 from fakes import on_platform
@@ -242,8 +242,8 @@ for name in names:
 spec = importlib.util.spec_from_file_location("pack", {str(ROOT / "__init__.py")!r},
                                               submodule_search_locations=[{str(ROOT)!r}])
 sys.modules["pack"] = importlib.util.module_from_spec(spec)
-from pack.backends.platform import parse_platform
-from pack.backends.router import Router
+from pack.backends.values.platform import parse_platform
+from pack.backends.engine.router import Router
 router = Router(parse_platform("cuda:8.6,hub=on,packages=kernels==0.15.2;xformers==0.0.35"))
 print([name for name in router.backends if not router.unavailable(name)])
 """

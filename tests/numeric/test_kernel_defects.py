@@ -9,13 +9,13 @@ import sys
 from types import ModuleType
 
 import pytest
-from attention_backends.backends.request import AttentionCall, AttentionRequest
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 from kernel_machines import SAGE_1, SAGE_2, SAGE_FORK, TRITON
 from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.kernel_support import layout  # noqa: E402
+from attention_backends.backends.kernels.support import layout  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from fakes import (  # noqa: E402
     arithmetic,

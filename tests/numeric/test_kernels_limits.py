@@ -11,14 +11,14 @@ from functools import cache
 from itertools import product
 
 import pytest
-from attention_backends.backends.platform import Platform, detect
-from attention_backends.backends.request import AttentionRequest
+from attention_backends.backends.values.platform import Platform, detect
+from attention_backends.backends.values.request import AttentionRequest
 from kernel_machines import MACHINES, SAGE_1, SAGE_2, SAGE_FORK, TRITON, Machine, running_on
 from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from fakes import arithmetic, machine  # noqa: E402
 from tolerance import Error, allowed, error, truth  # noqa: E402

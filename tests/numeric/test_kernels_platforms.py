@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 from attention_backends.backends.config.layers import Choice
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.request import AttentionCall, AttentionRequest
-from attention_backends.backends.router import Router
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.values.platform import Platform, parse_platform
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

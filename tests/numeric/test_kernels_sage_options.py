@@ -9,16 +9,16 @@ import re
 
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import AttentionRequest
+from attention_backends.backends.values.platform import Platform
+from attention_backends.backends.values.request import AttentionRequest
 from kernel_machines import SAGE_1, SAGE_2, SAGE_FORK, TRITON
 from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels.sage_fp8_cuda import accumulator  # noqa: E402
-from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from fakes import machine, sageattention_1, sageattention_2  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402

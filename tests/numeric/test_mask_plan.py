@@ -11,10 +11,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from attention_backends.backends.engine.mask_reader import ALL, MaskPlan, inspect  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
-from attention_backends.backends.mask import as_4d  # noqa: E402
-from attention_backends.backends.mask.plan import ALL, MaskPlan, inspect  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
+from attention_backends.backends.values.masks import as_4d  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402

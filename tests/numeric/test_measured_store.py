@@ -17,12 +17,12 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.machine import remembered  # noqa: E402
-from attention_backends.backends.measured import database  # noqa: E402
-from attention_backends.backends.measured import store as measured_store  # noqa: E402
-from attention_backends.backends.measured.database import MOST  # noqa: E402
-from attention_backends.backends.measured.key import bucket  # noqa: E402
-from attention_backends.backends.measured.store import (  # noqa: E402
+from attention_backends.backends.measure import remembered  # noqa: E402
+from attention_backends.backends.measure.call_key import bucket  # noqa: E402
+from attention_backends.backends.observe.autotune import database  # noqa: E402
+from attention_backends.backends.observe.autotune import store as measured_store  # noqa: E402
+from attention_backends.backends.observe.autotune.database import MOST  # noqa: E402
+from attention_backends.backends.observe.autotune.store import (  # noqa: E402
     FILE,
     VARIABLE,
     Store,
@@ -31,7 +31,7 @@ from attention_backends.backends.measured.store import (  # noqa: E402
     path_in,
     shared_store,
 )
-from attention_backends.backends.platform import detect, parse_platform  # noqa: E402
+from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
 from measured_entries import ELSEWHERE, MS, entry, key, some  # noqa: E402
 from measured_machines import INCUMBENT, Machine, small_call  # noqa: E402
 
@@ -310,7 +310,7 @@ import sys
 sys.path[:0] = [{tests!r}]
 import conftest, random
 from pathlib import Path
-from attention_backends.backends.measured.store import Store
+from attention_backends.backends.observe.autotune.store import Store
 from measured_machines import INCUMBENT, Machine, noisy, small_call
 me = int(sys.argv[1])
 source = random.Random(me)

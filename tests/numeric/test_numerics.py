@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import pytest
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import Platform, detect
-from attention_backends.backends.request import AttentionCall, AttentionRequest
+from attention_backends.backends.values.platform import Platform, detect
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.mask import as_additive  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.values.masks import as_additive  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from kernel_machines import running_on  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402

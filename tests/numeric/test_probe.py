@@ -21,17 +21,17 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch")
 
-from attention_backends.backends.backend import HALF, Backend, Kernel, Limits  # noqa: E402
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa  # noqa: E402
+from attention_backends.backends.doctor.doctor import probe_all  # noqa: E402
+from attention_backends.backends.doctor.isolated import run, words_of  # noqa: E402
+from attention_backends.backends.doctor.probe import judge, probe  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.machine import remembered  # noqa: E402
-from attention_backends.backends.machine.doctor import probe_all  # noqa: E402
-from attention_backends.backends.machine.isolated import run, words_of  # noqa: E402
-from attention_backends.backends.machine.probe import judge, probe  # noqa: E402
-from attention_backends.backends.machine.remembered import Outcome  # noqa: E402
-from attention_backends.backends.platform import Platform, detect  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.kernels.backend import HALF, Backend, Kernel, Limits  # noqa: E402
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
+from attention_backends.backends.measure import remembered  # noqa: E402
+from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
+from attention_backends.backends.values.platform import Platform, detect  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups are POSIX's")
@@ -40,9 +40,9 @@ BROKEN = """
 import atexit, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
-from attention_backends.backends.backend import FLOATING, Backend, Limits
-from attention_backends.backends.platform import KINDS
-from attention_backends.backends.kernel_support.sdpa import plain_sdpa
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits
+from attention_backends.backends.values.platform import KINDS
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 
 
 class Kernel(Backend):
@@ -233,7 +233,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
         "import importlib.util, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"path = {str(ROOT / 'backends' / 'machine' / 'isolated.py')!r}\n"
+        f"path = {str(ROOT / 'backends' / 'doctor' / 'isolated.py')!r}\n"
         "spec = importlib.util.spec_from_file_location('isolated', path)\n"
         "isolated = importlib.util.module_from_spec(spec); spec.loader.exec_module(isolated)\n"
         f"isolated.run([sys.executable, '-c', {child!r}], 600)\n"
@@ -554,9 +554,9 @@ DROPS = {
 def test_a_build_that_drops_an_argument_is_seen(monkeypatch: pytest.MonkeyPatch, dropped: str) -> None:
     """The plain problem alone would not show it."""
     import torch
+    from attention_backends.backends.doctor.probe import judge
     from attention_backends.backends.kernels import BACKENDS
-    from attention_backends.backends.machine.probe import judge
-    from attention_backends.backends.platform import Platform
+    from attention_backends.backends.values.platform import Platform
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
 

@@ -12,11 +12,11 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.measured import race as measuring  # noqa: E402
-from attention_backends.backends.measured.entry import Entry  # noqa: E402
-from attention_backends.backends.measured.key import key_of  # noqa: E402
-from attention_backends.backends.measured.race import Race  # noqa: E402
-from attention_backends.backends.measured.store import Store  # noqa: E402
+from attention_backends.backends.measure.call_key import key_of  # noqa: E402
+from attention_backends.backends.observe.autotune import race as measuring  # noqa: E402
+from attention_backends.backends.observe.autotune.entry import Entry  # noqa: E402
+from attention_backends.backends.observe.autotune.race import Race  # noqa: E402
+from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from measured_machines import INCUMBENT, Machine, small_call, steady  # noqa: E402
 
 USUAL = 3.0

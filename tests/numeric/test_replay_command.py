@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from attention_backends import cli
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.records.record import as_record
+from attention_backends.backends.observe.replay.record import as_record
 from attention_backends.comparison.metadata import PNG, texts_of
 from syrupy.assertion import SnapshotAssertion
 from test_record import made_up

@@ -23,12 +23,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import AttentionCall, AttentionRequest
+from attention_backends.backends.values.platform import Platform
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.router import Router  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from fakes import sageattention_1, sageattention_2  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402

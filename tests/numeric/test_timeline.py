@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_backends.backends.trace import Row, Trace
-from attention_backends.backends.trace.device_clock import DeviceClock
-from attention_backends.backends.trace.steps import Steps
-from attention_backends.backends.trace.timeline import MOST
+from attention_backends.backends.measure.device_clock import DeviceClock
+from attention_backends.backends.report import Row, Trace
+from attention_backends.backends.report.steps import Steps
+from attention_backends.backends.report.timeline import MOST
 from test_device_clock import Gpu
 
 SIGMAS = torch.linspace(1.0, 0.0, 11)

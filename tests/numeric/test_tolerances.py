@@ -6,20 +6,28 @@ import ast
 from pathlib import Path
 
 import pytest
-from attention_backends.backends.backend import ACCURACY, FLOATING, Backend, Limits
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import KINDS, Platform, parse_platform
-from attention_backends.backends.tolerance import EARNED, EXACT, SPARSE, TOLERANCES, Tolerance, accuracy, tolerance
+from attention_backends.backends.kernels.backend import ACCURACY, FLOATING, Backend, Limits
+from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
+from attention_backends.backends.values.tolerance import (
+    EARNED,
+    EXACT,
+    SPARSE,
+    TOLERANCES,
+    Tolerance,
+    accuracy,
+    tolerance,
+)
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.machine.probe import judge  # noqa: E402
-from attention_backends.backends.machine.problems import problems, tensors  # noqa: E402
-from attention_backends.backends.recommended import FP4, INT8_AS_IT_IS, QUANTIZED  # noqa: E402
-from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
-from attention_backends.backends.router import Router  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.doctor.probe import judge  # noqa: E402
+from attention_backends.backends.doctor.problems import problems, tensors  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.observe.advisories import FP4, INT8_AS_IT_IS, QUANTIZED  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from tolerance import _fp4, _int8, _int8_fp8, error, truth  # noqa: E402
 
@@ -79,7 +87,7 @@ def test_an_error_is_judged_the_same_under_any_id_and_by_all(
 
 def test_a_trial_of_measured_has_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget that a candidate's first call is judged by is that of its arithmetic."""
-    from attention_backends.backends.measured import trial
+    from attention_backends.backends.observe.autotune import trial
 
     source = ast.parse(Path(trial.__file__).read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
@@ -186,7 +194,7 @@ def test_there_is_no_other_table() -> None:
         *ROOT.glob("tests/*.py"),
         *ROOT.glob("tests/*/test_*.py"),
     ]:
-        if path.name == "tolerance.py" and path.parent.name == "backends":
+        if path.name == "tolerance.py" and path.parent.name == "values":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Dict):

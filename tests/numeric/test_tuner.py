@@ -14,17 +14,17 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
-from attention_backends.backends.faults import KernelFaultError  # noqa: E402
-from attention_backends.backends.measured import race as measuring  # noqa: E402
-from attention_backends.backends.measured.key import key_of  # noqa: E402
-from attention_backends.backends.measured.race import Race  # noqa: E402
-from attention_backends.backends.measured.store import Store  # noqa: E402
-from attention_backends.backends.measured.trial import Trial  # noqa: E402
-from attention_backends.backends.measured.tuner import Tuner  # noqa: E402
-from attention_backends.backends.platform import detect  # noqa: E402
-from attention_backends.backends.request import AttentionCall  # noqa: E402
-from attention_backends.backends.router import NOTHING_MEASURES, Router  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
+from attention_backends.backends.engine.router import NOTHING_MEASURES, Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.measure.call_key import key_of  # noqa: E402
+from attention_backends.backends.observe.autotune import race as measuring  # noqa: E402
+from attention_backends.backends.observe.autotune.race import Race  # noqa: E402
+from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
+from attention_backends.backends.observe.autotune.trial import Trial  # noqa: E402
+from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
+from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
+from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from measured_machines import INCUMBENT, Costed, Machine, noisy, ran, sdpa, small_call, steady  # noqa: E402
 
 NAMES = ("sdpa_math", "sdpa_flash", "flash_attn_2", "flash_attn_3", "xformers", "aiter")

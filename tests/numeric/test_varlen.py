@@ -14,15 +14,15 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends import api, attention, attention_backend, calls  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
-from attention_backends.backends.faults import KernelFaultError  # noqa: E402
-from attention_backends.backends.mask.parts import calls_of, plan_parts, run_parts  # noqa: E402
-from attention_backends.backends.mask.plan import inspect  # noqa: E402
-from attention_backends.backends.platform import Platform  # noqa: E402
-from attention_backends.backends.request import AttentionCall, AttentionRequest  # noqa: E402
-from attention_backends.backends.router import NoBackendError, Router  # noqa: E402
-from attention_backends.backends.scopes import Asked, CallSession  # noqa: E402
-from attention_backends.backends.session import Session  # noqa: E402
-from attention_backends.backends.trace import Trace  # noqa: E402
+from attention_backends.backends.context import Asked, CallSession  # noqa: E402
+from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
+from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.report import Trace  # noqa: E402
+from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from fakes import arithmetic, flash_attn_2, on_platform, torch_varlen  # noqa: E402
 from kernel_machines import SAGE_1, SAGE_2, SAGE_FORK  # noqa: E402

@@ -58,7 +58,12 @@ def imported() -> set[str]:
 
 def test_the_archive_has_everything_that_the_pack_imports() -> None:
     needed = imported()
-    assert {"nodes/host.py", "backends/kernels/cudnn_attn.py", "comparison/bench_run.py", "demo/model.py"} <= needed
+    assert {
+        "nodes/hook/host.py",
+        "backends/kernels/cudnn_attn.py",
+        "comparison/bench_run.py",
+        "demo/model.py",
+    } <= needed
     assert not needed & left_out()
 
 

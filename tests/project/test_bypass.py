@@ -50,8 +50,8 @@ ATTENTION = ("optimized_attention", "optimized_attention_masked", "scaled_dot_pr
 
 
 def roles() -> Any:
-    """`nodes/roles.py` needs nothing, but its package needs ComfyUI."""
-    spec = importlib.util.spec_from_file_location("roles_of_the_bypass", ROOT / "nodes" / "roles.py")
+    """`nodes/hook/roles.py` needs nothing, but its package needs ComfyUI."""
+    spec = importlib.util.spec_from_file_location("roles_of_the_bypass", ROOT / "nodes" / "hook" / "roles.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -160,5 +160,5 @@ def test_a_real_controlnet_is_not_counted_and_is_named(
     assert sum(row["calls"] for row in last_run()["rows"]) == calls
     # `reference` computes with matrix products, so whatever reached torch's own attention was not the model's.
     assert sum(call["count"] for call in recorder.bypass.values()) > 0
-    report = nodes_module("report").as_text({"run": last_run()})
+    report = nodes_module("report.report").as_text({"run": last_run()})
     assert next(line for line in report.splitlines() if "GLIGEN" in line) == snapshot

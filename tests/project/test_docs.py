@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from attention_backends import cli
+from attention_backends.backends.config.names import canonical
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES, parse_config
-from attention_backends.backends.names import canonical
-from attention_backends.backends.platform import PACKAGES
-from attention_backends.backends.presets import parse_presets
+from attention_backends.backends.measure.presets import parse_presets
+from attention_backends.backends.values.platform import PACKAGES
 from attention_backends.devtools.commands import HELP
 
 ROOT = Path(__file__).resolve().parents[2]

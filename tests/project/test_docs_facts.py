@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attention_backends.backends.backend import ANY_MASK
+from attention_backends.backends.engine.priorities import ROUTES
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import parse_platform
-from attention_backends.backends.routes import ROUTES
+from attention_backends.backends.kernels.backend import ANY_MASK
+from attention_backends.backends.values.platform import parse_platform
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,8 +79,8 @@ def test_the_cost_of_routing_is_that_of_the_results() -> None:
 
 
 def families() -> tuple[Any, ...]:
-    """`nodes/roles.py` needs nothing, but its package needs ComfyUI."""
-    spec = importlib.util.spec_from_file_location("roles_of_the_docs", ROOT / "nodes" / "roles.py")
+    """`nodes/hook/roles.py` needs nothing, but its package needs ComfyUI."""
+    spec = importlib.util.spec_from_file_location("roles_of_the_docs", ROOT / "nodes" / "hook" / "roles.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -43,14 +43,14 @@ MODULES = {
 WRITERS = {"update", "pop", "setdefault", "clear", "insert", "append", "remove", "extend", "popitem", "patch"}
 
 ALLOWED = {
-    ("backends/machine/hub.py", "catch_warnings"): "under a lock; `kernels` has no argument for it",
-    ("backends/machine/hub.py", "filterwarnings"): "under that lock",
-    ("backends/machine/probe.py", "faulthandler.enable"): "the child of a probe has a process of its own",
+    ("backends/kernels/support/hub.py", "catch_warnings"): "under a lock; `kernels` has no argument for it",
+    ("backends/kernels/support/hub.py", "filterwarnings"): "under that lock",
+    ("backends/doctor/probe.py", "faulthandler.enable"): "the child of a probe has a process of its own",
     ("comparison/bench_command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/replay_command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/tune_command.py", "redirect_stdout"): "the command line: its process, before any thread",
-    ("nodes/machine_settings.py", "setLevel"): "set for good by a person's setting, on our own logger",
+    ("nodes/http/machine_settings.py", "setLevel"): "set for good by a person's setting, on our own logger",
 }
 
 
@@ -145,7 +145,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import conftest
 from attention_backends.cli import main
-from attention_backends.backends.machine.install import running_interpreter
+from attention_backends.backends.doctor.install import running_interpreter
 def finders():
     return [(id(one), sorted(getattr(one, "__dict__", ()))) for one in sys.meta_path]
 before = finders()

@@ -1,4 +1,4 @@
-"""Which part may import which: the rules that keep the library free of ComfyUI, and kernels free of one another."""
+"""Which part may import which: the order of folders, and that the library stays free of ComfyUI."""
 
 from __future__ import annotations
 
@@ -21,15 +21,27 @@ MAY_IMPORT = {
     "cli": {"backends", "comparison", "demo"},
     "nodes": {"backends", "comparison", "demo", "nodes"},
 }
-FOR_KERNELS = {
-    *("backend", "family", "kernel_support", "limits", "machine", "mask", "memory", "names", "options", "platform"),
-    *("request", "versions"),
+FLOORS = {
+    "backends": ("values", "kernels", "measure", "config", "report", "guard", "engine", "observe", "doctor"),
+    "nodes": ("history", "hook", "configure", "report", "compare", "http"),
 }
-"""What a file of kernels/ may import of the library."""
+"""Folders from the lowest up; files beside them may import all of these. Each imports what stands before it alone."""
+FILES_BELOW = {"nodes": ("inputs", "privacy")}
+"""Files beside the folders that every folder may import; they import none of the folders."""
+STILL_UP = {
+    ("backends.config", "backends.observe"),
+    ("backends.engine", "backends.observe"),
+    ("backends.kernels", "backends.engine"),
+    ("backends.report", "backends.engine"),
+    ("backends.report", "backends.observe"),
+    ("backends.values", "backends.config"),
+    ("backends.values", "backends.engine"),
+}
+"""Imports upwards that are left."""
 
 
 def _imported(path: Path) -> Iterator[str]:
-    """What a file imports, those inside functions too: `comfy.utils`, and our own as `backends.mask.plan`."""
+    """What a file imports, in functions and for types too: `comfy.utils`, and our own as `backends.engine.plan`."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -53,12 +65,45 @@ def test_each_part_imports_only_what_it_may(path: Path) -> None:
         assert first not in COMFYUI or part == "nodes", name
 
 
+def _floor(part: str, name: str) -> int | None:
+    """Which floor a module of a part is on; None for the files above all folders."""
+    second = name.split(".")[1] if "." in name else ""
+    if second in FILES_BELOW.get(part, ()):
+        return -1
+    return FLOORS[part].index(second) if second in FLOORS[part] else None
+
+
+@pytest.mark.parametrize("part", FLOORS)
+def test_folders_import_only_those_below_them(part: str) -> None:
+    folders = {path.parent.name for path in (ROOT / part).glob("*/__init__.py")}
+    assert folders == set(FLOORS[part])
+    up = set()
+    for path in (ROOT / part).rglob("*.py"):
+        here = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        floor = _floor(part, here)
+        if floor is None:
+            continue
+        for name in _imported(path):
+            if name.startswith(f"{part}."):  # `nodes` alone is ComfyUI's
+                there = _floor(part, name)
+                if there is None or there > floor:
+                    up.add((".".join(here.split(".")[:2]), ".".join(name.split(".")[:2])))
+    assert up == {pair for pair in STILL_UP if pair[0].split(".")[0] == part}
+
+
+def test_the_library_has_few_things_side_by_side() -> None:
+    files = list((ROOT / "backends").glob("*.py"))
+    folders = [path.parent for path in (ROOT / "backends").glob("*/__init__.py")]
+    assert len(files) + len(folders) <= 15
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "backends" / "kernels").glob("*.py")), ids=lambda path: path.stem)
 def test_kernels_do_not_know_one_another(path: Path) -> None:
-    for name in _imported(path) if path.name != "__init__.py" else ():
+    shared = {"backend", "group", "planned", "planned_options", "packages", "varlen", "support"}
+    for name in _imported(path) if path.stem not in {*shared, "__init__"} else ():
         parts = name.split(".")
-        if parts[0] == "backends":
-            assert parts[1] in FOR_KERNELS, name
+        if parts[:2] == ["backends", "kernels"]:
+            assert parts[2] in shared, name
 
 
 def test_files_that_comments_and_docs_name_are_there() -> None:
@@ -75,11 +120,3 @@ def test_a_file_that_a_comment_names_is_found_from_where_it_stands(path: Path) -
     above = path.relative_to(ROOT).parents
     for name in re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8")):
         assert any((ROOT / folder / name).is_file() for folder in above), name
-
-
-def test_the_maps_of_the_library_and_of_the_nodes_name_every_file() -> None:
-    for part in ("backends", "nodes"):
-        text = (ROOT / part / "__init__.py").read_text(encoding="utf-8")
-        for path in (ROOT / part).iterdir():
-            if (path / "__init__.py").is_file() or (path.suffix == ".py" and path.stem != "__init__"):
-                assert re.search(rf"\b{path.stem}\b", text), f"{part}/{path.name}"

@@ -11,16 +11,16 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from attention_backends.backends.backend import Backend, Limits
+from attention_backends.backends.doctor import support, support_limits
+from attention_backends.backends.doctor.support import support_page
+from attention_backends.backends.engine.priorities import ROUTES
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.backend import Backend, Limits
 from attention_backends.backends.kernels.planned import Planned
-from attention_backends.backends.machine import support, support_limits
-from attention_backends.backends.machine.support import support_page
-from attention_backends.backends.options import Option
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import DTYPES, MASK_KINDS, AttentionRequest
-from attention_backends.backends.router import Router
-from attention_backends.backends.routes import ROUTES
+from attention_backends.backends.values.options import Option
+from attention_backends.backends.values.platform import Platform
+from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest
 from attention_backends.devtools import commands
 from syrupy.assertion import SnapshotAssertion
 
@@ -71,7 +71,7 @@ def test_routes_and_options_are_all_there() -> None:
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'devtools/inside'); import with_package;"
-        "with_package.load(); from attention_backends.backends.machine.support import support_page;"
+        "with_package.load(); from attention_backends.backends.doctor.support import support_page;"
         "print(len(support_page()))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -6,12 +6,12 @@ import ast
 from pathlib import Path
 
 import pytest
-from attention_backends.backends.kernel_support import sage
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import Router
-from attention_backends.backends.versions import meets, read
+from attention_backends.backends.kernels.support import sage
+from attention_backends.backends.values.platform import Platform
+from attention_backends.backends.values.request import AttentionRequest
+from attention_backends.backends.values.versions import meets, read
 from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).parents[2]
@@ -139,8 +139,8 @@ def test_no_other_place_reads_versions() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("packaging"):
                 readers.setdefault(path.relative_to(ROOT).as_posix(), set()).update(name.name for name in node.names)
-    assert readers.pop("backends/versions.py") >= {"Version", "SpecifierSet"}
-    assert readers == {"backends/backend.py": {"Requirement"}, "backends/kernel_support/sage.py": {"Version"}}
+    assert readers.pop("backends/values/versions.py") >= {"Version", "SpecifierSet"}
+    assert readers == {"backends/kernels/backend.py": {"Requirement"}, "backends/kernels/support/sage.py": {"Version"}}
 
 
 @pytest.mark.parametrize(("torch", "groups"), [("2.13.0", True), ("2.13.0rc2", True), ("2.13.0.dev20260101", False)])
@@ -156,7 +156,7 @@ def test_a_nightly_build_is_not_trusted_with_what_would_read_other_memory(
         return (query,)
 
     monkeypatch.setattr(whole, "_scaled_dot_product_flash_attention_for_cpu", operator)
-    from attention_backends.backends.request import AttentionCall
+    from attention_backends.backends.values.request import AttentionCall
 
     query, key = whole.zeros(1, 4, 3, 8), whole.zeros(1, 2, 3, 8)
     BACKENDS["sdpa_flash"].load(Platform("cpu", torch=torch))(AttentionCall(query, key, key, enable_gqa=True))

@@ -7,19 +7,13 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.request import parse_request
-from attention_backends.backends.router import Decision, Router
-from attention_backends.backends.session import Session
-from attention_backends.backends.trace import Trace
-from attention_backends.backends.trace.audit import (
-    UnexplainedError,
-    asked_and_ran,
-    line,
-    merged,
-    unexplained,
-)
-from attention_backends.backends.trace.outcome import of_trace
+from attention_backends.backends.engine.router import Decision, Router
+from attention_backends.backends.engine.session import Session
+from attention_backends.backends.report import Trace
+from attention_backends.backends.report.audit import UnexplainedError, asked_and_ran, line, merged, unexplained
+from attention_backends.backends.report.outcome import of_trace
+from attention_backends.backends.values.platform import Platform, parse_platform
+from attention_backends.backends.values.request import parse_request
 from syrupy.assertion import SnapshotAssertion
 
 CALL = parse_request("num_heads=8,q_len=4096,kv_len=77,head_dim=64,dtype=float32")
@@ -273,7 +267,7 @@ def test_the_report_node_shows_it(snapshot: SnapshotAssertion) -> None:
 
     comfyui()
     import tiny_sampling
-    from attention_backends.nodes import report
+    from attention_backends.nodes.report import report
 
     model = with_role(selected(tiny_sampling.build("wan"), "sdpa_math"), "cross", "cudnn_attn")
     tiny_sampling.sample(model, "wan", steps=1)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.backend import Backend, Kernel
+from attention_backends.backends.config.names import CHOICES
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.names import CHOICES
-from attention_backends.backends.platform import Platform
+from attention_backends.backends.kernels.backend import Backend, Kernel
+from attention_backends.backends.values.platform import Platform
 from attention_backends.cli import category_of, main
 from syrupy.assertion import SnapshotAssertion
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
 from attention_backends.backends.config.layers import Choice, joint_note, resolve
+from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.text import from_environment, parse_config, parse_extra
-from attention_backends.backends.names import UnknownBackendError
 from syrupy.assertion import SnapshotAssertion
 
 LTX2 = {

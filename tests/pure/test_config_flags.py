@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import ConfigError
+from attention_backends.backends.config.names import RefusedBackendError, UnknownBackendError
 from attention_backends.backends.config.print import to_dict
 from attention_backends.backends.config.text import parse_config, parse_extra
 from attention_backends.backends.config.words import scalar, words_of
-from attention_backends.backends.names import RefusedBackendError, UnknownBackendError
 from syrupy.assertion import SnapshotAssertion
 
 

@@ -8,8 +8,8 @@ import pytest
 from attention_backends.backends.config import ConfigError
 from attention_backends.backends.config import text as config_text
 from attention_backends.backends.config.layers import resolve, settings_of
+from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.text import from_environment, parse_config
-from attention_backends.backends.names import UnknownBackendError
 from syrupy.assertion import SnapshotAssertion
 
 

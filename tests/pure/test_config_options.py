@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config.names import RefusedBackendError
 from attention_backends.backends.config.print import to_json
 from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.engine.router import NoBackendError, Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.names import RefusedBackendError
-from attention_backends.backends.platform import parse_platform
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import NoBackendError, Router
+from attention_backends.backends.values.platform import parse_platform
+from attention_backends.backends.values.request import AttentionRequest
 from option_backend import WithOptions
 from syrupy.assertion import SnapshotAssertion
 

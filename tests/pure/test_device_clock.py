@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attention_backends.backends.trace.device_clock import DeviceClock
+from attention_backends.backends.measure.device_clock import DeviceClock
 
 
 class Gpu:

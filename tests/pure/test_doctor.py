@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from attention_backends.backends.backend import Backend, Kernel
+from attention_backends.backends.doctor.doctor import NO_TORCH, examine, file_of, why_no_card
+from attention_backends.backends.doctor.install import Advice, Interpreter, how_to_get, running_interpreter
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.machine.doctor import NO_TORCH, examine, file_of, why_no_card
-from attention_backends.backends.machine.install import Advice, Interpreter, how_to_get, running_interpreter
-from attention_backends.backends.machine.packages import PACKAGES_OF
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.router import Router
+from attention_backends.backends.kernels.backend import Backend, Kernel
+from attention_backends.backends.kernels.packages import PACKAGES_OF
+from attention_backends.backends.values.platform import Platform, parse_platform
 from packaging.requirements import Requirement
 from syrupy.assertion import SnapshotAssertion
 

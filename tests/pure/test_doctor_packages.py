@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attention_backends.backends.doctor.doctor import Cards, cards_of
+from attention_backends.backends.doctor.symbols import SYMBOLS_OF, find, needs_of
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.packages import PACKAGES_OF
 from attention_backends.backends.kernels.planned import Planned
-from attention_backends.backends.machine.doctor import Cards, cards_of
-from attention_backends.backends.machine.packages import PACKAGES_OF
-from attention_backends.backends.machine.symbols import SYMBOLS_OF, find, needs_of
-from attention_backends.backends.platform import KINDS, Platform, parse_platform
+from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from packaging.requirements import Requirement
 from syrupy.assertion import SnapshotAssertion
 
@@ -32,10 +32,10 @@ sys.modules["attention_backends"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["attention_backends"])
 
 import contextlib
-from attention_backends.backends.machine.doctor import examine
-from attention_backends.backends.machine.install import running_interpreter
-from attention_backends.backends.platform import Platform, installed_packages
-from attention_backends.backends.router import Router
+from attention_backends.backends.doctor.doctor import examine
+from attention_backends.backends.doctor.install import running_interpreter
+from attention_backends.backends.values.platform import Platform, installed_packages
+from attention_backends.backends.engine.router import Router
 
 kind, card = sys.argv[2:4]
 facts = {"gfx": card} if kind == "rocm" else {"capability": tuple(map(int, card.split(".")))}
@@ -207,7 +207,7 @@ def test_every_declared_name_is_of_a_package_that_can_be_advised() -> None:
 
 
 def test_every_backend_of_a_package_declares_its_names() -> None:
-    from attention_backends.backends.family import Family
+    from attention_backends.backends.kernels.group import Family
 
     for backend in BACKENDS.values():
         if backend.id in PACKAGES_OF and not isinstance(backend, Planned | Family):

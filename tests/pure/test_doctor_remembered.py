@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from attention_backends.backends.backend import Backend, Kernel
-from attention_backends.backends.family import Family
-from attention_backends.backends.machine import remembered
-from attention_backends.backends.machine.doctor import examine
-from attention_backends.backends.machine.install import Interpreter
-from attention_backends.backends.machine.remembered import Outcome
-from attention_backends.backends.platform import Platform
-from attention_backends.backends.router import Router
+from attention_backends.backends.doctor.doctor import examine
+from attention_backends.backends.doctor.install import Interpreter
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.kernels.backend import Backend, Kernel
+from attention_backends.backends.kernels.group import Family
+from attention_backends.backends.measure import remembered
+from attention_backends.backends.measure.remembered import Outcome
+from attention_backends.backends.values.platform import Platform
 from syrupy.assertion import SnapshotAssertion
 
 HERE = Platform(
@@ -314,8 +314,8 @@ def test_our_version_is_the_one_of_the_project_file() -> None:
 
 def test_triton_is_a_part_of_every_environment() -> None:
     """flex_attn has no package of its own, and is compiled by Triton: what one version broke another may not."""
-    from attention_backends.backends.machine import remembered
-    from attention_backends.backends.platform import Platform
+    from attention_backends.backends.measure import remembered
+    from attention_backends.backends.values.platform import Platform
 
     def key(version: str) -> str:
         return remembered.key("flex_attn", Platform("cuda", torch="2.11.0", packages=(("triton", version),)))

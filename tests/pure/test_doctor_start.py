@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.machine.packages import PACKAGES_OF
-from attention_backends.backends.machine.symbols import SYMBOLS_OF
-from attention_backends.backends.platform import PACKAGES
+from attention_backends.backends.doctor.symbols import SYMBOLS_OF
+from attention_backends.backends.kernels.packages import PACKAGES_OF
+from attention_backends.backends.values.platform import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_CALLS = 100_000

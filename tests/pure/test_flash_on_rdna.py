@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from attention_backends.backends.doctor.install import Interpreter, how_to_get
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.machine import remembered
-from attention_backends.backends.machine.install import Interpreter, how_to_get
-from attention_backends.backends.measured.place import environment_of
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import Router
+from attention_backends.backends.measure import remembered
+from attention_backends.backends.observe.autotune.place import environment_of
+from attention_backends.backends.values.platform import Platform, parse_platform
+from attention_backends.backends.values.request import AttentionRequest
 from syrupy.assertion import SnapshotAssertion
 
 CALL = AttentionRequest(1, 8, 1024, 1024, 128, "bfloat16")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.names import (
+from attention_backends.backends.config.names import (
     ALIASES,
     AUTO,
     BACKEND_IDS,
@@ -14,6 +13,7 @@ from attention_backends.backends.names import (
     UnknownBackendError,
     canonical,
 )
+from attention_backends.backends.kernels import BACKENDS
 
 FIRST_RELEASE = """
 auto measured torch_sdpa cudnn_attn flash_attn flash_attn_2 flash_attn_3 flash_attn_4 flashinfer_attn

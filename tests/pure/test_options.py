@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from attention_backends.backends.backend import Backend
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
 from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.engine.router import NoBackendError, Router
+from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.backend import Backend
 from attention_backends.backends.kernels.planned import Planned
-from attention_backends.backends.options import Option, problems
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.request import AttentionCall, AttentionRequest
-from attention_backends.backends.router import NoBackendError, Router
-from attention_backends.backends.session import Session
+from attention_backends.backends.values.options import Option, problems
+from attention_backends.backends.values.platform import Platform, parse_platform
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 from syrupy.assertion import SnapshotAssertion
 
 OPTIONS = (

@@ -6,7 +6,14 @@ from importlib import metadata
 
 import pytest
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import KINDS, PACKAGES, Platform, detect, installed_packages, parse_platform
+from attention_backends.backends.values.platform import (
+    KINDS,
+    PACKAGES,
+    Platform,
+    detect,
+    installed_packages,
+    parse_platform,
+)
 from packaging.requirements import Requirement
 from syrupy.assertion import SnapshotAssertion
 

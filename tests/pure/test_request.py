@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attention_backends.backends.request import AttentionCall, AttentionRequest, parse_request
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest, parse_request
 from syrupy.assertion import SnapshotAssertion
 
 

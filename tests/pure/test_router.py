@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from attention_backends.backends.backend import Backend, Kernel, Limits
 from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.engine.router import NOTHING_MEASURES, NoBackendError, Rejection, Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.platform import KINDS, Platform, parse_platform
-from attention_backends.backends.request import DTYPES, MASK_KINDS, AttentionRequest, parse_request
-from attention_backends.backends.router import NOTHING_MEASURES, NoBackendError, Rejection, Router
+from attention_backends.backends.kernels.backend import Backend, Kernel, Limits
+from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
+from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest, parse_request
 from syrupy.assertion import SnapshotAssertion
 
 CALL = parse_request("num_heads=24,q_len=4096,head_dim=128")
@@ -279,8 +279,8 @@ def test_the_note_is_in_the_account_once_and_in_explain(
 ) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     from attention_backends import cli
+    from attention_backends.backends.engine.session import Session
     from attention_backends.backends.kernels import BACKENDS
-    from attention_backends.backends.session import Session
 
     class Slow(type(BACKENDS["reference"])):  # type: ignore[misc]
         def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:

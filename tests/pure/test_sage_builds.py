@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 import pytest
-from attention_backends.backends.kernel_support import sage
+from attention_backends.backends.doctor.install import Interpreter, how_to_get
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.machine.install import Interpreter, how_to_get
-from attention_backends.backends.machine.packages import PACKAGES_OF, SAGE_2_WINDOWS
-from attention_backends.backends.platform import Platform, parse_platform
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import Router
+from attention_backends.backends.kernels.packages import PACKAGES_OF, SAGE_2_WINDOWS
+from attention_backends.backends.kernels.support import sage
+from attention_backends.backends.values.platform import Platform, parse_platform
+from attention_backends.backends.values.request import AttentionRequest
 from syrupy.assertion import SnapshotAssertion
 
 KERNELS = ("sage_attn", "sage_fp16_cuda", "sage_fp16_triton", "sage_fp8_cuda", "sage_fp8_sm90")

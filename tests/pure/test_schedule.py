@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
 from attention_backends.backends.config.layers import resolve
+from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.print import FORMATS, to_dict, to_flags, to_text
+from attention_backends.backends.config.schedule import ScheduleEntry, step_of
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.names import UnknownBackendError
-from attention_backends.backends.platform import detect
-from attention_backends.backends.request import AttentionCall
-from attention_backends.backends.router import Router
-from attention_backends.backends.schedule import ScheduleEntry, step_of
-from attention_backends.backends.schedule.timetable import Timetable
-from attention_backends.backends.schedule.windows import parse_numbers, parse_percent, parse_sigmas
-from attention_backends.backends.session import Session
+from attention_backends.backends.config.timetable import Timetable
+from attention_backends.backends.config.windows import parse_numbers, parse_percent, parse_sigmas
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.engine.session import Session
+from attention_backends.backends.values.platform import detect
+from attention_backends.backends.values.request import AttentionCall
 from attention_backends.cli import main
 from hypothesis import given
 from hypothesis import strategies as st

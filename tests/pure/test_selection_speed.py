@@ -21,9 +21,9 @@ sys.modules["attention_backends"] = package
 spec.loader.exec_module(package)
 
 from attention_backends.backends.config.layers import Choice
-from attention_backends.backends.platform import parse_platform
-from attention_backends.backends.request import AttentionRequest
-from attention_backends.backends.router import Router
+from attention_backends.backends.values.platform import parse_platform
+from attention_backends.backends.values.request import AttentionRequest
+from attention_backends.backends.engine.router import Router
 
 packages = "packages=flash-attn==2.8.3;flashinfer-python==0.7.2;sageattention==2.2.0;xformers==0.0.35;triton==3.6.0"
 machines = ["cuda:7.5", "cuda:8.0", "cuda:8.6", "cuda:8.9", "cuda:9.0", "cuda:10.0", "cuda:10.3", "cuda:12.0",

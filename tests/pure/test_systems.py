@@ -15,11 +15,7 @@ import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
 from attention_backends.backends.config import text as config_text
 from attention_backends.backends.config.layers import Choice, resolve
-from attention_backends.backends.config.print import to_json
-from attention_backends.backends.config.text import from_environment, parse_config
-from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.kernels.planned import Planned
-from attention_backends.backends.names import (
+from attention_backends.backends.config.names import (
     ALIASES,
     BACKEND_IDS,
     CHOICES,
@@ -27,12 +23,16 @@ from attention_backends.backends.names import (
     UnknownBackendError,
     canonical,
 )
-from attention_backends.backends.platform import parse_platform
-from attention_backends.backends.request import parse_request
-from attention_backends.backends.router import NoBackendError, Router
-from attention_backends.backends.schedule import ScheduleEntry
-from attention_backends.backends.schedule.timetable import Timetable
-from attention_backends.backends.systems import SYSTEMS, key_of, line_of, systems_page
+from attention_backends.backends.config.print import to_json
+from attention_backends.backends.config.schedule import ScheduleEntry
+from attention_backends.backends.config.systems import SYSTEMS, key_of, line_of, systems_page
+from attention_backends.backends.config.text import from_environment, parse_config
+from attention_backends.backends.config.timetable import Timetable
+from attention_backends.backends.engine.router import NoBackendError, Router
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.values.platform import parse_platform
+from attention_backends.backends.values.request import parse_request
 from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).resolve().parents[2]

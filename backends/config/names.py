@@ -1,0 +1,116 @@
+"""The names a person may write for a backend, and the one id each of them means.
+
+The ids are public for ever: workflows and configuration files hold them. The aliases are the spellings of
+vLLM-Omni, SGLang diffusion, Diffusers and Smart-Diffusion (`systems.py`), so that a configuration written for one of
+them pastes unchanged. Only names live here; what each backend can do is in `kernels/`.
+"""
+
+from __future__ import annotations
+
+from ..values.bounded import nearest, shortened
+from .systems import SYSTEMS, key_of, rows_of
+
+AUTO = "auto"
+"""Take the first exact backend of the platform's route that can run the call."""
+
+MEASURED = "measured"
+"""Take the backend that was measured fastest on this machine for this kind of call."""
+
+COMFY = "comfy"
+"""Run what ComfyUI would have run by itself."""
+
+BACKEND_IDS: tuple[str, ...] = (
+    "torch_sdpa",
+    "cudnn_attn",
+    "flash_attn",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+    "flashinfer_attn",
+    "sage_attn",
+    "sage_fp16_cuda",
+    "sage_fp16_triton",
+    "sage_fp8_cuda",
+    "sage_fp8_sm90",
+    "sage_attn_3",
+    "comfy_kitchen_int8",
+    "xformers",
+    "flex_attn",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa_math",
+    "aiter",
+    "npu_fusion",
+    "xla_flash",
+    "sliding_tile_attn",
+    "video_sparse_attn",
+    "vmoba_attn",
+    "sparse_video_gen_2_attn",
+    "sparge_attn",
+    "sol_attn",
+    "radial_attn",
+    COMFY,
+    "emulated_int8",
+    "reference",
+    "trtllm_attn",
+)
+"""Every backend that can be named, in the order in which menus show them. New ids are appended."""
+
+CHOICES: tuple[str, ...] = (AUTO, MEASURED, *BACKEND_IDS)
+"""What a menu offers: the two ways to let the pack choose, then each backend."""
+
+_WRITTEN_BY_PEOPLE = {
+    "cudnn": "cudnn_attn",
+    "flashinfer": "flashinfer_attn",
+    "sageattn": "sage_attn",
+    "sageattn3": "sage_attn_3",
+    "pytorch": "torch_sdpa",
+    "sparge_attn_backend": "sparge_attn",
+}
+
+
+def _aliases() -> dict[str, str]:
+    published = {key_of(row.name): row.means for system in SYSTEMS for row in system.names if row.means}
+    return {name: means for name, means in {**published, **_WRITTEN_BY_PEOPLE}.items() if name not in CHOICES}
+
+
+ALIASES: dict[str, str] = _aliases()
+"""Every accepted spelling that is no id itself, and the id it means."""
+
+
+class UnknownBackendError(ValueError):
+    """A name that no backend and no alias has. A message that quotes a long text is shortened in its middle."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
+
+
+class RefusedBackendError(UnknownBackendError):
+    """A name that another system publishes and that means nothing here; the message says why."""
+
+
+def is_known(name: str) -> bool:
+    """Whether `canonical` would return an id."""
+    key = key_of(name)
+    return key in CHOICES or key in ALIASES
+
+
+def canonical(name: str, system: str = "") -> str:
+    """Return the id that `name` means; case, surrounding space and `-` for `_` do not matter.
+
+    `system` is the id of the system that it comes from, where that is known: a refusal speaks of that one.
+
+    Raises:
+        RefusedBackendError: another system publishes the name, and nothing here is the same; the message says why.
+        UnknownBackendError: nothing has that name; the message gives the nearest names and the whole list.
+    """
+    key = key_of(name)
+    if key in CHOICES:
+        return key
+    if key in ALIASES:
+        return ALIASES[key]
+    for one, row in rows_of(key, system):
+        raise RefusedBackendError(f"attention backend {name!r} of {one.title} is not available here: {row.line}")
+    near = nearest(key, [*CHOICES, *ALIASES], count=3)
+    hint = f" did you mean {' or '.join(near)}?" if near else ""
+    raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(CHOICES)}")

@@ -1,0 +1,149 @@
+"""A record of a run as a configuration again: the kernels that ran become choices that a person made.
+
+A record is the most special thing that a configuration can say of a call: it knows role, block, facts and model call.
+So it stands above the default of its configuration; what later nodes add for a role or a window stands above it. What
+it does not know is decided as if it were not there, and the account says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..kernels import BACKENDS
+from ..measure.call_key import TuningKey, key_of
+from ..measure.remembered import own_version
+from ..observe.replay.record import machine_of, normal
+from ..values.request import AttentionRequest
+from .layers import Choice
+
+if TYPE_CHECKING:
+    from ..values.platform import Platform
+
+
+class Held:
+    """What ran calls of one kind: the first model call of each part of the run, and its choice."""
+
+    def __init__(self, starts: tuple[int, ...], choices: tuple[Choice, ...]) -> None:
+        self.starts = starts
+        self.choices = choices
+
+    def changes(self) -> set[int]:
+        """Model calls from which another choice holds than before."""
+        pairs = zip(self.choices, self.choices[1:], self.starts[1:], strict=False)
+        return {start for before, after, start in pairs if before != after}
+
+    def at(self, model_call: int) -> Choice:
+        """The choice that holds at a model call."""
+        return self.choices[max(bisect_right(self.starts, model_call) - 1, 0)]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One sampling run of a record."""
+
+    node_id: str
+    model: str
+    model_calls: int
+    machine: Mapping[str, Any]
+    not_repeated: tuple[str, ...]
+    starts: tuple[int, ...]
+    """Model calls with which a kernel changed, in rising order: between two of them every choice stays what it is."""
+    exact: Mapping[tuple[str, str, AttentionRequest], Held]
+    held: tuple[Held, ...]
+    """One for each decision of the record, in its order."""
+    near: Mapping[tuple[str, TuningKey], Held]
+    """For calls of other lengths: by block, and by the key in which lengths are in buckets."""
+
+    def part(self, model_call: int) -> int:
+        """The number of the part of the run that a model call is in."""
+        return bisect_right(self.starts, model_call)
+
+    def choice(self, role: str, block: str, request: AttentionRequest, model_call: int) -> Choice | None:
+        """What ran a call with these facts; None where the record does not know."""
+        request = normal(request)
+        held = self.exact.get((role, block, request)) or self.near.get((block, key_of(role, request)))
+        return None if held is None else held.at(model_call)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A record in use."""
+
+    text: str
+    """As JSON: what makes two of them equal."""
+    source: str
+    component: str
+    runs: tuple[RecordedRun, ...] = field(compare=False)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The record itself."""
+        data: dict[str, Any] = json.loads(self.text)
+        return data
+
+    def run_of(self, node_id: str) -> RecordedRun:
+        """The run that a sampler repeats: the one of the node with its id, else the one that its component counts to.
+
+        `transformer` is the first, `transformer_2` the second.
+        """
+        own = [run for run in self.runs if node_id and run.node_id == node_id]
+        return own[0] if own else self.runs[min(self._place, len(self.runs) - 1)]
+
+    @property
+    def _place(self) -> int:
+        number = re.search(r"_(\d{1,3})$", self.component)
+        return max(int(number[1]) - 1, 0) if number else 0
+
+    def remarks(self, node_id: str, platform: Platform) -> list[str]:
+        """What a person should know before this sampler runs on this machine."""
+        run = self.run_of(node_id)
+        said = []
+        if len(self.runs) > 1 and run.node_id != node_id:
+            said.append(
+                f"the record has {len(self.runs)} runs and none of this sampler: that of node {run.node_id or '?'} "
+                f"({run.model}) is used"
+            )
+        elif len([one for one in self.runs if one.node_id == run.node_id]) > 1:
+            said.append(f"the record has several runs of node {run.node_id}: the first is used")
+        other = differences(run.machine, platform, str(self.data["made_by"].get("attention_backends", "")))
+        if other:
+            said.append(f"the same seed may give another picture: {'; '.join(other)}")
+        return said + [f"the record does not repeat everything: {text}" for text in run.not_repeated]
+
+    def after(self, node_id: str, model_calls: int) -> list[str]:
+        """What a person should know after a whole run of so many model calls."""
+        run = self.run_of(node_id)
+        if run.model_calls == model_calls:
+            return []
+        moved = ", and changes of kernel in the middle of it are at other places" if run.starts else ""
+        made = f"the record is of {run.model_calls} model calls, and this run made {model_calls}"
+        return [f"{made}: other steps or another sampler{moved}"]
+
+
+def differences(then: Mapping[str, Any], platform: Platform, version: str = "") -> list[str]:
+    """Where this machine differs from the recorded one: `torch 2.11.0 -> 2.13.0`.
+
+    Args:
+        version: of our own that made the record; empty where that does not matter.
+    """
+    recorded = _flat(then)
+    now = _flat(machine_of(platform, BACKENDS))
+    found = [
+        f"{name} {recorded.get(name) or 'none'} -> {now.get(name) or 'none'}"
+        for name in recorded
+        if recorded[name] != now.get(name)
+    ]
+    if version and version != own_version():
+        found.append(f"attention-backends {version} -> {own_version()}")
+    return found
+
+
+def _flat(machine: Mapping[str, Any]) -> dict[str, str]:
+    packages = machine.get("packages") or {}
+    plain = {name: str(value) for name, value in machine.items() if name != "packages"}
+    return {**plain, **{str(name): str(version) for name, version in packages.items()}}

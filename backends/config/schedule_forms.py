@@ -1,0 +1,173 @@
+"""The entries of a schedule from plain data: our own list, and vLLM-Omni's profiles with ranges or sigma windows.
+
+Ours is a list of mappings such as `{"backend": "torch_sdpa", "steps": "0-3,last 2"}`. vLLM-Omni's
+`diffusion_attention_schedule` names whole configurations and gives each a half-open range of steps (`end` null is the
+end) or a window of sigmas; https://docs.vllm.ai/projects/vllm-omni (attention schedules).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ..values.data import load_json
+from . import CATEGORY_PARENT, AttentionConfig, AttentionSpec, ConfigError
+from .schedule import ScheduleEntry
+
+FOREIGN_SCHEDULE = "diffusion_attention_schedule"
+"""vLLM-Omni's name, as a flag or an entry of a stage."""
+MOST_ENTRIES = 256
+"""Of a schedule; each is looked at in every model call."""
+ENTRY_FIELDS = ("backend", "extra", "steps", "percent", "sigmas", "blocks", "role", "masked")
+
+ReadSpec = Callable[[object, str], AttentionSpec]
+ReadConfig = Callable[[Mapping[Any, Any], str], AttentionConfig]
+
+
+def schedule_of(value: object, where: str, read: ReadSpec) -> tuple[ScheduleEntry, ...]:
+    """Our own form: one entry, a list of them, or a mapping numbered from 0, as dotted flags give it.
+
+    Raises:
+        ConfigError, UnknownBackendError: an entry is not understood; the message says which.
+    """
+    listed = _listed(value, where)
+    _check_count(len(listed), where)
+    return tuple(_entry(entry, f"{where}[{number}]", read) for number, entry in enumerate(listed))
+
+
+def _check_count(count: int, where: str) -> None:
+    if count > MOST_ENTRIES:
+        raise ConfigError(f"{where}: {count} entries > {MOST_ENTRIES}: join windows, as in 0-3,last 2")
+
+
+def _listed(value: object, where: str) -> list[object]:
+    if isinstance(value, str):
+        value = load_json(value, where)
+    if isinstance(value, Mapping):
+        if not value or set(map(str, value)) & set(ENTRY_FIELDS):
+            return [value] if value else []
+        numbered = {str(key): entry for key, entry in value.items()}
+        if set(numbered) != {str(number) for number in range(len(numbered))}:
+            said = ", ".join(numbered)
+            raise ConfigError(f"{where}: expected entries numbered from 0, or {', '.join(ENTRY_FIELDS)}; not {said}")
+        return [numbered[str(number)] for number in range(len(numbered))]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}: expected a list of entries, not {type(value).__name__}: {value!r}")
+    return list(value)
+
+
+def _entry(value: object, where: str, read: ReadSpec) -> ScheduleEntry:
+    if isinstance(value, ScheduleEntry):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a mapping with backend and where it holds, not {value!r}")
+    unknown = [str(key) for key in value if key not in ENTRY_FIELDS]
+    if unknown:
+        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(ENTRY_FIELDS)}")
+    if value.get("backend") is None:
+        raise ConfigError(f"{where}: no backend; name the one that holds there")
+    spec = read({name: value[name] for name in ("backend", "extra") if value.get(name) is not None}, where)
+    said = {name: value[name] for name in ENTRY_FIELDS[2:] if value.get(name) is not None}
+    return _made(where, spec, said)
+
+
+def _made(where: str, spec: AttentionSpec, said: Mapping[str, Any]) -> ScheduleEntry:
+    try:
+        return ScheduleEntry(spec, **said)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def entry_to_dict(entry: ScheduleEntry) -> dict[str, Any]:
+    """An entry as plain data that reads to the same."""
+    extra = {"extra": dict(entry.spec.extra)} if entry.spec.extra else {}
+    return {"backend": entry.spec.backend, **extra, **entry.windows()}
+
+
+def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple[ScheduleEntry, ...], list[str]]:
+    """vLLM-Omni's form, and what there is to say about it.
+
+    Raises:
+        ConfigError, UnknownBackendError: it is not understood, or says what a schedule here cannot do.
+    """
+    value = load_json(value, where) if isinstance(value, str) else value
+    value = _fields(value, where, ("profiles", "default", "sigma"))
+    profiles = {}
+    for name, profile in _fields(value.get("profiles") or {}, f"{where}.profiles").items():
+        place = f"{where}.profiles.{name}"
+        profiles[str(name)] = read(_fields(profile, place), place)
+        _check_profile(profiles[str(name)], place)
+    ranges, sigmas = value.get("default") or [], value.get("sigma") or []
+    if ranges and sigmas:
+        raise ConfigError(f"{where}: both default (steps) and sigma; give one of them")
+    entries: list[ScheduleEntry] = []
+    notes: list[str] = []
+    for field, given in (("default", ranges), ("sigma", sigmas)):
+        for number, window in enumerate(_listed_windows(given, f"{where}.{field}")):
+            place = f"{where}.{field}[{number}]"
+            ends = ("start", "end") if field == "default" else ("low", "high")
+            window = _fields(window, place, (*ends, "profile"))
+            profile = str(window.get("profile"))
+            if profile not in profiles:
+                known = ", ".join(profiles) or "none"
+                raise ConfigError(f"{place}: profile {profile!r} is not one of those given: {known}")
+            said = _steps(window, place) if field == "default" else _sigmas(window, place)
+            _check_count(len(entries) + len(profiles[profile].per_role), where)
+            entries += (_made(place, spec, {**said, "role": role}) for role, spec in _by_role(profiles[profile]))
+            if profiles[profile].default.is_auto:
+                note = f"{where}.profiles.{profile}: roles that it does not name stay as they are outside its windows"
+                notes += [note] if note not in notes else []
+    return tuple(entries), notes
+
+
+def _by_role(config: AttentionConfig) -> Iterator[tuple[str, AttentionSpec]]:
+    """The least special first, since the last one wins."""
+    if not config.default.is_auto:
+        yield "", config.default
+    order = {"self": 0, "cross": 0, **dict.fromkeys(CATEGORY_PARENT, 1)}
+    yield from sorted(config.per_role.items(), key=lambda item: order.get(item[0], 2))
+
+
+def _check_profile(config: AttentionConfig, where: str) -> None:
+    for name in ("accuracy", "strict", "guard"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{where}: {name} holds for a whole run; give it outside the profiles")
+    if config.schedule:
+        raise ConfigError(f"{where}: a profile has no schedule of its own")
+
+
+def _steps(window: Mapping[Any, Any], where: str) -> dict[str, str]:
+    start, end = window.get("start", 0), window.get("end")
+    for name, number in (("start", start), ("end", 1 if end is None else end)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ConfigError(f"{where}.{name}: expected a whole number of steps, not {number!r}")
+    if start < 0 or (end is not None and end <= start):
+        raise ConfigError(f"{where}: steps {start} to {end}: it starts at 0 or later, and ends after it starts")
+    return {"steps": f"{start}-{'' if end is None else end - 1}"}
+
+
+def _sigmas(window: Mapping[Any, Any], where: str) -> dict[str, str]:
+    low: Any = window.get("low")
+    high: Any = window.get("high")
+    for name, number in (("low", low), ("high", high)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ConfigError(f"{where}.{name}: expected a sigma from 0 to 1, not {number!r}")
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"{where}: sigmas {low} to {high}: expected 0 <= low <= high <= 1")
+    return {"sigmas": f"{high}-{low}"}
+
+
+def _listed_windows(value: object, where: str) -> list[object]:
+    value = load_json(value, where) if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}: expected a list of windows, not {type(value).__name__}")
+    return list(value)
+
+
+def _fields(value: object, where: str, known: tuple[str, ...] = ()) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, not {type(value).__name__}: {value!r}")
+    unknown = [str(key) for key in value if known and key not in known]
+    if unknown:
+        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(known)}")
+    return value

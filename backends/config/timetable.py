@@ -1,0 +1,272 @@
+"""Schedules on one sampler's sigmas and one model's blocks: which entries hold at a model call, and for which role.
+
+Boundary: numbers and names; who asks has read the sigmas from their device.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from . import AttentionConfig, AttentionSpec
+from .layers import Choice, precautions_of, resolve
+from .schedule import ROUNDING, TIMES, ScheduleEntry, step_of
+from .windows import Numbers, Span
+
+
+class _Placed(NamedTuple):
+    """An entry in a run: its place in its configuration, and its windows as what that run has."""
+
+    layer: AttentionConfig
+    source: str
+    entry: ScheduleEntry
+    steps: frozenset[int]
+    spans: tuple[Span, ...]
+    blocks: frozenset[str]
+    recommended: bool = False
+    """A precaution: it stands above the default alone."""
+
+    def takes(self, role: str, category: str, block: str, masked: bool) -> bool:
+        """True when it is for such calls, whenever they are made."""
+        return (
+            self.entry.takes(role, category, self.layer.parent_of)
+            and (not self.entry.blocks or block in self.blocks)
+            and (masked or not self.entry.masked)
+        )
+
+
+class Timetable:
+    """The entries of every configuration of a run, on its sigmas and the blocks of its model.
+
+    Entries are numbered through all configurations; a set of them is an int, one bit each.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[AttentionConfig, ...],
+        sigmas: Sequence[float] = (),
+        percent_to_sigma: Callable[[float], float] | None = None,
+        blocks: Iterable[str] = (),
+    ) -> None:
+        """`sigmas`: this sampler's, one more than it has steps; empty where no sampler runs."""
+        self.layers = layers
+        self.sigmas = tuple(sigmas)
+        self.count = max(len(self.sigmas) - 1, 0)
+        self.blocks = tuple(blocks)
+        series = _by_series(self.blocks)
+        self._entries: list[_Placed] = []
+        held = [
+            (layer, f"{layer.source}.schedule[{index}] ({entry.describe()})", entry, False)
+            for layer in layers
+            for index, entry in enumerate(layer.schedule)
+        ]
+        held += [(layers[0], precaution.said, precaution.where, True) for precaution in precautions_of(layers)]
+        for layer, source, entry, recommended in held:
+            steps = {step for part in entry.steps for step in part.among(range(self.count))}
+            spans = entry.sigmas
+            if entry.percent and percent_to_sigma is not None:
+                spans = tuple(_as_sigmas(span, percent_to_sigma) for span in entry.percent)
+            named = _blocks_of(entry.blocks, series)
+            self._entries.append(_Placed(layer, source, entry, frozenset(steps), spans, named, recommended))
+        self._always = sum(
+            1 << bit
+            for bit, placed in enumerate(self._entries)
+            if not any(getattr(placed.entry, name) for name in TIMES)
+        )
+        self.timed = self._always != (1 << len(self._entries)) - 1
+        """True when it matters where in the run a call is."""
+        self.held, self.used = 0, 0
+        """Entries that held at a model call so far, and those that decided a call or lost one to a later entry."""
+        self._doubtful: list[int] = []
+        self._divided: dict[str, list[int]] = {}
+        self._last: tuple[int, object, bool] = -1, None, False
+        """Of the last model call without a known step: the step by sigma, its evaluation, whether that is in doubt."""
+
+    def at(self, sigma: float | None, step: int | None = None) -> int:
+        """The entries that hold at a model call.
+
+        Args:
+            sigma: of the model call; None where there is none, outside a sampler.
+            step: that the sampler is in; None where only sigmas tell it.
+        """
+        active = self._active(sigma, step)
+        self.held |= active
+        return active
+
+    def _active(self, sigma: float | None, step: int | None) -> int:
+        active = self._always
+        if sigma is None:
+            return active
+        if step is None:
+            step = self.step(sigma)
+        for bit, placed in enumerate(self._entries):
+            if step in placed.steps or any(_inside(sigma, span) for span in placed.spans):
+                active |= 1 << bit
+        return active
+
+    def step(self, sigma: float) -> int:
+        """The step that sigmas alone give a model call; -1 where no sampler runs."""
+        return min(step_of(sigma, self.sigmas), self.count - 1) if self.count else -1
+
+    def unchanged(self, step: int) -> int:
+        """For how many steps, from this one on, the same entries hold at the sigma that a step begins with."""
+        now = self._active(self.sigmas[step], step)
+        following = range(step + 1, self.count)
+        return next((at for at in following if self._active(self.sigmas[at], at) != now), self.count) - step
+
+    def watch(self, number: int, sigma: float, step: int | None, evaluation: object) -> None:
+        """Remember where a model call is not in the windows of its step, or where its step is in doubt.
+
+        Args:
+            number: of the model call, from 1.
+            step: as in `at`.
+            evaluation: an object that is the same for all model calls of one evaluation of the model.
+        """
+        if step is not None:  # windows over percent or sigmas go by the sigma of each model call
+            other = self._active(sigma, step) ^ self._active(self.sigmas[step], step)
+            for bit, placed in enumerate(self._entries):
+                if other >> bit & 1:
+                    self._divided.setdefault(placed.source, []).append(number)
+            return
+        if not self.count or not any(placed.entry.steps for placed in self._entries):
+            return
+        last, before, in_doubt = self._last
+        now = self.step(sigma)
+        if evaluation is not before:
+            in_doubt = now < last or (now == last and self._is_own(sigma))
+        self._last = now, evaluation, in_doubt
+        if in_doubt:
+            self._doubtful.append(number)
+
+    def _is_own(self, sigma: float) -> bool:
+        return any(abs(sigma - value) <= ROUNDING * value for value in self.sigmas)
+
+    def resolve(self, active: int, role: str, category: str, block: str, masked: bool = False) -> tuple[Choice, str]:
+        """What is asked for a call where the entries `active` hold, and a note where several of them meet, or ""."""
+        note = ""
+
+        def scheduled(layer: AttentionConfig) -> tuple[AttentionSpec, str] | None:
+            nonlocal note
+            found = [
+                (bit, placed)
+                for bit, placed in enumerate(self._entries)
+                if active >> bit & 1
+                and not placed.recommended
+                and placed.layer is layer
+                and placed.takes(role, category, block, masked)
+            ]
+            if not found:
+                return None
+            for bit, _ in found:
+                self.used |= 1 << bit
+            *earlier, (_, last) = found
+            lost = [placed.source for _, placed in earlier if placed.entry.spec != last.entry.spec]
+            if lost and not note:
+                note = f"windows of the schedule overlap: {last.source} wins over {', '.join(lost)}"
+            return last.entry.spec, last.source
+
+        choice = resolve(self.layers, role, category, scheduled)
+        if choice.by_default and (source := self.precaution(active, role, category, block, masked)):
+            choice = Choice(None, source, accuracy="exact", record=choice.record)
+        return choice, note
+
+    def precaution(self, active: int, role: str, category: str, block: str, masked: bool) -> str:
+        """The source of the precaution that makes such calls exact where nothing was said of them, or ""."""
+        for bit, placed in enumerate(self._entries):
+            if active >> bit & 1 and placed.recommended and placed.takes(role, category, block, masked):
+                self.used |= 1 << bit
+                return placed.source
+        return ""
+
+    def between(self, sigma: float) -> str:
+        """The note about a sampler that goes by sigmas of its own, where a model call is at one; else ""."""
+        stepped = [placed for placed in self._entries if placed.entry.steps]
+        if not stepped or self._is_own(sigma):
+            return ""
+        said = "; ".join(f"{placed.source}: {self._in_sigmas(placed.steps)}" for placed in stepped)
+        return f"this sampler also calls the model at sigmas between its steps, so steps became sigma windows: {said}"
+
+    def _in_sigmas(self, steps: frozenset[int]) -> str:
+        """A set of steps as the sigmas that the step rule puts into them; right where sigmas fall."""
+        parts = []
+        for first in sorted(step for step in steps if step - 1 not in steps):
+            last = next(step for step in range(first, self.count) if step + 1 not in steps)
+            high, low = f"{self.sigmas[first]:.4g}", f"{self.sigmas[last + 1]:.4g}"
+            ends = last == self.count - 1
+            if first == 0:
+                parts.append("any" if ends else f"above {low}")
+            else:
+                parts.append(f"{high} and below" if ends else f"{high} down to above {low}")
+        return "sigma " + ", ".join(parts) if parts else "none of this run"
+
+    def take_over(self, before: Timetable) -> None:
+        """Go on with what another sampler's timetable of the same run has found."""
+        self.held, self.used = before.held, before.used
+        self._doubtful, self._divided = before._doubtful, before._divided
+
+    def remarks(self) -> list[str]:
+        """After a run: which model calls were not in the windows of their step, or may not have been."""
+        notes = [
+            f"{source} goes by the sigma of each model call, and this sampler has several in a step: "
+            f"model calls {_listed(numbers)} were not in the window of their step"
+            for source, numbers in self._divided.items()
+        ]
+        if self._doubtful:
+            notes.append(
+                "the sampler calls the model again at sigmas where it was called before, and its loop was not found: "
+                f"model calls {_listed(self._doubtful)} went by their sigma, and may be of another step"
+            )
+        return notes
+
+    def unused(self, roles: Iterable[str]) -> list[str]:
+        """After a whole run: a note for each entry that decided nothing, with the reason."""
+        notes = []
+        for bit, placed in enumerate(self._entries):
+            if self.used >> bit & 1:
+                continue
+            if placed.recommended:
+                notes.append(f"{placed.source}: no call of this run was concerned")
+            elif not self.held >> bit & 1:
+                had = f"it had {self.count} steps, sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}" if self.count \
+                    else "no sampler ran"  # fmt: skip
+                notes.append(f"{placed.source} never held in this run: {had}")
+            else:
+                there = f"roles {', '.join(sorted(roles)) or 'none'}; blocks {', '.join(self.blocks) or 'none'}"
+                notes.append(f"{placed.source} matched no attention call of this model: {there}")
+        return notes
+
+
+def _as_sigmas(span: Span, percent_to_sigma: Callable[[float], float]) -> Span:
+    # What noise a sampler adds to the first sigma is still the beginning of the run.
+    return Span(float(percent_to_sigma(span.first)) if span.first > 0 else math.inf, float(percent_to_sigma(span.last)))
+
+
+def _listed(numbers: list[int], most: int = 12) -> str:
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
+
+
+def _inside(sigma: float, span: Span) -> bool:
+    return span.last * (1 - ROUNDING) <= sigma <= span.first * (1 + ROUNDING)
+
+
+def _by_series(blocks: Iterable[str]) -> dict[str, dict[int, str]]:
+    """Blocks as series -> number -> block: `double_blocks.3` is number 3 of `double_blocks`."""
+    found: dict[str, dict[int, str]] = {}
+    for block in blocks:
+        match = re.fullmatch(r"(.*?)\.?(\d+)", block)
+        if match:
+            found.setdefault(match[1], {})[int(match[2])] = block
+    return found
+
+
+def _blocks_of(parts: tuple[Numbers, ...], series: dict[str, dict[int, str]]) -> frozenset[str]:
+    return frozenset(
+        block_of[number]
+        for part in parts
+        for name, block_of in series.items()
+        if part.series in ("", name)
+        for number in part.among(sorted(block_of))
+    )

@@ -1,0 +1,274 @@
+"""Times and checks kernels on plain tensors: the protocol of the benchmark, without reports and without files.
+
+Inputs come from a fixed seed, and several sets of them are cycled, so that no call finds its tensors in a cache. Three
+warm-up calls, then the median of ten, the device synchronised around each. Accuracy is relative L2 and cosine against
+attention by its definition in float64, on some query rows. A backend that cannot run is a row that says why; nothing
+falls back. Presets are in `measure/presets.py`, tables and files in `comparison/`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from ..config.names import COMFY
+from ..engine.router import Router
+from ..kernels.backend import on_copies
+from ..measure.bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call
+from ..measure.presets import Preset
+from ..values.devices import synchronise
+from ..values.faults import CUDA_FAULTS, OUT_OF_MEMORY, KernelFaultError
+from ..values.platform import detect
+from ..values.request import AttentionCall, AttentionRequest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TIMED", "WARM_UP", "compare_kernels", "make_cases", "random_call", "run_cases", "synchronise"]
+
+WARM_UP, TIMED = 3, 10
+OUTSIDE_COMFYUI = "runs in ComfyUI only: use the node Attention Benchmark"
+INTERRUPTED = "interrupted: the rows are those that were finished"
+
+Progress = Callable[[str, int, int], None]
+"""progress(what, done, all): called before each row, outside any `try`; what it raises ends the run."""
+Host = Callable[[AttentionCall], "torch.Tensor"]
+
+
+@dataclass
+class KernelResult:
+    """One backend on one problem. Milliseconds and bytes; figures are None where it did not run."""
+
+    backend: str
+    accuracy: str
+    """The class that it declares: exact, quantized or sparse."""
+    status: str = "ok"
+    """`ok`, or why there is no time, or what is wrong with the output."""
+    ms: float | None = None
+    low: float | None = None
+    high: float | None = None
+    relative_l2: float | None = None
+    cosine: float | None = None
+    peak_bytes: int | None = None
+    """Most memory beyond the inputs, the output included; None where the device does not count it."""
+    member: str | None = None
+    """What ran, where the backend is a family or ComfyUI's own choice."""
+
+
+@dataclass
+class Case:
+    """One preset with one kind of mask, and what came of it."""
+
+    name: str
+    request: AttentionRequest
+    hidden: int = 0
+    """Keys at the end that the mask hides."""
+    preset: Preset | None = None
+    rows: list[KernelResult] = field(default_factory=list)
+    input_sets: int = 0
+    checked_rows: int = 0
+
+    def row(self, backend: str) -> KernelResult | None:
+        """The row of a backend, or None where the run ended before it."""
+        return next((row for row in self.rows if row.backend == backend), None)
+
+
+def make_cases(presets: Sequence[Preset], dtype: str, masks: str, kind: str) -> tuple[list[Case], list[str]]:
+    """The cases of `masks` (masked, unmasked or both), and a note for each preset that has no masked one."""
+    cases, notes = [], []
+    for preset in presets:
+        if masks != "masked":
+            cases.append(Case(f"{preset.name}, no mask", preset.request(dtype), preset=preset))
+        if masks != "unmasked" and preset.padded:
+            cases.append(Case(f"{preset.name}, masked", preset.request(dtype, kind), preset.padded, preset))
+        elif masks != "unmasked":
+            notes.append(f"{preset.name}: no masked case, this model hides no keys")
+    return cases, notes
+
+
+def run_cases(
+    cases: Sequence[Case],
+    backends: Sequence[str],
+    router: Router,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    host: Host | None = None,
+    host_name: str | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> str | None:
+    """Fill in the rows of each case, in the order of `backends`. Returns None, or why the run ended early.
+
+    `host` runs a call as the calling program would by itself (the backend `comfy`); None outside one. A kernel that
+    leaves the device unusable ends the run, and so does a person; the rows that were finished are kept.
+    """
+    import torch
+
+    steps, ended = len(backends), None
+    try:
+        # Triton launches on the current device, whatever device the tensors are on.
+        with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            try:
+                for number, case in enumerate(cases):
+
+                    def tell(place: int, case: Case = case, number: int = number) -> None:
+                        progress(f"{case.name}: {backends[place]}", number * steps + place, len(cases) * steps)
+
+                    _run_case(case, backends, router, device, seed, host, host_name, tell)
+                    _free(device)
+            except KernelFaultError as fault:
+                ended = str(fault)
+            except KeyboardInterrupt:
+                ended = INTERRUPTED
+    except Exception:
+        if ended is None:  # else it is a device that is unusable complaining again while it is left
+            raise
+    return ended
+
+
+def _run_case(
+    case: Case,
+    backends: Sequence[str],
+    router: Router,
+    device: torch.device,
+    seed: int,
+    host: Host | None,
+    host_name: str | None,
+    tell: Callable[[int], None],
+) -> None:
+    refused = {name: _refusal(name, case.request, router, device, host) for name in backends}
+    problem: Problem | None = None
+    lost = ""
+    for place, name in enumerate(backends):
+        tell(place)
+        if refused[name] is None and problem is None and not lost:
+            problem, lost = _prepare(case, device, seed, host)
+        if refused[name] is not None or problem is None:
+            case.rows.append(KernelResult(name, router.backends[name].accuracy, refused[name] or lost))
+            continue
+        member = host_name if name == COMFY else router.backends[name].member(case.request, router.platform)
+        row = KernelResult(name, router.backends[name].accuracy, member=member)
+        try:
+            _measure(row, router, problem, device)
+        except Exception as error:  # one kernel that fails is a row, and the others still run
+            row.status = _why(error)
+            if _is_fault(error):
+                case.rows.append(row)
+                raise KernelFaultError(
+                    f"{name} left the GPU unusable in {case.name}: {error}; rows before it are kept; to go on, start "
+                    "again without it"
+                ) from error
+        case.rows.append(row)
+        if row.status != "ok":
+            _free(device)  # what a failed call held is let go only when its traceback is
+
+
+def _refusal(
+    name: str, request: AttentionRequest, router: Router, device: torch.device, host: Host | None
+) -> str | None:
+    """Why a backend is not even called; None when it is."""
+    if name == COMFY and host is None:
+        return OUTSIDE_COMFYUI
+    return "; ".join(router.refuse(name, request)) or lacking_memory(name, request, device)
+
+
+def _prepare(case: Case, device: torch.device, seed: int, host: Host | None) -> tuple[Problem | None, str]:
+    """The tensors of a case and the rows to check against; or None and why there are none."""
+    try:
+        calls = make_inputs(case.request, case.hidden, device, seed, WARM_UP + TIMED)
+        if host is not None:
+            for call in calls:
+                call.host = host
+        rows, exact = exact_rows(calls[0])
+    except Exception as error:  # a preset that does not fit is the reason of its rows, the next one may fit
+        if _is_fault(error):
+            raise KernelFaultError(f"the GPU is unusable: {error}; restart this program") from error
+        return None, f"{_why(error)} (while the inputs were made)"
+    case.input_sets, case.checked_rows = len(calls), len(rows)
+    return Problem(calls, rows, exact), ""
+
+
+def _measure(row: KernelResult, router: Router, problem: Problem, device: torch.device) -> None:
+    """Run the protocol and write what came of it into `row`."""
+    import torch
+
+    kernel = router.kernel(row.backend)
+    if router.backends[row.backend].changes_inputs:
+        kernel = on_copies(kernel)  # as in use, where the copies are part of its price
+    counted = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if counted else 0
+    times: list[float] = []
+    for turn in range(WARM_UP + TIMED):
+        call = problem.calls[turn % len(problem.calls)]
+        synchronise(device)
+        start = perf_counter()
+        output = kernel(call)
+        synchronise(device)
+        times.append(1e3 * (perf_counter() - start))
+        if turn == 0:
+            _score(row, output, problem)
+            if counted:
+                torch.cuda.reset_peak_memory_stats(device)  # what the check took is not the kernel's
+        del output
+    row.peak_bytes = torch.cuda.max_memory_allocated(device) - before if counted else None
+    timed = times[WARM_UP:]
+    row.ms, row.low, row.high = median(timed), min(timed), max(timed)
+
+
+def _score(row: KernelResult, output: torch.Tensor, problem: Problem) -> None:
+    """Compare the checked rows of the first set with the exact ones; say what is not finite anywhere."""
+    import torch
+
+    broken = output.numel() - int(torch.isfinite(output).sum())
+    if broken:
+        row.status = f"NaN or infinity in {100 * broken / output.numel():.2g} % of the output"
+        return
+    wanted = problem.exact
+    found = output[:, :, problem.rows.to(output.device)].to(wanted.dtype)
+    if found.shape != wanted.shape:
+        raise RuntimeError(f"output of shape {tuple(output.shape)} for {problem.calls[0].request().describe()}")
+    row.relative_l2 = float((found - wanted).norm() / wanted.norm())
+    row.cosine = float(torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0))
+
+
+def _is_fault(error: BaseException) -> bool:
+    return any(words in str(error).lower() for words in CUDA_FAULTS)
+
+
+def _why(error: BaseException) -> str:
+    """An error as a reason in one line."""
+    line = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in line.lower() for words in OUT_OF_MEMORY):
+        return f"out of memory: {line}"[:200]
+    return f"failed: {type(error).__name__}: {line}"
+
+
+def _free(device: torch.device) -> None:
+    import torch
+
+    gc.collect()
+    if device.type in ("cuda", "xpu", "mps", "npu"):
+        getattr(torch, device.type).empty_cache()
+
+
+def compare_kernels() -> str:
+    """A table of backends on a small problem, for people who have no ComfyUI yet: those that start at once here."""
+    router = Router(detect())
+    request = AttentionRequest(batch=1, num_heads=8, q_len=1024, kv_len=1024, head_dim=64, dtype="float32")
+    case = Case("", request)
+    slow = [name for name, backend in router.backends.items() if backend.avoid_reasons(request, router.platform)]
+    backends = [name for name in router.backends if name not in (COMFY, *slow)]
+    ended = run_cases([case], backends, router, device_of(router.platform))
+    lines = [f"call: {request.describe()}", f"{'backend':18} {'ms':>9} {'relative L2':>12}"]
+    ran = [row for row in case.rows if row.status == "ok"]
+    lines += [f"{row.backend:18} {row.ms:9.2f} {row.relative_l2:12.1e}" for row in ran]
+    lines.append(
+        f"median of {TIMED} calls; relative L2 against float64 on {case.checked_rows} query rows; "
+        f"{len(router.backends) - len(ran)} more backends cannot run here or are not made for such a call"
+    )
+    return "\n".join([*lines, ended] if ended else lines)

@@ -1,0 +1,173 @@
+"""The page docs/backends.md: what each backend is, where it runs, what it takes, and the routes.
+
+Made from the declarations that the router itself asks, so that it cannot say something else. Pure: machines are
+described and nothing but declarations is imported, so no torch. `python3 dev.py docs` writes it, a test compares it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from ..config.names import COMFY
+from ..config.systems import SYSTEMS
+from ..engine.priorities import ROUTES, Route
+from ..kernels import BACKENDS
+from ..kernels.backend import Backend
+from ..kernels.group import Family
+from ..kernels.planned import Planned
+from ..values.options import KIND_NAMES, Option
+from .support_limits import CARDS, MACHINES, card_name, limit_rows, runs_on
+
+INTRO = """# Backends
+
+<!-- Made by `python3 dev.py docs` from the code; edit the code, not this page. -->
+
+What each backend is, where it runs and what it takes. These tables are made from what the pack itself asks before it
+runs a kernel, so they cannot say something else than the program does. What your own machine has says
+`python custom_nodes/attention-backends doctor`, in ComfyUI's folder; which backend one call would get, and why not
+another one, says `explain`.
+
+If you only want pictures: leave the backend on `auto`. It takes exact backends alone, in the order of the routes at the
+end of this page, and passes over one that cannot run a call.
+
+- **exact**: differs from PyTorch's own attention by rounding only. **quantized**: computes with 8 or 4 bits, faster and
+  less precise. **sparse**: skips parts of the work, so it changes the picture most.
+- **sm90** is NVIDIA's compute capability 9.0: sm75 Turing, sm80 to sm87 Ampere, sm89 Ada, sm90 Hopper, sm100 to sm121
+  Blackwell. **gfx942** and the like are AMD's names of its architectures.
+  The tables ask about {cards}.
+- **GQA**: several query heads share one key head. **Causal**: a token sees only those before it.
+- Masks: **key_padding** hides some keys from every query, **bool** hides some keys from some queries, **bias** is added
+  to the scores."""
+
+
+def support_page() -> str:
+    """The text of docs/backends.md."""
+    built = [backend for backend in BACKENDS.values() if not isinstance(backend, Planned)]
+    planned = [backend for backend in BACKENDS.values() if isinstance(backend, Planned)]
+    parts = [
+        INTRO.format(cards=", ".join(map(card_name, CARDS))),
+        "## What there is",
+        _table(("backend", "accuracy", "what it is", "needs", "runs on"), [_what(backend) for backend in built]),
+        "## What a call may be",
+        _LIMITS_INTRO,
+        _table(
+            ("backend", "where", "dtypes", "head_dim", "masks", "GQA", "causal", "scale", "further limits"),
+            [(_code(backend.id), *row) for backend in built for row in _rows_of(backend)],
+        ),
+        "## Options",
+        "What a backend takes under `extra`. One without a row here takes none.",
+        _table(
+            ("backend", "option", "is", "default", "allowed", "what it does"),
+            [_option(backend, option) for backend in built for option in backend.options],
+        ),
+        "## Routes",
+        "What `auto` tries, best first; the last one runs everywhere. The second order is tried before the first one "
+        "where a person allows more than exact.",
+        _table(
+            ("machine", "cards", "exact", "where quantized is allowed", "evidence", "source"),
+            [_route(route) for route in ROUTES],
+        ),
+    ]
+    parts += [
+        "## Names in other systems",
+        "A configuration of one of these pastes unchanged; what differs there is in [systems.md](systems.md).",
+        _table(("backend", *(system.title for system in SYSTEMS)), _names()),
+    ]
+    if planned:
+        parts += [
+            "## Names without a kernel yet",
+            "They are accepted in configurations, say that they are not built, and fall back.",
+            _table(("backend", "accuracy", "what it is"), [(_code(b.id), b.accuracy, b.summary) for b in planned]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+_LIMITS_INTRO = """A call outside its row is refused with the value and the limit, and another backend runs it. A
+backend with several rows has other limits on other machines or with other versions; where a row names none, torch is
+2.13 and cuDNN 9.23. **Scale** says whether a call may bring its own; every backend has the usual `head_dim ** -0.5`.
+Some refuse a little more on some cards: for one call, `explain` has the last word."""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") or " " for cell in line) + " |" for line in lines)
+
+
+def _code(text: object) -> str:
+    return f"`{text}`"
+
+
+# What it is and where it runs
+def _what(backend: Backend) -> tuple[str, ...]:
+    if isinstance(backend, Family):
+        members = {member.id: member for order in (backend.order, *backend.on.values()) for member in order}
+        return _code(backend.id), backend.accuracy, backend.summary, "one of its members", f"as {_codes(members)}"
+    needs = ", ".join(_code(need) for need in _needs(backend)) or "nothing"
+    accuracy = "that of ComfyUI's function" if backend.id == COMFY else backend.accuracy
+    return _code(backend.id), accuracy, backend.summary, needs, runs_on(backend)
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(_code(name) for name in names)
+
+
+def _needs(backend: Backend) -> list[str]:
+    """Packages and versions: what is declared, and what a machine that has nothing is told to lack."""
+    needs = dict.fromkeys(need for need in backend.requires if not need.startswith("torch>"))
+    for machine in MACHINES:
+        if machine.kind not in backend.kinds:
+            continue
+        poor = replace(machine, torch="0", cudnn=1, packages=())
+        for reason in backend.unavailable_reasons(poor):
+            if match := re.match(r"package (\S+) is not installed", reason):
+                needs.update({} if any(need.startswith(match[1]) for need in needs) else {match[1]: None})
+            elif match := re.match(r"package (torch) 0 does not meet ([^,]+)(, which (\w+) needs)?", reason):
+                needs[f"{match[1]}{match[2]}" + (f" ({match[4].upper()})" if match[4] else "")] = None
+            elif match := re.match(r"cuDNN 1 < (\d+)", reason):
+                needs[f"cuDNN>={int(match[1]) // 10000}.{int(match[1]) // 100 % 100}"] = None
+    specifiers: dict[str, list[str]] = {}
+    for need in needs:
+        name = re.split(r"[<>=!~]", need)[0] if "(" not in need else need
+        specifiers.setdefault(name, []).append(need.removeprefix(name))
+    return [name + ",".join(filter(None, parts)) for name, parts in specifiers.items()]
+
+
+def _rows_of(backend: Backend) -> list[tuple[str, ...]]:
+    return [("", "as its member", *[""] * 6)] if isinstance(backend, Family) else limit_rows(backend)
+
+
+# Options and routes
+def _option(backend: Backend, option: Option) -> tuple[str, ...]:
+    allowed = [_code(choice) for choice in option.choices]
+    low = [] if option.minimum is None else [f"from {option.minimum:g}"]
+    high = [] if option.maximum is None else [f"to {option.maximum:g}"]
+    allowed += [" ".join(low + high)] if low or high else []
+    allowed += [KIND_NAMES.get(also, _code(also)) if isinstance(also, type) else _code(also) for also in option.also]
+    default = _code(option.default) if option.default not in (None, "") else "the package's own"
+    return (
+        _code(backend.id),
+        _code(option.name),
+        KIND_NAMES[option.kind],
+        default,
+        ", ".join(allowed) or "any",
+        option.summary,
+    )
+
+
+def _route(route: Route) -> tuple[str, ...]:
+    kinds = ", ".join(kind.upper() if kind != "rocm" else "ROCm" for kind in route.kinds)
+    if route.capabilities:
+        low, high = (".".join(map(str, card)) for card in route.capabilities)
+        kinds += f" {low} to {high}" if route.capabilities[0] > (0, 0) else f" to {high}"
+    lossy = _codes(route.lossy) if route.lossy else "the same"
+    return route.title, kinds, _codes(route.order), lossy, route.evidence, route.source
+
+
+def _names() -> Iterable[tuple[str, ...]]:
+    """For each backend that another system names: its names there."""
+    for backend in BACKENDS:
+        cells = [_codes(row.name for row in system.names if row.means == backend) for system in SYSTEMS]
+        if any(cells):
+            yield _code(backend), *cells

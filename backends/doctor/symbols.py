@@ -1,0 +1,181 @@
+"""The names that kernels take from their packages, and whether an installed package has them and is the one it says.
+
+Looking is live on purpose, as the doctor is: it imports the package, and whatever that raises is an answer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from types import MappingProxyType, ModuleType
+from typing import NamedTuple
+
+from ..kernels.backend import package_reason
+from ..kernels.packages import PACKAGES_OF
+from ..values.platform import Platform
+
+
+class Symbols(NamedTuple):
+    """Names that a kernel takes from a module of its package."""
+
+    module: str
+    names: tuple[str, ...]
+    when: str = ""
+    """The requirement under which this holds, e.g. `sageattention>=2`; empty for always."""
+    foreign: tuple[str, ...] = ()
+    """Names that it must not have: with them it is another release than its metadata says."""
+
+
+_SAGE_2_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
+
+
+def _sage_2(*names: str) -> tuple[Symbols, ...]:
+    return (Symbols("sageattention", tuple(dict.fromkeys((*names, _SAGE_2_ONLY))), "sageattention>=2"),)
+
+
+SYMBOLS_OF: Mapping[str, tuple[Symbols, ...]] = MappingProxyType(
+    {
+        "flash_attn_2": (Symbols("flash_attn", ("flash_attn_func",)),),
+        "flash_attn_3": (Symbols("flash_attn_interface", ("flash_attn_func",)),),
+        "flash_attn_4": (Symbols("flash_attn.cute", ("flash_attn_func",)),),
+        "flashinfer_attn": (
+            Symbols("flashinfer", ("single_prefill_with_kv_cache", "BatchPrefillWithRaggedKVCacheWrapper", "packbits")),
+        ),
+        "trtllm_attn": (Symbols("flashinfer.prefill", ("trtllm_ragged_attention_deepseek",)),),
+        "sage_attn": (
+            Symbols("sageattention", ("sageattn",), "sageattention<2", foreign=(_SAGE_2_ONLY,)),
+            *_sage_2("sageattn", "sageattn_qk_int8_pv_fp16_triton"),
+        ),
+        "sage_fp16_cuda": _sage_2("sageattn_qk_int8_pv_fp16_cuda"),
+        "sage_fp16_triton": _sage_2("sageattn_qk_int8_pv_fp16_triton"),
+        "sage_fp8_cuda": _sage_2("sageattn_qk_int8_pv_fp8_cuda"),
+        "sage_fp8_sm90": _sage_2("sageattn_qk_int8_pv_fp8_cuda_sm90"),
+        "sage_attn_3": (Symbols("sageattn3", ("sageattn3_blackwell",)),),
+        "xformers": (
+            Symbols("xformers.ops", ("memory_efficient_attention", "LowerTriangularMask")),
+            Symbols("xformers._cpp_lib", ("_built_with_cuda",)),
+        ),
+        "comfy_kitchen_int8": (Symbols("comfy_kitchen", ("int8_attention", "int8_attention_is_available")),),
+        "flex_attn": (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),),
+        "aiter": (Symbols("aiter", ("flash_attn_func",)),),
+        "npu_fusion": (Symbols("torch_npu", ("npu_fusion_attention",)),),
+        "xla_flash": (
+            Symbols("torch_xla.experimental.custom_kernel", ("flash_attention",)),
+            Symbols("torch_xla.runtime", ("device_type",)),
+        ),
+    }
+)
+"""What each kernel takes from its package; backends that are not here need nothing beyond torch or us."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The names that a kernel needs, as `module.name`, those that are missing, and why."""
+
+    needed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    problem: str = ""
+    """What is wrong with the package; empty where nothing is."""
+    installed: bool = True
+    """False where there is no trace of the package, which the backend's reasons say already."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data."""
+        return {"needed": list(self.needed), "missing": list(self.missing), "problem": self.problem or None}
+
+    @property
+    def text(self) -> str:
+        """One line: what is wrong, or which names were found."""
+        return self.problem or f"{', '.join(self.needed)} found"
+
+
+def needs_of(backend_id: str, platform: Platform) -> tuple[Symbols, ...]:
+    """What a backend takes from the versions that are installed; from the newest where none is."""
+    needs = SYMBOLS_OF.get(backend_id, ())
+    holding = tuple(need for need in needs if not need.when or package_reason(need.when, platform) is None)
+    return holding or needs[-1:]
+
+
+def without_import(backend_id: str, platform: Platform, problem: str) -> Finding:
+    """The finding where the package is better not imported; `problem` says why."""
+    needed = _names(needs_of(backend_id, platform))
+    return Finding(needed, (), problem) if needed else Finding()
+
+
+def find(backend_id: str, platform: Platform) -> Finding:
+    """Import what a backend's package offers and look for the names."""
+    needs = needs_of(backend_id, platform)
+    missing: list[str] = []
+    problems: list[str] = []
+    installed = True
+    for need in needs:
+        gone, problem, there = _look(backend_id, need, platform)
+        missing += gone
+        problems += [problem] if problem else []
+        installed = installed and there
+    return Finding(_names(needs), tuple(missing), "; ".join(problems), installed)
+
+
+def _names(needs: tuple[Symbols, ...]) -> tuple[str, ...]:
+    return tuple(f"{need.module}.{name}" for need in needs for name in need.names)
+
+
+def _look(backend_id: str, need: Symbols, platform: Platform) -> tuple[list[str], str, bool]:
+    """The names that are missing, why, and whether there is any trace of the package."""
+    top = need.module.split(".")[0]
+    distribution = next((p.distribution for p in PACKAGES_OF.get(backend_id, ()) if _top(p.module) == top), top)
+    version = platform.version(distribution)
+    everything = [f"{need.module}.{name}" for name in need.names]
+    if not _can_be_found(top):
+        if version is None:
+            return everything, f"package {distribution} is not installed", False
+        return everything, f"metadata says {distribution} {version}, but there is no module {top}", True
+    stranger = "" if version or top == "torch" else _owner(top, distribution)
+    try:
+        # What the package prints is the command line's to redirect: sys.stdout belongs to all threads of a server.
+        module = import_module(need.module)
+        gone = [name for name in need.names if not hasattr(module, name)]
+        foreign = [name for name in need.foreign if hasattr(module, name)]
+    except (Exception, SystemExit) as error:  # whatever a package raises is the finding
+        raised = f"importing {need.module} raised {type(error).__name__}: {error}"
+        return everything, "; ".join(filter(None, (stranger, raised))), True
+    where = _place(module)
+    says = f"metadata says {distribution} {version}, but " if version else ""
+    problems = [stranger]
+    if gone:
+        problems.append(f"{says}{where} has no {', '.join(gone)}")
+    if foreign:
+        problems.append(f"{says}{where} has {', '.join(foreign)}, which {need.when} does not have")
+    return [f"{need.module}.{name}" for name in gone], "; ".join(filter(None, problems)), True
+
+
+def _top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def _can_be_found(top: str) -> bool:
+    try:
+        return find_spec(top) is not None
+    except (ImportError, ValueError):  # loaded, but without a spec
+        return top in sys.modules
+
+
+def _place(module: ModuleType) -> str:
+    """The module's file, or its folder where it is nothing but a folder."""
+    file = getattr(module, "__file__", None)
+    if file:
+        return str(file)
+    folders = list(getattr(module, "__path__", ()))
+    return f"{folders[0]} (a bare folder)" if folders else module.__name__
+
+
+def _owner(top: str, distribution: str) -> str:
+    """Says that a module belongs to another distribution than the one that was meant."""
+    owners = [name for name in dict.fromkeys(metadata.packages_distributions().get(top, ())) if name != distribution]
+    if not owners:
+        return f"module {top} can be imported, but package {distribution} is not installed"
+    named = ", ".join(f"{name} {metadata.version(name)}" for name in owners)
+    return f"module {top} is that of {named}; package {distribution} is not installed"

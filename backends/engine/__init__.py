@@ -1,0 +1,1 @@
+"""From a request to a kernel that runs: priorities, router, masks, sessions with their plans."""

@@ -1,0 +1,145 @@
+"""Checks mode: every attention call is looked over before a kernel sees it, and refused in words.
+
+Off by default: kernels refuse most of this themselves, in their own words. `DIFFUSERS_ATTN_CHECKS` (1, on, yes or
+true, in any case) switches it on, as in Diffusers; so does `with checks():` for calls through `api.py`. Only shapes,
+types and devices are read, never values, so a check costs no synchronisation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from ..values.request import AttentionCall
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..kernels.backend import Kernel
+
+VARIABLE = "DIFFUSERS_ATTN_CHECKS"
+ON = ("1", "on", "yes", "true")
+
+
+class CheckError(ValueError):
+    """A call that no kernel could answer rightly; the message says what was given and what to do."""
+
+
+class DifferingTensorsError(CheckError):
+    """A call of a host whose tensors have different dtypes or devices: only the host's own function can answer it."""
+
+
+def differing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """Which dtypes or devices the tensors of a call have; empty where they agree, the mask on its device alone."""
+    if not query.dtype == key.dtype == value.dtype:
+        return "dtypes differ: " + ", ".join(str(each.dtype).removeprefix("torch.") for each in (query, key, value))
+    if not query.device == key.device == value.device:
+        return "devices differ: " + ", ".join(str(each.device) for each in (query, key, value))
+    if mask is not None and mask.device != query.device:
+        return f"devices differ: query {query.device}, mask {mask.device}"
+    return ""
+
+
+def checks_from_environment(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment switches checks on."""
+    environ = os.environ if environ is None else environ
+    return environ.get(VARIABLE, "").strip().lower() in ON
+
+
+def check(call: AttentionCall, *, only_shapes: bool = False) -> None:
+    """Refuse a call whose tensors do not fit together; which memory layout they have does not matter.
+
+    `only_shapes` leaves out types, devices and the mask, and takes four dimensions for granted. Shapes are worth asking
+    once for each kind of call in any case: PyTorch's CPU kernels do not compare the lengths of key and value, and read
+    memory that belongs to something else.
+
+    Raises:
+        CheckError: with everything that is wrong, the shapes, types and devices, and what to do about each.
+    """
+    problems = list(_shapes(call) if only_shapes else _problems(call))
+    if not problems:
+        return
+    given = [("query", call.query), ("key", call.key), ("value", call.value)]
+    if call.attn_mask is not None:
+        given.append(("mask", call.attn_mask))
+    lines = [f"attention checks: {len(problems)} wrong with this call"]
+    lines += [f"  {name}: {_described(tensor)}" for name, tensor in given]
+    lines.append(
+        f"  is_causal {call.is_causal}, enable_gqa {call.enable_gqa}; shapes are (batch, heads, length, head_dim)"
+    )
+    lines += [f"  {problem}; what to do: {remedy}" for problem, remedy in problems]
+    raise CheckError("\n".join(lines))
+
+
+def checked(kernel: Kernel) -> Kernel:
+    """The kernel with a check before each call."""
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        check(call)
+        return kernel(call)
+
+    return run
+
+
+def _problems(call: AttentionCall) -> Iterator[tuple[str, str]]:
+    """What is wrong, each with its remedy."""
+    query, key, value, mask = call.query, call.key, call.value, call.attn_mask
+    tensors = {"query": query, "key": key, "value": value}
+    flat = [f"{name} has {tensor.ndim} dimensions, not 4" for name, tensor in tensors.items() if tensor.ndim != 4]
+    if flat:
+        yield "; ".join(flat), "give (batch, heads, length, head_dim), or layout='BSHD' with heads and length swapped"
+        return
+    devices = {tensor.device for tensor in (query, key, value, mask) if tensor is not None}
+    if len(devices) > 1:
+        yield f"{len(devices)} devices: {', '.join(sorted(map(str, devices)))}", "move all of them to one device"
+    if not query.dtype == key.dtype == value.dtype:
+        yield (
+            f"dtypes differ: query {_name(query)}, key {_name(key)}, value {_name(value)}",
+            "cast key and value to the query's dtype",
+        )
+    yield from _shapes(call)
+    if mask is not None:
+        yield from _mask(call, mask)
+
+
+def _shapes(call: AttentionCall) -> Iterator[tuple[str, str]]:
+    query, key, value = call.query.shape, call.key.shape, call.value.shape
+    if not query[0] == key[0] == value[0]:
+        yield f"batch sizes differ: {query[0]}, {key[0]}, {value[0]}", "expand the smaller ones to the query's batch"
+    if key[1] != value[1]:
+        yield f"key has {key[1]} heads, value {value[1]}", "give both the same heads"
+    if key[1] == 0 or query[1] % key[1]:
+        yield f"{query[1]} query heads are not a multiple of {key[1]} key heads", "check heads and layout"
+    elif query[1] != key[1] and not call.enable_gqa:
+        yield f"{query[1]} query heads over {key[1]} key heads without enable_gqa", "set enable_gqa=True"
+    if key[2] != value[2]:
+        yield f"kv_len of key {key[2]} != {value[2]} of value", "give one value for each key"
+    if key[2] == 0:
+        yield "kv_len 0: there is no key to attend to", "leave this call out"
+    if query[3] != key[3]:
+        yield f"head_dim of key {key[3]} != {query[3]} of query", "project both to the same size"
+
+
+def _mask(call: AttentionCall, mask: torch.Tensor) -> Iterator[tuple[str, str]]:
+    import torch
+
+    batch, heads, q_len, _ = call.query.shape
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        remedy = "make it boolean (True: visible) or floating-point (added to scores, as integers are)"
+        yield f"mask of dtype {_name(mask)}", remedy
+    elif mask.dtype != torch.bool and mask.dtype != call.query.dtype:
+        yield f"mask of dtype {_name(mask)}, query {_name(call.query)}", "cast the mask to the query's dtype"
+    full = (batch, heads, q_len, call.key.shape[2])
+    if mask.ndim != 4 or any(size not in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True)):
+        yield f"mask {tuple(mask.shape)} cannot be broadcast to {full}", "give each dimension its size or 1"
+    if call.is_causal:
+        yield "is_causal together with a mask", "put the causal part into the mask, or leave one of them out"
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {_name(tensor)} on {tensor.device}"
+
+
+def _name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,96 @@
+"""Which exact backends a platform tries, and in which order: data, with where each row comes from.
+
+Capability lives beside each kernel; a backend in a row that cannot run there or cannot run the call is passed
+over with its reasons. Every row ends in `torch_sdpa`, which runs everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..values.platform import Platform
+
+
+class Route(NamedTuple):
+    """One row: the machines it is for, the order, and how well it is founded."""
+
+    title: str
+    kinds: tuple[str, ...]
+    capabilities: tuple[tuple[int, int], tuple[int, int]] | None
+    """Lowest and highest CUDA compute capability of the row; None for any."""
+    order: tuple[str, ...]
+    """Exact backends, best first."""
+    evidence: str
+    """`measured` by this project, `reported` by others, or `assumed`."""
+    source: str
+    lossy: tuple[str, ...] = ()
+    """Tried before `order` where a person allows more than exact; most of them refuse masks, and say so."""
+
+
+ROUTES: tuple[Route, ...] = (
+    Route(
+        "Blackwell",
+        ("cuda",),
+        ((10, 0), (12, 9)),
+        ("cudnn_attn", "flashinfer_attn", "flash_attn_4", "torch_sdpa"),
+        "reported",
+        "vLLM-Omni's table (measured there on sm_120); reports against cuDNN on sm_103 and sm_121 exist",
+        ("sage_attn", "sage_fp16_triton"),
+    ),
+    Route(
+        "Hopper",
+        ("cuda",),
+        ((9, 0), (9, 9)),
+        ("flash_attn", "torch_sdpa"),
+        "reported",
+        "vLLM-Omni's and SGLang's tables",
+        ("sage_attn", "sage_fp16_triton"),
+    ),
+    Route(
+        "Ampere and Ada",
+        ("cuda",),
+        ((8, 0), (8, 9)),
+        ("flash_attn", "torch_sdpa"),
+        "reported",
+        "vLLM-Omni's and SGLang's tables",
+        ("sage_attn", "sage_fp16_triton"),
+    ),
+    Route(
+        "Turing and older",
+        ("cuda",),
+        ((0, 0), (7, 9)),
+        ("xformers", "torch_sdpa"),
+        "assumed",
+        "FlashAttention 2 needs sm80; xformers' CUTLASS kernel supports older cards",
+        ("sage_attn", "sage_fp16_triton"),
+    ),
+    Route("CUDA, card unknown", ("cuda",), None, ("torch_sdpa",), "assumed", "no capability to go by"),
+    Route(
+        "ROCm", ("rocm",), None, ("aiter", "flash_attn", "torch_sdpa"), "reported", "SGLang's and vLLM-Omni's tables"
+    ),
+    Route("XLA", ("xla",), None, ("xla_flash", "torch_sdpa"), "reported", "Diffusers' XLA backend"),
+    Route("CPU, MPS, XPU, NPU", ("cpu", "mps", "xpu", "npu"), None, ("torch_sdpa",), "reported", "SGLang's table"),
+)
+
+
+def route_for(platform: Platform) -> Route:
+    """The first row that fits `platform`; a row with capabilities fits only a card whose capability is known."""
+    for route in ROUTES:
+        if platform.kind not in route.kinds:
+            continue
+        if route.capabilities is None:
+            return route
+        lowest, highest = route.capabilities
+        if platform.capability is not None and lowest <= platform.capability <= highest:
+            return route
+    raise AssertionError(f"no route for platform kind {platform.kind!r}")  # ROUTES covers every kind
+
+
+def default_line(platform: Platform, backend: str) -> str:
+    """The log line that says which backend `auto` starts with, in vLLM-Omni's words."""
+    if backend == "torch_sdpa":
+        return "Defaulting to diffusion attention backend SDPA"
+    card = " ".join(filter(None, (platform.architecture, platform.sm or platform.gfx)))
+    cudnn = f"cuDNN {platform.cudnn}" if backend == "cudnn_attn" and platform.cudnn else ""
+    known = ", ".join(filter(None, (card, cudnn)))
+    return f"Defaulting to diffusion attention backend {backend.upper()}" + (f" ({known})" if known else "")

@@ -1,0 +1,293 @@
+"""From a request to a decision: which backend runs, on whose word, and why the others do not.
+
+Selection is pure: facts in, decision out, every refusal with its reasons. The only state is what was learnt about
+this process: which packages turned out to be broken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..config import AttentionConfig, frozen
+from ..config.layers import Choice, resolve, settings_of
+from ..config.names import COMFY, MEASURED
+from ..kernels import BACKENDS
+from ..kernels.backend import ACCURACY, Backend, Kernel
+from ..kernels.group import Family
+from ..measure import remembered
+from ..values.platform import Platform
+from ..values.request import AttentionRequest
+from .call_checks import VARIABLE as CHECKS
+from .priorities import route_for
+
+if TYPE_CHECKING:
+    from ..kernels.varlen import VarlenKernel
+
+log = logging.getLogger("attention_backends")
+
+ALWAYS = "torch_sdpa"
+FAILED = "failed before on this call: "
+
+Failed = tuple[str, tuple[tuple[str, str], ...], AttentionRequest]
+"""A backend with its options, frozen, on one kind of call."""
+Failures = Mapping[Failed, str]
+"""What raised before, and the error in words. With other options the same backend may be sound."""
+NO_FAILURES: Failures = {}
+NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
+NOTHING_MEASURES = "measured: no times are kept for such calls, and none are taken here, so it is what auto takes"
+"""A note where `measured` was asked for: selection alone knows no times, see `observe/autotune/tuner.py`."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A backend that was considered and refused."""
+
+    backend: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {'; '.join(self.reasons)}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs for one kind of call."""
+
+    backend: str
+    source: str
+    """Where the choice came from, e.g. `per_role['cross'] (category of 'ltx2.audio_to_video')`."""
+    asked: str | None = None
+    """The backend that was asked for by name; None when the route decided."""
+    rejected: tuple[Rejection, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Options of the backend that was asked for; empty where another one runs."""
+    asked_options: Mapping[str, object] = field(default_factory=dict)
+    """What was asked for with it, whatever runs."""
+    notes: tuple[str, ...] = ()
+    """What a person who named this backend should know: why a route would have passed over it."""
+    accuracy: str | None = None
+    """The least exact class that was allowed for this call, where that is not what holds for the run."""
+
+    @property
+    def is_fallback(self) -> bool:
+        """True when something else runs than what was asked for."""
+        return self.asked not in (None, MEASURED, self.backend)
+
+    @property
+    def reason(self) -> str | None:
+        """Why something else runs than what was asked for."""
+        return str(self.rejected[0]) if self.is_fallback and self.rejected else None
+
+
+class NoBackendError(RuntimeError):
+    """Strict was asked for, and the named backend cannot run the call."""
+
+
+def forbidden(accuracy: str) -> str:
+    """Why a kernel of this accuracy may not run a call with `exact_only`."""
+    return f"accuracy {accuracy}, and the model forbids low precision for this call"
+
+
+class Router:
+    """Selects backends on one platform. Safe to share between threads: what it learns is only ever added."""
+
+    def __init__(self, platform: Platform, backends: Mapping[str, Backend] = BACKENDS, *, recalls: bool = True) -> None:
+        """`recalls`: what crashed or was wrong in an earlier `doctor --probe` counts as unavailable."""
+        self.platform = platform
+        self.recalls = recalls
+        self.backends = backends
+        self.route = route_for(platform)
+        self._unavailable: dict[str, tuple[str, ...]] = {}
+        self._kernels: dict[tuple[str, tuple[tuple[str, str], ...]], Kernel] = {}
+        self._varlen: dict[tuple[str, tuple[tuple[str, str], ...]], VarlenKernel | None] = {}
+
+    def unavailable(self, backend_id: str) -> tuple[str, ...]:
+        """Why a backend cannot run on this platform; empty when it can. On a real machine this loads it, once."""
+        known = self._unavailable.get(backend_id)
+        if known is not None:
+            return known
+        backend = self.backends.get(backend_id)
+        if backend is None:
+            reasons: list[str] = ["not a backend of this version"]
+        else:
+            reasons = backend.unavailable_reasons(self.platform)
+        if backend is not None and not reasons and not self.platform.described:
+            reasons = self._recalled(backend_id) or self._loading(backend_id, backend)
+        self._unavailable[backend_id] = tuple(reasons)
+        return self._unavailable[backend_id]
+
+    def _recalled(self, backend_id: str) -> list[str]:
+        # The last resort is never taken away: what crashes PyTorch's own attention leaves nothing to turn to.
+        if not self.recalls or backend_id == ALWAYS:
+            return []
+        ids, backend = [backend_id], self.backends[backend_id]
+        if isinstance(backend, Family):  # it would take the first that is installed
+            able = (member.id for member in backend.members(self.platform) if self._installed(member))
+            ids += [next(able, backend_id)]
+        said = (remembered.refusal(name, self.platform) for name in ids)
+        return [reason for reason in said if reason][:1]
+
+    def _installed(self, backend: Backend) -> bool:
+        return not backend.unavailable_reasons(self.platform)
+
+    def _loading(self, backend_id: str, backend: Backend) -> list[str]:
+        try:
+            self._kernels[backend_id, ()] = backend.load(self.platform)
+        except (Exception, SystemExit) as error:  # whatever a broken package raises is the reason, never a crash
+            return [f"loading failed: {type(error).__name__}: {error}"]
+        return []
+
+    def kernel(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> Kernel:
+        """The loaded kernel of an available backend, with options that its declaration allows.
+
+        Raises:
+            NoBackendError: it is not available, or the machine was only described.
+            Exception: whatever a package raises while it loads with these options.
+        """
+        if self.unavailable(backend_id):
+            raise NoBackendError(f"{backend_id}: {'; '.join(self.unavailable(backend_id))}")
+        if self.platform.described:
+            raise NoBackendError(f"{backend_id}: this machine was described, nothing can run on it")
+        key = (backend_id, frozen(options))
+        if key not in self._kernels:
+            load: Callable[..., Kernel] = self.backends[backend_id].load
+            self._kernels[key] = load(self.platform, **options)
+        return self._kernels[key]
+
+    def varlen(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> VarlenKernel | None:
+        """The kernel over packed tokens of a loaded backend; None where it has none, or the package lacks it."""
+        key = (backend_id, frozen(options))
+        if key not in self._varlen:
+            load: Callable[..., VarlenKernel] = self.backends[backend_id].load_varlen
+            try:
+                self._varlen[key] = load(self.platform, **options)
+            except Exception as error:  # a build without it is no reason against the backend
+                log.info("%s has no kernel over packed tokens here: %s: %s", backend_id, type(error).__name__, error)
+                self._varlen[key] = None
+        return self._varlen[key]
+
+    def refuse(
+        self,
+        backend_id: str,
+        request: AttentionRequest,
+        failed: Failures = NO_FAILURES,
+        options: Mapping[str, object] = NO_OPTIONS,
+    ) -> tuple[str, ...]:
+        """Why a backend cannot run `request`, unavailability and earlier failures included; empty when it can."""
+        reasons = self.unavailable(backend_id)
+        if reasons:
+            return reasons
+        backend = self.backends[backend_id]
+        if options and (wrong := backend.option_reasons(self.platform, options)):
+            return tuple(wrong)
+        if failed and (said := failed.get((backend_id, frozen(options), request))):
+            return (f"{FAILED}{said}",)
+        if request.exact_only and backend.accuracy != "exact":
+            return (forbidden(backend.accuracy),)
+        return tuple(backend.unsupported_reasons(request, self.platform))
+
+    def select(
+        self,
+        request: AttentionRequest,
+        choice: Choice,
+        *,
+        accuracy: str = "exact",
+        strict: bool = False,
+        failed: Failures = NO_FAILURES,
+    ) -> Decision:
+        """Choose the backend for `request`.
+
+        A named backend runs if it can. Otherwise, and for `auto`, the platform's route is walked, taking only
+        classes up to the choice's own accuracy, or else `accuracy`; where lossy ones are allowed, the route's lossy
+        backends come first; `measured` is walked as `auto` is, with a note. `failed` holds what raised before in the
+        same session.
+
+        Raises:
+            NoBackendError: `strict`, and the named backend cannot run the call for a reason that is not the
+                model's own wish; the message lists the request and every refusal.
+        """
+        rejected: list[Rejection] = []
+        if choice.asked not in (None, MEASURED):
+            reasons = self.refuse(choice.asked, request, failed, choice.extra)
+            if not reasons:
+                against = self.backends[choice.asked].avoid_reasons(request, self.platform)
+                notes = tuple(f"{choice.asked}: {reason}" for reason in against)
+                extra = choice.extra
+                return Decision(choice.asked, choice.source, choice.asked, (), extra, extra, notes)
+            rejected.append(Rejection(choice.asked, reasons))
+            forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
+            if strict and not forbidden:
+                raise NoBackendError(self.explain_refusal(request, choice, rejected, strict=True))
+        accuracy = choice.accuracy or accuracy
+        allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
+        lossy = () if accuracy == "exact" else self.route.lossy
+        for backend_id in (*lossy, *self.route.order):
+            if backend_id == choice.asked:
+                continue
+            reasons = self.refuse(backend_id, request, failed)
+            if not reasons and self._accuracy(backend_id) not in allowed:
+                reasons = (f"accuracy {self._accuracy(backend_id)} is not allowed",)
+            if not reasons:
+                reasons = tuple(self.backends[backend_id].avoid_reasons(request, self.platform))
+            if not reasons:
+                return self._instead(backend_id, choice, rejected)
+            rejected.append(Rejection(backend_id, reasons))
+        if choice.asked != COMFY:
+            reasons = self.refuse(COMFY, request, failed)
+            if not reasons:
+                return self._instead(COMFY, choice, rejected)
+            rejected.append(Rejection(COMFY, reasons))
+        raise NoBackendError(self.explain_refusal(request, choice, rejected))
+
+    def _instead(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:
+        extra, accuracy = choice.extra, choice.accuracy
+        notes = (NOTHING_MEASURES,) if choice.asked == MEASURED else ()
+        return Decision(backend_id, choice.source, choice.asked, tuple(rejected), {}, extra, notes, accuracy)
+
+    def decide(
+        self, request: AttentionRequest, layers: tuple[AttentionConfig, ...], role: str, category: str
+    ) -> Decision:
+        """Resolve the role in `layers`, then select."""
+        said = settings_of(layers)
+        return self.select(request, resolve(layers, role, category), accuracy=said.accuracy, strict=said.strict)
+
+    def default_backend(self) -> str:
+        """The first available backend of the route: what `auto` starts with before any call is known."""
+        return next((backend_id for backend_id in self.route.order if not self.unavailable(backend_id)), ALWAYS)
+
+    def explain_refusal(
+        self, request: AttentionRequest, choice: Choice, rejected: list[Rejection], *, strict: bool = False
+    ) -> str:
+        """The text of an error: the request, each backend with its reasons, and what to do."""
+        lines = [
+            f"no attention backend for this call (asked for {choice.asked or 'auto'} via {choice.source})",
+            f"  call: {request.describe()}",
+            f"  machine: {self.platform.describe()}",
+            *(f"  {rejection}" for rejection in rejected),
+        ]
+        tried = {rejection.backend for rejection in rejected}
+        able: list[str] = []
+        others: dict[tuple[str, ...], list[str]] = {}  # backends that share their reasons share a line
+        for backend_id, backend in self.backends.items():
+            reasons = self.refuse(backend_id, request)
+            if backend_id in tried:
+                continue
+            if reasons:
+                others.setdefault(reasons, []).append(backend_id)
+            elif backend.accuracy == "exact" and backend_id not in (COMFY, "reference"):
+                able.append(backend_id)
+        lines += [f"  {', '.join(names)}: {'; '.join(reasons)}" for reasons, names in others.items()]
+        advice = [f"choose one that can run it ({', '.join(able)})"] if able else []
+        advice += ["switch strict off to fall back"] if strict else []
+        if any(reason.startswith(FAILED) for rejection in rejected for reason in rejection.reasons):
+            advice.append(f"set {CHECKS}=1 to learn whether the call's tensors fit together")
+        lines += [f"  what to do: {', or '.join(advice)}"] if advice else []
+        return "\n".join(lines)
+
+    def _accuracy(self, backend_id: str) -> str:
+        backend = self.backends.get(backend_id)
+        return backend.accuracy if backend is not None else "exact"

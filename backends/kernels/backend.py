@@ -1,0 +1,216 @@
+"""What a backend is: declared limits, an accuracy class, two kinds of reasons, and a kernel loaded on demand.
+
+*Unavailable* is about the machine (package, version, card) and is asked once per process. *Unsupported* is about
+one request (dtype, head size, mask) and is asked once per kind of call. Both answer with reasons: an empty list
+means yes. A reason is lower case and names the value and the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
+from ..values.options import Option
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from ..values.tolerance import EXACT, Tolerance, accuracy, tolerance
+from ..values.versions import meets, read
+
+if TYPE_CHECKING:
+    import torch
+
+    from .varlen import VarlenKernel
+
+__all__ = ["ACCURACY", "ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "on_copies", "package_reason"]
+
+Kernel = Callable[[AttentionCall], "torch.Tensor"]
+"""Computes one call; returns (batch, num_heads, q_len, v_head_dim)."""
+
+ACCURACY = ("exact", "quantized", "sparse")
+"""`exact`: differs from SDPA by rounding only. `quantized`: INT8, FP8, FP4 arithmetic. `sparse`: skips work."""
+
+
+class _ByArithmetic:
+    """The accuracy class of a backend, from its arithmetic; where one sets `accuracy` itself, that stands."""
+
+    def __get__(self, backend: Backend | None, of: type[Backend]) -> str:
+        asked = of if backend is None else backend
+        return accuracy(asked.arithmetic, sparse=asked.sparse)
+
+
+class Backend:
+    """One thing a person can select. A subclass declares the class attributes and writes `load`."""
+
+    id: ClassVar[str]
+    summary: ClassVar[str]
+    """One sentence for menus: what it does and when to use it."""
+    arithmetic: ClassVar[str] = "half"
+    """What it computes in, the coarsest of its steps: one of `tolerance.TOLERANCES`."""
+    sparse: ClassVar[bool] = False
+    """It skips work that has a weight."""
+    accuracy: ClassVar[str] = cast("str", _ByArithmetic())
+    """One of `ACCURACY`; follows from `arithmetic` and `sparse`."""
+    kinds: ClassVar[tuple[str, ...]] = ("cuda",)
+    """Kinds of platform it runs on (`platform.KINDS`)."""
+    min_capability: ClassVar[tuple[int, int] | None] = None
+    """Lowest CUDA compute capability; asked only on `cuda`."""
+    architectures: ClassVar[tuple[str, ...] | None] = None
+    """The only AMD architectures that it has kernels for, such as `gfx942`; asked only on `rocm`."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Distributions it needs, as requirement strings such as `flash-attn>=2.6.3`."""
+    limits: ClassVar[Limits] = Limits()
+    remarks: ClassVar[tuple[str, ...]] = ()
+    """For the support table: what `unsupported_reasons` or `load` ask beyond `limits` and `requires`."""
+    options: ClassVar[tuple[Option, ...]] = ()
+    """What a person may set under `extra`; `load` takes each as a keyword argument with the same default."""
+    changes_inputs: ClassVar[bool] = False
+    """The kernel writes into query, key or value; callers that keep them hand it copies."""
+    varlen: ClassVar[bool] = False
+    """It has a kernel over packed tokens too: sequences of different lengths in one call (`load_varlen`)."""
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        """Why this backend cannot run on `platform` at all; empty when it can."""
+        if platform.kind not in self.kinds:
+            return [f"device {platform.kind} not in ({', '.join(self.kinds)})"]
+        reasons = []
+        cards = self.cards(platform)
+        if platform.kind == "cuda" and (self.min_capability or cards is not None):
+            if platform.capability is None:
+                reasons.append("compute capability unknown")
+            elif self.min_capability and platform.capability < self.min_capability:
+                reasons.append(f"compute capability {_dotted(platform.capability)} < {_dotted(self.min_capability)}")
+            elif cards is not None and platform.capability not in cards:
+                known = ", ".join(_dotted(card) for card in cards)
+                reasons.append(f"compute capability {_dotted(platform.capability)} not in ({known})")
+        if platform.kind == "rocm" and self.architectures is not None and platform.gfx not in self.architectures:
+            reasons.append(f"architecture {platform.gfx or 'unknown'} not in ({', '.join(self.architectures)})")
+        reasons += [reason for need in self.requires if (reason := package_reason(need, platform))]
+        return list(dict.fromkeys(reasons))
+
+    def arithmetic_on(self, platform: Platform) -> str:
+        """Its arithmetic on this machine; override where several kernels stand behind one id."""
+        if self.arithmetic in EXACT and self.accuracy == "quantized":
+            return "int8"  # one that declares the class alone
+        return self.arithmetic
+
+    def tolerance_on(self, platform: Platform) -> Tolerance:
+        """How far it may be off on this machine."""
+        return tolerance(self.arithmetic_on(platform), sparse=self.accuracy == "sparse")
+
+    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...] | None:
+        """The only CUDA compute capabilities that it has kernels for; None for any from `min_capability`."""
+        return None
+
+    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+        """Which of several kernels would run `request`, for reports; None where the backend is one kernel."""
+        return None
+
+    def origin(self, platform: Platform) -> str | None:
+        """Where its code comes from, where that is none of its packages; None otherwise. For reports."""
+        return None
+
+    def limits_on(self, platform: Platform) -> Limits:
+        """The limits that hold on `platform`; override where they differ between machines."""
+        return self.limits
+
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        """Why this backend, available on `platform`, cannot run `request`; empty when it can."""
+        return self.limits_on(platform).reasons(request)
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Bytes that one call takes at most beyond query, key, value, mask and output (`support/workspace.py`).
+
+        A host is told, so that it makes room; what is a few numbers for each query is not worth telling.
+        """
+        return 0
+
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        """Which of these options contradict each other on every machine; asked when a configuration is read.
+
+        Their names, types and limits were checked before, by their declarations.
+        """
+        return []
+
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+        """Why this backend, available on `platform`, cannot run with these options there, as far as versions tell.
+
+        What only the package itself can tell is for `load` to raise.
+        """
+        return []
+
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        """Why a route passes over this backend for `request` although it could run: others are known to be faster.
+
+        Where a person names the backend it runs all the same, and these are notes.
+        """
+        return []
+
+    def load(self, platform: Platform) -> Kernel:
+        """Import what the kernel needs and return it. Called where it is available, once for each set of options.
+
+        Options are keyword arguments: `def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel`.
+
+        Raises:
+            Exception: whatever a broken package raises; the caller turns it into an unavailable reason.
+        """
+        raise NotImplementedError
+
+    def varlen_limits(self, platform: Platform) -> Limits | None:
+        """The limits of `load_varlen`'s kernel, all tokens taken as one sample; None where there is none.
+
+        What is asked of a single sequence was asked before, of the request that it would be by itself.
+        """
+        return self.limits_on(platform) if self.varlen else None
+
+    def load_varlen(self, platform: Platform) -> VarlenKernel:
+        """Import the kernel over packed tokens; asked only after `load`, with the same options.
+
+        Raises:
+            Exception: whatever the package raises; then one call runs for each sequence.
+        """
+        raise NotImplementedError
+
+
+def on_copies(kernel: Kernel) -> Kernel:
+    """A kernel that changes its inputs, given copies: the caller keeps them, for a fallback after a failure too."""
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        return kernel(call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone()))
+
+    return run
+
+
+def for_scale(kernel: Kernel, scale: float | None) -> Kernel:
+    """The kernel; for a scale of 0 or less one that gets the query times 0 or -1, and a scale above 0.
+
+    Kernels of the FlashAttention kind look for a row's largest score, and hide keys by -inf, before they scale, so that
+    such a scale gives another result: torch's CPU kernel makes a causal call NaN (2.13).
+    """
+    if scale is None or not scale <= 0:
+        return kernel
+    sign, positive = (-1.0, -scale) if scale < 0 else (scale, 1.0)
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        return kernel(call.changed(query=call.query * sign, scale=positive))
+
+    return run
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def package_reason(requirement: str, platform: Platform) -> str | None:
+    """Why a requirement such as `flash-attn>=2.6.3` or `torch>=2.7` is not met on `platform`, or None when it is."""
+    from packaging.requirements import Requirement
+
+    need = Requirement(requirement)
+    found = platform.torch if need.name == "torch" else platform.version(need.name)
+    if found is None:
+        return f"package {need.name} is not installed"
+    if read(found) is None:
+        return f"package {need.name} has no readable version: {found}"
+    if not meets(found, str(need.specifier)):
+        return f"package {need.name} {found} does not meet {need.specifier}"
+    return None

@@ -1,0 +1,98 @@
+"""A backend that stands for several: the first of its members that this machine can run.
+
+A family holds no kernel. It is made in `__init__.py` from the backends that are listed there anyway, so
+that kernels need not import one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..values.platform import Platform
+from ..values.request import AttentionRequest
+from .backend import Backend, Kernel, Limits
+
+if TYPE_CHECKING:
+    from .varlen import VarlenKernel
+
+
+class Family(Backend):
+    """Tries its members in an order that depends on the card, and then is the one that could be loaded.
+
+    One member per machine, not per call: what a person measured for one call holds for the next.
+    """
+
+    def __init__(
+        self, backend_id: str, summary: str, order: tuple[Backend, ...], on: Mapping[str, tuple[Backend, ...]]
+    ) -> None:
+        """`on` has the order for a name of `Platform.architecture` or a kind; `order` is for all others."""
+        self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
+        self.summary = summary  # type: ignore[misc]
+        self.order = order
+        self.on = on
+        self._loaded: dict[Platform, Backend] = {}
+
+    def members(self, platform: Platform) -> tuple[Backend, ...]:
+        """The members to try on `platform`, best first."""
+        return self.on.get(platform.architecture or platform.kind, self.order)
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = []
+        for member in self.members(platform):
+            why = member.unavailable_reasons(platform)
+            if not why:
+                return []
+            reasons += [f"{member.id}: {reason}" for reason in why]
+        return reasons
+
+    def load(self, platform: Platform) -> Kernel:
+        """The kernel of the first member that loads; one that is installed but broken gives way to the next."""
+        broken = []
+        for member in self.members(platform):
+            if member.unavailable_reasons(platform):
+                continue
+            try:
+                kernel = member.load(platform)
+            except (Exception, SystemExit) as error:  # whatever a broken package raises
+                broken.append(f"{member.id}: {type(error).__name__}: {error}")
+            else:
+                self._loaded[platform] = member
+                return kernel
+        raise ImportError("; ".join(broken))
+
+    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+        chosen = self._chosen(platform)
+        return (chosen.member(request, platform) or chosen.id) if chosen else None
+
+    def arithmetic_on(self, platform: Platform) -> str:
+        chosen = self._chosen(platform)
+        return chosen.arithmetic_on(platform) if chosen else self.arithmetic
+
+    def origin(self, platform: Platform) -> str | None:
+        chosen = self._chosen(platform)
+        return chosen.origin(platform) if chosen else None
+
+    def limits_on(self, platform: Platform) -> Limits:
+        chosen = self._chosen(platform)
+        return chosen.limits_on(platform) if chosen else self.limits
+
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+        chosen = self._chosen(platform)
+        return chosen.unsupported_reasons(request, platform) if chosen else self.unavailable_reasons(platform)
+
+    def varlen_limits(self, platform: Platform) -> Limits | None:
+        chosen = self._chosen(platform)
+        return chosen.varlen_limits(platform) if chosen else None
+
+    def load_varlen(self, platform: Platform) -> VarlenKernel:
+        chosen = self._chosen(platform)
+        if chosen is None:
+            raise ImportError("; ".join(self.unavailable_reasons(platform)))
+        return chosen.load_varlen(platform)
+
+    def _chosen(self, platform: Platform) -> Backend | None:
+        if platform in self._loaded:
+            return self._loaded[platform]
+        able = (member for member in self.members(platform) if not member.unavailable_reasons(platform))
+        return next(able, None)

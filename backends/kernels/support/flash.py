@@ -1,0 +1,69 @@
+"""What the FlashAttention packages have in common: one function, BSHD tensors, no masks."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING, ClassVar
+
+from ...values.platform import Platform
+from ...values.request import AttentionCall
+from ..backend import Kernel
+from .hub import FromHub
+from .layout import indexable, on_device_of, to_bshd
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..varlen import PackedCall, VarlenKernel
+
+
+class FlashAttention(FromHub):
+    """`flash_attn_func` of one package (https://github.com/Dao-AILab/flash-attention), or of its build on the Hub.
+
+    `causal` there is aligned to the bottom right, in SDPA to the top left; the two agree only where q_len equals
+    kv_len, so a subclass leaves `Limits.causal_cross` off.
+    """
+
+    module: ClassVar[str]
+    varlen = True
+
+    def load(self, platform: Platform) -> Kernel:
+        # Packages of this family share the folder `flash_attn`: that it can be imported says little.
+        hub = self.from_hub(platform)
+        module = hub.load(platform) if hub else import_module(self.module)
+        flash_attn_func = module.flash_attn_func
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
+            with on_device_of(query):
+                output = flash_attn_func(query, key, value, softmax_scale=call.scale, causal=call.is_causal)
+            # Versions 3 and 4 have returned (output, log-sum-exp) as well as the output alone.
+            attended: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return to_bshd(attended)
+
+        return run
+
+    def load_varlen(self, platform: Platform) -> VarlenKernel:
+        """`flash_attn_varlen_func` of the same module; betas of version 4 take no longest lengths."""
+        hub = self.from_hub(platform)
+        module = hub.load(platform) if hub else import_module(self.module)
+        flash_attn_varlen_func = module.flash_attn_varlen_func
+        takes_longest = "max_seqlen_q" in signature(flash_attn_varlen_func).parameters
+
+        def run(call: PackedCall) -> torch.Tensor:
+            longest = {"max_seqlen_q": max(call.q_lengths), "max_seqlen_k": max(call.kv_lengths)}
+            with on_device_of(call.query):
+                output = flash_attn_varlen_func(
+                    indexable(call.query),
+                    indexable(call.key),
+                    indexable(call.value),
+                    cu_seqlens_q=call.q_offsets,
+                    cu_seqlens_k=call.kv_offsets,
+                    softmax_scale=call.scale,
+                    **(longest if takes_longest else {}),
+                )
+            attended: torch.Tensor = output[0] if isinstance(output, tuple) else output
+            return attended
+
+        return run

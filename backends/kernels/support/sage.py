@@ -1,0 +1,384 @@
+"""What the SageAttention kernels have in common: the installed release, its cards and options, the state of its build.
+
+Two libraries share the name `sageattention`: 1.0.6 on PyPI is Triton only, 2.x is built from its sources and has
+CUDA kernels. Their limits and their defects differ, so the version decides. The algorithm: arXiv:2410.02367.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from inspect import isfunction, signature
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...values.options import Option
+from ...values.platform import Platform
+from ...values.request import AttentionCall, AttentionRequest
+from ...values.versions import read
+from ..backend import ANY_MASK, HALF, Kernel, Limits, package_reason
+from .hub import FromHub
+from .layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from .workspace import item_bytes, key_size, rounded_bytes, value_size
+
+if TYPE_CHECKING:
+    import torch
+    from packaging.version import Version
+
+    from ..varlen import PackedCall, VarlenKernel
+
+REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
+"""2.0.x and 2.1.0 were betas with faults of their own; Diffusers too begins at 2.1.1."""
+
+SECOND_LIMITS = Limits(
+    dtypes=HALF,
+    max_head_dim=128,
+    masks=("none",),
+    max_elements=INT32_ELEMENTS,
+    padded_head_dims=(64, 128),
+    max_batch=65535,
+    max_heads=65535,
+)
+"""2.1.1 and 2.2.0, sageattention/core.py: head sizes are padded to 64 or 128, offsets are 32 bits wide, batch and
+heads are grid dimensions."""
+
+WIDE_LIMITS = replace(SECOND_LIMITS, max_head_dim=256, padded_head_dims=(64, 128, 256))
+"""woct0rdho's wheels from post5 on: `pad_qkv` of sageattention/core.py pads to 256 too, but for the sm90 kernel."""
+
+Cards = tuple[tuple[int, int], ...]
+ATTN, FP16_TRITON = "sage_attn", "sage_fp16_triton"
+FP16_CUDA, FP8_CUDA, FP8_SM90 = "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a release of sageattention 2.x can do, as its sources say.
+
+    `attn`, `fp16_cuda` and `fp8_cuda`: the compute capabilities that `sageattn` dispatches on, and those that each
+    CUDA extension is built for. `triton_on`: those on which `sageattn` runs the Triton kernel. `masks`: whether the
+    Triton kernel has a parameter for them. `asks_cuda`: whether `sageattn` takes another accumulator below CUDA 12.8.
+    """
+
+    attn: Cards
+    fp16_cuda: Cards
+    fp8_cuda: Cards
+    triton_on: Cards = ((8, 6),)
+    masks: bool = False
+    wide: bool = False
+    asks_cuda: bool = False
+
+    def cards(self, kernel: str) -> Cards:
+        """The compute capabilities of one of the backends' ids."""
+        return {ATTN: self.attn, FP16_CUDA: self.fp16_cuda, FP8_CUDA: self.fp8_cuda, FP8_SM90: ((9, 0),)}.get(
+            kernel,
+            # Triton compiles for every card; SageAttention's own sources call this kernel unusable on sm12x.
+            ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0)),
+        )
+
+    def limits(self, kernel: str, capability: tuple[int, int] | None = None) -> Limits:
+        """The limits of one of the backends' ids; those of `sage_attn` are of the kernel that it runs on the card."""
+        narrow = kernel == FP8_SM90 or (kernel == ATTN and capability == (9, 0))
+        limits = WIDE_LIMITS if self.wide and not narrow else SECOND_LIMITS
+        return replace(limits, masks=ANY_MASK) if kernel == FP16_TRITON and self.masks else limits
+
+
+_RELEASED: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+_UPSTREAM: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
+_CUDA: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+_FP8: Cards = ((8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+_POST_1 = Build(
+    attn=((7, 5), *_RELEASED),
+    fp16_cuda=((8, 0), (8, 6), (8, 9)),
+    fp8_cuda=((8, 9), (12, 0)),
+    triton_on=((7, 5), (8, 6)),
+)
+_POST_4 = replace(_POST_1, triton_on=((7, 5),), masks=True, asks_cuda=True)
+
+BUILDS: Mapping[tuple[str, str, int], Build] = MappingProxyType(
+    {
+        ("thu-ml", "2.1.1", 0): Build(_UPSTREAM, _CUDA, _FP8),
+        ("thu-ml", "2.2.0", 0): Build(_UPSTREAM, _CUDA, _FP8, masks=True),
+        ("woct0rdho", "2.1.1", 0): Build(_RELEASED, _RELEASED, ((8, 9), (9, 0), (12, 0))),
+        ("woct0rdho", "2.2.0", 0): Build(_RELEASED, _RELEASED, ((8, 9), (9, 0), (12, 0))),
+        ("woct0rdho", "2.2.0", 1): _POST_1,
+        ("woct0rdho", "2.2.0", 2): replace(_POST_1, masks=True),
+        ("woct0rdho", "2.2.0", 4): _POST_4,
+        ("woct0rdho", "2.2.0", 5): replace(
+            _POST_4,
+            attn=((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)),
+            fp16_cuda=((8, 0), (8, 6), (8, 7), (8, 9)),
+            fp8_cuda=((8, 9), (10, 0), (12, 0), (12, 1)),
+            wide=True,
+        ),
+    }
+)
+"""By whose build it is, release, and the first post-release that it holds for.
+
+Read in setup.py and sageattention/core.py: thu-ml at v2.1.1 and d1a57a5; woct0rdho at the tags v2.1.1-windows to
+v2.2.0-windows.post6. sm80 code runs on all cards of 8.x. The README of post6 says that its wheels hold no code for
+sm100 and sm121, for which the sources can be built: a probe tells.
+"""
+
+WHEEL = re.compile(r"cu(?P<cuda>\d{3})torch2(\.\d+){1,2}(andhigher)?(\.post(?P<post>\d+))?")
+"""The local part of the version of woct0rdho's wheels, as .github/workflows/build-sageattn.yml of his makes it."""
+
+SECOND_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
+"""A name that 1.x does not have."""
+
+TAIL_BLOCK = 64
+"""Keys per block of the INT8 kernels."""
+
+BUILT_FLAG = {"sage_fp16_cuda": "SM80_ENABLED", "sage_fp8_cuda": "SM89_ENABLED", "sage_fp8_sm90": "SM90_ENABLED"}
+"""The names by which sageattention.core says which of its CUDA kernels were built."""
+
+AS_PACKAGE = "auto"
+"""The value of an option that stands for what the package's own `sageattn` takes on the card."""
+
+SMOOTH_K = Option("smooth_k", bool, True, "Subtract the keys' mean before rounding them: more exact, a little slower.")
+SMOOTH_V = Option("smooth_v", bool, False, "Subtract the values' mean before rounding them; for values with a bias.")
+GRANULARITY = Option(
+    "qk_quant_gran",
+    str,
+    AS_PACKAGE,
+    "How many numbers of query and key share a scale; auto is the package's choice for the card.",
+    choices=(AS_PACKAGE, "per_warp", "per_thread"),
+)
+
+
+def installed(platform: Platform) -> Version:
+    """The installed version of sageattention, a pre-release as its release; 0 where it is missing or unreadable."""
+    from packaging.version import Version
+
+    return read(platform.version("sageattention") or "") or Version("0")
+
+
+def is_second(platform: Platform) -> bool:
+    """True for 2.x, false for 1.x."""
+    return installed(platform).major >= 2
+
+
+def build(platform: Platform) -> Build:
+    """What the installed 2.x can do.
+
+    woct0rdho's wheels (https://github.com/woct0rdho/SageAttention) are known by their version, such as
+    2.2.0+cu130torch2.9.0andhigher.post4; any other build counts as thu-ml's.
+    """
+    version = installed(platform)
+    wheel = WHEEL.fullmatch(version.local or "")
+    release = "2.2.0" if version.release >= (2, 2) else "2.1.1"
+    if wheel is None:
+        return BUILDS["thu-ml", release, 0]
+    post = int(wheel["post"] or 0)
+    found = BUILDS[max(key for key in BUILDS if key[:2] == ("woct0rdho", release) and key[2] <= post)]
+    if int(wheel["cuda"]) >= 128:
+        return found
+    attn, fp16, fp8 = (_without_blackwell(cards) for cards in (found.attn, found.fp16_cuda, found.fp8_cuda))
+    return replace(found, attn=attn, fp16_cuda=fp16, fp8_cuda=fp8)
+
+
+def _without_blackwell(cards: Cards) -> Cards:
+    """What a compiler before CUDA 12.8 can build."""
+    return tuple(card for card in cards if card < (10, 0))
+
+
+def triton_reasons(platform: Platform) -> list[str]:
+    """Why Triton, which every sageattention imports, cannot run its kernels on this card.
+
+    sm75 works with Triton 3.0 to 3.2 and fails with 3.3 (https://github.com/thu-ml/SageAttention/issues/197);
+    Blackwell needs 3.3, the first that knows it.
+    """
+    name = "triton" if platform.version("triton") else "triton-windows"
+    if platform.version(name) is None:
+        return [f"package {'triton-windows' if platform.os == 'win32' else 'triton'} is not installed"]
+    need = {"Turing": "<3.3", "Blackwell": ">=3.3"}.get(platform.architecture, "")
+    reason = package_reason(name + need, platform)
+    return [f"{reason}, which {platform.sm} needs"] if reason else []
+
+
+def picked(platform: Platform) -> str:
+    """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
+    if platform.capability in build(platform).triton_on:
+        return "sage_fp16_triton"
+    if platform.capability in ((8, 0), (8, 6), (8, 7)):
+        return "sage_fp16_cuda"
+    return "sage_fp8_sm90" if platform.capability == (9, 0) else "sage_fp8_cuda"
+
+
+def without_noise(limits: Limits, platform: Platform) -> Limits:
+    """The limits of the FP8 kernel: on sm12x it gives noise from 167,000 keys on, none at 151,000.
+
+    https://github.com/thu-ml/SageAttention/issues/388
+    """
+    return replace(limits, max_kv_len=150_000) if platform.capability in ((12, 0), (12, 1)) else limits
+
+
+def may_read_nan(kernel: str, kv_len: int) -> bool:
+    """True where the FP16 CUDA kernel multiplies weight 0 with unwritten shared memory behind the last key.
+
+    https://github.com/thu-ml/SageAttention/pull/377. woct0rdho's post6 fills it with zeros; nobody here has run that on
+    a card, so it is left out as well.
+    """
+    return kernel == "sage_fp16_cuda" and kv_len % TAIL_BLOCK != 0
+
+
+def granularity(platform: Platform) -> str:
+    """What `sageattn` of 2.x takes for `qk_quant_gran` on this card."""
+    blackwell = platform.capability in ((10, 0), (12, 0), (12, 1)) and platform.capability in build(platform).attn
+    return "per_warp" if blackwell else "per_thread"
+
+
+def scale_of(call: AttentionCall) -> float:
+    """The call's scale as a number."""
+    return float(call.query.shape[-1] ** -0.5) if call.scale is None else call.scale
+
+
+def import_second() -> ModuleType:
+    """Import sageattention 2.x.
+
+    Raises:
+        ImportError: what is imported is another release than its metadata says.
+    """
+    import sageattention
+
+    module: ModuleType = sageattention
+    if not hasattr(module, SECOND_ONLY):
+        raise ImportError(f"metadata says sageattention 2.x, but {module.__file__} has no {SECOND_ONLY}")
+    return module
+
+
+def check_build(module: ModuleType, kernel: str) -> None:
+    """Refuse builds without this kernel, and those whose sm90 kernel is hidden behind its own fake.
+
+    Raises:
+        ImportError: with what is wrong.
+    """
+    core = module.core
+    flag = BUILT_FLAG.get(kernel)
+    if flag and not getattr(core, flag, True):
+        raise ImportError(f"sageattention was built without the kernel for this card ({flag} is false)")
+    compiled = getattr(core, "sm90_compile", None)
+    operator = getattr(compiled, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None)
+    # The fixed build keeps the operator, an object; the faulty one gives the same name to a plain function.
+    if kernel == "sage_fp8_sm90" and isfunction(operator):
+        raise ImportError("this build returns unwritten memory on sm90 (thu-ml/SageAttention pull request 307)")
+
+
+def taken(
+    function: Callable[..., Any], platform: Platform, options: tuple[Option, ...], settings: dict[str, object]
+) -> dict[str, object]:
+    """The settings that `function` has parameters for; it would drop others in **kwargs without a word.
+
+    Raises:
+        NotImplementedError: one that it lacks is not at its default; the message has the version.
+    """
+    parameters = signature(function).parameters
+    defaults = {option.name: option.default for option in options}
+    lacking = [name for name, value in settings.items() if name not in parameters and value != defaults[name]]
+    if lacking:
+        name = getattr(function, "__name__", "the kernel")
+        raise NotImplementedError(f"sageattention {installed(platform)}: {name} has no option {', '.join(lacking)}")
+    return {name: value for name, value in settings.items() if name in parameters}
+
+
+def varlen_limits(platform: Platform) -> Limits | None:
+    """The limits of `sageattn_varlen`, a Triton kernel in 1.0.6 and 2.x alike; None where Triton's is not to be used.
+
+    In 1.0.6 it has the defect of its sibling: keys that fill the last block of 64 count, so the lengths that
+    `sage_attn` refuses stay refused, one sequence at a time. On sm12x the sources of 2.x call this kernel unusable.
+    """
+    if platform.capability in ((12, 0), (12, 1)):
+        return None
+    if is_second(platform):
+        return build(platform).limits(FP8_CUDA)
+    return replace(SECOND_LIMITS, head_dims=(64, 128))
+
+
+def load_varlen(smooth_k: bool) -> VarlenKernel:
+    """`sageattn_varlen`, which subtracts the keys' mean over all sequences, 1.0.6 in the caller's tensor.
+
+    The mean is the same for all keys that a query sees, so it changes no weight; it is subtracted here, in new memory.
+    """
+    import sageattention
+
+    sageattn_varlen = sageattention.sageattn_varlen
+
+    def run(call: PackedCall) -> torch.Tensor:
+        key = call.key - call.key.mean(dim=0, keepdim=True) if smooth_k else call.key
+        head_dim = call.query.shape[-1]
+        with on_device_of(call.query):
+            output: torch.Tensor = sageattn_varlen(
+                indexable(call.query),
+                indexable(key),
+                indexable(call.value),
+                call.q_offsets,
+                call.kv_offsets,
+                max(call.q_lengths),
+                max(call.kv_lengths),
+                is_causal=False,
+                sm_scale=float(head_dim**-0.5) if call.scale is None else call.scale,
+                smooth_k=False,
+            )
+        return output
+
+    return run
+
+
+class SageBackend(FromHub):
+    """A kernel of one of the SageAttention packages, which import Triton, all of them."""
+
+    arithmetic = "int8"
+    kinds = ("cuda",)
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Query and key in 8 bits, the smoothed keys, and the values turned and in 8 bits where a kernel does that."""
+        wide = (key_size(request) + value_size(request)) * item_bytes(request)
+        return rounded_bytes(request) + wide + value_size(request)
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        reasons = super().unavailable_reasons(platform)
+        return reasons + triton_reasons(platform) if platform.kind in self.kinds else reasons
+
+
+class SageCuda(SageBackend):
+    """One CUDA kernel of sageattention 2.x under its own name, `function` of the package."""
+
+    requires = (REQUIREMENT, "sageattention>=2")
+    limits = SECOND_LIMITS
+    function: ClassVar[str]
+
+    def cards(self, platform: Platform) -> Cards:
+        return build(platform).cards(self.id)
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return build(platform).limits(self.id)
+
+    def kernel(self, platform: Platform, **settings: object) -> Kernel:
+        """The function with these options as its keyword arguments.
+
+        Raises:
+            ImportError: the installed build does not have the kernel, or a faulty one.
+            NotImplementedError: the installed version does not have an option.
+        """
+        module = import_second()
+        check_build(module, self.id)
+        function = getattr(module, self.function)
+        if settings.get("qk_quant_gran") == AS_PACKAGE:
+            settings["qk_quant_gran"] = granularity(platform)
+        settings = taken(function, platform, self.options, settings)
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
+            with on_device_of(query):
+                output: torch.Tensor = function(
+                    query,
+                    key,
+                    value,
+                    tensor_layout="NHD",
+                    is_causal=call.is_causal,
+                    sm_scale=scale_of(call),
+                    **settings,
+                )
+            return to_bshd(output)
+
+        return run

@@ -1,0 +1,148 @@
+"""What the benchmark hands to kernels, and what their answers are held against.
+
+Boundary: tensors in and out; it times nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..kernels.reference import reference_attention
+from ..values.devices import device_named
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKED_ROWS = 256
+"""Query rows of every head that are computed exactly: one row of hv15 is 112 KiB of float64 scores, all are 39 GB."""
+
+LARGEST_CACHE = 256 * 2**20
+"""Bytes that all sets of inputs together go beyond, unless there is a set for every call: no card caches more."""
+
+SCORE_BYTES = {"sdpa_math": 8, "reference": 32}
+"""Backends that hold all scores at once, with the bytes for each: two float32, four float64."""
+
+
+@dataclass
+class Problem:
+    """Sets of inputs for one kind of call, and the exact result of some query rows of the first."""
+
+    calls: list[AttentionCall]
+    rows: torch.Tensor
+    exact: torch.Tensor
+
+
+def device_of(platform: Platform) -> torch.device:
+    """torch's device of a platform; ROCm answers to the name cuda."""
+    return device_named("cuda" if platform.kind == "rocm" else platform.kind)
+
+
+def random_call(request: AttentionRequest, device: torch.device, seed: int, hidden: int | None = None) -> AttentionCall:
+    """Normal noise of the request's shapes and dtype; a mask hides the last `hidden` keys (default: a quarter).
+
+    The numbers are made on the CPU, so that a seed means the same ones everywhere.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, request.dtype)
+    kv_heads = request.num_kv_heads or request.num_heads
+
+    def noise(heads: int, length: int, size: int) -> torch.Tensor:
+        return torch.randn(request.batch, heads, length, size, generator=generator).to(dtype).to(device)
+
+    return AttentionCall(
+        noise(request.num_heads, request.q_len, request.head_dim),
+        noise(kv_heads, request.kv_len, request.head_dim),
+        noise(kv_heads, request.kv_len, request.v_head_dim or request.head_dim),
+        make_mask(request, request.kv_len // 4 if hidden is None else hidden, device),
+        request.is_causal,
+        request.scale,
+        request.grouped,
+    )
+
+
+def make_inputs(
+    request: AttentionRequest, hidden: int, device: torch.device, seed: int, most: int
+) -> list[AttentionCall]:
+    """Two to `most` sets of inputs, as many as it takes to go beyond any cache.
+
+    The first is noise from the seed, the others are the first with its tokens moved on. One mask, of the kind that the
+    request says, hides the last `hidden` keys in all sets.
+    """
+    first = random_call(request, device, seed, hidden)
+    tensors = (first.query, first.key, first.value)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    count = max(2, min(most, ceil(LARGEST_CACHE / size)))
+    moved = [[tensor.roll(move, dims=2) for tensor in tensors] for move in range(1, count)]
+    return [first, *(first.changed(query=q, key=k, value=v) for q, k, v in moved)]
+
+
+def make_mask(request: AttentionRequest, hidden: int, device: torch.device) -> torch.Tensor | None:
+    """(batch, 1, 1 or q_len, kv_len): key_padding in its smallest form, bool and bias with a row for each query."""
+    import torch
+
+    if request.mask == "none":
+        return None
+    visible = torch.arange(request.kv_len, device=device) < request.kv_len - hidden
+    if request.mask == "key_padding":
+        return visible.expand(request.batch, 1, 1, request.kv_len).contiguous()
+    rows = visible.expand(request.batch, 1, request.q_len, request.kv_len)
+    if request.mask == "bool":
+        return rows.contiguous()
+    zeros = torch.zeros(rows.shape, device=device, dtype=getattr(torch, request.dtype))
+    return zeros.masked_fill_(~rows, float("-inf"))
+
+
+def exact_rows(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to `CHECKED_ROWS` query rows, spread evenly with the last among them, and their result by definition.
+
+    In float64, or float32 on a device without it; head by head, so that it needs some 150 MB at the largest preset.
+
+    Raises:
+        ValueError: the call is causal, where a row's place matters.
+    """
+    import torch
+
+    if call.is_causal:
+        raise ValueError("is_causal: rows of a causal call cannot be drawn")
+    wide = torch.float32 if call.query.device.type == "mps" else torch.float64
+    q_len = call.query.shape[2]
+    rows = torch.linspace(0, q_len - 1, min(q_len, CHECKED_ROWS), dtype=torch.float64).round().long()
+    query = call.query[:, :, rows.to(call.query.device)]
+    mask = call.attn_mask
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, rows.to(mask.device)]
+    group = call.query.shape[1] // call.key.shape[1]
+    heads = []
+    for head in range(call.query.shape[1]):
+        shared = head // group
+        key, value = (tensor[:, shared : shared + 1].to(wide) for tensor in (call.key, call.value))
+        part = mask if mask is None or mask.shape[1] == 1 else mask[:, head : head + 1]
+        one = call.changed(query=query[:, head : head + 1].to(wide), key=key, value=value, attn_mask=part)
+        heads.append(reference_attention(one))
+    return rows, torch.cat(heads, dim=1)
+
+
+def lacking_memory(backend: str, request: AttentionRequest, device: torch.device) -> str | None:
+    """Why a backend's scores do not fit into a computer's memory; None when they do, or where nothing is known.
+
+    Only for the CPU: there, asking for too much ends the process instead of raising an error.
+    """
+    if device.type != "cpu" or backend not in SCORE_BYTES:
+        return None
+    need = request.batch * request.num_heads * request.q_len * request.kv_len * SCORE_BYTES[backend]
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    if found is None or need <= int(found[1]) * 1024:
+        return None
+    return f"its scores need {need / 1e9:.1f} GB > {int(found[1]) * 1024 / 1e9:.1f} GB of free memory"

@@ -1,0 +1,235 @@
+"""What probes found, kept between processes: which kernels ran right on this machine, which crashed or were wrong.
+
+One small JSON file in the user's cache folder, read at most once per process. An outcome belongs to one environment:
+card, driver, torch, package versions, interpreter and our own version; where any of these changes it no longer counts.
+Nothing is ever written but by `doctor --probe` and `doctor --forget`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from ..kernels.packages import PACKAGES_OF
+from ..values.bounded import read_file
+from ..values.platform import Platform
+
+log = logging.getLogger("attention_backends")
+
+CACHE_VARIABLE = "ATTENTION_BACKENDS_CACHE"
+FILE = "probes.json"
+FORMAT = 1
+MOST = 500
+"""Outcomes kept; the oldest go first."""
+MOST_BYTES, MOST_VALUES = 4 << 20, 100_000
+"""Of the file, and of the values in it."""
+
+LASTING = ("ok", "failed", "crashed", "hung")
+"""Statuses that say something about the kernel; others, such as `unavailable`, are not kept."""
+
+COMPILERS = ("triton", "triton-windows")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one kernel on a tiny problem."""
+
+    status: str
+    """`ok`; `failed`: raised, or gave wrong numbers; `crashed`; `hung`; `unavailable`; `untested`: no fault of its."""
+    reason: str = ""
+    relative_l2: float | None = None
+    ms: float | None = None
+    """Wall time of the first call, compilation included."""
+    stderr: tuple[str, ...] = ()
+    """The last lines that the process wrote there."""
+
+    @property
+    def words(self) -> str:
+        """`ok (relative L2 5.1e-04, first call 12 ms)`, `crashed (signal 11 (SIGSEGV) while running)`."""
+        if self.status == "ok" and self.relative_l2 is not None and self.ms is not None:
+            return f"ok (relative L2 {self.relative_l2:.1e}, first call {self.ms:.0f} ms)"
+        return f"{self.status} ({self.reason})" if self.reason else self.status
+
+
+def refusal(backend_id: str, platform: Platform) -> str | None:
+    """Why a backend that crashed, hung or was wrong in a probe is not used, and how to change that; else None."""
+    outcome = recall(backend_id, platform)
+    if outcome is None or outcome.status == "ok":
+        return None
+    return (
+        f"a probe in this environment {outcome.words}; after a repair run doctor --probe {backend_id} "
+        f"or doctor --forget {backend_id}, and start anew"
+    )
+
+
+def recall(backend_id: str, platform: Platform) -> Outcome | None:
+    """The outcome that is remembered for this environment. None for a described machine: no probe ran there."""
+    if platform.described:
+        return None
+    known = _outcomes(path())
+    return known.get(key(backend_id, platform)) if known else None
+
+
+def remember(found: Mapping[str, Outcome], platform: Platform) -> None:
+    """Keep the outcomes of these backends, for this process and, where the file can be written, for later ones."""
+    file = path()
+    _outcomes.cache_clear()  # other processes may have written since
+    known = _outcomes(file)
+    for backend_id, outcome in found.items():
+        if outcome.status in LASTING:
+            known.pop(key(backend_id, platform), None)
+            known[key(backend_id, platform)] = outcome
+    for old in list(known)[:-MOST]:
+        del known[old]
+    _write(file, known)
+
+
+def forget(ids: Iterable[str] = ()) -> int:
+    """Drop the outcomes of these backends, or of all, in every environment; returns how many there were."""
+    file = path()
+    _outcomes.cache_clear()
+    known = _outcomes(file)
+    wanted = set(ids)
+    gone = [entry for entry in known if not wanted or entry.split(" | ")[0] in wanted]
+    for entry in gone:
+        del known[entry]
+    if gone:
+        _write(file, known)
+    return len(gone)
+
+
+def key(backend_id: str, platform: Platform) -> str:
+    """The environment that an outcome belongs to, readable: the backend first, then what it ran on."""
+    names = {package.distribution for package in PACKAGES_OF.get(backend_id, ())}
+    names.update(COMPILERS)  # what torch itself compiles, such as flex_attn, depends on them too
+    packages = sorted(f"{name} {version}" for name, version in platform.packages if name in names)
+    card = " ".join(filter(None, (platform.kind, platform.name, platform.sm or platform.gfx)))
+    parts = (
+        backend_id,
+        card,
+        f"driver {driver() or 'unknown'}" if platform.kind in ("cuda", "rocm") else "",
+        f"torch {platform.torch}",
+        f"CUDA {platform.cuda}" if platform.cuda else "",
+        f"cuDNN {platform.cudnn}" if platform.cudnn else "",
+        *packages,
+        "flash-attn on Triton" if platform.flash_triton and "flash-attn" in names else "",
+        f"attention-backends {own_version()}",
+        f"Python {sys.version_info[0]}.{sys.version_info[1]} in {sys.prefix}",
+    )
+    return " | ".join(filter(None, parts))
+
+
+@lru_cache(maxsize=1)
+def driver() -> str:
+    """The version of the graphics driver where Linux shows it as a file, else an empty string."""
+    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            text = Path(file).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        found = re.search(r"\d+(\.\d+)+", text)
+        return found[0] if found else ""
+    return ""
+
+
+@lru_cache(maxsize=1)
+def own_version() -> str:
+    """Our version: from pyproject.toml where the pack lies as a folder, else from what pip installed."""
+    try:
+        text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    stated = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    if stated:
+        return stated[1]
+    try:
+        return metadata.version("attention-backends")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def path() -> Path:
+    """The file. ATTENTION_BACKENDS_CACHE names another folder than the platform's own for caches."""
+    override = os.environ.get(CACHE_VARIABLE, "").strip()
+    if override:
+        return Path(os.path.expanduser(override)) / FILE
+    home = Path(os.path.expanduser("~"))
+    if sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        folder = home / "Library" / "Caches"
+    else:
+        given = Path(os.environ.get("XDG_CACHE_HOME") or "")
+        folder = given if given.is_absolute() else home / ".cache"  # relative ones are to be ignored, says XDG
+    return folder / "attention-backends" / FILE
+
+
+@lru_cache(maxsize=4)
+def _outcomes(file: Path) -> dict[str, Outcome]:
+    """The file's outcomes; empty where there is none. One that cannot be understood is set aside."""
+    try:
+        text = read_file(file, MOST_BYTES).decode("utf-8")
+        return _parsed(text)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return _set_aside(file, error)
+
+
+def _parsed(text: str) -> dict[str, Outcome]:
+    from ..values.data import load_json
+
+    data = load_json(text, "its text", most_bytes=MOST_BYTES, most_entries=MOST_VALUES)
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+    known = {}
+    for entry, fields in data["outcomes"].items():
+        if fields["status"] not in LASTING or not isinstance(fields["reason"], str):
+            raise ValueError(f"status {fields['status']!r} is not one of {', '.join(LASTING)}")
+        if not isinstance(fields["stderr"], list):
+            raise ValueError(f"stderr is a {type(fields['stderr']).__name__}, not a list of lines")
+        ms, relative_l2 = fields["ms"], fields["relative_l2"]
+        known[entry] = Outcome(
+            fields["status"],
+            fields["reason"],
+            None if relative_l2 is None else float(relative_l2),
+            None if ms is None else float(ms),
+            tuple(map(str, fields["stderr"])),
+        )
+    return known
+
+
+def _set_aside(file: Path, error: Exception) -> dict[str, Outcome]:
+    aside = file.with_name(f"{file.name}.damaged")
+    try:
+        file.replace(aside)
+        now = f"it is {aside} now"
+    except OSError as trouble:
+        now = f"it cannot be moved away ({trouble})"
+    log.warning("remembered probes in %s cannot be read (%s: %s); %s", file, type(error).__name__, error, now)
+    return {}
+
+
+def _write(file: Path, known: Mapping[str, Outcome]) -> None:
+    """Replace the file as a whole, so that no reader ever sees half of it."""
+    data = {"format": FORMAT, "outcomes": {entry: asdict(outcome) for entry, outcome in known.items()}}
+    partial = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f"{file.name}.", dir=file.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(data, stream, indent=1)
+        os.replace(partial, file)
+    except OSError as error:
+        log.warning("outcomes of probes are known to this process only: %s cannot be written (%s)", file, error)
+        if partial is not None and os.path.exists(partial):
+            os.unlink(partial)

@@ -1,0 +1,1 @@
+"""What a session is told by others: measured choices, records, advisories."""

@@ -1,0 +1,239 @@
+"""What is known to go wrong with kernels that are not exact on a model family, and where to run exactly instead.
+
+Data, with where each row comes from, and the rules by which it counts. A precaution is offered and never forced: it
+stands above a default only, never above what a person said of a role or in a schedule (`Timetable.resolve`). Families
+are named as in `nodes/hook/roles.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..config import PLATFORM_ROUTE, RECOMMENDED, AttentionConfig, AttentionSpec
+from ..config.layers import default_of, settings_of
+from ..config.names import AUTO, MEASURED
+from ..config.schedule import ScheduleEntry
+from ..config.timetable import Timetable
+from ..engine.mask_reader import NOTHING_HIDDEN
+from ..engine.priorities import ROUTES
+from ..kernels import BACKENDS
+
+if TYPE_CHECKING:
+    from ..report import Row, Trace
+
+QUANTIZED = tuple(backend.id for backend in BACKENDS.values() if backend.accuracy == "quantized")
+FP4 = tuple(name for name in QUANTIZED if BACKENDS[name].arithmetic == "fp4")
+INT8_AS_IT_IS = tuple(name for name in QUANTIZED if name not in (*FP4, "comfy_kitchen_int8"))
+"""Kernels that round query and key to INT8 without rotating their channels first, as `comfy_kitchen_int8` does."""
+
+
+@dataclass(frozen=True)
+class Precaution:
+    """One row: where in the models of a family an exact kernel is the better choice, and on whose word."""
+
+    families: tuple[str, ...]
+    title: str
+    """The families as people know them."""
+    what: str
+    """What runs exactly then, in a few words."""
+    where: ScheduleEntry
+    """The same as windows. Its backend is `auto`, which takes exact kernels only there."""
+    kernels: str
+    """Those that it is about, in words."""
+    backends: tuple[str, ...]
+    """Their ids; with any other backend there is nothing to recommend."""
+    reason: str
+    evidence: str
+    """`measured` by this project, `reported` by others, or `assumed`; as in `engine/priorities.py`."""
+    source: str
+
+    @property
+    def said(self) -> str:
+        """On whose word a call runs exactly: the source of its row in an account."""
+        return f"{RECOMMENDED}{self.title}: {self.what}"
+
+    def concerns(self, asked: str | None, accuracy: str) -> bool:
+        """True when it matters with the default `asked`, None for the route, where `accuracy` is allowed."""
+        if asked in BACKENDS:
+            return asked in self.backends
+        if accuracy == "exact":
+            return False
+        return asked is not None or any(set(self.backends) & set(route.lossy) for route in ROUTES)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as plain data."""
+        names = ("title", "what", "kernels", "reason", "evidence", "source")
+        lists = {"families": list(self.families), "backends": list(self.backends)}
+        return {**lists, **{name: getattr(self, name) for name in names}, "where": self.where.windows()}
+
+
+def _where(**windows: Any) -> ScheduleEntry:
+    return ScheduleEntry(AttentionSpec(AUTO), **windows)
+
+
+PRECAUTIONS: tuple[Precaution, ...] = (
+    Precaution(
+        ("qwen_image",),
+        "Qwen-Image",
+        "calls with masked text exact",
+        _where(masked=True),
+        "quantised kernels",
+        QUANTIZED,
+        "black pictures with SageAttention, most builds of which take no mask or drop it; whether that is the cause is "
+        "not settled",
+        "reported",
+        "ComfyUI#9184, ComfyUI#9629, QwenLM/Qwen-Image#32; of masks huggingface/diffusers#12605, "
+        "thu-ml/SageAttention#99",
+    ),
+    Precaution(
+        ("lumina2",),
+        "Z-Image and Lumina 2",
+        "calls with masked text exact",
+        _where(masked=True),
+        "quantised kernels",
+        QUANTIZED,
+        "broken and black pictures of Z-Image with SageAttention; ComfyUI 0.18 to 0.33 gives these models no mask, so "
+        "there it changes nothing, and an exact backend for role joint helps",
+        "reported",
+        "ComfyUI#12138, Haoming02/sd-webui-forge-classic#637, PozzettiAndrea/ComfyUI-TRELLIS2#111; assumed of Lumina "
+        "2, which is the same code",
+    ),
+    Precaution(
+        ("ltx2", "ltxv"),
+        "LTX",
+        "cross-attention exact",
+        _where(role="cross"),
+        "quantised kernels",
+        QUANTIZED,
+        "the prompt comes in there, its masks go wrong in SageAttention without an error, and it is a small part of "
+        "the work",
+        "reported",
+        "ComfyUI#13735 (masks on LTX), ComfyUI#10079 (prompts), vllm-project/vllm-omni#5283 (its share, of Wan 2.2)",
+    ),
+    Precaution(
+        ("minimax_h3",),
+        "MiniMax H3",
+        "the last 3 blocks exact",
+        _where(blocks="blocks.last 3"),
+        "INT8 kernels but `comfy_kitchen_int8`, which rotates channels before it rounds",
+        INT8_AS_IT_IS,
+        "morphing near the end of a clip and garbled text: in the last blocks few channels of the keys are strong, and "
+        "SageAttention's error is 5 % in block 49 of 50 against 2 % in block 44",
+        "reported",
+        "Comfy-Org/docs#1698; errors, on an RTX 4090, and the practice of blocks 47 to 49: "
+        "fblissjr/ComfyUI-h3-explorations",
+    ),
+    Precaution(
+        ("wan",),
+        "Wan",
+        "the first and the last step exact",
+        _where(steps="first 1,last 1"),
+        "FP4 kernels",
+        FP4,
+        "FP4 shows in its videos; the authors of SageAttention 3 advise a more precise kernel in the first and the "
+        "last step of models such as this",
+        "reported",
+        "README of SageAttention 3, ComfyUI#10076, ComfyUI#11571, thu-ml/SageAttention#369; "
+        "kijai/ComfyUI-WanVideoWrapper does so",
+    ),
+)
+
+
+def for_family(family: str) -> tuple[Precaution, ...]:
+    """The rows of a family; empty where nothing is known."""
+    return tuple(precaution for precaution in PRECAUTIONS if family in precaution.families)
+
+
+def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
+    """What is recommended for a family, in words, and whether it matters with this default."""
+    if not for_family(family):
+        known = ", ".join(name for precaution in PRECAUTIONS for name in precaution.families)
+        return [f"nothing is recommended for family {family!r}; there is something for: {known}"]
+    lines = []
+    for found in for_family(family):
+        default = f"{asked or AUTO} with accuracy {accuracy}"
+        matters = f"applies to {default}" if found.concerns(asked, accuracy) else f"changes nothing for {default}"
+        lines.append(
+            f"recommended for {found.title}: {found.what}, in place of {found.kernels} ({found.reason}; "
+            f"{found.evidence}: {found.source}); {matters}"
+        )
+    return lines
+
+
+def offers(family: str, trace: Trace) -> list[str]:
+    """After a run: a note for each precaution that was not switched on and would have changed a call of this run."""
+    layers = trace.layers
+    if not layers or any(layer.recommended for layer in layers):
+        return []
+    rows = [row for row in trace.rows.values() if row.calls]
+    blocks = tuple(dict.fromkeys(row.block for row in rows))
+    defaults = {PLATFORM_ROUTE, *(f"{layer.source}.default" for layer in layers)}
+    found = []
+    for precaution in for_family(family):
+        trial = Timetable((replace(layers[0], recommended=(precaution,)), *layers[1:]), blocks=blocks)
+        if any(
+            row.backend in precaution.backends
+            and row.source.partition(f": {MEASURED} (")[0] in defaults
+            and trial.precaution(ALL, row.role, trace.categories.get(row.role, row.role), row.block, _is_masked(row))
+            for row in rows
+        ):
+            found.append(f"recommended for {precaution.title}: {precaution.what} ({precaution.reason}); {NOT_USED}")
+    return found
+
+
+ALL = -1
+"""As a set of entries: every one, so that no window is too late."""
+NOT_USED = "not used: switch it on in Attention Backend Selector"
+"""How the note about a precaution ends that was not switched on."""
+
+
+def _is_masked(row: Row) -> bool:
+    return row.mask != "none" and NOTHING_HIDDEN not in row.mask
+
+
+def nothing_for(family: str, layers: tuple[AttentionConfig, ...]) -> str:
+    """The note where recommendations were switched on in vain; empty where kernels are exact anyway."""
+    asked, accuracy = default_of(layers), settings_of(layers).accuracy
+    if (BACKENDS[asked].accuracy if asked in BACKENDS else accuracy) == "exact":
+        return ""
+    if any(precaution.concerns(asked, accuracy) for precaution in for_family(family)):
+        return ""
+    return f"recommended for this model: nothing is known of {family or 'this family'} with {asked or AUTO}"
+
+
+def recommended_page() -> str:
+    """The text of docs/recommended.md."""
+    lines = [
+        "# Recommended by model",
+        "",
+        "<!-- Generated from backends/observe/advisories.py. A test fails when this page is stale. -->",
+        "",
+        "Where trouble is known with kernels that are not exact, by model family. The input *recommended for this "
+        "model* of **Attention Backend Selector** takes an exact kernel there, the one that `auto` takes, and leaves "
+        "the rest of the model to the backend that you chose. It is off until you switch it on. While it is off, a run "
+        "that would have been concerned says so in its report and on the selector.",
+        "",
+        "- A role in **Per-Role Attention Config**, a window in **Attention Schedule**, and both in a configuration "
+        "from text stand above it, before or after the selector in the graph: it only takes the place of a default.",
+        "- In the report, such calls have a source that begins with `recommended for`.",
+        "- An exact backend, and `auto` with `accuracy` `exact`, need none of it.",
+        "- Steps are those of each sampler: with two of them, as in Wan 2.2 14B, the first and the last of both. "
+        "Sampling in two steps is then exact altogether.",
+        "- Masked text: calls that come with a mask which hides or weighs something, also where the hidden keys are "
+        "left out before the kernel runs. Reports do not tell the two apart.",
+        "- Reported: by others, named; tried on their cards with their versions. This project has measured none of it.",
+        "",
+        "| model | family | runs exactly | with | because | evidence |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in PRECAUTIONS:
+        families = ", ".join(f"`{family}`" for family in row.families)
+        evidence = f"{row.evidence}: {row.source}"
+        lines.append(f"| {row.title} | {families} | {row.what} | {row.kernels} | {row.reason} | {evidence} |")
+    lines += [
+        "",
+        "`GET /attention_backends/recommended` has the same as JSON. Other families have no row because nobody was "
+        "found who says where in the model it goes wrong; the [guard](guard.md) finds bad blocks of any model.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,58 @@
+"""Which backends a measured choice tries for a kind of call: what `auto` may pick, and each kernel once.
+
+Boundary: a router and facts in, names out.
+"""
+
+from __future__ import annotations
+
+from ...config.names import COMFY
+from ...engine.router import Failures, Router
+from ...kernels.backend import ACCURACY
+from ...measure.bench_inputs import SCORE_BYTES, lacking_memory
+from ...values.request import AttentionRequest
+
+NEVER = (COMFY, "reference", "emulated_int8")
+"""What is no candidate: what runs without us, the yardstick, and an emulation whose time means nothing."""
+MOST_SCORE_BYTES = 2**30
+"""On an accelerator, kernels that keep all scores are no candidates past this size: far too slow, and they may push
+out what else is on the card."""
+
+
+def candidates(
+    router: Router, request: AttentionRequest, incumbent: str, accuracy: str, failed: Failures
+) -> tuple[str, ...]:
+    """The incumbent, then what else may run this call; of backends that are the same kernel, one."""
+    found = [incumbent]
+    members = {_member(router, incumbent, request)}
+    for name, backend in router.backends.items():
+        if name == incumbent or not may_win(router, name, accuracy) or router.refuse(name, request, failed):
+            continue
+        if backend.avoid_reasons(request, router.platform) or _is_too_large(router, name, request):
+            continue
+        member = _member(router, name, request)
+        if member not in members:
+            members.add(member)
+            found.append(name)
+    return tuple(found)
+
+
+def may_win(router: Router, name: str, accuracy: str) -> bool:
+    """Whether a measured choice may be this backend at all, where `accuracy` is allowed."""
+    backend = router.backends.get(name)
+    return backend is not None and name not in NEVER and ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
+
+
+def _member(router: Router, name: str, request: AttentionRequest) -> str:
+    member = router.backends[name].member(request, router.platform)
+    return member if member is not None and member in router.backends else name
+
+
+def _is_too_large(router: Router, name: str, request: AttentionRequest) -> bool:
+    import torch
+
+    if name not in SCORE_BYTES:
+        return False
+    if router.platform.kind == "cpu":
+        return lacking_memory(name, request, torch.device("cpu")) is not None
+    scores = request.batch * request.num_heads * request.q_len * request.kv_len
+    return scores * SCORE_BYTES[name] > MOST_SCORE_BYTES

@@ -1,0 +1,39 @@
+"""What a run would take, as far as the store of measured choices knows: for who asks without a run.
+
+Boundary: a store and facts in, a decision out; in a run it is `Tuner.plan` that asks the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ...config.names import MEASURED
+from ...engine.router import Decision
+from ...measure.call_key import key_of
+from ...values.request import AttentionRequest
+from .candidates import may_win
+from .place import environment_of
+from .store import Store
+
+if TYPE_CHECKING:
+    from ...engine.router import Router
+
+
+def with_store(
+    decision: Decision, request: AttentionRequest, role: str, category: str, accuracy: str, router: Router, store: Store
+) -> Decision:
+    """What a run would take for a call for which `decision` is what `auto` takes, as far as the store knows."""
+    if decision.asked != MEASURED or router.platform.described:
+        return decision
+    for name in (role, category):
+        key = key_of(name, request)
+        allowed = decision.accuracy or accuracy
+        entry = store.get(key, environment_of(router.platform), allowed)
+        if entry is None or not (entry.winner == decision.backend or may_win(router, entry.winner, allowed)):
+            continue
+        if not router.refuse(entry.winner, request):
+            rejected = decision.rejected if entry.winner == decision.backend else ()
+            source = f"{decision.source}: {MEASURED} ({entry.words()})"
+            return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())
+    return decision

@@ -1,0 +1,294 @@
+"""A race of backends for one kind of call: whose turn it is, who is out and why, and who has won.
+
+Times come from outside, and may come late: on a GPU they are read after the work is done. A call that is tried has to
+be computed anyway, so what a trial costs is how much slower a candidate is than the incumbent, which `auto` would take.
+
+Boundary: names and milliseconds; it runs nothing and knows no clock. Who calls it is `tuner.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from statistics import median, median_low
+from time import time
+
+from ...measure.call_key import TuningKey
+from ...values.request import AttentionRequest
+from .entry import Entry
+
+BUDGET = 12.0
+"""What trials of one candidate may take, in calls of the incumbent; its first call counts, which may compile."""
+SMALLEST_MS = 1.0
+"""Calls that take less are not tuned: there is nothing to gain."""
+TOO_SMALL = f"under {SMALLEST_MS:g} ms, not tuned"
+GAIN = 0.02
+"""The incumbent stays unless another is faster by more than this."""
+TOO_SLOW = 2.0
+"""A candidate is dropped when three calls, the first among them, each take this many times the incumbent's time."""
+PLAINLY_SLOW = 4.0
+"""Two calls that agree are enough up to this many times the incumbent's time: more may be compiling or a hold-up."""
+SAME = 1.1
+"""Two calls agree if their times differ by no more than this factor: one that compiled hardly agrees with the next."""
+CLOSE = 1.25
+"""A candidate's time is known when two calls after the first are within this factor of each other."""
+HOPELESS = 1.25
+"""A candidate whose median is so much above the best one's, after `FEWEST` calls each, is not tried further."""
+FEWEST = 5
+"""Times whose median counts. Of fewer, and the first call, the lower middle does: one outlier must not decide."""
+BASELINE = 3
+"""Times of the incumbent, after its first call, before anything is tried."""
+MOST_WAITING = 8
+"""Times of the incumbent that may be on their way at once, before the first one is there."""
+MOST_TRIALS = 32
+"""Times of a candidate, however fast it is."""
+MOST_TIMES = 60
+"""Times of the incumbent that are kept."""
+MOST_TIMES_PUT_OFF = 3
+"""A candidate whose time is not known when its budget is spent is tried again in a later run, until it was put off so
+often: once for compiling, once for a hold-up."""
+
+
+class Runner:
+    """One backend in the race."""
+
+    __slots__ = ("first", "out", "put_off", "spent", "started", "times", "waiting")
+
+    def __init__(self) -> None:
+        self.started = False
+        self.first: float | None = None
+        """Milliseconds of its first call."""
+        self.times: list[float] = []
+        self.spent = 0.0
+        self.waiting = 0
+        """Calls whose times are on their way."""
+        self.out: str | None = None
+        """Why it is rejected."""
+        self.put_off = False
+
+    @property
+    def figure(self) -> float | None:
+        """What a call of it takes, in milliseconds, as far as that is known."""
+        if len(self.times) >= FEWEST or not self.times:
+            return median(self.times) if self.times else None
+        return median_low([*self.times] if self.first is None else [self.first, *self.times])
+
+    @property
+    def is_known(self) -> bool:
+        """Whether two calls after the first, which may compile, bear each other out: one may have been held up."""
+        return len(self.times) > 1 and sorted(self.times)[1] <= CLOSE * min(self.times)
+
+    def is_too_slow(self, usual: float) -> bool:
+        """Whether neither compiling nor one hold-up explains its times; a call of the incumbent takes `usual`."""
+        times = self.times if self.first is None else [self.first, *self.times]
+        if min(times) <= TOO_SLOW * usual:
+            return False
+        return len(times) > 2 or (len(times) == 2 and max(times) <= min(SAME * min(times), PLAINLY_SLOW * usual))
+
+
+class Race:
+    """Candidates for one kind of call. Not safe to share between threads: `tuner.py` holds a lock."""
+
+    def __init__(
+        self,
+        place: tuple[str, str, TuningKey],
+        request: AttentionRequest,
+        incumbent: str,
+        candidates: Collection[str],
+        before: Entry | None = None,
+    ) -> None:
+        """
+        Args:
+            place: environment, accuracy allowed and key, see `Entry.place`.
+            request: the calls that are timed: others in the same bucket take another time.
+            candidates: without the incumbent.
+            before: what an earlier run found, where only candidates that it put off are left to try.
+        """
+        self.place = place
+        self.request = request
+        self.incumbent = incumbent
+        self.runners = {name: Runner() for name in (incumbent, *candidates)}
+        self.before = before
+        self.owner: object = None
+        """Who began it: in that run, trials are spread over a few steps."""
+        self.entry: Entry | None = None
+        """The outcome; None while it goes on."""
+        self.ended: str | None = None
+        """Why it ended without an outcome; None where it did not."""
+        self._baseline: list[float] = []
+        self._turns: list[str] = []
+        self._rounds = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is still something to find out."""
+        return self.entry is None and self.ended is None
+
+    @property
+    def typical(self) -> float | None:
+        """What a call of the incumbent takes, in milliseconds; None while that is not known."""
+        times = self.runners[self.incumbent].times
+        if len(times) >= BASELINE:
+            return median(times)
+        return median([*self._baseline, *times]) if len(self._baseline) >= BASELINE else None
+
+    def next(self, share: float, refused: Collection[str] = ()) -> str | None:
+        """Who is to compute and to be timed on this call; None where the incumbent computes it untimed.
+
+        Args:
+            share: how much of the budget may be used by now, 0 to 1.
+            refused: candidates that cannot run this very call.
+        """
+        usual = self.typical
+        if usual is None:
+            return self.incumbent if self.runners[self.incumbent].waiting < MOST_WAITING else None
+        if share <= 0:
+            return None
+        able = [name for name in self._live(usual) if self._may(name, usual, share) and name not in refused]
+        if not able:  # the incumbent computes these calls anyway, and more of its times cost nothing
+            mine = self.runners[self.incumbent]
+            return self.incumbent if len(mine.times) + mine.waiting < MOST_TIMES else None
+        for _ in range(2):
+            while self._turns:
+                name = self._turns.pop(0)
+                if name == self.incumbent or name in able:
+                    return name
+            self._turns = self._new_round(able)
+        return None
+
+    def _new_round(self, able: list[str]) -> list[str]:
+        """Everybody once; who comes first changes from round to round, and so does the direction."""
+        names = [self.incumbent, *able]
+        turn = self._rounds // 2 % len(names)
+        names = names[turn:] + names[:turn]
+        self._rounds += 1
+        return names if self._rounds % 2 else names[::-1]
+
+    def _live(self, usual: float) -> list[str]:
+        """Candidates that are still to be tried."""
+        live = [
+            name
+            for name, runner in self.runners.items()
+            if name != self.incumbent and runner.out is None and not runner.put_off and not self._is_done(runner, usual)
+        ]
+        return [] if len(live) == 1 and self._is_ahead(live[0]) else live
+
+    def _is_ahead(self, name: str) -> bool:
+        """Whether this one has won already, by far."""
+        mine = self.runners[name]
+        others = [one.times for other, one in self.runners.items() if other != name and one.out is None and one.times]
+        if min(map(len, [mine.times, self.runners[self.incumbent].times])) < 2 * FEWEST:
+            return False
+        return median(mine.times) * HOPELESS < min(map(median, others))
+
+    def _is_done(self, runner: Runner, usual: float) -> bool:
+        if len(runner.times) >= MOST_TRIALS or runner.spent + (runner.figure or usual) > BUDGET * usual:
+            return True
+        best = min(median(one.times) for one in self.runners.values() if one.times) if runner.times else 0.0
+        enough = len(runner.times) >= FEWEST and len(self.runners[self.incumbent].times) >= FEWEST
+        return enough and median(runner.times) > HOPELESS * best
+
+    def _may(self, name: str, usual: float, share: float) -> bool:
+        runner = self.runners[name]
+        if runner.waiting and not runner.times:  # it may be very slow: one call at a time
+            return False
+        each = runner.figure or usual
+        return runner.spent + (runner.waiting + 1) * each <= share * BUDGET * usual
+
+    def begin(self, name: str) -> bool:
+        """A timed call of this one begins; true where it is its first."""
+        runner = self.runners[name]
+        runner.waiting += 1
+        first, runner.started = not runner.started, True
+        return first
+
+    def untimed(self, name: str) -> None:
+        """A call that began gives no time."""
+        self.runners[name].waiting = max(0, self.runners[name].waiting - 1)
+
+    def took(self, name: str, ms: float) -> None:
+        """The time of one call that began."""
+        runner = self.runners[name]
+        self.untimed(name)
+        if not self.is_open or runner.out is not None:
+            return
+        usual = self.typical
+        runner.spent += ms
+        if runner.first is None:
+            runner.first = ms
+            if usual is not None and name != self.incumbent and runner.spent + usual > BUDGET * usual:
+                runner.put_off = True
+        elif usual is None:
+            self._baseline.append(ms)
+            usual = self.typical
+            if usual is not None and usual < SMALLEST_MS:
+                self.ended = TOO_SMALL
+        else:
+            runner.times.append(ms)
+            if name != self.incumbent and len(runner.times) < FEWEST and runner.is_too_slow(usual):
+                slow = min(runner.first, *runner.times)
+                self.reject(name, f"{slow:.3g} ms in one call > {TOO_SLOW:g} x {usual:.3g} ms of {self.incumbent}")
+        self._end_if_done()
+
+    def reject(self, name: str, reason: str) -> None:
+        """A candidate is out."""
+        self.runners[name].out = reason
+        self._end_if_done()
+
+    def forget_waiting(self) -> None:
+        """At the end of a run: times that have not come will not come."""
+        for runner in self.runners.values():
+            runner.waiting = 0
+
+    def _end_if_done(self) -> None:
+        usual = self.typical
+        if usual is None or not self.is_open or self._live(usual):
+            return
+        if any(runner.waiting for name, runner in self.runners.items() if name != self.incumbent):
+            return
+        self.entry = self._outcome(usual)
+
+    def end(self) -> None:
+        """End it now; who was not measured yet is put off."""
+        if (usual := self.typical) is not None:
+            self.entry = self._outcome(usual)
+
+    def _outcome(self, usual: float) -> Entry:
+        environment, accuracy, key = self.place
+        tried = {name: runner for name, runner in self.runners.items() if name != self.incumbent}
+        rejected = {name: runner.out for name, runner in tried.items() if runner.out is not None}
+        measured = {
+            name: r.figure for name, r in tried.items() if r.out is None and r.figure is not None and r.is_known
+        }
+        often: Mapping[str, int] = self.before.put_off if self.before is not None else {}
+        put_off = {name: often.get(name, 0) + 1 for name in tried if name not in rejected and name not in measured}
+        for name in [name for name, count in put_off.items() if count >= MOST_TIMES_PUT_OFF]:
+            runner = self.runners[name]
+            if runner.times and runner.first is not None:
+                measured[name] = min(runner.first, *runner.times)
+            else:
+                took = f"{runner.spent:.3g} ms > {BUDGET:g} x {usual:.3g} ms of {self.incumbent}"
+                rejected[name] = f"its first calls took {took}"
+            del put_off[name]
+        measured[self.incumbent] = usual
+        winner = _winner(measured, self.incumbent)
+        found = Entry(key, environment, accuracy, winner, self.incumbent, measured, rejected, put_off, round(time(), 3))
+        if self.before is None:
+            return found
+        return found._replace(
+            incumbent=self.before.incumbent,
+            ms={**self.before.ms, **measured},
+            rejected={**self.before.rejected, **rejected},
+        )
+
+
+def _winner(ms: Mapping[str, float], incumbent: str) -> str:
+    """The fastest, or the incumbent where that is hardly slower."""
+    best = min(ms, key=ms.__getitem__)
+    return best if ms[best] < (1 - GAIN) * ms.get(incumbent, float("inf")) else incumbent
+
+
+def without_winner(entry: Entry, reason: str) -> Entry:
+    """The entry after its winner failed in a run: it is out, and the next best wins."""
+    ms = {name: each for name, each in entry.ms.items() if name != entry.winner}
+    rejected = {**entry.rejected, entry.winner: reason}
+    return entry._replace(winner=_winner(ms, entry.incumbent), ms=ms, rejected=rejected, written=round(time(), 3))

@@ -1,0 +1,139 @@
+"""What a run decided, for each kind of call and block: written where calls are planned, never at an attention call.
+
+A kind of call can change its kernel in the middle of a run: a schedule's window begins, the guard takes a kernel away,
+a kernel fails. So each decision is kept with the model call from which it held; model calls are numbered from 1, as in
+`report/timeline.py`. `record.py` makes plain data of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...config.names import COMFY
+from ...values.request import AttentionRequest
+
+if TYPE_CHECKING:
+    from ...engine.plan import Plan
+    from ...engine.router import Router
+    from ...values.platform import Platform
+
+
+class Ran(NamedTuple):
+    """What ran calls of one kind."""
+
+    backend: str
+    member: str | None
+    options: tuple[tuple[str, object], ...]
+    accuracy: str
+    source: str
+    asked: str | None
+    reason: str | None
+
+    def same_kernel(self, other: Ran) -> bool:
+        """True when both give the same numbers."""
+        return self[:3] == other[:3]
+
+
+class Kind(NamedTuple):
+    """Calls that are decided alike: their role, their block, their facts."""
+
+    role: str
+    block: str
+    request: AttentionRequest
+
+
+class _Place(NamedTuple):
+    kind: Kind
+    window: int
+    """What of the schedules held when the call was planned."""
+
+
+class Ledger:
+    """The decisions of one sampling run, and when they held."""
+
+    def __init__(self) -> None:
+        self.categories: dict[str, str] = {}
+        self.platforms: dict[Platform, None] = {}
+        self.changes: dict[str, None] = {}
+        """Kernels that were changed for another reason than the schedule's; a replay repeats them."""
+        self.not_repeated: dict[str, None] = {}
+        """What ran, and is not told by the decisions here: a replay does not repeat it."""
+        self._model_call = 1
+        self._windows: list[tuple[int, int]] = []
+        self._events: dict[_Place, list[tuple[int, Ran]]] = {}
+        self._plans: dict[int, tuple[Plan, _Place]] = {}
+        self._now: dict[_Place, dict[int, Ran]] = {}
+        """What each plan of a place runs: several where a block has several modules of one role."""
+
+    def begin_model_call(self, number: int, window: int) -> None:
+        """A model call begins, while these windows of the schedules hold."""
+        self._model_call = number
+        if not self._windows or self._windows[-1][1] != window:
+            self._windows.append((number, window))
+
+    def planned(self, plan: Plan, category: str, router: Router) -> None:
+        """A new kind of call was decided."""
+        window = self._windows[-1][1] if self._windows else 0
+        place = _Place(Kind(plan.row.role, plan.row.block, plan.request), window)
+        self._plans[id(plan)] = plan, place
+        self.categories[plan.row.role] = category
+        self.platforms[router.platform] = None
+        self._note(plan, place, router)
+
+    def changed(self, plan: Plan, router: Router) -> None:
+        """A plan runs something else from this model call on."""
+        _, place = self._plans.get(id(plan), (plan, None))
+        if place is None:
+            return  # made before this ledger
+        before = self._now[place][id(plan)]
+        self._note(plan, place, router)
+        after = self._now[place][id(plan)]
+        if after.same_kernel(before):  # it was confirmed
+            return
+        where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
+        why = f" ({after.reason})" if after.reason else ""
+        self.changes[f"{where}: {before.backend} -> {after.backend} from model call {self._model_call} on{why}"] = None
+
+    def _note(self, plan: Plan, place: _Place, router: Router) -> None:
+        decision = plan.decision
+        host = plan.function if decision.backend == COMFY else None
+        ran = Ran(
+            decision.backend,
+            plan.row.member if host is None else host.member(plan.request, router.platform),
+            tuple(sorted(decision.options.items())),
+            (host or router.backends[decision.backend]).accuracy,
+            decision.source,
+            decision.asked,
+            plan.row.reason,
+        )
+        now = self._now.setdefault(place, {})
+        if now.get(id(plan)) == ran:
+            return
+        now[id(plan)] = ran
+        events = self._events.setdefault(place, [])
+        if not events or events[-1][1] != ran:
+            events.append((self._model_call, ran))
+        if any(not ran.same_kernel(other) for other in tuple(now.values())):  # devices share it, each has a thread
+            where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
+            self.not_repeated[f"{where}: from model call {self._model_call} on, equal calls ran different kernels"] = (
+                None
+            )
+
+    def decisions(self) -> Iterator[tuple[Kind, tuple[tuple[int, Ran], ...]]]:
+        """Each kind of call, and what ran it: from which model call on, and what; the first holds from 1."""
+        kinds = dict.fromkeys(place.kind for place in self._events)
+        starts = self._windows or [(1, 0)]
+        for kind in kinds:
+            found: list[tuple[int, Ran]] = []
+            for (first, window), (end, _) in zip(starts, [*starts[1:], (1 << 62, 0)], strict=True):
+                events = self._events.get(_Place(kind, window), [])
+                before = [ran for number, ran in events if number <= first]
+                held = [(first, before[-1])] if before else []
+                held += [(number, ran) for number, ran in events if first < number < end]
+                for number, ran in held:
+                    if found and found[-1][0] == number:  # changed in the very model call in which it was decided
+                        found.pop()
+                    if not found or found[-1][1] != ran:
+                        found.append((number, ran))
+            yield kind, tuple((1 if index == 0 else number, ran) for index, (number, ran) in enumerate(found))

@@ -1,0 +1,176 @@
+"""A run's decisions as plain data, to be kept beside a picture, so that the same seed gives the same picture later.
+
+A record says for each kind of call and block which kernel ran, with its options, and on what machine. It holds no
+paths and nothing of the graph. `ledger.py` collects what is in it, `config/recorded.py` makes a configuration of it
+again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from ...config.layers import settings_of
+from ...kernels.packages import PACKAGES_OF
+from ...measure.remembered import COMPILERS, driver, own_version
+from ...values.request import AttentionRequest
+from .ledger import Ledger, Ran
+
+if TYPE_CHECKING:
+    from ...report import Trace
+    from ...values.platform import Platform
+
+MARK = "attention_backends_record"
+"""The entry by which a mapping is known as a record; its value is the format."""
+FORMAT = 1
+
+_NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,5})")
+
+
+def of_run(trace: Trace) -> dict[str, Any] | None:
+    """One sampling run as plain data; None where its decisions were not kept."""
+    ledger = trace.ledger
+    if ledger is None:
+        return None
+    found = _decisions(ledger)
+    used = {ran["backend"] for decision in found for ran in decision["ran"]}
+    alarms = [row.guard for row in trace.rows.values() if row.guard is not None and row.guard.alarms]
+    return {
+        "node_id": trace.node_id,
+        "model": trace.model,
+        "steps": trace.steps,
+        "model_calls": trace.timeline.model_calls,
+        "machine": machine_of(next(iter(ledger.platforms)), used) if ledger.platforms else {},
+        "settings": settings_of(trace.layers)._asdict(),
+        "steady": not ledger.changes and not ledger.not_repeated,
+        "changes": list(ledger.changes),
+        "not_repeated": list(ledger.not_repeated),
+        "guard_alarms": sum(findings.alarms for findings in alarms),
+        "first_alarm": alarms[0].first_alarm if alarms else None,
+        "decisions": found,
+    }
+
+
+def as_record(
+    runs: Iterable[Mapping[str, Any]],
+    made_by: Mapping[str, str],
+    not_recorded: Sequence[Mapping[str, str]] = (),
+    before: object = None,
+) -> dict[str, Any]:
+    """The record of these runs, oldest first.
+
+    Args:
+        made_by: programs and their versions.
+        not_recorded: samplers whose decisions are not known, each with a reason.
+        before: what stands in the same picture's metadata already, from another branch of the graph.
+    """
+    kept, missing = list(runs), list(not_recorded)
+    if isinstance(before, Mapping) and before.get(MARK) == FORMAT:
+        earlier, earlier_missing = before.get("runs"), before.get("not_recorded")
+        if _are_mappings(earlier) and _are_mappings(earlier_missing):  # else another program's entry
+            kept = [*(run for run in earlier if run not in kept), *kept]
+            missing = [*(one for one in earlier_missing if one not in missing), *missing]
+    return {MARK: FORMAT, "made_by": {"attention_backends": own_version(), **made_by}, "runs": kept,
+            "not_recorded": missing}  # fmt: skip
+
+
+def _are_mappings(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
+
+
+def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:
+    """What of a machine can change the numbers that these backends compute."""
+    names = {package.distribution for backend in backends for package in PACKAGES_OF.get(backend, ())}
+    names.update(COMPILERS if names or "flex_attn" in backends else ())
+    facts = {
+        "kind": platform.kind,
+        "card": platform.name,
+        "architecture": platform.sm or platform.gfx or "",
+        "driver": driver() if platform.kind in ("cuda", "rocm") and not platform.described else "",
+        "cpu": _instructions() if platform.kind == "cpu" and not platform.described else "",
+        "torch": platform.torch,
+        "cuda": platform.cuda or "",
+        "cudnn": str(platform.cudnn or ""),
+        "os": platform.os,
+    }
+    packages = {name: version for name, version in platform.packages if name in names}
+    return {**{name: value for name, value in facts.items() if value}, "packages": packages}
+
+
+def _instructions() -> str:
+    """The vector instructions that torch computes with on this CPU, such as AVX2."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def normal(request: AttentionRequest) -> AttentionRequest:
+    """The request with what 0 stands for written out."""
+    return request._replace(
+        num_kv_heads=request.num_kv_heads or request.num_heads, v_head_dim=request.v_head_dim or request.head_dim
+    )
+
+
+def facts_of(request: AttentionRequest) -> dict[str, Any]:
+    """A request as plain data, without what it has by default."""
+    defaults = {
+        **AttentionRequest._field_defaults,
+        "num_kv_heads": request.num_heads,
+        "v_head_dim": request.head_dim,
+    }
+    facts = normal(request)._asdict()
+    return {name: value for name, value in facts.items() if name not in defaults or value != defaults[name]}
+
+
+def ranges(blocks: Iterable[str]) -> list[str]:
+    """Blocks with neighbours in one text: `blocks.0-3`, in the order in which each series begins."""
+    series: dict[str, list[int]] = {}
+    for block in blocks:
+        match = _NUMBERED.fullmatch(block)
+        series.setdefault(match[1] if match else block, []).extend([int(match[2])] if match else [])
+    found = []
+    for prefix, numbers in series.items():
+        found += [prefix] if not numbers else []
+        rising = sorted(set(numbers))
+        for first in (number for number in rising if number - 1 not in rising):
+            last = next(number for number in range(first, rising[-1] + 1) if number + 1 not in rising)
+            found.append(f"{prefix}{first}" if first == last else f"{prefix}{first}-{last}")
+    return found
+
+
+def _decisions(ledger: Ledger) -> list[dict[str, Any]]:
+    """Blocks and kinds of call with equal decisions in one entry."""
+    blocks: dict[tuple[str, AttentionRequest, str], list[str]] = {}
+    ran_of: dict[str, tuple[tuple[int, Ran], ...]] = {}
+    for kind, ran in ledger.decisions():
+        ran_of[repr(ran)] = ran
+        blocks.setdefault((kind.role, kind.request, repr(ran)), []).append(kind.block)
+    calls: dict[tuple[str, tuple[str, ...], str], list[AttentionRequest]] = {}
+    for (role, request, ran_key), names in blocks.items():
+        calls.setdefault((role, tuple(ranges(names)), ran_key), []).append(request)
+    return [
+        {
+            "role": role,
+            "category": ledger.categories.get(role, role),
+            "blocks": list(names),
+            "calls": [facts_of(request) for request in requests],
+            "ran": [{"from_model_call": number, **_ran(ran)} for number, ran in ran_of[ran_key]],
+        }
+        for (role, names, ran_key), requests in calls.items()
+    ]
+
+
+def _ran(ran: Ran) -> dict[str, Any]:
+    said = {
+        "member": ran.member,
+        "options": dict(ran.options),
+        "asked": ran.asked if ran.asked != ran.backend else None,
+        "reason": ran.reason,
+    }
+    return {
+        "backend": ran.backend,
+        "accuracy": ran.accuracy,
+        "source": ran.source,
+        **{name: value for name, value in said.items() if value},
+    }

@@ -1,0 +1,198 @@
+"""The audit of a run: for each role, what was asked for against what ran, and a reason for every divergence.
+
+It works from the account alone, so it also finds what a decision forgot to say. A divergence without a reason is a
+defect of this package; a strict run ends with an error for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config import RECOMMENDED
+from ..config.layers import resolve
+from ..config.names import AUTO, MEASURED
+
+if TYPE_CHECKING:
+    from . import Row, Trace
+
+AS_ASKED = "as asked"
+EXPLAINED = "explained"
+UNEXPLAINED = "unexplained"
+NEVER_CALLED = "role never called"
+NOT_REACHED = "not reached"
+BY_ANOTHER = "by another"
+"""Stands in a row as the backend of calls that another pack computed."""
+
+
+class UnexplainedError(RuntimeError):
+    """Strict was asked for, and something else ran without a recorded reason."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One role as one source asked for it."""
+
+    role: str
+    asked: str
+    """The backend's id, or `auto`."""
+    source: str
+    ran: Mapping[str, int]
+    """Backend -> calls."""
+    reasons: tuple[str, ...]
+    """Why something else ran, each once."""
+    verdict: str
+    """`as asked`, `explained`, `unexplained`, `role never called`; `not reached` where the run says nothing of it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The finding as plain data."""
+        return {
+            "role": self.role,
+            "asked": self.asked,
+            "source": self.source,
+            "ran": dict(self.ran),
+            "reasons": list(self.reasons),
+            "verdict": self.verdict,
+        }
+
+
+def asked_and_ran(trace: Trace) -> tuple[Finding, ...]:
+    """The findings of a run: one for each role and source that had calls, then configured roles that had none."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in trace.rows.values():
+        if row.calls:
+            groups.setdefault((row.role, *_asked(trace, row)), []).append(row)
+    found = [_finding(role, asked, source, rows) for (role, asked, source), rows in groups.items()]
+    called = {role for role, _, _ in groups}
+    found += [_elsewhere(trace, role) for role in trace.categories if role not in called and _names(trace, role)]
+    return (*found, *_never_called(trace))
+
+
+def unexplained(findings: Iterable[Finding]) -> str | None:
+    """The text of an error over divergences without a reason; None when there are none."""
+    bad = [finding for finding in findings if finding.verdict == UNEXPLAINED]
+    if not bad:
+        return None
+    lines = ["another attention backend ran than the one that was asked for, and nothing says why"]
+    lines += [f"  role {f.role}: asked for {f.asked} via {f.source}; ran {_counted(f.ran)}" for f in bad]
+    lines.append("  what to do: report this with the attention report of the run, or switch strict off")
+    return "\n".join(lines)
+
+
+def merged(audits: Iterable[Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Audits of several stages, as plain data, in one: calls added up, the worst verdict kept.
+
+    A role that one stage called is not reported as never called for another.
+    """
+    worst = (NEVER_CALLED, NOT_REACHED, AS_ASKED, EXPLAINED, UNEXPLAINED)
+    total: dict[tuple[str, str], dict[str, Any]] = {}
+    for finding in (finding for audit in audits for finding in audit):
+        key = finding["role"], finding["asked"]
+        mine = total.setdefault(key, {**finding, "ran": {}, "reasons": []})
+        for backend, calls in finding["ran"].items():
+            mine["ran"][backend] = mine["ran"].get(backend, 0) + calls
+        mine["verdict"] = max(mine["verdict"], finding["verdict"], key=worst.index)
+        mine["reasons"].append((finding["verdict"], finding["reasons"]))
+    for mine in total.values():
+        told = [reason for verdict, reasons in mine["reasons"] if verdict == mine["verdict"] for reason in reasons]
+        mine["reasons"] = list(dict.fromkeys(told))
+    return list(total.values())
+
+
+def line(audit: Iterable[Mapping[str, Any]]) -> str:
+    """One line, e.g. `Asked and ran: self=cudnn_attn as asked; cross=sage_attn -> torch_sdpa (head_dim 160 > 128)`."""
+    return "Asked and ran: " + ("; ".join(_part(finding) for finding in audit) or "nothing")
+
+
+def _asked(trace: Trace, row: Row) -> tuple[str, str]:
+    """What was asked for a row's calls, and on whose word: as the row says, or else as the configuration does."""
+    if row.asked == MEASURED:  # what was found stands behind whose word it is, and changes during a run
+        return MEASURED, row.source.partition(f": {MEASURED}")[0]
+    if row.asked is not None:
+        return row.asked, row.source
+    if row.source.startswith(RECOMMENDED):  # an exact kernel, whichever the route has, in place of the default
+        return AUTO, row.source
+    choice = resolve(trace.layers, row.role, trace.categories.get(row.role, row.role))
+    return (choice.asked, choice.source) if choice.asked is not None else (AUTO, row.source)
+
+
+def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
+    ran: dict[str, int] = {}
+    for row in rows:
+        ran[row.backend] = ran.get(row.backend, 0) + row.calls
+    other = [row for row in rows if row.by_another or (asked not in (AUTO, MEASURED) and row.backend != asked)]
+    reasons = tuple(dict.fromkeys(row.reason for row in other if row.reason))
+    explained = EXPLAINED if all(row.reason for row in other) else UNEXPLAINED
+    verdict = explained if other else AS_ASKED
+    return Finding(role, asked, source, ran, reasons, verdict)
+
+
+def _names(trace: Trace, role: str) -> bool:
+    return resolve(trace.layers, role, trace.categories[role]).asked is not None
+
+
+def _elsewhere(trace: Trace, role: str) -> Finding:
+    """A role whose calls reached the model but were all answered by something else, as a note says."""
+    choice = resolve(trace.layers, role, trace.categories[role])
+    if (why := _why_not_reached(trace)) is not None:
+        return Finding(role, choice.asked or AUTO, choice.source, {}, (why,), NOT_REACHED)
+    said = tuple(note for note in trace.notes if f"role {role} " in note)
+    return Finding(role, choice.asked or AUTO, choice.source, {}, said, EXPLAINED if said else UNEXPLAINED)
+
+
+def _why_not_reached(trace: Trace) -> str | None:
+    """Why nothing can be said of a role that had no calls; None for a whole run whose calls are known."""
+    if trace.stopped is not None:
+        return trace.stopped.text or "the run goes on"
+    return trace.unused or None
+
+
+def unseen(trace: Trace) -> str:
+    """Who else ran in a compiled model and may have computed calls there; empty where nobody did."""
+    if not trace.unseen:
+        return ""
+    return f"{' and '.join(trace.unseen)} ran in the compiled model and may have computed attention by itself"
+
+
+def _never_called(trace: Trace) -> list[Finding]:
+    """Entries for roles that no call had, neither by name nor by category."""
+    why = _why_not_reached(trace) or unseen(trace) or None
+    known = {row.role for row in trace.rows.values() if row.calls}
+    known.update(trace.categories, trace.categories.values())
+    names = ", ".join(sorted(trace.categories)) or "none"
+    findings = {}
+    for layer in trace.layers:
+        covered = known | {layer.parent_of(name) for name in known}
+        for role, spec in layer.per_role.items():
+            if role in covered or spec.is_auto or role in findings:
+                continue
+            reason = f"role {role!r} matched no attention call of this model; its roles are: {names}"
+            if role == "self" and "joint" in known:
+                reason += "; joint_is_self: true makes self cover joint attention"
+            source = f"{layer.source}.per_role[{role!r}]"
+            verdict = NEVER_CALLED if why is None else NOT_REACHED
+            findings[role] = Finding(role, spec.backend, source, {}, (why or reason,), verdict)
+    return list(findings.values())
+
+
+def _part(finding: Mapping[str, Any]) -> str:
+    asked, ran, reasons = finding["asked"], finding["ran"], finding["reasons"]
+    head = f"{finding['role']}={asked}"
+    if finding["verdict"] == NEVER_CALLED:
+        return f"{head} never called"
+    if finding["verdict"] == NOT_REACHED:
+        return f"{head} not reached" + (f" ({'; '.join(reasons)})" if reasons else "")
+    if finding["verdict"] == AS_ASKED:
+        return f"{head} -> {_counted(ran)}" if asked in (AUTO, MEASURED) else f"{head} as asked"
+    others = {backend: calls for backend, calls in ran.items() if backend != asked}
+    shown = _counted(ran if len(ran) > len(others) else others) or "elsewhere"
+    why = "; ".join(reason.removeprefix(f"{asked}: ") for reason in reasons)
+    return f"{head} -> {shown} ({why or 'no reason recorded'})"
+
+
+def _counted(ran: Mapping[str, int]) -> str:
+    """`torch_sdpa`, or with calls where there are several."""
+    if len(ran) == 1:
+        return next(iter(ran))
+    return ", ".join(f"{backend} {calls} calls" for backend, calls in ran.items())

@@ -1,0 +1,105 @@
+"""What became of a run, in one sentence that every place shows: node, tab, report, HTTP and log.
+
+A sentence is a kind and a cause. The kinds' words are here in English and, for the page, in locales/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..engine.router import NoBackendError
+from ..values.faults import is_out_of_memory
+from .audit import UnexplainedError, unseen
+
+if TYPE_CHECKING:
+    from . import Trace
+
+UNFINISHED = "the run did not finish"
+"""How the note of a run that was cancelled or failed begins."""
+RUNNING, DONE = "running", "done"
+CANCELLED, REFUSED, OUT_OF_MEMORY, FAILED = "cancelled", "refused", "out_of_memory", "failed"
+NOT_USED, PARTLY = "not_used", "partly"
+WORDS = {
+    RUNNING: "",
+    DONE: "",
+    CANCELLED: "Cancelled",
+    REFUSED: "Stopped by strict: {cause}",
+    OUT_OF_MEMORY: "Out of memory: {cause}",
+    FAILED: "Failed: {cause}",
+    NOT_USED: "Not used: {cause}",
+    PARTLY: "Partly used: {cause}",
+}
+REASONS = 3
+"""The line of a refusal that has the named backend's reasons, after what was asked, the call and the machine."""
+STOPPED = (CANCELLED, REFUSED, OUT_OF_MEMORY, FAILED)
+"""Kinds of a run that did not come to its end."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run; `kind` is a key of `WORDS`."""
+
+    kind: str
+    cause: str = ""
+
+    @property
+    def text(self) -> str:
+        """The sentence; empty where there is nothing to say beside the figures."""
+        return WORDS[self.kind].format(cause=self.cause)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as plain data."""
+        return {"kind": self.kind, "cause": self.cause, "text": self.text}
+
+
+def of_error(error: BaseException, *, strict: bool, cancelled: bool = False) -> Outcome:
+    """The outcome of a run that ended with an error; `strict` where a backend was asked for strictly."""
+    if cancelled:
+        return Outcome(CANCELLED)
+    if is_out_of_memory(error):
+        return Outcome(OUT_OF_MEMORY, first_line(error))
+    if strict and isinstance(error, (NoBackendError, UnexplainedError)):
+        return Outcome(REFUSED, _refusal(error))
+    return Outcome(FAILED, first_line(error))
+
+
+def _refusal(error: BaseException) -> str:
+    """The first line of a refusal, and the named backend's own reasons where `Router.explain_refusal` gives them."""
+    lines = str(error).splitlines()
+    listed = len(lines) > REASONS and lines[1].startswith("  call: ")
+    return f"{lines[0]}: {lines[REASONS].strip()}" if listed else first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says anything."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), "an error without a message")
+
+
+def of_trace(trace: Trace) -> Outcome:
+    """The outcome of a run that is over, from its account."""
+    if trace.stopped is not None:
+        return trace.stopped
+    theirs: dict[str, int] = {}
+    for row in trace.rows.values():
+        if row.by_another and row.calls:
+            theirs[row.member or ""] = theirs.get(row.member or "", 0) + row.calls
+    total, others = trace.calls, sum(theirs.values())
+    if others and others == total:
+        where = {name: f" {trace.another.get(name, '')}".rstrip() for name in theirs}
+        return Outcome(NOT_USED, f"{' and '.join(name + where[name] for name in theirs)} took over attention")
+    if others:
+        return Outcome(PARTLY, f"{' and '.join(theirs)} computed {others} of {total} attention calls")
+    if trace.unused and not total:
+        return Outcome(NOT_USED, trace.unused)
+    text = unseen(trace)
+    return Outcome(PARTLY, text) if text else Outcome(DONE)
+
+
+def merged(outcomes: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The outcome of several stages: the one that says most."""
+    order = list(WORDS)
+    rank = {kind: (order.index(kind) if kind not in STOPPED else len(order)) for kind in order}
+    return dict(max(outcomes, key=lambda one: rank[one["kind"]]))

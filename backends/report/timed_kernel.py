@@ -1,0 +1,51 @@
+"""A kernel whose time on its device goes into a row of the account.
+
+Boundary: kernels in, kernels out; when times are read is for the clock and for who keeps the account.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter_ns
+from typing import TYPE_CHECKING
+
+from ..kernels.backend import Kernel
+from ..measure.device_clock import DeviceClock
+from ..values.request import AttentionCall
+
+if TYPE_CHECKING:
+    import torch
+
+    from . import Row
+
+
+def timed_kernel(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
+    """The kernel itself, its calls counted in `row.launches`, and those that are timed in `timed` and `nanoseconds`."""
+    return _by_events(kernel, clock, row) if clock.has_events else _by_the_host(kernel, clock, row)
+
+
+def _by_events(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
+    start, stop, took = clock.start, clock.stop, row.took
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        token = start(call.query.device)
+        output = kernel(call)
+        row.launches += 1
+        stop(token, took)
+        return output
+
+    return run
+
+
+def _by_the_host(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
+    """As `_by_events` where the clock delivers at once; written out, since a call on the CPU can be short."""
+
+    def run(call: AttentionCall) -> torch.Tensor:
+        start = perf_counter_ns()
+        output = kernel(call)
+        row.launches += 1
+        if not clock.paused:
+            row.nanoseconds += perf_counter_ns() - start
+            row.timed += 1
+        return output
+
+    return run

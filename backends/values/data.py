@@ -1,0 +1,373 @@
+"""JSON and YAML text to plain data and back, with errors that name the line, and bounds for text from anywhere.
+
+The bounds are looked at before anything is built: the size of the text, then the number of its entries and how deep
+they are nested, which a pass over the text counts. YAML is read for its notation alone: its values are those of JSON
+(text, numbers, true, false, null), a key is text and stands once, and there are no merge keys, tags, dates, octal or
+base 60 numbers. An alias counts as much as what it stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
+from json.decoder import scanstring  # type: ignore[attr-defined]  # in C where Python has it
+from typing import Any, NamedTuple
+
+from ..config import ConfigError
+from .bounded import MOST_JSON, MOST_TEXT
+from .options import MOST_BITS
+
+MAX_ENTRIES, MAX_DEPTH = 10_000, 40
+"""More than any configuration needs."""
+MAX_DIGITS = 40
+"""Of a whole number; no count of anything has more."""
+
+_JSON_MARK = re.compile(r'[\[\]{},"]')
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", re.ASCII)
+_EXPONENT = re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+")
+_WORDS: dict[str, bool | None] = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
+}
+"""What a plain scalar of YAML may say beside numbers and text: JSON's words, as YAML spells them."""
+
+
+def load_json(
+    text: str,
+    source: str,
+    *,
+    most_bytes: int = MOST_JSON,
+    most_entries: int = MAX_ENTRIES,
+    constants: bool = False,
+) -> Any:
+    """Read JSON.
+
+    constants: NaN and Infinity are read too, which Python writes and JSON does not have.
+
+    Raises:
+        ConfigError: with line and column; or it is too large, or nested too deeply.
+    """
+    check_size(text, source, most_bytes)
+    try:
+        _check_json(text, source, most_entries)
+        constant = float if constants else _no_constant
+        data = json.loads(text, object_pairs_hook=_once, parse_constant=constant, parse_float=_float, parse_int=_whole)
+        return _checked_texts(data, source)
+    except json.JSONDecodeError as error:
+        message = f"{source}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        raise ConfigError(message) from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply") from error
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        ConfigError: with line and column; or it is too large, or nested too deeply.
+    """
+    import yaml
+
+    check_size(text, source, MOST_TEXT, "; a longer configuration can be written as JSON")
+    try:
+        return yaml_entries(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source}: not valid YAML{place}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply") from error
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def dump_yaml(data: Any) -> str:
+    """Write YAML that `load_yaml` reads back."""
+    import yaml
+
+    text: str = yaml.dump(data, Dumper=_dumper(), sort_keys=False)  # escapes what is not ASCII: PyYAML folds U+0085
+    return text
+
+
+def check_size(text: str, source: str, most: int, advice: str = "") -> None:
+    """Look at the length of a text before it is read.
+
+    Raises:
+        ConfigError: it has more than `most` bytes as UTF-8.
+    """
+    size = len(text)
+    if size <= most and not text.isascii():
+        size = len(text.encode("utf-8", "surrogatepass"))
+    if size > most:
+        raise ConfigError(f"{source}: {size} bytes > {most}: no configuration is that long{advice}")
+
+
+def check_data(data: object, source: str) -> None:
+    """Look at plain data that a program made, before it is walked.
+
+    Raises:
+        ConfigError: it has too many entries or is nested too deeply, as data that contains itself is.
+    """
+    count = 0
+    pending: list[tuple[object, int]] = [(data, 0)]
+    while pending:
+        value, depth = pending.pop()
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        count += 1
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise ConfigError(f"{source}: a number of {value.bit_length()} bits is out of range")
+        if count + len(inner) > MAX_ENTRIES:
+            raise ConfigError(f"{source}: {_too_many(MAX_ENTRIES)}")
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{source}: {_TOO_DEEP}")
+        pending += [(each, depth + 1) for each in inner]
+
+
+_TOO_DEEP = f"nested too deeply: no configuration is nested more than {MAX_DEPTH} deep"
+
+
+def _too_many(most: int) -> str:
+    return f"more than {most} entries: no configuration has that many"
+
+
+# JSON
+
+
+def json_marks(text: str) -> Iterator[tuple[str, int, int, str]]:
+    """Each bracket, comma and text of JSON: the character that it begins with, its two ends, and what the text says.
+
+    Raises:
+        json.JSONDecodeError: a text is not closed, or has a wrong escape.
+    """
+    place = 0
+    while (found := _JSON_MARK.search(text, place)) is not None:
+        start, place = found.start(), found.end()
+        said = ""
+        if text[start] == '"':
+            said, place = scanstring(text, place)
+        yield text[start], start, place, said
+
+
+def _check_json(text: str, source: str, most: int) -> None:
+    """Count what is in a text of JSON, without building it: a text of a megabyte may stand for a hundred of them."""
+    depth, entries = 0, 1
+    with suppress(json.JSONDecodeError):  # the parser says so better, and stops there too
+        for mark, _, _, _ in json_marks(text):
+            if mark in "[{":
+                depth += 1
+                entries += 1
+            elif mark in "]}":
+                depth -= 1
+            elif mark == ",":
+                entries += 1
+            if depth > MAX_DEPTH:
+                raise ConfigError(f"{source}: {_TOO_DEEP}")
+            if entries > most:
+                raise ConfigError(f"{source}: {_too_many(most)}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r} is given twice")
+            seen.add(name)
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that JSON has")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is larger than any number that can be computed with")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits > {MAX_DIGITS}")
+    return int(text)
+
+
+def _checked_texts(data: Any, source: str) -> Any:
+    """The data itself, if every text in it can be written as UTF-8: JSON's escapes can make halves of characters."""
+    pending = [data]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            if not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError as error:
+                    raise ConfigError(f"{source}: a text with half of a character ({error.reason})") from error
+        elif isinstance(value, dict):
+            pending += value.keys()
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return data
+
+
+# YAML
+
+
+class _Anchored(NamedTuple):
+    """What an alias stands for."""
+
+    value: Any
+    entries: int
+    height: int
+    """Levels of mappings and lists in it, itself included; 0 for a scalar."""
+
+
+_NO_KEY = object()
+
+
+class _Open:
+    """A mapping or a list that is being read."""
+
+    def __init__(self, value: dict[Any, Any] | list[Any], anchor: str | None) -> None:
+        self.value = value
+        self.anchor = anchor
+        self.key: object = _NO_KEY
+        """Of a mapping, while its value is awaited."""
+        self.entries = 1
+        self.height = 0
+        """Of the most deeply nested of its entries."""
+
+    def add(self, value: Any, entries: int, height: int) -> None:
+        if isinstance(self.value, list):
+            self.value.append(value)
+        else:
+            self.value[self.key] = value
+            self.key = _NO_KEY
+        self.entries += entries
+        self.height = max(self.height, height)
+
+
+def yaml_entries(text: str, found: Callable[[tuple[str, ...], int, str], None] | None = None) -> Any:
+    """Read one document of YAML to plain data, event by event, so that nothing is built beyond the bounds.
+
+    Args:
+        found: is told of each entry: its path, its line from 0, and its value where that is a scalar, else "".
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or has what is not read here.
+        ValueError: it is too large, or nested too deeply.
+    """
+    import yaml
+
+    def wrong(problem: str, event: Any) -> Exception:
+        error: Exception = yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+        return error
+
+    opened: list[_Open] = []
+    path: list[str] = []
+    anchors: dict[str, _Anchored | None] = {}
+    total, documents, result = 0, 0, None
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise wrong("expected one document, but found another", event)
+        if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            done = opened.pop()
+            node = _Anchored(done.value, done.entries, done.height + 1)
+            anchor = done.anchor
+        elif isinstance(event, yaml.NodeEvent):
+            if getattr(event, "tag", None) is not None:
+                raise wrong(f"tags such as {event.tag} are not read", event)
+            inside = opened[-1] if opened else None
+            if inside is not None and isinstance(inside.value, dict) and inside.key is _NO_KEY:
+                inside.key = _key(event, inside.value, wrong)
+                if found is not None:
+                    path[len(opened) - 1 :] = [event.value]
+                    line = event.start_mark.line
+                continue
+            if found is not None and inside is not None:
+                if isinstance(inside.value, list):
+                    path[len(opened) - 1 :] = [str(len(inside.value))]
+                    line = event.start_mark.line
+                found(tuple(path[: len(opened)]), line, getattr(event, "value", ""))
+            anchor = None if isinstance(event, yaml.AliasEvent) else event.anchor
+            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+                total += 1
+                opened.append(_Open({} if isinstance(event, yaml.MappingStartEvent) else [], anchor))
+                if len(opened) > MAX_DEPTH:
+                    raise ValueError(_TOO_DEEP)
+                if anchor is not None:
+                    anchors[anchor] = None  # not whole yet
+                continue
+            if isinstance(event, yaml.AliasEvent):
+                if event.anchor not in anchors:
+                    raise wrong(f"undefined alias {event.anchor!r}", event)
+                node_or_none = anchors[event.anchor]
+                if node_or_none is None:
+                    raise ValueError(f"{_TOO_DEEP}, and this one contains itself")
+                node = node_or_none
+            else:
+                node = _Anchored(_scalar(event), 1, 0)
+            total += node.entries
+            if len(opened) + node.height > MAX_DEPTH:
+                raise ValueError(_TOO_DEEP)
+        else:
+            continue
+        if total > MAX_ENTRIES:
+            raise ValueError(_too_many(MAX_ENTRIES))
+        if anchor is not None:
+            anchors[anchor] = node
+        if opened:
+            opened[-1].add(*node)
+        else:
+            result = node.value
+    return result
+
+
+def _key(event: Any, held: Mapping[Any, Any], wrong: Callable[[str, Any], Exception]) -> object:
+    if not hasattr(event, "value"):
+        raise wrong("a key must be a scalar", event)
+    if event.value == "<<" and event.style is None:
+        raise wrong("merge keys (<<) are not read; write the entries out", event)
+    key = _scalar(event)
+    if key in held:
+        raise wrong(f"{key!r} is given twice", event)
+    return key
+
+
+def _scalar(event: Any) -> object:
+    text: str = event.value
+    if event.style is not None:  # in quotes, or a block of text
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if _NUMBER.fullmatch(text):
+        return _float(text) if any(mark in text for mark in ".eE") else _whole(text)
+    return text
+
+
+@lru_cache(maxsize=1)
+def _dumper() -> Any:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types here
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    return Dumper

@@ -1,0 +1,246 @@
+"""What one attention call is: its facts (`AttentionRequest`) and its tensors (`AttentionCall`).
+
+Selection sees only the facts. They are hashable and need no torch, so the same object is the cache key, the
+text of an error, the input of `explain` and the input of a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .bounded import shortened
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine.mask_reader import MaskPlan
+
+MASK_KINDS = ("none", "key_padding", "bool", "bias")
+"""`none`; `key_padding`: boolean, the same for every head and query; `bool`: boolean; `bias`: added to scores."""
+
+MOST_SIZE = 2**48
+"""No batch and no length is as large; numbers from files and command lines are held to it."""
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
+
+
+class AttentionRequest(NamedTuple):
+    """Facts of one call. Query is (batch, num_heads, q_len, head_dim); key and value have num_kv_heads, kv_len."""
+
+    batch: int
+    num_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    dtype: str
+    num_kv_heads: int = 0
+    """0 stands for `num_heads`: no grouping of query heads."""
+    v_head_dim: int = 0
+    """0 stands for `head_dim`."""
+    mask: str = "none"
+    """One of `MASK_KINDS`, read from the mask's type and shape, never from its values."""
+    is_causal: bool = False
+    scale: float | None = None
+    """What scores are multiplied by; None stands for head_dim ** -0.5."""
+    exact_only: bool = False
+    """The model forbids reduced precision for this call (`low_precision_attention=False`)."""
+
+    @property
+    def grouped(self) -> bool:
+        """True when several query heads share one key head (GQA, MQA)."""
+        return self.num_kv_heads not in (0, self.num_heads)
+
+    def describe(self) -> str:
+        """The facts in one line, as they stand in errors and logs."""
+        kv_heads = self.num_kv_heads or self.num_heads
+        parts = [
+            f"batch {self.batch}",
+            f"{self.num_heads} heads" + (f" over {kv_heads} key heads" if self.grouped else ""),
+            f"q_len {self.q_len}",
+            f"kv_len {self.kv_len}",
+            f"head_dim {self.head_dim}"
+            + (f" (value {self.v_head_dim})" if self.v_head_dim not in (0, self.head_dim) else ""),
+            self.dtype,
+            f"mask {self.mask}",
+        ]
+        if self.is_causal:
+            parts.append("causal")
+        if self.scale is not None:
+            parts.append(f"scale {self.scale:g}")
+        if self.exact_only:
+            parts.append("low precision forbidden by the model")
+        return ", ".join(parts)
+
+
+def parse_request(text: str) -> AttentionRequest:
+    """Read a request from `name=value` pairs, e.g. `batch=1,num_heads=24,q_len=4096,head_dim=128`.
+
+    `kv_len` defaults to `q_len`, `batch` to 1 and `dtype` to bfloat16.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong kind, or a missing size; the message says which.
+    """
+    values: dict[str, object] = {"batch": 1, "dtype": "bfloat16"}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, raw = (part.strip() for part in pair.partition("="))
+        if not equals or name not in AttentionRequest._fields:
+            raise ValueError(
+                f"request: {shortened(pair, 80)!r} is not one of {', '.join(AttentionRequest._fields)}, as name=value"
+            )
+        values[name] = _parse_value(name, raw)
+    values.setdefault("kv_len", values.get("q_len"))
+    missing = [name for name in ("num_heads", "q_len", "head_dim") if values.get(name) is None]
+    if missing:
+        raise ValueError(f"request: {', '.join(missing)} not given")
+    request = AttentionRequest(**values)  # type: ignore[arg-type]  # each value was read by its field's kind
+    if request.grouped and request.num_heads % request.num_kv_heads:
+        raise ValueError(
+            f"request: num_heads {request.num_heads} is not a multiple of num_kv_heads {request.num_kv_heads}"
+        )
+    return request
+
+
+def _scale(raw: str) -> float | None:
+    scale = None if raw.lower() == "none" else float(raw)
+    if scale is not None and not isfinite(scale):
+        raise ValueError("nan and inf")
+    return scale
+
+
+def _parse_value(name: str, raw: str) -> object:
+    if name == "dtype":
+        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+        dtype = short.get(raw, raw)
+        if dtype not in DTYPES:
+            raise ValueError(f"request: dtype {raw!r} is not one of {', '.join(DTYPES)}")
+        return dtype
+    if name == "mask":
+        if raw not in MASK_KINDS:
+            raise ValueError(f"request: mask {raw!r} is not one of {', '.join(MASK_KINDS)}")
+        return raw
+    if name in ("is_causal", "exact_only"):
+        if raw.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"request: {name} {raw!r} is neither true nor false")
+        return raw.lower() in ("true", "1")
+    try:
+        if name == "scale":
+            return _scale(raw)
+        number = int(raw)
+    except ValueError as error:
+        raise ValueError(f"request: {name} {shortened(raw, 80)!r} is not a number") from error
+    if number >= MOST_SIZE:
+        raise ValueError(f"request: {name} {shortened(raw, 80)} >= {MOST_SIZE}")
+    if number < (0 if name in ("num_kv_heads", "v_head_dim") else 1):
+        raise ValueError(f"request: {name} {number} < 1")
+    return number
+
+
+_SAME: Any = object()
+"""An argument of `AttentionCall.changed` that was not given."""
+
+
+class AttentionCall:
+    """The tensors of one call, in BHSD layout, as views of what the caller gave; what a kernel receives.
+
+    `query` is (batch, num_heads, q_len, head_dim), `key` and `value` (batch, num_kv_heads, kv_len, ...);
+    `attn_mask` is None or four-dimensional and broadcastable to (batch, num_heads, q_len, kv_len).
+    `host` runs what the calling program would have run by itself on the call that it is given, and returns BHSD; None
+    outside a host. `given` is what the program called with, where its host needs that.
+    `memo` holds what kernels make of the mask, such as packed bits, for the other calls with this very mask; None
+    where nobody says how long a mask stays what it is.
+    `parts` is the plan of the mask, for kernels over packed tokens, which leave out what it hides; else None.
+    `owned` is True where nobody else holds query, key and value: a kernel that no longer needs them may set them to
+    None, and their memory is free while it goes on.
+    """
+
+    __slots__ = (
+        *("attn_mask", "enable_gqa", "given", "host", "is_causal", "key", "memo", "owned", "parts", "query", "scale"),
+        "value",
+    )
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        host: Callable[[AttentionCall], torch.Tensor] | None = None,
+        memo: dict[object, object] | None = None,
+    ) -> None:
+        self.query = query
+        self.key = key
+        self.value = value
+        self.attn_mask = attn_mask
+        self.is_causal = is_causal
+        self.scale = scale
+        self.enable_gqa = enable_gqa
+        self.host = host
+        self.given: tuple[Any, ...] = ()
+        self.memo = memo
+        self.parts: MaskPlan | None = None
+        self.owned = False
+
+    def changed(
+        self,
+        *,
+        query: Any = _SAME,
+        key: Any = _SAME,
+        value: Any = _SAME,
+        attn_mask: Any = _SAME,
+        is_causal: Any = _SAME,
+        scale: Any = _SAME,
+        enable_gqa: Any = _SAME,
+        host: Any = _SAME,
+        given: Any = _SAME,
+        memo: Any = _SAME,
+        parts: Any = _SAME,
+        owned: Any = _SAME,
+    ) -> AttentionCall:
+        """This call with other values of some attributes, and everything else taken over: no fact can get lost.
+
+        Every call that is made from another one is made here; a test holds that, and that no attribute is left out.
+        What was made of the mask, `memo` and `parts`, goes with it where a mask is given without them. Written out,
+        as this is on the path of each masked call: a loop over the names takes ten times as long.
+        """
+        made = AttentionCall.__new__(AttentionCall)
+        made.query = self.query if query is _SAME else query
+        made.key = self.key if key is _SAME else key
+        made.value = self.value if value is _SAME else value
+        made.attn_mask = self.attn_mask if attn_mask is _SAME else attn_mask
+        made.is_causal = self.is_causal if is_causal is _SAME else is_causal
+        made.scale = self.scale if scale is _SAME else scale
+        made.enable_gqa = self.enable_gqa if enable_gqa is _SAME else enable_gqa
+        made.host = self.host if host is _SAME else host
+        made.given = self.given if given is _SAME else given
+        made.owned = self.owned if owned is _SAME else owned
+        if attn_mask is not _SAME:
+            memo, parts = None if memo is _SAME else memo, None if parts is _SAME else parts
+        made.memo = self.memo if memo is _SAME else memo
+        made.parts = self.parts if parts is _SAME else parts
+        return made
+
+    def request(self, *, exact_only: bool = False) -> AttentionRequest:
+        """The facts of this call. Reads shapes and types, never values, so it costs no synchronisation."""
+        from .masks import mask_kind
+
+        batch, num_heads, q_len, head_dim = self.query.shape
+        return AttentionRequest(
+            batch=batch,
+            num_heads=num_heads,
+            q_len=q_len,
+            kv_len=self.key.shape[2],
+            head_dim=head_dim,
+            dtype=str(self.query.dtype).removeprefix("torch."),
+            num_kv_heads=self.key.shape[1],
+            v_head_dim=self.value.shape[3],
+            mask=mask_kind(self.attn_mask),
+            is_causal=self.is_causal,
+            scale=self.scale,
+            exact_only=exact_only,
+        )

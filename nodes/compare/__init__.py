@@ -1,0 +1,1 @@
+"""Nodes that compare and measure backends."""

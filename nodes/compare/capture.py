@@ -1,0 +1,80 @@
+"""The attention calls of a model as plain tensors: one of each role and shape, from one model call in ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...backends.values.masks import for_kernels
+from ...backends.values.request import AttentionCall, AttentionRequest
+from ...comparison.calls import CapturedCall
+from ...comparison.contenders import REFERENCE
+from ..hook import compiled, patch, sites
+from ..hook.compiled import POSITIONAL
+from ..hook.hook_calls import preferred_function, run_comfy
+from ..hook.host import Override
+from ..hook.layouts import Layout
+from ..hook.sampling import KEY, OVERRIDE
+from ..hook.scope import Scope
+
+
+class Capturing(Override):
+    """An override that also keeps a copy of the first call of each role and kind."""
+
+    calls: dict[tuple[str, AttentionRequest], CapturedCall]
+
+    def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        scope = None if torch.compiler.is_dynamo_compiling() else sites.current_scope()
+        if scope is not None and scope.run.override is self:
+            marked = scope.site
+            scope.site, holder = sites.maker(scope)
+            try:
+                self._keep(scope, func, holder, args, kwargs)
+            finally:
+                scope.site = marked
+        return super().__call__(func, *args, **kwargs)
+
+    def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A call in containers, which are emptied: the copies need the tensors anyway."""
+        return self(compiled.comfys_attention(), *(container.take() for container in args[:3]), *args[3:], **kwargs)
+
+    def _keep(self, scope: Scope, func: Callable[..., torch.Tensor], holder: Any, args: Any, kwargs: Any) -> None:
+        given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
+        query, key, value = args[:3]
+        call = Layout(query, key, value, given).call(query, key, value, given.get("mask"))
+        request = call.request()
+        role = scope.role(scope.ordinal, request.q_len, request.kv_len).name
+        if (role, request) not in self.calls:
+            block = scope.site.block if scope.site is not None else ""
+            func = preferred_function(scope.site, scope.ordinal, holder) or func
+            self.calls[role, request] = CapturedCall(role, block, _kept(call, func))
+
+
+def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], CapturedCall]]:
+    """A clone of `model` on the reference backend, and the calls that sampling with it will put there."""
+    clone = patch.set_default(model, REFERENCE, accuracy="exact", strict=False, guard="off")
+    options = clone.model_options["transformer_options"]
+    before = options[KEY]
+    override = Capturing(before.layers, before.foreign, before.notes)
+    override.calls = {}
+    options[KEY] = options[OVERRIDE] = override
+    return clone, override.calls
+
+
+def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCall:
+    """The call on memory of its own: the model goes on and may write into what it handed over."""
+    mask = None if call.attn_mask is None else for_kernels(call.attn_mask.clone(), call.query.dtype)
+    kept = call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone(), attn_mask=mask)
+    arguments = {"heads": kept.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
+    if call.scale is not None:
+        arguments["scale"] = call.scale
+    if call.enable_gqa:
+        arguments["enable_gqa"] = True
+
+    def host(of: AttentionCall) -> torch.Tensor:
+        return run_comfy(func, of.query, of.key, of.value, of.attn_mask, None, arguments)
+
+    kept.host = host
+    return kept

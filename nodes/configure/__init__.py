@@ -1,0 +1,1 @@
+"""Nodes that put a configuration on a model."""

@@ -1,0 +1,105 @@
+"""Node Per-Role Attention Config: another backend for one role of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ...backends.config import LONGEST_ROLE, AttentionSpec, ConfigError
+from ...backends.config.names import AUTO, CHOICES
+from ...backends.config.text import parse_extra
+from ..hook import patch
+from ..inputs import text_of, wrong_link
+from .selector import CATEGORY, check_backend, environment
+
+
+class PerRoleAttentionConfig(io.ComfyNode):
+    """MODEL in, patched MODEL out; stacks with the selector and with itself, in any order."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PerRoleAttentionConfig",
+            display_name="Per-Role Attention Config",
+            category=CATEGORY,
+            description=(
+                "Chooses the kernel for one kind of attention in this model, e.g. self or cross. Stack several. "
+                "A role that the model does not have changes nothing, and the account of the run says so. Roles "
+                "that no node names run on auto; put a Selector set to comfy before this node to leave them as they "
+                "are without it."
+            ),
+            search_aliases=["attention role", "cross attention backend", "self attention backend"],
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input(
+                    "role",
+                    default="self",
+                    tooltip=(
+                        "self: within the picture or video (joint text and picture attention too). cross: picture to "
+                        "text. joint: text and picture together. Or a model's own role: wan.image_cross, flux.single, "
+                        "ltx2.audio_to_video. The account of a run lists the roles of the model."
+                    ),
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(CHOICES),
+                    default=AUTO,
+                    tooltip="The backend for this role. auto: as if this node were not there.",
+                ),
+                io.String.Input(
+                    "extra",
+                    default="",
+                    optional=True,
+                    tooltip="Options of the backend as name=value pairs or JSON. Leave empty for its defaults.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, backend: Any = None, role: Any = None, extra: Any = None, input_types: Any = None
+    ) -> bool | str:
+        """Everything that can be known before the graph runs; an input that is connected is None here."""
+        problem = wrong_link(cls, input_types)
+        checked = problem or check_backend(backend, input_types)
+        if checked is not True:
+            return checked
+        try:
+            if isinstance(role, str):
+                role_name(role)
+            if isinstance(extra, str):
+                options = parse_extra(text_of(extra))
+                if isinstance(backend, str):
+                    AttentionSpec(backend, options)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        return environment()
+
+    @classmethod
+    def execute(cls, model: Any, role: str, backend: str, extra: str = "") -> io.NodeOutput:
+        for what, value in (("role", role), ("extra", extra)):
+            if not isinstance(value, str):
+                raise ConfigError(f"{what} must be text, not {type(value).__name__}: {value!r}")
+        name = role_name(role)
+        spec = AttentionSpec(backend, parse_extra(text_of(extra)))
+        return io.NodeOutput(patch.set_role(model, name, spec, patch.line_of_alias(backend)))
+
+
+def role_name(role: str) -> str:
+    """A role as it was written, without the space around it.
+
+    Raises:
+        ConfigError: it is empty, or longer than any role's name.
+    """
+    name = text_of(role).strip()
+    if not name:
+        raise ConfigError("role is empty; write self, cross, joint, or a role of the model such as flux.single")
+    if len(name) > LONGEST_ROLE:
+        raise ConfigError(f"role {name!r}: {len(name)} characters > {LONGEST_ROLE}")
+    return name

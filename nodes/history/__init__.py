@@ -1,0 +1,1 @@
+"""Finished runs, and the graph and page that they come from."""

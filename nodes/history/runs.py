@@ -1,0 +1,296 @@
+"""The accounts of the sampling runs in this process: those that are going on, and the last ones, newest first."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ...backends.observe.advisories import NOT_USED
+from ...backends.observe.replay import record
+from ...backends.report import BY_ANOTHER, Trace, audit, outcome
+from . import graph, queued_by
+
+log = logging.getLogger("attention_backends")
+
+KEPT = 20
+NO_MODEL = (
+    "LATENT", "IMAGE", "MASK", "VIDEO", "AUDIO", "CONDITIONING", "CLIP", "VAE", "CONTROL_NET", "NOISE", "SAMPLER",
+    "SIGMAS", "INT", "FLOAT", "STRING", "BOOLEAN",
+)  # fmt: skip
+"""Types of outputs that bring no model along: what is before them decided an earlier run, if any."""
+NUMBERING = secrets.token_hex(4)
+"""Names this process's numbers: after a restart of the server they begin again."""
+GOING_ON = outcome.Outcome(outcome.RUNNING)
+CHOOSERS = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionSchedule")
+"""Our nodes that decide something, as they stand in a graph."""
+
+
+class Maker(NamedTuple):
+    """The node of the graph that sampled, as it stood in the queue; no `signature` where there was no queue."""
+
+    node_id: str | None
+    class_type: str
+    signature: str | None
+    queued_by: str | None
+    """The mark of the page's workflow that queued it. In no account, as these are written into reports."""
+
+
+class Kept(NamedTuple):
+    """A run that is over. `account` is what other modules see."""
+
+    account: dict[str, Any]
+    summary: dict[str, Any]
+    windows: list[dict[str, object]]
+    maker: Maker
+    record: dict[str, Any] | None = None
+    """Its decisions, as node Attention Record writes them."""
+    parts: tuple[Kept, ...] = ()
+    """The runs that this entry is of, oldest first, where they are several (`together`)."""
+
+
+_runs: deque[Kept] = deque(maxlen=KEPT)
+_live: dict[int, tuple[dict[str, Any], Trace, Maker]] = {}
+_numbers = itertools.count(1)
+_lock = threading.Lock()
+_open: list[list[Kept]] = []
+"""What `together` collects at the moment, in any thread."""
+_of_thread = threading.local()
+"""`parts`: the list of `_open` that this thread's runs go to."""
+
+
+def begin(trace: Trace) -> None:
+    """A run begins: from now on its account can be read while it grows."""
+    prompt_id, node_id = executing()
+    prompt, by = _entry(prompt_id)
+    sampler = graph.origin(prompt, node_id) if node_id is not None else None
+    if sampler is None:
+        nodes, maker = [], Maker(node_id, "", None, by)
+    else:
+        nodes = _choosers(prompt, sampler)
+        maker = Maker(sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler), by)
+    trace.node_id = maker.node_id or ""
+    with _lock:
+        head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
+        _live[id(trace)] = head, trace, maker
+
+
+def executing() -> tuple[str | None, str | None]:
+    """The prompt and the node that ComfyUI is executing; None where a program samples without a server."""
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ModuleNotFoundError:
+        return None, None
+    context = get_executing_context()
+    return (context.prompt_id, context.node_id) if context else (None, None)
+
+
+def add(trace: Trace) -> None:
+    """Keep a finished run and log it in one line."""
+    if id(trace) not in _live:
+        begin(trace)
+    with _lock:
+        head, _, maker = _live.pop(id(trace))
+        account = {**head, **trace.as_dict()}
+        decided = record.of_run(trace)
+        kept = Kept(account, _summary(account, state(account), maker), trace.windows(), maker, decided)
+        parts = getattr(_of_thread, "parts", None)
+        if parts is None:
+            _runs.appendleft(kept)
+        else:
+            parts.append(kept)
+    log.info("attention of this run: %s", trace.summary())
+    log.info("%s", audit.line(account["audit"]))
+
+
+@contextmanager
+def together() -> Iterator[list[Kept]]:
+    """Keep the runs that this thread ends inside the `with` as one entry; what is taken off the list is not kept."""
+    before = getattr(_of_thread, "parts", None)
+    parts: list[Kept] = []
+    _of_thread.parts = parts
+    with _lock:
+        _open.append(parts)
+    try:
+        yield parts
+    finally:
+        _of_thread.parts = before
+        with _lock:
+            _open[:] = [one for one in _open if one is not parts]
+            if parts:
+                _runs.appendleft(_joined(parts))
+
+
+def _joined(parts: list[Kept]) -> Kept:
+    """One entry of several runs: the account of the last one, which says so, and all of them in `compared`."""
+    last = parts[-1]
+    if len(parts) == 1:
+        return last
+    asked = [" + ".join(dict.fromkeys(row["asked"] or "auto" for row in part.account["rows"])) for part in parts]
+    names = ", ".join(dict.fromkeys(filter(None, asked)))
+    note = f"the last of {len(parts)} runs of one comparison: {names}"
+    account = {
+        **last.account,
+        "notes": [note, *last.account["notes"]],
+        "compared": [part.account for part in parts],
+    }
+    return last._replace(account=account, summary={**last.summary, "compared": len(parts)}, parts=tuple(parts))
+
+
+def recent() -> list[dict[str, Any]]:
+    """The last runs, newest first."""
+    with _lock:
+        return [kept.account for kept in _runs]
+
+
+def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[dict[str, Any]]:
+    """The accounts of the execution that made this node's output, oldest first; empty where none is kept.
+
+    Where ComfyUI took the output from its cache, that is the execution of an earlier prompt which had the same node
+    with everything upstream equal. A run that failed made no output.
+    """
+    with _lock:
+        done = [kept for kept in _runs if kept.summary["state"] == "done"]
+    if not done:
+        return []
+    wanted = graph.signature(prompt, node_id)
+    here = prompt_id, node_id
+    found = [
+        kept
+        for kept in done
+        if kept.maker.signature == wanted
+        or (kept.maker.signature is None and (kept.account["prompt_id"], kept.maker.node_id) == here)
+    ]
+    # Two equal nodes of one graph may have run both; a graph with other ids has none of its own.
+    found = [kept for kept in found if kept.maker.node_id == node_id] or found
+    made = [(kept.account["prompt_id"], kept.maker.node_id) for kept in found]
+    of_one = [kept for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
+    return [part.account for kept in of_one for part in (kept.parts or (kept,))]
+
+
+def decisions(number: int) -> dict[str, Any] | None:
+    """What a run decided, as `record.of_run` has it; None where it is not kept any more."""
+    with _lock:
+        return next((kept.record for kept in _all() if kept.account["number"] == number), None)
+
+
+def sampling_classes() -> set[str]:
+    """Classes of the nodes whose accounts are kept: whatever they are called, they sample."""
+    with _lock:
+        return {kept.maker.class_type for kept in _runs}
+
+
+def summaries() -> list[dict[str, Any]]:
+    """One short entry for each run: those that are going on, then the last ones, newest first."""
+    live = [_summary(run, "running", maker) for run, maker in _going_on()]
+    with _lock:
+        return live + [kept.summary for kept in _runs]
+
+
+def find(number: int) -> dict[str, Any] | None:
+    """The whole account of one run, its timeline in `windows`, or None where it is not kept any more."""
+    with _lock:
+        found = next((kept for kept in _all() if kept.account["number"] == number), None)
+    if found is not None:
+        return {**found.account, "state": found.summary["state"], "windows": found.windows}
+    return next(({**run, "state": "running"} for run, _ in _going_on() if run["number"] == number), None)
+
+
+def _all() -> Iterator[Kept]:
+    """Every run that can be asked for by its number: entries, the parts of those, and what is being collected."""
+    for kept in _runs:
+        yield kept
+        yield from kept.parts
+    for parts in _open:
+        yield from parts
+
+
+def state(account: dict[str, Any]) -> str:
+    """Of a run that is over: `done`, or `stopped` where it was cancelled or failed."""
+    return "stopped" if account["outcome"]["kind"] in outcome.STOPPED else "done"
+
+
+def _summary(account: dict[str, Any], state: str, maker: Maker) -> dict[str, Any]:
+    totals: dict[tuple[str, str], int] = {}
+    for row in account["rows"]:
+        key = row["role"], row["backend"]
+        totals[key] = totals.get(key, 0) + row["calls"]
+    names = ("number", "prompt_id", "node_id", "nodes", "model", "device", "steps", "seconds")
+    return {
+        **{name: account[name] for name in names},
+        "queued_by": maker.queued_by,
+        "state": state,
+        "tuning": account["tuning"],
+        "calls": sum(totals.values()),
+        "outcome": account["outcome"],
+        "fallbacks": sum(row["calls"] for row in account["rows"] if row["reason"] and row["backend"] != BY_ANOTHER),
+        "by_another": sum(row["calls"] for row in account["rows"] if row["backend"] == BY_ANOTHER),
+        "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
+        "offers": [note for note in account["notes"] if note.endswith(NOT_USED)],
+    }
+
+
+def _going_on() -> list[tuple[dict[str, Any], Maker]]:
+    """The accounts of the runs that are going on, as they are now, newest first."""
+    with _lock:
+        live = list(_live.values())
+    found = []
+    for head, trace, maker in reversed(live):
+        # The sampler's thread writes to these while we read: each copy is one step of the interpreter.
+        now = replace(
+            trace, rows=dict(trace.rows), notes=dict(trace.notes), categories=dict(trace.categories),
+            stopped=trace.stopped or GOING_ON,
+        )  # fmt: skip
+        found.append(({**head, **now.as_dict(), "windows": now.windows()}, maker))
+    return found
+
+
+def queued(prompt_id: str | None) -> graph.Prompt:
+    """The graph of the prompt that runs; empty where there is no queue."""
+    return _entry(prompt_id)[0]
+
+
+def _entry(prompt_id: str | None) -> tuple[graph.Prompt, str | None]:
+    """The graph of the prompt that runs, and the mark of the page that queued it; empty and None without a queue.
+
+    From the queue, because a node that ComfyUI took from its cache is not asked again.
+    """
+    if prompt_id is None:
+        return {}, None
+    from server import PromptServer
+
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    if queue is None:
+        return {}, None
+    running, _ = queue.get_current_queue_volatile()
+    entry = next((item for item in running if item[1] == prompt_id), None)
+    return ({}, None) if entry is None else (entry[2], queued_by.mark_of(entry[3]))
+
+
+def _choosers(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:
+    """Our nodes on the model of the sampler that runs: id, class and backend, so that a page can write beside them.
+
+    None where the node compares models: which of them a run is of, and whose backend, the graph does not say.
+    """
+    if prompt[node_id].get("class_type") == "AttentionCompare":
+        return []
+    nodes = ((name, prompt[name]) for name in graph.ancestors(prompt, node_id, follow=_may_hold_model))
+    return [
+        {"id": name, "class_type": node["class_type"], "backend": str(node["inputs"].get("backend", ""))}
+        for name, node in nodes
+        if node["class_type"] in CHOOSERS
+    ]
+
+
+def _may_hold_model(class_type: str, number: int) -> bool:
+    """Whether an output can be a model, or something of a pack that has one in it."""
+    import nodes as comfy_nodes
+
+    types = getattr(comfy_nodes.NODE_CLASS_MAPPINGS.get(class_type), "RETURN_TYPES", ())
+    return not (0 <= number < len(types) and types[number] in NO_MODEL)

@@ -1,0 +1,196 @@
+"""ComfyUI's attention hook: the object that it asks at each attention call of a patched model.
+
+ComfyUI calls `transformer_options["optimized_attention_override"](func, q, k, v, heads, ...)` for each attention
+call of a patched model. `Override` is that object. It holds the configuration and nothing of a run; a run's state
+is a `Run`, and the part that belongs to one model call a `Scope`, which the wrapper around the model call sets for
+its thread and clears again. What becomes of one call is in `hook_calls.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from ...backends.config import AttentionConfig
+from . import compiled, others, sites
+from .hook_calls import count_passed_on, route
+from .masks import COMPILED
+from .sampling import KEY, RUN_KEY, Run
+from .scope import Scope
+from .sites import current
+from .whose import name_of
+
+log = logging.getLogger("attention_backends")
+
+MOST_OUTSIDE = 8
+"""Overrides whose runs outside model calls are kept, so that what such a run has to say is said once."""
+
+MOST_PLANS = 1024
+"""Kinds of call that such a run knows; then it plans anew. Each takes about 4.5 KB."""
+
+_outside_runs: OrderedDict[Override, Run] = OrderedDict()
+
+
+class Override:
+    """What stands in `transformer_options`: a configuration, and the override that was there before, if any."""
+
+    def __init__(
+        self,
+        layers: tuple[AttentionConfig, ...],
+        foreign: Callable[..., torch.Tensor] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.layers = layers
+        self.foreign = foreign
+        self.notes = notes
+        self.handle = compiled.overrides.new(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Override:
+        """Itself: it never changes, and a run knows its override by identity."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """`container_function`, by which ComfyUI hands over tensors that nobody else holds (0.33 and newer).
+
+        Only where no other pack's override is composed: that one would get no function to call.
+        """
+        if name == "container_function" and self.__dict__.get("foreign") is None:
+            return self.take_over
+        raise AttributeError(name)
+
+    def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a call whose query, key and value come in containers: a kernel that can frees them before its end."""
+        func = compiled.comfys_attention()
+        if not is_dynamo_compiling():
+            scope = getattr(current, "scope", None)
+            if scope is not None and scope.override is self:
+                return route(scope, func, args, kwargs, owned=True)
+        return self(func, *(container.take() for container in args[:3]), *args[3:], **kwargs)
+
+    def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one attention call of ComfyUI's hook."""
+        if is_dynamo_compiling():
+            return compiled.traced(self, func, compiled.positional(args, kwargs) if len(args) < 3 else args, kwargs)
+        scope = getattr(current, "scope", None)
+        ours = scope is not None and scope.override is self
+        if ours and self.foreign is None:
+            return route(scope, func, args, kwargs)
+        if len(args) < 3:
+            args = compiled.positional(args, kwargs)
+        return self._composed(scope, func, *args, **kwargs) if ours else self._outside(func, *args, **kwargs)
+
+    def _composed(self, scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Let the other pack's override run with our routing in place of ComfyUI's function."""
+        foreign = self.foreign
+        if foreign is None:
+            return route(scope, func, args, kwargs)
+        before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
+
+        def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
+            scope.ordinal = ordinal  # however often the other pack calls, it is one call of the model
+            return route(scope, func, args, kwargs)
+
+        routed.__name__ = name_of(func)
+        routed.__dict__[KEY] = self
+        with others.counted_elsewhere():
+            output = foreign(routed, *args, **kwargs)
+        if scope.routed + scope.elsewhere == before:
+            others.count(scope, foreign, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]))
+        scope.ordinal = ordinal + 1
+        return output
+
+    def _outside(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
+        if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
+            return func(*args, **kwargs)
+        device = getattr(args[0], "tensor", args[0]).device
+        scope = self._scope_outside(device, kwargs.get("transformer_options") or {})
+        previous, place = sites.set_scope(scope), scope.place()
+        try:
+            scope.begin({})
+            return self(func, *args, **kwargs)
+        finally:
+            sites.set_scope(previous)
+            scope.give_back(place)
+
+    def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> Scope:
+        """The scope of a call outside any model call; a model call may be going on in it, further up the stack."""
+        run = options.get(RUN_KEY)
+        outside = run is None or run.override is not self or run.over
+        if outside:
+            run = _outside_runs.pop(self, None) or Run(self)
+            _outside_runs[self] = run
+            if len(_outside_runs) > MOST_OUTSIDE:
+                _outside_runs.popitem(last=False)
+        scope = run.scope(device)
+        if outside and len(scope.plans) >= MOST_PLANS:  # no sampler ends such a run
+            scope.session.forget()
+        return scope
+
+    def run_compiled(
+        self,
+        site: sites.Site | None,
+        ordinal: int,
+        composed: bool,
+        func: Callable[..., torch.Tensor],
+        args: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Run one attention call from inside a compiled graph.
+
+        Args:
+            site: the module that calls; None leaves it at the one that is marked as running.
+            ordinal: which call of the module's forward this is, where `site` is given.
+            composed: another pack's override has had its turn, in the graph.
+        """
+        with self._at(site, ordinal, args[0].device) as scope:
+            scope.masks.not_kept = COMPILED
+            if composed and self.foreign is None:
+                scope.run.note(
+                    "the compiled model still holds another pack's override; restart ComfyUI to be rid of it"
+                )
+            kwargs = {**kwargs, "transformer_options": scope.options}
+            return route(scope, func, args, kwargs) if composed else self(func, *args, **kwargs)
+
+    def count_compiled(
+        self, site: sites.Site | None, ordinal: int, query: torch.Tensor, key: torch.Tensor, by_other: bool
+    ) -> None:
+        """Account for a call in a compiled graph that did not come to us; see `answered_by_other` and `_pass_on`."""
+        with self._at(site, ordinal, query.device) as scope:
+            scope.run.reached = True
+            role = scope.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
+            if by_other:
+                others.count(scope, scope.run.others.on_top or self.foreign, role)
+            else:
+                count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
+
+    @contextmanager
+    def _at(self, site: sites.Site | None, ordinal: int, device: torch.device) -> Iterator[Scope]:
+        """This thread's scope with `site` as the module that is running."""
+        current = sites.current_scope()
+        if current is None or current.run.override is not self:
+            scope = self._scope_outside(device, {})
+            place = scope.place()
+            scope.begin({})
+        else:
+            scope, place = current, None
+        before = scope.site, scope.ordinal, scope.masks.not_kept
+        if site is not None:
+            scope.site, scope.ordinal = site, ordinal
+        sites.set_scope(scope)
+        try:
+            yield scope
+        finally:
+            sites.set_scope(current)
+            if place is not None:
+                scope.give_back(place)
+            else:  # the model call goes on, with this call counted
+                if site is not None:
+                    scope.site, scope.ordinal = before[:2]
+                scope.masks.not_kept = before[2]

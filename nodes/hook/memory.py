@@ -1,0 +1,238 @@
+"""ComfyUI's estimate of a run's memory, told what the chosen kernels take beyond it; nothing of the model is written.
+
+ComfyUI decides from the latent's shape how much of a model it loads and how many prompts it batches. A kernel that
+builds the whole matrix of scores needs more than its formula knows. What a kernel needs is declared by the kernel
+(`Backend.workspace_bytes`); which calls a model makes for a latent is known from its last run with a latent of that
+shape, and guessed before the first one from the latent, the patch size and the heads (`sizes.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ...backends.config import AttentionConfig
+from ...backends.config.layers import Choice, resolve, settings_of
+from ...backends.engine.router import NoBackendError
+from ...backends.kernels.support.workspace import extra_bytes
+from ...backends.values.faults import is_cuda_fault, is_out_of_memory
+from ...backends.values.request import AttentionRequest
+from .roles import Role
+from .sampling import KEY, RUN_KEY, router_for
+from .sizes import expected_requests
+
+if TYPE_CHECKING:
+    from .hook_calls import HookPlan
+    from .sampling import Run
+
+log = logging.getLogger("attention_backends")
+
+UNTOLD = "ComfyUI's own estimate of the memory stands, without what the chosen kernels take beyond it"
+"""How the note begins of a run whose estimate failed."""
+MOST_SHAPES = 8
+"""Latent shapes of one model whose calls are remembered."""
+
+
+class Kind(NamedTuple):
+    """A kind of call that a model makes for one sample of a latent."""
+
+    role: Role
+    request: AttentionRequest
+    copied: int = 0
+    """Bytes of what the mask's plan copies: gathered keys and values, packed tokens, the output of parts."""
+    apart: bool = False
+    """The mask divides the batch: however many samples there are, the kernel sees as few at once as `request` says."""
+
+
+Shape = tuple[float, ...]
+_known: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[Shape, frozenset[Kind]]] = weakref.WeakKeyDictionary()
+
+
+class Place(NamedTuple):
+    """What a run's calls are remembered under."""
+
+    model: weakref.ref[torch.nn.Module]
+    shape: Shape
+    """Of the latent, without its batch."""
+
+
+def place_of(model: Any, noise_shape: Any) -> Place:
+    """The place of a run of a `BaseModel` on a latent of this shape."""
+    diffusion_model = model.diffusion_model
+    return Place(weakref.ref(getattr(diffusion_model, "_orig_mod", diffusion_model)), tuple(noise_shape[1:]))
+
+
+def expected(place: Place, model: Any, conds: Any) -> frozenset[Kind]:
+    """The calls of a run: those of the last run like it, else a guess."""
+    diffusion_model = place.model()
+    if diffusion_model is None:
+        return frozenset()
+    known = _known.get(diffusion_model, {}).get(place.shape)
+    if known is not None:
+        return known
+    guessed = expected_requests(diffusion_model, model, place.shape, conds)
+    return frozenset(Kind(role, request) for role, request in guessed)
+
+
+def learn(run: Run) -> None:
+    """After a run, whether it ended well or not: remember its calls; where that fails, the next run is guessed."""
+    try:
+        _learn(run)
+    except Exception as error:  # an estimate is not worth a picture
+        log.debug("the calls of a run were not remembered: %s: %s", type(error).__name__, error)
+
+
+def _learn(run: Run) -> None:
+    diffusion_model = run.place.model() if run.place is not None else None
+    kinds = frozenset(_kinds(run))
+    if run.place is None or diffusion_model is None or not kinds:
+        return
+    shapes = _known.setdefault(diffusion_model, OrderedDict())
+    shapes.pop(run.place.shape, None)
+    shapes[run.place.shape] = kinds
+    if len(shapes) > MOST_SHAPES:
+        shapes.popitem(last=False)
+
+
+def _kinds(run: Run) -> Iterator[Kind]:
+    samples = max(run.samples, 1)
+    for scope in run.scopes():
+        for hook_plan in scope.session.plans.values():
+            role = Role(hook_plan.plan.row.role, run.trace.categories.get(hook_plan.plan.row.role, ""))
+            copied = -(-hook_plan.parts.copied // samples) if hook_plan.parts is not None else 0
+            whole = hook_plan.layout.shapes[0][0]
+            for request in _requests(hook_plan):
+                if request.batch < whole:
+                    yield Kind(role, request, copied, apart=True)
+                else:
+                    yield Kind(role, request._replace(batch=-(-request.batch // samples)), copied)
+
+
+def _requests(hook_plan: HookPlan) -> set[AttentionRequest]:
+    if hook_plan.parts is None:
+        return {hook_plan.plan.request}
+    return {plan.request for plan in hook_plan.parts.plans if plan is not None}
+
+
+def needed(layers: tuple[AttentionConfig, ...], kinds: frozenset[Kind], samples: int, device: torch.device) -> int:
+    """Bytes that the hungriest of these calls takes beyond what ComfyUI expects, for so many samples at once."""
+    router, accuracy = router_for(device), settings_of(layers).accuracy
+    most = 0
+    for kind in kinds:
+        request = kind.request
+        if not kind.apart:
+            request = request._replace(batch=request.batch * samples)
+        for choice in _choices(layers, kind.role):
+            try:
+                decision = router.select(request, choice, accuracy=accuracy)
+            except NoBackendError:  # the run itself will say so
+                continue
+            extra = extra_bytes(router.backends[decision.backend], request, router.platform)
+            most = max(most, extra + kind.copied * samples)
+    return most
+
+
+def _choices(layers: tuple[AttentionConfig, ...], role: Role) -> list[Choice]:
+    """What may be asked for in this role at some time of the run."""
+    found = {choice.asked: choice for choice in [resolve(layers, role.name, role.category)]}
+    for layer in layers:
+        for entry in layer.schedule:
+            if entry.takes(role.name, role.category, layer.parent_of):
+                found[entry.spec.backend] = Choice(entry.spec.backend, "schedule", entry.spec.extra)
+    return list(found.values())
+
+
+def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the loading of a model for a run: ask for the memory that the chosen kernels take as well.
+
+    ComfyUI's formula is proportional to the latent's size, so it is given the size for which it says as much more.
+    That is what its own node for context windows does too; the shape is for the estimate alone.
+    """
+    model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
+    options = model_options.get("transformer_options", {})
+    override, run = options.get(KEY), options.get(RUN_KEY)
+    if override is not None:
+        run = run if run is not None and run.override is override else None
+        try:
+            noise_shape = _told(override, run, model, noise_shape, conds, model_options.get("context_handler"))
+        except Exception as error:  # a model or a latent of an unknown kind: an estimate is not worth a run
+            if is_out_of_memory(error) or is_cuda_fault(error):
+                raise
+            text = f"{UNTOLD}: {type(error).__name__}: {error}"
+            if run is not None:
+                run.note(text)
+            else:
+                log.warning("%s", text)
+    return executor(model, noise_shape, conds, *args, **kwargs)
+
+
+def _told(override: Any, run: Run | None, model: Any, noise_shape: Any, conds: Any, windows: Any) -> Any:
+    """The latent's shape that stands for what this run takes; the run learns what is told of it."""
+    windowed = _window_of(windows, noise_shape)
+    shape = noise_shape if windowed is None else windowed[0]
+    place = place_of(model.model, shape)
+    samples = int(shape[0])
+    extra = needed(override.layers, expected(place, model.model, conds), samples, model.load_device)
+    if run is not None:
+        run.place, run.extra_bytes = place, extra / samples
+    if not extra:
+        return shape
+    cut_last = windowed is not None and windowed[1] == len(shape) - 1
+    return _wider(model.model, shape, extra, at=-2 if cut_last else -1)
+
+
+def _wider(model: Any, noise_shape: Any, extra: int, at: int) -> list[int]:
+    """The shape for which the model's own estimate says `extra` bytes more, or a little above that.
+
+    Whole numbers, since other packs read the shape too.
+    """
+    shape, longer = list(noise_shape), list(noise_shape)
+    longer[at] += 1
+    step = model.memory_required(longer) - model.memory_required(shape)
+    if step > 0:
+        shape[at] += math.ceil(round(extra / step, 6))
+    return shape
+
+
+def _window_of(handler: Any, noise_shape: Any) -> tuple[list[int], int] | None:
+    """The latent that a model sees where ComfyUI's context windows cut it, and along which dimension; else None."""
+    dim, length = getattr(handler, "dim", None), getattr(handler, "context_length", None)
+    shape = list(noise_shape)
+    packed = len(shape) == 3 and shape[1] == 1
+    if type(dim) is not int or type(length) is not int or packed or not 1 < dim < len(shape):
+        return None
+    shape[dim] = min(shape[dim], length)
+    return shape, dim
+
+
+def told(model: Any, run: Run) -> Any:
+    """The model as the choice of how many prompts go into one model call asks it for its memory in this run."""
+    return Told(model, run.extra_bytes) if run.extra_bytes else model
+
+
+class Told:
+    """A `BaseModel` as it is in everything but its estimate; it stands in for the model during one call."""
+
+    def __init__(self, model: Any, extra_bytes: float) -> None:
+        """`extra_bytes`: for each sample."""
+        self.__dict__.update(_model=model, _extra=extra_bytes)
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def memory_required(self, input_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the model itself says, and what the chosen kernels take for so many samples."""
+        return self._model.memory_required(input_shape, *args, **kwargs) + self._extra * input_shape[0]

@@ -1,0 +1,166 @@
+"""Where in the model the current model call is: what the hook asks at each call.
+
+A `Scope` belongs to one run and one device (`sampling.py`). The wrapper around the model call (`wrappers.py`)
+begins it, makes it current for its thread and takes it away again.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...backends.config.layers import Choice, resolve
+from ...backends.config.schedule import step_of
+from . import sites
+from .foreign_code import ForeignCode, in_a_call
+from .masks import COMPOSED, FOREIGN, PATCHED, Masks
+from .roles import Role
+
+if TYPE_CHECKING:
+    from .sampling import DeviceSession, Run
+
+
+class Scope:
+    """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
+
+    __slots__ = (
+        "code",
+        "elsewhere",
+        "in_model_call",
+        "mask_source",
+        "masks",
+        "options",
+        "ordinal",
+        "override",
+        "plans",
+        "routed",
+        "run",
+        "session",
+        "site",
+        "timetable",
+        "window",
+    )
+
+    def __init__(self, run: Run, session: DeviceSession) -> None:
+        self.run = run
+        self.override = run.override
+        self.session = session
+        self.plans = session.plans
+        self.timetable = run.timeless
+        """The schedules for this model call and its sampler; set before `begin`."""
+        self.code: ForeignCode | None = None
+        """Finds what of the running model is another pack's; set before `begin`."""
+        self.begin({})
+
+    def begin(self, options: dict[str, Any], *, in_model_call: bool = False) -> None:
+        """Start a model call with these transformer options, or a single call outside any.
+
+        Every attribute gets another object, none is changed, so that `give_back` brings all of the former ones back.
+        """
+        if not in_model_call:
+            self.timetable, self.code = self.run.timeless, None
+        self.in_model_call = in_model_call
+        self.options = options
+        self.site: sites.Site | None = None
+        self.ordinal = 0
+        self.routed = 0
+        self.elsewhere = 0
+        """Calls of this model call that others computed."""
+        self.mask_source: torch.Tensor | None = None
+        """What the running module makes its mask from, where it makes one of its own."""
+        self.masks = Masks(self.run, self._masks_not_kept if in_model_call else None)
+        self.window = self._window()
+        """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any.
+
+        From `Run.parts_from` on it has which part of a recorded run this is.
+        """
+        if in_model_call:
+            self.window = self.run.begin_model_call(self.window)
+
+    def place(self) -> tuple[Any, ...]:
+        """Where this scope is now: everything that it holds, for `give_back`."""
+        return _everything(self)
+
+    def give_back(self, place: tuple[Any, ...]) -> None:
+        """Be again where it was: at the end of a model call or of a call outside any, which can be inside another."""
+        (  # in the order of the slots; a loop over them takes 1 us more in each model call
+            self.code,
+            self.elsewhere,
+            self.in_model_call,
+            self.mask_source,
+            self.masks,
+            self.options,
+            self.ordinal,
+            self.override,
+            self.plans,
+            self.routed,
+            self.run,
+            self.session,
+            self.site,
+            self.timetable,
+            self.window,
+        ) = place
+        if self.in_model_call:
+            self.run.begin_again(self.window)
+
+    def _masks_not_kept(self) -> str:
+        """Why masks may change between the blocks of this model call; empty where nobody else has a hand in."""
+        if self.run.override.foreign is not None or self.run.others.on_top is not None:
+            return COMPOSED
+        options = self.options
+        if options.get("patches") or options.get("patches_replace"):
+            return PATCHED
+        found = in_a_call(options) or self.run.around_model_calls
+        if not found and self.code is not None:
+            found = self.code.found()
+        return FOREIGN.format(found) if found else ""
+
+    def _window(self) -> int:
+        timetable = self.timetable
+        if timetable is None:
+            return 0
+        sigma = self.options.get("sigmas") if timetable.timed else None
+        if sigma is None:
+            return timetable.at(None)
+        value = float(sigma.max())  # the one read from the device, for the whole model call
+        step = self.run.step
+        if step is None:
+            self._say_once(timetable.between(value))
+        timetable.watch(self.run.trace.timeline.model_calls + 1, value, step, sigma)
+        return timetable.at(value, step)
+
+    def choice(self, role: Role, *, masked: bool = False) -> Choice:
+        """What is asked for the current call; `masked` where a mask hides or weighs something in it."""
+        timetable = self.timetable
+        if timetable is None:
+            return resolve(self.session.layers, role.name, role.category)
+        block = self.site.block if self.site is not None else ""
+        choice, note = timetable.resolve(self.window, role.name, role.category, block, masked)
+        self._say_once(note)
+        return choice
+
+    def _say_once(self, text: str) -> None:
+        if text and text not in self.run.trace.notes:
+            self.run.note(text)
+
+    def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
+        """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
+        role = sites.role_at(self.site, ordinal, q_len, kv_len)
+        self.run.trace.categories[role.name] = role.category
+        return role
+
+    @property
+    def step(self) -> int:
+        """The sampler's step of this model call: from its loop, else by `step_of`.
+
+        The second reads a device value: ask once per model call.
+        """
+        if self.run.step is not None:
+            return self.run.step
+        sigma, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
+        return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())
+
+
+_everything = attrgetter(*Scope.__slots__)

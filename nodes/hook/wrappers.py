@@ -1,0 +1,167 @@
+"""The two wrappers through which ComfyUI begins and ends a sampling run and each of its model calls.
+
+The one around the run makes its `Run` and publishes its account. The one around a model call makes the run's `Scope`
+for that device current for the thread, and takes it away again whatever happens.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ...backends.config.layers import settings_of
+from ...backends.guard.turns import Step
+from ...backends.observe.replay.ledger import Ledger
+from ...backends.report import outcome
+from ..history import runs
+from . import memory, sites
+from .foreign_code import function_wrapper
+from .sampler_loop import loop_step
+from .sampling import KEY, OVERRIDE, RUN_KEY, Run
+from .scope import Scope
+
+
+def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one sampling run: make its `Run`, hand it to the model calls, publish its account at the end."""
+    options = executor.class_obj.model_options.get("transformer_options", {})
+    override = options.get(KEY)
+    if override is None:
+        return executor(*args, **kwargs)
+    run = Run(override)
+    run.is_sampled = True
+    run.trace.ledger = Ledger()
+    run.others.at_start = options.get(OVERRIDE)
+    options[RUN_KEY] = run
+    run.around_model_calls = function_wrapper(executor.class_obj.model_options)
+    run.function_wrapper = executor.class_obj.model_options.get("model_function_wrapper")
+    runs.begin(run.trace)
+    refusal = None
+    try:
+        output = executor(*args, **kwargs)
+        run.stop_clock()
+        run.check_called(options)
+        run.note_unmatched_roles()
+        run.offer()
+        if (refusal := run.unexplained()) is not None:
+            run.trace.stopped = outcome.of_error(refusal, strict=True)
+    except BaseException as error:  # a cancelled run too; its account is not a whole run's
+        strict = settings_of(override.layers).strict
+        run.trace.stopped = stopped = outcome.of_error(error, strict=strict, cancelled=_is_cancelled(error))
+        run.trace.note(f"{outcome.UNFINISHED}: {stopped.cause or 'cancelled'}")
+        raise
+    finally:
+        options.pop(RUN_KEY, None)
+        run.over = True
+        try:
+            memory.learn(run)
+            run.close()
+        finally:
+            runs.add(run.trace)  # else it would count as going on for ever
+    if refusal is not None:
+        raise refusal
+    return output
+
+
+def calc_cond_batch_wrapper(
+    executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: dict[str, Any]
+) -> Any:
+    """Around the model calls of one evaluation: find the sampler's step, in its own thread; tell the memory planner.
+
+    On several cards the model calls inside are made by other threads, from which the sampler's loop is not seen.
+    """
+    options = model_options.get("transformer_options", {})
+    run = options.get(RUN_KEY)
+    if run is None:
+        return executor(model, conds, x_in, timestep, model_options)
+    before, run.step = run.step, step_in_loop(options.get("sample_sigmas"))
+    outer, sites.current.run = getattr(sites.current, "run", None), run
+    run.is_evaluated = True
+    if not run.over and hasattr(model, "diffusion_model"):
+        run.mark(model, options)  # here, since another pack may call the model without the wrapper below
+    try:
+        return executor(memory.told(model, run), conds, x_in, timestep, model_options)
+    finally:
+        run.step, sites.current.run = before, outer
+
+
+def step_in_loop(schedule: Any) -> int | None:
+    """The step that the sampler's own loop is in; None without a sampler, or where its loop is not found."""
+    return None if schedule is None else loop_step(outer_sample_wrapper.__code__, len(schedule) - 1)
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    """Whether a person stopped the run: ComfyUI's own exception, or the keyboard's."""
+    management = sys.modules.get("comfy.model_management")
+    kinds = KeyboardInterrupt, getattr(management, "InterruptProcessingException", KeyboardInterrupt)
+    return isinstance(error, kinds)
+
+
+def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around one model call: say which step it is, mark the model, set this thread's scope and clear it again."""
+    options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
+    override = options.get(KEY)
+    if override is None:
+        return executor(*args, **kwargs)
+    run = options.get(RUN_KEY)
+    own_run = run is None or run.override is not override or run.over  # over: another pack kept its options
+    if own_run:  # a program that calls the model without a sampler
+        run = Run(override)
+    run.mark(executor.class_obj, options)
+    run.samples = max(run.samples, args[0].shape[0])
+    scope = run.scope(args[0].device)
+    previous, place, on_top = sites.set_scope(scope), scope.place(), run.others.on_top
+    inside = run.step is None and (run.is_sampled or own_run)
+    replaced: dict[str, Any] = {}
+    try:
+        scope.timetable = run.timetable(executor.class_obj, options)
+        scope.code = run.foreign_code(executor.class_obj.diffusion_model)
+        if inside:  # not from ComfyUI's own batching, which has asked already in the sampler's thread
+            run.step = step_in_loop(options.get("sample_sigmas"))
+        scope.begin(options, in_model_call=True)
+        replaced = run.others.watch(options)
+        if scope.session.tuner is not None:
+            scope.session.tuner.model_call(options.get("sigmas"))
+        output = _guarded(scope, options, executor, args, kwargs)
+        clock, sigma = scope.session.device_clock, options.get("sigmas")
+        run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"), run.step)
+        if not run.reached:
+            run.check_reached(scope, options)
+        return output
+    finally:
+        if inside:
+            run.step = None
+        options.update(replaced)
+        sites.set_scope(previous)
+        scope.give_back(place)
+        if scope.in_model_call:  # one inside another, which goes on where it was
+            run.others.on_top = on_top
+        if own_run:
+            run.close()
+
+
+def _guarded(
+    scope: Scope, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model call, whose output the guard looks at where one is on; see `Guard.model_call`."""
+    guard = scope.session.guard
+    if guard is None:
+        return executor(*args, **kwargs)
+    control = args[4] if len(args) > 4 else None
+    kept = None
+    if guard.enforces and isinstance(control, dict):  # models take its entries out while they run
+        kept = {name: list(parts) if isinstance(parts, list) else parts for name, parts in control.items()}
+
+    def again() -> Any:
+        scope.begin(options, in_model_call=True)
+        return executor(*(args if kept is None else (*args[:4], kept, *args[5:])), **kwargs)
+
+    at = None if options.get("sample_sigmas") is None else _place_in_run(scope, len(options["sample_sigmas"]) - 1)
+    return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again, at)
+
+
+def _place_in_run(scope: Scope, steps: int) -> Step:
+    """Where in a sampler's run of so many steps this model call is; no sigma is read for it."""
+    step, timetable = scope.run.step, scope.timetable
+    if step is None or timetable is None or not timetable.timed:
+        return Step(step, steps)
+    return Step(step, steps, timetable.unchanged(step))

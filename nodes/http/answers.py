@@ -1,0 +1,60 @@
+"""What every route shares: how a request is refused, and how a body is read without trusting it."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from ...backends.observe.autotune.entry import MOST_VALUES
+from ...backends.values.data import load_json
+
+PREFIX = "/attention_backends"
+
+
+class RefusedError(Exception):
+    """A request that is refused, with its status and the reason."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+    @property
+    def answer(self) -> web.Response:
+        """The answer that says so."""
+        return refused(self.status, str(self))
+
+
+def refused(status: int, why: str) -> web.Response:
+    """An answer that says what was wrong with the request."""
+    return web.json_response({"error": why}, status=status)
+
+
+async def posted(request: web.Request, most_bytes: int, what: str) -> object:
+    """The JSON of a request that changes `what`.
+
+    A page of another site cannot send a JSON body unasked, and browsers say from where a request comes.
+
+    Raises:
+        RefusedError: it comes from another site, is no JSON, or is longer than `most_bytes`.
+    """
+    if request.headers.get("Sec-Fetch-Site") == "cross-site":
+        raise RefusedError(403, f"{what} are not changed from another site")
+    if request.content_type != "application/json":
+        raise RefusedError(415, f"expected application/json, not {request.content_type[:40]!r}")
+    body = await limited_body(request, most_bytes)
+    if body is None:
+        raise RefusedError(413, f"more than {most_bytes} bytes")
+    try:
+        found: object = load_json(body.decode("utf-8"), "the body", most_bytes=most_bytes, most_entries=MOST_VALUES)
+    except ValueError as error:
+        raise RefusedError(400, str(error)[:200]) from error
+    return found
+
+
+async def limited_body(request: web.Request, most_bytes: int) -> bytes | None:
+    """The body, or None where it is longer than `most_bytes`; no more than that is read."""
+    body = bytearray()
+    async for part in request.content.iter_chunked(4096):
+        body += part
+        if len(body) > most_bytes:
+            return None
+    return bytes(body)

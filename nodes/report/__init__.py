@@ -1,0 +1,1 @@
+"""Nodes that show and keep what ran."""
