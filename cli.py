@@ -25,13 +25,14 @@ from .backends.config.text import from_environment, parse_config
 from .backends.doctor import probe, route_report
 from .backends.doctor.doctor import Row, examine, probe_all, this_machine, why_no_card
 from .backends.doctor.install import Interpreter, running_interpreter
-from .backends.engine.router import NoBackendError, Router
+from .backends.engine.router import Router
 from .backends.kernels import BACKENDS
 from .backends.measure import remembered
 from .backends.observe.advisories import lines_for
 from .backends.observe.autotune.known import with_store
 from .backends.observe.autotune.store import Store, default_path
 from .backends.values.bounded import shortened
+from .backends.values.errors import NoBackendError
 from .backends.values.platform import Platform, parse_platform
 from .backends.values.request import AttentionRequest, parse_request
 from .comparison import bench_command as bench

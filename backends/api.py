@@ -19,14 +19,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .calls import router_for, run_attention
-from .config import AttentionConfig, ConfigError
+from .config import AttentionConfig
 from .config.layers import settings_of
 from .config.names import AUTO, MEASURED
 from .config.text import parse_config
 from .context import Account, Entry, add_up, current, entered, read_environment
 from .engine.call_checks import CheckError
-from .engine.router import NoBackendError
 from .report import Trace
+from .values.errors import ConfigError, NoBackendError
 
 if TYPE_CHECKING:
     import torch

@@ -19,11 +19,12 @@ from .config import AttentionConfig
 from .config.layers import resolve
 from .config.text import from_environment
 from .engine.call_checks import checks_from_environment
-from .engine.mask_reader import MaskPlan, inspect, passed_on
+from .engine.mask_reader import inspect
 from .engine.plan import Plan
 from .engine.session import Session
 from .engine.sub_calls import Parts, calls_of, plan_parts, run_parts
 from .report import Row, Trace
+from .values.mask_plan import MaskPlan, passed_on
 from .values.request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config.names import AUTO, COMFY, MEASURED, canonical
-from ..backends.engine.mask_reader import MaskPlan
 from ..backends.engine.plan import Plan
-from ..backends.engine.router import NoBackendError, Router
+from ..backends.engine.router import Router
 from ..backends.engine.session import Session
 from ..backends.engine.sub_calls import Parts, calls_of, plan_parts, run_parts
 from ..backends.report import Trace
 from ..backends.values.devices import device_named, synchronise
+from ..backends.values.errors import NoBackendError
+from ..backends.values.mask_plan import MaskPlan
 from ..backends.values.platform import KINDS, detect
 from ..backends.values.request import AttentionCall, AttentionRequest
 from .report import ComparisonError

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..backends.config import ConfigError
+from ..backends.config.record_format import MARK
 from ..backends.config.record_reader import is_record, read
 from ..backends.config.recorded import Held, Recorded, differences
 from ..backends.engine.router import Router
-from ..backends.observe.replay.record import MARK
 from ..backends.values.bounded import MOST_JSON, read_file, shortened
 from ..backends.values.data import load_json
+from ..backends.values.errors import ConfigError
 from ..backends.values.request import AttentionRequest
 from .metadata import texts_of
 from .report import ComparisonError

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
-from attention_backends.backends.engine.mask_reader import passed_on
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits
+from attention_backends.backends.values.mask_plan import passed_on
 from attention_backends.backends.values.platform import KINDS
 from comfy_location import find_comfyui, why_no_comfyui
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from ..kernels import BACKENDS
 from ..kernels.backend import ACCURACY
 from ..kernels.planned import Planned
-from ..values.bounded import shortened
+from ..values.errors import ConfigError
 from ..values.options import problems
 from .foreign_options import FOREIGN_OPTIONS, foreign_problems
 from .names import AUTO, canonical
 
 if TYPE_CHECKING:
-    from ..observe.advisories import Precaution
+    from .advice import Advice
     from .recorded import Recorded
     from .schedule import ScheduleEntry
 
@@ -40,16 +40,6 @@ CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
 Not where `AttentionConfig.joint_is_self` is false, as in text: the systems whose configurations are pasted have
 `joint` as a role of its own.
 """
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be understood; the message says which part and what is accepted.
-
-    A message that quotes a long text is shortened in its middle.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(shortened(message))
 
 
 def frozen(options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
@@ -119,7 +109,7 @@ class AttentionConfig:
     """What the person should know about how it was read: names that mean something else here, parts without effect."""
     schedule: tuple[ScheduleEntry, ...] = ()
     """Windows of the run with a backend of their own, above the default and the roles; a later one wins."""
-    recommended: tuple[Precaution, ...] = ()
+    recommended: tuple[Advice, ...] = ()
     """What is recommended for this model family and was switched on: above every default, below all else."""
     joint_is_self: bool = True
     """The entry for `self` covers `joint` too. Text says so itself where it means that (`mapping.py`)."""

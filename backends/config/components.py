@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from ..values.bounded import nearest
-from . import LONGEST_ROLE, AttentionSpec, ConfigError
+from ..values.errors import ConfigError
+from . import LONGEST_ROLE, AttentionSpec
 from .flags import COMPONENT_NAME
 from .names import RefusedBackendError
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..values.data import MAX_DEPTH
-from . import ConfigError
+from ..values.errors import ConfigError
 from .places import Place, place, places_of
 from .words import Word, at_commas, scalar, with_assignments, words_of
 

@@ -13,7 +13,7 @@ from . import CATEGORY_PARENT, PLATFORM_ROUTE, AttentionConfig, AttentionSpec
 from .names import AUTO, MEASURED
 
 if TYPE_CHECKING:
-    from ..observe.advisories import Precaution
+    from .advice import Advice
     from .recorded import Recorded
 
 
@@ -65,7 +65,7 @@ def default_of(layers: tuple[AttentionConfig, ...]) -> str | None:
     return next((layer.default.backend for layer in layers if not layer.default.is_auto), None)
 
 
-def precautions_of(layers: tuple[AttentionConfig, ...]) -> tuple[Precaution, ...]:
+def precautions_of(layers: tuple[AttentionConfig, ...]) -> tuple[Advice, ...]:
     """What was switched on of what is recommended, and matters with the default that holds."""
     if not any(layer.recommended for layer in layers):
         return ()

@@ -14,7 +14,8 @@ from ..kernels import BACKENDS
 from ..kernels.planned import Planned
 from ..values.bounded import nearest, shortened
 from ..values.data import load_json
-from . import LONGEST_ROLE, AttentionConfig, AttentionSpec, ConfigError
+from ..values.errors import ConfigError
+from . import LONGEST_ROLE, AttentionConfig, AttentionSpec
 from .components import component_entries
 from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS, notes_on
 from .foreign_options import BESIDE_BACKEND, FOREIGN_OPTIONS, foreign_problems

@@ -11,11 +11,12 @@ from typing import Any
 from ..kernels import BACKENDS
 from ..kernels.group import Family
 from ..measure.call_key import TuningKey, key_of
-from ..observe.replay.record import FORMAT, MARK, normal
 from ..values.data import check_data
+from ..values.errors import ConfigError
 from ..values.request import DTYPES, MASK_KINDS, MOST_SIZE, AttentionRequest
-from . import AttentionSpec, ConfigError
+from . import AttentionSpec
 from .layers import Choice
+from .record_format import FORMAT, MARK, normal
 from .recorded import Held, Recorded, RecordedRun
 
 FIELDS = (MARK, "made_by", "runs", "not_recorded")

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ..kernels import BACKENDS
 from ..measure.call_key import TuningKey, key_of
 from ..measure.remembered import own_version
-from ..observe.replay.record import machine_of, normal
 from ..values.request import AttentionRequest
 from .layers import Choice
+from .record_format import machine_of, normal
 
 if TYPE_CHECKING:
     from ..values.platform import Platform

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import CATEGORY_PARENT, LONGEST_ROLE, AttentionConfig, AttentionSpec, ConfigError
+from ..values.errors import ConfigError
+from . import CATEGORY_PARENT, LONGEST_ROLE, AttentionConfig, AttentionSpec
 from .layers import precautions_of
 from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..values.data import load_json
-from . import CATEGORY_PARENT, AttentionConfig, AttentionSpec, ConfigError
+from ..values.errors import ConfigError
+from . import CATEGORY_PARENT, AttentionConfig, AttentionSpec
 from .schedule import ScheduleEntry
 
 FOREIGN_SCHEDULE = "diffusion_attention_schedule"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import NamedTuple
 
-from . import ConfigError
+from ..values.errors import ConfigError
 
 MOST_PARTS, LONGEST = 64, 1000
 """Parts and characters of one window."""

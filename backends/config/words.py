@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 from ..values.data import load_json
-from . import ConfigError
+from ..values.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")

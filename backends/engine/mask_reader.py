@@ -2,7 +2,7 @@
 
 A mask that hides keys from every query is honoured by leaving those keys out: attention over fewer keys is faster, and
 kernels that take no masks become eligible. `inspect` reads a mask's values once, with one read-back from the device;
-`MaskPlan` (`sub_calls.py`) applies the result to a call.
+`MaskPlan` (`values/mask_plan.py`) applies the result to a call.
 
 A key is hidden by False, -inf, or a number of at most half the dtype's most negative one, in rows that keep a visible
 key; other numbers are a bias. Rows that False or -inf leaves without a key give zeros, as in SDPA; rows of finite most
@@ -14,10 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..values.mask_plan import ALL, AS_BOOLEANS, NOTHING_HIDDEN, PASSED_ON, MaskPlan, Part, passed_on, plan_of
+from ..values.mask_plan import ALL, NOTHING_HIDDEN, MaskPlan, Part, passed_on, plan_of
 from ..values.masks import visible_keys
-
-__all__ = ["ALL", "AS_BOOLEANS", "NOTHING_HIDDEN", "PASSED_ON", "MaskPlan", "Part", "inspect", "passed_on"]
 
 if TYPE_CHECKING:
     import torch

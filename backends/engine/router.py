@@ -19,6 +19,7 @@ from ..kernels import BACKENDS
 from ..kernels.backend import ACCURACY, Backend, Kernel
 from ..kernels.group import Family
 from ..measure import remembered
+from ..values.errors import NoBackendError
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
 from .call_checks import VARIABLE as CHECKS
@@ -81,10 +82,6 @@ class Decision:
     def reason(self) -> str | None:
         """Why something else runs than what was asked for."""
         return str(self.rejected[0]) if self.is_fallback and self.rejected else None
-
-
-class NoBackendError(RuntimeError):
-    """Strict was asked for, and the named backend cannot run the call."""
 
 
 def forbidden(accuracy: str) -> str:

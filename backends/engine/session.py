@@ -1,7 +1,7 @@
 """One configuration in use on one device: plans each kind of call once, runs it, falls back, keeps account.
 
 A host keeps the `Plan` of a kind of call (`plan.py`) and runs later calls of that kind through it; that is the warm
-path. Which errors end a run, and are not fallen back from, is in `values/faults.py`.
+path. Words of errors that end a run, and are not fallen back from, are in `values/faults.py`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from ..guard import Guard, GuardAlarm
 from ..kernels.backend import Backend, Kernel, for_scale, on_copies
 from ..report import Trace
 from ..report.timed_kernel import timed_kernel
-from ..values.faults import KernelOutputError, is_cuda_fault, is_out_of_memory, stop_if_hopeless
+from ..values.errors import NoBackendError
+from ..values.faults import KernelFaultError, KernelOutputError, is_cuda_fault, is_out_of_memory
 from ..values.request import AttentionCall, AttentionRequest
 from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
 from .plan import Plan
-from .router import NO_OPTIONS, Decision, Failed, NoBackendError, Rejection, Router, forbidden
+from .router import NO_OPTIONS, Decision, Failed, Rejection, Router, forbidden
 
 if TYPE_CHECKING:
     import torch
 
     from ..kernels.comfy import HostFunction
-    from ..observe.autotune.tuner import Tuner
+    from .chooser import Chooser
 
 log = logging.getLogger("attention_backends")
 
@@ -58,7 +59,7 @@ class Session:
         """Role -> whether the record that is repeated knows its calls: True, False, or both of different calls."""
         mode = self.settings.guard
         self.guard = Guard(mode, self.trace) if mode != "off" else None
-        self.tuner: Tuner | None = None
+        self.tuner: Chooser | None = None
         """Decides where `measured` is asked for; without one that is `auto`."""
 
     def plan(
@@ -377,3 +378,16 @@ class Session:
         if decision.reason and (role, decision.reason) not in self._logged:
             self._logged.add((role, decision.reason))
             log.warning("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)
+
+
+def stop_if_hopeless(plan: Plan, error: Exception) -> None:
+    """Raise where no other kernel may be tried after `error`."""
+    failed = plan.decision.backend
+    if isinstance(error, CheckError) or is_out_of_memory(error):
+        raise error
+    if is_cuda_fault(error):
+        raise KernelFaultError(
+            f"the attention kernel {failed} left the GPU unusable: {error}\n"
+            f"  call: {plan.request.describe()}\n"
+            "  what to do: restart ComfyUI and choose another backend for this role"
+        ) from error

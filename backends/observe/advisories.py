@@ -15,9 +15,9 @@ from ..config.layers import default_of, settings_of
 from ..config.names import AUTO, MEASURED
 from ..config.schedule import ScheduleEntry
 from ..config.timetable import Timetable
-from ..engine.mask_reader import NOTHING_HIDDEN
 from ..engine.priorities import ROUTES
 from ..kernels import BACKENDS
+from ..values.mask_plan import NOTHING_HIDDEN
 
 if TYPE_CHECKING:
     from ..report import Row, Trace

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from ..config import AttentionConfig
 from ..measure.device_clock import DeviceClock
-from ..observe.replay.ledger import Ledger
 from . import outcome
 from .audit import BY_ANOTHER as BY_ANOTHER
 from .audit import asked_and_ran
@@ -21,6 +20,8 @@ from .tuning import Tuning
 
 if TYPE_CHECKING:
     import torch
+
+    from .recorder import Recorder
 
 log = logging.getLogger("attention_backends")
 
@@ -110,7 +111,7 @@ class Trace:
     """What became of the calls for which `measured` was asked for."""
     node_id: str = ""
     """The node of the graph that samples; empty where there is none, or it is not known."""
-    ledger: Ledger | None = None
+    ledger: Recorder | None = None
     """The decisions, kind of call by kind of call; None where nobody records them."""
     mode: str = field(default_factory=trace_mode)
     """One of `MODES`, for the whole of it."""

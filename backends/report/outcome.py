@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..engine.router import NoBackendError
+from ..values.errors import NoBackendError
 from ..values.faults import is_out_of_memory
 from .audit import UnexplainedError, unseen
 

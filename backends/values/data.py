@@ -17,8 +17,8 @@ from functools import lru_cache
 from json.decoder import scanstring  # type: ignore[attr-defined]  # in C where Python has it
 from typing import Any, NamedTuple
 
-from ..config import ConfigError
 from .bounded import MOST_JSON, MOST_TEXT
+from .errors import ConfigError
 from .options import MOST_BITS
 
 MAX_ENTRIES, MAX_DEPTH = 10_000, 40

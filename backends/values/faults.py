@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..engine.call_checks import CheckError
-
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.plan import Plan
     from .request import AttentionCall
 
 CUDA_FAULTS = (
@@ -87,16 +84,3 @@ def _autocasts(kind: str) -> bool:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def stop_if_hopeless(plan: Plan, error: Exception) -> None:
-    """Raise where no other kernel may be tried after `error`."""
-    failed = plan.decision.backend
-    if isinstance(error, CheckError) or is_out_of_memory(error):
-        raise error
-    if is_cuda_fault(error):
-        raise KernelFaultError(
-            f"the attention kernel {failed} left the GPU unusable: {error}\n"
-            f"  call: {plan.request.describe()}\n"
-            "  what to do: restart ComfyUI and choose another backend for this role"
-        ) from error

@@ -15,7 +15,7 @@ from .bounded import shortened
 if TYPE_CHECKING:
     import torch
 
-    from ..engine.mask_reader import MaskPlan
+    from .mask_plan import MaskPlan
 
 MASK_KINDS = ("none", "key_padding", "bool", "bias")
 """`none`; `key_padding`: boolean, the same for every head and query; `bool`: boolean; `bias`: added to scores."""

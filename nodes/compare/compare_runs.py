@@ -11,7 +11,7 @@ import comfy.utils
 import torch
 
 from ...backends.config.names import COMFY
-from ...backends.engine.router import NoBackendError
+from ...backends.values.errors import NoBackendError
 from ...comparison import tables
 from ...comparison.calls import compare_calls
 from ...comparison.contenders import REFERENCE, RefusedError, parse_backends

@@ -10,9 +10,10 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ...backends.config import AttentionConfig, ConfigError
+from ...backends.config import AttentionConfig
 from ...backends.config.text import FILE_ENDINGS, parse_config
 from ...backends.values import bounded
+from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..inputs import text_of, wrong_link
 from .selector import CATEGORY, environment

@@ -6,9 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...backends.config import LONGEST_ROLE, AttentionSpec, ConfigError
+from ...backends.config import LONGEST_ROLE, AttentionSpec
 from ...backends.config.names import AUTO, CHOICES
 from ...backends.config.text import parse_extra
+from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..inputs import text_of, wrong_link
 from .selector import CATEGORY, check_backend, environment

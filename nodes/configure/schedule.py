@@ -6,10 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...backends.config import AttentionSpec, ConfigError
+from ...backends.config import AttentionSpec
 from ...backends.config.names import CHOICES
 from ...backends.config.schedule import ScheduleEntry
 from ...backends.kernels import BACKENDS
+from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..inputs import text_of, wrong_link
 from .selector import CATEGORY, check_backend, environment

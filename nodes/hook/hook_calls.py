@@ -16,10 +16,11 @@ import torch
 from ...backends.config.layers import Choice
 from ...backends.config.names import COMFY, MEASURED
 from ...backends.engine.call_checks import DifferingTensorsError, check, differing
-from ...backends.engine.mask_reader import NOTHING_HIDDEN, MaskPlan
 from ...backends.engine.plan import Plan
-from ...backends.engine.router import ALWAYS, NoBackendError, forbidden
+from ...backends.engine.router import ALWAYS, forbidden
 from ...backends.engine.sub_calls import Parts, calls_of, fits, plan_parts, run_parts
+from ...backends.values.errors import NoBackendError
+from ...backends.values.mask_plan import NOTHING_HIDDEN, MaskPlan
 from ...backends.values.masks import as_4d, as_additive, for_kernels, mask_kind
 from ...backends.values.request import AttentionCall
 from .comfy_functions import changed_by_auto, forces_upcast, host_function, name_of_function, reads_booleans

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...backends.engine.mask_reader import MaskPlan, inspect, passed_on
+from ...backends.engine.mask_reader import inspect
 from ...backends.values.faults import is_cuda_fault
+from ...backends.values.mask_plan import MaskPlan, passed_on
 from ...backends.values.masks import as_4d
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import torch
 
 from ...backends.config import AttentionConfig
 from ...backends.config.layers import Choice, resolve, settings_of
-from ...backends.engine.router import NoBackendError
 from ...backends.kernels.support.workspace import extra_bytes
+from ...backends.values.errors import NoBackendError
 from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ...backends.values.request import AttentionRequest
 from .roles import Role

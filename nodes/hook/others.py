@@ -27,8 +27,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...backends.config.names import MEASURED
-from ...backends.engine.router import NoBackendError
 from ...backends.report import BY_ANOTHER
+from ...backends.values.errors import NoBackendError
 from ..history import runs
 from . import compiled, sites, whose
 from .roles import CROSS, SELF, Role

@@ -19,12 +19,13 @@ from ...backends.config.layers import asks_for_measured, names_backends, record_
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import Timetable
 from ...backends.doctor.bench import synchronise
-from ...backends.engine.router import NoBackendError, Router
+from ...backends.engine.router import Router
 from ...backends.engine.session import Session
 from ...backends.observe.advisories import offers
 from ...backends.observe.autotune.tuner import Tuner
 from ...backends.report import Trace
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
+from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform, detect
 from . import sites
 from .foreign_code import ForeignCode

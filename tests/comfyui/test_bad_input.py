@@ -16,8 +16,8 @@ import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import settings_of  # noqa: E402
 from attention_backends.backends.config.names import CHOICES  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from hook_side import comfyui, counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy

@@ -19,11 +19,11 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.api import attention, attention_backend  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import on_copies  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expanded, without_gaps  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.mask_plan import ALL, Part, call_of  # noqa: E402
 from attention_backends.backends.values.masks import for_kernels  # noqa: E402
 from attention_backends.backends.values.platform import detect  # noqa: E402

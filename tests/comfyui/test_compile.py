@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
     PLACES,

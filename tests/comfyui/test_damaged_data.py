@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, ConfigError
+from attention_backends.backends.config import AttentionConfig
 from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.print import to_flags, to_json, to_yaml
 from attention_backends.backends.config.text import parse_config
@@ -26,6 +26,7 @@ from attention_backends.backends.observe.autotune import entry as measured_entry
 from attention_backends.backends.observe.autotune.database import TABLE
 from attention_backends.backends.observe.autotune.store import FILE, Store
 from attention_backends.backends.observe.replay.record import as_record
+from attention_backends.backends.values.errors import ConfigError
 from attention_backends.backends.values.platform import parse_platform
 from attention_backends.backends.values.request import AttentionRequest
 from attention_backends.comparison import replay_command

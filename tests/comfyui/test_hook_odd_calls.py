@@ -14,7 +14,7 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.engine.call_checks import CheckError  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import compiled, exact, host, model_call, override, sampling, stand_in  # noqa: E402
 from test_failed_kernels import Container, Machine  # noqa: E402

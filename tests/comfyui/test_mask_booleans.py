@@ -12,12 +12,13 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.engine.mask_reader import AS_BOOLEANS, PASSED_ON, inspect  # noqa: E402
+from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.values import mask_plan as mask_parts  # noqa: E402
+from attention_backends.backends.values.mask_plan import AS_BOOLEANS, PASSED_ON  # noqa: E402
 from attention_backends.backends.values.masks import as_4d  # noqa: E402
 from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402

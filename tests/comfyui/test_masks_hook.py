@@ -11,9 +11,9 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.engine import mask_reader as mask_plan  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import FLOATING, Limits  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,

@@ -13,7 +13,7 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from hook_side import (  # noqa: E402
     ROLES,
     Func,

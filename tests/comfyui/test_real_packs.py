@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from comfy_location import find_comfyui  # noqa: E402
 from hook_side import comfyui, counts, last_run, plain_comfyui, selected  # noqa: E402
 

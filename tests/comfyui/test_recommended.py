@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.config.print import to_text  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry, is_scheduled  # noqa: E402
@@ -34,6 +34,7 @@ from attention_backends.backends.observe.advisories import (  # noqa: E402
 )
 from attention_backends.backends.report import Trace  # noqa: E402
 from attention_backends.backends.report.audit import AS_ASKED, asked_and_ran  # noqa: E402
+from attention_backends.backends.values.errors import ConfigError  # noqa: E402
 from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, parse_request  # noqa: E402
 from hook_side import (  # noqa: E402

@@ -15,18 +15,23 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError  # noqa: E402
+from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import asks_for_measured  # noqa: E402
 from attention_backends.backends.config.print import to_json  # noqa: E402
+from attention_backends.backends.config.record_format import FORMAT, MARK, normal  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
 from attention_backends.backends.observe.replay.ledger import Ledger  # noqa: E402
-from attention_backends.backends.observe.replay.record import FORMAT, MARK, as_record, facts_of, normal, ranges  # noqa: E402
+from attention_backends.backends.observe.replay.record import as_record, facts_of, ranges  # noqa: E402
+from attention_backends.backends.values.errors import (  # noqa: E402
+    ConfigError,
+    NoBackendError,
+)
 from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402

@@ -23,7 +23,7 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from hook_side import comfyui, counts, last_run, marks_left, nodes_module, plain_comfyui, sampling, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy

@@ -29,9 +29,12 @@ from attention_backends.backends import (  # noqa: E402
 from attention_backends.backends import (  # noqa: E402
     context as scopes,
 )
-from attention_backends.backends.config import AttentionConfig, ConfigError  # noqa: E402
+from attention_backends.backends.config import AttentionConfig  # noqa: E402
 from attention_backends.backends.config.names import UnknownBackendError  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError  # noqa: E402
+from attention_backends.backends.values.errors import (  # noqa: E402
+    ConfigError,
+    NoBackendError,
+)
 from torch.nn.functional import scaled_dot_product_attention as sdpa  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("nothing_in_force")

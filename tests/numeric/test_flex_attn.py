@@ -20,10 +20,11 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="this torch has no FlexAttention")
 
-from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import flex_attn  # noqa: E402
 from attention_backends.backends.kernels.support import flex_blocks  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.values.errors import ConfigError
 from attention_backends.backends.values.platform import Platform
 from attention_backends.backends.values.request import AttentionRequest
 from kernel_machines import SAGE_1, SAGE_2, SAGE_FORK, TRITON
@@ -16,9 +17,10 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels.sage_fp8_cuda import accumulator  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from fakes import machine, sageattention_1, sageattention_2  # noqa: E402
 from tolerance import allowed, error, truth  # noqa: E402

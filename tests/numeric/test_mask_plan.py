@@ -11,8 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.engine.mask_reader import ALL, MaskPlan, inspect  # noqa: E402
+from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
+from attention_backends.backends.values.mask_plan import (  # noqa: E402
+    ALL,
+    MaskPlan,
+)
 from attention_backends.backends.values.masks import as_4d  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402

@@ -16,10 +16,11 @@ from attention_backends.backends import api, attention, attention_backend, calls
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.context import Asked, CallSession  # noqa: E402
 from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
-from attention_backends.backends.engine.router import NoBackendError, Router  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
 from attention_backends.backends.report import Trace  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.layers import Choice, joint_note, resolve
 from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.text import from_environment, parse_config, parse_extra
+from attention_backends.backends.values.errors import ConfigError
 from syrupy.assertion import SnapshotAssertion
 
 LTX2 = {

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import ConfigError
 from attention_backends.backends.config.names import RefusedBackendError, UnknownBackendError
 from attention_backends.backends.config.print import to_dict
 from attention_backends.backends.config.text import parse_config, parse_extra
 from attention_backends.backends.config.words import scalar, words_of
+from attention_backends.backends.values.errors import ConfigError
 from syrupy.assertion import SnapshotAssertion
 
 

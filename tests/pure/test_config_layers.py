@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
-from attention_backends.backends.config import ConfigError
 from attention_backends.backends.config import text as config_text
 from attention_backends.backends.config.layers import resolve, settings_of
 from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.text import from_environment, parse_config
+from attention_backends.backends.values.errors import ConfigError
 from syrupy.assertion import SnapshotAssertion
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.names import RefusedBackendError
 from attention_backends.backends.config.print import to_json
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.engine.router import NoBackendError, Router
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.values.errors import ConfigError, NoBackendError
 from attention_backends.backends.values.platform import parse_platform
 from attention_backends.backends.values.request import AttentionRequest
 from option_backend import WithOptions

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from attention_backends.backends.config import ConfigError
 from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.values.errors import ConfigError
 from syrupy.assertion import SnapshotAssertion
 
 PLACES = {

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.names import BACKEND_IDS
 from attention_backends.backends.config.print import to_dict, to_flags, to_json, to_text, to_yaml
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.values.errors import ConfigError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from option_backend import WithOptions

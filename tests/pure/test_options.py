@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.engine.router import NoBackendError, Router
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend
 from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.values.errors import ConfigError, NoBackendError
 from attention_backends.backends.values.options import Option, problems
 from attention_backends.backends.values.platform import Platform, parse_platform
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest

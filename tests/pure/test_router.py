@@ -7,9 +7,10 @@ import itertools
 import pytest
 from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.engine.router import NOTHING_MEASURES, NoBackendError, Rejection, Router
+from attention_backends.backends.engine.router import NOTHING_MEASURES, Rejection, Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Kernel, Limits
+from attention_backends.backends.values.errors import NoBackendError
 from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest, parse_request
 from syrupy.assertion import SnapshotAssertion

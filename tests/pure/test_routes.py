@@ -10,9 +10,10 @@ from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.doctor.route_report import route_report
 from attention_backends.backends.engine.priorities import ROUTES, default_line, route_for
-from attention_backends.backends.engine.router import NoBackendError, Router
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.values.errors import NoBackendError
 from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.values.request import parse_request
 from attention_backends.cli import main

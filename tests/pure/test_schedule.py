@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.layers import resolve
 from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.config.print import FORMATS, to_dict, to_flags, to_text
@@ -17,6 +17,7 @@ from attention_backends.backends.config.timetable import Timetable
 from attention_backends.backends.config.windows import parse_numbers, parse_percent, parse_sigmas
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
+from attention_backends.backends.values.errors import ConfigError
 from attention_backends.backends.values.platform import detect
 from attention_backends.backends.values.request import AttentionCall
 from attention_backends.cli import main

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec, ConfigError
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config import text as config_text
 from attention_backends.backends.config.layers import Choice, resolve
 from attention_backends.backends.config.names import (
@@ -28,9 +28,10 @@ from attention_backends.backends.config.schedule import ScheduleEntry
 from attention_backends.backends.config.systems import SYSTEMS, key_of, line_of, systems_page
 from attention_backends.backends.config.text import from_environment, parse_config
 from attention_backends.backends.config.timetable import Timetable
-from attention_backends.backends.engine.router import NoBackendError, Router
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.values.errors import ConfigError, NoBackendError
 from attention_backends.backends.values.platform import parse_platform
 from attention_backends.backends.values.request import parse_request
 from syrupy.assertion import SnapshotAssertion

@@ -12,18 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ...config.layers import settings_of
-from ...kernels.packages import PACKAGES_OF
-from ...measure.remembered import COMPILERS, driver, own_version
+from ...config.record_format import FORMAT, MARK, machine_of, normal
+from ...measure.remembered import own_version
 from ...values.request import AttentionRequest
 from .ledger import Ledger, Ran
 
 if TYPE_CHECKING:
     from ...report import Trace
-    from ...values.platform import Platform
-
-MARK = "attention_backends_record"
-"""The entry by which a mapping is known as a record; its value is the format."""
-FORMAT = 1
 
 _NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,5})")
 
@@ -31,7 +26,7 @@ _NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,5})")
 def of_run(trace: Trace) -> dict[str, Any] | None:
     """One sampling run as plain data; None where its decisions were not kept."""
     ledger = trace.ledger
-    if ledger is None:
+    if not isinstance(ledger, Ledger):
         return None
     found = _decisions(ledger)
     used = {ran["backend"] for decision in found for ran in decision["ran"]}
@@ -77,39 +72,6 @@ def as_record(
 
 def _are_mappings(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
     return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
-
-
-def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:
-    """What of a machine can change the numbers that these backends compute."""
-    names = {package.distribution for backend in backends for package in PACKAGES_OF.get(backend, ())}
-    names.update(COMPILERS if names or "flex_attn" in backends else ())
-    facts = {
-        "kind": platform.kind,
-        "card": platform.name,
-        "architecture": platform.sm or platform.gfx or "",
-        "driver": driver() if platform.kind in ("cuda", "rocm") and not platform.described else "",
-        "cpu": _instructions() if platform.kind == "cpu" and not platform.described else "",
-        "torch": platform.torch,
-        "cuda": platform.cuda or "",
-        "cudnn": str(platform.cudnn or ""),
-        "os": platform.os,
-    }
-    packages = {name: version for name, version in platform.packages if name in names}
-    return {**{name: value for name, value in facts.items() if value}, "packages": packages}
-
-
-def _instructions() -> str:
-    """The vector instructions that torch computes with on this CPU, such as AVX2."""
-    import torch
-
-    return str(torch.backends.cpu.get_cpu_capability())
-
-
-def normal(request: AttentionRequest) -> AttentionRequest:
-    """The request with what 0 stands for written out."""
-    return request._replace(
-        num_kv_heads=request.num_kv_heads or request.num_heads, v_head_dim=request.v_head_dim or request.head_dim
-    )
 
 
 def facts_of(request: AttentionRequest) -> dict[str, Any]:
