@@ -25,7 +25,7 @@ from .config.names import AUTO, MEASURED
 from .config.text import parse_config
 from .context import Account, Entry, add_up, current, entered, read_environment
 from .engine.call_checks import CheckError
-from .report import Trace
+from .report import RunReport
 from .values.errors import ConfigError, NoBackendError
 
 if TYPE_CHECKING:
@@ -153,11 +153,12 @@ def checks(on: bool = True) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def account() -> Iterator[Trace]:
+def account() -> Iterator[RunReport]:
     """Keep account of the calls inside the block: which backend ran for each role, how often, and why not another.
 
     Calls of other threads that run in this context are added when the block ends. Accounts nest. Nothing waits for an
-    accelerator: the times of what it has not done by the end of the block come with `Trace.end_of_run`, which waits.
+    accelerator: the times of what it has not done by the end of the block come with `RunReport.end_of_run`, which
+    waits.
     """
     before = current().account
     entry = Entry(account=(kept := Account()))

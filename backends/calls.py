@@ -17,7 +17,7 @@ from .engine.call_checks import CheckError, check
 from .engine.router import Router
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
-from .report import Trace
+from .report import RunReport
 from .values.masks import as_4d, for_kernels
 from .values.platform import Platform, detect
 from .values.request import AttentionCall
@@ -124,7 +124,7 @@ def _own_book() -> Book:
     try:
         book: Book = _thread.book
     except AttributeError:
-        book = _thread.book = Book(Trace(mode="off"))  # which nobody reads
+        book = _thread.book = Book(RunReport(mode="off"))  # which nobody reads
     return book
 
 

@@ -22,8 +22,8 @@ from .engine.call_checks import checks_from_environment
 from .engine.mask_reader import inspect
 from .engine.plan import Plan
 from .engine.session import Session
-from .engine.sub_calls import Parts, calls_of, plan_parts, run_parts
-from .report import Row, Trace
+from .engine.sub_calls import SplitPlan, calls_of, plan_parts, run_parts
+from .report import Row, RunReport
 from .values.mask_plan import MaskPlan, passed_on
 from .values.request import AttentionCall, AttentionRequest
 
@@ -63,13 +63,13 @@ class Environment:
 class CallSession(Session):
     """A session with the plans of its calls, keyed by everything that can change a decision."""
 
-    def __init__(self, router: Router, asked: Asked, layers: tuple[AttentionConfig, ...], trace: Trace) -> None:
+    def __init__(self, router: Router, asked: Asked, layers: tuple[AttentionConfig, ...], trace: RunReport) -> None:
         super().__init__(router, layers, trace, checks=False)  # the caller checks before it plans
         self.check_calls = asked.checks
         self.plans: dict[tuple[object, ...], tuple[Plan | None, bool]] = {}
         """For each kind of call how it runs, None where that is for its mask's values to say, and whether it is
         grouped."""
-        self.masked: dict[tuple[object, ...], Plan | Parts] = {}
+        self.masked: dict[tuple[object, ...], Plan | SplitPlan] = {}
 
     def keep(
         self, key: tuple[object, ...], request: AttentionRequest, role: str, category: str, device: str
@@ -103,9 +103,9 @@ class CallSession(Session):
             if len(self.masked) >= KEPT:
                 self.masked.clear()
             how = self.masked[key] = self._as_read(mask_plan, call, role, category)
-        return run_parts(self, how, mask_plan, call) if isinstance(how, Parts) else self.run(how, call)
+        return run_parts(self, how, mask_plan, call) if isinstance(how, SplitPlan) else self.run(how, call)
 
-    def _as_read(self, mask_plan: MaskPlan, call: AttentionCall, role: str, category: str) -> Plan | Parts:
+    def _as_read(self, mask_plan: MaskPlan, call: AttentionCall, role: str, category: str) -> Plan | SplitPlan:
         calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked)
         if not calls:
             return self.plan(call.request(), role, category)
@@ -119,7 +119,7 @@ class Book:
 
     __slots__ = ("sessions", "trace")
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: RunReport) -> None:
         self.trace = trace
         self.sessions: dict[tuple[Asked, torch.device, object], CallSession] = {}
 
@@ -128,7 +128,7 @@ class Account:
     """An account that is being kept: a book for each thread that calls inside the block."""
 
     def __init__(self) -> None:
-        self.books = {threading.get_ident(): Book(Trace())}
+        self.books = {threading.get_ident(): Book(RunReport())}
         self.trace = next(iter(self.books.values())).trace
 
     def book(self) -> Book:
@@ -136,7 +136,7 @@ class Account:
         thread = threading.get_ident()
         found = self.books.get(thread)
         if found is None:
-            found = self.books[thread] = Book(Trace())
+            found = self.books[thread] = Book(RunReport())
         return found
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Account:
                 add_up(self.trace, book.trace)
 
 
-def add_up(total: Trace, more: Trace) -> None:
+def add_up(total: RunReport, more: RunReport) -> None:
     """Add the calls of one trace to another."""
     for key, row in more.rows.items():
         mine = total.rows.get(key)

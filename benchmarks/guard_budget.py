@@ -100,12 +100,12 @@ def arithmetics() -> dict[str, tuple[str, torch.dtype, Callable[[Any], torch.Ten
 def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
     """The guard's worst figures over every call of whole runs, and the pictures."""
     from attention_backends.backends.guard import Budget, Guard, Watch
-    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
     table = {}
     for name, (accuracy, dtype, kernel) in arithmetics().items():
-        guard, row = Guard("watch", Trace()), Row("", "", name, "", "none")
+        guard, row = Guard("watch", RunReport()), Row("", "", name, "", "none")
         watch = Watch(guard, lambda call, kernel=kernel: kernel(call).to(call.query.dtype), Budget(9, 9), row)
 
         def attention(
@@ -141,13 +141,13 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
     A check is timed by itself, beside the call that it belongs to: its share is under what a loaded machine repeats.
     """
     from attention_backends.backends.guard import Guard, Watch
-    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
     random = torch.Generator().manual_seed(0)
     call = AttentionCall(*(torch.randn(1, HEADS, TOKENS, HEAD_DIM, generator=random) for _ in range(3)))
     output = exact(call.query, call.key, call.value)
-    guard = Guard("watch", Trace())
+    guard = Guard("watch", RunReport())
     checks = checks_of(calls)
     watch = Watch(guard, lambda call: output, _budget(), Row("", "", "", "", ""))
     attention = min(_timed(lambda: exact(call.query, call.key, call.value)) for _ in range(rounds))
@@ -170,9 +170,9 @@ def checks_of(steps: int, blocks: int = 80) -> float:
     """Checks of one block in a run of so many steps, the mean over the blocks of a model."""
     from attention_backends.backends.guard import Guard
     from attention_backends.backends.guard.turns import Step
-    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.report import Row, RunReport
 
-    guard, seen = Guard("watch", Trace()), []
+    guard, seen = Guard("watch", RunReport()), []
     guard.check = lambda watch, call, number: seen.append(watch.place)
     rows = [Row("self", str(block), "", "", "") for block in range(blocks)]
     watches: list[Any] = []

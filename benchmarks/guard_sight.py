@@ -62,10 +62,10 @@ def tensors(kind: str, draw: torch.Generator) -> list[torch.Tensor]:
 def checked(call: Any, output: torch.Tensor, arithmetic: str, seed: int) -> Any:
     """The findings of one check of a call with this output."""
     from attention_backends.backends.guard import Guard
-    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.tolerance import tolerance
 
-    guard, row = Guard("watch", Trace(), everything=True, seed=seed), Row("self", "0", "", "", "none")
+    guard, row = Guard("watch", RunReport(), everything=True, seed=seed), Row("self", "0", "", "", "none")
     output = output.to(call.query.dtype)
     watch = guard.watched(lambda _: output, "exact", row, tolerance(arithmetic))
     guard.check(watch, call, 0)  # type: ignore[arg-type]
@@ -136,11 +136,11 @@ def checks_of(steps: int) -> list[tuple[int, int]]:
     """Step and block of each check of a run."""
     from attention_backends.backends.guard import Guard
     from attention_backends.backends.guard.turns import Step
-    from attention_backends.backends.report import Row, Trace
+    from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
     nothing = AttentionCall(*[torch.zeros(1)] * 3)
-    guard = Guard("watch", Trace(), everything=False)
+    guard = Guard("watch", RunReport(), everything=False)
     found: list[tuple[int, int]] = []
     guard.check = lambda watch, call, number: found.append((guard.turns.step, int(watch.place[1])))  # type: ignore
     watches: list[Any] = []

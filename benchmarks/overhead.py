@@ -63,7 +63,9 @@ def override_path(pairs: int) -> dict[str, Any]:
     """Bare SDPA, ComfyUI's wrapped PyTorch attention, and ours, on 1x8x16x64 without reshapes."""
     import comfy.ldm.modules.attention as comfy_attention
     from attention_backends.backends.config import AttentionConfig, AttentionSpec
-    from attention_backends.nodes.hook import host, sampling, sites
+    from attention_backends.nodes.hook import attention_modules
+    from attention_backends.nodes.hook import override as host
+    from attention_backends.nodes.hook import run as sampling
 
     override = host.Override((AttentionConfig(default=AttentionSpec("torch_sdpa")),))
     scope = sampling.Run(override).scope(torch.device("cpu"))
@@ -85,7 +87,7 @@ def override_path(pairs: int) -> dict[str, Any]:
         stock_attention(query, key, value, 8, transformer_options={sampling.OVERRIDE: override}, **flags)
 
     kinds = [bare, stock, ours]
-    previous = sites.set_scope(scope)
+    previous = attention_modules.set_scope(scope)
     try:
         times = alternate(kinds, pairs, calls=200)
         (hook_plan,) = scope.session.plans.values()
@@ -100,7 +102,7 @@ def override_path(pairs: int) -> dict[str, Any]:
 
         without = alternate([ours, nothing, planned], pairs, calls=200)
     finally:
-        sites.set_scope(previous)
+        attention_modules.set_scope(previous)
     selecting = zip(without["ours"], without["nothing"], without["planned"], strict=True)
     return {
         "bare_sdpa_us": round(statistics.median(times["bare"]), 2),
@@ -113,7 +115,8 @@ def override_path(pairs: int) -> dict[str, Any]:
 def mask_lookup(rounds: int) -> dict[str, float]:
     """Finding the plan of a (1, 1, 1, 512) mask again, in one model call."""
     from attention_backends.backends.config import AttentionConfig
-    from attention_backends.nodes.hook import host, sampling
+    from attention_backends.nodes.hook import override as host
+    from attention_backends.nodes.hook import run as sampling
 
     scope = sampling.Run(host.Override((AttentionConfig(),))).scope(torch.device("cpu"))
     scope.begin({}, in_model_call=True)
@@ -145,7 +148,8 @@ def alternate(kinds: list[Callable[[], Any]], rounds: int, calls: int) -> dict[s
 
 def tiny_wan(rounds: int) -> dict[str, Any]:
     """Whole model calls of a Wan whose layers do almost nothing, as sampling makes them."""
-    from attention_backends.nodes.hook import patch, sampling
+    from attention_backends.nodes.hook import patch
+    from attention_backends.nodes.hook import run as sampling
 
     family = tiny_models.FAMILIES["wan"]
     narrow = {"dim": 32, "ffn_dim": 32, "text_dim": 16, "freq_dim": 32, "num_layers": LAYERS}

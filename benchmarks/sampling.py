@@ -33,7 +33,8 @@ def measure(rounds: int = 15, sizes: tuple[int, ...] = tuple(LATENTS)) -> dict[s
     import comfy.ldm.modules.attention as comfy_attention
     import comfy.sd
     from attention_backends.demo.model import WEIGHTS
-    from attention_backends.nodes.hook import patch, sampling
+    from attention_backends.nodes.hook import patch
+    from attention_backends.nodes.hook import run as sampling
 
     patcher = comfy.sd.load_diffusion_model(str(WEIGHTS))
     model = patcher.model

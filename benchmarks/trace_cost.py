@@ -45,7 +45,8 @@ class Model:
     """A narrow Wan with our node on it, ready for single model calls of a run with any trace."""
 
     def __init__(self, device: torch.device, tokens: int) -> None:
-        from attention_backends.nodes.hook import patch, sampling
+        from attention_backends.nodes.hook import patch
+        from attention_backends.nodes.hook import run as sampling
 
         family = tiny_models.FAMILIES["wan"]
         narrow = {"dim": 128, "ffn_dim": 256, "text_dim": 16, "freq_dim": 32, "num_layers": LAYERS}

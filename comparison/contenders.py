@@ -16,8 +16,8 @@ from ..backends.config.names import AUTO, COMFY, MEASURED, canonical
 from ..backends.engine.plan import Plan
 from ..backends.engine.router import Router
 from ..backends.engine.session import Session
-from ..backends.engine.sub_calls import Parts, calls_of, plan_parts, run_parts
-from ..backends.report import Trace
+from ..backends.engine.sub_calls import SplitPlan, calls_of, plan_parts, run_parts
+from ..backends.report import RunReport
 from ..backends.values.devices import device_named, synchronise
 from ..backends.values.errors import NoBackendError
 from ..backends.values.mask_plan import MaskPlan
@@ -92,9 +92,9 @@ class Routed:
         self.backend = backend
         config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
         kind = router.platform.kind  # on other devices than the CPU the times are taken here
-        trace = Trace(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
+        trace = RunReport(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
         self.session = Session(router, (config,), trace)
-        self._plans: dict[tuple[str, str, AttentionRequest, object], Plan | Parts] = {}
+        self._plans: dict[tuple[str, str, AttentionRequest, object], Plan | SplitPlan] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._counted = 0
 
@@ -134,11 +134,11 @@ class Routed:
     def treatment(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> str | None:
         """How the mask of a call that ran was honoured, such as `trimmed`; None where its kernel got it as it is."""
         plan = None if mask_plan is None else self._plans.get((role, block, call.request(), mask_plan.facts))
-        if mask_plan is None or not isinstance(plan, Parts):
+        if mask_plan is None or not isinstance(plan, SplitPlan):
             return None
         return mask_plan.treatment if plan.packed is None else f"{mask_plan.treatment}, varlen"
 
-    def _planned(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> Plan | Parts:
+    def _planned(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> Plan | SplitPlan:
         key = role, block, call.request(), None if mask_plan is None else mask_plan.facts
         found = self._plans.get(key)
         if found is not None:
@@ -155,8 +155,8 @@ class Routed:
             self._plans[key] = plan_parts(self.session, mask_plan, call, parts, planned)
         return self._plans[key]
 
-    def _run(self, plan: Plan | Parts, call: AttentionCall, mask_plan: MaskPlan | None) -> Tensor:
-        if mask_plan is not None and isinstance(plan, Parts):
+    def _run(self, plan: Plan | SplitPlan, call: AttentionCall, mask_plan: MaskPlan | None) -> Tensor:
+        if mask_plan is not None and isinstance(plan, SplitPlan):
             return run_parts(self.session, plan, mask_plan, call)
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo

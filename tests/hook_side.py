@@ -46,7 +46,7 @@ def nodes_module(name: str) -> ModuleType:
 
 
 compiled, host, sampling, sites, masks, wrappers = (
-    nodes_module(f"hook.{name}") for name in ("compiled", "host", "sampling", "sites", "masks", "wrappers")
+    nodes_module(f"hook.{name}") for name in ("compiled", "override", "run", "attention_modules", "masks", "wrappers")
 )
 
 

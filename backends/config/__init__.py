@@ -93,7 +93,7 @@ class AttentionSpec:
 class AttentionConfig:
     """Default and per-role specs. A role is a dotted string such as `self`, `cross` or `ltx2.audio_to_video`.
 
-    A setting that is None was not said here: the next configuration's counts, and at the end `UNSAID`.
+    A setting that is None was not said here: the next configuration's counts, and at the end `DEFAULT_SETTINGS`.
     """
 
     default: AttentionSpec = field(default_factory=AttentionSpec)

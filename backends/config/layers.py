@@ -42,7 +42,7 @@ class Settings(NamedTuple):
     guard: str
 
 
-UNSAID = Settings(accuracy="exact", strict=False, guard="watch")
+DEFAULT_SETTINGS = Settings(accuracy="exact", strict=False, guard="watch")
 
 
 def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
@@ -50,7 +50,7 @@ def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
 
     def said(name: str) -> object:
         values = (getattr(layer, name) for layer in layers)
-        return next((value for value in values if value is not None), getattr(UNSAID, name))
+        return next((value for value in values if value is not None), getattr(DEFAULT_SETTINGS, name))
 
     return Settings(*map(said, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
 
@@ -65,7 +65,7 @@ def default_of(layers: tuple[AttentionConfig, ...]) -> str | None:
     return next((layer.default.backend for layer in layers if not layer.default.is_auto), None)
 
 
-def precautions_of(layers: tuple[AttentionConfig, ...]) -> tuple[Advice, ...]:
+def advisories_of(layers: tuple[AttentionConfig, ...]) -> tuple[Advice, ...]:
     """What was switched on of what is recommended, and matters with the default that holds."""
     if not any(layer.recommended for layer in layers):
         return ()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..kernels import BACKENDS
-from ..kernels.group import Family
+from ..kernels.group import BackendGroup
 from ..measure.call_key import TuningKey, key_of
 from ..values.data import check_data
 from ..values.errors import ConfigError
@@ -187,7 +187,7 @@ class _Reader:
         name, member = self.text(ran, "backend", where), self.text(ran, "member", where)
         if not name:
             raise self.fail(f"{where}.backend", "no backend")
-        if isinstance(BACKENDS.get(name), Family) and member in BACKENDS:
+        if isinstance(BACKENDS.get(name), BackendGroup) and member in BACKENDS:
             name = member  # the family might take another one here
         options = dict(self.mapping(ran.get("options", {}), f"{where}.options"))
         if name in BACKENDS:  # a later version's backend falls back as one that is not there

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..values.errors import ConfigError
 from . import CATEGORY_PARENT, LONGEST_ROLE, AttentionConfig, AttentionSpec
-from .layers import precautions_of
+from .layers import advisories_of
 from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 
 ROUNDING = 1e-4
@@ -98,4 +98,4 @@ def step_of(sigma: float, schedule: Sequence[float]) -> int:
 
 def is_scheduled(layers: tuple[AttentionConfig, ...]) -> bool:
     """True when a choice can depend on more than the role."""
-    return any(layer.schedule for layer in layers) or bool(precautions_of(layers))
+    return any(layer.schedule for layer in layers) or bool(advisories_of(layers))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from . import AttentionConfig, AttentionSpec
-from .layers import Choice, precautions_of, resolve
+from .layers import Choice, advisories_of, resolve
 from .schedule import ROUNDING, TIMES, ScheduleEntry, step_of
 from .windows import Numbers, Span
 
@@ -62,7 +62,7 @@ class Timetable:
             for layer in layers
             for index, entry in enumerate(layer.schedule)
         ]
-        held += [(layers[0], precaution.said, precaution.where, True) for precaution in precautions_of(layers)]
+        held += [(layers[0], precaution.said, precaution.where, True) for precaution in advisories_of(layers)]
         for layer, source, entry, recommended in held:
             steps = {step for part in entry.steps for step in part.among(range(self.count))}
             spans = entry.sigmas

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels.backend import Backend
-from ..kernels.group import Family
+from ..kernels.group import BackendGroup
 from ..kernels.packages import PACKAGES_OF
 from ..measure import remembered
 from ..measure.remembered import Outcome
@@ -173,7 +173,7 @@ def probe_all(
 
 def cards_of(backend: Backend, platform: Platform) -> Cards:
     """The cards that a backend declares, for the versions that are installed."""
-    if isinstance(backend, Family):
+    if isinstance(backend, BackendGroup):
         members = (member for order in (backend.order, *backend.on.values()) for member in order)
         return Cards(backend.kinds, members=tuple(dict.fromkeys(member.id for member in members)))
     cards = backend.cards(platform)
@@ -183,7 +183,7 @@ def cards_of(backend: Backend, platform: Platform) -> Cards:
 
 
 def _names(backend: Backend, platform: Platform, probed: Outcome | None) -> Finding:
-    if isinstance(backend, Family) or backend.origin(platform):
+    if isinstance(backend, BackendGroup) or backend.origin(platform):
         return Finding()  # a family's members have rows of their own; what is from elsewhere was loaded from there
     if probed is not None and probed.status in ("crashed", "hung"):
         return symbols.without_import(backend.id, platform, f"not looked for: a probe {probed.words}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..engine.priorities import ROUTES, Route, default_line
+from ..engine.priorities import PRIORITIES, Priority, default_line
 from ..engine.router import Router
 
 
@@ -28,11 +28,11 @@ def route_report(router: Router) -> dict[str, Any]:
 
 
 def all_routes() -> list[dict[str, Any]]:
-    """Every row of `ROUTES` as plain data, in the order in which they are tried."""
-    return [{**row_of(route), "exact": list(route.order), "lossy": list(route.lossy)} for route in ROUTES]
+    """Every row of `PRIORITIES` as plain data, in the order in which they are tried."""
+    return [{**row_of(route), "exact": list(route.order), "lossy": list(route.lossy)} for route in PRIORITIES]
 
 
-def row_of(route: Route) -> dict[str, Any]:
+def row_of(route: Priority) -> dict[str, Any]:
     """What a row says of itself."""
     lowest, highest = route.capabilities or (None, None)
     return {

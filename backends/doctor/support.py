@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from ..config.names import COMFY
 from ..config.systems import SYSTEMS
-from ..engine.priorities import ROUTES, Route
+from ..engine.priorities import PRIORITIES, Priority
 from ..kernels import BACKENDS
 from ..kernels.backend import Backend
-from ..kernels.group import Family
+from ..kernels.group import BackendGroup
 from ..kernels.planned import Planned
 from ..values.options import KIND_NAMES, Option
 from .support_limits import CARDS, MACHINES, card_name, limit_rows, runs_on
@@ -67,7 +67,7 @@ def support_page() -> str:
         "where a person allows more than exact.",
         _table(
             ("machine", "cards", "exact", "where quantized is allowed", "evidence", "source"),
-            [_route(route) for route in ROUTES],
+            [_route(route) for route in PRIORITIES],
         ),
     ]
     parts += [
@@ -101,7 +101,7 @@ def _code(text: object) -> str:
 
 # What it is and where it runs
 def _what(backend: Backend) -> tuple[str, ...]:
-    if isinstance(backend, Family):
+    if isinstance(backend, BackendGroup):
         members = {member.id: member for order in (backend.order, *backend.on.values()) for member in order}
         return _code(backend.id), backend.accuracy, backend.summary, "one of its members", f"as {_codes(members)}"
     needs = ", ".join(_code(need) for need in _needs(backend)) or "nothing"
@@ -135,7 +135,7 @@ def _needs(backend: Backend) -> list[str]:
 
 
 def _rows_of(backend: Backend) -> list[tuple[str, ...]]:
-    return [("", "as its member", *[""] * 6)] if isinstance(backend, Family) else limit_rows(backend)
+    return [("", "as its member", *[""] * 6)] if isinstance(backend, BackendGroup) else limit_rows(backend)
 
 
 # Options and routes
@@ -156,7 +156,7 @@ def _option(backend: Backend, option: Option) -> tuple[str, ...]:
     )
 
 
-def _route(route: Route) -> tuple[str, ...]:
+def _route(route: Priority) -> tuple[str, ...]:
     kinds = ", ".join(kind.upper() if kind != "rocm" else "ROCm" for kind in route.kinds)
     if route.capabilities:
         low, high = (".".join(map(str, card)) for card in route.capabilities)

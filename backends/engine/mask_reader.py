@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..values.mask_plan import ALL, NOTHING_HIDDEN, MaskPlan, Part, passed_on, plan_of
+from ..values.mask_plan import ALL, NOTHING_HIDDEN, MaskPlan, SubCall, passed_on, plan_of
 from ..values.masks import visible_keys
 
 if TYPE_CHECKING:
@@ -145,12 +145,12 @@ def _uniform(mask: torch.Tensor, found: _Found) -> MaskPlan:
         ):
             return passed_on(mask, only_hides=_only_hides(mask, found))
         left = _cut(mask, keys) if found.biased else None
-        return plan_of(_word(keys), [Part(ALL, ALL, keys, left)])
+        return plan_of(_word(keys), [SubCall(ALL, ALL, keys, left)])
     parts = []
     for sample, span in enumerate(found.spans):
         keys = _keys(span, kv_len, found.seen[sample])
         left = _cut(mask[sample : sample + 1], keys) if found.biased else None
-        parts.append(Part(slice(sample, sample + 1), ALL, keys, left))
+        parts.append(SubCall(slice(sample, sample + 1), ALL, keys, left))
     return plan_of("per sample", parts)
 
 
@@ -170,19 +170,20 @@ def _varied(mask: torch.Tensor, found: _Found) -> MaskPlan:
     pattern = _pattern(rows, first, last) if rows and together else ""
     if pattern == "causal":
         keys = slice(first, last + 1) if last - first + 1 < kv_len else ALL
-        return plan_of("causal", [Part(ALL, ALL, keys, None, True)])
+        return plan_of("causal", [SubCall(ALL, ALL, keys, None, True)])
     if rows and together:
         blocks = _blocks(rows)
         if len(blocks) <= MOST_BLOCKS:
             parts = [
-                Part(ALL, span, None if not count else slice(first, last + 1)) for span, (first, last, count) in blocks
+                SubCall(ALL, span, None if not count else slice(first, last + 1))
+                for span, (first, last, count) in blocks
             ]
             return plan_of("per block", parts)
     only_hides = _only_hides(mask, found)
     if last - first + 1 == kv_len:
         return passed_on(mask, pattern, only_hides=only_hides)
     keys = slice(first, last + 1)
-    return plan_of("trimmed", [Part(ALL, ALL, keys, _cut(mask, keys))], pattern, only_hides)
+    return plan_of("trimmed", [SubCall(ALL, ALL, keys, _cut(mask, keys))], pattern, only_hides)
 
 
 def _only_hides(mask: torch.Tensor, found: _Found) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..values.platform import Platform
 
 
-class Route(NamedTuple):
+class Priority(NamedTuple):
     """One row: the machines it is for, the order, and how well it is founded."""
 
     title: str
@@ -27,8 +27,8 @@ class Route(NamedTuple):
     """Tried before `order` where a person allows more than exact; most of them refuse masks, and say so."""
 
 
-ROUTES: tuple[Route, ...] = (
-    Route(
+PRIORITIES: tuple[Priority, ...] = (
+    Priority(
         "Blackwell",
         ("cuda",),
         ((10, 0), (12, 9)),
@@ -37,7 +37,7 @@ ROUTES: tuple[Route, ...] = (
         "vLLM-Omni's table (measured there on sm_120); reports against cuDNN on sm_103 and sm_121 exist",
         ("sage_attn", "sage_fp16_triton"),
     ),
-    Route(
+    Priority(
         "Hopper",
         ("cuda",),
         ((9, 0), (9, 9)),
@@ -46,7 +46,7 @@ ROUTES: tuple[Route, ...] = (
         "vLLM-Omni's and SGLang's tables",
         ("sage_attn", "sage_fp16_triton"),
     ),
-    Route(
+    Priority(
         "Ampere and Ada",
         ("cuda",),
         ((8, 0), (8, 9)),
@@ -55,7 +55,7 @@ ROUTES: tuple[Route, ...] = (
         "vLLM-Omni's and SGLang's tables",
         ("sage_attn", "sage_fp16_triton"),
     ),
-    Route(
+    Priority(
         "Turing and older",
         ("cuda",),
         ((0, 0), (7, 9)),
@@ -64,18 +64,18 @@ ROUTES: tuple[Route, ...] = (
         "FlashAttention 2 needs sm80; xformers' CUTLASS kernel supports older cards",
         ("sage_attn", "sage_fp16_triton"),
     ),
-    Route("CUDA, card unknown", ("cuda",), None, ("torch_sdpa",), "assumed", "no capability to go by"),
-    Route(
+    Priority("CUDA, card unknown", ("cuda",), None, ("torch_sdpa",), "assumed", "no capability to go by"),
+    Priority(
         "ROCm", ("rocm",), None, ("aiter", "flash_attn", "torch_sdpa"), "reported", "SGLang's and vLLM-Omni's tables"
     ),
-    Route("XLA", ("xla",), None, ("xla_flash", "torch_sdpa"), "reported", "Diffusers' XLA backend"),
-    Route("CPU, MPS, XPU, NPU", ("cpu", "mps", "xpu", "npu"), None, ("torch_sdpa",), "reported", "SGLang's table"),
+    Priority("XLA", ("xla",), None, ("xla_flash", "torch_sdpa"), "reported", "Diffusers' XLA backend"),
+    Priority("CPU, MPS, XPU, NPU", ("cpu", "mps", "xpu", "npu"), None, ("torch_sdpa",), "reported", "SGLang's table"),
 )
 
 
-def route_for(platform: Platform) -> Route:
+def priority_for(platform: Platform) -> Priority:
     """The first row that fits `platform`; a row with capabilities fits only a card whose capability is known."""
-    for route in ROUTES:
+    for route in PRIORITIES:
         if platform.kind not in route.kinds:
             continue
         if route.capabilities is None:

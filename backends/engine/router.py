@@ -17,20 +17,20 @@ from ..config.layers import Choice, resolve, settings_of
 from ..config.names import COMFY, MEASURED
 from ..kernels import BACKENDS
 from ..kernels.backend import ACCURACY, Backend, Kernel
-from ..kernels.group import Family
+from ..kernels.group import BackendGroup
 from ..measure import remembered
 from ..values.errors import NoBackendError
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
 from .call_checks import VARIABLE as CHECKS
-from .priorities import route_for
+from .priorities import priority_for
 
 if TYPE_CHECKING:
     from ..kernels.varlen import VarlenKernel
 
 log = logging.getLogger("attention_backends")
 
-ALWAYS = "torch_sdpa"
+LAST_RESORT = "torch_sdpa"
 FAILED = "failed before on this call: "
 
 Failed = tuple[str, tuple[tuple[str, str], ...], AttentionRequest]
@@ -97,7 +97,7 @@ class Router:
         self.platform = platform
         self.recalls = recalls
         self.backends = backends
-        self.route = route_for(platform)
+        self.route = priority_for(platform)
         self._unavailable: dict[str, tuple[str, ...]] = {}
         self._kernels: dict[tuple[str, tuple[tuple[str, str], ...]], Kernel] = {}
         self._varlen: dict[tuple[str, tuple[tuple[str, str], ...]], VarlenKernel | None] = {}
@@ -119,10 +119,10 @@ class Router:
 
     def _recalled(self, backend_id: str) -> list[str]:
         # The last resort is never taken away: what crashes PyTorch's own attention leaves nothing to turn to.
-        if not self.recalls or backend_id == ALWAYS:
+        if not self.recalls or backend_id == LAST_RESORT:
             return []
         ids, backend = [backend_id], self.backends[backend_id]
-        if isinstance(backend, Family):  # it would take the first that is installed
+        if isinstance(backend, BackendGroup):  # it would take the first that is installed
             able = (member.id for member in backend.members(self.platform) if self._installed(member))
             ids += [next(able, backend_id)]
         said = (remembered.refusal(name, self.platform) for name in ids)
@@ -254,7 +254,7 @@ class Router:
 
     def default_backend(self) -> str:
         """The first available backend of the route: what `auto` starts with before any call is known."""
-        return next((backend_id for backend_id in self.route.order if not self.unavailable(backend_id)), ALWAYS)
+        return next((backend_id for backend_id in self.route.order if not self.unavailable(backend_id)), LAST_RESORT)
 
     def explain_refusal(
         self, request: AttentionRequest, choice: Choice, rejected: list[Rejection], *, strict: bool = False

@@ -17,7 +17,7 @@ from ..config.schedule import OUTSIDE_A_SAMPLER, is_scheduled
 from ..config.timetable import Timetable
 from ..guard import Guard, GuardAlarm
 from ..kernels.backend import Backend, Kernel, for_scale, on_copies
-from ..report import Trace
+from ..report import RunReport
 from ..report.timed_kernel import timed_kernel
 from ..values.errors import NoBackendError
 from ..values.faults import KernelFaultError, KernelOutputError, is_cuda_fault, is_out_of_memory
@@ -42,13 +42,13 @@ class Session:
         self,
         router: Router,
         layers: tuple[AttentionConfig, ...] = (),
-        trace: Trace | None = None,
+        trace: RunReport | None = None,
         checks: bool | None = None,
     ) -> None:
         """`checks`: look over each call before its kernel runs; None leaves it to the environment, as it is now."""
         self.router = router
         self.layers = layers
-        self.trace = trace if trace is not None else Trace(device=router.platform.kind, layers=layers)
+        self.trace = trace if trace is not None else RunReport(device=router.platform.kind, layers=layers)
         self.device_clock = self.trace.new_clock(router.platform.kind)
         """Times the kernels of this session's plans; None where the trace is off or the device has no such clock."""
         self.checks = checks_from_environment() if checks is None else checks
@@ -238,7 +238,7 @@ class Session:
             kernel = guard.watched(kernel, backend.accuracy, row, backend.tolerance_on(self.router.platform))
         return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict, clock, function)
 
-    def plan_packed(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan | None:
+    def plan_varlen(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan | None:
         """The plan of a whole masked call over packed tokens, on the word of the plan that each of its parts has.
 
         None while parts are measured, which is done one by one.
@@ -272,8 +272,8 @@ class Session:
         plan.row.calls += 1
         return output
 
-    def run_packed(self, plan: Plan, call: AttentionCall) -> torch.Tensor | None:
-        """Run a call that `plan_packed` planned; None where that failed, and its parts are to run one by one.
+    def run_varlen(self, plan: Plan, call: AttentionCall) -> torch.Tensor | None:
+        """Run a call that `plan_varlen` planned; None where that failed, and its parts are to run one by one.
 
         Raises:
             KernelFaultError, torch.OutOfMemoryError: as in `run`.
@@ -283,7 +283,7 @@ class Session:
         except GuardAlarm:
             return None  # the parts are watched too, and run exactly from here on
         except Exception as error:
-            stop_if_hopeless(plan, error)
+            reraise_if_fatal(plan, error)
             failed = f"{type(error).__name__}: {error}"
             said = f"{plan.decision.backend}: its packed call failed ({failed}); a call for each part runs instead"
             if self.trace.note(said):
@@ -317,11 +317,11 @@ class Session:
         """Quarantine the backend for this kind of call and change `plan` to the next one.
 
         Raises:
-            Exception: `error` leaves nothing to try, see `stop_if_hopeless`, or no backend is left.
+            Exception: `error` leaves nothing to try, see `reraise_if_fatal`, or no backend is left.
         """
         if self.tuner is not None and not isinstance(error, CheckError):
             self.tuner.failed(plan, error)
-        stop_if_hopeless(plan, error)
+        reraise_if_fatal(plan, error)
         decided, row = plan.decision, plan.row
         failed = decided.backend
         said = f"{type(error).__name__}: {error}"
@@ -380,7 +380,7 @@ class Session:
             log.warning("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)
 
 
-def stop_if_hopeless(plan: Plan, error: Exception) -> None:
+def reraise_if_fatal(plan: Plan, error: Exception) -> None:
     """Raise where no other kernel may be tried after `error`."""
     failed = plan.decision.backend
     if isinstance(error, CheckError) or is_out_of_memory(error):

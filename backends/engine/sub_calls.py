@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Calls = list[AttentionCall | None]
 
 
-class Parts:
+class SplitPlan:
     """How the calls with one kind of mask run; kept by who keeps plans."""
 
     __slots__ = ("as_booleans", "copied", "packed", "plans")
@@ -81,7 +81,7 @@ def plan_parts(
     call: AttentionCall,
     calls: Calls,
     planned: Callable[[AttentionCall, str], Plan],
-) -> Parts:
+) -> SplitPlan:
     """Plan the calls of a mask.
 
     Args:
@@ -96,11 +96,11 @@ def plan_parts(
     words = f"{call.request().mask}, {mask_plan.treatment}"
     plans = tuple(None if part is None else planned(part, words) for part in calls)
     packed = _packed(session, mask_plan, call, [plan for plan in plans if plan is not None])
-    return Parts(plans, packed, _copied(mask_plan, calls, packed is not None), as_booleans)
+    return SplitPlan(plans, packed, _copied(mask_plan, calls, packed is not None), as_booleans)
 
 
 def _copied(mask_plan: MaskPlan, calls: Calls, packed: bool) -> int:
-    """`Parts.copied` of these calls."""
+    """`SplitPlan.copied` of these calls."""
     made = [(part, call) for part, call in zip(mask_plan.parts, calls, strict=True) if call is not None]
     if packed:
         return sum(call.key.nbytes + call.value.nbytes for _, call in made)
@@ -127,7 +127,7 @@ def _packed(session: Session, mask_plan: MaskPlan, call: AttentionCall, plans: l
     kernel = router.varlen(first.decision.backend, first.decision.options)
     if kernel is None:
         return None
-    return session.plan_packed(first, call.request(exact_only=first.request.exact_only), varlen.as_kernel(kernel))
+    return session.plan_varlen(first, call.request(exact_only=first.request.exact_only), varlen.as_kernel(kernel))
 
 
 def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
@@ -144,7 +144,7 @@ def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
 
 def run_parts(
     session: Session,
-    parts: Parts,
+    parts: SplitPlan,
     mask_plan: MaskPlan,
     call: AttentionCall,
     host: Callable[[AttentionCall], torch.Tensor] | None = None,
@@ -160,7 +160,7 @@ def run_parts(
     if parts.packed is not None:
         call.parts = mask_plan
         owned, call.owned = call.owned, False  # where it fails, its parts run from the same tensors
-        output = session.run_packed(parts.packed, call)
+        output = session.run_varlen(parts.packed, call)
         if output is not None:
             return output
         parts.packed, call.owned = None, owned  # what failed once is not tried again in this session

@@ -28,7 +28,7 @@ from .turns import FIRST_GAP, LONGEST_GAP, NEVER, Step, Turns, following
 if TYPE_CHECKING:
     import torch
 
-    from ..report import Row, Trace
+    from ..report import Row, RunReport
     from .rows import Figures
 
 log = logging.getLogger("attention_backends")
@@ -57,7 +57,7 @@ class GuardAlarm(Exception):  # not an error of the program: the session answers
 class Guard:
     """Watches the kernels of one session in mode `watch` or `enforce`. Not shared between threads."""
 
-    def __init__(self, mode: str, trace: Trace, *, everything: bool | None = None, seed: int = 0) -> None:
+    def __init__(self, mode: str, trace: RunReport, *, everything: bool | None = None, seed: int = 0) -> None:
         """`everything`: exact kernels too; None leaves it to the environment. `seed` draws rows, nothing else."""
         self.enforces = mode == "enforce"
         self.trace = trace

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .backend import Backend
-from .group import Family
+from .group import BackendGroup
 
 
-def flash_attn(version_2: Backend, version_3: Backend, version_4: Backend, amd: Backend) -> Family:
+def flash_attn(version_2: Backend, version_3: Backend, version_4: Backend, amd: Backend) -> BackendGroup:
     """Hopper: 3, then 4, then 2. Blackwell: 4 only, as in vLLM-Omni. AMD: AITER, as there, then 2. All others: 2."""
-    return Family(
+    return BackendGroup(
         "flash_attn",
         "FlashAttention, the best installed version for the card; AITER on AMD. Exact; takes no masks.",
         order=(version_2,),

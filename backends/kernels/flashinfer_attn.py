@@ -16,7 +16,7 @@ from .support.workspace import item_bytes, mask_size, output_size
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import PackedCall, VarlenKernel
+    from .varlen import VarlenCall, VarlenKernel
 
 PLANS = 8
 """Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""
@@ -135,7 +135,7 @@ class FlashInferAttn(Backend):
             wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace(self.id, shapes.device, stream), "NHD")
             return shapes.plan(wrapper)
 
-        def run(call: PackedCall) -> torch.Tensor:
+        def run(call: VarlenCall) -> torch.Tensor:
             (_, heads, head_dim), kv_heads = call.query.shape, call.key.shape[1]
             scale = float(head_dim**-0.5) if call.scale is None else call.scale
             device, dtype = call.query.device, call.query.dtype

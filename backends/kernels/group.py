@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .varlen import VarlenKernel
 
 
-class Family(Backend):
+class BackendGroup(Backend):
     """Tries its members in an order that depends on the card, and then is the one that could be loaded.
 
     One member per machine, not per call: what a person measured for one call holds for the next.

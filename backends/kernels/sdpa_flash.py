@@ -15,7 +15,7 @@ from .support.sdpa import PinnedSDPA
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import PackedCall, VarlenKernel
+    from .varlen import VarlenCall, VarlenKernel
 
 
 class SDPAFlash(PinnedSDPA):
@@ -51,7 +51,7 @@ class SDPAFlash(PinnedSDPA):
         if lacking:  # an early pre-release of the version that brought them
             raise NotImplementedError(f"varlen_attn of torch {platform.torch} has no {', '.join(lacking)}")
 
-        def run(call: PackedCall) -> torch.Tensor:
+        def run(call: VarlenCall) -> torch.Tensor:
             given: dict[str, object] = {"scale": call.scale, "enable_gqa": call.query.shape[1] != call.key.shape[1]}
             with on_device_of(call.query):
                 output: torch.Tensor = varlen_attn(

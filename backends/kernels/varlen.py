@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PackedCall:
+class VarlenCall:
     """What a kernel for packed tokens receives. No sequence is without queries or keys; there is no mask."""
 
     query: torch.Tensor
@@ -48,12 +48,12 @@ class PackedCall:
         return offsets_of(self.kv_lengths, self.query.device)
 
 
-VarlenKernel = Callable[[PackedCall], "torch.Tensor"]
+VarlenKernel = Callable[[VarlenCall], "torch.Tensor"]
 """Computes each sequence by itself; returns (q_tokens, num_heads, v_head_dim)."""
 
 
 class _Sequence(NamedTuple):
-    """One sequence: a sample, the span of its queries, and its keys as a `mask_plan.Part` has them."""
+    """One sequence: a sample, the span of its queries, and its keys as a `mask_plan.SubCall` has them."""
 
     sample: int
     first: int
@@ -61,7 +61,7 @@ class _Sequence(NamedTuple):
     keys: torch.Tensor | slice
 
 
-def pack(call: AttentionCall, plan: MaskPlan) -> PackedCall:
+def pack(call: AttentionCall, plan: MaskPlan) -> VarlenCall:
     """The calls of all parts of `plan` as one; parts without a visible key are left out."""
     import torch
 
@@ -71,7 +71,7 @@ def pack(call: AttentionCall, plan: MaskPlan) -> PackedCall:
     else:
         query = torch.cat([call.query[one.sample, :, one.first : one.last].transpose(0, 1) for one in sequences])
     keys, values = ([_taken(tensor[one.sample], one.keys) for one in sequences] for tensor in (call.key, call.value))
-    return PackedCall(
+    return VarlenCall(
         query,
         torch.cat([part.transpose(0, 1) for part in keys]),
         torch.cat([part.transpose(0, 1) for part in values]),

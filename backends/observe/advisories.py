@@ -15,12 +15,12 @@ from ..config.layers import default_of, settings_of
 from ..config.names import AUTO, MEASURED
 from ..config.schedule import ScheduleEntry
 from ..config.timetable import Timetable
-from ..engine.priorities import ROUTES
+from ..engine.priorities import PRIORITIES
 from ..kernels import BACKENDS
 from ..values.mask_plan import NOTHING_HIDDEN
 
 if TYPE_CHECKING:
-    from ..report import Row, Trace
+    from ..report import Row, RunReport
 
 QUANTIZED = tuple(backend.id for backend in BACKENDS.values() if backend.accuracy == "quantized")
 FP4 = tuple(name for name in QUANTIZED if BACKENDS[name].arithmetic == "fp4")
@@ -29,7 +29,7 @@ INT8_AS_IT_IS = tuple(name for name in QUANTIZED if name not in (*FP4, "comfy_ki
 
 
 @dataclass(frozen=True)
-class Precaution:
+class Advisory:
     """One row: where in the models of a family an exact kernel is the better choice, and on whose word."""
 
     families: tuple[str, ...]
@@ -59,7 +59,7 @@ class Precaution:
             return asked in self.backends
         if accuracy == "exact":
             return False
-        return asked is not None or any(set(self.backends) & set(route.lossy) for route in ROUTES)
+        return asked is not None or any(set(self.backends) & set(route.lossy) for route in PRIORITIES)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as plain data."""
@@ -72,8 +72,8 @@ def _where(**windows: Any) -> ScheduleEntry:
     return ScheduleEntry(AttentionSpec(AUTO), **windows)
 
 
-PRECAUTIONS: tuple[Precaution, ...] = (
-    Precaution(
+ADVISORIES: tuple[Advisory, ...] = (
+    Advisory(
         ("qwen_image",),
         "Qwen-Image",
         "calls with masked text exact",
@@ -86,7 +86,7 @@ PRECAUTIONS: tuple[Precaution, ...] = (
         "ComfyUI#9184, ComfyUI#9629, QwenLM/Qwen-Image#32; of masks huggingface/diffusers#12605, "
         "thu-ml/SageAttention#99",
     ),
-    Precaution(
+    Advisory(
         ("lumina2",),
         "Z-Image and Lumina 2",
         "calls with masked text exact",
@@ -99,7 +99,7 @@ PRECAUTIONS: tuple[Precaution, ...] = (
         "ComfyUI#12138, Haoming02/sd-webui-forge-classic#637, PozzettiAndrea/ComfyUI-TRELLIS2#111; assumed of Lumina "
         "2, which is the same code",
     ),
-    Precaution(
+    Advisory(
         ("ltx2", "ltxv"),
         "LTX",
         "cross-attention exact",
@@ -111,7 +111,7 @@ PRECAUTIONS: tuple[Precaution, ...] = (
         "reported",
         "ComfyUI#13735 (masks on LTX), ComfyUI#10079 (prompts), vllm-project/vllm-omni#5283 (its share, of Wan 2.2)",
     ),
-    Precaution(
+    Advisory(
         ("minimax_h3",),
         "MiniMax H3",
         "the last 3 blocks exact",
@@ -124,7 +124,7 @@ PRECAUTIONS: tuple[Precaution, ...] = (
         "Comfy-Org/docs#1698; errors, on an RTX 4090, and the practice of blocks 47 to 49: "
         "fblissjr/ComfyUI-h3-explorations",
     ),
-    Precaution(
+    Advisory(
         ("wan",),
         "Wan",
         "the first and the last step exact",
@@ -140,15 +140,15 @@ PRECAUTIONS: tuple[Precaution, ...] = (
 )
 
 
-def for_family(family: str) -> tuple[Precaution, ...]:
+def for_family(family: str) -> tuple[Advisory, ...]:
     """The rows of a family; empty where nothing is known."""
-    return tuple(precaution for precaution in PRECAUTIONS if family in precaution.families)
+    return tuple(precaution for precaution in ADVISORIES if family in precaution.families)
 
 
 def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
     """What is recommended for a family, in words, and whether it matters with this default."""
     if not for_family(family):
-        known = ", ".join(name for precaution in PRECAUTIONS for name in precaution.families)
+        known = ", ".join(name for precaution in ADVISORIES for name in precaution.families)
         return [f"nothing is recommended for family {family!r}; there is something for: {known}"]
     lines = []
     for found in for_family(family):
@@ -161,7 +161,7 @@ def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
     return lines
 
 
-def offers(family: str, trace: Trace) -> list[str]:
+def offers(family: str, trace: RunReport) -> list[str]:
     """After a run: a note for each precaution that was not switched on and would have changed a call of this run."""
     layers = trace.layers
     if not layers or any(layer.recommended for layer in layers):
@@ -227,7 +227,7 @@ def recommended_page() -> str:
         "| model | family | runs exactly | with | because | evidence |",
         "|---|---|---|---|---|---|",
     ]
-    for row in PRECAUTIONS:
+    for row in ADVISORIES:
         families = ", ".join(f"`{family}`" for family in row.families)
         evidence = f"{row.evidence}: {row.source}"
         lines.append(f"| {row.title} | {families} | {row.what} | {row.kernels} | {row.reason} | {evidence} |")

@@ -81,7 +81,7 @@ class Row:
 
 
 @dataclass
-class Trace:
+class RunReport:
     """Rows and notes of one run."""
 
     model: str = ""

@@ -15,7 +15,7 @@ from ..config.layers import resolve
 from ..config.names import AUTO, MEASURED
 
 if TYPE_CHECKING:
-    from . import Row, Trace
+    from . import Row, RunReport
 
 AS_ASKED = "as asked"
 EXPLAINED = "explained"
@@ -57,7 +57,7 @@ class Finding:
         }
 
 
-def asked_and_ran(trace: Trace) -> tuple[Finding, ...]:
+def asked_and_ran(trace: RunReport) -> tuple[Finding, ...]:
     """The findings of a run: one for each role and source that had calls, then configured roles that had none."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in trace.rows.values():
@@ -105,7 +105,7 @@ def line(audit: Iterable[Mapping[str, Any]]) -> str:
     return "Asked and ran: " + ("; ".join(_part(finding) for finding in audit) or "nothing")
 
 
-def _asked(trace: Trace, row: Row) -> tuple[str, str]:
+def _asked(trace: RunReport, row: Row) -> tuple[str, str]:
     """What was asked for a row's calls, and on whose word: as the row says, or else as the configuration does."""
     if row.asked == MEASURED:  # what was found stands behind whose word it is, and changes during a run
         return MEASURED, row.source.partition(f": {MEASURED}")[0]
@@ -128,11 +128,11 @@ def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
     return Finding(role, asked, source, ran, reasons, verdict)
 
 
-def _names(trace: Trace, role: str) -> bool:
+def _names(trace: RunReport, role: str) -> bool:
     return resolve(trace.layers, role, trace.categories[role]).asked is not None
 
 
-def _elsewhere(trace: Trace, role: str) -> Finding:
+def _elsewhere(trace: RunReport, role: str) -> Finding:
     """A role whose calls reached the model but were all answered by something else, as a note says."""
     choice = resolve(trace.layers, role, trace.categories[role])
     if (why := _why_not_reached(trace)) is not None:
@@ -141,21 +141,21 @@ def _elsewhere(trace: Trace, role: str) -> Finding:
     return Finding(role, choice.asked or AUTO, choice.source, {}, said, EXPLAINED if said else UNEXPLAINED)
 
 
-def _why_not_reached(trace: Trace) -> str | None:
+def _why_not_reached(trace: RunReport) -> str | None:
     """Why nothing can be said of a role that had no calls; None for a whole run whose calls are known."""
     if trace.stopped is not None:
         return trace.stopped.text or "the run goes on"
     return trace.unused or None
 
 
-def unseen(trace: Trace) -> str:
+def unseen(trace: RunReport) -> str:
     """Who else ran in a compiled model and may have computed calls there; empty where nobody did."""
     if not trace.unseen:
         return ""
     return f"{' and '.join(trace.unseen)} ran in the compiled model and may have computed attention by itself"
 
 
-def _never_called(trace: Trace) -> list[Finding]:
+def _never_called(trace: RunReport) -> list[Finding]:
     """Entries for roles that no call had, neither by name nor by category."""
     why = _why_not_reached(trace) or unseen(trace) or None
     known = {row.role for row in trace.rows.values() if row.calls}

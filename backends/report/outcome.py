@@ -14,7 +14,7 @@ from ..values.faults import is_out_of_memory
 from .audit import UnexplainedError, unseen
 
 if TYPE_CHECKING:
-    from . import Trace
+    from . import RunReport
 
 UNFINISHED = "the run did not finish"
 """How the note of a run that was cancelled or failed begins."""
@@ -78,7 +78,7 @@ def first_line(error: BaseException) -> str:
     return next(filter(None, lines), "an error without a message")
 
 
-def of_trace(trace: Trace) -> Outcome:
+def of_trace(trace: RunReport) -> Outcome:
     """The outcome of a run that is over, from its account."""
     if trace.stopped is not None:
         return trace.stopped

@@ -1,4 +1,4 @@
-"""What a run tells of its decisions, so that they can be repeated; `observe/replay/ledger.py` keeps them."""
+"""What a run tells of its decisions, so that they can be repeated; `observe/replay/run_recorder.py` keeps them."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Timeline:
     def as_list(self, rows: Collection[Row]) -> list[dict[str, Any]]:
         """`[{"first", "last", "steps": [first, last] or None, "cells": [[row, calls, ms or None], ...]}]`.
 
-        Rows as in `Trace.as_dict`; steps from 0. Neighbours without any time in them that are alike become one.
+        Rows as in `RunReport.as_dict`; steps from 0. Neighbours without any time in them that are alike become one.
         """
         windows, model_calls = list(self.windows), self.model_calls
         if model_calls > (windows[-1].last if windows else 0):

@@ -27,7 +27,7 @@ AS_BOOLEANS = "as booleans"
 ALL = slice(None)
 
 
-class Part(NamedTuple):
+class SubCall(NamedTuple):
     """A call that computes a part of the output: `samples` and `rows` of it, with these keys and this mask."""
 
     samples: slice
@@ -48,7 +48,7 @@ class MaskPlan:
     treatment: str
     """For reports: `none`, `nothing hidden`, `trimmed`, `gathered`, `per sample`, `causal`, `per block`,
     `passed on`; with `as booleans` after it, or alone, from `booleans`."""
-    parts: tuple[Part, ...]
+    parts: tuple[SubCall, ...]
     facts: tuple[object, ...] = field(default=())
     """Equal for masks whose calls have the same shapes: what a decision may be kept under."""
     pattern: str = ""
@@ -92,7 +92,7 @@ class MaskPlan:
         return whole
 
 
-def put(output: torch.Tensor, part: Part, whole: torch.Tensor | None) -> torch.Tensor:
+def put(output: torch.Tensor, part: SubCall, whole: torch.Tensor | None) -> torch.Tensor:
     """The whole output with that of one part in it; `whole` as `MaskPlan.canvas` gives it."""
     if whole is None:
         return output
@@ -100,7 +100,7 @@ def put(output: torch.Tensor, part: Part, whole: torch.Tensor | None) -> torch.T
     return whole
 
 
-def call_of(part: Part, call: AttentionCall) -> AttentionCall:
+def call_of(part: SubCall, call: AttentionCall) -> AttentionCall:
     """The call of a part that sees keys. Views of the whole call's tensors, except for gathered keys.
 
     Whatever the whole call asks for holds for its part. Its tensors are the part's to give up only where nothing else
@@ -138,10 +138,10 @@ def call_of(part: Part, call: AttentionCall) -> AttentionCall:
 
 def passed_on(mask: torch.Tensor | None, pattern: str = "", *, only_hides: bool = False) -> MaskPlan:
     """The plan that changes nothing; for masks that are not inspected too."""
-    return plan_of(PASSED_ON if mask is not None else "none", [Part(ALL, ALL, ALL, mask)], pattern, only_hides)
+    return plan_of(PASSED_ON if mask is not None else "none", [SubCall(ALL, ALL, ALL, mask)], pattern, only_hides)
 
 
-def plan_of(treatment: str, parts: list[Part], pattern: str = "", only_hides: bool = False) -> MaskPlan:
+def plan_of(treatment: str, parts: list[SubCall], pattern: str = "", only_hides: bool = False) -> MaskPlan:
     """A plan of these parts, with its facts."""
     facts = tuple(
         (

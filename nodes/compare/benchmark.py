@@ -21,7 +21,7 @@ from ...comparison.bench_tables import console
 from ...comparison.contenders import parse_backends
 from ..configure.selector import CATEGORY
 from ..hook.hook_calls import run_comfy
-from ..hook.sampling import router_for
+from ..hook.run import router_for
 from ..hook.whose import name_of
 from ..inputs import text_of
 

@@ -11,13 +11,13 @@ from ...backends.values.masks import for_kernels
 from ...backends.values.request import AttentionCall, AttentionRequest
 from ...comparison.calls import CapturedCall
 from ...comparison.contenders import REFERENCE
-from ..hook import compiled, patch, sites
+from ..hook import attention_modules, compiled, patch
 from ..hook.compiled import POSITIONAL
 from ..hook.hook_calls import preferred_function, run_comfy
-from ..hook.host import Override
 from ..hook.layouts import Layout
-from ..hook.sampling import KEY, OVERRIDE
-from ..hook.scope import Scope
+from ..hook.model_call import ModelCall
+from ..hook.override import Override
+from ..hook.run import KEY, OVERRIDE
 
 
 class Capturing(Override):
@@ -26,10 +26,10 @@ class Capturing(Override):
     calls: dict[tuple[str, AttentionRequest], CapturedCall]
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        scope = None if torch.compiler.is_dynamo_compiling() else sites.current_scope()
+        scope = None if torch.compiler.is_dynamo_compiling() else attention_modules.current_scope()
         if scope is not None and scope.run.override is self:
             marked = scope.site
-            scope.site, holder = sites.maker(scope)
+            scope.site, holder = attention_modules.maker(scope)
             try:
                 self._keep(scope, func, holder, args, kwargs)
             finally:
@@ -40,7 +40,7 @@ class Capturing(Override):
         """A call in containers, which are emptied: the copies need the tensors anyway."""
         return self(compiled.comfys_attention(), *(container.take() for container in args[:3]), *args[3:], **kwargs)
 
-    def _keep(self, scope: Scope, func: Callable[..., torch.Tensor], holder: Any, args: Any, kwargs: Any) -> None:
+    def _keep(self, scope: ModelCall, func: Callable[..., torch.Tensor], holder: Any, args: Any, kwargs: Any) -> None:
         given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
         query, key, value = args[:3]
         call = Layout(query, key, value, given).call(query, key, value, given.get("mask"))

@@ -19,7 +19,7 @@ from ...comparison.report import ComparisonError, Report, Row
 from ...comparison.rounds import Entry, round_robin
 from ..history import runs
 from ..hook import patch
-from ..hook.sampling import router_for
+from ..hook.run import router_for
 from .capture import capturing
 from .compare_setup import SetUp, make_report
 from .timed import timed

@@ -13,7 +13,7 @@ import torch
 
 from ...comparison import machine
 from ...comparison.report import ComparisonError, Report, Row
-from ..hook.sampling import router_for
+from ..hook.run import router_for
 
 NOT_MEASURED = "VBench: not measured; it scores many prompts and seeds, a comparison has one"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..hook import sites
-from ..hook.host import Override
-from ..hook.sampling import KEY, OVERRIDE
+from ..hook import attention_modules
+from ..hook.override import Override
+from ..hook.run import KEY, OVERRIDE
 
 
 class Timed(Override):
@@ -19,7 +19,7 @@ class Timed(Override):
     pairs: list[tuple[Any, Any]]
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        scope = None if torch.compiler.is_dynamo_compiling() else sites.current_scope()
+        scope = None if torch.compiler.is_dynamo_compiling() else attention_modules.current_scope()
         if scope is None or scope.run.override is not self or not self.times(args[0].device):
             return super().__call__(func, *args, **kwargs)
         stream = torch.cuda.current_stream(args[0].device) if args[0].is_cuda else None

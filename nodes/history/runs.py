@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ...backends.observe.advisories import NOT_USED
 from ...backends.observe.replay import record
-from ...backends.report import BY_ANOTHER, Trace, audit, outcome
+from ...backends.report import BY_ANOTHER, RunReport, audit, outcome
 from . import graph, queued_by
 
 log = logging.getLogger("attention_backends")
@@ -56,7 +56,7 @@ class Kept(NamedTuple):
 
 
 _runs: deque[Kept] = deque(maxlen=KEPT)
-_live: dict[int, tuple[dict[str, Any], Trace, Maker]] = {}
+_live: dict[int, tuple[dict[str, Any], RunReport, Maker]] = {}
 _numbers = itertools.count(1)
 _lock = threading.Lock()
 _open: list[list[Kept]] = []
@@ -65,7 +65,7 @@ _of_thread = threading.local()
 """`parts`: the list of `_open` that this thread's runs go to."""
 
 
-def begin(trace: Trace) -> None:
+def begin(trace: RunReport) -> None:
     """A run begins: from now on its account can be read while it grows."""
     prompt_id, node_id = executing()
     prompt, by = _entry(prompt_id)
@@ -91,7 +91,7 @@ def executing() -> tuple[str | None, str | None]:
     return (context.prompt_id, context.node_id) if context else (None, None)
 
 
-def add(trace: Trace) -> None:
+def add(trace: RunReport) -> None:
     """Keep a finished run and log it in one line."""
     if id(trace) not in _live:
         begin(trace)

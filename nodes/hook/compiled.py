@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from .host import Override
+    from .attention_modules import AttentionModule
     from .others import Stranger
-    from .sites import Site
+    from .override import Override
 
 POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 """Arguments of ComfyUI's attention functions after query, key and value."""
@@ -64,7 +64,7 @@ class Handles(Generic[T]):
 
 
 overrides: Handles[Override] = Handles()
-sites: Handles[Site] = Handles()
+sites: Handles[AttentionModule] = Handles()
 strangers: Handles[Stranger] = Handles()
 
 

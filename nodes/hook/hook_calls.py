@@ -1,6 +1,7 @@
 """One call of ComfyUI's hook: from its arguments to an `AttentionCall`, its plan, its kernel, and back to its layout.
 
-Beside `host.py`, which is the hook's object, and `layouts.py`, which reads the layout of tensors, the only module that
+Beside `override.py`, which is the hook's object, and `layouts.py`, which reads the layout of tensors, the only module
+that
 knows what ComfyUI's attention functions take.
 """
 
@@ -17,18 +18,18 @@ from ...backends.config.layers import Choice
 from ...backends.config.names import COMFY, MEASURED
 from ...backends.engine.call_checks import DifferingTensorsError, check, differing
 from ...backends.engine.plan import Plan
-from ...backends.engine.router import ALWAYS, forbidden
-from ...backends.engine.sub_calls import Parts, calls_of, fits, plan_parts, run_parts
+from ...backends.engine.router import LAST_RESORT, forbidden
+from ...backends.engine.sub_calls import SplitPlan, calls_of, fits, plan_parts, run_parts
 from ...backends.values.errors import NoBackendError
 from ...backends.values.mask_plan import NOTHING_HIDDEN, MaskPlan
 from ...backends.values.masks import as_4d, as_additive, for_kernels, mask_kind
 from ...backends.values.request import AttentionCall
+from .attention_modules import AttentionModule, maker
 from .comfy_functions import changed_by_auto, forces_upcast, host_function, name_of_function, reads_booleans
 from .compiled import KNOWN_ARGUMENTS, POSITIONAL, positional
 from .layouts import EMPTY, Layout, kv_len_of, only_comfyui
+from .model_call import ModelCall
 from .roles import Role
-from .scope import Scope
-from .sites import Site, maker
 
 MAX_CALLS_TOLD_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
@@ -43,7 +44,7 @@ class HookPlan:
 
     __slots__ = ("layout", "looks", "parts", "plan", "preferred")
 
-    def __init__(self, layout: Layout, plan: Plan, parts: Parts | None, looks: bool, preferred: Any = None) -> None:
+    def __init__(self, layout: Layout, plan: Plan, parts: SplitPlan | None, looks: bool, preferred: Any = None) -> None:
         self.layout = layout
         """Shared by all kinds that differ in their place only: what each call reads is to be in few places."""
         self.plan = plan
@@ -56,7 +57,7 @@ class HookPlan:
 
 
 def route(
-    scope: Scope,
+    scope: ModelCall,
     func: Callable[..., torch.Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -209,7 +210,7 @@ def _unknown(kwargs: dict[str, Any]) -> str:
 
 
 def _new_plan(
-    scope: Scope,
+    scope: ModelCall,
     ordinal: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -263,7 +264,7 @@ def _new_plan(
         pattern = mask_plan.pattern if mask_plan is not None and not on_host else ""
         plan = planned(call, f"{request.mask}, {pattern}" if pattern else "")
         # PyTorch's own function compares them; the operators below it, and packages, need not.
-        plain = plan.decision.backend == ALWAYS and scope.session.router.platform.kind == "cpu"
+        plain = plan.decision.backend == LAST_RESORT and scope.session.router.platform.kind == "cpu"
         hook_plan = HookPlan(layout, plan, None, not plain, wish)
     else:
         planned_parts = plan_parts(scope.session, mask_plan, call, parts, planned)
@@ -284,7 +285,7 @@ def _new_plan(
     return hook_plan
 
 
-def preferred_function(site: Site | None, ordinal: int, holder: Any) -> Any:
+def preferred_function(site: AttentionModule | None, ordinal: int, holder: Any) -> Any:
     """The function that the checkpoint asks for in this call, or None (ComfyUI 0.37 and newer)."""
     if site is not None:
         return site.preferred_attention(ordinal, holder)
@@ -292,7 +293,7 @@ def preferred_function(site: Site | None, ordinal: int, holder: Any) -> Any:
 
 
 def _layout(
-    scope: Scope, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+    scope: ModelCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> Layout:
     """The layout of calls with these shapes and arguments, whichever module makes them."""
     facts = (query.shape, key.shape, value.shape, query.device, *kwargs, *kwargs.values())
@@ -344,7 +345,7 @@ def run_comfy(
 
 
 def _pass_on(
-    scope: Scope,
+    scope: ModelCall,
     func: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -368,7 +369,7 @@ def _pass_on(
 
 
 def _count_passed_on(
-    scope: Scope, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, text: str
+    scope: ModelCall, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, text: str
 ) -> None:
     role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
     kind = "none"
@@ -377,7 +378,7 @@ def _count_passed_on(
     count_passed_on(scope, role, kind, text)
 
 
-def count_passed_on(scope: Scope, role: Role, kind: str, text: str) -> None:
+def count_passed_on(scope: ModelCall, role: Role, kind: str, text: str) -> None:
     choice = scope.choice(role)
     empty = text.startswith(EMPTY)
     if choice.asked not in (None, MEASURED, COMFY) and scope.session.settings.strict and not empty:

@@ -18,7 +18,7 @@ from ...backends.values.mask_plan import MaskPlan, passed_on
 from ...backends.values.masks import as_4d
 
 if TYPE_CHECKING:
-    from .sampling import Run
+    from .run import Run
 
 MOST_READ = 4
 """Masks read in one model call on an accelerator, where reading one waits for the device."""

@@ -24,12 +24,12 @@ from ...backends.values.errors import NoBackendError
 from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ...backends.values.request import AttentionRequest
 from .roles import Role
-from .sampling import KEY, RUN_KEY, router_for
+from .run import KEY, RUN_KEY, router_for
 from .sizes import expected_requests
 
 if TYPE_CHECKING:
     from .hook_calls import HookPlan
-    from .sampling import Run
+    from .run import Run
 
 log = logging.getLogger("attention_backends")
 

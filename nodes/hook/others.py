@@ -30,13 +30,13 @@ from ...backends.config.names import MEASURED
 from ...backends.report import BY_ANOTHER
 from ...backends.values.errors import NoBackendError
 from ..history import runs
-from . import compiled, sites, whose
+from . import attention_modules, compiled, whose
+from .attention_modules import current
 from .roles import CROSS, SELF, Role
-from .sites import current
 
 if TYPE_CHECKING:
-    from .sampling import Run
-    from .scope import Scope
+    from .model_call import ModelCall
+    from .run import Run
 
 KEY = "attention_backends"
 """Where our override stands in `transformer_options`, beside ComfyUI's own key for it."""
@@ -142,7 +142,9 @@ class Others:
             if before:
                 options.update(before)
 
-    def missed(self, scope: Scope, site: sites.Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def missed(
+        self, scope: ModelCall, site: attention_modules.AttentionModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """The forward of a marked module ended with fewer calls to us than it usually makes."""
         options = kwargs.get("transformer_options")
         if options is None:
@@ -162,7 +164,9 @@ class Others:
         for ordinal in range(first, max(site.most, first + 1)):
             count(scope, other, _role(site, ordinal))
 
-    def ran_without_us(self, site: sites.Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def ran_without_us(
+        self, site: attention_modules.AttentionModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """A marked module ran in a sampler's step and in no model call of ours, maybe without our options."""
         options = kwargs.get("transformer_options")
         if not isinstance(options, dict) or KEY in options:
@@ -201,7 +205,7 @@ def counted_elsewhere() -> Iterator[None]:
         works.pop()
 
 
-def count(scope: Scope, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
+def count(scope: ModelCall, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
     """Another pack computed calls of a role: into the account; once as a note.
 
     Raises:
@@ -357,7 +361,9 @@ ALIKE = 4
 LOOK_EVERY = 8
 
 
-def watched(site: sites.Site | None, forward: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
+def watched(
+    site: attention_modules.AttentionModule | None, forward: Callable[..., Any], module: torch.nn.Module
+) -> Callable[..., Any]:
     """A forward that another pack put in place of a module's own, counting attention that it computes by itself.
 
     `site` is the module's; None for a block, whose forward others replace with the calls of the modules within.
@@ -407,10 +413,10 @@ class Stranger:
         self.forward = forward
         self._block = block
 
-    def within(self) -> list[sites.Site]:
+    def within(self) -> list[attention_modules.AttentionModule]:
         """The attention modules of the block."""
         parts = () if self._block is None else self._block.modules()
-        return [found for part in parts if (found := sites.site_of(part)) is not None]
+        return [found for part in parts if (found := attention_modules.site_of(part)) is not None]
 
 
 def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
@@ -569,7 +575,7 @@ _WATCHING = {Replaced.__call__.__code__, *(c for c in watched.__code__.co_consts
 """Where a watch begins: what called it is not looked at."""
 
 
-def _sites_of(original: Any, scope: Scope) -> list[sites.Site]:
+def _sites_of(original: Any, scope: ModelCall) -> list[attention_modules.AttentionModule]:
     """The attention modules of the block that a model's own function for one block runs."""
     cells = getattr(original, "__closure__", None) or ()
     held = [cell.cell_contents for cell in cells if isinstance(_content(cell), torch.nn.Module)]
@@ -578,16 +584,16 @@ def _sites_of(original: Any, scope: Scope) -> list[sites.Site]:
         for module in held
         if id(module) not in scope.run.roots
         for part in module.modules()
-        if (site := sites.site_of(part)) is not None
+        if (site := attention_modules.site_of(part)) is not None
     ]
 
 
-def _role(site: sites.Site, ordinal: int) -> Role:
+def _role(site: attention_modules.AttentionModule, ordinal: int) -> Role:
     """The role of a call that did not come to us, so that its lengths are not known."""
     return site.role(ordinal, 0, 0)
 
 
-def _replaced_function(site: sites.Site) -> Any:
+def _replaced_function(site: attention_modules.AttentionModule) -> Any:
     """What stands in place of ComfyUI's attention functions in the module that defines a class; None without any."""
     module = sys.modules.get(site.class_module)
     for name, found in vars(module).items() if module is not None else ():

@@ -16,11 +16,11 @@ from ...backends.config.systems import key_of, line_of
 from ...backends.config.text import from_environment
 from ...backends.engine.priorities import default_line
 from ...backends.observe.advisories import for_family, nothing_for
-from . import sites
-from .host import Override
+from . import attention_modules
 from .memory import prepare_sampling_wrapper
 from .others import KEY, OVERRIDE
-from .sampling import router_for
+from .override import Override
+from .run import router_for
 from .whose import PURE_SELECTORS, name_of, title_of
 from .wrappers import apply_model_wrapper, calc_cond_batch_wrapper, outer_sample_wrapper
 
@@ -48,7 +48,7 @@ def set_default(
     config = replace(before, default=default, accuracy=accuracy, strict=strict, guard=guard)
     notes = line_of_alias(backend) + _replaced("the default", before.default, default)
     if recommended is not None:
-        family = sites.family_of_model(model.model.diffusion_model)
+        family = attention_modules.family_of_model(model.model.diffusion_model)
         name = family.name if family is not None else ""
         config = replace(config, recommended=for_family(name) if recommended else ())
         if recommended and (note := nothing_for(name, (config, *from_environment(above=(config,))))):

@@ -15,9 +15,9 @@ import torch
 
 from ...backends.kernels.support.workspace import ITEM_BYTES
 from ...backends.values.request import AttentionRequest
+from .attention_modules import family_of_model
 from .callers import calling_methods
 from .roles import SELF, Role
-from .sites import family_of_model
 
 HEADS = ("num_heads", "heads", "n_local_heads", "n_heads", "num_attention_heads")
 HEAD_DIMS = ("head_dim", "dim_head", "attention_head_dim")

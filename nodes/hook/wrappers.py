@@ -1,6 +1,7 @@
 """The two wrappers through which ComfyUI begins and ends a sampling run and each of its model calls.
 
-The one around the run makes its `Run` and publishes its account. The one around a model call makes the run's `Scope`
+The one around the run makes its `Run` and publishes its account. The one around a model call makes the run's
+`ModelCall`
 for that device current for the thread, and takes it away again whatever happens.
 """
 
@@ -11,14 +12,14 @@ from typing import Any
 
 from ...backends.config.layers import settings_of
 from ...backends.guard.turns import Step
-from ...backends.observe.replay.ledger import Ledger
+from ...backends.observe.replay.run_recorder import RunRecorder
 from ...backends.report import outcome
 from ..history import runs
-from . import memory, sites
+from . import attention_modules, memory
 from .foreign_code import function_wrapper
+from .model_call import ModelCall
+from .run import KEY, OVERRIDE, RUN_KEY, Run
 from .sampler_loop import loop_step
-from .sampling import KEY, OVERRIDE, RUN_KEY, Run
-from .scope import Scope
 
 
 def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -29,7 +30,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     run = Run(override)
     run.is_sampled = True
-    run.trace.ledger = Ledger()
+    run.trace.ledger = RunRecorder()
     run.others.at_start = options.get(OVERRIDE)
     options[RUN_KEY] = run
     run.around_model_calls = function_wrapper(executor.class_obj.model_options)
@@ -74,14 +75,14 @@ def calc_cond_batch_wrapper(
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
     before, run.step = run.step, step_in_loop(options.get("sample_sigmas"))
-    outer, sites.current.run = getattr(sites.current, "run", None), run
+    outer, attention_modules.current.run = getattr(attention_modules.current, "run", None), run
     run.is_evaluated = True
     if not run.over and hasattr(model, "diffusion_model"):
         run.mark(model, options)  # here, since another pack may call the model without the wrapper below
     try:
         return executor(memory.told(model, run), conds, x_in, timestep, model_options)
     finally:
-        run.step, sites.current.run = before, outer
+        run.step, attention_modules.current.run = before, outer
 
 
 def step_in_loop(schedule: Any) -> int | None:
@@ -109,7 +110,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.mark(executor.class_obj, options)
     run.samples = max(run.samples, args[0].shape[0])
     scope = run.scope(args[0].device)
-    previous, place, on_top = sites.set_scope(scope), scope.place(), run.others.on_top
+    previous, place, on_top = attention_modules.set_scope(scope), scope.place(), run.others.on_top
     inside = run.step is None and (run.is_sampled or own_run)
     replaced: dict[str, Any] = {}
     try:
@@ -131,7 +132,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if inside:
             run.step = None
         options.update(replaced)
-        sites.set_scope(previous)
+        attention_modules.set_scope(previous)
         scope.give_back(place)
         if scope.in_model_call:  # one inside another, which goes on where it was
             run.others.on_top = on_top
@@ -140,7 +141,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _guarded(
-    scope: Scope, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    scope: ModelCall, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The model call, whose output the guard looks at where one is on; see `Guard.model_call`."""
     guard = scope.session.guard
@@ -159,7 +160,7 @@ def _guarded(
     return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again, at)
 
 
-def _place_in_run(scope: Scope, steps: int) -> Step:
+def _place_in_run(scope: ModelCall, steps: int) -> Step:
     """Where in a sampler's run of so many steps this model call is; no sigma is read for it."""
     step, timetable = scope.run.step, scope.timetable
     if step is None or timetable is None or not timetable.timed:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from ...backends.observe.advisories import PRECAUTIONS
+from ...backends.observe.advisories import ADVISORIES
 from .answers import PREFIX
 
 
@@ -17,4 +17,4 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.get(f"{PREFIX}/recommended")
     async def recommended(request: web.Request) -> web.Response:
         """{"recommended": [{"families", "title", "what", "where", "kernels", "backends", "reason", ...}]}."""
-        return web.json_response({"recommended": [precaution.as_dict() for precaution in PRECAUTIONS]})
+        return web.json_response({"recommended": [precaution.as_dict() for precaution in ADVISORIES]})

@@ -17,7 +17,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from attention_backends.backends.report import Row, Trace  # noqa: E402
+from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_backends.devtools.server import Server  # noqa: E402
 from browser import load_workflow, open_comfyui, why_no_browser  # noqa: E402
 from hook_side import (  # noqa: E402
@@ -95,7 +95,7 @@ class SimpleExecutor:
 def alive() -> dict[str, int]:
     """How many objects of a run there are."""
     gc.collect()
-    kinds = (Trace, Row, sampling.Run, nodes_module("hook.scope").Scope, sampling.DeviceSession)
+    kinds = (RunReport, Row, sampling.Run, nodes_module("hook.model_call").ModelCall, sampling.DeviceSession)
     counted = Counter(type(one) for one in gc.get_objects())
     gc.collect()  # the list that was just made held the frame that holds it
     return {kind.__name__: counted[kind] for kind in kinds}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.observe.advisories import PRECAUTIONS
+from attention_backends.backends.observe.advisories import ADVISORIES
 from attention_backends.devtools.server import Server
 from browser import open_comfyui, why_no_browser
 from server_harness import start_server
@@ -63,7 +63,7 @@ def test_the_input_and_the_route(server: Server) -> None:
     assert list(node["input"]["required"]) == ["model", "backend", "accuracy", "strict", "guard"]
     assert list(node["input"]["optional"]) == ["recommended"]
     rows = server.get("/attention_backends/recommended")["recommended"]
-    assert [row["families"] for row in rows] == [list(row.families) for row in PRECAUTIONS]
+    assert [row["families"] for row in rows] == [list(row.families) for row in ADVISORIES]
     wan = next(row for row in rows if row["families"] == ["wan"])
     assert (wan["where"], wan["backends"], wan["evidence"]) == (
         {"steps": "first 1,last 1"},

@@ -24,7 +24,7 @@ from attention_backends.backends.kernels.backend import on_copies  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expanded, without_gaps  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
-from attention_backends.backends.values.mask_plan import ALL, Part, call_of  # noqa: E402
+from attention_backends.backends.values.mask_plan import ALL, SubCall, call_of  # noqa: E402
 from attention_backends.backends.values.masks import for_kernels  # noqa: E402
 from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
@@ -94,7 +94,7 @@ def test_the_ways_of_making_a_call_from_another_one_lose_nothing() -> None:
     seen: list[AttentionCall] = []
     on_copies(lambda given: seen.append(given) or given.query)(call)
     assert differences(call, seen[0]) == tensors
-    part = Part(slice(0, 1), slice(0, 2), slice(0, 3), torch.zeros(1, 1, 2, 3), False, {})
+    part = SubCall(slice(0, 1), slice(0, 2), slice(0, 3), torch.zeros(1, 1, 2, 3), False, {})
     made = call_of(part, call)
     assert differences(call, made) <= {*tensors, "attn_mask", "memo", "parts", "owned"}
     assert (made.attn_mask is part.mask, made.memo is part.memo, made.owned) == (True, True, False)
@@ -103,7 +103,7 @@ def test_the_ways_of_making_a_call_from_another_one_lose_nothing() -> None:
 def test_a_causal_call_is_never_split(snapshot: SnapshotAssertion) -> None:
     call = AttentionCall(*(torch.randn(1, 2, 4, SIZE) for _ in range(3)), is_causal=True)
     with pytest.raises(ValueError) as caught:
-        call_of(Part(ALL, ALL, slice(1, 4)), call)
+        call_of(SubCall(ALL, ALL, slice(1, 4)), call)
     assert str(caught.value) == snapshot
 
 

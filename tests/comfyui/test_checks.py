@@ -13,7 +13,7 @@ from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine.call_checks import CheckError, check, checked, checks_from_environment  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.report import Trace  # noqa: E402
+from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from hook_side import Outcome, override  # noqa: E402
@@ -143,7 +143,7 @@ def session(**options: Any) -> Session:
 def test_off_the_plan_holds_the_kernel_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFUSERS_ATTN_CHECKS", raising=False)
     request = call().request()._replace(v_head_dim=0)
-    off, on = session(trace=Trace(mode="off")), session(trace=Trace(mode="off"), checks=True)
+    off, on = session(trace=RunReport(mode="off")), session(trace=RunReport(mode="off"), checks=True)
     assert off.plan(request, "self", "self").kernel is off.router.kernel("sdpa_math")
     assert on.plan(request, "self", "self").kernel is not on.router.kernel("sdpa_math")
     monkeypatch.setenv("DIFFUSERS_ATTN_CHECKS", "1")

@@ -62,7 +62,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
         return output
 
     made = router(Wrong(DROPPED_MASK, dropped_mask), Wrong(WRONG_SCALE, wrong_scale), Wrong(NAN, nan_in_a_corner))
-    for module in ("compare.compare_runs", "compare.compare_setup", "hook.sampling"):
+    for module in ("compare.compare_runs", "compare.compare_setup", "hook.run"):
         monkeypatch.setattr(nodes_module(module), "router_for", lambda device: made)
 
 
@@ -207,7 +207,7 @@ def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
 @pytest.mark.gpu
 def test_on_a_card_the_events_give_a_time() -> None:
     """Through the hook's own stand-in for a model, whose calls and tensors lie on the card."""
-    timed, sampling = nodes_module("compare.timed"), nodes_module("hook.sampling")
+    timed, sampling = nodes_module("compare.timed"), nodes_module("hook.run")
     ours = timed.Timed((AttentionConfig(default=AttentionSpec("sdpa_math"), source="node"),))
     ours.pairs = []
     run = sampling.Run(ours)

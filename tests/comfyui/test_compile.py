@@ -297,7 +297,7 @@ def test_two_copies_of_the_package_in_one_process(hook: None) -> None:
     arguments = (Q, Q, Q, None, 2, False, False, None, None, None, ours.handle, None, -1, False)
     for module, reached in ((copy, False), (compiled, True)):
         close([module._attention(*arguments)], [exact(Q, Q, Q, 2)])
-        assert (ours in nodes_module("hook.host")._outside_runs) is reached
+        assert (ours in nodes_module("hook.override")._outside_runs) is reached
 
 
 def test_kernels_get_real_sizes(monkeypatch: pytest.MonkeyPatch, hook: None) -> None:
@@ -336,7 +336,9 @@ def test_code_is_counted_for_each_class() -> None:
     """Torch stops compiling a code object after 8 recompilations, however many classes share it."""
     Linear, Identity = torch.nn.Linear, torch.nn.Identity
     one, other, third = Linear(1, 1), Linear(1, 1), Identity()
-    codes = [sites.Site(module, "blocks.0", None).wrap(module.forward).__code__ for module in (one, other, third)]
+    codes = [
+        sites.AttentionModule(module, "blocks.0", None).wrap(module.forward).__code__ for module in (one, other, third)
+    ]
     assert codes[0] is codes[1]
     assert codes[0] is not codes[2]
 
@@ -513,7 +515,7 @@ def test_outside_a_model_call() -> None:
     ours = override("torch_sdpa", cross="reference")
     attention = torch.compile(lambda q, k: ours(exact, q, k, k, 2), backend="eager", fullgraph=True)
     close([attention(Q, Q), attention(Q, Q[:, :4])], [exact(Q, Q, Q, 2), exact(Q, Q[:, :4], Q[:, :4], 2)])
-    trace = nodes_module("hook.host")._outside_runs[ours].trace
+    trace = nodes_module("hook.override")._outside_runs[ours].trace
     assert [(row.role, row.backend, row.calls) for row in trace.rows.values()] == [
         ("self", "torch_sdpa", 1),
         ("cross", "reference", 1),

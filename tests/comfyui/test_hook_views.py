@@ -103,7 +103,7 @@ def test_places_that_differ_share_their_layout() -> None:
     query = torch.randn(BATCH, LENGTH, INNER)
     for number in range(3):
         for tensor in (query, query[:, :4]):
-            sites = nodes_module("hook.sites")
+            sites = nodes_module("hook.attention_modules")
             previous = sites.set_scope(scope)
             scope.begin({})
             scope.window = number

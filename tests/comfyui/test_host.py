@@ -234,7 +234,7 @@ def test_marks_go_whatever_fails_at_the_end(monkeypatch: pytest.MonkeyPatch) -> 
     def fails(self: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(sampling.Trace, "collect", fails)
+    monkeypatch.setattr(sampling.RunReport, "collect", fails)
     marks = len(sites._marks)
     with pytest.raises(OSError, match="no space"):
         Outcome(override("torch_sdpa"))

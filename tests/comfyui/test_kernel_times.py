@@ -18,7 +18,7 @@ from attention_backends.backends.guard import Guard  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.measure import device_clock  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
-from attention_backends.backends.report import VARIABLE, Trace, timed_kernel  # noqa: E402
+from attention_backends.backends.report import VARIABLE, RunReport, timed_kernel  # noqa: E402
 from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import Kernel  # noqa: E402
@@ -31,7 +31,7 @@ SLOW = 10**12
 def session_with(kernel: Any, guard: str = "off", checks: bool = False) -> Session:
     backends = {**BACKENDS, "emulated_int8": Kernel("emulated_int8", kernel, "quantized")}
     config = AttentionConfig(AttentionSpec("emulated_int8"), accuracy="quantized", guard=guard, source="node")
-    return Session(Router(detect(torch.device("cpu")), backends), (config,), Trace(mode="full"), checks)
+    return Session(Router(detect(torch.device("cpu")), backends), (config,), RunReport(mode="full"), checks)
 
 
 def counts(session: Session) -> list[tuple[str, int, int, int]]:

@@ -209,7 +209,7 @@ def test_samples_that_run_one_by_one_need_memory_for_one(comfy: Any, lengths: tu
     """Other lengths in each sample make a call for each; one length for all leaves them together."""
     from attention_backends.backends.config import AttentionConfig, AttentionSpec
 
-    sites = nodes_module("hook.sites")
+    sites = nodes_module("hook.attention_modules")
     override = host.Override((AttentionConfig(default=AttentionSpec("sdpa_math")),))
     run = sampling.Run(override)
     run.samples = 2

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
-from attention_backends.backends.observe.replay.ledger import Ledger  # noqa: E402
+from attention_backends.backends.observe.replay.run_recorder import RunRecorder  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
@@ -27,7 +27,7 @@ from hook_side import (  # noqa: E402
     stand_in,
 )
 
-Scope = nodes_module("hook.scope").Scope
+ModelCall = nodes_module("hook.model_call").ModelCall
 QUERY, KEY, VALUE = rows(6), rows(9, 1), rows(9, 2)
 
 
@@ -54,7 +54,7 @@ class Outer:
     def __init__(self, ours: Any) -> None:
         self.ours = ours
         self.run = sampling.Run(ours)
-        self.run.trace.ledger = Ledger()
+        self.run.trace.ledger = RunRecorder()
         self.model = stand_in(["WanModel"], {"blocks.0.self_attn": "WanSelfAttention"})
         self.mask = torch.zeros(1, 1, 9)
         self.mask[..., 7:] = -torch.inf
@@ -238,17 +238,17 @@ def test_another_rule_for_masks_holds_in_the_inner_call_alone() -> None:
 
 def test_a_new_attribute_of_a_scope_is_given_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is added to the slots is saved by being one of them."""
-    scope_module = nodes_module("hook.scope")
+    scope_module = nodes_module("hook.model_call")
     outer = Outer(override("torch_sdpa"))
 
     def happens(scope: Any) -> None:
         place = scope.place()
-        assert dict(zip(Scope.__slots__, place, strict=True)) == everything(scope)
+        assert dict(zip(ModelCall.__slots__, place, strict=True)) == everything(scope)
         marks = [object() for _ in place]
         kept = everything(scope)
-        for name, mark in zip(Scope.__slots__, marks, strict=True):
+        for name, mark in zip(ModelCall.__slots__, marks, strict=True):
             setattr(scope, name, mark)
-        scope_module.Scope.give_back(scope, place)
+        scope_module.ModelCall.give_back(scope, place)
         assert everything(scope) == kept
 
     outer(happens)

@@ -226,9 +226,9 @@ def test_it_is_found_on_a_module_that_is_not_within() -> None:
 @pytest.mark.parametrize("model", ["MMDiT", "SomeModel"])
 def test_it_is_found_there_without_a_stack_too(model: str) -> None:
     """In a compiled graph: by the role table, or among the modules within."""
-    sites, roles = nodes_module("hook.sites"), nodes_module("hook.roles")
+    sites, roles = nodes_module("hook.attention_modules"), nodes_module("hook.roles")
     module = Elsewhere(INT8, SOL)
-    site = sites.Site(module, "joint_blocks.0", roles.family_of((model,)))
+    site = sites.AttentionModule(module, "joint_blocks.0", roles.family_of((model,)))
     assert site.preferred_attention(0) is INT8.function
     assert site.preferred_attention(1) is SOL.function
 

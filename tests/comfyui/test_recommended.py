@@ -23,16 +23,16 @@ from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.observe.advisories import (  # noqa: E402
+    ADVISORIES,
     FP4,
     INT8_AS_IT_IS,
     NOT_USED,
-    PRECAUTIONS,
     QUANTIZED,
     for_family,
     offers,
     recommended_page,
 )
-from attention_backends.backends.report import Trace  # noqa: E402
+from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.report.audit import AS_ASKED, asked_and_ran  # noqa: E402
 from attention_backends.backends.values.errors import ConfigError  # noqa: E402
 from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
@@ -63,7 +63,7 @@ def test_the_rows_are_complete() -> None:
     roles = nodes_module("hook.roles")
     families = {family.name: family for family in roles.FAMILIES}
     lossy = {backend.id for backend in BACKENDS.values() if backend.accuracy != "exact"}
-    for row in PRECAUTIONS:
+    for row in ADVISORIES:
         assert set(row.families) <= set(families), row.title
         assert set(row.backends) <= lossy, row.title
         assert row.evidence in ("measured", "reported", "assumed")
@@ -74,12 +74,12 @@ def test_the_rows_are_complete() -> None:
                 part for _, found in families[name].sites for role in found for part in (role.name, role.category)
             }
             assert not row.where.role or row.where.role in of_family
-    listed = [name for row in PRECAUTIONS for name in row.families]
+    listed = [name for row in ADVISORIES for name in row.families]
     assert len(listed) == len(set(listed))
 
 
 def test_the_families_of_the_issue_have_a_row_each() -> None:
-    said = {name: (row.where.describe(), row.backends) for row in PRECAUTIONS for name in row.families}
+    said = {name: (row.where.describe(), row.backends) for row in ADVISORIES for name in row.families}
     assert said == {
         "qwen_image": ("masked calls", QUANTIZED),
         "lumina2": ("masked calls", QUANTIZED),
@@ -211,7 +211,7 @@ def test_after_a_kernel_has_failed_the_next_one_is_exact_too() -> None:
     [("node.default", 1), ("node.default: measured (the fastest here)", 1), ("node.per_role['cross']", 0)],
 )
 def test_what_is_offered_depends_on_whose_word_it_was(source: str, offered: int) -> None:
-    trace = Trace(layers=(replace(layers()[0], recommended=()),))
+    trace = RunReport(layers=(replace(layers()[0], recommended=()),))
     trace.categories["ltx2.audio_to_video"] = "cross"
     trace.row("ltx2.audio_to_video", "transformer_blocks.0", INT8, source, "none", None, INT8).calls = 1
     assert len(offers("ltx2", trace)) == offered

@@ -26,8 +26,8 @@ from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
-from attention_backends.backends.observe.replay.ledger import Ledger  # noqa: E402
 from attention_backends.backends.observe.replay.record import as_record, facts_of, ranges  # noqa: E402
+from attention_backends.backends.observe.replay.run_recorder import RunRecorder  # noqa: E402
 from attention_backends.backends.values.errors import (  # noqa: E402
     ConfigError,
     NoBackendError,
@@ -561,7 +561,7 @@ def test_equal_calls_with_different_kernels_are_no_quiet_success(
 
     router = Router(detect(torch.device("cpu")), {**BACKENDS, "sdpa_math": Kernel("sdpa_math", kernel)})
     session = Session(router, (AttentionConfig(AttentionSpec("sdpa_math")),))
-    session.trace.ledger = ledger = Ledger()
+    session.trace.ledger = ledger = RunRecorder()
     ledger.begin_model_call(1, 0)
     query = torch.zeros(1, 1, 4, 8)
     request = AttentionCall(query, query, query).request()

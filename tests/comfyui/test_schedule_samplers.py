@@ -87,7 +87,7 @@ class Recorder:
 
     def _kernel(self, name: str) -> Any:
         def run(call: Any) -> torch.Tensor:
-            scope = nodes_module("hook.sites").current_scope()
+            scope = nodes_module("hook.attention_modules").current_scope()
             block = scope.site.block
             # The text is the only other length in these models.
             role = "self" if call.query.shape[2] == call.key.shape[2] else "cross"

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends import report as trace_module  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.report import SAMPLED_EACH, VARIABLE, Trace, trace_mode  # noqa: E402
+from attention_backends.backends.report import SAMPLED_EACH, VARIABLE, RunReport, trace_mode  # noqa: E402
 from hook_side import (  # noqa: E402
     ENVIRONMENT,
     PLACES,
@@ -85,7 +85,7 @@ def test_the_next_run_obeys_the_setting_and_counts_stay_exact(settings: Any) -> 
 def test_off_costs_nothing_nothing_stands_before_the_kernel(settings: Any) -> None:
     from attention_backends.backends.values.request import AttentionRequest
 
-    sampling, override = nodes_module("hook.sampling"), nodes_module("hook.host").Override
+    sampling, override = nodes_module("hook.run"), nodes_module("hook.override").Override
     request = AttentionRequest(1, 8, 64, 64, 64, "float32")
     for mode in ("off", "full"):
         settings.change({"trace": mode})
@@ -115,7 +115,7 @@ class Busy(Event):
 
 
 def test_device_times_come_without_waiting_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, sampling = Gpu(), nodes_module("hook.sampling")
+    gpu, sampling = Gpu(), nodes_module("hook.run")
     options = {"new_event": lambda: Busy(gpu), "current_stream": lambda device: device}
     clock = trace_module.DeviceClock
     monkeypatch.setattr(trace_module, "DeviceClock", lambda kind: clock(kind, **options))
@@ -137,7 +137,7 @@ def test_device_times_come_without_waiting_inside_a_step(monkeypatch: pytest.Mon
 
 @pytest.mark.gpu
 def test_on_a_card_every_row_has_its_time() -> None:
-    sampling, host = nodes_module("hook.sampling"), nodes_module("hook.host")
+    sampling, host = nodes_module("hook.run"), nodes_module("hook.override")
     ours = host.Override((AttentionConfig(default=AttentionSpec("sdpa_math"), source="node"),))
     run = sampling.Run(ours)
     options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
@@ -158,16 +158,16 @@ def test_a_cancelled_run_keeps_the_times_that_are_there(monkeypatch: pytest.Monk
     options = {"new_event": lambda: Busy(gpu), "current_stream": lambda device: device}
     clock = trace_module.DeviceClock
     monkeypatch.setattr(trace_module, "DeviceClock", lambda kind: clock(kind, **options))
-    ended = Trace.end_of_model_call
+    ended = RunReport.end_of_model_call
 
-    def cancelled(self: Trace, *args: Any) -> None:
+    def cancelled(self: RunReport, *args: Any) -> None:
         ended(self, *args)
         seen.append(self)
         if len(seen) == 2:
             raise InterruptedError
         gpu.finish()
 
-    monkeypatch.setattr(Trace, "end_of_model_call", cancelled)
+    monkeypatch.setattr(RunReport, "end_of_model_call", cancelled)
     with pytest.raises(InterruptedError):
         sampled_run(4)
     run = nodes_module("history.runs").find(last_run()["number"])

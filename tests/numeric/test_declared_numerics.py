@@ -22,7 +22,7 @@ from attention_backends.backends.kernels.backend import FLOATING, Backend, Limit
 from attention_backends.backends.kernels.planned import Planned  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sdpa  # noqa: E402
-from attention_backends.backends.kernels.varlen import PackedCall  # noqa: E402
+from attention_backends.backends.kernels.varlen import VarlenCall  # noqa: E402
 from attention_backends.backends.values.platform import KINDS, Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
@@ -134,7 +134,7 @@ def _packed_faults(router: Router, backend: Backend, where: str, only: int | Non
             torch.cat([getattr(part, name)[0].transpose(0, 1) for part in parts]) for name in ("query", "key", "value")
         )
         q_lengths, kv_lengths = zip(*PACKED, strict=True)
-        output = kernel(PackedCall(query, key, value, q_lengths, kv_lengths, request.scale))
+        output = kernel(VarlenCall(query, key, value, q_lengths, kv_lengths, request.scale))
         for part, rows in zip(parts, output.split(q_lengths), strict=True):
             made = error(rows.transpose(0, 1)[None], truth(part))
             limit = allowed(part, backend.arithmetic_on(platform))
@@ -334,7 +334,7 @@ def test_what_is_declared_and_refused_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_kernel_over_packed_tokens_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_sequence(scaled: bool):
-        def run(call: PackedCall) -> torch.Tensor:
+        def run(call: VarlenCall) -> torch.Tensor:
             split = (
                 tensor.split(lengths)
                 for tensor, lengths in (

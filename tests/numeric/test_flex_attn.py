@@ -11,7 +11,7 @@ import shutil
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.layers import Choice
-from attention_backends.backends.engine.priorities import ROUTES
+from attention_backends.backends.engine.priorities import PRIORITIES
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.values.platform import Platform, parse_platform
 from attention_backends.backends.values.request import MASK_KINDS, AttentionCall, AttentionRequest
@@ -112,7 +112,7 @@ def test_a_padding_mask_may_be_long() -> None:
 
 
 def test_no_route_has_it_and_every_request_says_why() -> None:
-    assert all("flex_attn" not in (*route.order, *route.lossy) for route in ROUTES)
+    assert all("flex_attn" not in (*route.order, *route.lossy) for route in PRIORITIES)
     backend, platform = BACKENDS["flex_attn"], parse_platform(CARD)
     for mask in MASK_KINDS:
         reasons = backend.avoid_reasons(SELF._replace(mask=mask), platform)

@@ -22,7 +22,7 @@ from attention_backends.backends.guard import BUDGETS, VARIABLE, Guard, GuardAla
 from attention_backends.backends.guard import rows as guard_rows  # noqa: E402
 from attention_backends.backends.guard.turns import period  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
-from attention_backends.backends.report import Row, Trace  # noqa: E402
+from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_backends.backends.report.findings import ROWS, Findings, chance, lines, worst_first  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
@@ -171,7 +171,7 @@ def test_the_worst_head_is_named_and_stands_beside_the_whole_call(head: int, bat
     right = sdpa(call)
     wrong = right.clone()
     wrong[batch - 1, head] *= 1.2
-    guard = Guard("watch", Trace(), everything=False)
+    guard = Guard("watch", RunReport(), everything=False)
     watch, row = watch_of(guard, lambda call: wrong)
     watch(call)
     found = row.guard
@@ -188,7 +188,7 @@ def test_the_worst_head_is_named_and_stands_beside_the_whole_call(head: int, bat
 def test_an_error_of_all_heads_is_seen_that_a_head_may_have_alone() -> None:
     call = AttentionCall(*tensors(random.Random(0), 1, 8, 100, 120, 32))
     for error, alarms in ((0.07, 0), (0.08, 1), (0.095, 1)):
-        guard = Guard("watch", Trace(), everything=False)
+        guard = Guard("watch", RunReport(), everything=False)
         watch, row = watch_of(guard, lambda call, error=error: sdpa(call) * (1 + error))
         watch(call)
         assert row.guard.alarms == alarms, error
@@ -216,7 +216,7 @@ def test_a_check_starts_few_operations(length: int) -> None:
     """Counted, since each is a launch on a card; a figure per head is no reason for more of them."""
     call = AttentionCall(*(torch.randn(1, 2, length, 16) for _ in range(3)))
     output = torch.zeros(1, 2, length, 16)
-    guard = Guard("watch", Trace(), everything=False)
+    guard = Guard("watch", RunReport(), everything=False)
     watch, _ = watch_of(guard, lambda call: output)
     started = 0
 
@@ -256,7 +256,7 @@ def test_the_twin_tells_a_dropped_mask_that_no_budget_would(dropped: bool) -> No
         call.query *= 0.3  # even weights: each key counts for little
         call.attn_mask = torch.ones(1, 1, 1, call.key.shape[2], dtype=torch.bool)
         call.attn_mask[..., source.randrange(call.key.shape[2])] = False
-        guard = Guard("watch", Trace(), everything=False, seed=run)
+        guard = Guard("watch", RunReport(), everything=False, seed=run)
         watch, row = watch_of(guard, (lambda call: int8(without_mask(call))) if dropped else int8)
         watch(call)
         assert row.guard.relative_l2 < BUDGETS["quantized"].relative_l2
@@ -292,7 +292,7 @@ def requests(count: int) -> Iterator[AttentionRequest]:
 
 @pytest.mark.parametrize(("kernel", "accuracy", "count"), [(int8, "quantized", 3000), (sdpa, "exact", 1000)])
 def test_honest_kernels_give_no_alarm(kernel: Any, accuracy: str, count: int) -> None:
-    guard = Guard("watch", Trace(), everything=True)
+    guard = Guard("watch", RunReport(), everything=True)
     watch, row = watch_of(guard, kernel, accuracy)
     for number, request in enumerate(requests(count)):
         guard.check(watch, call_for(request, seed=number), number)
@@ -329,7 +329,7 @@ def test_the_measured_rate_is_the_stated_one(row_share: float, call_share: float
         return output
 
     seen = 0
-    guard = Guard("watch", Trace(), everything=False, seed=5)
+    guard = Guard("watch", RunReport(), everything=False, seed=5)
     for _ in range(runs):
         watch, row = watch_of(guard, kernel)
         for number in range(checks):
@@ -416,7 +416,7 @@ def test_memory_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checks_become_rare_and_blocks_take_turns() -> None:
-    guard, output = Guard("watch", Trace(), everything=False), torch.zeros(1, 1, 4, 4)
+    guard, output = Guard("watch", RunReport(), everything=False), torch.zeros(1, 1, 4, 4)
     call = AttentionCall(*(torch.zeros(1, 1, 4, 4) for _ in range(3)))
     seconds = []
     for _ in range(16):
@@ -461,7 +461,7 @@ def test_off_watches_nothing() -> None:
 
 def test_figures_that_wait_on_a_device_are_read_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a card: no figure is read inside a step. Here the CPU plays the card."""
-    guard = Guard("watch", Trace(), everything=False)
+    guard = Guard("watch", RunReport(), everything=False)
     monkeypatch.setattr(guard, "_later", lambda read, figures: guard._pending.append((read, figures)))
     watch, row = watch_of(guard, int8)
     reads = []
@@ -497,7 +497,7 @@ def test_a_refused_block_stays_refused_for_another_kind_of_call() -> None:
 
 def test_an_alarm_is_an_error_only_inside_enforce(snapshot: SnapshotAssertion) -> None:
     kernel, call = SABOTAGES["tail rows zeroed"](random.Random(0))
-    guard = Guard("enforce", Trace(), everything=False)
+    guard = Guard("enforce", RunReport(), everything=False)
     watch, _ = watch_of(guard, kernel)
     with pytest.raises(GuardAlarm) as caught:
         watch(call)
@@ -505,7 +505,7 @@ def test_an_alarm_is_an_error_only_inside_enforce(snapshot: SnapshotAssertion) -
 
 
 def test_the_report_lists_the_worst_blocks_first(snapshot: SnapshotAssertion) -> None:
-    trace = Trace()
+    trace = RunReport()
     for block, (error, alarms) in enumerate([(0.01, 0), (0.5, 1), (0.03, 0)]):
         row = trace.row("self", str(block), LOSSY, "test", "none", None, LOSSY)
         row.calls, row.guard = 20, Findings(checked=2, alarms=alarms, first_alarm="relative L2 0.5" if alarms else "")

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.guard import BUDGETS, Guard, GuardAlarm, Watch  # noqa: E402
 from attention_backends.backends.guard.turns import FEW_STEPS, LONGEST_GAP, LONGEST_PERIOD, Step, period  # noqa: E402
-from attention_backends.backends.report import Row, Trace  # noqa: E402
+from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from guarded_runs import LOSSY, int8, sdpa  # noqa: E402
 
@@ -45,7 +45,7 @@ class Simulated:
         backend: Callable[[int], str] = lambda place: LOSSY,
     ) -> None:
         self.backend = backend
-        self.guard = Guard(mode, Trace(), everything=False)
+        self.guard = Guard(mode, RunReport(), everything=False)
         self.guard.check = self._check  # type: ignore[method-assign]
         self.roles = roles
         self.step = self.call = 0
@@ -244,7 +244,7 @@ def test_without_a_number_of_steps(index: Any) -> None:
 
 def test_without_steps_the_gap_between_checks_has_a_limit() -> None:
     """The Python API: no model calls, and one kind of call for all blocks."""
-    guard = Guard("watch", Trace(), everything=False)
+    guard = Guard("watch", RunReport(), everything=False)
     seen: list[int] = []
     guard.check = lambda watch, call, number: seen.append(number)  # type: ignore[assignment, method-assign]
     watch = guard.watched(lambda call: None, "quantized", Row("self", "", LOSSY, "test", "none"))  # type: ignore[arg-type, return-value]
@@ -282,7 +282,7 @@ class Planted:
         self, mode: str, steps: int, is_wrong: Callable[[int, int], bool], head: int | None, seed: int
     ) -> None:
         """`is_wrong` takes step and block."""
-        self.guard = Guard(mode, Trace(), everything=False, seed=seed)
+        self.guard = Guard(mode, RunReport(), everything=False, seed=seed)
         self.steps, self.is_wrong = steps, is_wrong
         self.call = planted_call(random.Random(seed))
         self.right = int8(self.call)
@@ -382,7 +382,7 @@ def test_a_planted_error_is_seen_within_the_stated_steps(count: int) -> None:
 def test_honest_kernels_give_no_alarm_in_whole_runs(runs: int, kernel: Any, accuracy: str) -> None:
     alarms = 0
     for seed in range(runs):
-        guard, source = Guard("watch", Trace(), everything=True, seed=seed), random.Random(seed)
+        guard, source = Guard("watch", RunReport(), everything=True, seed=seed), random.Random(seed)
         rows = [Row("self", str(at), LOSSY, "test", "none") for at in range(4)]
         watches = [guard.watched(kernel, accuracy, row) for row in rows]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attention_backends.backends.measure.device_clock import DeviceClock
-from attention_backends.backends.report import Row, Trace
+from attention_backends.backends.report import Row, RunReport
 from attention_backends.backends.report.steps import Steps
 from attention_backends.backends.report.timeline import MOST
 from test_device_clock import Gpu
@@ -17,13 +17,13 @@ SIGMAS = torch.linspace(1.0, 0.0, 11)
 """Of ten steps."""
 
 
-def rows_of(trace: Trace, rows: int = 4) -> list[Row]:
+def rows_of(trace: RunReport, rows: int = 4) -> list[Row]:
     return [trace.row("self", str(block), "torch_sdpa", "default", "none", None, None) for block in range(rows)]
 
 
-def run(clock: DeviceClock | None, model_calls: int) -> Trace:
+def run(clock: DeviceClock | None, model_calls: int) -> RunReport:
     """Each model call runs each row once, and takes 1 ms in it; the first row falls silent after half of them."""
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     rows = rows_of(trace)
     for call in range(model_calls):
         for number, row in enumerate(rows):
@@ -67,7 +67,7 @@ def test_without_times_equal_model_calls_share_a_window() -> None:
 
 
 def test_a_row_that_never_ran_is_counted_by_nobody() -> None:
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     trace.row("self", "0", "sage_attn", "default", "none", None, None)  # planned, then its kernel failed
     ran = trace.row("self", "0", "torch_sdpa", "default", "none", "failed", None)
     ran.calls = ran.launches = 1
@@ -82,7 +82,7 @@ class Meanwhile:
 
     launches = timed = nanoseconds = 0
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: RunReport) -> None:
         self.trace = trace
 
     @property
@@ -93,7 +93,7 @@ class Meanwhile:
 
 def test_another_device_may_make_rows_while_a_model_call_ends() -> None:
     """ComfyUI runs several GPUs in a thread each, and they share the account of the run."""
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     trace.rows["self", "0", "torch_sdpa", "none", None, ""] = Meanwhile(trace)
     rows_of(trace)
     trace.end_of_model_call(DeviceClock("cpu"))
@@ -103,7 +103,7 @@ def test_another_device_may_make_rows_while_a_model_call_ends() -> None:
 
 def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() -> None:
     """Each model call takes 1 ms more than the one before; the device is two of them behind, then comes to rest."""
-    gpu, trace = Gpu(), Trace(mode="full")
+    gpu, trace = Gpu(), RunReport(mode="full")
     clock = gpu.clock()
     trace.clocks.append(clock)
     row = rows_of(trace, 1)[0]
@@ -125,7 +125,7 @@ def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() 
 
 
 def test_a_row_of_which_some_calls_were_timed_says_how_many() -> None:
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     row = rows_of(trace, 1)[0]
     row.calls, row.launches = 30, 60  # a mask divides each call into two
     for _ in range(20):
@@ -136,7 +136,7 @@ def test_a_row_of_which_some_calls_were_timed_says_how_many() -> None:
 
 def test_each_window_has_its_steps() -> None:
     """A sampler that calls the model twice per step, the second time between two sigmas."""
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     row = rows_of(trace, 1)[0]
     for step in range(10):
         for sigma in (SIGMAS[step], (SIGMAS[step] + SIGMAS[step + 1]) / 2):
@@ -151,7 +151,7 @@ def test_each_window_has_its_steps() -> None:
 
 
 def test_long_windows_have_more_than_one_step() -> None:
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     row = rows_of(trace, 1)[0]
     schedule = torch.linspace(1.0, 0.0, 201)
     for sigma in schedule[:-1]:
@@ -171,7 +171,7 @@ def test_a_step_that_cannot_be_told_costs_no_run(sigma: object, monkeypatch: pyt
 
     if isinstance(sigma, torch.Tensor):
         monkeypatch.setitem(Steps.add.__globals__, "on_host", no_memory)
-    trace = Trace()
+    trace = RunReport()
     trace.end_of_model_call(None, None, sigma, SIGMAS)
     assert trace.timeline.model_calls == 1
     assert trace.timeline.steps.between(1, 1) is None
@@ -188,7 +188,7 @@ def test_a_sigma_that_cannot_be_copied_ahead_is_not_read_inside_a_run() -> None:
 @pytest.mark.gpu
 def test_on_a_card_sigmas_are_read_without_waiting() -> None:
     """The last sigma is given while much work waits before it; its step is known when the work is done."""
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     clock = trace.new_clock("cuda")
     schedule, matrix = SIGMAS.to(device="cuda"), torch.randn(4096, 4096, device="cuda")
     row = rows_of(trace, 1)[0]
@@ -211,7 +211,7 @@ def test_on_a_card_sigmas_are_read_without_waiting() -> None:
 
 def test_the_end_of_a_model_call_makes_no_call_for_each_row() -> None:
     """Calls and not seconds; what they take is in benchmarks/."""
-    trace = Trace(mode="full")
+    trace = RunReport(mode="full")
     rows, clock = rows_of(trace, 200), DeviceClock("cpu")
     for row in rows:
         row.calls += 1

@@ -464,11 +464,11 @@ def test_parts_of_a_mask_are_measured_one_by_one(store: Store) -> None:
     call = small_call()
     part = session.plan(call.request(), "self", "self")
     assert isinstance(part.kernel, Trial)
-    assert session.plan_packed(part, call.request(), sdpa) is None
+    assert session.plan_varlen(part, call.request(), sdpa) is None
     machine.run(call)
     session = machine.begin()
     part = session.plan(call.request(), "self", "self")
-    assert session.plan_packed(part, call.request(), sdpa) is not None
+    assert session.plan_varlen(part, call.request(), sdpa) is not None
 
 
 def test_a_checkpoints_preference_counts_as_over_auto(store: Store) -> None:

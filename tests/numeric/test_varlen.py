@@ -19,7 +19,7 @@ from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
-from attention_backends.backends.report import Trace  # noqa: E402
+from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
@@ -319,7 +319,7 @@ def test_when_an_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
     def reads(backend: str, device: str, **changes: object) -> bool:
         layers = (parse_config(backend, "test"),) if backend else ()
-        session = CallSession(router, Asked(layers, False, False), layers, Trace())
+        session = CallSession(router, Asked(layers, False, False), layers, RunReport())
         return session.reads(request(**changes), "self", "self", device)
 
     assert reads("", "cpu", mask="bool")

@@ -59,7 +59,7 @@ def imported() -> set[str]:
 def test_the_archive_has_everything_that_the_pack_imports() -> None:
     needed = imported()
     assert {
-        "nodes/hook/host.py",
+        "nodes/hook/override.py",
         "backends/kernels/cudnn_attn.py",
         "comparison/bench_run.py",
         "demo/model.py",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attention_backends.backends.engine.priorities import ROUTES
+from attention_backends.backends.engine.priorities import PRIORITIES
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import ANY_MASK
 from attention_backends.backends.values.platform import parse_platform
@@ -38,7 +38,7 @@ def test_the_cards_of_the_guide_are_those_of_the_routes() -> None:
         return ", ".join(f"`{name}`" for name in order) or "none"
 
     wanted = []
-    for route in ROUTES:
+    for route in PRIORITIES:
         low, high = route.capabilities or ((0, 0), (0, 0))
         cards = f" ({low[0]}.{low[1]} to {high[0]}.{high[1]})" if route.capabilities else ""
         said = f"{route.evidence}: {route.source}"

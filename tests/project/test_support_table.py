@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from attention_backends.backends.doctor import support, support_limits
 from attention_backends.backends.doctor.support import support_page
-from attention_backends.backends.engine.priorities import ROUTES
+from attention_backends.backends.engine.priorities import PRIORITIES
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Limits
@@ -58,7 +58,7 @@ def test_every_backend_has_its_rows() -> None:
 def test_routes_and_options_are_all_there() -> None:
     tables = _tables(support_page())
     assert [(row[0], row[4], row[5]) for row in tables["Routes"]] == [
-        (route.title, route.evidence, route.source) for route in ROUTES
+        (route.title, route.evidence, route.source) for route in PRIORITIES
     ]
     assert [(row[0], row[1]) for row in tables["Options"]] == [
         (f"`{backend.id}`", f"`{option.name}`")

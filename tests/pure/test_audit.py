@@ -9,7 +9,7 @@ import pytest
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.engine.router import Decision, Router
 from attention_backends.backends.engine.session import Session
-from attention_backends.backends.report import Trace
+from attention_backends.backends.report import RunReport
 from attention_backends.backends.report.audit import UnexplainedError, asked_and_ran, line, merged, unexplained
 from attention_backends.backends.report.outcome import of_trace
 from attention_backends.backends.values.platform import Platform, parse_platform
@@ -19,20 +19,20 @@ from syrupy.assertion import SnapshotAssertion
 CALL = parse_request("num_heads=8,q_len=4096,kv_len=77,head_dim=64,dtype=float32")
 
 
-def traced(config: Any, *rows: tuple[Any, ...], categories: dict[str, str] | None = None) -> Trace:
+def traced(config: Any, *rows: tuple[Any, ...], categories: dict[str, str] | None = None) -> RunReport:
     """A trace under `config` with rows of (role, backend, asked, reason, calls)."""
-    trace = Trace(layers=(parse_config(config, "node"),), categories=categories or {row[0]: row[0] for row in rows})
+    trace = RunReport(layers=(parse_config(config, "node"),), categories=categories or {row[0]: row[0] for row in rows})
     for number, (role, backend, asked, reason, calls) in enumerate(rows):
         source = "platform route" if asked is None else "node.default"
         trace.row(role, str(number), backend, source, "none", reason, asked).calls = calls
     return trace
 
 
-def verdicts(trace: Trace) -> dict[str, str]:
+def verdicts(trace: RunReport) -> dict[str, str]:
     return {finding.role: finding.verdict for finding in asked_and_ran(trace)}
 
 
-def said(trace: Trace) -> str:
+def said(trace: RunReport) -> str:
     return line(finding.as_dict() for finding in asked_and_ran(trace))
 
 
@@ -64,7 +64,7 @@ def test_auto_is_always_as_asked_and_rows_without_calls_count_for_nothing(snapsh
     trace = traced("auto", ("self", "flash_attn", None, None, 4), ("cross", "torch_sdpa", None, None, 0))
     assert verdicts(trace) == {"self": "as asked"}
     assert said(trace) == snapshot
-    assert said(Trace()) == "Asked and ran: nothing"
+    assert said(RunReport()) == "Asked and ran: nothing"
 
 
 @pytest.mark.parametrize("asked", ["cudnn_attn", None], ids=["no reason", "the wish itself was lost"])
@@ -175,7 +175,7 @@ def test_it_is_part_of_the_account() -> None:
 )
 @pytest.mark.parametrize("change", [{}, {"mask": "bias"}, {"exact_only": True}, {"head_dim": 100}], ids=str)
 def test_the_router_explains_every_divergence_of_its_own(machine: str, name: str, change: dict[str, Any]) -> None:
-    trace = Trace(layers=(parse_config(name, "node"),), categories={"self": "self"})
+    trace = RunReport(layers=(parse_config(name, "node"),), categories={"self": "self"})
     decision = Router(parse_platform(machine)).decide(CALL._replace(**change), trace.layers, "self", "self")
     trace.row("self", "", decision.backend, decision.source, "none", decision.reason, decision.asked).calls = 1
     assert verdicts(trace)["self"] == ("explained" if decision.backend != name != "auto" else "as asked")

@@ -207,10 +207,10 @@ def test_every_declared_name_is_of_a_package_that_can_be_advised() -> None:
 
 
 def test_every_backend_of_a_package_declares_its_names() -> None:
-    from attention_backends.backends.kernels.group import Family
+    from attention_backends.backends.kernels.group import BackendGroup
 
     for backend in BACKENDS.values():
-        if backend.id in PACKAGES_OF and not isinstance(backend, Planned | Family):
+        if backend.id in PACKAGES_OF and not isinstance(backend, Planned | BackendGroup):
             assert backend.id in SYMBOLS_OF, backend.id
 
 

@@ -15,7 +15,7 @@ from attention_backends.backends.doctor.doctor import examine
 from attention_backends.backends.doctor.install import Interpreter
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels.backend import Backend, Kernel
-from attention_backends.backends.kernels.group import Family
+from attention_backends.backends.kernels.group import BackendGroup
 from attention_backends.backends.measure import remembered
 from attention_backends.backends.measure.remembered import Outcome
 from attention_backends.backends.values.platform import Platform
@@ -158,7 +158,7 @@ def test_the_file_is_read_once_however_many_ask(monkeypatch: pytest.MonkeyPatch)
 def test_a_family_does_not_run_the_member_that_crashed() -> None:
     remembered.remember({"flash_attn_2": CRASH}, HERE)
     member = Fake("flash_attn_2")
-    family = Family("flash_attn", "For a test.", (member,), {})
+    family = BackendGroup("flash_attn", "For a test.", (member,), {})
     router = Router(HERE, {"flash_attn": family, "flash_attn_2": member})
     assert "doctor --probe flash_attn_2" in router.unavailable("flash_attn")[0]
     assert member.loads == 0
@@ -170,7 +170,7 @@ def test_a_member_that_calls_exit_while_it_loads_gives_way() -> None:
             sys.exit("no licence")
 
     second = Fake("flash_attn_2")
-    family = Family("flash_attn", "For a test.", (Exits("flash_attn_3"), second), {})
+    family = BackendGroup("flash_attn", "For a test.", (Exits("flash_attn_3"), second), {})
     assert Router(HERE, {"flash_attn": family}).unavailable("flash_attn") == ()
     assert second.loads == 1
 

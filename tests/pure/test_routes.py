@@ -9,7 +9,7 @@ import pytest
 from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.doctor.route_report import route_report
-from attention_backends.backends.engine.priorities import ROUTES, default_line, route_for
+from attention_backends.backends.engine.priorities import PRIORITIES, default_line, priority_for
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
@@ -49,10 +49,10 @@ ORDERS = {
 
 @pytest.mark.parametrize("machine", ORDERS)
 def test_the_order_on_each_machine(machine: str) -> None:
-    assert route_for(parse_platform(machine)).order == ORDERS[machine]
+    assert priority_for(parse_platform(machine)).order == ORDERS[machine]
 
 
-@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.title)
+@pytest.mark.parametrize("route", PRIORITIES, ids=lambda route: route.title)
 def test_every_route_is_exact_founded_and_ends_where_everything_runs(route) -> None:  # type: ignore[no-untyped-def]
     assert all(BACKENDS[backend].accuracy == "exact" for backend in route.order)
     assert route.order[-1] == "torch_sdpa"
@@ -105,7 +105,7 @@ def test_what_each_package_changes_on_each_machine(machine: str, package: str) -
     assert router.select(call, AUTO).backend == backend
     report = route_report(router)
     states = {state["backend"]: state for state in report["exact"]}
-    assert list(states) == list(route_for(platform).order)
+    assert list(states) == list(priority_for(platform).order)
     assert report["auto"] == backend == next(name for name, state in states.items() if state["available"])
     assert report["log"] == default_line(platform, backend)
     for state in (*report["exact"], *report["lossy"]):
@@ -278,9 +278,9 @@ def test_the_command_prints_the_whole_table(capsys: pytest.CaptureFixture[str]) 
     rows = json.loads(route(capsys, "--all", "--json"))["routes"]
     assert [
         (row["title"], tuple(row["exact"]), tuple(row["lossy"]), row["evidence"], row["source"]) for row in rows
-    ] == [(row.title, row.order, row.lossy, row.evidence, row.source) for row in ROUTES]
+    ] == [(row.title, row.order, row.lossy, row.evidence, row.source) for row in PRIORITIES]
     text = route(capsys, "--all")
-    for row in ROUTES:
+    for row in PRIORITIES:
         assert f"  evidence: {row.evidence}: {row.source}" in text
         assert f"{row.title} ({', '.join(row.kinds)}" in text
 

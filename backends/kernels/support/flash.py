@@ -15,7 +15,7 @@ from .layout import indexable, on_device_of, to_bshd
 if TYPE_CHECKING:
     import torch
 
-    from ..varlen import PackedCall, VarlenKernel
+    from ..varlen import VarlenCall, VarlenKernel
 
 
 class FlashAttention(FromHub):
@@ -51,7 +51,7 @@ class FlashAttention(FromHub):
         flash_attn_varlen_func = module.flash_attn_varlen_func
         takes_longest = "max_seqlen_q" in signature(flash_attn_varlen_func).parameters
 
-        def run(call: PackedCall) -> torch.Tensor:
+        def run(call: VarlenCall) -> torch.Tensor:
             longest = {"max_seqlen_q": max(call.q_lengths), "max_seqlen_k": max(call.kv_lengths)}
             with on_device_of(call.query):
                 output = flash_attn_varlen_func(

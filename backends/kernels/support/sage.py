@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from packaging.version import Version
 
-    from ..varlen import PackedCall, VarlenKernel
+    from ..varlen import VarlenCall, VarlenKernel
 
 REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
 """2.0.x and 2.1.0 were betas with faults of their own; Diffusers too begins at 2.1.1."""
@@ -303,7 +303,7 @@ def load_varlen(smooth_k: bool) -> VarlenKernel:
 
     sageattn_varlen = sageattention.sageattn_varlen
 
-    def run(call: PackedCall) -> torch.Tensor:
+    def run(call: VarlenCall) -> torch.Tensor:
         key = call.key - call.key.mean(dim=0, keepdim=True) if smooth_k else call.key
         head_dim = call.query.shape[-1]
         with on_device_of(call.query):

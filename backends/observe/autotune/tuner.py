@@ -21,7 +21,7 @@ from ...engine.router import Decision
 from ...guard import Guard
 from ...measure.call_key import TuningKey, key_of
 from ...measure.device_clock import DeviceClock
-from ...report import Trace
+from ...report import RunReport
 from ...report.tuning import FROM_STORE, NOT_TUNED, OPEN
 from ...values.request import AttentionRequest
 from .candidates import candidates, may_win
@@ -78,7 +78,7 @@ class Tuner:
             self.paused = "a recorded run is repeated"
         elif not self.clock.of_the_work:
             self.paused = f"work on {platform.kind} cannot be timed"
-        self.judge = Guard("enforce", Trace(mode="off"), everything=True)
+        self.judge = Guard("enforce", RunReport(mode="off"), everything=True)
         """Looks at the first call of each candidate; what it finds is no business of the run's own guard."""
         self.steps = 0
         self._step: object = None

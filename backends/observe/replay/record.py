@@ -1,7 +1,8 @@
 """A run's decisions as plain data, to be kept beside a picture, so that the same seed gives the same picture later.
 
 A record says for each kind of call and block which kernel ran, with its options, and on what machine. It holds no
-paths and nothing of the graph. `ledger.py` collects what is in it, `config/recorded.py` makes a configuration of it
+paths and nothing of the graph. `run_recorder.py` collects what is in it, `config/recorded.py` makes a configuration of
+it
 again.
 """
 
@@ -15,18 +16,18 @@ from ...config.layers import settings_of
 from ...config.record_format import FORMAT, MARK, machine_of, normal
 from ...measure.remembered import own_version
 from ...values.request import AttentionRequest
-from .ledger import Ledger, Ran
+from .run_recorder import Ran, RunRecorder
 
 if TYPE_CHECKING:
-    from ...report import Trace
+    from ...report import RunReport
 
 _NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,5})")
 
 
-def of_run(trace: Trace) -> dict[str, Any] | None:
+def of_run(trace: RunReport) -> dict[str, Any] | None:
     """One sampling run as plain data; None where its decisions were not kept."""
     ledger = trace.ledger
-    if not isinstance(ledger, Ledger):
+    if not isinstance(ledger, RunRecorder):
         return None
     found = _decisions(ledger)
     used = {ran["backend"] for decision in found for ran in decision["ran"]}
@@ -101,7 +102,7 @@ def ranges(blocks: Iterable[str]) -> list[str]:
     return found
 
 
-def _decisions(ledger: Ledger) -> list[dict[str, Any]]:
+def _decisions(ledger: RunRecorder) -> list[dict[str, Any]]:
     """Blocks and kinds of call with equal decisions in one entry."""
     blocks: dict[tuple[str, AttentionRequest, str], list[str]] = {}
     ran_of: dict[str, tuple[tuple[int, Ran], ...]] = {}

@@ -2,7 +2,7 @@
 
 The hook's object (`host.Override`) holds the configuration and nothing of a run. A `Run` is made around each sampling
 run (`wrappers.py`) and travels in that run's own transformer options; the part that belongs to one model call is a
-`Scope` (`scope.py`).
+`ModelCall` (`model_call.py`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from ...backends.engine.router import Router
 from ...backends.engine.session import Session
 from ...backends.observe.advisories import offers
 from ...backends.observe.autotune.tuner import Tuner
-from ...backends.report import Trace
+from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform, detect
-from . import sites
+from . import attention_modules
 from .foreign_code import ForeignCode
+from .model_call import ModelCall
 from .others import KEY as KEY
 from .others import OVERRIDE as OVERRIDE
 from .others import Others
 from .roles import bypass_of
-from .scope import Scope
 
 if TYPE_CHECKING:
     from .hook_calls import HookPlan
-    from .host import Override
     from .layouts import Layout
     from .memory import Place
+    from .override import Override
 
 log = logging.getLogger("attention_backends")
 
@@ -65,7 +65,7 @@ class Run:
 
     def __init__(self, override: Override) -> None:
         self.override = override
-        self.trace = Trace(layers=override.layers)
+        self.trace = RunReport(layers=override.layers)
         self.reached = False
         self.others = Others(self)
         self.roots: set[int] = set()
@@ -74,8 +74,8 @@ class Run:
         """Its sampler has ended: model calls that still carry it have a run of their own."""
         self.family = ""
         """Of the model, as `roles.py` names it; empty where that does not know it."""
-        self._scopes: dict[torch.device, Scope] = {}
-        self._marks: dict[int, sites.Marks] = {}
+        self._scopes: dict[torch.device, ModelCall] = {}
+        self._marks: dict[int, attention_modules.Marks] = {}
         self._started: float | None = None
         self.samples = 0
         """Most samples in one model call so far: prompts that ComfyUI batches count each."""
@@ -86,7 +86,8 @@ class Run:
         self.timeless = Timetable(override.layers) if is_scheduled(override.layers) else None
         """The schedules as they are outside a model call; None where there is none."""
         self.parts_from = sum(len(layer.schedule) + len(layer.recommended) for layer in override.layers)
-        """The bit of `Scope.window` from which on it has the part of a record: all entries of schedules are below."""
+        """The bit of `ModelCall.window` from which on it has the part of a record: all entries of schedules are
+        below."""
         self.record = record_of(override.layers)
         """The recorded run that is repeated; None where there is none."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
@@ -118,10 +119,10 @@ class Run:
         if id(model) in self._marks:
             self._marks[id(model)].renew()
         else:
-            self._marks[id(model)] = sites.attach(model.diffusion_model)
+            self._marks[id(model)] = attention_modules.attach(model.diffusion_model)
             self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
             self.trace.model = type(model).__name__
-            family = sites.family_of_model(model.diffusion_model)
+            family = attention_modules.family_of_model(model.diffusion_model)
             self.family = family.name if family is not None else ""
             self.trace.bypass = bypass_of(family)
             schedule = options.get("sample_sigmas")
@@ -144,7 +145,7 @@ class Run:
             self.override.layers,
             () if sigmas is None else sigmas.tolist(),
             getattr(getattr(model, "model_sampling", None), "percent_to_sigma", None),
-            sites.blocks_of(model.diffusion_model),
+            attention_modules.blocks_of(model.diffusion_model),
         )
         if before is not None:  # another sampler in the same run
             found.take_over(before[1])
@@ -215,20 +216,20 @@ class Run:
             self._marks.clear()
             self._code.clear()
 
-    def marks(self) -> list[sites.Marks]:
+    def marks(self) -> list[attention_modules.Marks]:
         """The marks of each model that this run has called so far."""
         return list(self._marks.values())
 
-    def scopes(self) -> list[Scope]:
+    def scopes(self) -> list[ModelCall]:
         """The scopes of all devices so far."""
         return list(self._scopes.values())
 
-    def scope(self, device: torch.device) -> Scope:
+    def scope(self, device: torch.device) -> ModelCall:
         """The scope of a device, made on first use."""
         found = self._scopes.get(device)
         if found is None:
             self.trace.device = device.type
-            found = self._scopes[device] = Scope(self, DeviceSession(self, device))
+            found = self._scopes[device] = ModelCall(self, DeviceSession(self, device))
             if self.record is not None:
                 for text in self.record.remarks(self.trace.node_id, found.session.router.platform):
                     self.note(text)
@@ -248,7 +249,7 @@ class Run:
         if self.trace.ledger is not None:
             self.trace.ledger.begin_model_call(self.trace.timeline.model_calls + 1, window)
 
-    def check_reached(self, scope: Scope, options: dict[str, Any]) -> None:
+    def check_reached(self, scope: ModelCall, options: dict[str, Any]) -> None:
         """After a model call: say so when no attention call of the run is known so far, ours or another's.
 
         Raises:

@@ -2,7 +2,7 @@
 
 ComfyUI calls `transformer_options["optimized_attention_override"](func, q, k, v, heads, ...)` for each attention
 call of a patched model. `Override` is that object. It holds the configuration and nothing of a run; a run's state
-is a `Run`, and the part that belongs to one model call a `Scope`, which the wrapper around the model call sets for
+is a `Run`, and the part that belongs to one model call a `ModelCall`, which the wrapper around the model call sets for
 its thread and clears again. What becomes of one call is in `hook_calls.py`.
 """
 
@@ -18,12 +18,12 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from ...backends.config import AttentionConfig
-from . import compiled, others, sites
+from . import attention_modules, compiled, others
+from .attention_modules import current
 from .hook_calls import count_passed_on, route
 from .masks import COMPILED
-from .sampling import KEY, RUN_KEY, Run
-from .scope import Scope
-from .sites import current
+from .model_call import ModelCall
+from .run import KEY, RUN_KEY, Run
 from .whose import name_of
 
 log = logging.getLogger("attention_backends")
@@ -85,7 +85,7 @@ class Override:
             args = compiled.positional(args, kwargs)
         return self._composed(scope, func, *args, **kwargs) if ours else self._outside(func, *args, **kwargs)
 
-    def _composed(self, scope: Scope, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _composed(self, scope: ModelCall, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Let the other pack's override run with our routing in place of ComfyUI's function."""
         foreign = self.foreign
         if foreign is None:
@@ -111,15 +111,15 @@ class Override:
             return func(*args, **kwargs)
         device = getattr(args[0], "tensor", args[0]).device
         scope = self._scope_outside(device, kwargs.get("transformer_options") or {})
-        previous, place = sites.set_scope(scope), scope.place()
+        previous, place = attention_modules.set_scope(scope), scope.place()
         try:
             scope.begin({})
             return self(func, *args, **kwargs)
         finally:
-            sites.set_scope(previous)
+            attention_modules.set_scope(previous)
             scope.give_back(place)
 
-    def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> Scope:
+    def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> ModelCall:
         """The scope of a call outside any model call; a model call may be going on in it, further up the stack."""
         run = options.get(RUN_KEY)
         outside = run is None or run.override is not self or run.over
@@ -135,7 +135,7 @@ class Override:
 
     def run_compiled(
         self,
-        site: sites.Site | None,
+        site: attention_modules.AttentionModule | None,
         ordinal: int,
         composed: bool,
         func: Callable[..., torch.Tensor],
@@ -159,7 +159,12 @@ class Override:
             return route(scope, func, args, kwargs) if composed else self(func, *args, **kwargs)
 
     def count_compiled(
-        self, site: sites.Site | None, ordinal: int, query: torch.Tensor, key: torch.Tensor, by_other: bool
+        self,
+        site: attention_modules.AttentionModule | None,
+        ordinal: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        by_other: bool,
     ) -> None:
         """Account for a call in a compiled graph that did not come to us; see `answered_by_other` and `_pass_on`."""
         with self._at(site, ordinal, query.device) as scope:
@@ -171,9 +176,11 @@ class Override:
                 count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
 
     @contextmanager
-    def _at(self, site: sites.Site | None, ordinal: int, device: torch.device) -> Iterator[Scope]:
+    def _at(
+        self, site: attention_modules.AttentionModule | None, ordinal: int, device: torch.device
+    ) -> Iterator[ModelCall]:
         """This thread's scope with `site` as the module that is running."""
-        current = sites.current_scope()
+        current = attention_modules.current_scope()
         if current is None or current.run.override is not self:
             scope = self._scope_outside(device, {})
             place = scope.place()
@@ -183,11 +190,11 @@ class Override:
         before = scope.site, scope.ordinal, scope.masks.not_kept
         if site is not None:
             scope.site, scope.ordinal = site, ordinal
-        sites.set_scope(scope)
+        attention_modules.set_scope(scope)
         try:
             yield scope
         finally:
-            sites.set_scope(current)
+            attention_modules.set_scope(current)
             if place is not None:
                 scope.give_back(place)
             else:  # the model call goes on, with this call counted

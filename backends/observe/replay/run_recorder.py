@@ -49,7 +49,7 @@ class _Place(NamedTuple):
     """What of the schedules held when the call was planned."""
 
 
-class Ledger:
+class RunRecorder:
     """The decisions of one sampling run, and when they held."""
 
     def __init__(self) -> None:

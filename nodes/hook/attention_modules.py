@@ -28,7 +28,7 @@ HOLDER = "comfy_attention"
 """Where a module of ComfyUI 0.37 and newer has what the checkpoint prefers for its attention."""
 
 
-class Site:
+class AttentionModule:
     """One attention module of one model: its path, the roles of its calls, its block."""
 
     __slots__ = (
@@ -163,7 +163,7 @@ class Mark:
 
     __slots__ = ("_home", "_marked", "_module", "_site", "_users")
 
-    def __init__(self, module: torch.nn.Module, site: Site | None, home: str) -> None:
+    def __init__(self, module: torch.nn.Module, site: AttentionModule | None, home: str) -> None:
         """`site` is None for a block, of which only a forward that another pack replaced is watched.
 
         `home` is the Python module of the model's class.
@@ -176,7 +176,7 @@ class Mark:
         """By method: what stood in the module's own dictionary before, and what stands there now."""
 
     @classmethod
-    def on(cls, module: torch.nn.Module, site: Site | None, methods: tuple[str, ...], home: str) -> Mark:
+    def on(cls, module: torch.nn.Module, site: AttentionModule | None, methods: tuple[str, ...], home: str) -> Mark:
         """The mark of a module, made by the first run that wants it."""
         with _marks_lock:
             mark = _marks.get(module)
@@ -234,7 +234,7 @@ _marks: dict[torch.nn.Module, Mark] = {}
 _marks_lock = threading.Lock()
 
 
-def role_at(site: Site | None, ordinal: int, q_len: int, kv_len: int) -> Role:
+def role_at(site: AttentionModule | None, ordinal: int, q_len: int, kv_len: int) -> Role:
     """The role of the current call; guessed where no marked module is running."""
     return site.role(ordinal, q_len, kv_len) if site is not None else guess("", q_len, kv_len)
 
@@ -251,10 +251,10 @@ def set_scope(scope: Any) -> Any:
     return previous
 
 
-_sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
+_sites: weakref.WeakKeyDictionary[torch.nn.Module, AttentionModule] = weakref.WeakKeyDictionary()
 
 
-def site_of(module: torch.nn.Module) -> Site | None:
+def site_of(module: torch.nn.Module) -> AttentionModule | None:
     """The site of a module that was marked at some time; None for others."""
     return _sites.get(module)
 
@@ -343,7 +343,7 @@ class Marks(list[Mark]):
         self._cover_blocks()
         self._note_what_stands()
 
-    def learn(self, caller: callers.Caller) -> Site | None:
+    def learn(self, caller: callers.Caller) -> AttentionModule | None:
         """The site of a module that makes a call and had no mark; None where it is none of this model's.
 
         From now on all modules of its class are marked.
@@ -360,7 +360,7 @@ def attach(diffusion_model: torch.nn.Module) -> Marks:
     return Marks(diffusion_model)
 
 
-def maker(scope: Any) -> tuple[Site | None, Any]:
+def maker(scope: Any) -> tuple[AttentionModule | None, Any]:
     """The site of the call that is being planned, and the module that holds what is preferred for it, or None.
 
     The site is the marked module that is running, unless the stack says that a module within it makes the call.
@@ -372,10 +372,10 @@ def maker(scope: Any) -> tuple[Site | None, Any]:
     return found or scope.site, caller.preferred
 
 
-def _site_of(module: torch.nn.Module, path: str, family: Family | None) -> Site:
+def _site_of(module: torch.nn.Module, path: str, family: Family | None) -> AttentionModule:
     site = _sites.get(module)
     if site is None or site.path != path:
-        site = _sites[module] = Site(module, path, family)
+        site = _sites[module] = AttentionModule(module, path, family)
     return site
 
 

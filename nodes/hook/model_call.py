@@ -1,6 +1,6 @@
 """Where in the model the current model call is: what the hook asks at each call.
 
-A `Scope` belongs to one run and one device (`sampling.py`). The wrapper around the model call (`wrappers.py`)
+A `ModelCall` belongs to one run and one device (`run.py`). The wrapper around the model call (`wrappers.py`)
 begins it, makes it current for its thread and takes it away again.
 """
 
@@ -13,16 +13,16 @@ import torch
 
 from ...backends.config.layers import Choice, resolve
 from ...backends.config.schedule import step_of
-from . import sites
+from . import attention_modules
 from .foreign_code import ForeignCode, in_a_call
 from .masks import COMPOSED, FOREIGN, PATCHED, Masks
 from .roles import Role
 
 if TYPE_CHECKING:
-    from .sampling import DeviceSession, Run
+    from .run import DeviceSession, Run
 
 
-class Scope:
+class ModelCall:
     """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
 
     __slots__ = (
@@ -63,7 +63,7 @@ class Scope:
             self.timetable, self.code = self.run.timeless, None
         self.in_model_call = in_model_call
         self.options = options
-        self.site: sites.Site | None = None
+        self.site: attention_modules.AttentionModule | None = None
         self.ordinal = 0
         self.routed = 0
         self.elsewhere = 0
@@ -147,7 +147,7 @@ class Scope:
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
-        role = sites.role_at(self.site, ordinal, q_len, kv_len)
+        role = attention_modules.role_at(self.site, ordinal, q_len, kv_len)
         self.run.trace.categories[role.name] = role.category
         return role
 
@@ -163,4 +163,4 @@ class Scope:
         return 0 if sigma is None or schedule is None else step_of(float(sigma.max()), schedule.tolist())
 
 
-_everything = attrgetter(*Scope.__slots__)
+_everything = attrgetter(*ModelCall.__slots__)
