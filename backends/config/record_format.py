@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.packages import PACKAGES_OF
+from ..kernels import distributions
 from ..measure.remembered import COMPILERS, driver
 from ..values.request import AttentionRequest
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:
     """What of a machine can change the numbers that these backends compute."""
-    names = {package.distribution for backend in backends for package in PACKAGES_OF.get(backend, ())}
+    names = set(distributions(backends))
     names.update(COMPILERS if names or "flex_attn" in backends else ())
     facts = {
         "kind": platform.kind,

@@ -16,7 +16,6 @@ from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels.backend import Backend
 from ..kernels.group import BackendGroup
-from ..kernels.packages import PACKAGES_OF
 from ..measure import remembered
 from ..measure.remembered import Outcome
 from ..values.platform import KINDS, Platform, detect, installed_packages
@@ -139,7 +138,7 @@ def examine(
             names = _names(backend, router.platform, probed)
         else:
             reasons, advice = (without_torch,), Advice("nothing", NO_TORCH)
-            names = symbols.without_import(backend_id, router.platform, "not looked for: there is no torch")
+            names = symbols.without_import(backend, router.platform, "not looked for: there is no torch")
         version, module = _made_of(backend, router.platform)
         file, cards = module and file_of(module), cards_of(backend, router.platform)
         rows.append(Row(backend_id, backend.accuracy, reasons, version, file, advice, cards, names, probed))
@@ -186,8 +185,8 @@ def _names(backend: Backend, platform: Platform, probed: Outcome | None) -> Find
     if isinstance(backend, BackendGroup) or backend.origin(platform):
         return Finding()  # a family's members have rows of their own; what is from elsewhere was loaded from there
     if probed is not None and probed.status in ("crashed", "hung"):
-        return symbols.without_import(backend.id, platform, f"not looked for: a probe {probed.words}")
-    return symbols.find(backend.id, platform)
+        return symbols.without_import(backend, platform, f"not looked for: a probe {probed.words}")
+    return symbols.find(backend, platform)
 
 
 def _ask(router: Router, backend_id: str, interpreter: Interpreter) -> tuple[tuple[str, ...], Advice | None]:
@@ -205,11 +204,11 @@ def _made_of(backend: Backend, platform: Platform) -> tuple[str | None, str | No
     origin = backend.origin(platform)
     if origin is not None:
         return origin, None
-    for package in PACKAGES_OF.get(backend.id, ()):
+    for package in backend.packages:
         version = platform.version(package.distribution)
         if version is not None:
             return f"{package.distribution} {version}", package.module
-    if backend.id == COMFY or backend.id in PACKAGES_OF:
+    if backend.id == COMFY or backend.packages:
         return None, None
     return (f"torch {platform.torch}" if platform.torch else None), "torch"
 

@@ -1,9 +1,8 @@
 """How to get the package behind a backend, for the interpreter that runs and the machine it runs on.
 
-Pure functions over the data in `kernels/packages.py`. A printed command never changes the installed torch: a package
-that
-pulls torch is installed with --no-deps, or beside a pin of the torch that is there, so that pip keeps it or
-refuses. Where no wheel is known to fit, the answer is the project's page and the tags that a fitting wheel has.
+Pure functions over what backends declare of their packages. A printed command never changes the installed torch: a
+package that pulls torch is installed with --no-deps, or beside a pin of the torch that is there, so that pip keeps it
+or refuses. Where no wheel is known to fit, the answer is the project's page and the tags that a fitting wheel has.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..kernels.backend import Backend
-from ..kernels.packages import PACKAGES_OF, Package
+from ..values.package import Package
 from ..values.platform import FLASH_TRITON_VARIABLE, Platform
 
 SET_FLASH_TRITON = f"set {FLASH_TRITON_VARIABLE}=TRUE before the program starts"
@@ -68,16 +67,15 @@ def _refuses() -> str:
 
 def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -> Advice:
     """How to make an unavailable backend available: a command where one is known, `nothing` where none would help."""
-    packages = PACKAGES_OF.get(backend.id, ())
     if platform.hub and backend.origin(platform):
         platform = replace(platform, hub=False)  # the Hub was tried; its own package is what remains
     missing = backend.unavailable_reasons(platform)
     if not missing:
-        return _broken(packages, platform, interpreter)
+        return _broken(backend.packages, platform, interpreter)
     if platform.kind == "rocm" and not backend.unavailable_reasons(replace(platform, flash_triton=True)):
         return Advice("nothing", f"nothing to install: {SET_FLASH_TRITON}", FLASH_TRITON_REPORTED)
     answers, obstacles = [], []
-    for package in packages:
+    for package in backend.packages:
         lacking = backend.unavailable_reasons(_with_package(platform, package))
         if not lacking and platform.os in package.systems:
             answers.append(_advice(package, platform, interpreter))
@@ -85,7 +83,7 @@ def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -
         obstacles.append((len(lacking), lacking or no_build))
     if not answers:
         _, missing = min(obstacles, default=(0, missing))
-        pages = ", ".join(dict.fromkeys(package.page for package in packages))
+        pages = ", ".join(dict.fromkeys(package.page for package in backend.packages))
         why = "; ".join(missing)
         return Advice("nothing", f"nothing to install on this machine: {why}", f"project: {pages}" if pages else "")
     return next((answer for answer in answers if answer.kind == "command"), answers[0])
@@ -122,7 +120,7 @@ def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> A
         "torch": platform.torch,
     }
     notes = [package.note.format(**facts)]
-    if package.module in NEEDS_TRITON and platform.os == "win32" and platform.version("triton-windows") is None:
+    if package.needs_triton and platform.os == "win32" and platform.version("triton-windows") is None:
         triton = _triton_windows(platform)
         if triton:
             notes.append(f"it needs Triton too: {pip_install((triton,), platform, interpreter)}")
@@ -172,8 +170,6 @@ TRITON_OF_TORCH = {
     "2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.12": "3.7",
 }  # fmt: skip
 """The Triton that each torch declares on Linux; triton-windows has the same versions."""
-
-NEEDS_TRITON = ("sageattention", "sageattn3")
 
 
 def _triton_windows(platform: Platform) -> str:

@@ -11,7 +11,7 @@ from itertools import product
 
 from ..kernels import BACKENDS
 from ..kernels.backend import ANY_MASK, Backend, Limits
-from ..kernels.packages import PACKAGES_OF, Package
+from ..values.package import Package
 from ..values.platform import KINDS, Platform
 
 CARDS = ((5, 0), (7, 0), (7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
@@ -46,7 +46,7 @@ CUBINS = ("flashinfer-cubin", "0.6.13")
 def equipped(backend: Backend, machine: Platform) -> list[tuple[str, Platform]]:
     """The machine with each package that can serve this backend, one at a time, named if several can."""
     triton = ("triton", "3.6.0" if machine.architecture != "Turing" else "3.2.0")
-    packages = PACKAGES_OF.get(backend.id, ())
+    packages = backend.packages
     if not packages:
         return [("", replace(machine, packages=(triton,)))]
     return [

@@ -6,69 +6,14 @@ Looking is live on purpose, as the doctor is: it imports the package, and whatev
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from types import MappingProxyType, ModuleType
-from typing import NamedTuple
+from types import ModuleType
 
-from ..kernels.backend import package_reason
-from ..kernels.packages import PACKAGES_OF
+from ..kernels.backend import Backend, package_reason
+from ..values.package import Symbols
 from ..values.platform import Platform
-
-
-class Symbols(NamedTuple):
-    """Names that a kernel takes from a module of its package."""
-
-    module: str
-    names: tuple[str, ...]
-    when: str = ""
-    """The requirement under which this holds, e.g. `sageattention>=2`; empty for always."""
-    foreign: tuple[str, ...] = ()
-    """Names that it must not have: with them it is another release than its metadata says."""
-
-
-_SAGE_2_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
-
-
-def _sage_2(*names: str) -> tuple[Symbols, ...]:
-    return (Symbols("sageattention", tuple(dict.fromkeys((*names, _SAGE_2_ONLY))), "sageattention>=2"),)
-
-
-SYMBOLS_OF: Mapping[str, tuple[Symbols, ...]] = MappingProxyType(
-    {
-        "flash_attn_2": (Symbols("flash_attn", ("flash_attn_func",)),),
-        "flash_attn_3": (Symbols("flash_attn_interface", ("flash_attn_func",)),),
-        "flash_attn_4": (Symbols("flash_attn.cute", ("flash_attn_func",)),),
-        "flashinfer_attn": (
-            Symbols("flashinfer", ("single_prefill_with_kv_cache", "BatchPrefillWithRaggedKVCacheWrapper", "packbits")),
-        ),
-        "trtllm_attn": (Symbols("flashinfer.prefill", ("trtllm_ragged_attention_deepseek",)),),
-        "sage_attn": (
-            Symbols("sageattention", ("sageattn",), "sageattention<2", foreign=(_SAGE_2_ONLY,)),
-            *_sage_2("sageattn", "sageattn_qk_int8_pv_fp16_triton"),
-        ),
-        "sage_fp16_cuda": _sage_2("sageattn_qk_int8_pv_fp16_cuda"),
-        "sage_fp16_triton": _sage_2("sageattn_qk_int8_pv_fp16_triton"),
-        "sage_fp8_cuda": _sage_2("sageattn_qk_int8_pv_fp8_cuda"),
-        "sage_fp8_sm90": _sage_2("sageattn_qk_int8_pv_fp8_cuda_sm90"),
-        "sage_attn_3": (Symbols("sageattn3", ("sageattn3_blackwell",)),),
-        "xformers": (
-            Symbols("xformers.ops", ("memory_efficient_attention", "LowerTriangularMask")),
-            Symbols("xformers._cpp_lib", ("_built_with_cuda",)),
-        ),
-        "comfy_kitchen_int8": (Symbols("comfy_kitchen", ("int8_attention", "int8_attention_is_available")),),
-        "flex_attn": (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),),
-        "aiter": (Symbols("aiter", ("flash_attn_func",)),),
-        "npu_fusion": (Symbols("torch_npu", ("npu_fusion_attention",)),),
-        "xla_flash": (
-            Symbols("torch_xla.experimental.custom_kernel", ("flash_attention",)),
-            Symbols("torch_xla.runtime", ("device_type",)),
-        ),
-    }
-)
-"""What each kernel takes from its package; backends that are not here need nothing beyond torch or us."""
 
 
 @dataclass(frozen=True)
@@ -92,27 +37,27 @@ class Finding:
         return self.problem or f"{', '.join(self.needed)} found"
 
 
-def needs_of(backend_id: str, platform: Platform) -> tuple[Symbols, ...]:
+def needs_of(backend: Backend, platform: Platform) -> tuple[Symbols, ...]:
     """What a backend takes from the versions that are installed; from the newest where none is."""
-    needs = SYMBOLS_OF.get(backend_id, ())
+    needs = backend.symbols
     holding = tuple(need for need in needs if not need.when or package_reason(need.when, platform) is None)
     return holding or needs[-1:]
 
 
-def without_import(backend_id: str, platform: Platform, problem: str) -> Finding:
+def without_import(backend: Backend, platform: Platform, problem: str) -> Finding:
     """The finding where the package is better not imported; `problem` says why."""
-    needed = _names(needs_of(backend_id, platform))
+    needed = _names(needs_of(backend, platform))
     return Finding(needed, (), problem) if needed else Finding()
 
 
-def find(backend_id: str, platform: Platform) -> Finding:
+def find(backend: Backend, platform: Platform) -> Finding:
     """Import what a backend's package offers and look for the names."""
-    needs = needs_of(backend_id, platform)
+    needs = needs_of(backend, platform)
     missing: list[str] = []
     problems: list[str] = []
     installed = True
     for need in needs:
-        gone, problem, there = _look(backend_id, need, platform)
+        gone, problem, there = _look(backend, need, platform)
         missing += gone
         problems += [problem] if problem else []
         installed = installed and there
@@ -123,10 +68,10 @@ def _names(needs: tuple[Symbols, ...]) -> tuple[str, ...]:
     return tuple(f"{need.module}.{name}" for need in needs for name in need.names)
 
 
-def _look(backend_id: str, need: Symbols, platform: Platform) -> tuple[list[str], str, bool]:
+def _look(backend: Backend, need: Symbols, platform: Platform) -> tuple[list[str], str, bool]:
     """The names that are missing, why, and whether there is any trace of the package."""
     top = need.module.split(".")[0]
-    distribution = next((p.distribution for p in PACKAGES_OF.get(backend_id, ()) if _top(p.module) == top), top)
+    distribution = next((p.distribution for p in backend.packages if _top(p.module) == top), top)
     version = platform.version(distribution)
     everything = [f"{need.module}.{name}" for name in need.names]
     if not _can_be_found(top):

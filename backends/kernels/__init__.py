@@ -5,6 +5,8 @@ A new kernel is added in these two places, and its id in `config/names.py`; docs
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .aiter import Aiter
 from .backend import Backend
 from .comfy import Comfy
@@ -68,3 +70,9 @@ BACKENDS: dict[str, Backend] = {
         *PLANNED,
     )
 }
+
+
+def distributions(ids: Iterable[str]) -> list[str]:
+    """The distributions of the packages behind these backends, each once; an id that is none here has none."""
+    backends = (BACKENDS[one] for one in ids if one in BACKENDS)
+    return list(dict.fromkeys(package.distribution for backend in backends for package in backend.packages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from .backend import HALF, Kernel, Limits
 from .support.flash import FlashAttention
@@ -13,6 +14,10 @@ from .support.layout import INT32_ELEMENTS
 
 AMD_CARDS = ("gfx942", "gfx950")
 """MI300 and MI350: where vLLM-Omni 0.30 uses it."""
+
+
+def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
+    return ("amd-aiter==0.1.7.post2.dev18",) if platform.os == "linux" else ()
 
 
 class Aiter(FlashAttention):
@@ -30,6 +35,19 @@ class Aiter(FlashAttention):
     kinds = ("rocm",)
     architectures = AMD_CARDS
     requires = ("amd-aiter>=0.1.5",)
+    packages = (
+        Package(
+            "amd-aiter",
+            "aiter",
+            "0.1.7.post2.dev18",
+            "https://github.com/ROCm/aiter",
+            how="see {page}; it has to fit {tags}",
+            note="kernels are compiled with hipcc at their first call; PyPI's 'aiter' is an unrelated package",
+            systems=("linux",),
+            arguments=_pip_arguments,
+        ),
+    )
+    symbols = (Symbols("aiter", ("flash_attn_func",)),)
     module = "aiter"
     varlen = False  # its flash_attn_varlen_func differs between versions, and no fake of it could be checked
     hub = HubKernel("kernels-community/aiter-flash-attn-ck", 1, architectures=AMD_CARDS)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
 from ..values.options import Option
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from ..values.tolerance import EXACT, Tolerance, accuracy, tolerance
@@ -59,6 +60,10 @@ class Backend:
     """The only AMD architectures that it has kernels for, such as `gfx942`; asked only on `rocm`."""
     requires: ClassVar[tuple[str, ...]] = ()
     """Distributions it needs, as requirement strings such as `flash-attn>=2.6.3`."""
+    packages: ClassVar[tuple[Package, ...]] = ()
+    """The packages that can make it available, best first; empty where it is part of torch or of us."""
+    symbols: ClassVar[tuple[Symbols, ...]] = ()
+    """The names that it takes from its packages; empty where it needs nothing beyond torch or us."""
     limits: ClassVar[Limits] = Limits()
     remarks: ClassVar[tuple[str, ...]] = ()
     """For the support table: what `unsupported_reasons` or `load` ask beyond `limits` and `requires`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits
@@ -40,6 +41,17 @@ class ComfyKitchenInt8(Backend):
     )
     """RDNA 3 and 4: those with matrix cores in backends/hip/architectures.json."""
     requires = ("comfy-kitchen>=0.2.29",)
+    packages = (
+        Package(
+            "comfy-kitchen",
+            "comfy_kitchen",
+            "0.2.40",
+            "https://github.com/Comfy-Org/comfy-kitchen",
+            how="ComfyUI's requirements.txt names the version that fits it: {pip} --no-deps "
+            "comfy-kitchen==THAT_VERSION",
+        ),
+    )
+    symbols = (Symbols("comfy_kitchen", ("int8_attention", "int8_attention_is_available")),)
     limits = Limits(
         dtypes=("float16", "bfloat16", "float32"),
         max_head_dim=HEAD_DIMS[-1],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..values.package import Package, Symbols
 from ..values.platform import FLASH_TRITON_VARIABLE, Platform
 from ..values.request import AttentionRequest
 from .backend import HALF, Limits, package_reason
-from .support.flash import FlashAttention
+from .support.flash import PAGE, FlashAttention
 from .support.hub import HubKernel
 from .support.layout import INT32_ELEMENTS
 
@@ -35,6 +36,17 @@ class FlashAttn2(FlashAttention):
     min_capability = (8, 0)
     architectures = AMD_CARDS
     requires = ("flash-attn>=2.6.3",)
+    packages = (
+        Package(
+            "flash-attn",
+            "flash_attn",
+            "2.8.3",
+            f"{PAGE}/releases",
+            note="PyPI has only its sources: building them takes nvcc (hipcc on AMD) and up to hours, and fails on "
+            "Windows",
+        ),
+    )
+    symbols = (Symbols("flash_attn", ("flash_attn_func",)),)
     module = "flash_attn"
     hub = HubKernel("kernels-community/flash-attn2", 3, ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)))
     limits = Limits(

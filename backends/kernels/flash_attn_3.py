@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from .backend import HALF, Limits
-from .support.flash import FlashAttention
+from .support.flash import PAGE, FlashAttention
 from .support.hub import HubKernel
 
 
@@ -19,6 +20,17 @@ class FlashAttn3(FlashAttention):
     summary = "FlashAttention 3, for Hopper cards. Faster there than version 2; takes no masks."
     kinds = ("cuda",)
     requires = ("flash-attn-3",)
+    packages = (
+        Package(
+            "flash-attn-3",
+            "flash_attn_interface",
+            "3.0.0",
+            f"{PAGE}/tree/main/hopper",
+            how="build it from {page}, with nvcc of the CUDA that torch has, for {tags}",
+            systems=("linux",),
+        ),
+    )
+    symbols = (Symbols("flash_attn_interface", ("flash_attn_func",)),)
     module = "flash_attn_interface"
     hub = HubKernel("kernels-community/flash-attn3", 1, ((9, 0),))
     limits = Limits(dtypes=HALF, max_head_dim=256, head_dim_multiple=8, masks=("none",), max_batch=65535)

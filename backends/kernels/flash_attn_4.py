@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
+from ..values.versions import meets
 from .backend import HALF, Limits
-from .support.flash import FlashAttention
+from .support.flash import PAGE, FlashAttention
 from .support.hub import HubKernel
 from .support.layout import INT32_ELEMENTS
+
+
+def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
+    if machine != "linux_x86_64" or not meets(platform.torch, ">=2.6"):
+        return ()
+    extra = "[cu13]" if (platform.cuda or "").startswith("13.") else ""
+    return (f"flash-attn-4{extra}==4.0.0b36", f"torch=={platform.torch}")
 
 
 class FlashAttn4(FlashAttention):
@@ -26,6 +35,19 @@ class FlashAttn4(FlashAttention):
     kinds = ("cuda",)
     min_capability = (8, 0)
     requires = ("flash-attn-4>=4.0.0b5",)
+    packages = (
+        Package(
+            "flash-attn-4",
+            "flash_attn.cute",
+            "4.0.0b36",
+            f"{PAGE}/tree/main/flash_attn/cute",
+            how="see {page}; it has to fit {tags}",
+            note="a pre-release; pip keeps torch {torch} or stops",
+            systems=("linux",),
+            arguments=_pip_arguments,
+        ),
+    )
+    symbols = (Symbols("flash_attn.cute", ("flash_attn_func",)),)
     module = "flash_attn.cute"
     hub = HubKernel("kernels-community/flash-attn4", 0, ((9, 0), (10, 0), (10, 3)))
     limits = Limits(

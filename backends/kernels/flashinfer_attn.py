@@ -6,9 +6,11 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import HALF, Backend, Kernel, Limits, package_reason
+from .support.flashinfer import FLASHINFER
 from .support.layout import INT32_ELEMENTS, indexable, on_device_of
 from .support.ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
 from .support.workspace import item_bytes, mask_size, output_size
@@ -41,6 +43,10 @@ class FlashInferAttn(Backend):
     kinds = ("cuda",)
     min_capability = (7, 5)
     requires = ("flashinfer-python>=0.6",)
+    packages = (FLASHINFER,)
+    symbols = (
+        Symbols("flashinfer", ("single_prefill_with_kv_cache", "BatchPrefillWithRaggedKVCacheWrapper", "packbits")),
+    )
     limits = Limits(
         dtypes=HALF,
         head_dims=(64, 128, 256),

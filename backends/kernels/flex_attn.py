@@ -21,6 +21,7 @@ from dataclasses import replace
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
+from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits, package_reason
@@ -65,6 +66,7 @@ class FlexAttn(Backend):
     summary = "PyTorch's FlexAttention, compiled. Skips what masks hide; the first call of each kind takes long."
     kinds = (*GPU_KINDS, "cpu")
     requires = ("torch>=2.5",)
+    symbols = (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),)
     torch_of_kind: ClassVar[Mapping[str, str]] = MappingProxyType({"cpu": "torch>=2.6", "xpu": "torch>=2.9"})
     """Kinds that came later than the first release."""
     limits = Limits(

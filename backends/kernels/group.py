@@ -31,6 +31,8 @@ class BackendGroup(Backend):
         self.summary = summary  # type: ignore[misc]
         self.order = order
         self.on = on
+        every = dict.fromkeys(member for members in (order, *on.values()) for member in members)
+        self.packages = tuple(dict.fromkeys(package for member in every for package in member.packages))  # type: ignore[misc]
         self._loaded: dict[Platform, Backend] = {}
 
     def members(self, platform: Platform) -> tuple[Backend, ...]:

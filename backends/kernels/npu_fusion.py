@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall
 from .backend import HALF, Backend, Kernel, Limits
@@ -28,6 +29,17 @@ class NpuFusion(Backend):
     summary = "Fused attention on Ascend NPUs. Exact in half precision; takes boolean masks."
     kinds = ("npu",)
     requires = ("torch-npu>=2.1",)
+    packages = (
+        Package(
+            "torch-npu",
+            "torch_npu",
+            "2.13.0",
+            "https://gitcode.com/ascend/pytorch",
+            how="take the release made for torch {torch} from {page}; its tags are {tags}",
+            systems=("linux",),
+        ),
+    )
+    symbols = (Symbols("torch_npu", ("npu_fusion_attention",)),)
     limits = Limits(
         dtypes=HALF,
         max_head_dim=512,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Kernel, Limits
@@ -18,6 +19,24 @@ if TYPE_CHECKING:
 
 FIRST_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """1.0.6 is Triton alone, which compiles for all of them."""
+
+
+def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
+    # Pure Python over Triton, without declared needs. On Windows version 2 has wheels and is the better choice.
+    on_linux = platform.os == "linux" and platform.version("triton") is not None
+    return ("--no-deps", "sageattention==1.0.6") if on_linux else ()
+
+
+FIRST = Package(
+    "sageattention",
+    "sageattention",
+    "1.0.6",
+    sage.SOURCES,
+    note=f"version 1, in Triton; version 2 is faster and is built from {sage.SOURCES} with nvcc",
+    systems=("linux",),
+    arguments=_pip_arguments,
+    needs_triton=True,
+)
 
 
 class SageAttn(sage.SageBackend):
@@ -34,6 +53,11 @@ class SageAttn(sage.SageBackend):
     id = "sage_attn"
     summary = "SageAttention, the kernel its installed version picks for the card. INT8 scores; takes no masks."
     requires = (sage.REQUIREMENT,)
+    packages = (FIRST, *sage.SECOND_PACKAGES)
+    symbols = (
+        Symbols("sageattention", ("sageattn",), "sageattention<2", foreign=(sage.SECOND_ONLY,)),
+        sage.second_symbols("sageattn", "sageattn_qk_int8_pv_fp16_triton"),
+    )
     options = (sage.SMOOTH_K,)  # of 1.x; `sageattn` of 2.x has none that changes what it computes
     limits = Limits(
         dtypes=("float16", "bfloat16", "float32"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import HALF, Kernel, Limits
@@ -34,6 +35,17 @@ class SageAttn3(sage.SageBackend):
     summary = "SageAttention 3 in FP4, for Blackwell cards. The fastest and the least exact; takes no masks."
     arithmetic = "fp4"
     requires = ("sageattn3",)
+    packages = (
+        Package(
+            "sageattn3",
+            "sageattn3",
+            "1.0.0",
+            f"{sage.SOURCES}/tree/main/sageattention3_blackwell",
+            how="build it from {page}, with nvcc 12.8 or newer, for {tags}",
+            needs_triton=True,
+        ),
+    )
+    symbols = (Symbols("sageattn3", ("sageattn3_blackwell",)),)
     hub = HubKernel("kernels-community/sage-blackwell", 1, ((12, 0),))
     limits = Limits(
         dtypes=HALF,

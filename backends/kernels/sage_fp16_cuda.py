@@ -22,6 +22,7 @@ class SageFP16Cuda(sage.SageCuda):
     id = "sage_fp16_cuda"
     summary = "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel. Takes no masks."
     function = "sageattn_qk_int8_pv_fp16_cuda"
+    symbols = (sage.second_symbols(function),)
     options = (
         sage.GRANULARITY,
         Option(

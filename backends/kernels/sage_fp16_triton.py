@@ -36,6 +36,8 @@ class SageFP16Triton(sage.SageBackend):
     summary = "SageAttention 2 with INT8 scores and FP16 values, Triton kernel. The Sage kernel that takes masks."
     min_capability = (7, 5)
     requires = (sage.REQUIREMENT, "sageattention>=2")
+    packages = sage.SECOND_PACKAGES
+    symbols = (sage.second_symbols("sageattn_qk_int8_pv_fp16_triton"),)
     options = (
         sage.SMOOTH_K,
         Option(

@@ -23,6 +23,7 @@ class SageFP8Cuda(sage.SageCuda):
     summary = "SageAttention 2 with INT8 scores and FP8 values, CUDA kernel. Takes no masks."
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda"
+    symbols = (sage.second_symbols(function),)
     options = (
         sage.GRANULARITY,
         Option(

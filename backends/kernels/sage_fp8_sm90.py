@@ -19,6 +19,7 @@ class SageFP8SM90(sage.SageCuda):
     summary = "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel. Takes no masks."
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
+    symbols = (sage.second_symbols(function),)
     options = (
         sage.GRANULARITY,
         Option(

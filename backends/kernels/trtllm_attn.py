@@ -5,9 +5,11 @@ from __future__ import annotations
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import HALF, Backend, Kernel, Limits
+from .support.flashinfer import FLASHINFER
 from .support.layout import INT32_ELEMENTS, on_device_of
 from .support.ragged import WORKSPACE_BYTES, lengths, offsets, stream_of, to_bhsd, to_thd, workspace
 from .support.workspace import item_bytes, query_size
@@ -28,6 +30,8 @@ class TRTLLMAttn(Backend):
     summary = "TensorRT-LLM's kernel for B200 and B300, through FlashInfer, which fetches it once. Exact; no masks."
     kinds = ("cuda",)
     requires = ("flashinfer-python>=0.6",)
+    packages = (FLASHINFER,)
+    symbols = (Symbols("flashinfer.prefill", ("trtllm_ragged_attention_deepseek",)),)
     remarks = ("needs flashinfer-cubin, or downloads allowed by ATTENTION_BACKENDS_HUB=1",)
     limits = Limits(
         dtypes=HALF,

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..values.masks import as_additive, without_keys
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
+from ..values.versions import meets
 from .backend import HALF, Backend, Kernel, Limits
 from .support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
 from .support.sdpa import expanded
@@ -21,6 +23,15 @@ ALIGNMENT = 16
 
 BIAS_STEP = 8
 """Numbers of which a row of the bias has to be a multiple in memory, for every dtype."""
+
+
+def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
+    # PyPI's wheels are built with CUDA 12.8; up to 0.0.34 each declares one exact torch.
+    if not (platform.cuda or "").startswith("12.") or machine not in ("linux_x86_64", "win_amd64"):
+        return ()
+    declared = (("==2.8.0", "0.0.32.post2"), ("==2.9.1", "0.0.33.post2"), (">=2.10", "0.0.35"))
+    fitting = [version for torch, version in declared if meets(platform.torch, torch)]
+    return ("--no-deps", f"xformers=={fitting[0]}") if fitting else ()
 
 
 class Xformers(Backend):
@@ -38,6 +49,21 @@ class Xformers(Backend):
     kinds = ("cuda",)
     min_capability = (5, 0)
     requires = ("xformers>=0.0.29",)
+    packages = (
+        Package(
+            "xformers",
+            "xformers",
+            "0.0.35",
+            "https://github.com/facebookresearch/xformers",
+            how="see {page} for the wheel whose declared torch is yours; the tags are {tags}; then: {pip} --no-deps "
+            "WHEEL",
+            arguments=_pip_arguments,
+        ),
+    )
+    symbols = (
+        Symbols("xformers.ops", ("memory_efficient_attention", "LowerTriangularMask")),
+        Symbols("xformers._cpp_lib", ("_built_with_cuda",)),
+    )
     limits = Limits(
         dtypes=("float16", "bfloat16", "float32"),
         head_dim_steps=(("float16", 8), ("bfloat16", 8), ("float32", 4)),

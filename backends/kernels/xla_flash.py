@@ -6,6 +6,7 @@ from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall
 from .backend import Backend, Kernel, Limits, package_reason
@@ -34,6 +35,20 @@ class XlaFlash(Backend):
     summary = "Flash attention of PyTorch/XLA, for TPUs. Exact in bfloat16; takes padding masks."
     kinds = ("xla",)
     requires = ("torch-xla>=2.2",)
+    packages = (
+        Package(
+            "torch-xla",
+            "torch_xla",
+            "2.9.0",
+            "https://github.com/pytorch/xla",
+            how="take the release made for torch {torch} from {page}; its tags are {tags}",
+            systems=("linux",),
+        ),
+    )
+    symbols = (
+        Symbols("torch_xla.experimental.custom_kernel", ("flash_attention",)),
+        Symbols("torch_xla.runtime", ("device_type",)),
+    )
     limits = Limits(dtypes=("bfloat16",), max_head_dim=256, wide_head_dim_multiple=LANES, masks=("none", "key_padding"))
     first_limits = replace(limits, masks=("none",), long_kv_block=BLOCK)
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from ..kernels.packages import PACKAGES_OF
+from ..kernels import distributions
 from ..values.bounded import read_file
 from ..values.platform import Platform
 
@@ -109,7 +109,7 @@ def forget(ids: Iterable[str] = ()) -> int:
 
 def key(backend_id: str, platform: Platform) -> str:
     """The environment that an outcome belongs to, readable: the backend first, then what it ran on."""
-    names = {package.distribution for package in PACKAGES_OF.get(backend_id, ())}
+    names = set(distributions((backend_id,)))
     names.update(COMPILERS)  # what torch itself compiles, such as flex_attn, depends on them too
     packages = sorted(f"{name} {version}" for name, version in platform.packages if name in names)
     card = " ".join(filter(None, (platform.kind, platform.name, platform.sm or platform.gfx)))

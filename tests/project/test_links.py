@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from attention_backends.backends.kernels import packages
+from attention_backends.backends.doctor import packages
 from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def collected() -> dict[str, list[str]]:
             if not re.match(rf"http://(?:{'|'.join(map(re.escape, LOCAL))})\b", address):
                 shown.setdefault(address, []).append(path.relative_to(ROOT).as_posix())
     for page in package_pages():  # some are put together when they are needed
-        shown.setdefault(page, []).append("backends/kernels/packages.py")
+        shown.setdefault(page, []).append("backends/machine/packages.py")
     return shown
 
 

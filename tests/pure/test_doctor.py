@@ -12,7 +12,6 @@ from attention_backends.backends.doctor.install import Advice, Interpreter, how_
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Kernel
-from attention_backends.backends.kernels.packages import PACKAGES_OF
 from attention_backends.backends.values.platform import Platform, parse_platform
 from packaging.requirements import Requirement
 from syrupy.assertion import SnapshotAssertion
@@ -27,6 +26,7 @@ class Fake(Backend):
     def __init__(self, backend_id: str, *requires: str, **declared: object) -> None:
         self.id = backend_id  # type: ignore[misc]
         self.requires = requires  # type: ignore[misc]
+        self.packages = BACKENDS[backend_id].packages if backend_id in BACKENDS else ()  # type: ignore[misc]
         for name, value in declared.items():
             setattr(self, name, value)
 
@@ -147,9 +147,9 @@ MACHINES = [
 ]
 
 
-@pytest.mark.parametrize("backend_id", PACKAGES_OF)
+@pytest.mark.parametrize("backend_id", [backend.id for backend in BACKENDS.values() if backend.packages])
 def test_no_command_can_change_torch_or_is_known_to_fail(backend_id: str) -> None:
-    distributions = {package.distribution for package in PACKAGES_OF[backend_id]}
+    distributions = {package.distribution for package in BACKENDS[backend_id].packages}
 
     class Wants(Fake):
         def unavailable_reasons(self, platform: Platform) -> list[str]:
@@ -194,7 +194,7 @@ def test_no_command_for_an_interpreter_that_pip_cannot_install_into(why: str, sn
 def test_every_package_that_a_backend_requires_can_be_advised() -> None:
     triton = {"triton", "triton-windows", "torch"}  # torch is ComfyUI's own; Triton comes with it, or in the note
     for backend in BACKENDS.values():
-        known = {package.distribution for package in PACKAGES_OF.get(backend.id, ())} | triton
+        known = {package.distribution for package in backend.packages} | triton
         assert {Requirement(need).name for need in backend.requires} <= known, backend.id
 
 

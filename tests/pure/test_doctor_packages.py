@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.doctor.doctor import Cards, cards_of
-from attention_backends.backends.doctor.symbols import SYMBOLS_OF, find, needs_of
+from attention_backends.backends.doctor.symbols import find, needs_of
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.kernels.packages import PACKAGES_OF
 from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from packaging.requirements import Requirement
@@ -200,23 +199,22 @@ def test_the_overview_tells_what_is_wrong_and_stays_silent_about_what_is_not_the
 
 
 def test_every_declared_name_is_of_a_package_that_can_be_advised() -> None:
-    for backend_id, needs in SYMBOLS_OF.items():
-        assert backend_id in BACKENDS
-        tops = {package.module.split(".")[0] for package in PACKAGES_OF.get(backend_id, ())} | {"torch"}
-        assert {need.module.split(".")[0] for need in needs} <= tops, backend_id
+    for backend in BACKENDS.values():
+        tops = {package.module.split(".")[0] for package in backend.packages} | {"torch"}
+        assert {need.module.split(".")[0] for need in backend.symbols} <= tops, backend.id
 
 
 def test_every_backend_of_a_package_declares_its_names() -> None:
     from attention_backends.backends.kernels.group import BackendGroup
 
     for backend in BACKENDS.values():
-        if backend.id in PACKAGES_OF and not isinstance(backend, Planned | BackendGroup):
-            assert backend.id in SYMBOLS_OF, backend.id
+        if backend.packages and not isinstance(backend, Planned | BackendGroup):
+            assert backend.symbols, backend.id
 
 
 def test_the_version_decides_which_names_are_needed() -> None:
     def names(packages: str) -> tuple[str, ...]:
-        (need,) = needs_of("sage_attn", parse_platform(f"cuda:8.9,packages={packages}"))
+        (need,) = needs_of(BACKENDS["sage_attn"], parse_platform(f"cuda:8.9,packages={packages}"))
         return need.names
 
     assert names("sageattention==1.0.6") == ("sageattn",)
@@ -225,7 +223,7 @@ def test_the_version_decides_which_names_are_needed() -> None:
 
 
 def test_a_backend_without_a_package_needs_no_names() -> None:
-    finding = find("torch_sdpa", Platform("cpu"))
+    finding = find(BACKENDS["torch_sdpa"], Platform("cpu"))
     assert (finding.needed, finding.missing, finding.problem) == ((), (), "")
 
 
@@ -235,7 +233,7 @@ def _declared() -> list[Any]:
     cases = {}
     for machine in MACHINES:
         described = parse_platform(f"cuda:9.0,packages={';'.join(machine.packages.split())}")
-        for need in needs_of(machine.backend, described):
+        for need in needs_of(BACKENDS[machine.backend], described):
             for name in need.names:
                 cases[machine.backend, need.module, name, machine.packages] = machine
     return [pytest.param(machine, *key[1:3], id=" ".join(key[:3:2])) for key, machine in cases.items()]
@@ -249,9 +247,9 @@ def test_a_kernel_without_one_of_its_declared_names_does_not_load(
     from fakes import machine
 
     router = machine(monkeypatch, on.packages, on.capability)
-    assert find(on.backend, router.platform).missing == ()
+    assert find(BACKENDS[on.backend], router.platform).missing == ()
     monkeypatch.delattr(sys.modules[module], name)
-    assert find(on.backend, router.platform).missing == (f"{module}.{name}",)
+    assert find(BACKENDS[on.backend], router.platform).missing == (f"{module}.{name}",)
     assert router.unavailable(on.backend), f"{name} is declared, and not needed to load"
 
 

@@ -18,6 +18,7 @@ from attention_backends.backends.kernels.backend import Backend, Kernel
 from attention_backends.backends.kernels.group import BackendGroup
 from attention_backends.backends.measure import remembered
 from attention_backends.backends.measure.remembered import Outcome
+from attention_backends.backends.values.package import Symbols
 from attention_backends.backends.values.platform import Platform
 from syrupy.assertion import SnapshotAssertion
 
@@ -33,6 +34,7 @@ class Fake(Backend):
 
     def __init__(self, backend_id: str) -> None:
         self.id = backend_id  # type: ignore[misc]
+        self.symbols = (Symbols(backend_id, ("attention",)),)  # type: ignore[misc]
         self.loads = 0
 
     def load(self, platform: Platform) -> Kernel:

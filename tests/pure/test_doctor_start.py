@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.doctor.symbols import SYMBOLS_OF
-from attention_backends.backends.kernels.packages import PACKAGES_OF
+from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.values.platform import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +48,8 @@ print(json.dumps({"calls": calls, "modules": new, "tops": sorted({name.split("."
 
 def _optional() -> set[str]:
     """The top-level modules of every package that a backend may be made of, and the heavy ones that we use later."""
-    modules = {package.module for packages in PACKAGES_OF.values() for package in packages}
-    modules |= {need.module for needs in SYMBOLS_OF.values() for need in needs}
+    modules = {package.module for backend in BACKENDS.values() for package in backend.packages}
+    modules |= {need.module for backend in BACKENDS.values() for need in backend.symbols}
     named = {name.replace("-", "_") for name in PACKAGES}
     return ({module.split(".")[0] for module in modules} | named | {"matplotlib", "skimage", "numpy"}) - {"torch"}
 

@@ -9,7 +9,6 @@ import pytest
 from attention_backends.backends.doctor.install import Interpreter, how_to_get
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.kernels.packages import PACKAGES_OF, SAGE_2_WINDOWS
 from attention_backends.backends.kernels.support import sage
 from attention_backends.backends.values.platform import Platform, parse_platform
 from attention_backends.backends.values.request import AttentionRequest
@@ -120,10 +119,11 @@ def test_each_row_of_the_table_is_reached_and_says_something_else_than_its_neigh
 def test_doctor_recommends_a_wheel_of_the_table(snapshot: SnapshotAssertion) -> None:
     """Its limits are those that the support table promises."""
     versions: Mapping[str, int] = {version: post(version) for version in FORK}
-    assert SAGE_2_WINDOWS.version in versions
+    (windows_wheel,) = (package for package in sage.SECOND_PACKAGES if "win32" in package.systems)
+    assert windows_wheel.version in versions
     for kernel in KERNELS:
-        assert SAGE_2_WINDOWS in PACKAGES_OF[kernel]
+        assert windows_wheel in BACKENDS[kernel].packages
     windows = parse_platform("cuda:8.9,os=windows,torch=2.11.0,cuda=13.0,packages=triton-windows==3.6.0.post25")
     advice = how_to_get(BACKENDS["sage_fp16_triton"], windows, Interpreter("python.exe", "cp312", "win_amd64"))
-    assert advice.text.endswith(SAGE_2_WINDOWS.page) or SAGE_2_WINDOWS.page in advice.text
+    assert advice.text.endswith(windows_wheel.page) or windows_wheel.page in advice.text
     assert advice.note == snapshot

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from ..varlen import VarlenCall, VarlenKernel
 
+PAGE = "https://github.com/Dao-AILab/flash-attention"
+
 
 class FlashAttention(FromHub):
     """`flash_attn_func` of one package (https://github.com/Dao-AILab/flash-attention), or of its build on the Hub.

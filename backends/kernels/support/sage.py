@@ -14,6 +14,7 @@ from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...values.options import Option
+from ...values.package import Package, Symbols
 from ...values.platform import Platform
 from ...values.request import AttentionCall, AttentionRequest
 from ...values.versions import read
@@ -30,6 +31,32 @@ if TYPE_CHECKING:
 
 REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
 """2.0.x and 2.1.0 were betas with faults of their own; Diffusers too begins at 2.1.1."""
+
+SOURCES = "https://github.com/thu-ml/SageAttention"
+
+SECOND_PACKAGES = (
+    Package(
+        "sageattention",
+        "sageattention",
+        "2.2.0",
+        SOURCES,
+        how="build version 2 from {page} for {tags}, then: {pip} --no-deps WHEEL",
+        note="building it takes nvcc: 12.0, for sm_90 12.3, for sm_89 12.4, for sm_120 12.8",
+        systems=("linux",),
+        needs_triton=True,
+    ),
+    Package(
+        "sageattention",
+        "sageattention",
+        "2.2.0+cu130torch2.10.0andhigher.post6",
+        "https://github.com/woct0rdho/SageAttention/releases",
+        note="of CUDA only the first number counts, and a wheel named 'torch2.10.0andhigher' fits every later torch; "
+        "wheels before post5 take head_dim to 128",
+        systems=("win32",),
+        needs_triton=True,
+    ),
+)
+"""2.x: the authors' sources, and woct0rdho's wheels for Windows."""
 
 SECOND_LIMITS = Limits(
     dtypes=HALF,
@@ -125,6 +152,12 @@ WHEEL = re.compile(r"cu(?P<cuda>\d{3})torch2(\.\d+){1,2}(andhigher)?(\.post(?P<p
 
 SECOND_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
 """A name that 1.x does not have."""
+
+
+def second_symbols(*names: str) -> Symbols:
+    """What a kernel takes from 2.x."""
+    return Symbols("sageattention", tuple(dict.fromkeys((*names, SECOND_ONLY))), "sageattention>=2")
+
 
 TAIL_BLOCK = 64
 """Keys per block of the INT8 kernels."""
@@ -344,6 +377,7 @@ class SageCuda(SageBackend):
     """One CUDA kernel of sageattention 2.x under its own name, `function` of the package."""
 
     requires = (REQUIREMENT, "sageattention>=2")
+    packages = SECOND_PACKAGES
     limits = SECOND_LIMITS
     function: ClassVar[str]
 

@@ -1,0 +1,41 @@
+"""What a kernel takes from other people's packages: which package, where it comes from, and the names used of it.
+
+Values for a backend's declaration, without torch. `doctor/install.py` makes advice of them, `doctor/symbols.py` looks
+for the names. Versions and declared needs were read from each package's metadata in November 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .platform import Platform
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that backends are made of. `version` is the one that `arguments` and the notes are about."""
+
+    distribution: str
+    module: str
+    version: str
+    page: str
+    how: str = "take a wheel for {tags} from {page}, then: {pip} --no-deps WHEEL"
+    """What to do where `arguments` gives no command; may use {page}, {tags}, {pip} and {torch}."""
+    note: str = ""
+    systems: tuple[str, ...] = ("linux", "win32")
+    arguments: Callable[[Platform, str], tuple[str, ...]] = lambda platform, machine: ()
+    """What follows `pip install` on a platform whose wheels are tagged so; empty where no command is known to work."""
+    needs_triton: bool = False
+
+
+class Symbols(NamedTuple):
+    """Names that a kernel takes from a module of its package."""
+
+    module: str
+    names: tuple[str, ...]
+    when: str = ""
+    """The requirement under which this holds, e.g. `sageattention>=2`; empty for always."""
+    foreign: tuple[str, ...] = ()
+    """Names that it must not have: with them it is another release than its metadata says."""
