@@ -10,6 +10,7 @@ from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform, detect
 from attention_backends.backends.values.request import AttentionCall
 
@@ -24,7 +25,7 @@ class Wrong(Backend):
 
     summary = "For a test."
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
     runs: ClassVar[str | None] = None
 
     def __init__(self, backend: str, kernel: Kernel, member: str | None = None) -> None:

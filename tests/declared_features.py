@@ -11,7 +11,18 @@ from typing import NamedTuple
 
 import torch
 from attention_backends.backends.kernels.backend import FLOATING
-from attention_backends.backends.values.limits import Limits
+from attention_backends.backends.values.limits import (
+    Causal,
+    Dtypes,
+    GroupedHeads,
+    HeadDimIn,
+    KeyLength,
+    Limits,
+    Masks,
+    MaskWithCausal,
+    Scale,
+    ValueHeadDim,
+)
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 from attention_calls import call_for
 
@@ -61,9 +72,11 @@ def mask_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
 
 def features(limits: Limits, only: int | None = None) -> Iterator[Feature]:
     """One call, or a few, for each thing that these limits declare, in each dtype, or in the one of a number alone."""
-    dtypes = [dtype for dtype in limits.dtypes if dtype in FLOATING]
+    dtypes = [dtype for dtype in limits[Dtypes].names if dtype in FLOATING]
+    only_sizes, causal, wide = limits.get(HeadDimIn), limits[Causal], limits[ValueHeadDim].may_differ
+    own_sizes = only_sizes.sizes if only_sizes else ()
     for dtype in dtypes if only is None else dtypes[only % len(dtypes) :][:1]:
-        bases = (AttentionRequest(2, 4, 48, 64, size, dtype) for size in (*(limits.head_dims or ()), *HEAD_DIMS))
+        bases = (AttentionRequest(2, 4, 48, 64, size, dtype) for size in (*own_sizes, *HEAD_DIMS))
         able = [request for request in bases if not limits.reasons(request)]
         if not able:
             yield Feature(f"{dtype}: any call", AttentionRequest(2, 4, 48, 64, 64, dtype))
@@ -74,25 +87,25 @@ def features(limits: Limits, only: int | None = None) -> Iterator[Feature]:
         yield Feature(f"{dtype}: views", base, strided=True)
         for request in dict.fromkeys((able[0], max(able, key=_head_dim), min(able, key=_head_dim))):
             yield Feature(f"{dtype}: head_dim {request.head_dim}", request._replace(batch=1))
-        for lengths in ((1, 64), (48, 77), (130, 192), (3, limits.min_kv_len)):
+        for lengths in ((1, 64), (48, 77), (130, 192), (3, limits[KeyLength].min)):
             yield Feature(
                 f"{dtype}: lengths {lengths}", base._replace(q_len=lengths[0], kv_len=lengths[1]), declared=False
             )
-        masks = [mask for mask in limits.masks if mask != "none"]
+        masks = [mask for mask in limits[Masks].kinds if mask != "none"]
         for mask in masks:
             for shape in FORMS[mask]:
                 yield Feature(f"{dtype}: mask {mask} {shape}", base._replace(mask=mask), shape)
         scaled = {"scale": 0.6 / base.head_dim**0.5 * 4}
         grouped, alone = {"num_kv_heads": 2}, {"num_kv_heads": 1}
         asked: list[tuple[str, bool, AttentionRequest, dict[str, object]]] = [
-            ("scale", limits.scale, base, scaled),
-            ("grouped heads", limits.gqa, base, grouped),
-            ("grouped heads, one key head", limits.gqa, base, alone),
-            ("causal", limits.causal, square, {"is_causal": True}),
-            ("causal, fewer keys", limits.causal and limits.causal_cross, square, {"is_causal": True, "q_len": 90}),
-            ("causal, more keys", limits.causal and limits.causal_cross, base, {"is_causal": True}),
-            ("wider values", limits.mixed_head_dims, base, {"v_head_dim": base.head_dim + 16}),
-            ("narrower values", limits.mixed_head_dims, base, {"v_head_dim": base.head_dim - 16}),
+            ("scale", limits[Scale].taken, base, scaled),
+            ("grouped heads", limits[GroupedHeads].taken, base, grouped),
+            ("grouped heads, one key head", limits[GroupedHeads].taken, base, alone),
+            ("causal", causal.taken, square, {"is_causal": True}),
+            ("causal, fewer keys", causal.cross, square, {"is_causal": True, "q_len": 90}),
+            ("causal, more keys", causal.cross, base, {"is_causal": True}),
+            ("wider values", wide, base, {"v_head_dim": base.head_dim + 16}),
+            ("narrower values", wide, base, {"v_head_dim": base.head_dim - 16}),
         ]
         for label, declared, request, changes in asked:
             if declared:
@@ -108,7 +121,7 @@ def features(limits: Limits, only: int | None = None) -> Iterator[Feature]:
                 yield Feature(f"{dtype}: mask {mask} and {label}", base._replace(mask=mask, **changes), declared=False)
             request = square._replace(mask=mask, is_causal=True)
             yield Feature(
-                f"{dtype}: mask {mask} and causal", request, declared=limits.causal and limits.mask_and_causal
+                f"{dtype}: mask {mask} and causal", request, declared=causal.taken and limits[MaskWithCausal].taken
             )
 
 

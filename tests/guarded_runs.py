@@ -15,6 +15,7 @@ from attention_backends.backends.guard import Guard
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform, detect
 from attention_backends.backends.values.request import AttentionCall
 
@@ -33,7 +34,7 @@ class Lossy(Backend):
     summary = "For a test."
     accuracy = "quantized"
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def __init__(self, kernel: Kernel, changes_inputs: bool = False) -> None:
         self.kernel = kernel

@@ -19,6 +19,7 @@ import pytest
 import torch
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits
+from attention_backends.backends.values.limits import Dtypes, ValueHeadDim
 from attention_backends.backends.values.mask_plan import passed_on
 from attention_backends.backends.values.platform import KINDS
 from comfy_location import find_comfyui, why_no_comfyui
@@ -242,7 +243,7 @@ class Kernel(Backend):
     """A backend for one test: `run` is its kernel."""
 
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), ValueHeadDim(may_differ=True))
 
     def __init__(self, name: str, run: Func, accuracy: str = "exact") -> None:
         self.id, self.run, self.accuracy = name, run, accuracy  # type: ignore[misc]

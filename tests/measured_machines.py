@@ -16,6 +16,7 @@ from attention_backends.backends.kernels.backend import FLOATING, Backend, Kerne
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 from attention_backends.backends.observe.autotune.store import Store
 from attention_backends.backends.observe.autotune.tuner import Tuner
+from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform, detect
 from attention_backends.backends.values.request import AttentionCall
 
@@ -62,7 +63,7 @@ class Costed(Backend):
 
     summary = "For a test."
     kinds = KINDS
-    limits: ClassVar[Limits] = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+    limits: ClassVar[Limits] = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def __init__(
         self, name: str, clock: Clock, cost: Cost, kernel: Kernel = sdpa, accuracy: str = "exact", most: int = 2**40

@@ -17,6 +17,7 @@ from ..kernels import BACKENDS
 from ..kernels.backend import Backend
 from ..kernels.group import BackendGroup
 from ..kernels.planned import Planned
+from ..values.limits import COLUMNS
 from ..values.options import KIND_NAMES, Option
 from .support_limits import CARDS, MACHINES, card_name, limit_rows, runs_on
 
@@ -53,7 +54,7 @@ def support_page() -> str:
         "## What a call may be",
         _LIMITS_INTRO,
         _table(
-            ("backend", "where", "dtypes", "head_dim", "masks", "GQA", "causal", "scale", "further limits"),
+            ("backend", "where", *COLUMNS),
             [(_code(backend.id), *row) for backend in built for row in _rows_of(backend)],
         ),
         "## Options",

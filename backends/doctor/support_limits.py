@@ -10,7 +10,8 @@ from dataclasses import replace
 from itertools import product
 
 from ..kernels import BACKENDS
-from ..kernels.backend import ANY_MASK, Backend, Limits
+from ..kernels.backend import Backend
+from ..values.limits import FURTHER, Limits
 from ..values.package import Package
 from ..values.platform import KINDS, Platform
 
@@ -120,7 +121,13 @@ def limit_rows(backend: Backend) -> list[tuple[str, ...]]:
     merged = _merge(groups)
     if len({limits for limits, _ in merged}) <= 1:
         merged = [(next((limits for limits, _ in merged), backend.limits), "")]
-    return [(where, *_limits(limits, backend.remarks)) for limits, where in merged]
+    return [(where, *_cells(limits, backend.remarks)) for limits, where in merged]
+
+
+def _cells(limits: Limits, remarks: Sequence[str]) -> tuple[str, ...]:
+    cells = limits.described()
+    cells[FURTHER] = "; ".join(filter(None, (cells[FURTHER], *remarks)))
+    return tuple(cells.values())
 
 
 def _merge(groups: Mapping[tuple[Limits, str], list[Platform]]) -> list[tuple[Limits, str]]:
@@ -130,64 +137,3 @@ def _merge(groups: Mapping[tuple[Limits, str], list[Platform]]) -> list[tuple[Li
         place = places(machines)
         rows.setdefault(limits, []).append(f"{version}: {place}" if version else place)
     return [(limits, "<br>".join(dict.fromkeys(places))) for limits, places in rows.items()]
-
-
-SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-
-
-def _limits(limits: Limits, remarks: Sequence[str]) -> tuple[str, ...]:
-    further = (
-        (limits.mixed_head_dims, "values of another head_dim too"),
-        (limits.mask_and_causal, "a mask and causal together"),
-        (limits.min_kv_len > 1, f"kv_len from {limits.min_kv_len}"),
-        (limits.max_kv_len, f"kv_len to {limits.max_kv_len}"),
-        (
-            limits.kv_block > 1,
-            f"kv_len a multiple of {limits.kv_block}" + ("" if limits.kv_block_causal else " unless causal"),
-        ),
-        (limits.long_kv_block > 1, f"kv_len above {limits.long_kv_block} a multiple of {limits.long_kv_block}"),
-        (limits.max_batch, f"batch to {limits.max_batch}"),
-        (limits.max_masked_batch, f"batch to {limits.max_masked_batch} with a mask"),
-        (limits.max_heads, f"heads to {limits.max_heads}"),
-        (limits.max_heads_of_all, f"batch times heads to {limits.max_heads_of_all}"),
-        (limits.max_elements, f"{_power(limits.max_elements)} elements per tensor"),
-        (limits.max_mask_elements, f"{_power(limits.max_mask_elements)} elements in the mask of one head"),
-        (
-            limits.correction_block,
-            f"heads x blocks of {limits.correction_block} queries x keys padded to {limits.correction_block} "
-            "at most 2^31 - 1",
-        ),
-        *((True, remark) for remark in remarks),
-    )
-    return (
-        ", ".join(SHORT.get(dtype, dtype) for dtype in limits.dtypes),
-        _head_dim(limits),
-        "all"
-        if set(limits.masks) == set(ANY_MASK)
-        else ", ".join(mask for mask in limits.masks if mask != "none") or "no",
-        "yes" if limits.gqa else "no",
-        ("any lengths" if limits.causal_cross else "equal lengths") if limits.causal else "no",
-        "yes" if limits.scale else "no",
-        "; ".join(text for holds, text in further if holds),
-    )
-
-
-def _power(number: int | None) -> str:
-    return "2^31 - 1" if number == 2**31 - 1 else str(number)
-
-
-def _head_dim(limits: Limits) -> str:
-    if limits.head_dims is not None:
-        return ", ".join(map(str, limits.head_dims))
-    low = f"from {limits.min_head_dim}" if limits.min_head_dim > 1 else ""
-    high = f"to {limits.max_head_dim}" if limits.max_head_dim else ""
-    parts = [f"{low} {high}".strip() or "any"]
-    parts += [f"multiples of {limits.head_dim_multiple}"] if limits.head_dim_multiple > 1 else []
-    wide = limits.wide_head_dim_multiple
-    parts += [f"above {wide} multiples of {wide}"] if wide > 1 else []
-    steps: dict[int, list[str]] = {}
-    for dtype, step in limits.head_dim_steps:
-        if dtype in limits.dtypes:
-            steps.setdefault(step, []).append(SHORT[dtype])
-    parts += [f"multiples of {step} in {' and '.join(dtypes)}" for step, dtypes in steps.items()]
-    return ", ".join(parts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..kernels import varlen
 from ..report import Row
+from ..values.limits import Batch
 from ..values.mask_plan import PASSED_ON, MaskPlan, call_of, put
 from ..values.request import AttentionCall, AttentionRequest
 from .plan import Plan
@@ -139,7 +140,8 @@ def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
         kv_len=sum(one.batch * one.kv_len for one in requests),
     )
     sequences = sum(one.batch for one in requests)
-    return bool(limits.reasons(whole)) or (limits.max_batch is not None and sequences > limits.max_batch)
+    most = limits.get(Batch)
+    return bool(limits.reasons(whole)) or (most is not None and sequences > most.max)
 
 
 def run_parts(

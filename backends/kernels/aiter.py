@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 
+from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
-from .backend import HALF, Kernel, Limits
+from .backend import Kernel, Limits
 from .support.flash import FlashAttention
 from .support.hub import HubKernel
-from .support.layout import INT32_ELEMENTS
+from .support.layout import GRID, Elements
 
 AMD_CARDS = ("gfx942", "gfx950")
 """MI300 and MI350: where vLLM-Omni 0.30 uses it."""
@@ -51,16 +51,8 @@ class Aiter(FlashAttention):
     module = "aiter"
     varlen = False  # its flash_attn_varlen_func differs between versions, and no fake of it could be checked
     hub = HubKernel("kernels-community/aiter-flash-attn-ck", 1, architectures=AMD_CARDS)
-    limits = Limits(
-        dtypes=HALF,
-        max_head_dim=256,
-        masks=("none",),
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-        max_heads=65535,
-    )
-
-    hub_limits = replace(limits, dtypes=("bfloat16",), head_dims=(64, 128), max_head_dim=None)
+    limits = Limits(HeadDim(max=256), NO_MASK, Elements(), Batch(GRID), Heads(GRID))
+    hub_limits = limits.without(HeadDim).but(Dtypes(("bfloat16",)), HeadDimIn((64, 128)))
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.hub_limits if self.from_hub(platform) else self.limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import FLOATING, Backend, Kernel, Limits
@@ -26,7 +27,7 @@ class Comfy(Backend):
         "exact as far as ComfyUI's function is: INT8 after --use-sage-attention, --use-ck-attention or where a "
         "checkpoint asks for it, and guarded then",
     )
-    limits = Limits(dtypes=(*FLOATING, "float8_e4m3fn", "float8_e5m2"), causal_cross=True, mixed_head_dims=True)
+    limits = Limits(Dtypes((*FLOATING, "float8_e4m3fn", "float8_e5m2")), Causal("any"), ValueHeadDim(may_differ=True))
 
     def load(self, platform: Platform) -> Kernel:
         return run_host

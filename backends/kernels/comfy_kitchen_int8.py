@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.limits import Batch, Causal, Dtypes, HeadDim, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits
-from .support.layout import INT32_ELEMENTS, on_device_of
+from .support.layout import GRID, Elements, on_device_of
 from .support.workspace import key_size, query_size, value_size
 
 if TYPE_CHECKING:
@@ -53,13 +54,12 @@ class ComfyKitchenInt8(Backend):
     )
     symbols = (Symbols("comfy_kitchen", ("int8_attention", "int8_attention_is_available")),)
     limits = Limits(
-        dtypes=("float16", "bfloat16", "float32"),
-        max_head_dim=HEAD_DIMS[-1],
-        causal=False,
-        max_elements=INT32_ELEMENTS,
-        padded_head_dims=HEAD_DIMS,
-        max_batch=65535,
-        max_heads=65535,
+        Dtypes(("float16", "bfloat16", "float32")),
+        HeadDim(max=HEAD_DIMS[-1]),
+        Causal("no"),
+        Elements(padded=HEAD_DIMS),
+        Batch(GRID),
+        Heads(GRID),
     )
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from ..values.limits import Batch, HeadDim, HeadDimMultiple, Heads, KeyLength
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
-from .backend import HALF, Limits
+from .backend import Limits
+from .support.layout import GRID
 from .support.sdpa import PinnedSDPA
 
 MIN_CUDNN = 90500
@@ -27,8 +27,8 @@ class CudnnAttn(PinnedSDPA):
     kinds = ("cuda",)
     min_capability = (8, 0)
     pin = "CUDNN_ATTENTION"
-    limits = Limits(dtypes=HALF, max_head_dim=128, head_dim_multiple=8, min_kv_len=2, max_batch=65535, max_heads=65535)
-    wide_limits = replace(limits, max_head_dim=256)
+    limits = Limits(HeadDim(max=128), HeadDimMultiple(8), KeyLength(min=2), Batch(GRID), Heads(GRID))
+    wide_limits = limits.but(HeadDim(max=256))
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)

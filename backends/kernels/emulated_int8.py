@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import FLOATING, Backend, Kernel, Limits
@@ -33,7 +34,7 @@ class EmulatedInt8(Backend):
     summary = "An emulation of INT8 attention, slow, for seeing on any machine what quantising does to a picture."
     arithmetic = "int8"
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """The most of three moments: the query is rounded, the key is, and the kernel runs on both."""

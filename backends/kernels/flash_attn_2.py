@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ..values.limits import NO_MASK, Batch, HeadDim, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import FLASH_TRITON_VARIABLE, Platform
 from ..values.request import AttentionRequest
-from .backend import HALF, Limits, package_reason
+from .backend import Limits, package_reason
 from .support.flash import PAGE, FlashAttention
 from .support.hub import HubKernel
-from .support.layout import INT32_ELEMENTS
+from .support.layout import GRID, Elements
 
 AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 """MI200, MI300 and MI350: what the released Composable Kernel backend lists (flash-attention, README)."""
@@ -49,14 +50,7 @@ class FlashAttn2(FlashAttention):
     symbols = (Symbols("flash_attn", ("flash_attn_func",)),)
     module = "flash_attn"
     hub = HubKernel("kernels-community/flash-attn2", 3, ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)))
-    limits = Limits(
-        dtypes=HALF,
-        max_head_dim=256,
-        masks=("none",),
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-        max_heads=65535,
-    )
+    limits = Limits(HeadDim(max=256), NO_MASK, Elements(), Batch(GRID), Heads(GRID))
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)

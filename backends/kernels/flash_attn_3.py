@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ..values.limits import NO_MASK, Batch, HeadDim, HeadDimMultiple
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
-from .backend import HALF, Limits
+from .backend import Limits
 from .support.flash import PAGE, FlashAttention
 from .support.hub import HubKernel
+from .support.layout import GRID
 
 
 class FlashAttn3(FlashAttention):
@@ -33,7 +35,7 @@ class FlashAttn3(FlashAttention):
     symbols = (Symbols("flash_attn_interface", ("flash_attn_func",)),)
     module = "flash_attn_interface"
     hub = HubKernel("kernels-community/flash-attn3", 1, ((9, 0),))
-    limits = Limits(dtypes=HALF, max_head_dim=256, head_dim_multiple=8, masks=("none",), max_batch=65535)
+    limits = Limits(HeadDim(max=256), HeadDimMultiple(8), NO_MASK, Batch(GRID))
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((9, 0),)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from ..values.limits import NO_MASK, Batch, HeadDim, HeadDimMultiple
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.versions import meets
-from .backend import HALF, Limits
+from .backend import Limits
 from .support.flash import PAGE, FlashAttention
 from .support.hub import HubKernel
-from .support.layout import INT32_ELEMENTS
+from .support.layout import GRID, Elements
 
 
 def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
@@ -50,15 +49,8 @@ class FlashAttn4(FlashAttention):
     symbols = (Symbols("flash_attn.cute", ("flash_attn_func",)),)
     module = "flash_attn.cute"
     hub = HubKernel("kernels-community/flash-attn4", 0, ((9, 0), (10, 0), (10, 3)))
-    limits = Limits(
-        dtypes=HALF,
-        max_head_dim=128,
-        head_dim_multiple=8,
-        masks=("none",),
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-    )
-    hopper_limits = replace(limits, max_head_dim=256)
+    limits = Limits(HeadDim(max=128), HeadDimMultiple(8), NO_MASK, Elements(), Batch(GRID))
+    hopper_limits = limits.but(HeadDim(max=256))
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.hopper_limits if platform.architecture == "Hopper" else self.limits

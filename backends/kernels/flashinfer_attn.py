@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..values.limits import Batch, Dtypes, HeadDimIn, Masks, Reason, Rule
 from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .backend import HALF, Backend, Kernel, Limits, package_reason
+from .backend import Backend, Kernel, Limits, package_reason
 from .support.flashinfer import FLASHINFER
-from .support.layout import INT32_ELEMENTS, indexable, on_device_of
+from .support.layout import Elements, indexable, on_device_of
 from .support.ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
 from .support.workspace import item_bytes, mask_size, output_size
 
@@ -25,6 +26,23 @@ PLANS = 8
 
 MASKED_BATCH = 64
 """Samples up to which a masked call is worth a loop."""
+
+
+@dataclass(frozen=True)
+class MaskedBatch(Rule):
+    """The most samples of a call with a mask."""
+
+    max: int
+
+    order = Batch.order
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.mask == "none" or request.batch <= self.max:
+            return None
+        return Reason("batch.masked", "batch {batch} > {max} with a mask", batch=request.batch, max=self.max)
+
+    def describe(self) -> str:
+        return f"batch to {self.max} with a mask"
 
 
 class FlashInferAttn(Backend):
@@ -48,14 +66,10 @@ class FlashInferAttn(Backend):
         Symbols("flashinfer", ("single_prefill_with_kv_cache", "BatchPrefillWithRaggedKVCacheWrapper", "packbits")),
     )
     limits = Limits(
-        dtypes=HALF,
-        head_dims=(64, 128, 256),
-        masks=("none", "key_padding", "bool"),
-        max_elements=INT32_ELEMENTS,
-        max_masked_batch=MASKED_BATCH,
+        HeadDimIn((64, 128, 256)), Masks(("none", "key_padding", "bool")), Elements(), MaskedBatch(MASKED_BATCH)
     )
-    turing_limits = replace(limits, dtypes=("float16",))
-    old_turing_limits = replace(turing_limits, head_dims=(64,))
+    turing_limits = limits.but(Dtypes(("float16",)))
+    old_turing_limits = turing_limits.but(HeadDimIn((64,)))
     varlen = True
 
     def limits_on(self, platform: Platform) -> Limits:

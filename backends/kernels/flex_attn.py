@@ -17,16 +17,17 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
+from ..values.limits import Batch, Causal, Dtypes, HeadDim, HeadDimIn, Heads, Reason, Rule, ValueHeadDim
 from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits, package_reason
 from .support.flex_blocks import bucket, causal_blocks, filled, masked_blocks, seen_keys
-from .support.layout import INT32_ELEMENTS, indexable, on_device_of
+from .support.layout import INT32_ELEMENTS, Elements, indexable, on_device_of, power
 from .support.sdpa import computes, nothing
 from .support.workspace import item_bytes, key_size, mask_size, output_size, query_size, value_size
 
@@ -46,6 +47,43 @@ GPU_KINDS = ("cuda", "rocm", "xpu")
 
 MAX_HEADS = 65535
 """Most heads of all samples on a card: one dimension of the grid in older versions of torch."""
+
+
+@dataclass(frozen=True)
+class MaskElements(Rule):
+    """The most elements, q_len * kv_len, of a mask with a row for each query."""
+
+    max: int = INT32_ELEMENTS
+
+    order = Elements.order + 1
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        elements = request.q_len * request.kv_len
+        if request.mask not in ("bool", "bias") or elements <= self.max:
+            return None
+        words = "{elements} elements in the mask of one head > {max}"
+        return Reason("mask.elements", words, elements=elements, max=self.max)
+
+    def describe(self) -> str:
+        return f"{power(self.max)} elements in the mask of one head"
+
+
+@dataclass(frozen=True)
+class HeadsOfAll(Rule):
+    """The most heads of all samples together, batch * num_heads."""
+
+    max: int
+
+    order = Heads.order
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        heads = request.batch * request.num_heads
+        if heads <= self.max:
+            return None
+        return Reason("heads.all", "{heads} heads in all samples > {max}", heads=heads, max=self.max)
+
+    def describe(self) -> str:
+        return f"batch times heads to {self.max}"
 
 
 class FlexAttn(Backend):
@@ -70,19 +108,10 @@ class FlexAttn(Backend):
     torch_of_kind: ClassVar[Mapping[str, str]] = MappingProxyType({"cpu": "torch>=2.6", "xpu": "torch>=2.9"})
     """Kinds that came later than the first release."""
     limits = Limits(
-        dtypes=("float16", "bfloat16", "float32"),
-        causal_cross=True,
-        mixed_head_dims=True,
-        max_mask_elements=INT32_ELEMENTS,
+        Dtypes(("float16", "bfloat16", "float32")), Causal("any"), ValueHeadDim(may_differ=True), MaskElements()
     )
-    card_limits = replace(
-        limits,
-        min_head_dim=16,
-        max_head_dim=256,
-        max_elements=INT32_ELEMENTS,
-        max_batch=MAX_HEADS,
-        max_heads=MAX_HEADS,
-        max_heads_of_all=MAX_HEADS,
+    card_limits = limits.but(
+        HeadDim(min=16, max=256), Elements(), Batch(MAX_HEADS), Heads(MAX_HEADS), HeadsOfAll(MAX_HEADS)
     )
     powers_of_two = (16, 32, 64, 128, 256)
     remarks = ("lengths are filled up to multiples of 128, above 1,024 tokens by up to an eighth",)
@@ -106,7 +135,8 @@ class FlexAttn(Backend):
 
     def limits_on(self, platform: Platform) -> Limits:
         limits = self.card_limits if platform.kind in GPU_KINDS else self.limits
-        return replace(limits, head_dims=self.powers_of_two) if package_reason("torch>=2.7", platform) else limits
+        old = package_reason("torch>=2.7", platform)
+        return limits.without(HeadDim).but(HeadDimIn(self.powers_of_two)) if old else limits
 
     def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
         limits, padded = self.limits_on(platform), _filled(request)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.limits import Batch, Causal, HeadDim, HeadDimMultiple, Heads, KeyLength, Masks
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall
-from .backend import HALF, Backend, Kernel, Limits
+from .backend import Backend, Kernel, Limits
 from .support.layout import to_bshd
 from .support.sdpa import expanded
 
@@ -41,14 +42,13 @@ class NpuFusion(Backend):
     )
     symbols = (Symbols("torch_npu", ("npu_fusion_attention",)),)
     limits = Limits(
-        dtypes=HALF,
-        max_head_dim=512,
-        head_dim_multiple=16,
-        masks=("none", "key_padding", "bool"),
-        causal=False,
-        max_kv_len=524_288,
-        max_batch=2048,
-        max_heads=256,
+        HeadDim(max=512),
+        HeadDimMultiple(16),
+        Masks(("none", "key_padding", "bool")),
+        Causal("no"),
+        KeyLength(max=524_288),
+        Batch(2048),
+        Heads(256),
     )
 
     def load(self, platform: Platform) -> Kernel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.limits import Causal, Dtypes, MaskWithCausal, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import FLOATING, Backend, Kernel, Limits
@@ -23,7 +24,7 @@ class Reference(Backend):
     )
     arithmetic = "fp32"
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mask_and_causal=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), Causal("any"), MaskWithCausal(taken=True), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Everything in float64, and three matrices of scores: before the mask, after it, and as weights."""

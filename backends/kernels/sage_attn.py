@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Kernel, Limits
 from .support import sage
-from .support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from .support.layout import GRID, Elements, indexable, on_device_of, to_bshd
 
 if TYPE_CHECKING:
     import torch
@@ -60,13 +61,13 @@ class SageAttn(sage.SageBackend):
     )
     options = (sage.SMOOTH_K,)  # of 1.x; `sageattn` of 2.x has none that changes what it computes
     limits = Limits(
-        dtypes=("float16", "bfloat16", "float32"),
-        head_dims=(64, 96, 128),
-        masks=("none",),
-        kv_block=sage.TAIL_BLOCK,
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-        max_heads=65535,
+        Dtypes(("float16", "bfloat16", "float32")),
+        HeadDimIn((64, 96, 128)),
+        NO_MASK,
+        sage.KeyBlock(sage.TAIL_BLOCK),
+        Elements(),
+        Batch(GRID),
+        Heads(GRID),
     )
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..values.limits import NO_MASK, Batch, GroupedHeads, HeadDimIn, Heads, Reason, Rule, Scale
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .backend import HALF, Kernel, Limits
+from .backend import Kernel, Limits
 from .support import sage
 from .support.hub import HubKernel
-from .support.layout import INT32_ELEMENTS, on_device_of
+from .support.layout import GRID, INT32_ELEMENTS, Elements, on_device_of
 from .support.workspace import item_bytes, key_size, query_size, value_size
 
 if TYPE_CHECKING:
@@ -19,6 +21,26 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 """Tokens to which query and key are padded."""
+
+
+@dataclass(frozen=True)
+class Correction(Rule):
+    """A matrix of num_heads x blocks of `block` queries x keys padded to a block is held; it ends at 2**31 - 1."""
+
+    block: int
+
+    order = Elements.order + 1
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        block = self.block
+        elements = request.num_heads * -(-request.q_len // block) * -(-request.kv_len // block) * block
+        if elements <= INT32_ELEMENTS:
+            return None
+        words = "{elements} elements in the correction of one sample > {max}"
+        return Reason("correction", words, elements=elements, max=INT32_ELEMENTS)
+
+    def describe(self) -> str:
+        return f"heads x blocks of {self.block} queries x keys padded to {self.block} at most 2^31 - 1"
 
 
 class SageAttn3(sage.SageBackend):
@@ -48,15 +70,14 @@ class SageAttn3(sage.SageBackend):
     symbols = (Symbols("sageattn3", ("sageattn3_blackwell",)),)
     hub = HubKernel("kernels-community/sage-blackwell", 1, ((12, 0),))
     limits = Limits(
-        dtypes=HALF,
-        head_dims=(64, 128),
-        masks=("none",),
-        gqa=False,
-        scale=False,
-        correction_block=BLOCK,
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-        max_heads=65535,
+        HeadDimIn((64, 128)),
+        NO_MASK,
+        GroupedHeads(taken=False),
+        Scale(taken=False),
+        Correction(BLOCK),
+        Elements(),
+        Batch(GRID),
+        Heads(GRID),
     )
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from ..values.options import Option
 from ..values.platform import Platform
@@ -37,7 +36,7 @@ class SageFP16Cuda(sage.SageCuda):
     )
 
     def limits_on(self, platform: Platform) -> Limits:
-        return replace(super().limits_on(platform), kv_block=sage.TAIL_BLOCK, kv_block_causal=True)
+        return super().limits_on(platform).but(sage.KeyBlock(sage.TAIL_BLOCK, causal=True))
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         chosen = options.get("pv_accum_dtype", "fp32")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from ..values.limits import Causal, Dtypes, HeadDim, HeadDimMultiple, ValueHeadDim
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
-from .backend import Limits
+from .backend import HALF, Limits
 from .support.sdpa import PinnedSDPA
 from .support.workspace import expanded_bytes
 
@@ -20,13 +19,14 @@ class SDPAEfficient(PinnedSDPA):
     min_capability = (5, 0)
     pin = "EFFICIENT_ATTENTION"
     limits = Limits(
-        dtypes=("float16", "bfloat16", "float32"),
-        head_dim_multiple=4,
-        head_dim_steps=(("float16", 8), ("bfloat16", 8)),
-        causal_cross=True,
-        mixed_head_dims=True,
+        Dtypes(("float16", "bfloat16", "float32")),
+        HeadDim(),
+        HeadDimMultiple(4),
+        HeadDimMultiple(8, HALF),
+        Causal("any"),
+        ValueHeadDim(may_differ=True),
     )
-    old_limits = replace(limits, dtypes=("float16", "float32"))
+    old_limits = limits.but(Dtypes(("float16", "float32")), HeadDimMultiple(4), HeadDimMultiple(8, ("float16",)))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         return expanded_bytes(request)

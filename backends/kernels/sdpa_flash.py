@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from ..values.limits import NO_MASK, Dtypes, GroupedHeads, HeadDim, Scale
 from ..values.platform import Platform
-from .backend import FLOATING, HALF, Limits, package_reason
+from .backend import FLOATING, Limits, package_reason
 from .support.layout import on_device_of
 from .support.sdpa import PinnedSDPA
 
@@ -26,8 +26,8 @@ class SDPAFlash(PinnedSDPA):
     kinds = ("cuda", "rocm", "cpu")
     min_capability = (8, 0)
     pin = "FLASH_ATTENTION"
-    limits = Limits(dtypes=HALF, max_head_dim=256, masks=("none",))
-    cpu_limits = Limits(dtypes=FLOATING)
+    limits = Limits(HeadDim(max=256), NO_MASK)
+    cpu_limits = Limits(Dtypes(FLOATING))
     varlen = True
 
     def limits_on(self, platform: Platform) -> Limits:
@@ -41,12 +41,16 @@ class SDPAFlash(PinnedSDPA):
         if platform.kind != "cuda" or package_reason("torch>=2.10", platform):
             return None
         scale = package_reason("torch>=2.11", platform) is None
-        return replace(self.limits, scale=scale, gqa=package_reason("torch>=2.12", platform) is None)
+        grouped = package_reason("torch>=2.12", platform) is None
+        return self.limits.but(Scale(scale), GroupedHeads(grouped))
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
         varlen_attn = import_module("torch.nn.attention.varlen").varlen_attn
         known, limits = signature(varlen_attn).parameters, self.varlen_limits(platform)
-        promised = {"scale": limits is not None and limits.scale, "enable_gqa": limits is not None and limits.gqa}
+        promised = {
+            "scale": limits is not None and limits[Scale].taken,
+            "enable_gqa": limits is not None and limits[GroupedHeads].taken,
+        }
         lacking = [name for name, wanted in promised.items() if wanted and name not in known]
         if lacking:  # an early pre-release of the version that brought them
             raise NotImplementedError(f"varlen_attn of torch {platform.torch} has no {', '.join(lacking)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import FLOATING, Kernel, Limits
@@ -39,7 +40,7 @@ class SDPAMath(PinnedSDPA):
     arithmetic = "fp32"
     kinds = KINDS
     pin = "MATH"
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Scores, weights and which scores are -inf; query and key scaled; inputs and output widened; mask as a bias.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import FLOATING, Backend, Kernel, Limits
@@ -26,7 +27,7 @@ class TorchSDPA(Backend):
     id = "torch_sdpa"
     summary = "PyTorch's own attention, dispatched as ComfyUI does it. Runs everywhere; the reference to compare with."
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Nothing of its own where torch has a fused kernel for grouped heads with a mask, which is on CUDA only."""

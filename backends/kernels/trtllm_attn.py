@@ -5,12 +5,13 @@ from __future__ import annotations
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from ..values.limits import NO_MASK, Batch, HeadDimIn, Heads
 from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .backend import HALF, Backend, Kernel, Limits
+from .backend import Backend, Kernel, Limits
 from .support.flashinfer import FLASHINFER
-from .support.layout import INT32_ELEMENTS, on_device_of
+from .support.layout import GRID, Elements, on_device_of
 from .support.ragged import WORKSPACE_BYTES, lengths, offsets, stream_of, to_bhsd, to_thd, workspace
 from .support.workspace import item_bytes, query_size
 
@@ -33,14 +34,7 @@ class TRTLLMAttn(Backend):
     packages = (FLASHINFER,)
     symbols = (Symbols("flashinfer.prefill", ("trtllm_ragged_attention_deepseek",)),)
     remarks = ("needs flashinfer-cubin, or downloads allowed by ATTENTION_BACKENDS_HUB=1",)
-    limits = Limits(
-        dtypes=HALF,
-        head_dims=(128,),
-        masks=("none",),
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-        max_heads=65535,
-    )
+    limits = Limits(HeadDimIn((128,)), NO_MASK, Elements(), Batch(GRID), Heads(GRID))
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((10, 0), (10, 3))

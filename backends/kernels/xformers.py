@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimMultiple, Heads
 from ..values.masks import as_additive, without_keys
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from ..values.versions import meets
 from .backend import HALF, Backend, Kernel, Limits
-from .support.layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from .support.layout import GRID, Elements, indexable, on_device_of, to_bshd
 from .support.sdpa import expanded
 from .support.workspace import expanded_bytes, item_bytes, mask_size
 
@@ -65,15 +65,17 @@ class Xformers(Backend):
         Symbols("xformers._cpp_lib", ("_built_with_cuda",)),
     )
     limits = Limits(
-        dtypes=("float16", "bfloat16", "float32"),
-        head_dim_steps=(("float16", 8), ("bfloat16", 8), ("float32", 4)),
-        max_elements=INT32_ELEMENTS,
-        max_batch=65535,
-        max_heads=65535,
+        Dtypes(("float16", "bfloat16", "float32")),
+        HeadDim(),
+        HeadDimMultiple(8, HALF),
+        HeadDimMultiple(4, ("float32",)),
+        Elements(),
+        Batch(GRID),
+        Heads(GRID),
     )
-    turing_limits = replace(limits, dtypes=("float16", "float32"), head_dim_steps=(("float16", 8),))
-    old_limits = replace(turing_limits, head_dim_steps=())
-    blackwell_limits = replace(limits, dtypes=HALF, max_head_dim=256, masks=("none",))
+    turing_limits = limits.but(Dtypes(("float16", "float32")), HeadDimMultiple(8, ("float16",)))
+    old_limits = turing_limits.without(HeadDimMultiple)
+    blackwell_limits = limits.but(Dtypes(HALF), HeadDim(max=256), HeadDimMultiple(8, HALF), NO_MASK)
 
     def limits_on(self, platform: Platform) -> Limits:
         """Head sizes fill 16 bytes where tensor cores load them; those before sm80 know no float32."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from ..values.limits import NO_MASK, Dtypes, HeadDim, HeadDimMultiple, KeyLength, Masks, Reason, Rule
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
-from ..values.request import AttentionCall
+from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits, package_reason
 from .support.sdpa import expanded
 
@@ -20,6 +21,44 @@ BLOCK = 512
 
 LANES = 128
 """Of this the keys have to be a multiple where segments are used, and head sizes beyond it."""
+
+
+@dataclass(frozen=True)
+class WideHeadDim(Rule):
+    """Head sizes above `of` are a multiple of it."""
+
+    of: int
+
+    column = HeadDimMultiple.column
+    order = HeadDimMultiple.order
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        for size in (request.head_dim, request.v_head_dim or request.head_dim):
+            if size > self.of and size % self.of:
+                words = "head_dim {head_dim} > {of} is not a multiple of {of}"
+                return Reason("head_dim.wide", words, head_dim=size, of=self.of)
+        return None
+
+    def describe(self) -> str:
+        return f"above {self.of} multiples of {self.of}"
+
+
+@dataclass(frozen=True)
+class LongKeys(Rule):
+    """More than `of` keys are a multiple of it."""
+
+    of: int
+
+    order = KeyLength.order + 1
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.kv_len <= self.of or request.kv_len % self.of == 0:
+            return None
+        words = "kv_len {kv_len} > {of} is not a multiple of {of}"
+        return Reason("kv_len.long", words, kv_len=request.kv_len, of=self.of)
+
+    def describe(self) -> str:
+        return f"kv_len above {self.of} a multiple of {self.of}"
 
 
 class XlaFlash(Backend):
@@ -49,8 +88,8 @@ class XlaFlash(Backend):
         Symbols("torch_xla.experimental.custom_kernel", ("flash_attention",)),
         Symbols("torch_xla.runtime", ("device_type",)),
     )
-    limits = Limits(dtypes=("bfloat16",), max_head_dim=256, wide_head_dim_multiple=LANES, masks=("none", "key_padding"))
-    first_limits = replace(limits, masks=("none",), long_kv_block=BLOCK)
+    limits = Limits(Dtypes(("bfloat16",)), HeadDim(max=256), WideHeadDim(LANES), Masks(("none", "key_padding")))
+    first_limits = limits.but(NO_MASK, LongKeys(BLOCK))
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.limits if _has_segments(platform) else self.first_limits

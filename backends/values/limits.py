@@ -1,10 +1,15 @@
-"""The requests that a kernel accepts, as data: the source of its reasons and of the support table."""
+"""The requests that a kernel accepts: rules that refuse with a reason, and say themselves what they refuse.
+
+A `Limits` is a set of rules. A rule that only one kernel has stands in that kernel's file: a frozen dataclass made from
+`Rule`. The support table is made of what the rules say (`Limits.described`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isclose
+from typing import ClassVar, TypeVar
 
 from .request import AttentionRequest
 
@@ -12,146 +17,392 @@ HALF = ("float16", "bfloat16")
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 ANY_MASK = ("none", "key_padding", "bool", "bias")
 
+DTYPES, HEAD_DIM, MASKS, GROUPED, CAUSAL, SCALE, FURTHER = COLUMNS = (
+    *("dtypes", "head_dim", "masks", "GQA", "causal", "scale"),
+    "further limits",
+)
+"""The columns of the support table that rules fill."""
+
+SHORT: Mapping[str, str] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+
+
+class Reason(str):
+    """Why a request is refused: an id and values, which a test or a translation can use, as a text in English.
+
+    This is the one place where they become words.
+    """
+
+    id: str
+    values: Mapping[str, object]
+
+    def __new__(cls, reason_id: str, words: str, /, **values: object) -> Reason:
+        """`words` names values in braces; texts in a tuple are joined by commas."""
+        made = super().__new__(cls, words.format(**{name: _shown(value) for name, value in values.items()}))
+        made.id, made.values = reason_id, values
+        return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, tuple) and all(isinstance(one, str) for one in value):
+        return f"({', '.join(value)})"
+    return value
+
+
+def _sizes(request: AttentionRequest) -> tuple[int, int]:
+    """The head sizes of keys and of values."""
+    return request.head_dim, request.v_head_dim or request.head_dim
+
+
+class Rule:
+    """One thing that a kernel asks of a request. A subclass is a frozen dataclass."""
+
+    column: ClassVar[str] = FURTHER
+    """The column of the support table that it is described in."""
+    order: ClassVar[int] = 100
+    """Where it stands among the rules, in reasons and in its column."""
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        """Why `request` breaks this rule, with the value and the limit; None where it keeps it."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The rule in words, for the support table; empty where there is nothing to say."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
-class Limits:
-    """What one kernel takes. Each field refuses with the value and the limit."""
+class Dtypes(Rule):
+    """The dtypes of query, key and value."""
 
-    dtypes: tuple[str, ...] = HALF
-    min_head_dim: int = 1
-    max_head_dim: int | None = None
-    head_dims: tuple[int, ...] | None = None
-    """The only head sizes there are; None for any up to `max_head_dim`."""
-    head_dim_multiple: int = 1
-    head_dim_steps: tuple[tuple[str, int], ...] = ()
-    """A dtype and the multiple that head sizes must be in it, where that differs between dtypes."""
-    wide_head_dim_multiple: int = 1
-    """Head sizes above this must be multiples of it."""
-    masks: tuple[str, ...] = ANY_MASK
-    gqa: bool = True
-    causal: bool = True
-    causal_cross: bool = False
-    """Accepts is_causal with q_len != kv_len, aligned top-left as SDPA defines it."""
-    mask_and_causal: bool = False
-    scale: bool = True
-    """Takes a scale; without it only head_dim ** -0.5, which every kernel computes by itself."""
-    mixed_head_dims: bool = False
-    """Accepts values whose head size differs from the keys'."""
-    min_kv_len: int = 1
-    max_kv_len: int | None = None
-    kv_block: int = 1
-    """kv_len must be a multiple of this: the kernel counts what fills its last block."""
-    kv_block_causal: bool = False
-    """`kv_block` holds with is_causal too; else a causal call never sees what fills the block."""
-    long_kv_block: int = 1
-    """A kv_len above this must be a multiple of it."""
-    max_elements: int | None = None
-    """Most elements of query, key or value, head_dim padded to `padded_head_dims`: a kernel that counts in 32 bits."""
-    padded_head_dims: tuple[int, ...] = ()
-    max_mask_elements: int | None = None
-    """Most elements, q_len * kv_len, of a mask with a row for each query."""
-    correction_block: int = 0
-    """A matrix of num_heads x blocks of so many queries x keys padded to a block is held; it ends at 2**31 - 1."""
-    max_batch: int | None = None
-    max_masked_batch: int | None = None
-    max_heads: int | None = None
-    max_heads_of_all: int | None = None
-    """Most heads of all samples together, batch * num_heads."""
+    names: tuple[str, ...] = HALF
+
+    column = DTYPES
+    order = 0
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.dtype in self.names:
+            return None
+        return Reason("dtype", "dtype {dtype} not in {taken}", dtype=request.dtype, taken=self.names)
+
+    def describe(self) -> str:
+        return ", ".join(SHORT.get(dtype, dtype) for dtype in self.names)
+
+
+@dataclass(frozen=True)
+class HeadDim(Rule):
+    """How large heads may be; `max` None for any size."""
+
+    max: int | None = None
+    min: int = 1
+
+    column = HEAD_DIM
+    order = 11
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        sizes = _sizes(request)
+        if self.max is not None and max(sizes) > self.max:
+            return Reason("head_dim.max", "head_dim {head_dim} > {max}", head_dim=max(sizes), max=self.max)
+        if min(sizes) < self.min:
+            return Reason("head_dim.min", "head_dim {head_dim} < {min}", head_dim=min(sizes), min=self.min)
+        return None
+
+    def describe(self) -> str:
+        low = f"from {self.min}" if self.min > 1 else ""
+        high = f"to {self.max}" if self.max else ""
+        return f"{low} {high}".strip() or "any"
+
+
+@dataclass(frozen=True)
+class HeadDimIn(Rule):
+    """The only head sizes there are, of query and key."""
+
+    sizes: tuple[int, ...]
+
+    column = HEAD_DIM
+    order = 10
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.head_dim in self.sizes:
+            return None
+        return Reason("head_dim.in", "head_dim {head_dim} not in {taken}", head_dim=request.head_dim, taken=self.sizes)
+
+    def describe(self) -> str:
+        return ", ".join(map(str, self.sizes))
+
+
+@dataclass(frozen=True)
+class HeadDimMultiple(Rule):
+    """Head sizes are a multiple of `of`, in some dtypes or in all."""
+
+    of: int
+    dtypes: tuple[str, ...] = ()
+    """Empty for all."""
+
+    column = HEAD_DIM
+    order = 12
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if self.dtypes and request.dtype not in self.dtypes:
+            return None
+        for size in _sizes(request):
+            if size % self.of:
+                words = "head_dim {head_dim} is not a multiple of {of}" + (" for {dtype}" if self.dtypes else "")
+                return Reason("head_dim.multiple", words, head_dim=size, of=self.of, dtype=request.dtype)
+        return None
+
+    def describe(self) -> str:
+        where = f" in {' and '.join(SHORT[dtype] for dtype in self.dtypes)}" if self.dtypes else ""
+        return f"multiples of {self.of}{where}"
+
+
+@dataclass(frozen=True)
+class ValueHeadDim(Rule):
+    """Whether the head size of values may differ from that of keys."""
+
+    may_differ: bool = False
+
+    order = 20
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        values = request.v_head_dim or request.head_dim
+        if self.may_differ or values == request.head_dim:
+            return None
+        return Reason("head_dim.values", "head_dim of values {values} != {keys}", values=values, keys=request.head_dim)
+
+    def describe(self) -> str:
+        return "values of another head_dim too" if self.may_differ else ""
+
+
+@dataclass(frozen=True)
+class Masks(Rule):
+    """The kinds of masks (`request.MASK_KINDS`)."""
+
+    kinds: tuple[str, ...] = ANY_MASK
+
+    column = MASKS
+    order = 30
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.mask in self.kinds:
+            return None
+        return Reason("mask", "mask kind {mask} not in {taken}", mask=request.mask, taken=self.kinds)
+
+    def describe(self) -> str:
+        if set(self.kinds) == set(ANY_MASK):
+            return "all"
+        return ", ".join(mask for mask in self.kinds if mask != "none") or "no"
+
+
+NO_MASK = Masks(("none",))
+
+
+@dataclass(frozen=True)
+class GroupedHeads(Rule):
+    """Whether several query heads may share a key head."""
+
+    taken: bool = True
+
+    column = GROUPED
+    order = 31
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if self.taken or not request.grouped:
+            return None
+        words = "grouped query heads {num_heads}/{num_kv_heads} are not supported"
+        return Reason("grouped", words, num_heads=request.num_heads, num_kv_heads=request.num_kv_heads)
+
+    def describe(self) -> str:
+        return "yes" if self.taken else "no"
+
+
+@dataclass(frozen=True)
+class Causal(Rule):
+    """`is_causal`: not at all (`no`), with q_len == kv_len (`equal`), or with `any` lengths, top-left as in SDPA."""
+
+    lengths: str = "equal"
+
+    column = CAUSAL
+    order = 32
+
+    @property
+    def taken(self) -> bool:
+        return self.lengths != "no"
+
+    @property
+    def cross(self) -> bool:
+        return self.lengths == "any"
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if not request.is_causal or self.cross:
+            return None
+        if not self.taken:
+            return Reason("causal", "is_causal is not supported")
+        if request.q_len == request.kv_len:
+            return None
+        words = "is_causal with q_len {q_len} != kv_len {kv_len}"
+        return Reason("causal.lengths", words, q_len=request.q_len, kv_len=request.kv_len)
+
+    def describe(self) -> str:
+        return f"{self.lengths} lengths" if self.taken else "no"
+
+
+@dataclass(frozen=True)
+class MaskWithCausal(Rule):
+    """Whether a call may have a mask and `is_causal`."""
+
+    taken: bool = False
+
+    order = 33
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if self.taken or not request.is_causal or request.mask == "none":
+            return None
+        return Reason("causal.mask", "is_causal together with a mask")
+
+    def describe(self) -> str:
+        return "a mask and causal together" if self.taken else ""
+
+
+@dataclass(frozen=True)
+class Scale(Rule):
+    """Whether it takes a scale; without it only head_dim ** -0.5, which every kernel computes by itself."""
+
+    taken: bool = True
+
+    column = SCALE
+    order = 34
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if self.taken or request.scale is None or isclose(request.scale, request.head_dim**-0.5, rel_tol=1e-6):
+            return None
+        return Reason("scale", "scale {scale} is not head_dim ** -0.5", scale=request.scale)
+
+    def describe(self) -> str:
+        return "yes" if self.taken else "no"
+
+
+@dataclass(frozen=True)
+class KeyLength(Rule):
+    """How many keys there may be; `max` None for any number."""
+
+    max: int | None = None
+    min: int = 1
+
+    order = 40
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.kv_len < self.min:
+            return Reason("kv_len.min", "kv_len {kv_len} < {min}", kv_len=request.kv_len, min=self.min)
+        if self.max is not None and request.kv_len > self.max:
+            return Reason("kv_len.max", "kv_len {kv_len} > {max}", kv_len=request.kv_len, max=self.max)
+        return None
+
+    def describe(self) -> str:
+        parts = [f"kv_len from {self.min}"] if self.min > 1 else []
+        parts += [f"kv_len to {self.max}"] if self.max is not None else []
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Batch(Rule):
+    """The most samples."""
+
+    max: int
+
+    order = 50
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.batch <= self.max:
+            return None
+        return Reason("batch", "batch {batch} > {max}", batch=request.batch, max=self.max)
+
+    def describe(self) -> str:
+        return f"batch to {self.max}"
+
+
+@dataclass(frozen=True)
+class Heads(Rule):
+    """The most query heads."""
+
+    max: int
+
+    order = 51
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.num_heads <= self.max:
+            return None
+        return Reason("num_heads", "num_heads {num_heads} > {max}", num_heads=request.num_heads, max=self.max)
+
+    def describe(self) -> str:
+        return f"heads to {self.max}"
+
+
+LAST_RESORT: tuple[Rule, ...] = (
+    Dtypes(),
+    ValueHeadDim(),
+    Masks(),
+    GroupedHeads(),
+    Causal(),
+    MaskWithCausal(),
+    Scale(),
+    KeyLength(),
+)
+"""The rules of limits that give no other one of their kind."""
+
+Kind = TypeVar("Kind", bound=Rule)
+
+
+@dataclass(frozen=True, init=False)
+class Limits:
+    """What one kernel takes: rules, each of which a request has to keep. Of a kind that is not given, that of
+    `LAST_RESORT`.
+
+    `Limits(HeadDim(max=128), NO_MASK)`
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __init__(self, *rules: Rule) -> None:
+        kinds = {type(rule) for rule in rules}
+        every = [*rules, *(rule for rule in LAST_RESORT if type(rule) not in kinds)]
+        object.__setattr__(self, "rules", tuple(sorted(every, key=lambda rule: rule.order)))
 
     def reasons(self, request: AttentionRequest) -> list[str]:
-        """Why `request` is outside these limits; empty when it is inside."""
-        checks = (*self._types(request), *self._arguments(request), *self._sizes(request))
-        return [reason for refused, reason in checks if refused]
+        """Why `request` is outside these limits, as `Reason`; empty when it is inside."""
+        return [reason for rule in self.rules if (reason := rule.reason(request)) is not None]
 
-    def _types(self, request: AttentionRequest) -> Iterator[tuple[bool, str]]:
-        """The dtype, and what the head sizes may be."""
-        head_dim, v_head_dim = request.head_dim, request.v_head_dim or request.head_dim
-        sizes = tuple(dict.fromkeys((head_dim, v_head_dim)))
-        wide, step = self.wide_head_dim_multiple, dict(self.head_dim_steps).get(request.dtype, 1)
-        yield request.dtype not in self.dtypes, f"dtype {request.dtype} not in ({', '.join(self.dtypes)})"
-        yield (
-            self.head_dims is not None and head_dim not in self.head_dims,
-            f"head_dim {head_dim} not in {self.head_dims}",
-        )
-        yield (
-            self.max_head_dim is not None and max(sizes) > self.max_head_dim,
-            f"head_dim {max(sizes)} > {self.max_head_dim}",
-        )
-        yield min(sizes) < self.min_head_dim, f"head_dim {min(sizes)} < {self.min_head_dim}"
-        yield (
-            any(size % self.head_dim_multiple for size in sizes),
-            f"head_dim {head_dim} is not a multiple of {self.head_dim_multiple}",
-        )
-        for size in sizes:
-            yield size % step != 0, f"head_dim {size} is not a multiple of {step} for {request.dtype}"
-            yield size > wide and size % wide != 0, f"head_dim {size} > {wide} is not a multiple of {wide}"
-        yield (
-            head_dim != v_head_dim and not self.mixed_head_dims,
-            f"head_dim of values {v_head_dim} != {head_dim}",
-        )
+    def but(self, *rules: Rule) -> Limits:
+        """These limits with other rules of these kinds."""
+        kinds = {type(rule) for rule in rules}
+        return Limits(*(rule for rule in self.rules if type(rule) not in kinds), *rules)
 
-    def _arguments(self, request: AttentionRequest) -> Iterator[tuple[bool, str]]:
-        """Mask, grouping, causality and scale."""
-        yield request.mask not in self.masks, f"mask kind {request.mask} not in ({', '.join(self.masks)})"
-        yield (
-            request.grouped and not self.gqa,
-            f"grouped query heads {request.num_heads}/{request.num_kv_heads} are not supported",
-        )
-        yield request.is_causal and not self.causal, "is_causal is not supported"
-        yield (
-            request.is_causal and self.causal and not self.causal_cross and request.q_len != request.kv_len,
-            f"is_causal with q_len {request.q_len} != kv_len {request.kv_len}",
-        )
-        yield (
-            request.is_causal and request.mask != "none" and not self.mask_and_causal,
-            "is_causal together with a mask",
-        )
-        yield not self.scale and not _default_scale(request), f"scale {request.scale} is not head_dim ** -0.5"
+    def without(self, *kinds: type[Rule]) -> Limits:
+        """These limits without the rules of these kinds, so with those of `LAST_RESORT`."""
+        return Limits(*(rule for rule in self.rules if type(rule) not in kinds))
 
-    def _sizes(self, request: AttentionRequest) -> Iterator[tuple[bool, str]]:
-        """Lengths, and how much there is of everything."""
-        kv_len, masked = request.kv_len, request.mask != "none"
-        yield kv_len < self.min_kv_len, f"kv_len {kv_len} < {self.min_kv_len}"
-        yield self.max_kv_len is not None and kv_len > self.max_kv_len, f"kv_len {kv_len} > {self.max_kv_len}"
-        yield (
-            kv_len % self.kv_block != 0 and (self.kv_block_causal or not request.is_causal),
-            f"kv_len {kv_len} is not a multiple of {self.kv_block}",
-        )
-        long = self.long_kv_block
-        yield kv_len > long and kv_len % long != 0, f"kv_len {kv_len} > {long} is not a multiple of {long}"
-        elements = self.elements(request)
-        yield (
-            self.max_elements is not None and elements > self.max_elements,
-            f"{elements} elements in one tensor > {self.max_elements}",
-        )
-        area = request.q_len * kv_len
-        yield (
-            self.max_mask_elements is not None and request.mask in ("bool", "bias") and area > self.max_mask_elements,
-            f"{area} elements in the mask of one head > {self.max_mask_elements}",
-        )
-        correction = self._correction(request)
-        yield correction > 2**31 - 1, f"{correction} elements in the correction of one sample > {2**31 - 1}"
-        for value, most, words in (
-            (request.batch, self.max_batch, "batch {} > {}"),
-            (request.batch if masked else 0, self.max_masked_batch, "batch {} > {} with a mask"),
-            (request.num_heads, self.max_heads, "num_heads {} > {}"),
-            (request.batch * request.num_heads, self.max_heads_of_all, "{} heads in all samples > {}"),
-        ):
-            yield most is not None and value > most, words.format(value, most)
+    def get(self, kind: type[Kind]) -> Kind | None:
+        """The rule of a kind; None where there is none."""
+        return next((rule for rule in self.rules if isinstance(rule, kind)), None)
 
-    def elements(self, request: AttentionRequest) -> int:
-        """Elements of the largest of query, key and value, as the kernel sees them."""
-        largest = max(request.head_dim, request.v_head_dim)
-        head_dim = next((size for size in sorted(self.padded_head_dims) if size >= largest), largest)
-        rows = max(request.num_heads * request.q_len, (request.num_kv_heads or request.num_heads) * request.kv_len)
-        return request.batch * rows * head_dim
+    def __getitem__(self, kind: type[Kind]) -> Kind:
+        """The rule of a kind that all limits have (`LAST_RESORT`).
 
-    def _correction(self, request: AttentionRequest) -> int:
-        block = self.correction_block
-        if not block:
-            return 0
-        return request.num_heads * -(-request.q_len // block) * -(-request.kv_len // block) * block
+        Raises:
+            KeyError: there is none.
+        """
+        found = self.get(kind)
+        if found is None:
+            raise KeyError(kind.__name__)
+        return found
 
-
-def _default_scale(request: AttentionRequest) -> bool:
-    return request.scale is None or isclose(request.scale, request.head_dim**-0.5, rel_tol=1e-6)
+    def described(self) -> dict[str, str]:
+        """The rules in words, by column of the support table."""
+        texts: dict[str, list[str]] = {column: [] for column in COLUMNS}
+        for rule in self.rules:
+            texts[rule.column] += filter(None, [rule.describe()])
+        if not texts[HEAD_DIM]:
+            texts[HEAD_DIM] = [HeadDim().describe()]
+        return {column: ("; " if column == FURTHER else ", ").join(found) for column, found in texts.items()}

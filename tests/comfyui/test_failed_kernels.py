@@ -21,6 +21,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import FLOATING, Limits  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError, KernelOutputError  # noqa: E402
+from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim  # noqa: E402
 from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import HEADS, Kernel, compiled, exact, host, model_call, override, sampling, stand_in  # noqa: E402
@@ -62,7 +63,7 @@ class Machine:
             return run(call)
 
         backend = Kernel(name, noted)
-        backend.limits = Limits(dtypes=FLOATING, mixed_head_dims=True, causal_cross=True)  # type: ignore[misc]
+        backend.limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))  # type: ignore[misc]
         return backend
 
     def func(self, *args: Any, **kwargs: Any) -> Any:

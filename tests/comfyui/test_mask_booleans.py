@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
@@ -18,6 +17,7 @@ from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.values import mask_plan as mask_parts  # noqa: E402
+from attention_backends.backends.values.limits import Masks  # noqa: E402
 from attention_backends.backends.values.mask_plan import AS_BOOLEANS, PASSED_ON  # noqa: E402
 from attention_backends.backends.values.masks import as_4d  # noqa: E402
 from attention_backends.backends.values.platform import detect  # noqa: E402
@@ -41,7 +41,7 @@ def _as_comfyui() -> Iterator[None]:
 class Booleans(Kernel):
     """A backend that takes no numbers for a mask, as FlashInfer's."""
 
-    limits = replace(Kernel.limits, masks=("none", "key_padding", "bool"))
+    limits = Kernel.limits.but(Masks(("none", "key_padding", "bool")))
 
     def __init__(self) -> None:
         super().__init__("sdpa_math", self.attend)

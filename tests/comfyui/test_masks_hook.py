@@ -14,6 +14,7 @@ from attention_backends.backends.engine import mask_reader as mask_plan  # noqa:
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import FLOATING, Limits  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
+from attention_backends.backends.values.limits import Causal, Dtypes  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
@@ -195,7 +196,7 @@ CAUSAL = torch.zeros(9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), float("-
 
 
 class TakesMasksNotCausal(Kernel):
-    limits = Limits(dtypes=FLOATING, causal=False)
+    limits = Limits(Dtypes(FLOATING), Causal("no"))
 
 
 def causal_call(ours: Any) -> Any:

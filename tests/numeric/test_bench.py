@@ -25,6 +25,7 @@ from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa:
 from attention_backends.backends.measure import bench_inputs  # noqa: E402
 from attention_backends.backends.measure.bench_inputs import exact_rows, make_inputs  # noqa: E402
 from attention_backends.backends.measure.presets import PRESETS, parse_presets  # noqa: E402
+from attention_backends.backends.values.limits import NO_MASK, Dtypes  # noqa: E402
 from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
@@ -233,7 +234,7 @@ def test_errors_are_told_from_rounding() -> None:
 def test_what_cannot_run_is_refused_before_the_kernel_is_called(snapshot: SnapshotAssertion) -> None:
     spy = Spying()
     limited = broken.Wrong("aiter", spy)
-    limited.limits = limited.limits.__class__(dtypes=("float32",), masks=("none",))  # type: ignore[misc]
+    limited.limits = limited.limits.__class__(Dtypes(("float32",)), NO_MASK)  # type: ignore[misc]
     case, ended = run(broken.router(limited), "cudnn_attn", "aiter", "comfy", "torch_sdpa")
     assert ended is None
     said = statuses(case)

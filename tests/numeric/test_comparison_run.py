@@ -10,6 +10,7 @@ import torch
 from attention_backends.backends.config.names import UnknownBackendError
 from attention_backends.backends.kernels.backend import FLOATING
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.values.limits import NO_MASK, Dtypes
 from attention_backends.backends.values.request import AttentionCall
 from attention_backends.comparison import metrics
 from attention_backends.comparison.calls import CapturedCall, compare_calls
@@ -240,7 +241,7 @@ def without_masks(backend: str = AGAIN) -> Wrong:
         return plain_sdpa()(call)
 
     made = Wrong(backend, run)
-    made.limits = type(made.limits)(dtypes=FLOATING, masks=("none",))  # type: ignore[misc]
+    made.limits = type(made.limits)(Dtypes(FLOATING), NO_MASK)  # type: ignore[misc]
     return made
 
 
@@ -320,7 +321,7 @@ def test_nothing_runs_in_place_of_a_backend_that_raises(snapshot: SnapshotAssert
 
 def test_a_request_that_is_refused_names_the_limit(snapshot: SnapshotAssertion) -> None:
     half_only = Wrong(AGAIN, plain_sdpa())
-    half_only.limits = type(half_only.limits)(dtypes=("float16",))  # type: ignore[misc]
+    half_only.limits = type(half_only.limits)(Dtypes(("float16",)))  # type: ignore[misc]
     row = row_of(compare(small(), [AGAIN], router=router(half_only)), AGAIN)
     assert row.failed == snapshot
     assert row.ran is None

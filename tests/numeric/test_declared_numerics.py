@@ -23,6 +23,7 @@ from attention_backends.backends.kernels.planned import Planned  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sdpa  # noqa: E402
 from attention_backends.backends.kernels.varlen import VarlenCall  # noqa: E402
+from attention_backends.backends.values.limits import Causal, Dtypes, MaskWithCausal, ValueHeadDim  # noqa: E402
 from attention_backends.backends.values.platform import KINDS, Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
@@ -30,6 +31,9 @@ from declared_features import Feature, features, without  # noqa: E402
 from fakes import on_platform, torch_operators, torch_varlen  # noqa: E402
 from kernel_machines import places  # noqa: E402
 from tolerance import Error, allowed, error, truth  # noqa: E402
+
+EVERYTHING = (Causal("any"), MaskWithCausal(taken=True), ValueHeadDim(may_differ=True))
+"""What limits may allow beyond the usual."""
 
 RUN = [name for name, backend in BACKENDS.items() if not isinstance(backend, Planned)]
 
@@ -161,7 +165,7 @@ def test_what_is_planned_runs_nowhere(name: str) -> None:
 
 def test_what_a_call_is_about_shows_in_its_result() -> None:
     """Each thing that a kernel could drop is beyond the tolerance of each arithmetic, or no test here would see it."""
-    everything = Limits(dtypes=("bfloat16",), causal_cross=True, mask_and_causal=True, mixed_head_dims=True)
+    everything = Limits(Dtypes(("bfloat16",)), *EVERYTHING)
     seen = set()
     for feature in features(everything):
         for name, call in without(feature):
@@ -279,7 +283,7 @@ def _foo(kernel, **declared: object) -> Backend:
         id = "foo_attn"
         summary = "For a test."
         kinds = KINDS
-        limits = Limits(dtypes=("float32",), causal_cross=True, mask_and_causal=True, mixed_head_dims=True)
+        limits = Limits(Dtypes(("float32",)), *EVERYTHING)
 
         def load(self, platform: Platform):
             return kernel
@@ -311,7 +315,7 @@ def test_nor_does_a_coarse_arithmetic_hide_it(monkeypatch: pytest.MonkeyPatch, w
 
 
 def test_a_right_one_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mask_and_causal=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), *EVERYTHING)
     assert faults_of(monkeypatch, _foo(reference_attention, limits=limits)) == []
 
 

@@ -26,10 +26,12 @@ from attention_backends.backends.doctor.isolated import run, words_of  # noqa: E
 from attention_backends.backends.doctor.probe import judge, probe  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.kernels.backend import HALF, Backend, Kernel, Limits  # noqa: E402
+from attention_backends.backends.kernels.backend import Backend, Kernel, Limits  # noqa: E402
+from attention_backends.backends.kernels.support.sage import KeyBlock  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.measure import remembered  # noqa: E402
 from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
+from attention_backends.backends.values.limits import Dtypes, HeadDimIn  # noqa: E402
 from attention_backends.backends.values.platform import Platform, detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 
@@ -41,6 +43,7 @@ import atexit, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits
+from attention_backends.backends.values.limits import Dtypes
 from attention_backends.backends.values.platform import KINDS
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 
@@ -48,7 +51,7 @@ from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 class Kernel(Backend):
     summary = "For a test."
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING)
+    limits = Limits(Dtypes(FLOATING))
 
     def __init__(self, backend_id, run, at_load=lambda: None):
         self.id, self.run, self.at_load = backend_id, run, at_load
@@ -282,7 +285,7 @@ def test_only_the_last_lines_of_stderr_are_kept() -> None:
 class Subject(Backend):
     summary = "For a test."
     kinds = ("cpu",)
-    limits = Limits(dtypes=HALF)
+    limits = Limits()
 
     def __init__(self, kernel: Kernel, backend_id: str = "subject", **declared: object) -> None:
         self.id = backend_id  # type: ignore[misc]
@@ -393,10 +396,10 @@ def test_the_first_problem_that_the_kernel_takes_is_used(snapshot: SnapshotAsser
         seen.append(call)
         return plain_sdpa()(call)
 
-    assert verdict(kernel, limits=Limits(dtypes=("bfloat16",), head_dims=(128,), kv_block=64)).status == "ok"
+    assert verdict(kernel, limits=Limits(Dtypes(("bfloat16",)), HeadDimIn((128,)), KeyBlock(64))).status == "ok"
     assert seen[0].key.shape == (1, 2, 256, 128)
     assert seen[0].key.dtype == torch.bfloat16
-    refused = verdict(kernel, limits=Limits(head_dims=(32,)))
+    refused = verdict(kernel, limits=Limits(HeadDimIn((32,))))
     assert (refused.status, refused.reason.split(":")[0]) == snapshot
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import ACCURACY, FLOATING, Backend, Limits
+from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.values.tolerance import (
     EARNED,
@@ -40,7 +41,7 @@ class Off(Backend):
 
     summary = "For a test."
     kinds = KINDS
-    limits = Limits(dtypes=FLOATING, causal_cross=True, mixed_head_dims=True)
+    limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def __init__(self, backend_id: str, arithmetic: str, share: float, *, sparse: bool = False) -> None:
         self.id, self.arithmetic, self.sparse, self.share = backend_id, arithmetic, sparse, share  # type: ignore[misc]

@@ -19,6 +19,7 @@ from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.kernels.support.layout import Elements  # noqa: E402
 from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
@@ -250,7 +251,7 @@ def test_errors_after_which_nothing_may_run(
 def test_too_many_tokens_in_one_row_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     router = router_on(monkeypatch, *FLASH)
     backend = router.backends["flash_attn_2"]
-    limits = replace(backend.limits, max_elements=4 * 64 * 192)
+    limits = backend.limits.but(Elements(4 * 64 * 192))
     monkeypatch.setattr(type(backend), "limits", limits)
     _, session = run(router, "flash_attn_2", lengths_call(192, 50))
     assert rows_of(session) == [("flash_attn_2", "key_padding, per sample", 2)]

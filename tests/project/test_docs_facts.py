@@ -12,6 +12,7 @@ from typing import Any
 from attention_backends.backends.engine.priorities import PRIORITIES
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import ANY_MASK
+from attention_backends.backends.values.limits import Masks
 from attention_backends.backends.values.platform import parse_platform
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,10 +53,10 @@ def test_the_kernels_that_are_said_to_take_masks_take_them() -> None:
     said = re.search(r"With a mask that stays, (.+?) take all kinds, (.+?) boolean ones", words)
     assert said is not None
     for name in re.findall(r"`(\w+)`", said[1]):
-        assert BACKENDS[name].limits_on(machine).masks == ANY_MASK, name
+        assert BACKENDS[name].limits_on(machine)[Masks].kinds == ANY_MASK, name
     for name in re.findall(r"`(\w+)`", said[2]):
-        assert "bool" in BACKENDS[name].limits_on(machine).masks, name
-        assert "bias" not in BACKENDS[name].limits_on(machine).masks, name
+        assert "bool" in BACKENDS[name].limits_on(machine)[Masks].kinds, name
+        assert "bias" not in BACKENDS[name].limits_on(machine)[Masks].kinds, name
 
 
 def test_every_statement_of_the_guide_says_what_it_rests_on() -> None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Limits
 from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.values.limits import SHORT, GroupedHeads, HeadDim, HeadDimIn, Masks
 from attention_backends.backends.values.options import Option
 from attention_backends.backends.values.platform import Platform
 from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest
@@ -91,15 +91,15 @@ class Sample(Backend):
         Option("share", float, 0.5, "How much.", minimum=0, maximum=1),
         Option("mode", str, "fast", "Which.", choices=("fast", "good")),
     )
-    limits = Limits(max_head_dim=128, masks=("none", "bool"), gqa=False)
+    limits = Limits(HeadDim(max=128), Masks(("none", "bool")), GroupedHeads(taken=False))
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((7, 5), (8, 0), (8, 6), (9, 0))
 
     def limits_on(self, platform: Platform) -> Limits:
         if platform.torch.startswith("2.6"):
-            return replace(self.limits, head_dims=(64,))
-        return replace(self.limits, max_head_dim=256) if platform.capability == (9, 0) else self.limits
+            return self.limits.without(HeadDim).but(HeadDimIn((64,)))
+        return self.limits.but(HeadDim(max=256)) if platform.capability == (9, 0) else self.limits
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         return [reason for reason in super().unavailable_reasons(platform) if not reason.startswith("package")]
@@ -207,7 +207,7 @@ def _head_dim_fits(cell: str, size: int, dtype: str) -> bool:
         if part.startswith("above"):
             fits = size <= numbers[0] or size % numbers[1] == 0
         elif part.startswith("multiples"):
-            fits = bool(in_dtypes and support_limits.SHORT[dtype] not in in_dtypes) or size % numbers[0] == 0
+            fits = bool(in_dtypes and SHORT[dtype] not in in_dtypes) or size % numbers[0] == 0
         elif part.startswith("from"):
             fits = size >= numbers[0] and (len(numbers) < 2 or size <= numbers[1])
         else:
@@ -251,7 +251,7 @@ def test_every_row_says_what_the_router_says(backend: str) -> None:
             if router.unavailable(backend):
                 continue
             _, dtypes, head_dim, masks, _, _, _, further = _row_of(backend, machine, release)
-            dtype = next(name for name in DTYPES if support_limits.SHORT.get(name, name) == dtypes.split(", ")[0])
+            dtype = next(name for name in DTYPES if SHORT.get(name, name) == dtypes.split(", ")[0])
             able = next(size for size in (64, 128) if _head_dim_fits(head_dim, size, dtype))
             call = AttentionRequest(1, 8, 256, 256, able, dtype)
 
@@ -259,7 +259,7 @@ def test_every_row_says_what_the_router_says(backend: str) -> None:
                 return bool(router.refuse(backend, call))
 
             for size, each in product((4, 8, 12, 16, 17, 40, 64, 80, 96, 128, 160, 192, 256, 264, 512, 520), DTYPES):
-                said = support_limits.SHORT.get(each, each) in dtypes.split(", ")
+                said = SHORT.get(each, each) in dtypes.split(", ")
                 said = said and _head_dim_fits(head_dim, size, each)
                 assert refused(call._replace(head_dim=size, dtype=each)) != said, (one.describe(), size, each)
             for mask in MASK_KINDS:

@@ -9,6 +9,7 @@ import pytest
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.support import sage
+from attention_backends.backends.values.limits import GroupedHeads, Masks, Scale
 from attention_backends.backends.values.platform import Platform
 from attention_backends.backends.values.request import AttentionRequest
 from attention_backends.backends.values.versions import meets, read
@@ -96,9 +97,10 @@ def test_varlen_of_torch_on_pre_releases() -> None:
         return backend.varlen_limits(Platform("cuda", capability=(9, 0), torch=torch))
 
     assert limits("2.9.1") is None
-    assert limits("2.10.0a0").scale is False
-    assert limits("2.11.0.dev20260101").scale is True
-    assert (limits("2.11.0.dev20260101").gqa, limits("2.12.0rc1").gqa) == (False, True)
+    assert limits("2.10.0a0")[Scale].taken is False
+    assert limits("2.11.0.dev20260101")[Scale].taken is True
+    grouped = [limits(version)[GroupedHeads].taken for version in ("2.11.0.dev20260101", "2.12.0rc1")]
+    assert grouped == [False, True]
 
 
 def test_a_function_that_lacks_what_its_version_promises_is_not_loaded(
@@ -127,7 +129,7 @@ def test_other_packages_in_pre_releases() -> None:
     turing = on((7, 5), ("flashinfer-python", "0.6.16.dev20260101"))
     assert BACKENDS["flashinfer_attn"].unsupported_reasons(SELF._replace(dtype="float16", head_dim=128), turing) == []
     tpu = Platform("xla", torch="2.9.0", packages=(("torch-xla", "2.4.0rc1"),))
-    assert BACKENDS["xla_flash"].limits_on(tpu).masks == ("none", "key_padding")
+    assert BACKENDS["xla_flash"].limits_on(tpu)[Masks].kinds == ("none", "key_padding")
 
 
 def test_no_other_place_reads_versions() -> None:

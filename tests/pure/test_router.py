@@ -11,6 +11,7 @@ from attention_backends.backends.engine.router import NOTHING_MEASURES, Rejectio
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Kernel, Limits
 from attention_backends.backends.values.errors import NoBackendError
+from attention_backends.backends.values.limits import Dtypes, HeadDim
 from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest, parse_request
 from syrupy.assertion import SnapshotAssertion
@@ -41,7 +42,7 @@ class Fake(Backend):
     ) -> None:
         self.id = backend_id  # type: ignore[misc]
         self.accuracy = accuracy  # type: ignore[misc]
-        self.limits = limits or Limits(max_head_dim=128)  # type: ignore[misc]
+        self.limits = limits or Limits(HeadDim(max=128))  # type: ignore[misc]
         self.unavailable = unavailable
         self.broken = broken
         self.loaded = 0
@@ -57,7 +58,7 @@ class Fake(Backend):
 
 
 def router(*fakes: Fake, platform: Platform = HOPPER) -> Router:
-    everything = Limits(dtypes=DTYPES)
+    everything = Limits(Dtypes(DTYPES))
     return Router(platform, {fake.id: fake for fake in (Fake("torch_sdpa", limits=everything), *fakes)})
 
 
@@ -147,9 +148,9 @@ def test_measured_without_a_measurement_is_auto_with_a_note_and_never_refuses() 
 
 def test_the_last_resort_is_what_comfyui_would_run(snapshot: SnapshotAssertion) -> None:
     odd = CALL._replace(dtype="float8_e4m3fn")
-    decision = Router(HOPPER, {"torch_sdpa": Fake("torch_sdpa"), "comfy": Fake("comfy", limits=Limits(DTYPES))}).select(
-        odd, AUTO
-    )
+    decision = Router(
+        HOPPER, {"torch_sdpa": Fake("torch_sdpa"), "comfy": Fake("comfy", limits=Limits(Dtypes(DTYPES)))}
+    ).select(odd, AUTO)
     assert decision.backend == "comfy"
     assert decision.rejected[-1].backend == "torch_sdpa"
     with pytest.raises(NoBackendError) as caught:

@@ -24,7 +24,7 @@ class FlashAttention(FromHub):
     """`flash_attn_func` of one package (https://github.com/Dao-AILab/flash-attention), or of its build on the Hub.
 
     `causal` there is aligned to the bottom right, in SDPA to the top left; the two agree only where q_len equals
-    kv_len, so a subclass leaves `Limits.causal_cross` off.
+    kv_len, so a subclass leaves `Causal` at equal lengths.
     """
 
     module: ClassVar[str]

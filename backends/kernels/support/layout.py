@@ -7,13 +7,51 @@ is what FlashAttention takes, Sage calls it NHD and xformers BMHK. Views are kep
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from ...values.limits import Reason, Rule
+from ...values.request import AttentionRequest
 
 if TYPE_CHECKING:
     import torch
 
 INT32_ELEMENTS = 2**31 - 1
 """The largest offset, in elements, that a signed 32-bit index reaches."""
+
+GRID = 65535
+"""The most blocks in the second and third dimension of a CUDA grid."""
+
+
+@dataclass(frozen=True)
+class Elements(Rule):
+    """The most elements of query, key or value, for a kernel that counts in 32 bits; heads are padded to `padded`."""
+
+    max: int = INT32_ELEMENTS
+    padded: tuple[int, ...] = ()
+
+    order = 60
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        elements = self.of(request)
+        if elements <= self.max:
+            return None
+        return Reason("elements", "{elements} elements in one tensor > {max}", elements=elements, max=self.max)
+
+    def of(self, request: AttentionRequest) -> int:
+        """Elements of the largest of query, key and value, as the kernel sees them."""
+        largest = max(request.head_dim, request.v_head_dim)
+        head_dim = next((size for size in sorted(self.padded) if size >= largest), largest)
+        rows = max(request.num_heads * request.q_len, (request.num_kv_heads or request.num_heads) * request.kv_len)
+        return request.batch * rows * head_dim
+
+    def describe(self) -> str:
+        return f"{power(self.max)} elements per tensor"
+
+
+def power(number: int) -> str:
+    """A number in words, with 2^31 - 1 as such."""
+    return "2^31 - 1" if number == INT32_ELEMENTS else str(number)
 
 
 def to_bshd(tensor: torch.Tensor) -> torch.Tensor:

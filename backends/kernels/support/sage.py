@@ -13,14 +13,15 @@ from inspect import isfunction, signature
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...values.limits import NO_MASK, Batch, HeadDim, HeadDimIn, Heads, KeyLength, Masks, Reason, Rule
 from ...values.options import Option
 from ...values.package import Package, Symbols
 from ...values.platform import Platform
 from ...values.request import AttentionCall, AttentionRequest
 from ...values.versions import read
-from ..backend import ANY_MASK, HALF, Kernel, Limits, package_reason
+from ..backend import Kernel, Limits, package_reason
 from .hub import FromHub
-from .layout import INT32_ELEMENTS, indexable, on_device_of, to_bshd
+from .layout import GRID, Elements, indexable, on_device_of, to_bshd
 from .workspace import item_bytes, key_size, rounded_bytes, value_size
 
 if TYPE_CHECKING:
@@ -58,19 +59,31 @@ SECOND_PACKAGES = (
 )
 """2.x: the authors' sources, and woct0rdho's wheels for Windows."""
 
-SECOND_LIMITS = Limits(
-    dtypes=HALF,
-    max_head_dim=128,
-    masks=("none",),
-    max_elements=INT32_ELEMENTS,
-    padded_head_dims=(64, 128),
-    max_batch=65535,
-    max_heads=65535,
-)
+
+@dataclass(frozen=True)
+class KeyBlock(Rule):
+    """kv_len is a multiple of `of`: the kernel counts what fills its last block."""
+
+    of: int
+    causal: bool = False
+    """It holds with is_causal too; else a causal call never sees what fills the block."""
+
+    order = KeyLength.order + 1
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        if request.kv_len % self.of == 0 or (request.is_causal and not self.causal):
+            return None
+        return Reason("kv_len.block", "kv_len {kv_len} is not a multiple of {of}", kv_len=request.kv_len, of=self.of)
+
+    def describe(self) -> str:
+        return f"kv_len a multiple of {self.of}" + ("" if self.causal else " unless causal")
+
+
+SECOND_LIMITS = Limits(HeadDim(max=128), NO_MASK, Elements(padded=(64, 128)), Batch(GRID), Heads(GRID))
 """2.1.1 and 2.2.0, sageattention/core.py: head sizes are padded to 64 or 128, offsets are 32 bits wide, batch and
 heads are grid dimensions."""
 
-WIDE_LIMITS = replace(SECOND_LIMITS, max_head_dim=256, padded_head_dims=(64, 128, 256))
+WIDE_LIMITS = SECOND_LIMITS.but(HeadDim(max=256), Elements(padded=(64, 128, 256)))
 """woct0rdho's wheels from post5 on: `pad_qkv` of sageattention/core.py pads to 256 too, but for the sm90 kernel."""
 
 Cards = tuple[tuple[int, int], ...]
@@ -107,7 +120,7 @@ class Build:
         """The limits of one of the backends' ids; those of `sage_attn` are of the kernel that it runs on the card."""
         narrow = kernel == FP8_SM90 or (kernel == ATTN and capability == (9, 0))
         limits = WIDE_LIMITS if self.wide and not narrow else SECOND_LIMITS
-        return replace(limits, masks=ANY_MASK) if kernel == FP16_TRITON and self.masks else limits
+        return limits.but(Masks()) if kernel == FP16_TRITON and self.masks else limits
 
 
 _RELEASED: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
@@ -243,7 +256,7 @@ def without_noise(limits: Limits, platform: Platform) -> Limits:
 
     https://github.com/thu-ml/SageAttention/issues/388
     """
-    return replace(limits, max_kv_len=150_000) if platform.capability in ((12, 0), (12, 1)) else limits
+    return limits.but(KeyLength(max=150_000)) if platform.capability in ((12, 0), (12, 1)) else limits
 
 
 def may_read_nan(kernel: str, kv_len: int) -> bool:
@@ -324,7 +337,7 @@ def varlen_limits(platform: Platform) -> Limits | None:
         return None
     if is_second(platform):
         return build(platform).limits(FP8_CUDA)
-    return replace(SECOND_LIMITS, head_dims=(64, 128))
+    return SECOND_LIMITS.but(HeadDimIn((64, 128)))
 
 
 def load_varlen(smooth_k: bool) -> VarlenKernel:

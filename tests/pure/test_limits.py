@@ -1,0 +1,119 @@
+"""Limits as rules: each refuses with an id and values, and says itself what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from itertools import product
+
+import pytest
+from attention_backends.backends.doctor.support_limits import MACHINES, equipped
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.values.limits import (
+    COLUMNS,
+    FURTHER,
+    LAST_RESORT,
+    NO_MASK,
+    Batch,
+    Causal,
+    Dtypes,
+    HeadDim,
+    HeadDimIn,
+    HeadDimMultiple,
+    Limits,
+    MaskWithCausal,
+    Reason,
+    Rule,
+    ValueHeadDim,
+)
+from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest
+
+CALL = AttentionRequest(1, 8, 256, 256, 64, "bfloat16")
+
+
+def _broken(limits: Limits, **changes: object) -> list[tuple[str, dict[str, object]]]:
+    found = limits.reasons(CALL._replace(**changes))
+    return [(reason.id, dict(reason.values)) for reason in found if isinstance(reason, Reason)]
+
+
+def test_a_reason_has_an_id_and_values() -> None:
+    limits = Limits(HeadDim(max=128), HeadDimMultiple(8), NO_MASK, Causal("no"), Batch(4))
+    assert _broken(limits) == []
+    assert _broken(limits, head_dim=132) == [
+        ("head_dim.max", {"head_dim": 132, "max": 128}),
+        ("head_dim.multiple", {"head_dim": 132, "of": 8, "dtype": "bfloat16"}),
+    ]
+    assert _broken(limits, mask="bias", batch=5) == [
+        ("mask", {"mask": "bias", "taken": ("none",)}),
+        ("batch", {"batch": 5, "max": 4}),
+    ]
+    assert [reason_id for reason_id, _ in _broken(limits, is_causal=True)] == ["causal"]
+
+
+def test_a_multiple_that_the_values_break_names_their_size() -> None:
+    limits = Limits(HeadDimMultiple(8), ValueHeadDim(may_differ=True))
+    assert _broken(limits, v_head_dim=60) == [("head_dim.multiple", {"head_dim": 60, "of": 8, "dtype": "bfloat16"})]
+
+
+def test_a_reason_is_text_to_everyone_else() -> None:
+    (reason,) = Limits(HeadDim(max=32)).reasons(CALL)
+    assert reason == "head_dim 64 > 32"
+    assert json.loads(json.dumps([reason])) == [reason]
+    assert copy.deepcopy(reason) == pickle.loads(pickle.dumps(reason)) == reason
+
+
+def test_limits_differ_by_their_rules_and_have_one_of_each_usual_kind() -> None:
+    limits = Limits(HeadDim(max=128), Dtypes(("float16",)))
+    assert limits.but(HeadDim(max=256)) == Limits(Dtypes(("float16",)), HeadDim(max=256)) != limits
+    assert limits.without(HeadDim, Dtypes) == Limits() == Limits(*LAST_RESORT)
+    assert limits[Dtypes].names == ("float16",)
+    assert limits.get(HeadDimIn) is None
+    with pytest.raises(KeyError):
+        limits[HeadDimIn]
+
+
+def test_the_words_of_rules_stand_in_their_columns() -> None:
+    words = Limits(HeadDim(max=128), HeadDimMultiple(8), MaskWithCausal(taken=True), Batch(2)).described()
+    assert tuple(words) == COLUMNS
+    assert words["head_dim"] == "to 128, multiples of 8"
+    assert words[FURTHER].count(";") == 1
+
+
+def _all_limits() -> set[Limits]:
+    return {
+        backend.limits_on(one)
+        for backend, machine in product(BACKENDS.values(), MACHINES)
+        for _, one in equipped(backend, machine)
+    }
+
+
+def test_every_rule_that_a_kernel_has_refuses_something_and_says_what() -> None:
+    """A rule that nothing breaks, or that the table leaves out, would be a limit that is no limit."""
+    sizes = [CALL._replace(head_dim=size, dtype=dtype) for size, dtype in product((4, 12, 17, 160, 520), DTYPES)]
+    lengths = [
+        CALL._replace(q_len=length, kv_len=length, is_causal=causal, mask=mask)
+        for length, causal, mask in product((0, 1, 77, 520, 200_000, 2**21), (False, True), MASK_KINDS)
+    ]
+    many = [
+        CALL._replace(batch=70_000, mask="bool"),
+        CALL._replace(num_heads=70_000),
+        CALL._replace(num_heads=2**16, kv_len=2**16, q_len=2**16),
+        CALL._replace(num_kv_heads=2),
+        CALL._replace(scale=0.7),
+        CALL._replace(q_len=8, is_causal=True),
+    ]
+    calls = (*sizes, *lengths, *many)
+    rules: set[Rule] = {rule for limits in _all_limits() for rule in limits.rules}
+    assert len({type(rule) for rule in rules}) >= 18
+    for rule in rules:
+        broken = [reason for call in calls if (reason := rule.reason(call)) is not None]
+        assert all(reason.id and "{" not in reason for reason in broken)
+        if rule.column == FURTHER and rule not in LAST_RESORT:
+            assert rule.describe(), rule
+        allows_all = (
+            rule in (HeadDim(), *LAST_RESORT)
+            or rule.describe() in ("yes", "all", "any lengths", "any")
+            or (isinstance(rule, MaskWithCausal | ValueHeadDim))
+        )
+        assert broken or allows_all or isinstance(rule, Dtypes), rule
