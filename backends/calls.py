@@ -17,9 +17,10 @@ from .engine.call_checks import CheckError, check
 from .engine.router import Router
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
+from .kernels.registry import detect
 from .report import RunReport
 from .values.masks import as_4d, for_kernels
-from .values.platform import Platform, detect
+from .values.platform import Platform
 from .values.request import AttentionCall
 
 if TYPE_CHECKING:

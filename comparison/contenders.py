@@ -17,11 +17,12 @@ from ..backends.engine.plan import Plan
 from ..backends.engine.router import Router
 from ..backends.engine.session import Session
 from ..backends.engine.sub_calls import SplitPlan, calls_of, plan_parts, run_parts
+from ..backends.kernels.registry import detect
 from ..backends.report import RunReport
 from ..backends.values.devices import device_named, synchronise
 from ..backends.values.errors import NoBackendError
 from ..backends.values.mask_plan import MaskPlan
-from ..backends.values.platform import KINDS, detect
+from ..backends.values.platform import KINDS
 from ..backends.values.request import AttentionCall, AttentionRequest
 from .report import ComparisonError
 

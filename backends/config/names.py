@@ -7,6 +7,7 @@ them pastes unchanged. Only names live here; what each backend can do is in `ker
 
 from __future__ import annotations
 
+from ..kernels.registry import MODULES
 from ..values.bounded import nearest, shortened
 from .systems import SYSTEMS, key_of, rows_of
 
@@ -19,7 +20,7 @@ MEASURED = "measured"
 COMFY = "comfy"
 """Run what ComfyUI would have run by itself."""
 
-BACKEND_IDS: tuple[str, ...] = (
+MENU: tuple[str, ...] = (
     "torch_sdpa",
     "cudnn_attn",
     "flash_attn",
@@ -54,7 +55,10 @@ BACKEND_IDS: tuple[str, ...] = (
     "reference",
     "trtllm_attn",
 )
-"""Every backend that can be named, in the order in which menus show them. New ids are appended."""
+"""The order in which menus show backends. It is kept; one that is not here stands at the end."""
+
+BACKEND_IDS: tuple[str, ...] = (*MENU, *(backend_id for backend_id in MODULES if backend_id not in MENU))
+"""Every backend that can be named, in the order in which menus show them."""
 
 CHOICES: tuple[str, ...] = (AUTO, MEASURED, *BACKEND_IDS)
 """What a menu offers: the two ways to let the pack choose, then each backend."""

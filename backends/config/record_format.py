@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..kernels import distributions
+from ..kernels.registry import distributions
 from ..measure.remembered import COMPILERS, driver
 from ..values.request import AttentionRequest
 

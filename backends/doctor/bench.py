@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels.backend import on_copies
+from ..kernels.registry import detect
 from ..measure.bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call
 from ..measure.presets import Preset
 from ..values.devices import synchronise
 from ..values.faults import CUDA_FAULTS, OUT_OF_MEMORY, KernelFaultError
-from ..values.platform import detect
 from ..values.request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:

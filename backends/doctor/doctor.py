@@ -16,9 +16,10 @@ from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels.backend import Backend
 from ..kernels.group import BackendGroup
+from ..kernels.registry import detect, looked_for
 from ..measure import remembered
 from ..measure.remembered import Outcome
-from ..values.platform import KINDS, Platform, detect, installed_packages
+from ..values.platform import KINDS, Platform, installed_packages
 from . import symbols
 from .install import Advice, Interpreter, how_to_get
 from .symbols import Finding
@@ -106,7 +107,7 @@ def this_machine() -> tuple[Platform, str | None]:
     try:
         return detect(), None
     except Exception as error:  # a missing or damaged torch is the finding, not a crash
-        return Platform("cpu", packages=installed_packages()), f"torch: {type(error).__name__}: {error}"
+        return Platform("cpu", packages=installed_packages(looked_for())), f"torch: {type(error).__name__}: {error}"
 
 
 def why_no_card(platform: Platform) -> str | None:
@@ -173,8 +174,7 @@ def probe_all(
 def cards_of(backend: Backend, platform: Platform) -> Cards:
     """The cards that a backend declares, for the versions that are installed."""
     if isinstance(backend, BackendGroup):
-        members = (member for order in (backend.order, *backend.on.values()) for member in order)
-        return Cards(backend.kinds, members=tuple(dict.fromkeys(member.id for member in members)))
+        return Cards(backend.kinds, members=tuple(member.id for member in backend.every_member()))
     cards = backend.cards(platform)
     dotted = None if cards is None else tuple(f"{major}.{minor}" for major, minor in cards)
     least = f"{backend.min_capability[0]}.{backend.min_capability[1]}" if backend.min_capability else None

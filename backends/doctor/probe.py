@@ -24,10 +24,11 @@ from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels import BACKENDS
 from ..kernels.backend import Backend
+from ..kernels.registry import detect
 from ..measure.remembered import Outcome
 from ..values.devices import device_named
 from ..values.faults import OUT_OF_MEMORY
-from ..values.platform import Platform, detect
+from ..values.platform import Platform
 from ..values.request import AttentionRequest
 from .isolated import run, same_interpreter, words_of
 from .problems import harder, problems, tried

@@ -103,7 +103,7 @@ def _code(text: object) -> str:
 # What it is and where it runs
 def _what(backend: Backend) -> tuple[str, ...]:
     if isinstance(backend, BackendGroup):
-        members = {member.id: member for order in (backend.order, *backend.on.values()) for member in order}
+        members = [member.id for member in backend.every_member()]
         return _code(backend.id), backend.accuracy, backend.summary, "one of its members", f"as {_codes(members)}"
     needs = ", ".join(_code(need) for need in _needs(backend)) or "nothing"
     accuracy = "that of ComfyUI's function" if backend.id == COMFY else backend.accuracy

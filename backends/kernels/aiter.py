@@ -75,3 +75,6 @@ class Aiter(FlashAttention):
                 "stands in the way of amd-aiter"
             )
         return super().load(platform)
+
+
+BACKENDS = (Aiter(),)

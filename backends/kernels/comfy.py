@@ -74,3 +74,6 @@ def run_host(call: AttentionCall) -> torch.Tensor:
     if call.host is None:
         raise RuntimeError("the backend 'comfy' runs only inside ComfyUI; this call came from elsewhere")
     return call.host(call)
+
+
+BACKENDS = (Comfy(),)

@@ -110,3 +110,6 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     if fits and tensor.stride(-1) == 1 and tensor.data_ptr() % VECTOR == 0:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+BACKENDS = (ComfyKitchenInt8(),)

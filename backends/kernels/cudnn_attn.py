@@ -51,3 +51,6 @@ class CudnnAttn(PinnedSDPA):
         if elements >= SMALL_QUERY:
             return []
         return [f"query of {elements} elements < {SMALL_QUERY}, where cuDNN is not the fastest"]
+
+
+BACKENDS = (CudnnAttn(),)

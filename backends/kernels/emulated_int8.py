@@ -67,3 +67,6 @@ def round_trip(tensor: torch.Tensor, block: int) -> torch.Tensor:
     scale = blocks.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-30) / 127
     rounded: torch.Tensor = (blocks / scale).round() * scale
     return rounded.flatten(2, 3)[:, :, :length].to(tensor.dtype)
+
+
+BACKENDS = (EmulatedInt8(),)

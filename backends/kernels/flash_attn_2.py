@@ -77,3 +77,6 @@ def _on_rdna(platform: Platform, reasons: list[str]) -> list[str]:
         reason = package_reason("flash-attn>=2.7.1", platform)
         reasons += [f"{reason}, the first with that backend"] if reason else []
     return reasons
+
+
+BACKENDS = (FlashAttn2(),)

@@ -39,3 +39,6 @@ class FlashAttn3(FlashAttention):
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((9, 0),)
+
+
+BACKENDS = (FlashAttn3(),)

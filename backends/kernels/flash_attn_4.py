@@ -54,3 +54,6 @@ class FlashAttn4(FlashAttention):
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.hopper_limits if platform.architecture == "Hopper" else self.limits
+
+
+BACKENDS = (FlashAttn4(),)

@@ -237,3 +237,6 @@ def packed_masks(call: AttentionCall, packbits: Any) -> Bits:
 def without_copies(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, its first dimension cut to one where that repeats the same memory."""
     return tensor[:1] if tensor.stride(0) == 0 else tensor
+
+
+BACKENDS = (FlashInferAttn(),)

@@ -342,3 +342,6 @@ def kind_of(given: Arguments) -> object:
 
 def _facts(tensor: torch.Tensor | None) -> object:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+BACKENDS = (FlexAttn(),)

@@ -1,16 +1,17 @@
 """A backend that stands for several: the first of its members that this machine can run.
 
-A family holds no kernel. It is made in `__init__.py` from the backends that are listed there anyway, so
-that kernels need not import one another.
+A family holds no kernel. It names its members by their ids, so that kernels need not import one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..values.package import Package
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
+from . import registry
 from .backend import Backend, Kernel, Limits
 
 if TYPE_CHECKING:
@@ -24,20 +25,37 @@ class BackendGroup(Backend):
     """
 
     def __init__(
-        self, backend_id: str, summary: str, order: tuple[Backend, ...], on: Mapping[str, tuple[Backend, ...]]
+        self,
+        backend_id: str,
+        summary: str,
+        order: tuple[str, ...],
+        on: Mapping[str, tuple[str, ...]],
+        find: Callable[[str], Backend] = registry.find,
     ) -> None:
-        """`on` has the order for a name of `Platform.architecture` or a kind; `order` is for all others."""
+        """
+        Args:
+            order: the members' ids, best first.
+            on: another order for a name of `Platform.architecture` or a kind.
+            find: the backend of an id.
+        """
         self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
         self.summary = summary  # type: ignore[misc]
         self.order = order
         self.on = on
-        every = dict.fromkeys(member for members in (order, *on.values()) for member in members)
-        self.packages = tuple(dict.fromkeys(package for member in every for package in member.packages))  # type: ignore[misc]
+        self.find = find
         self._loaded: dict[Platform, Backend] = {}
 
     def members(self, platform: Platform) -> tuple[Backend, ...]:
         """The members to try on `platform`, best first."""
-        return self.on.get(platform.architecture or platform.kind, self.order)
+        return tuple(map(self.find, self.on.get(platform.architecture or platform.kind, self.order)))
+
+    def every_member(self) -> tuple[Backend, ...]:
+        """The members on all machines, each once."""
+        return tuple(map(self.find, dict.fromkeys(name for order in (self.order, *self.on.values()) for name in order)))
+
+    @property
+    def packages(self) -> tuple[Package, ...]:  # type: ignore[override]  # those of its members
+        return tuple(dict.fromkeys(package for member in self.every_member() for package in member.packages))
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = []

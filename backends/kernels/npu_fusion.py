@@ -78,3 +78,6 @@ def _hidden(call: AttentionCall) -> torch.Tensor | None:
     heads = call.attn_mask.shape[1]
     samples = batch if heads > 1 else call.attn_mask.shape[0]
     return call.attn_mask.logical_not().expand(samples, heads, q_len, call.key.shape[2]).contiguous()
+
+
+BACKENDS = (NpuFusion(),)

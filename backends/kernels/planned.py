@@ -23,7 +23,7 @@ class Planned(Backend):
         return ["not built into this version of attention-backends"]
 
 
-PLANNED = (
+BACKENDS = (
     Planned("sliding_tile_attn", "half", "Sliding Tile Attention for video.", sparse_options.SLIDING_TILE),
     Planned("video_sparse_attn", "half", "Video Sparse Attention.", sparse_options.VIDEO_SPARSE),
     Planned("vmoba_attn", "half", "VMoBA block attention for video.", sparse_options.VMOBA),

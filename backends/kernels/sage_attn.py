@@ -149,3 +149,6 @@ def _second(platform: Platform) -> Kernel:
         return to_bshd(output)
 
     return run
+
+
+BACKENDS = (SageAttn(),)

@@ -101,3 +101,6 @@ class SageAttn3(sage.SageBackend):
             return output
 
         return run
+
+
+BACKENDS = (SageAttn3(),)

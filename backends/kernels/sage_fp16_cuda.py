@@ -60,3 +60,6 @@ class SageFP16Cuda(sage.SageCuda):
             smooth_k=smooth_k,
             smooth_v=smooth_v,
         )
+
+
+BACKENDS = (SageFP16Cuda(),)

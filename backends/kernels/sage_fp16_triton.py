@@ -123,3 +123,6 @@ def filled(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[
         torch.nn.functional.pad(value, (0, 0, 0, 0, 0, tail)),
         torch.nn.functional.pad(bias, (0, tail), value=float("-inf")),
     )
+
+
+BACKENDS = (SageFP16Triton(),)

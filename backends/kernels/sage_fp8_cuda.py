@@ -82,3 +82,6 @@ def accumulator(platform: Platform) -> str:
 
 def _old_cuda(platform: Platform) -> bool:
     return meets(platform.cuda or "", "<12.8")
+
+
+BACKENDS = (SageFP8Cuda(),)

@@ -41,3 +41,6 @@ class SageFP8SM90(sage.SageCuda):
         smooth_k: bool = True,
     ) -> Kernel:
         return self.kernel(platform, qk_quant_gran=qk_quant_gran, pv_accum_dtype=pv_accum_dtype, smooth_k=smooth_k)
+
+
+BACKENDS = (SageFP8SM90(),)

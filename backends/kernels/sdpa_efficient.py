@@ -34,3 +34,6 @@ class SDPAEfficient(PinnedSDPA):
     def limits_on(self, platform: Platform) -> Limits:
         old = platform.capability is not None and platform.capability < (8, 0)
         return self.old_limits if old else self.limits
+
+
+BACKENDS = (SDPAEfficient(),)

@@ -87,3 +87,6 @@ def _missing_on_windows(platform: Platform) -> list[str]:
 
     built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)()
     return [] if built else ["this PyTorch is built without the FlashAttention kernel"]
+
+
+BACKENDS = (SDPAFlash(),)

@@ -72,3 +72,6 @@ class SDPAMath(PinnedSDPA):
             return output.to(query.dtype)
 
         return run
+
+
+BACKENDS = (SDPAMath(),)

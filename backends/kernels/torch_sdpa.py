@@ -114,3 +114,6 @@ def _in_order(platform: Platform) -> Kernel:
         return run(expanded(call)) if masked_gqa and call.enable_gqa else math(call)
 
     return run
+
+
+BACKENDS = (TorchSDPA(),)

@@ -91,3 +91,6 @@ class TRTLLMAttn(Backend):
             return to_bhsd(output, batch)
 
         return run
+
+
+BACKENDS = (TRTLLMAttn(),)

@@ -141,3 +141,6 @@ def bias_of(call: AttentionCall) -> torch.Tensor | None:
     bias = rows[..., :kv_len]
     bias.copy_(additive).clamp_(min=torch.finfo(dtype).min / 2)  # rows of -inf alone are not left to the kernel
     return bias.expand(*call.query.shape[:3], kv_len)
+
+
+BACKENDS = (Xformers(),)

@@ -154,3 +154,6 @@ def _segments(key: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
     if visible is None:
         return torch.ones(key.shape[0], key.shape[2], dtype=torch.int32, device=key.device)
     return visible.to(torch.int32)
+
+
+BACKENDS = (XlaFlash(),)

@@ -19,7 +19,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from ..kernels import distributions
+from ..kernels.registry import distributions
 from ..values.bounded import read_file
 from ..values.platform import Platform
 

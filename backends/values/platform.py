@@ -52,7 +52,7 @@ PACKAGES = (
     "kernels",
     "fastvideo-kernel",
 )
-"""Distributions whose presence and version backends ask about; any other counts as not installed."""
+"""Distributions whose presence and version are read where nobody names more; any other counts as not installed."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ class Platform:
         return ", ".join(filter(None, parts))
 
 
-def installed_packages() -> tuple[tuple[str, str], ...]:
-    """Name and version of each of `PACKAGES` that is installed, from metadata: nothing is imported."""
+def installed_packages(names: tuple[str, ...] = PACKAGES) -> tuple[tuple[str, str], ...]:
+    """Name and version of each of these that is installed, from metadata: nothing is imported."""
     from importlib import metadata
 
     found = []
-    for name in PACKAGES:
+    for name in names:
         try:
             found.append((name, metadata.version(name)))
         except metadata.PackageNotFoundError:
@@ -129,12 +129,15 @@ def hub_allowed() -> bool:
     return os.environ.get(HUB_VARIABLE, "").strip().lower() in ("1", "on", "true", "yes")
 
 
-def detect(device: torch.device | None = None) -> Platform:
+def detect(device: torch.device | None = None, distributions: tuple[str, ...] = PACKAGES) -> Platform:
     """Read the machine, for `device` (default: the first accelerator, else the CPU). Imports torch.
 
     Read once per process, but for two switches: the Hub's, which a person may turn, and cuDNN's, which any library may.
+
+    Args:
+        distributions: the packages to look for; `kernels/registry.py` names those that backends declare.
     """
-    platform = _machine(device)
+    platform = _machine(device, distributions)
     if platform.hub != hub_allowed():
         platform = replace(platform, hub=hub_allowed())
     if platform.kind != "cuda":
@@ -146,11 +149,11 @@ def detect(device: torch.device | None = None) -> Platform:
 
 
 @lru_cache(maxsize=16)
-def _machine(device: torch.device | None) -> Platform:
+def _machine(device: torch.device | None, distributions: tuple[str, ...]) -> Platform:
     import torch
 
     version = torch.__version__.split("+")[0]
-    packages, hub = installed_packages(), hub_allowed()
+    packages, hub = installed_packages(distributions), hub_allowed()
     kind = device.type if device is not None else _default_device_type()
     if kind == "cuda" and torch.cuda.is_available():
         index = device.index if device is not None and device.index is not None else torch.cuda.current_device()

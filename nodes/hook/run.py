@@ -21,12 +21,13 @@ from ...backends.config.timetable import Timetable
 from ...backends.doctor.bench import synchronise
 from ...backends.engine.router import Router
 from ...backends.engine.session import Session
+from ...backends.kernels.registry import detect
 from ...backends.observe.advisories import offers
 from ...backends.observe.autotune.tuner import Tuner
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ...backends.values.errors import NoBackendError
-from ...backends.values.platform import Platform, detect
+from ...backends.values.platform import Platform
 from . import attention_modules
 from .foreign_code import ForeignCode
 from .model_call import ModelCall

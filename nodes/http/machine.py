@@ -12,9 +12,10 @@ import comfyui_version
 from ...backends.doctor.doctor import Row, examine, why_no_card
 from ...backends.doctor.install import Interpreter, running_interpreter
 from ...backends.engine.router import Router
+from ...backends.kernels.registry import detect
 from ...backends.measure import remembered
 from ...backends.report import audit
-from ...backends.values.platform import Platform, detect
+from ...backends.values.platform import Platform
 from ..history import runs
 from ..privacy import clean, without_paths
 

@@ -17,9 +17,9 @@ import comfy.model_management
 import folder_paths
 from aiohttp import web
 
+from ...backends.kernels.registry import detect
 from ...backends.observe.autotune.entry import MOST_BYTES
 from ...backends.values.bounded import shortened
-from ...backends.values.platform import detect
 from ..privacy import clean
 from .answers import PREFIX, RefusedError, posted
 

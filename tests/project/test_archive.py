@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from attention_backends.backends.kernels.registry import MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +48,8 @@ def modules_from(path: Path) -> Iterator[Path]:
 
 def imported() -> set[str]:
     """Everything that ComfyUI or the command line can come to import."""
-    pending, seen = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli.py"], set[Path]()
+    kernels = (ROOT.joinpath("backends", *module.split(".")).with_suffix(".py") for module in MODULES.values())
+    pending, seen = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli.py", *kernels], set[Path]()
     while pending:
         path = pending.pop()
         if path not in seen:

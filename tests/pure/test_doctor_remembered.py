@@ -160,7 +160,7 @@ def test_the_file_is_read_once_however_many_ask(monkeypatch: pytest.MonkeyPatch)
 def test_a_family_does_not_run_the_member_that_crashed() -> None:
     remembered.remember({"flash_attn_2": CRASH}, HERE)
     member = Fake("flash_attn_2")
-    family = BackendGroup("flash_attn", "For a test.", (member,), {})
+    family = BackendGroup("flash_attn", "For a test.", (member.id,), {}, {member.id: member}.__getitem__)
     router = Router(HERE, {"flash_attn": family, "flash_attn_2": member})
     assert "doctor --probe flash_attn_2" in router.unavailable("flash_attn")[0]
     assert member.loads == 0
@@ -172,7 +172,8 @@ def test_a_member_that_calls_exit_while_it_loads_gives_way() -> None:
             sys.exit("no licence")
 
     second = Fake("flash_attn_2")
-    family = BackendGroup("flash_attn", "For a test.", (Exits("flash_attn_3"), second), {})
+    members = {"flash_attn_3": Exits("flash_attn_3"), second.id: second}
+    family = BackendGroup("flash_attn", "For a test.", tuple(members), {}, members.__getitem__)
     assert Router(HERE, {"flash_attn": family}).unavailable("flash_attn") == ()
     assert second.loads == 1
 

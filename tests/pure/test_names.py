@@ -23,7 +23,7 @@ sparse_video_gen_2_attn sparge_attn sol_attn radial_attn comfy emulated_int8 ref
 """
 
 
-def test_names_are_only_ever_appended() -> None:
+def test_menus_keep_the_order_of_the_first_release() -> None:
     names = FIRST_RELEASE.split()
     assert list(CHOICES[: len(names)]) == names
 

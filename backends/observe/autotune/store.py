@@ -149,7 +149,7 @@ class Store:
 
     def _environments(self) -> set[str]:
         if not self.here and "torch" in sys.modules:  # asked before any run
-            from ...values.platform import detect
+            from ...kernels.registry import detect
 
             self.here.add(environment_of(detect()))
         return self.here

@@ -1,0 +1,99 @@
+"""The list of backends: one line for each, its id and the module that declares it.
+
+A module is imported when its declarations are needed. It has a tuple `BACKENDS`: the backend that it declares, or
+several. Importing one loads neither torch nor the kernel's package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..values import platform
+from ..values.platform import PACKAGES, Platform
+
+if TYPE_CHECKING:
+    import torch
+
+    from .backend import Backend
+
+MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "torch_sdpa": "kernels.torch_sdpa",
+        "cudnn_attn": "kernels.cudnn_attn",
+        "flash_attn": "kernels.flash_attn",
+        "flash_attn_2": "kernels.flash_attn_2",
+        "flash_attn_3": "kernels.flash_attn_3",
+        "flash_attn_4": "kernels.flash_attn_4",
+        "flashinfer_attn": "kernels.flashinfer_attn",
+        "sage_attn": "kernels.sage_attn",
+        "sage_fp16_cuda": "kernels.sage_fp16_cuda",
+        "sage_fp16_triton": "kernels.sage_fp16_triton",
+        "sage_fp8_cuda": "kernels.sage_fp8_cuda",
+        "sage_fp8_sm90": "kernels.sage_fp8_sm90",
+        "sage_attn_3": "kernels.sage_attn_3",
+        "comfy_kitchen_int8": "kernels.comfy_kitchen_int8",
+        "xformers": "kernels.xformers",
+        "flex_attn": "kernels.flex_attn",
+        "sdpa_flash": "kernels.sdpa_flash",
+        "sdpa_efficient": "kernels.sdpa_efficient",
+        "sdpa_math": "kernels.sdpa_math",
+        "aiter": "kernels.aiter",
+        "npu_fusion": "kernels.npu_fusion",
+        "xla_flash": "kernels.xla_flash",
+        "comfy": "kernels.comfy",
+        "emulated_int8": "kernels.emulated_int8",
+        "reference": "kernels.reference",
+        "trtllm_attn": "kernels.trtllm_attn",
+        "sliding_tile_attn": "kernels.planned",
+        "video_sparse_attn": "kernels.planned",
+        "vmoba_attn": "kernels.planned",
+        "sparse_video_gen_2_attn": "kernels.planned",
+        "sparge_attn": "kernels.planned",
+        "sol_attn": "kernels.planned",
+        "radial_attn": "kernels.planned",
+    }
+)
+"""Id -> module, from the folder `backends` on. Ids are public for ever; a new one is added at the end."""
+
+
+@cache
+def find(backend_id: str) -> Backend:
+    """The backend with this id, from its module.
+
+    Raises:
+        KeyError: there is no such id.
+        LookupError: its module does not declare it.
+    """
+    module = import_module(f"..{MODULES[backend_id]}", __package__)
+    declared: tuple[Backend, ...] = module.BACKENDS
+    for backend in declared:
+        if backend.id == backend_id:
+            return backend
+    raise LookupError(f"{MODULES[backend_id]} declares {', '.join(one.id for one in declared)}, not {backend_id}")
+
+
+@cache
+def every() -> dict[str, Backend]:
+    """All backends by id, in the order of the list."""
+    return {backend_id: find(backend_id) for backend_id in MODULES}
+
+
+def distributions(ids: Iterable[str]) -> list[str]:
+    """The distributions of the packages behind these backends, each once; an id that is none here has none."""
+    packages = (package for one in ids if one in MODULES for package in find(one).packages)
+    return list(dict.fromkeys(package.distribution for package in packages))
+
+
+def detect(device: torch.device | None = None) -> Platform:
+    """The running machine with every package that a backend declares, as `platform.detect`. Imports torch."""
+    return platform.detect(device, looked_for())
+
+
+@cache
+def looked_for() -> tuple[str, ...]:
+    """The distributions whose versions are read: those of `platform.PACKAGES`, then what else backends declare."""
+    return tuple(dict.fromkeys((*PACKAGES, *distributions(MODULES))))

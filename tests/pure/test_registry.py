@@ -1,0 +1,88 @@
+"""The list of backends: one line each, whose modules are imported when they are needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from attention_backends.backends.config.names import BACKEND_IDS, MENU
+from attention_backends.backends.kernels import BACKENDS, registry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+EVER = """
+torch_sdpa cudnn_attn flash_attn flash_attn_2 flash_attn_3 flash_attn_4 flashinfer_attn sage_attn sage_fp16_cuda
+sage_fp16_triton sage_fp8_cuda sage_fp8_sm90 sage_attn_3 comfy_kitchen_int8 xformers flex_attn sdpa_flash sdpa_efficient
+sdpa_math aiter npu_fusion xla_flash sliding_tile_attn video_sparse_attn vmoba_attn sparse_video_gen_2_attn sparge_attn
+sol_attn radial_attn comfy emulated_int8 reference trtllm_attn
+"""
+
+
+def test_an_id_that_was_ever_published_stays() -> None:
+    assert set(registry.MODULES) >= set(EVER.split())
+
+
+def test_every_id_has_a_place_in_menus_and_a_new_one_the_last() -> None:
+    assert set(MENU) <= set(registry.MODULES)
+    assert set(BACKEND_IDS) == set(registry.MODULES)
+    assert BACKEND_IDS[: len(MENU)] == MENU
+
+
+def test_every_file_is_in_the_list_and_declares_what_the_list_says() -> None:
+    files = {path.stem for path in (ROOT / "backends" / "kernels").glob("*.py")} - {
+        *("__init__", "registry", "backend", "group", "varlen", "planned_options"),
+    }
+    assert files == {module.rpartition(".")[2] for module in registry.MODULES.values()}
+    assert list(BACKENDS) == list(registry.MODULES)
+    for module in set(registry.MODULES.values()):
+        declared = import_module(f"attention_backends.backends.{module}").BACKENDS
+        listed = {name for name, where in registry.MODULES.items() if where == module}
+        assert {backend.id for backend in declared} == listed, module
+
+
+def test_a_module_without_the_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MODULES", {"other_attn": "kernels.reference"})
+    with pytest.raises(LookupError, match="reference, not other_attn"):
+        registry.find("other_attn")
+    with pytest.raises(KeyError):
+        registry.find("no_such_attn")
+
+
+def test_every_package_that_is_declared_is_looked_for() -> None:
+    declared = {package.distribution for backend in BACKENDS.values() for package in backend.packages}
+    assert declared <= set(registry.looked_for())
+
+
+LOADED = """
+import json, sys
+sys.path.insert(0, "devtools/inside")
+import with_package
+with_package.load()
+from importlib import import_module
+for name in sys.argv[1:]:
+    import_module(f"attention_backends.backends.{name}")
+print(json.dumps([name for name in sys.modules if ".kernels." in name or name.split(".")[0] == "torch"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "modules", [["request"], ["limits"], ["platform"], ["package"], ["names"], ["kernels.registry", "kernels"]]
+)
+def test_a_value_loads_no_kernel_and_no_torch(modules: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *modules], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(json.loads(done.stdout)) <= {"attention_backends.backends.kernels.registry"}
+
+
+def test_one_backend_loads_its_own_file_alone() -> None:
+    code = LOADED.replace(
+        "print(", "from attention_backends.backends.kernels import registry\nregistry.find('xformers')\nprint("
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.rpartition(".")[2] for name in json.loads(done.stdout)}
+    assert loaded == {"registry", "xformers"}
