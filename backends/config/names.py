@@ -1,15 +1,18 @@
 """The names a person may write for a backend, and the one id each of them means.
 
 The ids are public for ever: workflows and configuration files hold them. The aliases are the spellings of
-vLLM-Omni, SGLang diffusion, Diffusers and Smart-Diffusion (`systems.py`), so that a configuration written for one of
-them pastes unchanged. Only names live here; what each backend can do is in `kernels/`.
+vLLM-Omni, SGLang diffusion, Diffusers and Smart-Diffusion, which each backend declares, so that a configuration
+written for one of them pastes unchanged. Only names live here; what each backend can do is in `kernels/`.
 """
 
 from __future__ import annotations
 
-from ..kernels.registry import MODULES
+from functools import lru_cache
+
+from ..kernels import registry
+from ..values.aliases import PEOPLE
 from ..values.bounded import nearest, shortened
-from .systems import SYSTEMS, key_of, rows_of
+from .systems import key_of, rows_of, systems
 
 AUTO = "auto"
 """Take the first exact backend of the platform's route that can run the call."""
@@ -57,29 +60,31 @@ MENU: tuple[str, ...] = (
 )
 """The order in which menus show backends. It is kept; one that is not here stands at the end."""
 
-BACKEND_IDS: tuple[str, ...] = (*MENU, *(backend_id for backend_id in MODULES if backend_id not in MENU))
+BACKEND_IDS: tuple[str, ...] = (*MENU, *(backend_id for backend_id in registry.MODULES if backend_id not in MENU))
 """Every backend that can be named, in the order in which menus show them."""
 
 CHOICES: tuple[str, ...] = (AUTO, MEASURED, *BACKEND_IDS)
 """What a menu offers: the two ways to let the pack choose, then each backend."""
 
-_WRITTEN_BY_PEOPLE = {
-    "cudnn": "cudnn_attn",
-    "flashinfer": "flashinfer_attn",
-    "sageattn": "sage_attn",
-    "sageattn3": "sage_attn_3",
-    "pytorch": "torch_sdpa",
-    "sparge_attn_backend": "sparge_attn",
-}
+
+@lru_cache(maxsize=1)
+def aliases() -> dict[str, str]:
+    """Every accepted spelling that is no id itself, and the id it means."""
+    published = {key_of(row.name): row.means for system in systems() for row in system.names if row.means}
+    written = {
+        key_of(alias.name): backend.id
+        for backend in registry.every().values()
+        for alias in backend.aliases
+        if alias.system == PEOPLE
+    }
+    return {name: means for name, means in {**published, **written}.items() if name not in CHOICES}
 
 
-def _aliases() -> dict[str, str]:
-    published = {key_of(row.name): row.means for system in SYSTEMS for row in system.names if row.means}
-    return {name: means for name, means in {**published, **_WRITTEN_BY_PEOPLE}.items() if name not in CHOICES}
-
-
-ALIASES: dict[str, str] = _aliases()
-"""Every accepted spelling that is no id itself, and the id it means."""
+def __getattr__(name: str) -> object:
+    """`ALIASES`, made when it is asked for: it takes the declarations of all backends."""
+    if name != "ALIASES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return aliases()
 
 
 class UnknownBackendError(ValueError):
@@ -96,7 +101,7 @@ class RefusedBackendError(UnknownBackendError):
 def is_known(name: str) -> bool:
     """Whether `canonical` would return an id."""
     key = key_of(name)
-    return key in CHOICES or key in ALIASES
+    return key in CHOICES or key in aliases()
 
 
 def canonical(name: str, system: str = "") -> str:
@@ -111,10 +116,10 @@ def canonical(name: str, system: str = "") -> str:
     key = key_of(name)
     if key in CHOICES:
         return key
-    if key in ALIASES:
-        return ALIASES[key]
+    if key in aliases():
+        return aliases()[key]
     for one, row in rows_of(key, system):
         raise RefusedBackendError(f"attention backend {name!r} of {one.title} is not available here: {row.line}")
-    near = nearest(key, [*CHOICES, *ALIASES], count=3)
+    near = nearest(key, [*CHOICES, *aliases()], count=3)
     hint = f" did you mean {' or '.join(near)}?" if near else ""
     raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(CHOICES)}")

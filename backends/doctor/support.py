@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..config.names import COMFY
-from ..config.systems import SYSTEMS
+from ..config.systems import systems
 from ..engine.priorities import PRIORITIES, Priority
 from ..kernels import BACKENDS
 from ..kernels.backend import Backend
@@ -74,7 +74,7 @@ def support_page() -> str:
     parts += [
         "## Names in other systems",
         "A configuration of one of these pastes unchanged; what differs there is in [systems.md](systems.md).",
-        _table(("backend", *(system.title for system in SYSTEMS)), _names()),
+        _table(("backend", *(system.title for system in systems())), _names()),
     ]
     if planned:
         parts += [
@@ -169,6 +169,6 @@ def _route(route: Priority) -> tuple[str, ...]:
 def _names() -> Iterable[tuple[str, ...]]:
     """For each backend that another system names: its names there."""
     for backend in BACKENDS:
-        cells = [_codes(row.name for row in system.names if row.means == backend) for system in SYSTEMS]
+        cells = [_codes(row.name for row in system.names if row.means == backend) for system in systems()]
         if any(cells):
             yield _code(backend), *cells

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from ..values.aliases import DIFFUSERS, HUB, SGLANG, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -14,6 +15,8 @@ from .support.layout import GRID, Elements
 
 AMD_CARDS = ("gfx942", "gfx950")
 """MI300 and MI350: where vLLM-Omni 0.30 uses it."""
+
+NAMESAKE = "the package amd-aiter, for AMD cards; aiter on PyPI is another package, for asyncio"
 
 
 def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
@@ -32,6 +35,16 @@ class Aiter(FlashAttention):
 
     id = "aiter"
     summary = "AMD's AITER kernels, for MI300 and MI350. Fast and exact in half precision; takes no masks."
+    aliases = (
+        Alias(
+            SGLANG,
+            "aiter",
+            f"{NAMESAKE}. SGLang takes it by itself on AMD, and vLLM runs it there as FLASH_ATTN; "
+            "SGLANG_DIFFUSION_AITER_FP8_ATTN is not read: half precision only",
+        ),
+        Alias(DIFFUSERS, "aiter", NAMESAKE),
+        Alias(DIFFUSERS, "aiter_fa2_hub", f"{HUB}; {NAMESAKE}"),
+    )
     kinds = ("rocm",)
     architectures = AMD_CARDS
     requires = ("amd-aiter>=0.1.5",)

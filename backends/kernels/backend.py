@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar, cast
 
+from ..values.aliases import Alias
 from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
 from ..values.options import Option
 from ..values.package import Package, Symbols
@@ -46,6 +47,8 @@ class Backend:
     id: ClassVar[str]
     summary: ClassVar[str]
     """One sentence for menus: what it does and when to use it."""
+    aliases: ClassVar[tuple[Alias, ...]] = ()
+    """Its names in other systems, and what else people write."""
     arithmetic: ClassVar[str] = "half"
     """What it computes in, the coarsest of its steps: one of `tolerance.TOLERANCES`."""
     sparse: ClassVar[bool] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..values.aliases import DIFFUSERS, PEOPLE, SGLANG, VLLM_OMNI, Alias
 from ..values.limits import Batch, HeadDim, HeadDimMultiple, Heads, KeyLength
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
@@ -24,6 +25,19 @@ class CudnnAttn(PinnedSDPA):
 
     id = "cudnn_attn"
     summary = "cuDNN's fused attention, pinned. Fast with masks; the usual choice on Blackwell."
+    aliases = (
+        Alias(VLLM_OMNI, "CUDNN_ATTN"),
+        Alias(SGLANG, "torch_cudnn_sdpa"),
+        Alias(SGLANG, "cudnn_sdpa"),
+        Alias(
+            SGLANG,
+            "dynamic_cudnn_sdpa",
+            "SGLang gives causal, grouped and some very long calls to FlashAttention; here cuDNN takes every call that "
+            "it can run, and the platform's route the rest",
+        ),
+        Alias(DIFFUSERS, "_native_cudnn"),
+        Alias(PEOPLE, "cudnn"),
+    )
     kinds = ("cuda",)
     min_capability = (8, 0)
     pin = "CUDNN_ATTENTION"

@@ -5,7 +5,10 @@ Hopper: 3, then 4, then 2. Blackwell: 4 only, as in vLLM-Omni. AMD: AITER, as th
 
 from __future__ import annotations
 
+from ..values.aliases import SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
 from .group import BackendGroup
+
+FAMILY = "the FlashAttention family, as there: the best installed member for the card, whatever the number says"
 
 BACKENDS = (
     BackendGroup(
@@ -17,5 +20,20 @@ BACKENDS = (
             "Blackwell": ("flash_attn_4",),
             "rocm": ("aiter", "flash_attn_2"),
         },
+        aliases=(
+            Alias(
+                VLLM_OMNI,
+                "FLASH_ATTN",
+                "only installed packages count, not the kernels that vLLM bundles. On Blackwell version 4 only, as "
+                "there: "
+                "plain flash-attn (version 2) is not taken, flash_attn_2 asks for it. On AMD AITER before flash-attn, "
+                "as "
+                "there. On NPUs vLLM runs mindiesd's kernels; here it falls back",
+            ),
+            Alias(SGLANG, "fa", "on compute capability 12.x SGLang runs SDPA; here version 4, where it has kernels"),
+            Alias(SGLANG, "fa3", FAMILY),
+            Alias(SGLANG, "fa4", FAMILY),
+            Alias(SMART_DIFFUSION, "flash_attn"),
+        ),
     ),
 )

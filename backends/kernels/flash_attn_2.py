@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..values.aliases import DIFFUSERS, HUB, LENGTHS, SGLANG, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, HeadDim, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import FLASH_TRITON_VARIABLE, Platform
@@ -33,6 +34,14 @@ class FlashAttn2(FlashAttention):
 
     id = "flash_attn_2"
     summary = "FlashAttention 2, from the package flash-attn. Fast and exact in half precision; takes no masks."
+    aliases = (
+        Alias(VLLM_OMNI, "FLASH_ATTN_HUB", HUB),
+        Alias(SGLANG, "fa2", "plain flash-attn on every card, Blackwell too; fa takes version 4 there"),
+        Alias(DIFFUSERS, "flash", "version 2 on Blackwell too; only flash_attn takes version 4 there"),
+        Alias(DIFFUSERS, "flash_hub", HUB),
+        Alias(DIFFUSERS, "flash_varlen", LENGTHS),
+        Alias(DIFFUSERS, "flash_varlen_hub", f"{HUB}; {LENGTHS}"),
+    )
     kinds = ("cuda", "rocm")
     min_capability = (8, 0)
     architectures = AMD_CARDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..values.aliases import DIFFUSERS, HUB, LENGTHS, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, HeadDim, HeadDimMultiple
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -20,6 +21,13 @@ class FlashAttn3(FlashAttention):
 
     id = "flash_attn_3"
     summary = "FlashAttention 3, for Hopper cards. Faster there than version 2; takes no masks."
+    aliases = (
+        Alias(VLLM_OMNI, "FLASH_ATTN_3_HUB", HUB),
+        Alias(DIFFUSERS, "_flash_3"),
+        Alias(DIFFUSERS, "_flash_varlen_3", LENGTHS),
+        Alias(DIFFUSERS, "_flash_3_hub", HUB),
+        Alias(DIFFUSERS, "_flash_3_varlen_hub", f"{HUB}; {LENGTHS}"),
+    )
     kinds = ("cuda",)
     requires = ("flash-attn-3",)
     packages = (

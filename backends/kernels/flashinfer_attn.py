@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..values.aliases import LISTED, PEOPLE, SMART_DIFFUSION, VLLM_OMNI, Alias
 from ..values.limits import Batch, Dtypes, HeadDimIn, Masks, Reason, Rule
 from ..values.package import Symbols
 from ..values.platform import Platform
@@ -58,6 +59,11 @@ class FlashInferAttn(Backend):
 
     id = "flashinfer_attn"
     summary = "FlashInfer's dense prefill kernel. Exact; takes boolean masks."
+    aliases = (
+        Alias(VLLM_OMNI, "FLASHINFER_ATTN"),
+        Alias(SMART_DIFFUSION, "flash_infer", f"{LISTED}; here it runs FlashInfer"),
+        Alias(PEOPLE, "flashinfer"),
+    )
     kinds = ("cuda",)
     min_capability = (7, 5)
     requires = ("flashinfer-python>=0.6",)

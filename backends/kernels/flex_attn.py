@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import Batch, Causal, Dtypes, HeadDim, HeadDimIn, Heads, Reason, Rule, ValueHeadDim
 from ..values.package import Symbols
 from ..values.platform import Platform
@@ -102,6 +103,7 @@ class FlexAttn(Backend):
 
     id = "flex_attn"
     summary = "PyTorch's FlexAttention, compiled. Skips what masks hide; the first call of each kind takes long."
+    aliases = (Alias(DIFFUSERS, "flex"),)
     kinds = (*GPU_KINDS, "cpu")
     requires = ("torch>=2.5",)
     symbols = (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..values.aliases import Alias
 from ..values.package import Package
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
@@ -31,6 +32,7 @@ class BackendGroup(Backend):
         order: tuple[str, ...],
         on: Mapping[str, tuple[str, ...]],
         find: Callable[[str], Backend] = registry.find,
+        aliases: tuple[Alias, ...] = (),
     ) -> None:
         """
         Args:
@@ -40,6 +42,7 @@ class BackendGroup(Backend):
         """
         self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
         self.summary = summary  # type: ignore[misc]
+        self.aliases = aliases  # type: ignore[misc]
         self.order = order
         self.on = on
         self.find = find

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, LISTED, SMART_DIFFUSION, Alias
 from ..values.limits import Batch, Causal, HeadDim, HeadDimMultiple, Heads, KeyLength, Masks
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -28,6 +29,15 @@ class NpuFusion(Backend):
 
     id = "npu_fusion"
     summary = "Fused attention on Ascend NPUs. Exact in half precision; takes boolean masks."
+    aliases = (
+        Alias(
+            DIFFUSERS,
+            "_native_npu",
+            "for Ascend NPUs with torch_npu only, and only where it is named: auto runs SDPA there, as SGLang does; "
+            "vLLM runs mindiesd's kernels, which this pack does not call",
+        ),
+        Alias(SMART_DIFFUSION, "npu", f"{LISTED}; here it is for Ascend NPUs with torch_npu only"),
+    )
     kinds = ("npu",)
     requires = ("torch-npu>=2.1",)
     packages = (

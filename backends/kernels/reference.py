@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.aliases import LISTED, SMART_DIFFUSION, Alias
 from ..values.limits import Causal, Dtypes, MaskWithCausal, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
@@ -22,6 +23,7 @@ class Reference(Backend):
     summary = (
         "Attention by its textbook definition in double precision. Very slow; the yardstick for every other backend."
     )
+    aliases = (Alias(SMART_DIFFUSION, "ref", f"{LISTED}; here it is the slow double-precision reference"),)
     arithmetic = "fp32"
     kinds = KINDS
     limits = Limits(Dtypes(FLOATING), Causal("any"), MaskWithCausal(taken=True), ValueHeadDim(may_differ=True))

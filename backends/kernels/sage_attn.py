@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, LENGTHS, PEOPLE, SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -53,6 +54,20 @@ class SageAttn(sage.SageBackend):
 
     id = "sage_attn"
     summary = "SageAttention, the kernel its installed version picks for the card. INT8 scores; takes no masks."
+    aliases = (
+        Alias(VLLM_OMNI, "SAGE_ATTN"),
+        Alias(SGLANG, "sage_attn"),
+        Alias(DIFFUSERS, "sage"),
+        Alias(
+            DIFFUSERS,
+            "sage_hub",
+            "the installed package only, never the Hub's build: which of its kernels runs on which card is not "
+            "published for the version that Diffusers pins",
+        ),
+        Alias(DIFFUSERS, "sage_varlen", LENGTHS),
+        Alias(SMART_DIFFUSION, "sage"),
+        Alias(PEOPLE, "sageattn"),
+    )
     requires = (sage.REQUIREMENT,)
     packages = (FIRST, *sage.SECOND_PACKAGES)
     symbols = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, HUB, PEOPLE, SGLANG, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, GroupedHeads, HeadDimIn, Heads, Reason, Rule, Scale
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -55,6 +56,12 @@ class SageAttn3(sage.SageBackend):
 
     id = "sage_attn_3"
     summary = "SageAttention 3 in FP4, for Blackwell cards. The fastest and the least exact; takes no masks."
+    aliases = (
+        Alias(VLLM_OMNI, "SAGE_ATTN_3"),
+        Alias(SGLANG, "sage_attn_3"),
+        Alias(DIFFUSERS, "sage_blackwell_hub", HUB),
+        Alias(PEOPLE, "sageattn3"),
+    )
     arithmetic = "fp4"
     requires = ("sageattn3",)
     packages = (

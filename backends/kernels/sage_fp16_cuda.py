@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.options import Option
 from ..values.platform import Platform
 from .backend import Kernel, Limits
@@ -20,6 +21,7 @@ class SageFP16Cuda(sage.SageCuda):
 
     id = "sage_fp16_cuda"
     summary = "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel. Takes no masks."
+    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_cuda"),)
     function = "sageattn_qk_int8_pv_fp16_cuda"
     symbols = (sage.second_symbols(function),)
     options = (

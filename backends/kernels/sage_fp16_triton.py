@@ -6,6 +6,7 @@ from inspect import signature
 from math import log
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.masks import without_keys
 from ..values.options import Option
 from ..values.platform import Platform
@@ -34,6 +35,7 @@ class SageFP16Triton(sage.SageBackend):
 
     id = "sage_fp16_triton"
     summary = "SageAttention 2 with INT8 scores and FP16 values, Triton kernel. The Sage kernel that takes masks."
+    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_triton"),)
     min_capability = (7, 5)
     requires = (sage.REQUIREMENT, "sageattention>=2")
     packages = sage.SECOND_PACKAGES

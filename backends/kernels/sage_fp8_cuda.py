@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.options import Option
 from ..values.platform import Platform
 from ..values.versions import meets
@@ -21,6 +22,7 @@ class SageFP8Cuda(sage.SageCuda):
 
     id = "sage_fp8_cuda"
     summary = "SageAttention 2 with INT8 scores and FP8 values, CUDA kernel. Takes no masks."
+    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda"),)
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda"
     symbols = (sage.second_symbols(function),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.options import Option
 from ..values.platform import Platform
 from .backend import Kernel
@@ -17,6 +18,7 @@ class SageFP8SM90(sage.SageCuda):
 
     id = "sage_fp8_sm90"
     summary = "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel. Takes no masks."
+    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda_sm90"),)
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
     symbols = (sage.second_symbols(function),)

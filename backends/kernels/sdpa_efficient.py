@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import Causal, Dtypes, HeadDim, HeadDimMultiple, ValueHeadDim
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
@@ -15,6 +16,7 @@ class SDPAEfficient(PinnedSDPA):
 
     id = "sdpa_efficient"
     summary = "PyTorch's memory-efficient kernel, pinned. Takes masks and float32, and runs on older cards."
+    aliases = (Alias(DIFFUSERS, "_native_efficient"),)
     kinds = ("cuda", "rocm")
     min_capability = (5, 0)
     pin = "EFFICIENT_ATTENTION"

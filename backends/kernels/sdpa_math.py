@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
@@ -37,6 +38,7 @@ class SDPAMath(PinnedSDPA):
     summary = (
         "PyTorch's plain matrix form, pinned. Slow and memory-hungry; for finding out whether a fused kernel errs."
     )
+    aliases = (Alias(DIFFUSERS, "_native_math"),)
     arithmetic = "fp32"
     kinds = KINDS
     pin = "MATH"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, PEOPLE, SGLANG, VLLM_OMNI, Alias
 from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
@@ -26,6 +27,13 @@ class TorchSDPA(Backend):
 
     id = "torch_sdpa"
     summary = "PyTorch's own attention, dispatched as ComfyUI does it. Runs everywhere; the reference to compare with."
+    aliases = (
+        Alias(VLLM_OMNI, "TORCH_SDPA"),
+        Alias(VLLM_OMNI, "SDPA"),
+        Alias(SGLANG, "torch_sdpa"),
+        Alias(DIFFUSERS, "native"),
+        Alias(PEOPLE, "pytorch"),
+    )
     kinds = KINDS
     limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from ..values.aliases import VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, HeadDimIn, Heads
 from ..values.package import Symbols
 from ..values.platform import Platform
@@ -29,6 +30,7 @@ class TRTLLMAttn(Backend):
 
     id = "trtllm_attn"
     summary = "TensorRT-LLM's kernel for B200 and B300, through FlashInfer, which fetches it once. Exact; no masks."
+    aliases = (Alias(VLLM_OMNI, "TRTLLM_ATTN", "only where it is named; auto does not take it, as vLLM may on sm_10x"),)
     kinds = ("cuda",)
     requires = ("flashinfer-python>=0.6",)
     packages = (FLASHINFER,)

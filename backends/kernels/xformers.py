@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimMultiple, Heads
 from ..values.masks import as_additive, without_keys
 from ..values.package import Package, Symbols
@@ -46,6 +47,7 @@ class Xformers(Backend):
 
     id = "xformers"
     summary = "xformers' memory-efficient attention. Exact; takes masks and float32, and runs on cards before Ampere."
+    aliases = (Alias(DIFFUSERS, "xformers"),)
     kinds = ("cuda",)
     min_capability = (5, 0)
     requires = ("xformers>=0.0.29",)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING
 
+from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import NO_MASK, Dtypes, HeadDim, HeadDimMultiple, KeyLength, Masks, Reason, Rule
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -72,6 +73,7 @@ class XlaFlash(Backend):
 
     id = "xla_flash"
     summary = "Flash attention of PyTorch/XLA, for TPUs. Exact in bfloat16; takes padding masks."
+    aliases = (Alias(DIFFUSERS, "_native_xla", "for XLA devices with torch_xla only"),)
     kinds = ("xla",)
     requires = ("torch-xla>=2.2",)
     packages = (
