@@ -52,7 +52,6 @@ _WINDOW = (
     "implemented here"
 )
 _SLA = "Sparse-Linear Attention has weights of its own, so a model must be trained for it; not implemented"
-_NOT_BUILT = "not built yet here: calls fall back, counted, or stop with strict"
 _ADAPTER = "an adapter of vLLM-Omni newer than 0.30.0, for kernels that nothing here calls; not implemented"
 
 _SYSTEMS: tuple[System, ...] = (

@@ -141,7 +141,7 @@ def _run_case(
     host_name: str | None,
     tell: Callable[[int], None],
 ) -> None:
-    refused = {name: _refusal(name, case.request, router, device, host) for name in backends}
+    refused = {name: _refusal(name, case.request, router, host) for name in backends}
     problem: Problem | None = None
     lost = ""
     for place, name in enumerate(backends):
@@ -168,13 +168,11 @@ def _run_case(
             _free(device)  # what a failed call held is let go only when its traceback is
 
 
-def _refusal(
-    name: str, request: AttentionRequest, router: Router, device: torch.device, host: Host | None
-) -> str | None:
+def _refusal(name: str, request: AttentionRequest, router: Router, host: Host | None) -> str | None:
     """Why a backend is not even called; None when it is."""
     if name == COMFY and host is None:
         return OUTSIDE_COMFYUI
-    return "; ".join(router.refuse(name, request)) or lacking_memory(name, request, device)
+    return "; ".join(router.refuse(name, request)) or lacking_memory(router.backends[name], request, router.platform)
 
 
 def _prepare(case: Case, device: torch.device, seed: int, host: Host | None) -> tuple[Problem | None, str]:

@@ -72,6 +72,8 @@ class Backend:
     """For the support table: what `unsupported_reasons` or `load` ask beyond `limits` and `requires`."""
     options: ClassVar[tuple[Option, ...]] = ()
     """What a person may set under `extra`; `load` takes each as a keyword argument with the same default."""
+    holds_scores: ClassVar[bool] = False
+    """It keeps the whole matrix of scores in memory: `workspace_bytes` then decides where it may run at all."""
     changes_inputs: ClassVar[bool] = False
     """The kernel writes into query, key or value; callers that keep them hand it copies."""
     varlen: ClassVar[bool] = False

@@ -26,6 +26,7 @@ class Reference(Backend):
     aliases = (Alias(SMART_DIFFUSION, "ref", f"{LISTED}; here it is the slow double-precision reference"),)
     arithmetic = "fp32"
     kinds = KINDS
+    holds_scores = True
     limits = Limits(Dtypes(FLOATING), Causal("any"), MaskWithCausal(taken=True), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

@@ -42,6 +42,7 @@ class SDPAMath(PinnedSDPA):
     arithmetic = "fp32"
     kinds = KINDS
     pin = "MATH"
+    holds_scores = True
     limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

@@ -11,6 +11,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..kernels.backend import Backend
 from ..kernels.reference import reference_attention
 from ..values.devices import device_named
 from ..values.platform import Platform
@@ -24,9 +25,6 @@ CHECKED_ROWS = 256
 
 LARGEST_CACHE = 256 * 2**20
 """Bytes that all sets of inputs together go beyond, unless there is a set for every call: no card caches more."""
-
-SCORE_BYTES = {"sdpa_math": 8, "reference": 32}
-"""Backends that hold all scores at once, with the bytes for each: two float32, four float64."""
 
 
 @dataclass
@@ -130,14 +128,14 @@ def exact_rows(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, torch.cat(heads, dim=1)
 
 
-def lacking_memory(backend: str, request: AttentionRequest, device: torch.device) -> str | None:
+def lacking_memory(backend: Backend, request: AttentionRequest, platform: Platform) -> str | None:
     """Why a backend's scores do not fit into a computer's memory; None when they do, or where nothing is known.
 
     Only for the CPU: there, asking for too much ends the process instead of raising an error.
     """
-    if device.type != "cpu" or backend not in SCORE_BYTES:
+    if platform.kind != "cpu" or not backend.holds_scores:
         return None
-    need = request.batch * request.num_heads * request.q_len * request.kv_len * SCORE_BYTES[backend]
+    need = backend.workspace_bytes(request, platform)
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

@@ -20,13 +20,14 @@ import broken_backends as broken  # noqa: E402
 from attention_backends.backends.doctor import bench  # noqa: E402
 from attention_backends.backends.doctor.bench import Case, make_cases, run_cases  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.measure import bench_inputs  # noqa: E402
 from attention_backends.backends.measure.bench_inputs import exact_rows, make_inputs  # noqa: E402
 from attention_backends.backends.measure.presets import PRESETS, parse_presets  # noqa: E402
 from attention_backends.backends.values.limits import NO_MASK, Dtypes  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.values.platform import Platform, detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
 from attention_backends.comparison import bench_command, bench_report, bench_run, bench_tables  # noqa: E402
@@ -341,8 +342,8 @@ def test_scores_beyond_the_memory_of_a_computer_are_refused(snapshot: SnapshotAs
     needed, above, _ = case.rows[0].status.partition(" > ")
     assert above
     assert needed == snapshot
-    assert bench_inputs.lacking_memory("torch_sdpa", huge, CPU) is None
-    assert bench_inputs.lacking_memory("sdpa_math", SMALL, CPU) is None
+    assert bench_inputs.lacking_memory(BACKENDS["torch_sdpa"], huge, Platform("cpu")) is None
+    assert bench_inputs.lacking_memory(BACKENDS["sdpa_math"], SMALL, Platform("cpu")) is None
 
 
 def test_without_names_all_that_run_here_are_taken() -> None:

@@ -16,6 +16,7 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec  #
 from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.engine.router import NOTHING_MEASURES, Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.measure.call_key import key_of  # noqa: E402
 from attention_backends.backends.observe.autotune import race as measuring  # noqa: E402
 from attention_backends.backends.observe.autotune.race import Race  # noqa: E402
@@ -517,7 +518,8 @@ def test_on_an_accelerator_kernels_that_keep_all_scores_are_left_out_where_they_
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
     session = machine.begin()
     large = replace(machine.router.platform, kind="cuda")
-    session.router = Router(large, machine.router.backends, recalls=False)
+    backends = {**machine.router.backends, "sdpa_math": BACKENDS["sdpa_math"]}
+    session.router = Router(large, backends, recalls=False)
     request = small_call().request()._replace(q_len=14336, kv_len=14336, num_heads=24)
     assert machine.tuner.candidates(request, INCUMBENT, "exact") == (INCUMBENT,)
     assert machine.tuner.candidates(small_call().request(), INCUMBENT, "exact") == (INCUMBENT, "sdpa_math")

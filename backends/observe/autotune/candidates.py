@@ -8,7 +8,7 @@ from __future__ import annotations
 from ...config.names import COMFY
 from ...engine.router import Failures, Router
 from ...kernels.backend import ACCURACY
-from ...measure.bench_inputs import SCORE_BYTES, lacking_memory
+from ...measure.bench_inputs import lacking_memory
 from ...values.request import AttentionRequest
 
 NEVER = (COMFY, "reference", "emulated_int8")
@@ -48,11 +48,9 @@ def _member(router: Router, name: str, request: AttentionRequest) -> str:
 
 
 def _is_too_large(router: Router, name: str, request: AttentionRequest) -> bool:
-    import torch
-
-    if name not in SCORE_BYTES:
+    backend, platform = router.backends[name], router.platform
+    if not backend.holds_scores:
         return False
-    if router.platform.kind == "cpu":
-        return lacking_memory(name, request, torch.device("cpu")) is not None
-    scores = request.batch * request.num_heads * request.q_len * request.kv_len
-    return scores * SCORE_BYTES[name] > MOST_SCORE_BYTES
+    if platform.kind == "cpu":
+        return lacking_memory(backend, request, platform) is not None
+    return backend.workspace_bytes(request, platform) > MOST_SCORE_BYTES
