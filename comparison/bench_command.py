@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..backends.config.names import COMFY
+from ..backends.kernels import BACKENDS
+from ..backends.kernels.backend import Backend
 from ..backends.measure.presets import MASK_KINDS, PRESETS
 from .command import Progress, make_folder
 from .metrics import need
@@ -21,8 +24,15 @@ if TYPE_CHECKING:
     from .bench_run import Asked
 
 HELP = "time every kernel on the attention calls of real models, with its error and its memory"
-ONLY_NAMED = ("flash_attn", "flex_attn", "emulated_int8", "reference")
-"""What runs here and is left out unless named; `bench_run.choose_backends` says why."""
+
+
+def named_only(backend: Backend) -> bool:
+    """Whether a benchmark leaves it out unless it is named; `bench_run.choose_backends` says why."""
+    return backend.by_name_only or not backend.candidate
+
+
+ONLY_NAMED = tuple(name for name, backend in BACKENDS.items() if named_only(backend) and name != COMFY)
+"""What runs here and is left out unless named."""
 FILES = ("benchmark.png", "benchmark.json", "benchmark.md")
 EXAMPLES = f"""examples:
   %(prog)s --presets hv15

@@ -10,10 +10,13 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..backends.config.names import COMFY
 from ..backends.doctor.bench import TIMED, WARM_UP, Case, KernelResult
+from ..backends.engine.priorities import LAST_RESORT
 from .tables import ROUNDING
 
-SDPA, CUDNN = "torch_sdpa", "cudnn_attn"
+SDPA, CUDNN = LAST_RESORT, "cudnn_attn"
+"""The backends that ratios are to."""
 """What every row is set against."""
 
 KIND = "attention-backends kernel benchmark"
@@ -106,7 +109,7 @@ def result(row: KernelResult, case: Case) -> str:
         return "ok"
     if row.relative_l2 <= ROUNDING * base.relative_l2:
         return "rounding only"
-    wrong = ", though it is declared exact" if row.accuracy == "exact" and row.backend != "comfy" else ""
+    wrong = ", though it is declared exact" if row.accuracy == "exact" and row.backend != COMFY else ""
     return f"error {100 * row.relative_l2:.2g} % of the result{wrong}"
 
 

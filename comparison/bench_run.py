@@ -15,8 +15,9 @@ from ..backends.engine.router import Router
 from ..backends.measure.bench_inputs import device_of
 from ..backends.measure.presets import MASK_KINDS, parse_presets
 from . import machine
+from .bench_command import named_only
 from .bench_report import CUDNN, SDPA, BenchReport
-from .contenders import ONLY_BY_NAME, parse_backends
+from .contenders import parse_backends
 from .report import ComparisonError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 MASKS = ("both", "unmasked", "masked")
 DTYPES = ("bfloat16", "float16", "float32")
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
-EMULATION = "emulated_int8"
 MOST_TOKENS = 2**20
 UNASKED = "measured only where they are named (--backends, or the node's list)"
 """A family whose members are measured anyway, what compiles for tens of seconds, the yardstick and the emulation."""
@@ -62,8 +62,11 @@ def choose_backends(text: str, router: Router) -> list[str]:
     """
     if text.strip():
         return parse_backends(text.split(","))
-    left_out = {SDPA, CUDNN, EMULATION, *ONLY_BY_NAME}
-    others = [name for name in router.backends if name not in left_out and not router.unavailable(name)]
+    others = [
+        name
+        for name, backend in router.backends.items()
+        if name not in (SDPA, CUDNN) and not named_only(backend) and not router.unavailable(name)
+    ]
     return [SDPA, CUDNN, *others, COMFY]
 
 

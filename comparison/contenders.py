@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config.names import AUTO, COMFY, MEASURED, canonical
 from ..backends.engine.plan import Plan
+from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
 from ..backends.engine.session import Session
 from ..backends.engine.sub_calls import SplitPlan, calls_of, plan_parts, run_parts
@@ -26,11 +27,8 @@ from ..backends.values.platform import KINDS
 from ..backends.values.request import AttentionCall, AttentionRequest
 from .report import ComparisonError
 
-REFERENCE = "torch_sdpa"
-ANYWHERE = (REFERENCE, "sdpa_math", "emulated_int8")
-ONLY_BY_NAME = ("reference", COMFY, "flash_attn", "flex_attn")
-"""Left out unless named: the yardstick, what exists only in ComfyUI, a family whose members run anyway, and what
-compiles for tens of seconds."""
+REFERENCE = LAST_RESORT
+"""What the others are compared with."""
 
 
 def parse_backends(names: Sequence[str]) -> list[str]:
@@ -59,9 +57,11 @@ def parse_backends(names: Sequence[str]) -> list[str]:
 
 
 def default_backends(router: Router) -> list[str]:
-    """What can be compared here without asking: three that run anywhere, and whatever else is available."""
-    others = [backend for backend in router.backends if backend not in (*ANYWHERE, *ONLY_BY_NAME)]
-    return [*ANYWHERE, *(backend for backend in others if not router.unavailable(backend))]
+    """What can be compared here without asking: those that run anywhere, and whatever else is available."""
+    asked = {name: backend for name, backend in router.backends.items() if not backend.by_name_only}
+    anywhere = [name for name, backend in asked.items() if backend.kinds == KINDS]
+    others = (name for name in asked if name not in anywhere and not router.unavailable(name))
+    return [REFERENCE, *(name for name in (*anywhere, *others) if name != REFERENCE)]
 
 
 def router_for(device: str | None) -> Router:

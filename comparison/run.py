@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..backends.config.names import COMFY
 from ..backends.engine.router import Router
 from ..demo.model import TinyWan
 from ..demo.sampling import SHIFT
@@ -104,7 +105,7 @@ def _sort_out(backends: Sequence[str], router: Router) -> tuple[list[str], list[
     rows = []
     for backend in backends:
         reasons = router.unavailable(backend)
-        if backend == "comfy":  # available as such, but only ComfyUI can hand over what it would run
+        if backend == COMFY:  # available as such, but only ComfyUI can hand over what it would run
             reasons = ("runs only inside ComfyUI",)
         rows.append(Row(backend, failed="; ".join(reasons) or None))
     return [row.asked for row in rows if row.failed is None], rows

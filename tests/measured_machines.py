@@ -70,6 +70,7 @@ class Costed(Backend):
     ) -> None:
         self.id = name  # type: ignore[misc]
         self.accuracy = accuracy  # type: ignore[misc]
+        self.candidate = name not in BACKENDS or BACKENDS[name].candidate  # type: ignore[misc]
         self.clock, self.cost, self.kernel, self.most = clock, cost, kernel, most
         self.calls = 0
         self.spent = 0.0

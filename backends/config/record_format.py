@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.registry import distributions
+from ..kernels.registry import any_compiled, distributions
 from ..measure.remembered import COMPILERS, driver
 from ..values.request import AttentionRequest
 
@@ -20,7 +20,7 @@ FORMAT = 1
 def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:
     """What of a machine can change the numbers that these backends compute."""
     names = set(distributions(backends))
-    names.update(COMPILERS if names or "flex_attn" in backends else ())
+    names.update(COMPILERS if names or any_compiled(backends) else ())
     facts = {
         "kind": platform.kind,
         "card": platform.name,

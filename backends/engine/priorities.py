@@ -27,6 +27,9 @@ class Priority(NamedTuple):
     """Tried before `order` where a person allows more than exact; most of them refuse masks, and say so."""
 
 
+LAST_RESORT = "torch_sdpa"
+"""What runs everywhere, and ends every row."""
+
 PRIORITIES: tuple[Priority, ...] = (
     Priority(
         "Blackwell",
@@ -88,7 +91,7 @@ def priority_for(platform: Platform) -> Priority:
 
 def default_line(platform: Platform, backend: str) -> str:
     """The log line that says which backend `auto` starts with, in vLLM-Omni's words."""
-    if backend == "torch_sdpa":
+    if backend == LAST_RESORT:
         return "Defaulting to diffusion attention backend SDPA"
     card = " ".join(filter(None, (platform.architecture, platform.sm or platform.gfx)))
     cudnn = f"cuDNN {platform.cudnn}" if backend == "cudnn_attn" and platform.cudnn else ""

@@ -23,14 +23,13 @@ from ..values.errors import NoBackendError
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
 from .call_checks import VARIABLE as CHECKS
-from .priorities import priority_for
+from .priorities import LAST_RESORT, priority_for
 
 if TYPE_CHECKING:
     from ..kernels.varlen import VarlenKernel
 
 log = logging.getLogger("attention_backends")
 
-LAST_RESORT = "torch_sdpa"
 FAILED = "failed before on this call: "
 
 Failed = tuple[str, tuple[tuple[str, str], ...], AttentionRequest]
@@ -275,7 +274,7 @@ class Router:
                 continue
             if reasons:
                 others.setdefault(reasons, []).append(backend_id)
-            elif backend.accuracy == "exact" and backend_id not in (COMFY, "reference"):
+            elif backend.accuracy == "exact" and backend.candidate:
                 able.append(backend_id)
         lines += [f"  {', '.join(names)}: {'; '.join(reasons)}" for reasons, names in others.items()]
         advice = [f"choose one that can run it ({', '.join(able)})"] if able else []

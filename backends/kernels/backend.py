@@ -72,6 +72,16 @@ class Backend:
     """For the support table: what `unsupported_reasons` or `load` ask beyond `limits` and `requires`."""
     options: ClassVar[tuple[Option, ...]] = ()
     """What a person may set under `extra`; `load` takes each as a keyword argument with the same default."""
+    candidate: ClassVar[bool] = True
+    """A measured choice may take it, and an error may advise it; False where its time or its result says nothing."""
+    by_name_only: ClassVar[bool] = False
+    """Comparisons leave it out unless it is named: its members run anyway, or it takes long."""
+    compiled: ClassVar[bool] = False
+    """torch.compile makes it, so the versions of compilers decide what it computes."""
+    rotates: ClassVar[bool] = False
+    """It rotates the channels of query and key before it rounds them, so that strong ones do not decide the scale."""
+    comfy_function: ClassVar[str] = ""
+    """ComfyUI's own function of the same kernel, by its name in comfy/ldm/modules/attention.py."""
     holds_scores: ClassVar[bool] = False
     """It keeps the whole matrix of scores in memory: `workspace_bytes` then decides where it may run at all."""
     changes_inputs: ClassVar[bool] = False

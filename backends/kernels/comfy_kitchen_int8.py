@@ -34,6 +34,8 @@ class ComfyKitchenInt8(Backend):
     id = "comfy_kitchen_int8"
     summary = "ComfyUI's own INT8 attention, from comfy-kitchen. Takes masks and any head size up to 256."
     arithmetic = "int8"
+    rotates = True
+    comfy_function = "attention_comfy_kitchen_int8"
     kinds = ("cuda", "rocm")
     min_capability = (7, 5)
     architectures = (

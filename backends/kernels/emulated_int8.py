@@ -34,6 +34,7 @@ class EmulatedInt8(Backend):
     summary = "An emulation of INT8 attention, slow, for seeing on any machine what quantising does to a picture."
     arithmetic = "int8"
     kinds = KINDS
+    candidate = False
     limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

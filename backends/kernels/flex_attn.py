@@ -105,6 +105,8 @@ class FlexAttn(Backend):
     summary = "PyTorch's FlexAttention, compiled. Skips what masks hide; the first call of each kind takes long."
     aliases = (Alias(DIFFUSERS, "flex"),)
     kinds = (*GPU_KINDS, "cpu")
+    by_name_only = True
+    compiled = True
     requires = ("torch>=2.5",)
     symbols = (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),)
     torch_of_kind: ClassVar[Mapping[str, str]] = MappingProxyType({"cpu": "torch>=2.6", "xpu": "torch>=2.9"})

@@ -25,6 +25,8 @@ class BackendGroup(Backend):
     One member per machine, not per call: what a person measured for one call holds for the next.
     """
 
+    by_name_only = True
+
     def __init__(
         self,
         backend_id: str,

@@ -26,6 +26,8 @@ class Reference(Backend):
     aliases = (Alias(SMART_DIFFUSION, "ref", f"{LISTED}; here it is the slow double-precision reference"),)
     arithmetic = "fp32"
     kinds = KINDS
+    candidate = False
+    by_name_only = True
     holds_scores = True
     limits = Limits(Dtypes(FLOATING), Causal("any"), MaskWithCausal(taken=True), ValueHeadDim(may_differ=True))
 

@@ -88,6 +88,11 @@ def distributions(ids: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(package.distribution for package in packages))
 
 
+def any_compiled(ids: Iterable[str]) -> bool:
+    """Whether torch.compile makes one of these backends; an id that is none here is none of them."""
+    return any(find(one).compiled for one in ids if one in MODULES)
+
+
 def detect(device: torch.device | None = None) -> Platform:
     """The running machine with every package that a backend declares, as `platform.detect`. Imports torch."""
     return platform.detect(device, looked_for())

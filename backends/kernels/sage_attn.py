@@ -68,6 +68,7 @@ class SageAttn(sage.SageBackend):
         Alias(SMART_DIFFUSION, "sage"),
         Alias(PEOPLE, "sageattn"),
     )
+    comfy_function = "attention_sage"
     requires = (sage.REQUIREMENT,)
     packages = (FIRST, *sage.SECOND_PACKAGES)
     symbols = (
@@ -95,13 +96,13 @@ class SageAttn(sage.SageBackend):
 
     def arithmetic_on(self, platform: Platform) -> str:
         """Version 1 and the FP16 kernels of 2.x keep values in a half type."""
-        return "fp8" if sage.is_second(platform) and sage.picked(platform).startswith("sage_fp8") else "int8"
+        return "fp8" if sage.is_second(platform) and sage.picked(platform) in (sage.FP8_CUDA, sage.FP8_SM90) else "int8"
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         if not sage.is_second(platform):
             return f"sageattention {sage.installed(platform).public}"
         picked = sage.picked(platform)
-        return "sage_fp16_triton" if sage.may_read_nan(picked, request.kv_len) else picked
+        return sage.FP16_TRITON if sage.may_read_nan(picked, request.kv_len) else picked
 
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
         if options.get("smooth_k", True) or not sage.is_second(platform):

@@ -63,6 +63,7 @@ class SageAttn3(sage.SageBackend):
         Alias(PEOPLE, "sageattn3"),
     )
     arithmetic = "fp4"
+    comfy_function = "attention3_sage"
     requires = ("sageattn3",)
     packages = (
         Package(

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 QUANTIZED = tuple(backend.id for backend in BACKENDS.values() if backend.accuracy == "quantized")
 FP4 = tuple(name for name in QUANTIZED if BACKENDS[name].arithmetic == "fp4")
-INT8_AS_IT_IS = tuple(name for name in QUANTIZED if name not in (*FP4, "comfy_kitchen_int8"))
-"""Kernels that round query and key to INT8 without rotating their channels first, as `comfy_kitchen_int8` does."""
+INT8_AS_IT_IS = tuple(name for name in QUANTIZED if name not in FP4 and not BACKENDS[name].rotates)
+"""Kernels that round query and key to INT8 without rotating their channels first (`Backend.rotates`)."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...backends.config.names import COMFY
+from ...backends.kernels import BACKENDS
 from ...backends.kernels.comfy import HostFunction
 
 KNOWN = {
@@ -23,10 +24,12 @@ KNOWN = {
     "attention_xformers": (COMFY, "exact"),
     "attention_pytorch": (COMFY, "exact"),
     "attention_flash": (COMFY, "exact"),
-    "attention_sage": ("sage_attn", "quantized"),
-    "attention3_sage": ("sage_attn_3", "quantized"),
-    "attention_comfy_kitchen_int8": ("comfy_kitchen_int8", "quantized"),
     "attention_comfy_kitchen_sol": ("comfy_kitchen_sol", "sparse"),
+    **{
+        backend.comfy_function: (backend.id, backend.accuracy)
+        for backend in BACKENDS.values()
+        if backend.comfy_function
+    },
 }
 """Name -> what it is called in accounts, and its accuracy."""
 READS_BOOLEANS_WRONG = ("attention_basic", "attention_split", "attention_sub_quad", "attention_xformers")

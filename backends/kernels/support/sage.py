@@ -89,6 +89,7 @@ WIDE_LIMITS = SECOND_LIMITS.but(HeadDim(max=256), Elements(padded=(64, 128, 256)
 Cards = tuple[tuple[int, int], ...]
 ATTN, FP16_TRITON = "sage_attn", "sage_fp16_triton"
 FP16_CUDA, FP8_CUDA, FP8_SM90 = "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"
+"""The ids of the kernels of 2.x and of `sageattn`, which picks from them. This file tells them apart for all."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def second_symbols(*names: str) -> Symbols:
 TAIL_BLOCK = 64
 """Keys per block of the INT8 kernels."""
 
-BUILT_FLAG = {"sage_fp16_cuda": "SM80_ENABLED", "sage_fp8_cuda": "SM89_ENABLED", "sage_fp8_sm90": "SM90_ENABLED"}
+BUILT_FLAG = {FP16_CUDA: "SM80_ENABLED", FP8_CUDA: "SM89_ENABLED", FP8_SM90: "SM90_ENABLED"}
 """The names by which sageattention.core says which of its CUDA kernels were built."""
 
 AS_PACKAGE = "auto"
@@ -245,10 +246,10 @@ def triton_reasons(platform: Platform) -> list[str]:
 def picked(platform: Platform) -> str:
     """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
     if platform.capability in build(platform).triton_on:
-        return "sage_fp16_triton"
+        return FP16_TRITON
     if platform.capability in ((8, 0), (8, 6), (8, 7)):
-        return "sage_fp16_cuda"
-    return "sage_fp8_sm90" if platform.capability == (9, 0) else "sage_fp8_cuda"
+        return FP16_CUDA
+    return FP8_SM90 if platform.capability == (9, 0) else FP8_CUDA
 
 
 def without_noise(limits: Limits, platform: Platform) -> Limits:
@@ -265,7 +266,7 @@ def may_read_nan(kernel: str, kv_len: int) -> bool:
     https://github.com/thu-ml/SageAttention/pull/377. woct0rdho's post6 fills it with zeros; nobody here has run that on
     a card, so it is left out as well.
     """
-    return kernel == "sage_fp16_cuda" and kv_len % TAIL_BLOCK != 0
+    return kernel == FP16_CUDA and kv_len % TAIL_BLOCK != 0
 
 
 def granularity(platform: Platform) -> str:
@@ -306,7 +307,7 @@ def check_build(module: ModuleType, kernel: str) -> None:
     compiled = getattr(core, "sm90_compile", None)
     operator = getattr(compiled, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None)
     # The fixed build keeps the operator, an object; the faulty one gives the same name to a plain function.
-    if kernel == "sage_fp8_sm90" and isfunction(operator):
+    if kernel == FP8_SM90 and isfunction(operator):
         raise ImportError("this build returns unwritten memory on sm90 (thu-ml/SageAttention pull request 307)")
 
 

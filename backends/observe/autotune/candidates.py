@@ -5,14 +5,11 @@ Boundary: a router and facts in, names out.
 
 from __future__ import annotations
 
-from ...config.names import COMFY
 from ...engine.router import Failures, Router
 from ...kernels.backend import ACCURACY
 from ...measure.bench_inputs import lacking_memory
 from ...values.request import AttentionRequest
 
-NEVER = (COMFY, "reference", "emulated_int8")
-"""What is no candidate: what runs without us, the yardstick, and an emulation whose time means nothing."""
 MOST_SCORE_BYTES = 2**30
 """On an accelerator, kernels that keep all scores are no candidates past this size: far too slow, and they may push
 out what else is on the card."""
@@ -39,7 +36,9 @@ def candidates(
 def may_win(router: Router, name: str, accuracy: str) -> bool:
     """Whether a measured choice may be this backend at all, where `accuracy` is allowed."""
     backend = router.backends.get(name)
-    return backend is not None and name not in NEVER and ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
+    if backend is None or not backend.candidate:
+        return False
+    return ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
 
 
 def _member(router: Router, name: str, request: AttentionRequest) -> str:
