@@ -61,6 +61,7 @@ class Aiter(FlashAttention):
         ),
     )
     symbols = (Symbols("aiter", ("flash_attn_func",)),)
+    tested_on = ("rocm:gfx942,packages=amd-aiter==0.1.7",)
     module = "aiter"
     varlen = False  # its flash_attn_varlen_func differs between versions, and no fake of it could be checked
     hub = HubKernel("kernels-community/aiter-flash-attn-ck", 1, architectures=AMD_CARDS)

@@ -67,6 +67,9 @@ class Backend:
     """The packages that can make it available, best first; empty where it is part of torch or of us."""
     symbols: ClassVar[tuple[Symbols, ...]] = ()
     """The names that it takes from its packages; empty where it needs nothing beyond torch or us."""
+    tested_on: ClassVar[tuple[str, ...]] = ()
+    """Described machines (`platform.parse_platform`) on which tests run it, with fakes of the packages that they have;
+    one machine of every other kind it runs on comes by itself."""
     limits: ClassVar[Limits] = Limits()
     remarks: ClassVar[tuple[str, ...]] = ()
     """For the support table: what `unsupported_reasons` or `load` ask beyond `limits` and `requires`."""

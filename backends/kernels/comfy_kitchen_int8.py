@@ -55,6 +55,11 @@ class ComfyKitchenInt8(Backend):
         ),
     )
     symbols = (Symbols("comfy_kitchen", ("int8_attention", "int8_attention_is_available")),)
+    tested_on = (
+        "cuda:7.5,packages=comfy-kitchen==0.2.31",
+        "cuda:12.0,packages=comfy-kitchen==0.2.40",
+        "rocm:gfx1100,packages=comfy-kitchen==0.2.40",
+    )
     limits = Limits(
         Dtypes(("float16", "bfloat16", "float32")),
         HeadDim(max=HEAD_DIMS[-1]),

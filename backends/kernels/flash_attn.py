@@ -35,5 +35,12 @@ BACKENDS = (
             Alias(SGLANG, "fa4", FAMILY),
             Alias(SMART_DIFFUSION, "flash_attn"),
         ),
+        tested_on=(
+            "cuda:8.6,packages=flash-attn==2.8.3",
+            "cuda:9.0,packages=flash-attn==2.8.3;flash-attn-3==3.0.0;flash-attn-4==4.0.0b36",
+            "cuda:10.3,packages=flash-attn==2.8.3;flash-attn-4==4.0.0b36",
+            "rocm:gfx942,packages=flash-attn==2.8.3",
+            "rocm:gfx942,packages=amd-aiter==0.1.7;flash-attn==2.8.3",
+        ),
     ),
 )

@@ -57,6 +57,11 @@ class FlashAttn2(FlashAttention):
         ),
     )
     symbols = (Symbols("flash_attn", ("flash_attn_func",)),)
+    tested_on = (
+        "cuda:8.0,packages=flash-attn==2.8.3",
+        "cuda:12.0,packages=flash-attn==2.8.3",
+        "rocm:gfx942,packages=flash-attn==2.8.3",
+    )
     module = "flash_attn"
     hub = HubKernel("kernels-community/flash-attn2", 3, ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)))
     limits = Limits(HeadDim(max=256), NO_MASK, Elements(), Batch(GRID), Heads(GRID))

@@ -41,6 +41,7 @@ class FlashAttn3(FlashAttention):
         ),
     )
     symbols = (Symbols("flash_attn_interface", ("flash_attn_func",)),)
+    tested_on = ("cuda:9.0,packages=flash-attn-3==3.0.0",)
     module = "flash_attn_interface"
     hub = HubKernel("kernels-community/flash-attn3", 1, ((9, 0),))
     limits = Limits(HeadDim(max=256), HeadDimMultiple(8), NO_MASK, Batch(GRID))

@@ -49,6 +49,12 @@ class FlashAttn4(FlashAttention):
         ),
     )
     symbols = (Symbols("flash_attn.cute", ("flash_attn_func",)),)
+    tested_on = (
+        "cuda:8.9,packages=flash-attn-4==4.0.0b36",
+        "cuda:9.0,packages=flash-attn-4==4.0.0b36",
+        "cuda:10.0,packages=flash-attn-4==4.0.0b36",
+        "cuda:12.0,packages=flash-attn-4==4.0.0b36",
+    )
     module = "flash_attn.cute"
     hub = HubKernel("kernels-community/flash-attn4", 0, ((9, 0), (10, 0), (10, 3)))
     limits = Limits(HeadDim(max=128), HeadDimMultiple(8), NO_MASK, Elements(), Batch(GRID))

@@ -71,6 +71,10 @@ class FlashInferAttn(Backend):
     symbols = (
         Symbols("flashinfer", ("single_prefill_with_kv_cache", "BatchPrefillWithRaggedKVCacheWrapper", "packbits")),
     )
+    tested_on = (
+        "cuda:7.5,packages=flashinfer-python==0.7.2.post1",
+        "cuda:12.0,packages=flashinfer-python==0.7.2.post1",
+    )
     limits = Limits(
         HeadDimIn((64, 128, 256)), Masks(("none", "key_padding", "bool")), Elements(), MaskedBatch(MASKED_BATCH)
     )

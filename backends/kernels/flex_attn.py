@@ -109,6 +109,7 @@ class FlexAttn(Backend):
     compiled = True
     requires = ("torch>=2.5",)
     symbols = (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),)
+    tested_on = ("cuda:8.9,packages=triton==3.6.0",)
     torch_of_kind: ClassVar[Mapping[str, str]] = MappingProxyType({"cpu": "torch>=2.6", "xpu": "torch>=2.9"})
     """Kinds that came later than the first release."""
     limits = Limits(

@@ -35,6 +35,7 @@ class BackendGroup(Backend):
         on: Mapping[str, tuple[str, ...]],
         find: Callable[[str], Backend] = registry.find,
         aliases: tuple[Alias, ...] = (),
+        tested_on: tuple[str, ...] = (),
     ) -> None:
         """
         Args:
@@ -45,6 +46,7 @@ class BackendGroup(Backend):
         self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
         self.summary = summary  # type: ignore[misc]
         self.aliases = aliases  # type: ignore[misc]
+        self.tested_on = tested_on  # type: ignore[misc]
         self.order = order
         self.on = on
         self.find = find

@@ -51,6 +51,7 @@ class NpuFusion(Backend):
         ),
     )
     symbols = (Symbols("torch_npu", ("npu_fusion_attention",)),)
+    tested_on = ("npu,torch=2.13.0,packages=torch-npu==2.13.0",)
     limits = Limits(
         HeadDim(max=512),
         HeadDimMultiple(16),

@@ -75,6 +75,19 @@ class SageAttn(sage.SageBackend):
         Symbols("sageattention", ("sageattn",), "sageattention<2", foreign=(sage.SECOND_ONLY,)),
         sage.second_symbols("sageattn", "sageattn_qk_int8_pv_fp16_triton"),
     )
+    tested_on = (
+        "cuda:7.5,packages=sageattention==1.0.6;triton==3.2.0",
+        "cuda:8.9,packages=sageattention==1.0.6;triton==3.6.0",
+        "cuda:8.9,packages=sageattention==2.1.1;triton==3.6.0",
+        "cuda:8.0,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:8.6,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:8.9,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:9.0,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:12.0,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:8.6,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
+        "cuda:9.0,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
+        "cuda:10.0,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
+    )
     options = (sage.SMOOTH_K,)  # of 1.x; `sageattn` of 2.x has none that changes what it computes
     limits = Limits(
         Dtypes(("float16", "bfloat16", "float32")),

@@ -76,6 +76,7 @@ class SageAttn3(sage.SageBackend):
         ),
     )
     symbols = (Symbols("sageattn3", ("sageattn3_blackwell",)),)
+    tested_on = ("cuda:12.0,packages=sageattn3==1.0.0;triton==3.6.0",)
     hub = HubKernel("kernels-community/sage-blackwell", 1, ((12, 0),))
     limits = Limits(
         HeadDimIn((64, 128)),

@@ -24,6 +24,12 @@ class SageFP16Cuda(sage.SageCuda):
     aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_cuda"),)
     function = "sageattn_qk_int8_pv_fp16_cuda"
     symbols = (sage.second_symbols(function),)
+    tested_on = (
+        "cuda:8.0,packages=sageattention==2.1.1;triton==3.6.0",
+        "cuda:8.6,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:12.0,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:8.7,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
+    )
     options = (
         sage.GRANULARITY,
         Option(

@@ -40,6 +40,11 @@ class SageFP16Triton(sage.SageBackend):
     requires = (sage.REQUIREMENT, "sageattention>=2")
     packages = sage.SECOND_PACKAGES
     symbols = (sage.second_symbols("sageattn_qk_int8_pv_fp16_triton"),)
+    tested_on = (
+        "cuda:8.9,packages=sageattention==2.1.1;triton==3.6.0",
+        "cuda:8.9,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:8.6,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
+    )
     options = (
         sage.SMOOTH_K,
         Option(

@@ -26,6 +26,12 @@ class SageFP8Cuda(sage.SageCuda):
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda"
     symbols = (sage.second_symbols(function),)
+    tested_on = (
+        "cuda:8.9,packages=sageattention==2.1.1;triton==3.6.0",
+        "cuda:8.9,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:12.0,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:10.0,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
+    )
     options = (
         sage.GRANULARITY,
         Option(

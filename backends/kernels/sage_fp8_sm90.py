@@ -22,6 +22,10 @@ class SageFP8SM90(sage.SageCuda):
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
     symbols = (sage.second_symbols(function),)
+    tested_on = (
+        "cuda:9.0,packages=sageattention==2.2.0;triton==3.6.0",
+        "cuda:9.0,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
+    )
     options = (
         sage.GRANULARITY,
         Option(

@@ -35,6 +35,10 @@ class TRTLLMAttn(Backend):
     requires = ("flashinfer-python>=0.6",)
     packages = (FLASHINFER,)
     symbols = (Symbols("flashinfer.prefill", ("trtllm_ragged_attention_deepseek",)),)
+    tested_on = (
+        "cuda:10.0,packages=flashinfer-python==0.7.2.post1;flashinfer-cubin==0.6.13",
+        "cuda:10.3,packages=flashinfer-python==0.6.0;flashinfer-cubin==0.6.0",
+    )
     remarks = ("needs flashinfer-cubin, or downloads allowed by ATTENTION_BACKENDS_HUB=1",)
     limits = Limits(HeadDimIn((128,)), NO_MASK, Elements(), Batch(GRID), Heads(GRID))
 

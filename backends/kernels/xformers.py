@@ -66,6 +66,13 @@ class Xformers(Backend):
         Symbols("xformers.ops", ("memory_efficient_attention", "LowerTriangularMask")),
         Symbols("xformers._cpp_lib", ("_built_with_cuda",)),
     )
+    tested_on = (
+        "cuda:6.1,packages=xformers==0.0.29",
+        "cuda:7.5,packages=xformers==0.0.35",
+        "cuda:8.6,packages=xformers==0.0.35",
+        "cuda:9.0,packages=xformers==0.0.35",
+        "cuda:12.0,packages=xformers==0.0.35",
+    )
     limits = Limits(
         Dtypes(("float16", "bfloat16", "float32")),
         HeadDim(),

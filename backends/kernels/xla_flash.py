@@ -90,6 +90,10 @@ class XlaFlash(Backend):
         Symbols("torch_xla.experimental.custom_kernel", ("flash_attention",)),
         Symbols("torch_xla.runtime", ("device_type",)),
     )
+    tested_on = (
+        "xla,torch=2.9.0,packages=torch-xla==2.9.0",
+        "xla,torch=2.2.0,packages=torch-xla==2.2.0",
+    )
     limits = Limits(Dtypes(("bfloat16",)), HeadDim(max=256), WideHeadDim(LANES), Masks(("none", "key_padding")))
     first_limits = limits.but(NO_MASK, LongKeys(BLOCK))
 

@@ -2,22 +2,25 @@
 
 They exist only inside a test: `machine` puts them into sys.modules through monkeypatch and describes the machine
 that they pretend to be on. What each does was read in the package's sources; what could be run was compared with it
-(test_sage_interpreter.py).
+(test_sage_interpreter.py). A file that is named as the module of a backend's package (`Package.module`) is taken by
+itself; `_modules` has those of which there are several, or that are more than one module.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from attention_backends.backends.engine.router import Router
+from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.values.platform import Platform
 
 from . import (
     amd_aiter,
     arithmetic,
-    comfy_kitchen,
     flash_attn_2,
     flash_attn_3,
     flash_attn_4,
@@ -25,14 +28,11 @@ from . import (
     hub,
     sageattention_1,
     sageattention_2,
-    sageattn3,
-    torch_npu,
     torch_xla,
     xformers,
 )
 
-CARD = (comfy_kitchen, flash_attn_3, flash_attn_4, flashinfer, sageattention_2, sageattn3, xformers)
-"""Fakes that ask which card they are on."""
+HERE = Path(__file__).parent
 
 
 def machine(
@@ -53,8 +53,9 @@ def on_platform(monkeypatch: pytest.MonkeyPatch, platform: Platform) -> Router:
     for name, module in _modules(packages).items():
         monkeypatch.setitem(sys.modules, name, module)
     as_torch_says = (11, 0) if platform.kind == "rocm" else platform.capability
-    for fake in CARD:
-        monkeypatch.setattr(fake, "CAPABILITY", as_torch_says)
+    for fake in [module for name, module in sys.modules.items() if name.startswith(f"{__name__}.")]:
+        if hasattr(fake, "CAPABILITY"):  # it asks which card it is on
+            monkeypatch.setattr(fake, "CAPABILITY", as_torch_says)
     monkeypatch.setattr(sageattention_2, "FORK", "torch" in packages.get("sageattention", ""))
     monkeypatch.setattr(sageattention_2, "VERSION", packages.get("sageattention", "2.2.0"))
     monkeypatch.setattr(arithmetic, "CALLS", [])
@@ -74,22 +75,23 @@ def _modules(packages: dict[str, str]) -> dict[str, ModuleType]:
         modules["flash_attn_interface"] = flash_attn_3
     if "flashinfer-python" in packages:
         modules["flashinfer"] = modules["flashinfer.prefill"] = flashinfer
-    if "comfy-kitchen" in packages:
-        modules["comfy_kitchen"] = comfy_kitchen
     if "sageattention" in packages:
         modules["sageattention"] = sageattention_1 if packages["sageattention"].startswith("1") else sageattention_2
-    if "sageattn3" in packages:
-        modules["sageattn3"] = sageattn3
     if "xformers" in packages:
         modules.update(xformers.modules())
     if "amd-aiter" in packages:
         modules["aiter"] = amd_aiter
     elif "aiter" in packages:
         modules["aiter"] = ModuleType("aiter")  # the one for asyncio
-    if "torch-npu" in packages:
-        modules["torch_npu"] = torch_npu
     if "torch-xla" in packages:
         modules.update(torch_xla.modules(packages["torch-xla"]))
     if "kernels" in packages:
         modules["kernels"] = hub
+    for package in {package for backend in BACKENDS.values() for package in backend.packages}:
+        if (
+            package.distribution in packages
+            and package.module not in modules
+            and (HERE / f"{package.module}.py").exists()
+        ):
+            modules[package.module] = import_module(f"{__name__}.{package.module}")
     return modules
