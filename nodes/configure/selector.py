@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ...backends.config import GUARD_MODES
 from ...backends.config.names import AUTO, CHOICES, canonical
 from ...backends.config.text import from_environment
-from ...backends.kernels import BACKENDS
 from ...backends.kernels.backend import ACCURACY
 from ..hook import patch
 from ..inputs import wrong_link
@@ -39,11 +38,6 @@ def check_backend(name: Any, input_types: Mapping[str, Any] | None = None) -> bo
     return True
 
 
-def summaries() -> str:
-    """One line for each backend: what it does and when to use it."""
-    return "\n".join(f"{backend.id}: {backend.summary}" for backend in BACKENDS.values())
-
-
 class AttentionBackendSelector(io.ComfyNode):
     """MODEL in, patched MODEL out."""
 
@@ -66,10 +60,12 @@ class AttentionBackendSelector(io.ComfyNode):
                     options=list(CHOICES),
                     default=AUTO,
                     tooltip=(
-                        "auto: the best kernel for this card that accuracy allows. Every backend is listed on every "
-                        "machine; the log and the doctor say what is missing here.\n"
+                        "auto: the best kernel for this card that accuracy allows.\n"
                         "measured: tries the kernels that accuracy allows during a run, keeps the fastest for each "
-                        "kind of call, and takes it in later runs.\n" + summaries()
+                        "kind of call, and takes it in later runs.\n"
+                        "A backend by name: runs every call that it can; strict says what happens with the others. "
+                        "What each one is, and what this machine has and lacks: This machine in the attention panel, "
+                        "and docs/backends.md."
                     ),
                 ),
                 io.Combo.Input(
