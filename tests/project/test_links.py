@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from attention_backends.backends.doctor import packages
+from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.support import flash, sage
 from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,13 +54,13 @@ def collected() -> dict[str, list[str]]:
             if not re.match(rf"http://(?:{'|'.join(map(re.escape, LOCAL))})\b", address):
                 shown.setdefault(address, []).append(path.relative_to(ROOT).as_posix())
     for page in package_pages():  # some are put together when they are needed
-        shown.setdefault(page, []).append("backends/machine/packages.py")
+        shown.setdefault(page, []).append("a package of a backend")
     return shown
 
 
 def package_pages() -> set[str]:
     """Where `doctor` and the panel send people for a package that is missing."""
-    return {one.page for one in vars(packages).values() if isinstance(one, packages.Package)}
+    return {package.page for backend in BACKENDS.values() for package in backend.packages}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_an_address_ends_where_it_ends(text: str, addresses: list[str]) -> None:
 def test_what_people_are_shown_is_collected() -> None:
     shown = collected()
     assert len(package_pages()) >= 8
-    assert set(shown) >= {*package_pages(), packages.SAGE, packages.FLASH_ATTENTION}
+    assert set(shown) >= {*package_pages(), sage.SOURCES, flash.PAGE}
     for page in (ROOT / "CHANGELOG.md", ROOT / "demo" / "README.md", ROOT / "docs" / "limitations.md"):
         linked = re.findall(r"\]\((https:[^)]+)\)", re.sub(r"\n", "", page.read_text(encoding="utf-8")))
         assert linked, page
