@@ -82,7 +82,7 @@ def of_errors(scenes: list[Any], references: list[torch.Tensor]) -> list[dict[st
 def arithmetics() -> dict[str, tuple[str, torch.dtype, Callable[[Any], torch.Tensor]]]:
     """Name -> accuracy class, dtype of the inputs, and what computes a call."""
     from attention_backends.backends.kernels import BACKENDS
-    from attention_backends.backends.values.platform import detect
+    from attention_backends.backends.kernels.registry import detect
 
     platform = detect(torch.device("cpu"))
     plain, int8 = (BACKENDS[name].load(platform) for name in ("torch_sdpa", "emulated_int8"))

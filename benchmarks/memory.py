@@ -143,7 +143,7 @@ def owned(tokens: int = TOKENS) -> dict[str, Any]:
 def declared(tokens: int = 512) -> dict[str, Any]:
     """What kernels that run here take beside their tensors, and what they say."""
     from attention_backends.backends.kernels import BACKENDS
-    from attention_backends.backends.values.platform import detect
+    from attention_backends.backends.kernels.registry import detect
     from attention_backends.backends.values.request import AttentionCall
 
     platform = detect(torch.device("cpu"))

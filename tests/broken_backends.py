@@ -9,9 +9,10 @@ import torch
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
+from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
-from attention_backends.backends.values.platform import KINDS, Platform, detect
+from attention_backends.backends.values.platform import KINDS, Platform
 from attention_backends.backends.values.request import AttentionCall
 
 WRONG_SCALE, DROPPED_MASK, NAN, RAISING = "sol_attn", "radial_attn", "vmoba_attn", "aiter"

@@ -14,9 +14,10 @@ from attention_backends.backends.engine.session import Session
 from attention_backends.backends.guard import Guard
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
+from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
-from attention_backends.backends.values.platform import KINDS, Platform, detect
+from attention_backends.backends.values.platform import KINDS, Platform
 from attention_backends.backends.values.request import AttentionCall
 
 LOSSY = "sage_fp8_cuda"

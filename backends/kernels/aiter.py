@@ -60,6 +60,7 @@ class Aiter(FlashAttention):
             arguments=_pip_arguments,
         ),
     )
+    asks_for = (*FlashAttention.asks_for, "aiter")
     symbols = (Symbols("aiter", ("flash_attn_func",)),)
     tested_on = ("rocm:gfx942,packages=amd-aiter==0.1.7",)
     module = "aiter"

@@ -65,6 +65,8 @@ class Backend:
     """Distributions it needs, as requirement strings such as `flash-attn>=2.6.3`."""
     packages: ClassVar[tuple[Package, ...]] = ()
     """The packages that can make it available, best first; empty where it is part of torch or of us."""
+    asks_for: ClassVar[tuple[str, ...]] = ()
+    """Other distributions whose presence or version its checks ask about; what nobody declares counts as missing."""
     symbols: ClassVar[tuple[Symbols, ...]] = ()
     """The names that it takes from its packages; empty where it needs nothing beyond torch or us."""
     tested_on: ClassVar[tuple[str, ...]] = ()

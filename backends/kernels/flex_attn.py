@@ -108,6 +108,7 @@ class FlexAttn(Backend):
     by_name_only = True
     compiled = True
     requires = ("torch>=2.5",)
+    asks_for = ("triton", "triton-windows")
     symbols = (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),)
     tested_on = ("cuda:8.9,packages=triton==3.6.0",)
     torch_of_kind: ClassVar[Mapping[str, str]] = MappingProxyType({"cpu": "torch>=2.6", "xpu": "torch>=2.9"})

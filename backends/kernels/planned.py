@@ -13,6 +13,7 @@ class Planned(Backend):
     """A name without a kernel yet. It parses, shows in menus, and says why it cannot run."""
 
     sparse = True
+    asks_for = ("spas-sage-attn", "fastvideo-kernel")
 
     def __init__(
         self, backend_id: str, arithmetic: str, summary: str, options: tuple[Option, ...], aliases: tuple[Alias, ...]

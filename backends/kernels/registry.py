@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..values import platform
-from ..values.platform import PACKAGES, Platform
+from ..values.platform import Platform
 
 if TYPE_CHECKING:
     import torch
@@ -100,5 +100,6 @@ def detect(device: torch.device | None = None) -> Platform:
 
 @cache
 def looked_for() -> tuple[str, ...]:
-    """The distributions whose versions are read: those of `platform.PACKAGES`, then what else backends declare."""
-    return tuple(dict.fromkeys((*PACKAGES, *distributions(MODULES))))
+    """The distributions whose versions are read: those that backends declare, each once."""
+    asked = (name for backend in every().values() for name in backend.asks_for)
+    return tuple(dict.fromkeys((*distributions(MODULES), *asked)))

@@ -34,6 +34,7 @@ class TRTLLMAttn(Backend):
     kinds = ("cuda",)
     requires = ("flashinfer-python>=0.6",)
     packages = (FLASHINFER,)
+    asks_for = ("flashinfer-cubin",)
     symbols = (Symbols("flashinfer.prefill", ("trtllm_ragged_attention_deepseek",)),)
     tested_on = (
         "cuda:10.0,packages=flashinfer-python==0.7.2.post1;flashinfer-cubin==0.6.13",

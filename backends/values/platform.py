@@ -32,28 +32,6 @@ FLASH_TRITON_VARIABLE = "FLASH_ATTENTION_TRITON_AMD_ENABLE"
 HUB_VARIABLE = "ATTENTION_BACKENDS_HUB"
 """Set to 1, this environment variable allows downloads of kernels from Hugging Face's Hub."""
 
-PACKAGES = (
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
-    "flashinfer-python",
-    "flashinfer-cubin",
-    "sageattention",
-    "sageattn3",
-    "spas-sage-attn",
-    "xformers",
-    "comfy-kitchen",
-    "amd-aiter",
-    "aiter",
-    "torch-npu",
-    "torch-xla",
-    "triton",
-    "triton-windows",
-    "kernels",
-    "fastvideo-kernel",
-)
-"""Distributions whose presence and version are read where nobody names more; any other counts as not installed."""
-
 
 @dataclass(frozen=True)
 class Platform:
@@ -109,7 +87,7 @@ class Platform:
         return ", ".join(filter(None, parts))
 
 
-def installed_packages(names: tuple[str, ...] = PACKAGES) -> tuple[tuple[str, str], ...]:
+def installed_packages(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Name and version of each of these that is installed, from metadata: nothing is imported."""
     from importlib import metadata
 
@@ -129,13 +107,13 @@ def hub_allowed() -> bool:
     return os.environ.get(HUB_VARIABLE, "").strip().lower() in ("1", "on", "true", "yes")
 
 
-def detect(device: torch.device | None = None, distributions: tuple[str, ...] = PACKAGES) -> Platform:
+def detect(device: torch.device | None, distributions: tuple[str, ...]) -> Platform:
     """Read the machine, for `device` (default: the first accelerator, else the CPU). Imports torch.
 
     Read once per process, but for two switches: the Hub's, which a person may turn, and cuDNN's, which any library may.
 
     Args:
-        distributions: the packages to look for; `kernels/registry.py` names those that backends declare.
+        distributions: the packages to look for; `detect` of `kernels/registry.py` gives those that backends declare.
     """
     platform = _machine(device, distributions)
     if platform.hub != hub_allowed():

@@ -34,11 +34,11 @@ from attention_backends.backends import (  # noqa: E402
 from attention_backends.backends.config import AttentionConfig  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values.errors import (  # noqa: E402
     ConfigError,
     NoBackendError,
 )
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from hook_side import Kernel  # noqa: E402
 from torch.nn.functional import scaled_dot_product_attention as sdpa  # noqa: E402
 

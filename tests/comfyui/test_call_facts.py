@@ -22,11 +22,11 @@ from attention_backends.backends.api import attention, attention_backend  # noqa
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import on_copies  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expanded, without_gaps  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.mask_plan import ALL, SubCall, call_of  # noqa: E402
 from attention_backends.backends.values.masks import for_kernels  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import model_call, nodes_module, override, sampling, stand_in  # noqa: E402

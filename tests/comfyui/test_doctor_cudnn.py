@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 from attention_backends.backends.doctor.doctor import examine  # noqa: E402
 from attention_backends.backends.doctor.install import Interpreter  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values import platform as platform_module  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from hook_side import sampling  # noqa: E402
 
 SWITCHED_OFF = "something in this process called torch.backends.cuda.enable_cudnn_sdp(False)"

@@ -19,10 +19,10 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec  #
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import FLOATING, Limits  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError, KernelOutputError  # noqa: E402
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import HEADS, Kernel, compiled, exact, host, model_call, override, sampling, stand_in  # noqa: E402
 

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from attention_backends.backends.config.schedule import step_of  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from hook_side import (  # noqa: E402
     HEADS,
     PLACES,

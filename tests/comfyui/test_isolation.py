@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from hook_side import (  # noqa: E402
     ROOT,
     Func,

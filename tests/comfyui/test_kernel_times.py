@@ -16,10 +16,10 @@ from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.guard import Guard  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure import device_clock  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.report import VARIABLE, RunReport, timed_kernel  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import Kernel  # noqa: E402
 from measured_machines import Machine, noisy, sdpa, small_call  # noqa: E402

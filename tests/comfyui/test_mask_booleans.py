@@ -16,11 +16,11 @@ from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values import mask_plan as mask_parts  # noqa: E402
 from attention_backends.backends.values.limits import Masks  # noqa: E402
 from attention_backends.backends.values.mask_plan import AS_BOOLEANS, PASSED_ON  # noqa: E402
 from attention_backends.backends.values.masks import as_4d  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import Kernel, Outcome, close, exact, override, sampling  # noqa: E402

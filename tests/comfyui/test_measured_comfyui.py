@@ -16,10 +16,10 @@ import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.observe.autotune import tuner  # noqa: E402
 from attention_backends.backends.observe.autotune.store import VARIABLE, Store, shared_store  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from hook_side import counts, last_run, marks_left, nodes_module, plain_comfyui, sampling  # noqa: E402
 from measured_machines import Clock, Costed  # noqa: E402
 

@@ -15,13 +15,13 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.engine import mask_reader as mask_plan  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.workspace import (  # noqa: E402
     extra_bytes,
     inputs_bytes,
     item_bytes,
     output_size,
 )
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from hook_side import (  # noqa: E402

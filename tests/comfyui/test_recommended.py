@@ -22,6 +22,7 @@ from attention_backends.backends.config.timetable import Timetable  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.observe.advisories import (  # noqa: E402
     ADVISORIES,
     FP4,
@@ -35,7 +36,7 @@ from attention_backends.backends.observe.advisories import (  # noqa: E402
 from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.report.audit import AS_ASKED, asked_and_ran  # noqa: E402
 from attention_backends.backends.values.errors import ConfigError  # noqa: E402
-from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
+from attention_backends.backends.values.platform import parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, parse_request  # noqa: E402
 from hook_side import (  # noqa: E402
     Kernel,

@@ -23,7 +23,7 @@ from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E
 from attention_backends.backends.config.windows import parse_numbers  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from hook_side import (  # noqa: E402
     Kernel,
     comfyui,

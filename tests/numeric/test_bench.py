@@ -22,12 +22,13 @@ from attention_backends.backends.doctor.bench import Case, make_cases, run_cases
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.measure import bench_inputs  # noqa: E402
 from attention_backends.backends.measure.bench_inputs import exact_rows, make_inputs  # noqa: E402
 from attention_backends.backends.measure.presets import PRESETS, parse_presets  # noqa: E402
 from attention_backends.backends.values.limits import NO_MASK, Dtypes  # noqa: E402
-from attention_backends.backends.values.platform import Platform, detect  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
 from attention_backends.comparison import bench_command, bench_report, bench_run, bench_tables  # noqa: E402

@@ -15,9 +15,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from attention_backends.backends.doctor import problems  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure.bench_inputs import device_of  # noqa: E402
 from attention_backends.backends.values import devices, platform  # noqa: E402
-from attention_backends.backends.values.platform import Platform, detect  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from fakes import torch_npu, torch_xla  # noqa: E402
@@ -120,7 +121,7 @@ def test_nothing_is_imported_that_is_not_installed() -> None:
         "tried = [];"
         "finder = type('F', (), {'find_spec': lambda self, name, *rest: tried.append(name)})();"
         "sys.meta_path.insert(0, finder);"
-        "from attention_backends.backends.values.platform import detect; detect();"
+        "from attention_backends.backends.kernels.registry import detect; detect();"
         "print([name for name in tried if name.startswith(('torch_npu', 'torch_xla'))])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -11,9 +11,10 @@ import pytest
 from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.kernels.support import hub
 from attention_backends.backends.values import platform
-from attention_backends.backends.values.platform import HUB_VARIABLE, Platform, detect, hub_allowed, parse_platform
+from attention_backends.backends.values.platform import HUB_VARIABLE, Platform, hub_allowed, parse_platform
 from attention_backends.backends.values.request import AttentionRequest
 from syrupy.assertion import SnapshotAssertion
 

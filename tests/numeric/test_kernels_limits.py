@@ -11,7 +11,8 @@ from functools import cache
 from itertools import product
 
 import pytest
-from attention_backends.backends.values.platform import Platform, detect
+from attention_backends.backends.kernels.registry import detect
+from attention_backends.backends.values.platform import Platform
 from attention_backends.backends.values.request import AttentionRequest
 from kernel_machines import MACHINES, SAGE_1, SAGE_2, SAGE_FORK, TRITON, Machine, running_on
 from syrupy.assertion import SnapshotAssertion

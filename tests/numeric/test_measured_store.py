@@ -17,6 +17,7 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure import remembered  # noqa: E402
 from attention_backends.backends.measure.call_key import bucket  # noqa: E402
 from attention_backends.backends.observe.autotune import database  # noqa: E402
@@ -31,7 +32,7 @@ from attention_backends.backends.observe.autotune.store import (  # noqa: E402
     path_in,
     shared_store,
 )
-from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
+from attention_backends.backends.values.platform import parse_platform  # noqa: E402
 from measured_entries import ELSEWHERE, MS, entry, key, some  # noqa: E402
 from measured_machines import INCUMBENT, Machine, small_call  # noqa: E402
 

@@ -15,12 +15,12 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec  #
 from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure.call_key import key_of  # noqa: E402
 from attention_backends.backends.observe.autotune.known import with_store  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from measured_entries import entry  # noqa: E402
 from measured_machines import INCUMBENT, Costed, Machine, ran, sdpa, small_call, steady  # noqa: E402
 

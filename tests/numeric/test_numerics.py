@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.values.platform import Platform, detect
+from attention_backends.backends.kernels.registry import detect
+from attention_backends.backends.values.platform import Platform
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")

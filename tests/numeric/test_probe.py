@@ -27,12 +27,13 @@ from attention_backends.backends.doctor.probe import judge, probe  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import Backend, Kernel, Limits  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sage import KeyBlock  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.measure import remembered  # noqa: E402
 from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
 from attention_backends.backends.values.limits import Dtypes, HeadDimIn  # noqa: E402
-from attention_backends.backends.values.platform import Platform, detect  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels import torch_sdpa as torch_kernel  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support import sdpa as kernel_support  # noqa: E402
-from attention_backends.backends.values.platform import detect, parse_platform  # noqa: E402
+from attention_backends.backends.values.platform import parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from fakes.torch_operators import Operators  # noqa: E402
 from torch.backends import cuda  # noqa: E402

@@ -17,6 +17,7 @@ from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.engine.router import NOTHING_MEASURES, Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure.call_key import key_of  # noqa: E402
 from attention_backends.backends.observe.autotune import race as measuring  # noqa: E402
 from attention_backends.backends.observe.autotune.race import Race  # noqa: E402
@@ -24,7 +25,6 @@ from attention_backends.backends.observe.autotune.store import Store  # noqa: E4
 from attention_backends.backends.observe.autotune.trial import Trial  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
-from attention_backends.backends.values.platform import detect  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from measured_machines import INCUMBENT, Costed, Machine, noisy, ran, sdpa, small_call, steady  # noqa: E402
 

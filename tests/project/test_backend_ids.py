@@ -31,7 +31,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "one package with several kernels, whose own function picks among them: each id once",
     ),
     "planned_options.py": {"sage_attn": "SGLang's word for an option's value"},
-    "platform.py": {"xformers": PACKAGE, "aiter": PACKAGE},
     "schedule.py": {"torch_sdpa": "the frozen default of a node's input"},
     "bench_report.py": {"cudnn_attn": "the second backend that ratios are to", "reference": LABEL},
     **{file: {"reference": LABEL} for file in ("chart.py", "picture.py", "tables.py")},
@@ -40,7 +39,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
 }
 """File -> id -> why it stands there. By name alone: which folder the file is in says nothing here."""
 
-ONCE = {"sage.py", "platform.py", "schedule.py", "bench_report.py", "planned_options.py"}
+ONCE = {"sage.py", "schedule.py", "bench_report.py", "planned_options.py"}
 """Where each of them stands once."""
 
 

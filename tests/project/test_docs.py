@@ -14,8 +14,8 @@ import pytest
 from attention_backends import cli
 from attention_backends.backends.config.names import canonical
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES, parse_config
+from attention_backends.backends.kernels.registry import looked_for
 from attention_backends.backends.measure.presets import parse_presets
-from attention_backends.backends.values.platform import PACKAGES
 from attention_backends.devtools.commands import HELP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,7 +227,7 @@ def test_errors_of_other_systems_are_looked_up_by_their_words() -> None:
 
 KERNEL_WORDS = re.compile(r"attn|sdpa|sage|flash|cudnn|xformers|aiter|_fusion|kitchen|cutlass|emulated")
 NO_BACKENDS = {
-    *PACKAGES,
+    *looked_for(),
     "flash_attn_func",
     "sageattention",
     "sageattn3",

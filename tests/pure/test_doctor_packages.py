@@ -33,12 +33,14 @@ spec.loader.exec_module(sys.modules["attention_backends"])
 import contextlib
 from attention_backends.backends.doctor.doctor import examine
 from attention_backends.backends.doctor.install import running_interpreter
+from attention_backends.backends.kernels.registry import looked_for
 from attention_backends.backends.values.platform import Platform, installed_packages
 from attention_backends.backends.engine.router import Router
 
 kind, card = sys.argv[2:4]
 facts = {"gfx": card} if kind == "rocm" else {"capability": tuple(map(int, card.split(".")))}
-platform = Platform(kind, torch="2.11.0", cuda="13.0", cudnn=91002, packages=installed_packages(), os="linux", **facts)
+packages = installed_packages(looked_for())
+platform = Platform(kind, torch="2.11.0", cuda="13.0", cudnn=91002, packages=packages, os="linux", **facts)
 with contextlib.redirect_stdout(sys.stderr):
     rows = examine(Router(platform), running_interpreter(), sys.argv[4:])
 print(json.dumps({"backends": [row.as_dict() for row in rows]}))

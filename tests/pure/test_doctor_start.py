@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.values.platform import PACKAGES
+from attention_backends.backends.kernels.registry import looked_for
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_CALLS = 100_000
@@ -50,7 +50,7 @@ def _optional() -> set[str]:
     """The top-level modules of every package that a backend may be made of, and the heavy ones that we use later."""
     modules = {package.module for backend in BACKENDS.values() for package in backend.packages}
     modules |= {need.module for backend in BACKENDS.values() for need in backend.symbols}
-    named = {name.replace("-", "_") for name in PACKAGES}
+    named = {name.replace("-", "_") for name in looked_for()}
     return ({module.split(".")[0] for module in modules} | named | {"matplotlib", "skimage", "numpy"}) - {"torch"}
 
 

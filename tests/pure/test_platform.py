@@ -6,8 +6,8 @@ from importlib import metadata
 
 import pytest
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.kernels.registry import looked_for
-from attention_backends.backends.values.platform import KINDS, Platform, detect, installed_packages, parse_platform
+from attention_backends.backends.kernels.registry import detect, looked_for
+from attention_backends.backends.values.platform import KINDS, Platform, installed_packages, parse_platform
 from packaging.requirements import Requirement
 from syrupy.assertion import SnapshotAssertion
 
@@ -119,7 +119,7 @@ def test_a_damaged_package_is_reported_and_does_not_raise(monkeypatch: pytest.Mo
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    found = dict(installed_packages())
+    found = dict(installed_packages(looked_for()))
     assert found == {"flash-attn": "2.8.3", "sageattention": "unreadable ('Version')"}
 
 

@@ -17,8 +17,8 @@ from attention_backends.backends.config.timetable import Timetable
 from attention_backends.backends.config.windows import parse_numbers, parse_percent, parse_sigmas
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
+from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.values.errors import ConfigError
-from attention_backends.backends.values.platform import detect
 from attention_backends.backends.values.request import AttentionCall
 from attention_backends.cli import main
 from hypothesis import given

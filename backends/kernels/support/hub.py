@@ -82,6 +82,7 @@ class HubKernel:
 class FromHub(Backend):
     """A backend whose package, where it is missing, a repository on the Hub stands in for."""
 
+    asks_for: ClassVar[tuple[str, ...]] = ("kernels",)
     hub: ClassVar[HubKernel | None] = None
     """What is taken where the person allows downloads; None for nothing."""
 

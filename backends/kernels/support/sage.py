@@ -376,6 +376,7 @@ class SageBackend(FromHub):
 
     arithmetic = "int8"
     kinds = ("cuda",)
+    asks_for = (*FromHub.asks_for, "triton", "triton-windows")
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Query and key in 8 bits, the smoothed keys, and the values turned and in 8 bits where a kernel does that."""
