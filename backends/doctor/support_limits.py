@@ -39,23 +39,25 @@ def _machines() -> tuple[Platform, ...]:
 
 MACHINES = _machines()
 
-
-CUBINS = ("flashinfer-cubin", "0.6.13")
-"""Kernels that FlashInfer would else download; nobody else asks for them."""
+ANY_VERSION = "1.0"
+"""Of a package of which only the presence is asked."""
 
 
 def equipped(backend: Backend, machine: Platform) -> list[tuple[str, Platform]]:
-    """The machine with each package that can serve this backend, one at a time, named if several can."""
-    triton = ("triton", "3.6.0" if machine.architecture != "Turing" else "3.2.0")
-    packages = backend.packages
-    if not packages:
-        return [("", replace(machine, packages=(triton,)))]
+    """The machine with each package that can serve this backend, one at a time, named if several can.
+
+    What its checks ask about is there too, and of Triton the version that runs on the card.
+    """
+    triton = "3.6.0" if machine.architecture != "Turing" else "3.2.0"
+    others = tuple((name, triton if name.startswith("triton") else ANY_VERSION) for name in backend.asks_for)
+    if not backend.packages:
+        return [("", replace(machine, packages=others))]
     return [
         (
-            _release(package, packages) if len(packages) > 1 else "",
-            replace(machine, packages=((package.distribution, package.version), triton, CUBINS)),
+            _release(package, backend.packages) if len(backend.packages) > 1 else "",
+            replace(machine, packages=((package.distribution, package.version), *others)),
         )
-        for package in packages
+        for package in backend.packages
     ]
 
 
