@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from attention_backends.backends.config.names import BACKEND_IDS, MENU
+from attention_backends.backends.config.systems import key_of, systems
 from attention_backends.backends.kernels import BACKENDS, registry
+from attention_backends.backends.values.aliases import PEOPLE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,3 +90,9 @@ def test_one_backend_loads_its_own_file_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.rpartition(".")[2] for name in json.loads(done.stdout)}
     assert loaded == {"registry", "xformers"}
+
+
+def test_a_name_in_another_system_belongs_to_one_backend_and_to_a_system_that_there_is() -> None:
+    declared = [(alias.system, key_of(alias.name)) for backend in BACKENDS.values() for alias in backend.aliases]
+    assert {system for system, _ in declared} == {PEOPLE, *(system.id for system in systems())}
+    assert len(set(declared)) == len(declared)
