@@ -15,12 +15,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends.kernels.backend import ACCURACY
 from ..backends.measure.presets import PRESETS, Preset, parse_presets
 from ..backends.observe.autotune.entry import MOST_BYTES, MOST_VALUES
 from ..backends.observe.autotune.store import VARIABLE, Store, default_path
 from ..backends.values.bounded import read_file
 from ..backends.values.data import load_json
+from ..backends.values.tolerance import ACCURACY
 from .command import Progress
 from .report import ComparisonError
 

@@ -13,10 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..kernels import BACKENDS
-from ..kernels.backend import ACCURACY
-from ..kernels.planned import Planned
 from ..values.errors import ConfigError
 from ..values.options import problems
+from ..values.tolerance import ACCURACY
 from .foreign_options import FOREIGN_OPTIONS, foreign_problems
 from .names import AUTO, canonical
 
@@ -72,7 +71,7 @@ class AttentionSpec:
         foreign = {name: self.extra[name] for name in self.extra if name in FOREIGN_OPTIONS and name not in declared}
         wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
         # A planned backend falls back, and so do its options: only their values are checked.
-        planned = isinstance(backend, Planned)
+        planned = not backend.built
         wrong += problems(tuple(FOREIGN_OPTIONS.values()), foreign) if planned else foreign_problems(foreign)
         if wrong:
             raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
@@ -100,7 +99,7 @@ class AttentionConfig:
     per_role: Mapping[str, AttentionSpec] = field(default_factory=dict)
     """Entries that say `auto` say nothing, and are left out."""
     accuracy: str | None = None
-    """The least exact class that `auto` may pick: one of `backend.ACCURACY`, each including those before it."""
+    """The least exact class that `auto` may pick: one of `tolerance.ACCURACY`, each including those before it."""
     strict: bool | None = None
     guard: str | None = None
     source: str = "config"

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels import BACKENDS
-from ..kernels.planned import Planned
 from ..values.bounded import nearest, shortened
 from ..values.data import load_json
 from ..values.errors import ConfigError
@@ -131,7 +130,7 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     reading.note(line_of(name, system) if value.get("backend") is not None else "")
-    if spec.extra and isinstance(BACKENDS[spec.backend], Planned):
+    if spec.extra and not BACKENDS[spec.backend].built:
         reading.note(
             f"options of {spec.backend} ({', '.join(spec.extra)}): without effect, as it is not built yet here"
         )

@@ -73,7 +73,7 @@ def aliases() -> dict[str, str]:
     published = {key_of(row.name): row.means for system in systems() for row in system.names if row.means}
     written = {
         key_of(alias.name): backend.id
-        for backend in registry.every().values()
+        for backend in registry.BACKENDS.values()
         for alias in backend.aliases
         if alias.system == PEOPLE
     }

@@ -130,7 +130,7 @@ _SYSTEMS: tuple[System, ...] = (
 def systems() -> tuple[System, ...]:
     """The systems with all their names: those that backends declare, in the order of backends, then the others."""
     declared: dict[str, list[Published]] = {}
-    for backend in registry.every().values():
+    for backend in registry.BACKENDS.values():
         for alias in backend.aliases:
             declared.setdefault(alias.system, []).append(Published(alias.name, backend.id, alias.line))
     return tuple(system._replace(names=(*declared.get(system.id, ()), *system.names)) for system in _SYSTEMS)

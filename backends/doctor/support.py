@@ -16,7 +16,6 @@ from ..engine.priorities import PRIORITIES, Priority
 from ..kernels import BACKENDS
 from ..kernels.backend import Backend
 from ..kernels.group import BackendGroup
-from ..kernels.planned import Planned
 from ..values.limits import COLUMNS
 from ..values.options import KIND_NAMES, Option
 from .support_limits import CARDS, MACHINES, card_name, limit_rows, runs_on
@@ -45,8 +44,8 @@ end of this page, and passes over one that cannot run a call.
 
 def support_page() -> str:
     """The text of docs/backends.md."""
-    built = [backend for backend in BACKENDS.values() if not isinstance(backend, Planned)]
-    planned = [backend for backend in BACKENDS.values() if isinstance(backend, Planned)]
+    built = [backend for backend in BACKENDS.values() if backend.built]
+    planned = [backend for backend in BACKENDS.values() if not backend.built]
     parts = [
         INTRO.format(cards=", ".join(map(card_name, CARDS))),
         "## What there is",

@@ -16,12 +16,13 @@ from ..config import AttentionConfig, frozen
 from ..config.layers import Choice, resolve, settings_of
 from ..config.names import COMFY, MEASURED
 from ..kernels import BACKENDS
-from ..kernels.backend import ACCURACY, Backend, Kernel
+from ..kernels.backend import Backend, Kernel
 from ..kernels.group import BackendGroup
 from ..measure import remembered
 from ..values.errors import NoBackendError
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
+from ..values.tolerance import ACCURACY
 from .call_checks import VARIABLE as CHECKS
 from .priorities import LAST_RESORT, priority_for
 

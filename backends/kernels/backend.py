@@ -24,13 +24,10 @@ if TYPE_CHECKING:
 
     from .varlen import VarlenKernel
 
-__all__ = ["ACCURACY", "ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "on_copies", "package_reason"]
+__all__ = ["ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "on_copies", "package_reason"]
 
 Kernel = Callable[[AttentionCall], "torch.Tensor"]
 """Computes one call; returns (batch, num_heads, q_len, v_head_dim)."""
-
-ACCURACY = ("exact", "quantized", "sparse")
-"""`exact`: differs from SDPA by rounding only. `quantized`: INT8, FP8, FP4 arithmetic. `sparse`: skips work."""
 
 
 class _ByArithmetic:
@@ -54,7 +51,9 @@ class Backend:
     sparse: ClassVar[bool] = False
     """It skips work that has a weight."""
     accuracy: ClassVar[str] = cast("str", _ByArithmetic())
-    """One of `ACCURACY`; follows from `arithmetic` and `sparse`."""
+    """One of `tolerance.ACCURACY`; follows from `arithmetic` and `sparse`."""
+    built: ClassVar[bool] = True
+    """False for a name that has no kernel yet."""
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
     """Kinds of platform it runs on (`platform.KINDS`)."""
     min_capability: ClassVar[tuple[int, int] | None] = None

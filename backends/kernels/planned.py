@@ -12,6 +12,7 @@ from .backend import Backend
 class Planned(Backend):
     """A name without a kernel yet. It parses, shows in menus, and says why it cannot run."""
 
+    built = False
     sparse = True
     asks_for = ("spas-sage-attn", "fastvideo-kernel")
 

@@ -6,7 +6,7 @@ several. Importing one loads neither torch nor the kernel's package.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
@@ -76,10 +76,33 @@ def find(backend_id: str) -> Backend:
     raise LookupError(f"{MODULES[backend_id]} declares {', '.join(one.id for one in declared)}, not {backend_id}")
 
 
-@cache
-def every() -> dict[str, Backend]:
-    """All backends by id, in the order of the list."""
-    return {backend_id: find(backend_id) for backend_id in MODULES}
+class Backends(MutableMapping[str, "Backend"]):
+    """Every backend by id, in the order of the list; a module is imported when its backend is asked for."""
+
+    def __init__(self) -> None:
+        self._others: dict[str, Backend] = {}
+        """What is in no list: tests put some in."""
+
+    def __getitem__(self, backend_id: str) -> Backend:
+        return self._others[backend_id] if backend_id in self._others else find(backend_id)
+
+    def __setitem__(self, backend_id: str, backend: Backend) -> None:
+        self._others[backend_id] = backend
+
+    def __delitem__(self, backend_id: str) -> None:
+        del self._others[backend_id]
+
+    def __contains__(self, backend_id: object) -> bool:
+        return backend_id in MODULES or backend_id in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*MODULES, *self._others)))
+
+    def __len__(self) -> int:
+        return len({*MODULES, *self._others})
+
+
+BACKENDS = Backends()
 
 
 def distributions(ids: Iterable[str]) -> list[str]:
@@ -101,5 +124,5 @@ def detect(device: torch.device | None = None) -> Platform:
 @cache
 def looked_for() -> tuple[str, ...]:
     """The distributions whose versions are read: those that backends declare, each once."""
-    asked = (name for backend in every().values() for name in backend.asks_for)
+    asked = (name for backend in map(find, MODULES) for name in backend.asks_for)
     return tuple(dict.fromkeys((*distributions(MODULES), *asked)))

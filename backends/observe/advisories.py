@@ -195,7 +195,7 @@ def _is_masked(row: Row) -> bool:
 def nothing_for(family: str, layers: tuple[AttentionConfig, ...]) -> str:
     """The note where recommendations were switched on in vain; empty where kernels are exact anyway."""
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
-    if (BACKENDS[asked].accuracy if asked in BACKENDS else accuracy) == "exact":
+    if (BACKENDS[asked].accuracy if asked is not None and asked in BACKENDS else accuracy) == "exact":
         return ""
     if any(precaution.concerns(asked, accuracy) for precaution in for_family(family)):
         return ""

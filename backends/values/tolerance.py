@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+ACCURACY = ("exact", "quantized", "sparse")
+"""`exact`: differs from SDPA by rounding only. `quantized`: INT8, FP8, FP4 arithmetic. `sparse`: skips work."""
+
 WHOLE_CALL = 0.75
 """All heads together may be off by this share of what the worst one may: they differ less from call to call. The worst
 of 100 calls of random numbers with outlier channels: INT8 scores 0.049, FP8 values and weights on top 0.055, both
@@ -72,7 +75,7 @@ def tolerance(arithmetic: str, *, sparse: bool = False) -> Tolerance:
 
 
 def accuracy(arithmetic: str, *, sparse: bool = False) -> str:
-    """The accuracy class that a person allows (`backend.ACCURACY`)."""
+    """The accuracy class that a person allows (`ACCURACY`)."""
     if sparse:
         return "sparse"
     return "exact" if arithmetic in EXACT else "quantized"

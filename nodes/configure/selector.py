@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ...backends.config import GUARD_MODES
 from ...backends.config.names import AUTO, CHOICES, canonical
 from ...backends.config.text import from_environment
-from ...backends.kernels.backend import ACCURACY
+from ...backends.values.tolerance import ACCURACY
 from ..hook import patch
 from ..inputs import wrong_link
 

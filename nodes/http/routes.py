@@ -28,8 +28,8 @@ from server import PromptServer
 from ...backends.config import GUARD_MODES
 from ...backends.config.names import CHOICES, canonical
 from ...backends.kernels import BACKENDS
-from ...backends.kernels.backend import ACCURACY
 from ...backends.report import MODES
+from ...backends.values.tolerance import ACCURACY
 from ..configure.selector import AttentionBackendSelector
 from ..history import queued_by, runs
 from ..privacy import clean

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.kernels.backend import ACCURACY, FLOATING, Backend, Limits
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.values.tolerance import (
+    ACCURACY,
     EARNED,
     EXACT,
     SPARSE,

@@ -6,9 +6,9 @@ Boundary: a router and facts in, names out.
 from __future__ import annotations
 
 from ...engine.router import Failures, Router
-from ...kernels.backend import ACCURACY
 from ...measure.bench_inputs import lacking_memory
 from ...values.request import AttentionRequest
+from ...values.tolerance import ACCURACY
 
 MOST_SCORE_BYTES = 2**30
 """On an accelerator, kernels that keep all scores are no candidates past this size: far too slow, and they may push

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from time import time
 from typing import Any, NamedTuple
 
-from ...kernels.backend import ACCURACY
 from ...measure.call_key import TuningKey
 from ...values.bounded import shortened
 from ...values.request import MASK_KINDS, MOST_SIZE
+from ...values.tolerance import ACCURACY
 
 FORMAT = "attention_backends.measured"
 VERSION = 1
