@@ -27,7 +27,7 @@ from .call_checks import VARIABLE as CHECKS
 from .priorities import LAST_RESORT, priority_for
 
 if TYPE_CHECKING:
-    from ..kernels.varlen import VarlenKernel
+    from ..kernels.support.varlen import VarlenKernel
 
 log = logging.getLogger("attention_backends")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..kernels import varlen
+from ..kernels.support import varlen
 from ..report import Row
 from ..values.limits import Batch
 from ..values.mask_plan import PASSED_ON, MaskPlan, call_of, put

@@ -22,7 +22,7 @@ from ..values.versions import meets, read
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import VarlenKernel
+    from .support.varlen import VarlenKernel
 
 __all__ = ["ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "on_copies", "package_reason"]
 

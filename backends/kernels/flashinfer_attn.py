@@ -20,7 +20,7 @@ from .support.workspace import item_bytes, mask_size, output_size
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import VarlenCall, VarlenKernel
+    from .support.varlen import VarlenCall, VarlenKernel
 
 PLANS = 8
 """Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""

@@ -16,7 +16,7 @@ from . import registry
 from .backend import Backend, Kernel, Limits
 
 if TYPE_CHECKING:
-    from .varlen import VarlenKernel
+    from .support.varlen import VarlenKernel
 
 
 class BackendGroup(Backend):

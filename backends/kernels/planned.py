@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..values.aliases import PEOPLE, SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
 from ..values.options import Option
 from ..values.platform import Platform
-from . import planned_options as sparse_options
 from .backend import Backend
+from .support import planned_options as sparse_options
 
 
 class Planned(Backend):

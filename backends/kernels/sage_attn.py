@@ -17,7 +17,7 @@ from .support.layout import GRID, Elements, indexable, on_device_of, to_bshd
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import VarlenKernel
+    from .support.varlen import VarlenKernel
 
 FIRST_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """1.0.6 is Triton alone, which compiles for all of them."""

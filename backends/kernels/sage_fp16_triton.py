@@ -18,7 +18,7 @@ from .support.layout import indexable, on_device_of, to_bshd
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import VarlenKernel
+    from .support.varlen import VarlenKernel
 
 LOG2_E = 1 / log(2)
 

@@ -16,7 +16,7 @@ from .support.sdpa import PinnedSDPA
 if TYPE_CHECKING:
     import torch
 
-    from .varlen import VarlenCall, VarlenKernel
+    from .support.varlen import VarlenCall, VarlenKernel
 
 
 class SDPAFlash(PinnedSDPA):

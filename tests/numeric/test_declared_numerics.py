@@ -22,7 +22,7 @@ from attention_backends.backends.kernels.backend import FLOATING, Backend, Limit
 from attention_backends.backends.kernels.planned import Planned  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sdpa  # noqa: E402
-from attention_backends.backends.kernels.varlen import VarlenCall  # noqa: E402
+from attention_backends.backends.kernels.support.varlen import VarlenCall  # noqa: E402
 from attention_backends.backends.values.limits import Causal, Dtypes, MaskWithCausal, ValueHeadDim  # noqa: E402
 from attention_backends.backends.values.platform import KINDS, Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402

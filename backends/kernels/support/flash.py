@@ -15,7 +15,7 @@ from .layout import indexable, on_device_of, to_bshd
 if TYPE_CHECKING:
     import torch
 
-    from ..varlen import VarlenCall, VarlenKernel
+    from .varlen import VarlenCall, VarlenKernel
 
 PAGE = "https://github.com/Dao-AILab/flash-attention"
 

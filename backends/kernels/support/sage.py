@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from packaging.version import Version
 
-    from ..varlen import VarlenCall, VarlenKernel
+    from .varlen import VarlenCall, VarlenKernel
 
 REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
 """2.0.x and 2.1.0 were betas with faults of their own; Diffusers too begins at 2.1.1."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..values.faults import check_output_is
-from ..values.mask_plan import MaskPlan
-from ..values.request import AttentionCall
-from .backend import Kernel
-from .support.ragged import offsets_of, to_bhsd, to_thd
+from ...values.faults import check_output_is
+from ...values.mask_plan import MaskPlan
+from ...values.request import AttentionCall
+from ..backend import Kernel
+from .ragged import offsets_of, to_bhsd, to_thd
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ arguments of its own scripts. A backend that gets built takes its options from h
 
 from __future__ import annotations
 
-from ..values.options import Option
+from ...values.options import Option
 
 SLIDING_TILE = (
     Option("mask_strategy_file_path", str, None, "JSON file with the window of each head; required there."),
