@@ -194,7 +194,7 @@ class Mark:
                 before = own.get(name)
                 method = getattr(self._module, name)
                 if whose.is_foreign(method, self._home):
-                    from .others import watched  # which needs this module
+                    from .stand_ins import watched  # which needs this module
 
                     method = watched(self._site, method, self._module)
                 own[name] = method if self._site is None else self._site.wrap(method)

@@ -18,8 +18,8 @@ import torch
 
 if TYPE_CHECKING:
     from .attention_modules import AttentionModule
-    from .others import Stranger
     from .override import Override
+    from .stand_ins import Stranger
 
 POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
 """Arguments of ComfyUI's attention functions after query, key and value."""
@@ -340,7 +340,7 @@ def _run_counted(
 
 def _run_told(output: torch.Tensor, stranger: torch.Tensor | None, modules: int) -> torch.Tensor:
     """The output of another pack's function, as it is, once the run knows that it ran."""
-    from .others import ran_in_graph  # which needs this module
+    from .stand_ins import ran_in_graph  # which needs this module
 
     ran_in_graph(strangers.get(stranger), modules)
     return output.clone()

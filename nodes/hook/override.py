@@ -18,7 +18,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from ...backends.config import AttentionConfig
-from . import attention_modules, compiled, others
+from . import attention_modules, compiled, operators, stand_ins
 from .attention_modules import current
 from .hook_calls import count_passed_on, route
 from .masks import COMPILED
@@ -98,10 +98,10 @@ class Override:
 
         routed.__name__ = name_of(func)
         routed.__dict__[KEY] = self
-        with others.counted_elsewhere():
+        with operators.counted_elsewhere():
             output = foreign(routed, *args, **kwargs)
         if scope.routed + scope.elsewhere == before:
-            others.count(scope, foreign, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]))
+            stand_ins.count(scope, foreign, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]))
         scope.ordinal = ordinal + 1
         return output
 
@@ -171,7 +171,7 @@ class Override:
             scope.run.reached = True
             role = scope.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
             if by_other:
-                others.count(scope, scope.run.others.on_top or self.foreign, role)
+                stand_ins.count(scope, scope.run.others.on_top or self.foreign, role)
             else:
                 count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
 

@@ -851,7 +851,7 @@ def test_one_call_is_counted_once_where_several_stand_around_it() -> None:
 
 def test_what_is_no_attention() -> None:
     """Projections, and memory that torch's own operators fill; a kernel's output is filled by nobody that is seen."""
-    others = nodes_module("hook.others")
+    operators = nodes_module("hook.operators")
     x = torch.ones(1, 4, 8)
     for compute in (
         lambda: torch.nn.functional.linear(x, torch.eye(8)),
@@ -859,20 +859,20 @@ def test_what_is_no_attention() -> None:
         lambda: torch.add(x, x, out=torch.empty_like(x)),
         lambda: torch.nn.functional.layer_norm(x, (8,)) * torch.empty(0).sum(),
     ):
-        with torch.inference_mode(), others.Work() as work:
+        with torch.inference_mode(), operators.Work() as work:
             compute()
         assert not work.likely
     for compute in (lambda: torch.empty_like(x), lambda: mixed(x)):
-        with torch.inference_mode(), others.Work() as work:
+        with torch.inference_mode(), operators.Work() as work:
             compute()
         assert work.likely
 
     def of_a_package(name: str) -> int:
-        return others._kind(SimpleNamespace(name=lambda: name))  # type: ignore[no-any-return]
+        return operators._kind(SimpleNamespace(name=lambda: name))  # type: ignore[no-any-return]
 
     assert {of_a_package(f"comfy_kitchen::{name}") for name in ("scaled_mm_nvfp4", "quantize_per_tensor_fp8")} == {0}
-    assert of_a_package("sageattention::qk_int8_sv_f16") == others.KERNEL
-    assert of_a_package("comfy_kitchen::int8_attention") == others.ATTENTION
+    assert of_a_package("sageattention::qk_int8_sv_f16") == operators.KERNEL
+    assert of_a_package("comfy_kitchen::int8_attention") == operators.ATTENTION
 
 
 @pytest.mark.parametrize("way", ["forward", "patch"])
@@ -880,10 +880,10 @@ def test_what_others_compute_each_time_is_watched_now_and_then(way: str, monkeyp
     """A watch costs some microseconds per operator; who took over in every call so far is counted without one."""
     import tiny_sampling
 
-    others = nodes_module("hook.others")
+    operators = nodes_module("hook.operators")
     watches: list[int] = []
-    enter = others.Work.__enter__
-    monkeypatch.setattr(others.Work, "__enter__", lambda work: watches.append(1) or enter(work))
+    enter = operators.Work.__enter__
+    monkeypatch.setattr(operators.Work, "__enter__", lambda work: watches.append(1) or enter(work))
 
     def patched(own: Any) -> Any:
         model = selected(built("wan"), "sdpa_math")

@@ -1,0 +1,330 @@
+"""Stand-ins for what other packs put into a model call, each of which counts the attention that it computes past us.
+
+- an override on top of ours is replaced by an `OnTop` for the model call, which sees every call of the hook;
+- a patch that replaces a block or an attention is called through a `Replaced`;
+- a forward that is not the model's own runs in `watched`, whether of an attention module or of a block around some.
+
+`operators.py` tells computing from skipping: patches that return what they are given, or what they kept from an earlier
+step, compute no attention and count for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from ...backends.config.names import MEASURED
+from ...backends.report import BY_ANOTHER
+from ...backends.values.errors import NoBackendError
+from . import attention_modules, compiled
+from .attention_modules import current
+from .operators import WATCHES, Work, counted_elsewhere
+from .roles import CROSS, SELF, Role
+
+if TYPE_CHECKING:
+    from .model_call import ModelCall
+
+ON_TOP = "attention_backends_on_top"
+"""The attribute of another pack's override that holds its `OnTop`, so that compiled graphs see the same object."""
+NOT_KNOWN = "-"
+"""Kind of mask of a call that did not come to us."""
+
+
+def count(scope: ModelCall, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
+    """Another pack computed calls of a role: into the account; once as a note.
+
+    Raises:
+        NoBackendError: a backend was named for this role, strictly.
+    """
+    run = scope.run
+    title, choice = run.others.title(other), scope.choice(role)
+    if block is None:
+        block = scope.site.block if scope.site is not None else ""
+    run.trace.categories[role.name] = role.category
+    row = run.trace.row(role.name, block, BY_ANOTHER, choice.source, NOT_KNOWN, f"{title} computed it", choice.asked)
+    row.member = title
+    row.calls += calls
+    scope.elsewhere += calls
+    run.reached = True
+    run.trace.another[title] = run.others.stands(other)
+    if run.trace.ledger is not None:
+        run.trace.ledger.not_repeated[f"{title} computed calls of role {role.name}; a repeat needs that node"] = None
+    text = f"{title} computed attention of role {role.name} by itself"
+    if choice.asked not in (None, MEASURED) and scope.session.settings.strict:
+        remedy = run.others.order(other) or f"remove or bypass {title}"
+        raise NoBackendError(
+            f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
+            f"  what to do: {remedy}, or switch strict off"
+        )
+    order = run.others.order(other)
+    run.note(f"{text}; {order}" if order else text)
+
+
+class OnTop:
+    """Stands in for another pack's override during a model call and counts what that computes without asking us."""
+
+    def __init__(self, other: Callable[..., Any]) -> None:
+        self.other = other
+
+    @classmethod
+    def of(cls, other: Callable[..., Any]) -> OnTop:
+        """The stand-in of an override, the same one each time where the override can hold it."""
+        found = getattr(other, "__dict__", {}).get(ON_TOP)
+        if found is None:
+            found = cls(other)
+            try:
+                setattr(other, ON_TOP, found)
+            except (AttributeError, TypeError):  # a method, or an object with slots
+                return found
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnTop:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """`container_function`, where the other override has one; and whatever else it has."""
+        if name in ("other", "__setstate__"):
+            raise AttributeError(name)
+        found = getattr(self.other, name)
+        if name != "container_function":
+            return found
+        return lambda *args, **kwargs: self._counted(found, args, args, kwargs)
+
+    def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return compiled.watched(self.other, func, args, kwargs)
+        return self._counted(self.other, (func, *args), args, kwargs)
+
+    def _counted(self, call: Callable[..., Any], given: tuple[Any, ...], args: Any, kwargs: dict[str, Any]) -> Any:
+        scope = getattr(current, "scope", None)
+        if scope is None:
+            return call(*given, **kwargs)
+        before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
+        tensors = args if len(args) > 1 else compiled.positional(args, dict(kwargs))
+        q_len, kv_len = (getattr(one, "tensor", one).shape[-2] for one in tensors[:2])
+        with counted_elsewhere():
+            output = call(*given, **kwargs)
+        if scope.routed + scope.elsewhere == before:
+            count(scope, self.other, scope.role(ordinal, q_len, kv_len))
+        scope.ordinal = ordinal + 1  # however often the other one calls, it is one call of the model
+        return output
+
+
+class Replaced:
+    """Stands in for a patch that replaces a block or an attention during a model call."""
+
+    def __init__(self, other: Callable[..., Any], kind: str, place: Any) -> None:
+        self.other = other
+        self.kind = kind
+        self.place = place
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replaced:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("other", "kind", "place", "__setstate__"):
+            raise AttributeError(name)
+        return getattr(self.other, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return compiled.traced_stranger(None, self.other, args, kwargs)
+        scope = getattr(current, "scope", None)
+        if scope is None:
+            return self.other(*args, **kwargs)
+        before = scope.routed + scope.elsewhere
+        habit = scope.run.others.habit((self.kind, self.place))
+        work = Work() if habit.is_looked_at() else None
+        extra = next((one for one in args if isinstance(one, dict) and "original_block" in one), None)
+        original = extra["original_block"] if extra is not None else None
+        if original is not None and work is not None:
+            args = tuple({**one, "original_block": work.without(original)} if one is extra else one for one in args)
+        with work or nullcontext():
+            output = self.other(*args, **kwargs)
+        came = scope.routed + scope.elsewhere > before
+        computed = habit.saw(work, came)
+        if original is not None:
+            if computed and not came:
+                found = _sites_of(original, scope)
+                if not found:
+                    count(scope, self.other, SELF)
+                for site in found:
+                    for ordinal in range(max(site.most, 1)):
+                        count(scope, self.other, role_of(site, ordinal), block=site.block)
+        elif computed:
+            role = {"attn1": SELF, "attn2": CROSS}.get(self.kind, SELF)
+            count(scope, self.other, role, block=_unet_block(args))
+        return output
+
+
+def watch_patches(options: dict[str, Any]) -> dict[str, Any]:
+    """Put a stand-in in place of each patch that replaces something. Returns what is to be put back."""
+    replace = options.get("patches_replace")
+    if not isinstance(replace, dict) or not any(
+        not isinstance(patch, Replaced) for patches in replace.values() for patch in patches.values()
+    ):
+        return {}
+    options["patches_replace"] = {
+        kind: {
+            place: patch if isinstance(patch, Replaced) else Replaced(patch, kind, place)
+            for place, patch in patches.items()
+        }
+        for kind, patches in replace.items()
+    }
+    return {"patches_replace": replace}
+
+
+class Habit:
+    """Whether a function of another pack always computes attention without calling us, so that few calls are watched.
+
+    Only that: one whose calls came to us may compute later, and what keeps results for some steps alternates.
+    """
+
+    __slots__ = ("_alike", "_calls")
+
+    def __init__(self) -> None:
+        self._alike = 0
+        self._calls = 0
+
+    def is_looked_at(self) -> bool:
+        """Whether the call that begins is watched: each one until it is known, then every eighth."""
+        self._calls += 1
+        return self._alike < ALIKE or self._calls % LOOK_EVERY == 0
+
+    def saw(self, work: Work | None, came: bool) -> bool:
+        """Whether attention was computed past us in the call that ended; `came`: some of its calls came to us."""
+        computed = not came if work is None else work.attention if came else work.likely and not work.left
+        self._alike = self._alike + 1 if computed and not came else 0
+        return computed
+
+
+ALIKE = 4
+"""After so many calls in a row that another pack computed, only each `LOOK_EVERY`th is watched."""
+LOOK_EVERY = 8
+
+
+def watched(
+    site: attention_modules.AttentionModule | None, forward: Callable[..., Any], module: torch.nn.Module
+) -> Callable[..., Any]:
+    """A forward that another pack put in place of a module's own, counting attention that it computes by itself.
+
+    `site` is the module's; None for a block, whose forward others replace with the calls of the modules within.
+    """
+
+    stranger = Stranger(forward, module if site is None else None)
+    handle = compiled.strangers.new(stranger)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return compiled.traced_stranger(handle, forward, args, kwargs, of_block=site is None)
+        scope = getattr(current, "scope", None)
+        if scope is None:
+            return forward(*args, **kwargs)
+        before = scope.routed + scope.elsewhere
+        rows = [] if site is not None else list(scope.run.trace.rows.values())
+        calls = [row.calls for row in rows]
+        habit = scope.run.others.habit(module)
+        work = Work() if habit.is_looked_at() else None
+        with work or nullcontext():
+            output = forward(*args, **kwargs)
+        if not habit.saw(work, scope.routed + scope.elsewhere > before):
+            return output
+        if site is None:
+            ran = {(row.role, row.block) for row, made in zip(rows, calls, strict=True) if row.calls > made}
+            ran |= {(row.role, row.block) for row in list(scope.run.trace.rows.values())[len(rows) :] if row.calls}
+            for found in stranger.within():
+                for ordinal in range(max(found.most, 1)):
+                    role = role_of(found, ordinal)
+                    if (role.name, found.block) not in ran:
+                        count(scope, forward, role, block=found.block)
+            return output
+        first = scope.ordinal
+        for ordinal in range(first, max(site.most, first + 1)):
+            count(scope, forward, role_of(site, ordinal))
+        scope.ordinal = max(site.most, first + 1)
+        return output
+
+    run.__name__ = getattr(forward, "__name__", "forward")
+    return run
+
+
+WATCHES.update((Replaced.__call__.__code__, *(c for c in watched.__code__.co_consts if hasattr(c, "co_code"))))
+
+
+class Stranger:
+    """A forward of another pack that stands in place of a module's own; `block`: that module, where it is a block."""
+
+    def __init__(self, forward: Callable[..., Any], block: torch.nn.Module | None) -> None:
+        self.forward = forward
+        self._block = block
+
+    def within(self) -> list[attention_modules.AttentionModule]:
+        """The attention modules of the block."""
+        parts = () if self._block is None else self._block.modules()
+        return [found for part in parts if (found := attention_modules.site_of(part)) is not None]
+
+
+def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
+    """Another pack's function ran in a compiled graph and asked us for nothing, or for the calls of few modules.
+
+    Args:
+        stranger: the forward; None for a patch of the present model call.
+        modules: how many attention modules of its block made calls to us.
+    """
+    scope = getattr(current, "scope", None)
+    if scope is None or (modules and stranger is not None and modules >= len(stranger.within())):
+        return
+    run, replace = scope.run, scope.options.get("patches_replace") or {}
+    held = [stranger.forward] if stranger is not None else []
+    if stranger is None:
+        held = [patch.other for kind in replace.values() for patch in kind.values() if isinstance(patch, Replaced)]
+    title = " or ".join(dict.fromkeys(map(run.others.title, held))) or run.others.title(None)
+    if title in run.trace.unseen:
+        return
+    run.trace.unseen[title] = None
+    text = f"{title} ran in the compiled model and may have computed attention by itself"
+    if run.trace.ledger is not None:
+        run.trace.ledger.not_repeated[f"{text}; a repeat needs that node"] = None
+    asked = "only a part of the" if modules else "no"
+    run.note(
+        f"{title} ran in the compiled model and asked this node for {asked} attention; whether it computed any by "
+        "itself is not seen there"
+    )
+
+
+def _sites_of(original: Any, scope: ModelCall) -> list[attention_modules.AttentionModule]:
+    """The attention modules of the block that a model's own function for one block runs."""
+    cells = getattr(original, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if isinstance(_content(cell), torch.nn.Module)]
+    return [
+        site
+        for module in held
+        if id(module) not in scope.run.roots
+        for part in module.modules()
+        if (site := attention_modules.site_of(part)) is not None
+    ]
+
+
+def role_of(site: attention_modules.AttentionModule, ordinal: int) -> Role:
+    """The role of a call that did not come to us, so that its lengths are not known."""
+    return site.role(ordinal, 0, 0)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _unet_block(args: tuple[Any, ...]) -> str:
+    """The block of a UNet that a replaced attention is in, named as elsewhere in the account."""
+    extra = args[-1] if args and isinstance(args[-1], dict) else {}
+    place = extra.get("block")
+    if not isinstance(place, tuple) or len(place) < 2:
+        return ""
+    return "middle_block.1" if place[0] == "middle" else f"{place[0]}_blocks.{place[1]}"
