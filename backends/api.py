@@ -164,11 +164,11 @@ def account() -> Iterator[RunReport]:
     entry = Entry(account=(kept := Account()))
     try:
         with entered(entry):
-            yield kept.trace
+            yield kept.run_report
     finally:
         kept.close()
         if before is not None:
-            add_up(before.book().trace, kept.trace)
+            add_up(before.book().run_report, kept.run_report)
 
 
 def _must_be_available(

@@ -135,8 +135,8 @@ def _session(stack: Stack, device: torch.device, backend: str | AttentionConfig 
         layers = (parse_config(backend, "attention(backend)"), *layers)
     if len(book.sessions) >= KEPT:
         book.sessions.clear()
-    book.trace.device = device.type
-    return CallSession(router_for(device), stack.asked, layers, book.trace)
+    book.run_report.device = device.type
+    return CallSession(router_for(device), stack.asked, layers, book.run_report)
 
 
 def _understood(

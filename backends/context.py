@@ -22,7 +22,7 @@ from .engine.call_checks import checks_from_environment
 from .engine.mask_reader import inspect
 from .engine.plan import Plan
 from .engine.session import Session
-from .engine.sub_calls import SplitPlan, calls_of, plan_parts, run_parts
+from .engine.sub_calls import SplitPlan, calls_of, plan_sub_calls, run_sub_calls
 from .report import Row, RunReport
 from .values.mask_plan import MaskPlan, passed_on
 from .values.request import AttentionCall, AttentionRequest
@@ -63,8 +63,10 @@ class Environment:
 class CallSession(Session):
     """A session with the plans of its calls, keyed by everything that can change a decision."""
 
-    def __init__(self, router: Router, asked: Asked, layers: tuple[AttentionConfig, ...], trace: RunReport) -> None:
-        super().__init__(router, layers, trace, checks=False)  # the caller checks before it plans
+    def __init__(
+        self, router: Router, asked: Asked, layers: tuple[AttentionConfig, ...], run_report: RunReport
+    ) -> None:
+        super().__init__(router, layers, run_report, checks=False)  # the caller checks before it plans
         self.check_calls = asked.checks
         self.plans: dict[tuple[object, ...], tuple[Plan | None, bool]] = {}
         """For each kind of call how it runs, None where that is for its mask's values to say, and whether it is
@@ -103,13 +105,13 @@ class CallSession(Session):
             if len(self.masked) >= KEPT:
                 self.masked.clear()
             how = self.masked[key] = self._as_read(mask_plan, call, role, category)
-        return run_parts(self, how, mask_plan, call) if isinstance(how, SplitPlan) else self.run(how, call)
+        return run_sub_calls(self, how, mask_plan, call) if isinstance(how, SplitPlan) else self.run(how, call)
 
     def _as_read(self, mask_plan: MaskPlan, call: AttentionCall, role: str, category: str) -> Plan | SplitPlan:
         calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked)
         if not calls:
             return self.plan(call.request(), role, category)
-        return plan_parts(
+        return plan_sub_calls(
             self, mask_plan, call, calls, lambda part, words: self.plan(part.request(), role, category, mask=words)
         )
 
@@ -117,10 +119,10 @@ class CallSession(Session):
 class Book:
     """The sessions of one thread, and the account of their calls."""
 
-    __slots__ = ("sessions", "trace")
+    __slots__ = ("run_report", "sessions")
 
-    def __init__(self, trace: RunReport) -> None:
-        self.trace = trace
+    def __init__(self, run_report: RunReport) -> None:
+        self.run_report = run_report
         self.sessions: dict[tuple[Asked, torch.device, object], CallSession] = {}
 
 
@@ -129,7 +131,7 @@ class Account:
 
     def __init__(self) -> None:
         self.books = {threading.get_ident(): Book(RunReport())}
-        self.trace = next(iter(self.books.values())).trace
+        self.run_report = next(iter(self.books.values())).run_report
 
     def book(self) -> Book:
         """This thread's book."""
@@ -142,9 +144,9 @@ class Account:
     def close(self) -> None:
         """Put what other threads did into the trace, with the times that are there by now."""
         for book in list(self.books.values()):
-            book.trace.collect()
-            if book.trace is not self.trace:
-                add_up(self.trace, book.trace)
+            book.run_report.collect()
+            if book.run_report is not self.run_report:
+                add_up(self.run_report, book.run_report)
 
 
 def add_up(total: RunReport, more: RunReport) -> None:

@@ -68,7 +68,7 @@ def override_path(pairs: int) -> dict[str, Any]:
     from attention_backends.nodes.hook import run as sampling
 
     override = host.Override((AttentionConfig(default=AttentionSpec("torch_sdpa")),))
-    scope = sampling.Run(override).scope(torch.device("cpu"))
+    model_call = sampling.Run(override).model_call(torch.device("cpu"))
     query, key, value = (torch.randn(1, 8, 16, 64) for _ in range(3))
     flags = {"mask": None, "skip_reshape": True, "skip_output_reshape": True}
     sdpa, stock_attention = torch.nn.functional.scaled_dot_product_attention, comfy_attention.attention_pytorch
@@ -83,14 +83,14 @@ def override_path(pairs: int) -> dict[str, Any]:
         stock_attention(query, key, value, 8, transformer_options={}, **flags)
 
     def ours() -> None:
-        scope.ordinal = 0
+        model_call.ordinal = 0
         stock_attention(query, key, value, 8, transformer_options={sampling.OVERRIDE: override}, **flags)
 
     kinds = [bare, stock, ours]
-    previous = attention_modules.set_scope(scope)
+    previous = attention_modules.set_model_call(model_call)
     try:
         times = alternate(kinds, pairs, calls=200)
-        (hook_plan,) = scope.session.plans.values()
+        (hook_plan,) = model_call.session.plans.values()
         output = bare()
         hook_plan.plan.kernel = lambda call: output
 
@@ -98,11 +98,11 @@ def override_path(pairs: int) -> dict[str, Any]:
             stock_attention(query, key, value, 8, transformer_options={sampling.OVERRIDE: ignore}, **flags)
 
         def planned() -> None:
-            scope.session.run(hook_plan.plan, hook_plan.layout.call(query, key, value, None))
+            model_call.session.run(hook_plan.plan, hook_plan.layout.call(query, key, value, None))
 
         without = alternate([ours, nothing, planned], pairs, calls=200)
     finally:
-        attention_modules.set_scope(previous)
+        attention_modules.set_model_call(previous)
     selecting = zip(without["ours"], without["nothing"], without["planned"], strict=True)
     return {
         "bare_sdpa_us": round(statistics.median(times["bare"]), 2),
@@ -118,13 +118,13 @@ def mask_lookup(rounds: int) -> dict[str, float]:
     from attention_backends.nodes.hook import override as host
     from attention_backends.nodes.hook import run as sampling
 
-    scope = sampling.Run(host.Override((AttentionConfig(),))).scope(torch.device("cpu"))
-    scope.begin({}, in_model_call=True)
+    model_call = sampling.Run(host.Override((AttentionConfig(),))).model_call(torch.device("cpu"))
+    model_call.begin({}, in_model_call=True)
     mask = torch.ones(1, 1, 1, 512, dtype=torch.bool)
     mask[..., 256:] = False
 
     def find() -> None:
-        scope.masks.plan(mask, None, 512)
+        model_call.masks.plan(mask, None, 512)
 
     return interval(alternate([find], rounds, calls=1000)["find"])
 

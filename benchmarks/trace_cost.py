@@ -65,7 +65,7 @@ class Model:
     def new_run(self, mode: str) -> Any:
         """A run whose trace keeps what `mode` says, its marks not yet on the model."""
         run = self.sampling.Run(self.options[self.sampling.KEY])
-        run.trace.mode = mode
+        run.run_report.mode = mode
         return run
 
     def call(self, run: Any, step: int) -> float:
@@ -124,7 +124,7 @@ def counted(model: Model) -> dict[str, Any]:
     run = model.new_run("full")
     model.call(run, 0)
     run.close()
-    attention_calls, rows = sum(row.calls for row in run.trace.rows.values()), len(run.trace.rows)
+    attention_calls, rows = sum(row.calls for row in run.run_report.rows.values()), len(run.run_report.rows)
     kind = model.device.type
 
     class Call:
@@ -145,12 +145,12 @@ def counted(model: Model) -> dict[str, Any]:
     def per_model_call(mode: str) -> float:
         def once() -> float:
             """Of a run's first model calls, each of which is a window of its own."""
-            trace, clock = model.new_run(mode).trace, DeviceClock(kind)
-            trace.rows.update(run.trace.rows)
+            run_report, clock = model.new_run(mode).run_report, DeviceClock(kind)
+            run_report.rows.update(run.run_report.rows)
             sigma = model.sigmas[1].repeat(1)
             start = time.perf_counter()
             for _ in range(60):
-                trace.end_of_model_call(clock, model.device, sigma, model.sigmas)
+                run_report.end_of_model_call(clock, model.device, sigma, model.sigmas)
             return 1e6 * (time.perf_counter() - start) / 60
 
         return min(once() for _ in range(200))

@@ -17,7 +17,7 @@ from ..backends.engine.plan import Plan
 from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
 from ..backends.engine.session import Session
-from ..backends.engine.sub_calls import SplitPlan, calls_of, plan_parts, run_parts
+from ..backends.engine.sub_calls import SplitPlan, calls_of, plan_sub_calls, run_sub_calls
 from ..backends.kernels.registry import detect
 from ..backends.report import RunReport
 from ..backends.values.devices import device_named, synchronise
@@ -93,8 +93,8 @@ class Routed:
         self.backend = backend
         config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
         kind = router.platform.kind  # on other devices than the CPU the times are taken here
-        trace = RunReport(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
-        self.session = Session(router, (config,), trace)
+        run_report = RunReport(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
+        self.session = Session(router, (config,), run_report)
         self._plans: dict[tuple[str, str, AttentionRequest, object], Plan | SplitPlan] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._counted = 0
@@ -153,12 +153,12 @@ class Routed:
         if mask_plan is None or not parts:
             self._plans[key] = planned(call)
         else:
-            self._plans[key] = plan_parts(self.session, mask_plan, call, parts, planned)
+            self._plans[key] = plan_sub_calls(self.session, mask_plan, call, parts, planned)
         return self._plans[key]
 
     def _run(self, plan: Plan | SplitPlan, call: AttentionCall, mask_plan: MaskPlan | None) -> Tensor:
         if mask_plan is not None and isinstance(plan, SplitPlan):
-            return run_parts(self.session, plan, mask_plan, call)
+            return run_sub_calls(self.session, plan, mask_plan, call)
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
         return self.session.run(cast(Plan, plan), call)
@@ -170,11 +170,11 @@ class Routed:
             events, self._events = self._events, []
             return sum(start.elapsed_time(end) for start, end in events)
         before = self._counted
-        self._counted = sum(row.nanoseconds for row in self.session.trace.rows.values())
+        self._counted = sum(row.nanoseconds for row in self.session.run_report.rows.values())
         return (self._counted - before) / 1e6 if device.type == "cpu" else None
 
     @property
     def ran(self) -> str | None:
         """What computed so far; for a family the member that did. None when nothing did."""
-        rows = self.session.trace.rows.values()
+        rows = self.session.run_report.rows.values()
         return " + ".join(dict.fromkeys(row.member or row.backend for row in rows if row.calls)) or None

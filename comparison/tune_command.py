@@ -199,7 +199,7 @@ def measure(
             if not is_out_of_memory(error):
                 raise
             return "out of memory"
-    kinds = session.trace.tuning.as_dict()
+    kinds = session.run_report.tuning.as_dict()
     return None if kinds["decided"] else plan.decision.source.partition("measured ")[2].strip("()")
 
 

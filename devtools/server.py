@@ -200,8 +200,8 @@ def _refusal(body: bytes) -> str:
 def _failure(messages: list[Any]) -> str:
     for kind, content in messages:
         if kind == "execution_error":
-            trace = "".join(content.get("traceback", []))
-            return f"{content['node_type']}: {content['exception_message'].strip()}\n{trace}"
+            run_report = "".join(content.get("traceback", []))
+            return f"{content['node_type']}: {content['exception_message'].strip()}\n{run_report}"
         if kind == "execution_interrupted":
             return "the run was interrupted"
     return "the run failed, and ComfyUI did not say why"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention_backends.backends import account, attention, calls, read_environment
-from attention_backends.backends import context as scopes
+from attention_backends.backends import context as model_calls
 from hook_side import no_environment
 
 random = torch.Generator().manual_seed(3)
@@ -21,16 +21,16 @@ def nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     read_environment()
     calls._thread.__dict__.clear()
     yield
-    assert scopes._stack.get() is None, "a block is still in force"
+    assert model_calls._stack.get() is None, "a block is still in force"
     monkeypatch.undo()
     read_environment()
 
 
 def ran(**options: object) -> str:
     """The backend that a call here runs on."""
-    with account() as trace:
+    with account() as run_report:
         attention(Q, K, V, **options)  # type: ignore[arg-type]
-    (row,) = trace.rows.values()
+    (row,) = run_report.rows.values()
     assert row.calls == 1
     return row.backend
 

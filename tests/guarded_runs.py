@@ -50,7 +50,7 @@ def session(kernel: Kernel, mode: str, seed: int = 0, changes_inputs: bool = Fal
     router = Router(detect(torch.device("cpu")), {**BACKENDS, LOSSY: Lossy(kernel, changes_inputs)})
     made = Session(router, (AttentionConfig(AttentionSpec(LOSSY), guard=mode),))
     if mode != "off":
-        made.guard = Guard(mode, made.trace, everything=False, seed=seed)
+        made.guard = Guard(mode, made.run_report, everything=False, seed=seed)
     return made
 
 

@@ -232,11 +232,11 @@ class Outcome:
 
     @property
     def rows(self) -> list[tuple[str, str, int]]:
-        return [(row.role, row.backend, row.calls) for row in self.run.trace.rows.values() if row.calls]
+        return [(row.role, row.backend, row.calls) for row in self.run.run_report.rows.values() if row.calls]
 
     @property
     def notes(self) -> dict[str, int]:
-        return self.run.trace.notes
+        return self.run.run_report.notes
 
 
 class Kernel(Backend):

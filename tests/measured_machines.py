@@ -168,7 +168,7 @@ def steady(**costs: float) -> dict[str, Cost]:
 def ran(session: Session) -> dict[str, int]:
     """How many calls each backend had."""
     found: dict[str, int] = {}
-    for row in session.trace.rows.values():
+    for row in session.run_report.rows.values():
         if row.calls:
             found[row.backend] = found.get(row.backend, 0) + row.calls
     return found

@@ -94,14 +94,14 @@ def look() -> dict[str, Any]:
         options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
         output = model_call(model, options, lambda options=options: model(x, options))
         run.close()
-        (row,) = [row for row in run.trace.rows.values() if row.calls]
+        (row,) = [row for row in run.run_report.rows.values() if row.calls]
         found[backend] = {
             "used": list(used),
             "backend": row.backend,
             "member": row.member,
             "guarded": row.guard is not None,
             "equal": bool(torch.equal(output, stock)),
-            "notes": [note for note in run.trace.notes if "on this server" in note],
+            "notes": [note for note in run.run_report.notes if "on this server" in note],
         }
     return found
 

@@ -62,7 +62,7 @@ class Timetable:
             for layer in layers
             for index, entry in enumerate(layer.schedule)
         ]
-        held += [(layers[0], precaution.said, precaution.where, True) for precaution in advisories_of(layers)]
+        held += [(layers[0], advisory.said, advisory.where, True) for advisory in advisories_of(layers)]
         for layer, source, entry, recommended in held:
             steps = {step for part in entry.steps for step in part.among(range(self.count))}
             spans = entry.sigmas
@@ -168,11 +168,11 @@ class Timetable:
             return last.entry.spec, last.source
 
         choice = resolve(self.layers, role, category, scheduled)
-        if choice.by_default and (source := self.precaution(active, role, category, block, masked)):
+        if choice.by_default and (source := self.advisory(active, role, category, block, masked)):
             choice = Choice(None, source, accuracy="exact", record=choice.record)
         return choice, note
 
-    def precaution(self, active: int, role: str, category: str, block: str, masked: bool) -> str:
+    def advisory(self, active: int, role: str, category: str, block: str, masked: bool) -> str:
         """The source of the precaution that makes such calls exact where nothing was said of them, or ""."""
         for bit, placed in enumerate(self._entries):
             if active >> bit & 1 and placed.recommended and placed.takes(role, category, block, masked):

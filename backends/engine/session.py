@@ -42,14 +42,16 @@ class Session:
         self,
         router: Router,
         layers: tuple[AttentionConfig, ...] = (),
-        trace: RunReport | None = None,
+        run_report: RunReport | None = None,
         checks: bool | None = None,
     ) -> None:
         """`checks`: look over each call before its kernel runs; None leaves it to the environment, as it is now."""
         self.router = router
         self.layers = layers
-        self.trace = trace if trace is not None else RunReport(device=router.platform.kind, layers=layers)
-        self.device_clock = self.trace.new_clock(router.platform.kind)
+        self.run_report = (
+            run_report if run_report is not None else RunReport(device=router.platform.kind, layers=layers)
+        )
+        self.device_clock = self.run_report.new_clock(router.platform.kind)
         """Times the kernels of this session's plans; None where the trace is off or the device has no such clock."""
         self.checks = checks_from_environment() if checks is None else checks
         self.failed: dict[Failed, str] = {}
@@ -58,7 +60,7 @@ class Session:
         self._recorded: dict[str, set[bool]] = {}
         """Role -> whether the record that is repeated knows its calls: True, False, or both of different calls."""
         mode = self.settings.guard
-        self.guard = Guard(mode, self.trace) if mode != "off" else None
+        self.guard = Guard(mode, self.run_report) if mode != "off" else None
         self.tuner: Chooser | None = None
         """Decides where `measured` is asked for; without one that is `auto`."""
 
@@ -85,7 +87,7 @@ class Session:
         Raises:
             NoBackendError: strict was asked for and the named backend cannot run.
         """
-        self.trace.categories[role] = category
+        self.run_report.categories[role] = category
         choice = self._choice(role, category, block, request.mask != "none") if choice is None else choice
         if choice.record is not None:
             choice = self._as_recorded(choice, role, block, request)
@@ -125,16 +127,16 @@ class Session:
             plan = self._plan(
                 request, decision, role, block, strict, mask or request.mask, reason, None, function, label
             )
-        if self.trace.ledger is not None:
-            self.trace.ledger.planned(plan, category, self.router)
+        if self.run_report.recorder is not None:
+            self.run_report.recorder.planned(plan, category, self.router)
         return plan
 
     def recorded(self, choice: Choice, role: str, block: str, request: AttentionRequest) -> Choice | None:
         """What the record of a choice says of a call with these facts now; None where it does not know, or is none."""
         if choice.record is None:
             return None
-        run = choice.record.run_of(self.trace.node_id)
-        return run.choice(role, block, request, self.trace.timeline.model_calls + 1)
+        run = choice.record.run_of(self.run_report.node_id)
+        return run.choice(role, block, request, self.run_report.timeline.model_calls + 1)
 
     def _as_recorded(self, choice: Choice, role: str, block: str, request: AttentionRequest) -> Choice:
         found = self.recorded(choice, role, block, request)
@@ -152,16 +154,16 @@ class Session:
             decides = f"{choice.asked or 'auto'} via {choice.source} decides"
             return f"role {role}: the record does not know {how_many} of its calls; {decides}"
 
-        if self.trace.notes.pop(text("any"), None) is None:
+        if self.run_report.notes.pop(text("any"), None) is None:
             log.warning("role %s %s: the record does not know this call: %s", role, block, request.describe())
-        self.trace.note(text(how_many))
+        self.run_report.note(text(how_many))
 
     def _choice(self, role: str, category: str, block: str, masked: bool) -> Choice:
         """What is asked for where no sampler runs: of a schedule only what is not over time holds."""
         if not is_scheduled(self.layers):
             return resolve(self.layers, role, category)
         timetable = Timetable(self.layers, blocks=(block,))
-        if timetable.timed and self.trace.note(OUTSIDE_A_SAMPLER):
+        if timetable.timed and self.run_report.note(OUTSIDE_A_SAMPLER):
             log.warning("%s", OUTSIDE_A_SAMPLER)
         return timetable.resolve(timetable.at(None), role, category, block, masked)[0]
 
@@ -221,7 +223,7 @@ class Session:
     ) -> Plan:
         """`label`: what the account calls the host's own function, where a checkpoint asked for it."""
         backend = self._backend(decision, function)
-        row = self.trace.row(
+        row = self.run_report.row(
             role, block, label or decision.backend, decision.source, mask, reason or decision.reason,
             label or decision.asked,
         )  # fmt: skip
@@ -286,7 +288,7 @@ class Session:
             reraise_if_fatal(plan, error)
             failed = f"{type(error).__name__}: {error}"
             said = f"{plan.decision.backend}: its packed call failed ({failed}); a call for each part runs instead"
-            if self.trace.note(said):
+            if self.run_report.note(said):
                 log.warning("%s", said)
             return None
         plan.row.calls += 1
@@ -359,8 +361,8 @@ class Session:
                 plan.request, decision, row.role, row.block, plan.strict, row.mask, reason, function=plan.function
             )
         )
-        if self.trace.ledger is not None:
-            self.trace.ledger.changed(plan, self.router)
+        if self.run_report.recorder is not None:
+            self.run_report.recorder.changed(plan, self.router)
 
     def _log_decision(self, decision: Decision, role: str, category: str, label: str | None) -> None:
         """Say once per role what it resolved to, and once per reason why something else runs."""
@@ -374,7 +376,7 @@ class Session:
         for note in decision.notes:
             if note not in self._logged:  # once, however many kinds of call there are
                 self._logged.add(note)
-                self.trace.note(note)
+                self.run_report.note(note)
         if decision.reason and (role, decision.reason) not in self._logged:
             self._logged.add((role, decision.reason))
             log.warning("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)

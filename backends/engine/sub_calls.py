@@ -76,7 +76,7 @@ def fits(call: AttentionCall) -> bool:
     return mask is None or all(size in (1, wanted) for size, wanted in zip(mask.shape, scores, strict=True))
 
 
-def plan_parts(
+def plan_sub_calls(
     session: Session,
     mask_plan: MaskPlan,
     call: AttentionCall,
@@ -144,14 +144,14 @@ def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
     return bool(limits.reasons(whole)) or (most is not None and sequences > most.max)
 
 
-def run_parts(
+def run_sub_calls(
     session: Session,
     parts: SplitPlan,
     mask_plan: MaskPlan,
     call: AttentionCall,
     host: Callable[[AttentionCall], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Run a call whose kind was planned by `plan_parts`; each part can fall back by itself.
+    """Run a call whose kind was planned by `plan_sub_calls`; each part can fall back by itself.
 
     Args:
         mask_plan: of this very call's mask; its facts are those that were planned for.

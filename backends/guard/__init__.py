@@ -57,10 +57,10 @@ class GuardAlarm(Exception):  # not an error of the program: the session answers
 class Guard:
     """Watches the kernels of one session in mode `watch` or `enforce`. Not shared between threads."""
 
-    def __init__(self, mode: str, trace: RunReport, *, everything: bool | None = None, seed: int = 0) -> None:
+    def __init__(self, mode: str, run_report: RunReport, *, everything: bool | None = None, seed: int = 0) -> None:
         """`everything`: exact kernels too; None leaves it to the environment. `seed` draws rows, nothing else."""
         self.enforces = mode == "enforce"
-        self.trace = trace
+        self.run_report = run_report
         self.everything = os.environ.get(VARIABLE, "").strip().lower() == "all" if everything is None else everything
         self.refused: dict[tuple[str, str], tuple[str, str]] = {}
         """Role and block -> the backend that was caught there, and why."""
@@ -234,7 +234,7 @@ class Guard:
             self._note(f"guard: the output of model call {number} was not finite, the first of this run")
 
     def _note(self, text: str) -> None:
-        if self.trace.note(text):
+        if self.run_report.note(text):
             log.warning("%s", text)
 
 

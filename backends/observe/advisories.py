@@ -142,13 +142,13 @@ ADVISORIES: tuple[Advisory, ...] = (
 
 def for_family(family: str) -> tuple[Advisory, ...]:
     """The rows of a family; empty where nothing is known."""
-    return tuple(precaution for precaution in ADVISORIES if family in precaution.families)
+    return tuple(advisory for advisory in ADVISORIES if family in advisory.families)
 
 
 def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
     """What is recommended for a family, in words, and whether it matters with this default."""
     if not for_family(family):
-        known = ", ".join(name for precaution in ADVISORIES for name in precaution.families)
+        known = ", ".join(name for advisory in ADVISORIES for name in advisory.families)
         return [f"nothing is recommended for family {family!r}; there is something for: {known}"]
     lines = []
     for found in for_family(family):
@@ -161,24 +161,24 @@ def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
     return lines
 
 
-def offers(family: str, trace: RunReport) -> list[str]:
+def offers(family: str, run_report: RunReport) -> list[str]:
     """After a run: a note for each precaution that was not switched on and would have changed a call of this run."""
-    layers = trace.layers
+    layers = run_report.layers
     if not layers or any(layer.recommended for layer in layers):
         return []
-    rows = [row for row in trace.rows.values() if row.calls]
+    rows = [row for row in run_report.rows.values() if row.calls]
     blocks = tuple(dict.fromkeys(row.block for row in rows))
     defaults = {PLATFORM_ROUTE, *(f"{layer.source}.default" for layer in layers)}
     found = []
-    for precaution in for_family(family):
-        trial = Timetable((replace(layers[0], recommended=(precaution,)), *layers[1:]), blocks=blocks)
+    for advisory in for_family(family):
+        trial = Timetable((replace(layers[0], recommended=(advisory,)), *layers[1:]), blocks=blocks)
         if any(
-            row.backend in precaution.backends
+            row.backend in advisory.backends
             and row.source.partition(f": {MEASURED} (")[0] in defaults
-            and trial.precaution(ALL, row.role, trace.categories.get(row.role, row.role), row.block, _is_masked(row))
+            and trial.advisory(ALL, row.role, run_report.categories.get(row.role, row.role), row.block, _is_masked(row))
             for row in rows
         ):
-            found.append(f"recommended for {precaution.title}: {precaution.what} ({precaution.reason}); {NOT_USED}")
+            found.append(f"recommended for {advisory.title}: {advisory.what} ({advisory.reason}); {NOT_USED}")
     return found
 
 
@@ -197,7 +197,7 @@ def nothing_for(family: str, layers: tuple[AttentionConfig, ...]) -> str:
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
     if (BACKENDS[asked].accuracy if asked is not None and asked in BACKENDS else accuracy) == "exact":
         return ""
-    if any(precaution.concerns(asked, accuracy) for precaution in for_family(family)):
+    if any(advisory.concerns(asked, accuracy) for advisory in for_family(family)):
         return ""
     return f"recommended for this model: nothing is known of {family or 'this family'} with {asked or AUTO}"
 

@@ -111,7 +111,7 @@ class RunReport:
     """What became of the calls for which `measured` was asked for."""
     node_id: str = ""
     """The node of the graph that samples; empty where there is none, or it is not known."""
-    ledger: Recorder | None = None
+    recorder: Recorder | None = None
     """The decisions, kind of call by kind of call; None where nobody records them."""
     mode: str = field(default_factory=trace_mode)
     """One of `MODES`, for the whole of it."""

@@ -57,16 +57,20 @@ class Finding:
         }
 
 
-def asked_and_ran(trace: RunReport) -> tuple[Finding, ...]:
+def asked_and_ran(run_report: RunReport) -> tuple[Finding, ...]:
     """The findings of a run: one for each role and source that had calls, then configured roles that had none."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in trace.rows.values():
+    for row in run_report.rows.values():
         if row.calls:
-            groups.setdefault((row.role, *_asked(trace, row)), []).append(row)
+            groups.setdefault((row.role, *_asked(run_report, row)), []).append(row)
     found = [_finding(role, asked, source, rows) for (role, asked, source), rows in groups.items()]
     called = {role for role, _, _ in groups}
-    found += [_elsewhere(trace, role) for role in trace.categories if role not in called and _names(trace, role)]
-    return (*found, *_never_called(trace))
+    found += [
+        _elsewhere(run_report, role)
+        for role in run_report.categories
+        if role not in called and _names(run_report, role)
+    ]
+    return (*found, *_never_called(run_report))
 
 
 def unexplained(findings: Iterable[Finding]) -> str | None:
@@ -105,7 +109,7 @@ def line(audit: Iterable[Mapping[str, Any]]) -> str:
     return "Asked and ran: " + ("; ".join(_part(finding) for finding in audit) or "nothing")
 
 
-def _asked(trace: RunReport, row: Row) -> tuple[str, str]:
+def _asked(run_report: RunReport, row: Row) -> tuple[str, str]:
     """What was asked for a row's calls, and on whose word: as the row says, or else as the configuration does."""
     if row.asked == MEASURED:  # what was found stands behind whose word it is, and changes during a run
         return MEASURED, row.source.partition(f": {MEASURED}")[0]
@@ -113,7 +117,7 @@ def _asked(trace: RunReport, row: Row) -> tuple[str, str]:
         return row.asked, row.source
     if row.source.startswith(RECOMMENDED):  # an exact kernel, whichever the route has, in place of the default
         return AUTO, row.source
-    choice = resolve(trace.layers, row.role, trace.categories.get(row.role, row.role))
+    choice = resolve(run_report.layers, row.role, run_report.categories.get(row.role, row.role))
     return (choice.asked, choice.source) if choice.asked is not None else (AUTO, row.source)
 
 
@@ -128,41 +132,41 @@ def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
     return Finding(role, asked, source, ran, reasons, verdict)
 
 
-def _names(trace: RunReport, role: str) -> bool:
-    return resolve(trace.layers, role, trace.categories[role]).asked is not None
+def _names(run_report: RunReport, role: str) -> bool:
+    return resolve(run_report.layers, role, run_report.categories[role]).asked is not None
 
 
-def _elsewhere(trace: RunReport, role: str) -> Finding:
+def _elsewhere(run_report: RunReport, role: str) -> Finding:
     """A role whose calls reached the model but were all answered by something else, as a note says."""
-    choice = resolve(trace.layers, role, trace.categories[role])
-    if (why := _why_not_reached(trace)) is not None:
+    choice = resolve(run_report.layers, role, run_report.categories[role])
+    if (why := _why_not_reached(run_report)) is not None:
         return Finding(role, choice.asked or AUTO, choice.source, {}, (why,), NOT_REACHED)
-    said = tuple(note for note in trace.notes if f"role {role} " in note)
+    said = tuple(note for note in run_report.notes if f"role {role} " in note)
     return Finding(role, choice.asked or AUTO, choice.source, {}, said, EXPLAINED if said else UNEXPLAINED)
 
 
-def _why_not_reached(trace: RunReport) -> str | None:
+def _why_not_reached(run_report: RunReport) -> str | None:
     """Why nothing can be said of a role that had no calls; None for a whole run whose calls are known."""
-    if trace.stopped is not None:
-        return trace.stopped.text or "the run goes on"
-    return trace.unused or None
+    if run_report.stopped is not None:
+        return run_report.stopped.text or "the run goes on"
+    return run_report.unused or None
 
 
-def unseen(trace: RunReport) -> str:
+def unseen(run_report: RunReport) -> str:
     """Who else ran in a compiled model and may have computed calls there; empty where nobody did."""
-    if not trace.unseen:
+    if not run_report.unseen:
         return ""
-    return f"{' and '.join(trace.unseen)} ran in the compiled model and may have computed attention by itself"
+    return f"{' and '.join(run_report.unseen)} ran in the compiled model and may have computed attention by itself"
 
 
-def _never_called(trace: RunReport) -> list[Finding]:
+def _never_called(run_report: RunReport) -> list[Finding]:
     """Entries for roles that no call had, neither by name nor by category."""
-    why = _why_not_reached(trace) or unseen(trace) or None
-    known = {row.role for row in trace.rows.values() if row.calls}
-    known.update(trace.categories, trace.categories.values())
-    names = ", ".join(sorted(trace.categories)) or "none"
+    why = _why_not_reached(run_report) or unseen(run_report) or None
+    known = {row.role for row in run_report.rows.values() if row.calls}
+    known.update(run_report.categories, run_report.categories.values())
+    names = ", ".join(sorted(run_report.categories)) or "none"
     findings = {}
-    for layer in trace.layers:
+    for layer in run_report.layers:
         covered = known | {layer.parent_of(name) for name in known}
         for role, spec in layer.per_role.items():
             if role in covered or spec.is_auto or role in findings:

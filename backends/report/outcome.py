@@ -78,23 +78,23 @@ def first_line(error: BaseException) -> str:
     return next(filter(None, lines), "an error without a message")
 
 
-def of_trace(trace: RunReport) -> Outcome:
+def of_trace(run_report: RunReport) -> Outcome:
     """The outcome of a run that is over, from its account."""
-    if trace.stopped is not None:
-        return trace.stopped
+    if run_report.stopped is not None:
+        return run_report.stopped
     theirs: dict[str, int] = {}
-    for row in trace.rows.values():
+    for row in run_report.rows.values():
         if row.by_another and row.calls:
             theirs[row.member or ""] = theirs.get(row.member or "", 0) + row.calls
-    total, others = trace.calls, sum(theirs.values())
+    total, others = run_report.calls, sum(theirs.values())
     if others and others == total:
-        where = {name: f" {trace.another.get(name, '')}".rstrip() for name in theirs}
+        where = {name: f" {run_report.another.get(name, '')}".rstrip() for name in theirs}
         return Outcome(NOT_USED, f"{' and '.join(name + where[name] for name in theirs)} took over attention")
     if others:
         return Outcome(PARTLY, f"{' and '.join(theirs)} computed {others} of {total} attention calls")
-    if trace.unused and not total:
-        return Outcome(NOT_USED, trace.unused)
-    text = unseen(trace)
+    if run_report.unused and not total:
+        return Outcome(NOT_USED, run_report.unused)
+    text = unseen(run_report)
     return Outcome(PARTLY, text) if text else Outcome(DONE)
 
 

@@ -26,29 +26,31 @@ class Capturing(Override):
     calls: dict[tuple[str, AttentionRequest], CapturedCall]
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        scope = None if torch.compiler.is_dynamo_compiling() else attention_modules.current_scope()
-        if scope is not None and scope.run.override is self:
-            marked = scope.site
-            scope.site, holder = attention_modules.maker(scope)
+        model_call = None if torch.compiler.is_dynamo_compiling() else attention_modules.current_model_call()
+        if model_call is not None and model_call.run.override is self:
+            marked = model_call.attention_module
+            model_call.attention_module, holder = attention_modules.maker(model_call)
             try:
-                self._keep(scope, func, holder, args, kwargs)
+                self._keep(model_call, func, holder, args, kwargs)
             finally:
-                scope.site = marked
+                model_call.attention_module = marked
         return super().__call__(func, *args, **kwargs)
 
     def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A call in containers, which are emptied: the copies need the tensors anyway."""
         return self(compiled.comfys_attention(), *(container.take() for container in args[:3]), *args[3:], **kwargs)
 
-    def _keep(self, scope: ModelCall, func: Callable[..., torch.Tensor], holder: Any, args: Any, kwargs: Any) -> None:
+    def _keep(
+        self, model_call: ModelCall, func: Callable[..., torch.Tensor], holder: Any, args: Any, kwargs: Any
+    ) -> None:
         given = {**kwargs, **dict(zip(POSITIONAL, args[3:], strict=False))}
         query, key, value = args[:3]
         call = Layout(query, key, value, given).call(query, key, value, given.get("mask"))
         request = call.request()
-        role = scope.role(scope.ordinal, request.q_len, request.kv_len).name
+        role = model_call.role(model_call.ordinal, request.q_len, request.kv_len).name
         if (role, request) not in self.calls:
-            block = scope.site.block if scope.site is not None else ""
-            func = preferred_function(scope.site, scope.ordinal, holder) or func
+            block = model_call.attention_module.block if model_call.attention_module is not None else ""
+            func = preferred_function(model_call.attention_module, model_call.ordinal, holder) or func
             self.calls[role, request] = CapturedCall(role, block, _kept(call, func))
 
 

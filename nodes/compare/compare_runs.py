@@ -178,7 +178,7 @@ class Cancelled:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, run_report: Any) -> None:
         if isinstance(error, comfy.model_management.InterruptProcessingException):
             self.error = error
             raise KeyboardInterrupt from error

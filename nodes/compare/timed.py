@@ -19,8 +19,8 @@ class Timed(Override):
     pairs: list[tuple[Any, Any]]
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        scope = None if torch.compiler.is_dynamo_compiling() else attention_modules.current_scope()
-        if scope is None or scope.run.override is not self or not self.times(args[0].device):
+        model_call = None if torch.compiler.is_dynamo_compiling() else attention_modules.current_model_call()
+        if model_call is None or model_call.run.override is not self or not self.times(args[0].device):
             return super().__call__(func, *args, **kwargs)
         stream = torch.cuda.current_stream(args[0].device) if args[0].is_cuda else None
         before, behind = self.new_event(), self.new_event()

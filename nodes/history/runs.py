@@ -65,7 +65,7 @@ _of_thread = threading.local()
 """`parts`: the list of `_open` that this thread's runs go to."""
 
 
-def begin(trace: RunReport) -> None:
+def begin(run_report: RunReport) -> None:
     """A run begins: from now on its account can be read while it grows."""
     prompt_id, node_id = executing()
     prompt, by = _entry(prompt_id)
@@ -75,10 +75,10 @@ def begin(trace: RunReport) -> None:
     else:
         nodes = _choosers(prompt, sampler)
         maker = Maker(sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler), by)
-    trace.node_id = maker.node_id or ""
+    run_report.node_id = maker.node_id or ""
     with _lock:
         head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
-        _live[id(trace)] = head, trace, maker
+        _live[id(run_report)] = head, run_report, maker
 
 
 def executing() -> tuple[str | None, str | None]:
@@ -91,21 +91,21 @@ def executing() -> tuple[str | None, str | None]:
     return (context.prompt_id, context.node_id) if context else (None, None)
 
 
-def add(trace: RunReport) -> None:
+def add(run_report: RunReport) -> None:
     """Keep a finished run and log it in one line."""
-    if id(trace) not in _live:
-        begin(trace)
+    if id(run_report) not in _live:
+        begin(run_report)
     with _lock:
-        head, _, maker = _live.pop(id(trace))
-        account = {**head, **trace.as_dict()}
-        decided = record.of_run(trace)
-        kept = Kept(account, _summary(account, state(account), maker), trace.windows(), maker, decided)
+        head, _, maker = _live.pop(id(run_report))
+        account = {**head, **run_report.as_dict()}
+        decided = record.of_run(run_report)
+        kept = Kept(account, _summary(account, state(account), maker), run_report.windows(), maker, decided)
         parts = getattr(_of_thread, "parts", None)
         if parts is None:
             _runs.appendleft(kept)
         else:
             parts.append(kept)
-    log.info("attention of this run: %s", trace.summary())
+    log.info("attention of this run: %s", run_report.summary())
     log.info("%s", audit.line(account["audit"]))
 
 
@@ -241,11 +241,12 @@ def _going_on() -> list[tuple[dict[str, Any], Maker]]:
     with _lock:
         live = list(_live.values())
     found = []
-    for head, trace, maker in reversed(live):
+    for head, run_report, maker in reversed(live):
         # The sampler's thread writes to these while we read: each copy is one step of the interpreter.
         now = replace(
-            trace, rows=dict(trace.rows), notes=dict(trace.notes), categories=dict(trace.categories),
-            stopped=trace.stopped or GOING_ON,
+            run_report, rows=dict(run_report.rows), notes=dict(run_report.notes),
+            categories=dict(run_report.categories),
+            stopped=run_report.stopped or GOING_ON,
         )  # fmt: skip
         found.append(({**head, **now.as_dict(), "windows": now.windows()}, maker))
     return found

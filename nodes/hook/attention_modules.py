@@ -1,7 +1,8 @@
 """Where attention calls come from: the modules that make them, each marked while one of its methods makes some.
 
 Which modules those are, and through which of their methods, is in `callers.py`. A marked module tells the current
-thread's scope when such a method begins and ends. The markers are the same objects in every run, and are on the model
+thread's model call when such a method begins and ends. The markers are the same objects in every run, and are on the
+model
 only during one.
 """
 
@@ -21,7 +22,7 @@ from .callers import calling_methods
 from .roles import Family, Role, block_of, family_of, guess, roles_at
 
 current = threading.local()
-"""`scope`: the scope of the model call that this thread is in, or None."""
+"""`model_call`: the model call that this thread is in, or None."""
 
 
 HOLDER = "comfy_attention"
@@ -55,7 +56,7 @@ class AttentionModule:
         return guess(self.path, q_len, kv_len)
 
     def is_of(self, module: torch.nn.Module) -> bool:
-        """Whether this is the site of that module."""
+        """Whether this is that module's."""
         return self._module() is module
 
     def is_at_home(self, home: str) -> bool:
@@ -87,29 +88,29 @@ class AttentionModule:
         return held[min(ordinal, len(held) - 1)] if held else None
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, or another method, telling the current thread's scope that it runs; after an exception too.
+        """`forward`, or another method, telling the current thread's model call that it runs; after an exception too.
 
-        While torch traces it tells the call instead, see `compiled`: the thread's scope is no part of a graph.
+        While torch traces it tells the call instead, see `compiled`: the thread's model call is no part of a graph.
         """
         handle, method = self.handle, getattr(forward, "__name__", "")
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             if is_dynamo_compiling():
                 return compiled.traced_forward(handle, forward, args, kwargs)
-            scope = getattr(current, "scope", None)
-            if scope is None:
-                return self._without_scope(forward, args, kwargs)
-            outer, ordinal = scope.site, scope.ordinal
+            model_call = getattr(current, "model_call", None)
+            if model_call is None:
+                return self._without_model_call(forward, args, kwargs)
+            outer, ordinal = model_call.attention_module, model_call.ordinal
             if outer is self:  # one of its methods calls another
                 return forward(*args, **kwargs)
-            scope.site, scope.ordinal = self, 0
+            model_call.attention_module, model_call.ordinal = self, 0
             try:
                 output = forward(*args, **kwargs)
-                if scope.ordinal != self.most or not self.most:
-                    self._unusual(scope, args, kwargs)
+                if model_call.ordinal != self.most or not self.most:
+                    self._unusual(model_call, args, kwargs)
                 return output
             finally:
-                scope.site, scope.ordinal = outer, ordinal
+                model_call.attention_module, model_call.ordinal = outer, ordinal
 
         if not self.mask_argument:
             return self._with_code_of_its_own(marked, method)
@@ -117,18 +118,18 @@ class AttentionModule:
         def marked_with_mask(*args: Any, **kwargs: Any) -> Any:
             if is_dynamo_compiling():
                 return marked(*args, **kwargs)
-            scope = getattr(current, "scope", None)
-            if scope is None:
+            model_call = getattr(current, "model_call", None)
+            if model_call is None:
                 return marked(*args, **kwargs)
-            outer, scope.mask_source = scope.mask_source, kwargs.get(self.mask_argument)
+            outer, model_call.mask_source = model_call.mask_source, kwargs.get(self.mask_argument)
             try:
                 return marked(*args, **kwargs)
             finally:
-                scope.mask_source = outer
+                model_call.mask_source = outer
 
         return self._with_code_of_its_own(marked_with_mask, method)
 
-    def _without_scope(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _without_model_call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The method runs in no model call of ours; in a sampler's step, that run is told."""
         output = forward(*args, **kwargs)
         run = getattr(current, "run", None)
@@ -136,12 +137,12 @@ class AttentionModule:
             run.others.ran_without_us(self, args, kwargs)
         return output
 
-    def _unusual(self, scope: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _unusual(self, model_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward made another number of calls than usual: with fewer, another pack may have computed them."""
-        if scope.ordinal > self.most:
-            self.most = scope.ordinal
+        if model_call.ordinal > self.most:
+            self.most = model_call.ordinal
         else:
-            scope.run.others.missed(scope, self, args, kwargs)
+            model_call.run.others.missed(model_call, self, args, kwargs)
 
     def _with_code_of_its_own(self, function: Callable[..., Any], method: str) -> Callable[..., Any]:
         """`function` with a code object for each class and method: torch counts recompilations by code object."""
@@ -161,27 +162,29 @@ class Mark:
     see `forward` alone.
     """
 
-    __slots__ = ("_home", "_marked", "_module", "_site", "_users")
+    __slots__ = ("_attention_module", "_home", "_marked", "_module", "_users")
 
-    def __init__(self, module: torch.nn.Module, site: AttentionModule | None, home: str) -> None:
-        """`site` is None for a block, of which only a forward that another pack replaced is watched.
+    def __init__(self, module: torch.nn.Module, attention_module: AttentionModule | None, home: str) -> None:
+        """`attention_module` is None for a block, of which only a forward that another pack replaced is watched.
 
         `home` is the Python module of the model's class.
         """
         self._module = module
         self._home = home
-        self._site = site
+        self._attention_module = attention_module
         self._users = 0
         self._marked: dict[str, tuple[Any, Callable[..., Any]]] = {}
         """By method: what stood in the module's own dictionary before, and what stands there now."""
 
     @classmethod
-    def on(cls, module: torch.nn.Module, site: AttentionModule | None, methods: tuple[str, ...], home: str) -> Mark:
+    def on(
+        cls, module: torch.nn.Module, attention_module: AttentionModule | None, methods: tuple[str, ...], home: str
+    ) -> Mark:
         """The mark of a module, made by the first run that wants it."""
         with _marks_lock:
             mark = _marks.get(module)
             if mark is None:
-                mark = _marks[module] = cls(module, site, home)
+                mark = _marks[module] = cls(module, attention_module, home)
             mark._users += 1
             mark.cover(methods)
             return mark
@@ -196,8 +199,8 @@ class Mark:
                 if whose.is_foreign(method, self._home):
                     from .stand_ins import watched  # which needs this module
 
-                    method = watched(self._site, method, self._module)
-                own[name] = method if self._site is None else self._site.wrap(method)
+                    method = watched(self._attention_module, method, self._module)
+                own[name] = method if self._attention_module is None else self._attention_module.wrap(method)
                 self._marked[name] = before, own[name]
 
     def stands(self) -> list[tuple[dict[str, Any], str, Any]]:
@@ -234,28 +237,28 @@ _marks: dict[torch.nn.Module, Mark] = {}
 _marks_lock = threading.Lock()
 
 
-def role_at(site: AttentionModule | None, ordinal: int, q_len: int, kv_len: int) -> Role:
+def role_at(attention_module: AttentionModule | None, ordinal: int, q_len: int, kv_len: int) -> Role:
     """The role of the current call; guessed where no marked module is running."""
-    return site.role(ordinal, q_len, kv_len) if site is not None else guess("", q_len, kv_len)
+    return attention_module.role(ordinal, q_len, kv_len) if attention_module is not None else guess("", q_len, kv_len)
 
 
-def current_scope() -> Any:
-    """The scope of the model call that this thread is in, or None."""
-    return getattr(current, "scope", None)
+def current_model_call() -> Any:
+    """The model call that this thread is in, or None."""
+    return getattr(current, "model_call", None)
 
 
-def set_scope(scope: Any) -> Any:
-    """Make `scope` the current one of this thread; return the one before."""
-    previous = getattr(current, "scope", None)
-    current.scope = scope
+def set_model_call(model_call: Any) -> Any:
+    """Make `model_call` the current one of this thread; return the one before."""
+    previous = getattr(current, "model_call", None)
+    current.model_call = model_call
     return previous
 
 
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, AttentionModule] = weakref.WeakKeyDictionary()
 
 
-def site_of(module: torch.nn.Module) -> AttentionModule | None:
-    """The site of a module that was marked at some time; None for others."""
+def attention_module_of(module: torch.nn.Module) -> AttentionModule | None:
+    """The attention module of a module that was marked at some time; None for others."""
     return _sites.get(module)
 
 
@@ -291,9 +294,9 @@ class Marks(list[Mark]):
             if module in self._of:
                 self._of[module].cover(methods)
             elif methods:
-                site = _site_of(module, name.replace("._orig_mod", ""), self.family)
-                site.most = 0
-                self._of[module] = mark = Mark.on(module, site, methods, home)
+                attention_module = _site_of(module, name.replace("._orig_mod", ""), self.family)
+                attention_module.most = 0
+                self._of[module] = mark = Mark.on(module, attention_module, methods, home)
                 self.append(mark)
         self._around = self._blocks()
         self._cover_blocks()
@@ -344,7 +347,7 @@ class Marks(list[Mark]):
         self._note_what_stands()
 
     def learn(self, caller: callers.Caller) -> AttentionModule | None:
-        """The site of a module that makes a call and had no mark; None where it is none of this model's.
+        """The attention module of a module that makes a call and had no mark; None where it is none of this model's.
 
         From now on all modules of its class are marked.
         """
@@ -360,23 +363,29 @@ def attach(diffusion_model: torch.nn.Module) -> Marks:
     return Marks(diffusion_model)
 
 
-def maker(scope: Any) -> tuple[AttentionModule | None, Any]:
-    """The site of the call that is being planned, and the module that holds what is preferred for it, or None.
+def maker(model_call: Any) -> tuple[AttentionModule | None, Any]:
+    """The attention module of the call that is being planned, and the module that holds what is preferred for it, or
+    None.
 
-    The site is the marked module that is running, unless the stack says that a module within it makes the call.
+    It is the marked module that is running, unless the stack says that a module within it makes the call.
     """
     caller = callers.caller()
-    if caller.module is None or (scope.site is not None and scope.site.is_of(caller.module)):
-        return scope.site, caller.preferred
-    found = next((site for marks in scope.run.marks() if (site := marks.learn(caller)) is not None), None)
-    return found or scope.site, caller.preferred
+    if caller.module is None or (
+        model_call.attention_module is not None and model_call.attention_module.is_of(caller.module)
+    ):
+        return model_call.attention_module, caller.preferred
+    found = next(
+        (attention_module for marks in model_call.run.marks() if (attention_module := marks.learn(caller)) is not None),
+        None,
+    )
+    return found or model_call.attention_module, caller.preferred
 
 
 def _site_of(module: torch.nn.Module, path: str, family: Family | None) -> AttentionModule:
-    site = _sites.get(module)
-    if site is None or site.path != path:
-        site = _sites[module] = AttentionModule(module, path, family)
-    return site
+    attention_module = _sites.get(module)
+    if attention_module is None or attention_module.path != path:
+        attention_module = _sites[module] = AttentionModule(module, path, family)
+    return attention_module
 
 
 def blocks_of(diffusion_model: torch.nn.Module) -> tuple[str, ...]:

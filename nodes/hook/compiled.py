@@ -76,7 +76,7 @@ class Running:
     """
 
     def __init__(self) -> None:
-        self.site: tuple[torch.Tensor, list[int]] | None = None
+        self.attention_module: tuple[torch.Tensor, list[int]] | None = None
         self.asked: list[int] | None = None
         """What the other pack's function that is being traced has asked us for: calls, and modules that made some."""
 
@@ -86,13 +86,13 @@ running = Running()
 
 def traced_forward(handle: torch.Tensor, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The forward of an attention module in a trace. Where the graph would break inside, torch calls it untraced."""
-    outer, asked = running.site, running.asked
+    outer, asked = running.attention_module, running.asked
     before = 0 if asked is None else asked[0]
-    running.site = (handle, [0])
+    running.attention_module = (handle, [0])
     try:
         return forward(*args, **kwargs)
     finally:
-        running.site = outer
+        running.attention_module = outer
         if asked is not None and asked[0] > before:
             asked[1] += 1
 
@@ -139,18 +139,20 @@ def _telling(output: Any, stranger: torch.Tensor | None, modules: int) -> Any:
 class Routed:
     """What another pack's override gets as `func` in a trace: our op, as often as it likes."""
 
-    def __init__(self, override: Override, func: Callable[..., torch.Tensor], ordinal: int, site: Any) -> None:
+    def __init__(
+        self, override: Override, func: Callable[..., torch.Tensor], ordinal: int, attention_module: Any
+    ) -> None:
         self.override = override
         self.func = func
         self.ordinal = ordinal
-        self.site = site
+        self.attention_module = attention_module
         self.called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.called = True
         if len(args) < 3:
             args = positional(args, kwargs)
-        return _as_op(self.override, self.func, self.ordinal, self.site, True, args, kwargs)
+        return _as_op(self.override, self.func, self.ordinal, self.attention_module, True, args, kwargs)
 
 
 def traced(override: Override, func: Callable[..., torch.Tensor], args: Any, kwargs: Any) -> torch.Tensor:
@@ -159,18 +161,18 @@ def traced(override: Override, func: Callable[..., torch.Tensor], args: Any, kwa
         return func(*args, **kwargs)
     if running.asked is not None:
         running.asked[0] += 1
-    ordinal, site = -1, None
-    if running.site is not None:
-        site, calls = running.site
+    ordinal, attention_module = -1, None
+    if running.attention_module is not None:
+        attention_module, calls = running.attention_module
         ordinal = calls[0]
         calls[0] = ordinal + 1
     if override.foreign is None:
-        return _as_op(override, func, ordinal, site, False, args, kwargs)
-    routed = Routed(override, func, ordinal, site)
+        return _as_op(override, func, ordinal, attention_module, False, args, kwargs)
+    routed = Routed(override, func, ordinal, attention_module)
     output = override.foreign(routed, *args, **kwargs)
     if routed.called:
         return output
-    return _counted(output, args[0], args[1], override.handle, site, ordinal, True)
+    return _counted(output, args[0], args[1], override.handle, attention_module, ordinal, True)
 
 
 def watched(
@@ -179,9 +181,9 @@ def watched(
     """One call in a trace of another pack's override that stands on top of ours; counted where that answers it."""
     if running.asked is not None:
         running.asked[0] += 1
-    if running.site is None:
+    if running.attention_module is None:
         return other(func, *args, **kwargs)
-    site, calls = running.site
+    attention_module, calls = running.attention_module
     ordinal = calls[0]
     output = other(func, *args, **kwargs)
     if calls[0] > ordinal:
@@ -189,14 +191,14 @@ def watched(
     calls[0] = ordinal + 1
     override = kwargs["transformer_options"]["attention_backends"]
     query, key, *_ = args if len(args) > 1 else positional(args, dict(kwargs))
-    return _counted(output, query, key, override.handle, site, ordinal, True)
+    return _counted(output, query, key, override.handle, attention_module, ordinal, True)
 
 
 def _as_op(
     override: Override,
     func: Callable[..., torch.Tensor],
     ordinal: int,
-    site: Any,
+    attention_module: Any,
     composed: bool,
     args: Any,
     kwargs: Any,
@@ -208,7 +210,7 @@ def _as_op(
     for name in given:
         if name not in KNOWN_ARGUMENTS:
             output = func(*args, **{**kwargs, "_inside_attn_wrapper": True})
-            return _counted(output, query, key, override.handle, site, ordinal, False)
+            return _counted(output, query, key, override.handle, attention_module, ordinal, False)
     skip_reshape = bool(given.get("skip_reshape"))
     heads = query.shape[1] if skip_reshape else given["heads"]
     output = _attention(
@@ -223,7 +225,7 @@ def _as_op(
         given.get("attn_precision"),
         given.get("low_precision_attention"),
         override.handle,
-        site,
+        attention_module,
         ordinal,
         composed,
     )
@@ -270,7 +272,7 @@ def _run_attention(
     attn_precision: torch.dtype | None,
     low_precision: bool | None,
     override: torch.Tensor,
-    site: torch.Tensor | None,
+    attention_module: torch.Tensor | None,
     ordinal: int,
     composed: bool,
 ) -> torch.Tensor:
@@ -291,7 +293,7 @@ def _run_attention(
         output = func(query, key, value, **kwargs)
     else:
         args = (query, key, value)
-        output = asked.run_compiled(sites.get(site), ordinal, composed, func, args, kwargs)
+        output = asked.run_compiled(sites.get(attention_module), ordinal, composed, func, args, kwargs)
     shape = _output_shape(query, value, heads, skip_reshape)
     if output.shape != shape:
         raise ValueError(
@@ -327,14 +329,14 @@ def _run_counted(
     query: torch.Tensor,
     key: torch.Tensor,
     override: torch.Tensor,
-    site: torch.Tensor | None,
+    attention_module: torch.Tensor | None,
     ordinal: int,
     by_other: bool,
 ) -> torch.Tensor:
     """The output of a call that did not run here, as it is, once the account has it."""
     asked = overrides.get(override)
     if asked is not None:
-        asked.count_compiled(sites.get(site), ordinal, query, key, by_other)
+        asked.count_compiled(sites.get(attention_module), ordinal, query, key, by_other)
     return output.clone()
 
 
@@ -353,14 +355,14 @@ def _fake_counted(output: torch.Tensor, *rest: object) -> torch.Tensor:
 _attention = _define(
     "attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt heads, bool skip_reshape, bool enable_gqa,"
-    " float? scale, ScalarType? attn_precision, bool? low_precision, Tensor override, Tensor? site, int ordinal,"
+    " float? scale, ScalarType? attn_precision, bool? low_precision, Tensor override, Tensor? module, int ordinal,"
     " bool composed) -> Tensor",
     _run_attention,
     _fake_attention,
 )
 _counted = _define(
     "counted",
-    "(Tensor output, Tensor query, Tensor key, Tensor override, Tensor? site, int ordinal, bool by_other) -> Tensor",
+    "(Tensor output, Tensor query, Tensor key, Tensor override, Tensor? module, int ordinal, bool by_other) -> Tensor",
     _run_counted,
     _fake_counted,
 )

@@ -19,7 +19,7 @@ from ...backends.config.names import COMFY, MEASURED
 from ...backends.engine.call_checks import DifferingTensorsError, check, differing
 from ...backends.engine.plan import Plan
 from ...backends.engine.router import LAST_RESORT, forbidden
-from ...backends.engine.sub_calls import SplitPlan, calls_of, fits, plan_parts, run_parts
+from ...backends.engine.sub_calls import SplitPlan, calls_of, fits, plan_sub_calls, run_sub_calls
 from ...backends.values.errors import NoBackendError
 from ...backends.values.mask_plan import NOTHING_HIDDEN, MaskPlan
 from ...backends.values.masks import as_4d, as_additive, for_kernels, mask_kind
@@ -57,7 +57,7 @@ class HookPlan:
 
 
 def route(
-    scope: ModelCall,
+    model_call: ModelCall,
     func: Callable[..., torch.Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -84,26 +84,26 @@ def route(
     pop = kwargs.pop
     options, mask = pop("transformer_options", None), pop("mask", None)
     pop("_inside_attn_wrapper", None)  # always there, so it tells no calls apart
-    ordinal = scope.ordinal
-    scope.ordinal = ordinal + 1
-    scope.routed += 1
+    ordinal = model_call.ordinal
+    model_call.ordinal = ordinal + 1
+    model_call.routed += 1
     # Each of these costs torch 0.05 to 0.1 us, so it is read once.
     q_shape, k_shape, dtype = query.shape, key.shape, query.dtype
     given, mask_plan, mask_facts = mask, None, None
     if mask is not None:
-        mask_dtype, mask_shape, source = mask.dtype, mask.shape, scope.mask_source
+        mask_dtype, mask_shape, source = mask.dtype, mask.shape, model_call.mask_source
         if mask_dtype is not dtype and mask_dtype is not BOOL:
             mask = _in_a_dtype_to_add(mask, query, func)
             if mask is not given:
-                if scope.session.checks:
+                if model_call.session.checks:
                     check(Layout(query, key, value, kwargs).call(query, key, value, given))  # refuses it, in words
                 source = given if source is None else source
                 mask_dtype = None if mask is None else mask.dtype
         if mask is None or not 2 <= len(mask_shape) <= 4:
             text = f"mask {tuple(given.shape)} of {given.dtype} with queries of {query.dtype}"
-            return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
+            return _pass_on(model_call, func, query, key, value, given, options, kwargs, text)
         same = k_shape[0] == q_shape[0] and len(k_shape) == len(q_shape)
-        mask_plan = scope.masks.plan(mask, source, k_shape[-2] if same else kv_len_of(query, key, kwargs))
+        mask_plan = model_call.masks.plan(mask, source, k_shape[-2] if same else kv_len_of(query, key, kwargs))
         mask_facts = mask_plan.facts, mask_dtype, mask_shape, mask.stride()
     # Everything that is left in kwargs is a scalar, so the whole call is described by hashable facts. Names, then
     # values: half the time of pairs.
@@ -111,8 +111,8 @@ def route(
         q_shape,
         k_shape,
         value.shape,
-        scope.site,
-        scope.window,
+        model_call.attention_module,
+        model_call.window,
         ordinal if ordinal < MAX_CALLS_TOLD_APART else MAX_CALLS_TOLD_APART,
         dtype,
         mask_facts,
@@ -120,21 +120,21 @@ def route(
         *kwargs.values(),
     )
     try:
-        hook_plan = scope.plans.get(plan_key)
+        hook_plan = model_call.plans.get(plan_key)
     except TypeError:  # an argument of a later ComfyUI that is not hashable, hence not one of ours
-        return _pass_on(scope, func, query, key, value, given, options, kwargs, _unknown(kwargs))
+        return _pass_on(model_call, func, query, key, value, given, options, kwargs, _unknown(kwargs))
     if hook_plan is None:
         text = _only_comfyui(query, key, value, mask, kwargs)
         if text:
-            return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
-        marked = scope.site
-        scope.site, holder = maker(scope)
+            return _pass_on(model_call, func, query, key, value, given, options, kwargs, text)
+        marked = model_call.attention_module
+        model_call.attention_module, holder = maker(model_call)
         try:
-            hook_plan = _new_plan(scope, ordinal, query, key, value, mask, mask_plan, kwargs, func, holder)
+            hook_plan = _new_plan(model_call, ordinal, query, key, value, mask, mask_plan, kwargs, func, holder)
         finally:
-            known, scope.site = scope.site is marked, marked
+            known, model_call.attention_module = model_call.attention_module is marked, marked
         if known:  # else the key lacks the module that calls, which is marked from its next run on
-            scope.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
+            model_call.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
     # Owned ones are looked at always: once a kernel has refused them, nothing is left to pass on.
     elif (hook_plan.looks or owned) and not (
         key.dtype is value.dtype is dtype
@@ -142,7 +142,7 @@ def route(
         and (mask is None or mask.get_device() == query.get_device())
     ):
         text = differing(query, key, value, mask)
-        return _pass_on(scope, func, query, key, value, given, options, kwargs, text)
+        return _pass_on(model_call, func, query, key, value, given, options, kwargs, text)
     layout = hook_plan.layout
     call = layout.call(query, key, value, mask)
     func = hook_plan.preferred or func
@@ -163,14 +163,14 @@ def route(
         if mask_plan is not None and mask_plan.treatment == "passed on":
             call.memo = mask_plan.parts[0].memo
         try:
-            output = scope.session.run(hook_plan.plan, call)
+            output = model_call.session.run(hook_plan.plan, call)
         except DifferingTensorsError as error:  # where kernels look at that themselves, we do not
             if owned:
                 raise
-            return _pass_on(scope, func, query, key, value, given, options, kwargs, str(error))
+            return _pass_on(model_call, func, query, key, value, given, options, kwargs, str(error))
     else:
         host = partial(_host_part, func, options=options, kwargs=kwargs)
-        output = run_parts(scope.session, hook_plan.parts, mask_plan, call, host)
+        output = run_sub_calls(model_call.session, hook_plan.parts, mask_plan, call, host)
     if layout.skip_output_reshape:
         return output
     return output.transpose(1, 2).flatten(2)
@@ -210,7 +210,7 @@ def _unknown(kwargs: dict[str, Any]) -> str:
 
 
 def _new_plan(
-    scope: ModelCall,
+    model_call: ModelCall,
     ordinal: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -221,28 +221,31 @@ def _new_plan(
     func: Callable[..., torch.Tensor],
     holder: Any,
 ) -> HookPlan:
-    """Plan a kind of call of the module at `scope.site`; `holder` has what the checkpoint prefers for it, or None."""
-    layout = _layout(scope, query, key, value, kwargs)
+    """Plan a kind of call of the module at `model_call.attention_module`; `holder` has what the checkpoint prefers for
+    it, or None."""
+    layout = _layout(model_call, query, key, value, kwargs)
     call = layout.call(query, key, value, mask)
     forbids = kwargs.get("low_precision_attention", True) is False
     request = call.request(exact_only=forbids or forces_upcast(kwargs.get("attn_precision"), query.dtype))
-    site = scope.site
-    role = scope.role(ordinal, request.q_len, request.kv_len)
+    attention_module = model_call.attention_module
+    role = model_call.role(ordinal, request.q_len, request.kv_len)
     if role.guessed:
-        path = re.sub(r"\d+", "*", site.path) if site is not None else "an unknown module"
-        scope.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
-    wish = preferred_function(site, ordinal, holder)
+        path = re.sub(r"\d+", "*", attention_module.path) if attention_module is not None else "an unknown module"
+        model_call.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
+    wish = preferred_function(attention_module, ordinal, holder)
     function = host_function(func if wish is None else wish, preferred=wish is not None)
     preferred = None if wish is None else Choice(COMFY, f"the checkpoint's own preference ({function.called})")
-    block = site.block if site is not None else ""
-    choice = scope.choice(role, masked=mask_plan is not None and mask_plan.treatment not in ("none", NOTHING_HIDDEN))
+    block = attention_module.block if attention_module is not None else ""
+    choice = model_call.choice(
+        role, masked=mask_plan is not None and mask_plan.treatment not in ("none", NOTHING_HIDDEN)
+    )
     asked = choice.asked
     if choice.record is not None:  # what it knows of the whole call; it may know the parts instead
-        found = scope.session.recorded(choice, role.name, block, request)
+        found = model_call.session.recorded(choice, role.name, block, request)
         asked = None if found is None else found.asked
     if wish is not None and asked == COMFY and not function.may_run(request):
         # ComfyUI would run it, and so against what the model says: the model's word goes first.
-        scope.run.note(f"{preferred.source} was left out: {forbidden(function.accuracy)}")
+        model_call.run.note(f"{preferred.source} was left out: {forbidden(function.accuracy)}")
         wish, preferred, function = None, None, host_function(func)
     takes_wish = wish is not None and choice.is_open and function.may_run(request)
     on_host = takes_wish or asked == COMFY
@@ -253,51 +256,51 @@ def _new_plan(
 
     def planned(part: AttentionCall, treatment: str = "") -> Plan:
         facts = part.request(exact_only=request.exact_only)
-        plan = scope.session.plan(
+        plan = model_call.session.plan(
             facts, role.name, role.category, block, preferred, treatment, choice, function, last_resort
         )
         plan.index = part.query.get_device()
         return plan
 
-    parts = [] if mask_plan is None or on_host else calls_of(scope.session, mask_plan, call, asked)
+    parts = [] if mask_plan is None or on_host else calls_of(model_call.session, mask_plan, call, asked)
     if mask_plan is None or not parts:
         pattern = mask_plan.pattern if mask_plan is not None and not on_host else ""
         plan = planned(call, f"{request.mask}, {pattern}" if pattern else "")
         # PyTorch's own function compares them; the operators below it, and packages, need not.
-        plain = plan.decision.backend == LAST_RESORT and scope.session.router.platform.kind == "cpu"
+        plain = plan.decision.backend == LAST_RESORT and model_call.session.router.platform.kind == "cpu"
         hook_plan = HookPlan(layout, plan, None, not plain, wish)
     else:
-        planned_parts = plan_parts(scope.session, mask_plan, call, parts, planned)
+        planned_parts = plan_sub_calls(model_call.session, mask_plan, call, parts, planned)
         plan = next(plan for plan in planned_parts.plans if plan is not None)
         hook_plan = HookPlan(layout, plan, planned_parts, True, wish)
     decision = hook_plan.plan.decision
     if preferred is not None and not choice.is_open and decision.backend != COMFY:
-        scope.run.note(f"{preferred.source} gave way to {decision.source}")
+        model_call.run.note(f"{preferred.source} gave way to {decision.source}")
     if (
         preferred is None
         and choice.is_open
-        and scope.session.settings.accuracy == "exact"
+        and model_call.session.settings.accuracy == "exact"
         and decision.backend != COMFY
     ):
         text = changed_by_auto(func)
         if text:
-            scope.run.note(text)
+            model_call.run.note(text)
     return hook_plan
 
 
-def preferred_function(site: AttentionModule | None, ordinal: int, holder: Any) -> Any:
+def preferred_function(attention_module: AttentionModule | None, ordinal: int, holder: Any) -> Any:
     """The function that the checkpoint asks for in this call, or None (ComfyUI 0.37 and newer)."""
-    if site is not None:
-        return site.preferred_attention(ordinal, holder)
+    if attention_module is not None:
+        return attention_module.preferred_attention(ordinal, holder)
     return getattr(holder, "function", None)
 
 
 def _layout(
-    scope: ModelCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+    model_call: ModelCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> Layout:
     """The layout of calls with these shapes and arguments, whichever module makes them."""
     facts = (query.shape, key.shape, value.shape, query.device, *kwargs, *kwargs.values())
-    layouts = scope.session.layouts
+    layouts = model_call.session.layouts
     if facts not in layouts:
         layouts[facts] = Layout(query, key, value, kwargs)
     return layouts[facts]
@@ -345,7 +348,7 @@ def run_comfy(
 
 
 def _pass_on(
-    scope: ModelCall,
+    model_call: ModelCall,
     func: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -360,7 +363,7 @@ def _pass_on(
     Raises:
         NoBackendError: a backend was named for this role, strictly, and there is something to compute.
     """
-    _count_passed_on(scope, query, key, mask, text)
+    _count_passed_on(model_call, query, key, mask, text)
     if mask is not None and text.startswith("mask "):  # only ComfyUI's function knows how it reads this one
         if options is not None:
             kwargs = {**kwargs, "transformer_options": options}
@@ -369,23 +372,23 @@ def _pass_on(
 
 
 def _count_passed_on(
-    scope: ModelCall, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, text: str
+    model_call: ModelCall, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, text: str
 ) -> None:
-    role = scope.role(scope.ordinal - 1, query.shape[-2], key.shape[-2])
+    role = model_call.role(model_call.ordinal - 1, query.shape[-2], key.shape[-2])
     kind = "none"
     if mask is not None:
         kind = mask_kind(as_4d(mask)) if 2 <= mask.ndim <= 4 else "bias"
-    count_passed_on(scope, role, kind, text)
+    count_passed_on(model_call, role, kind, text)
 
 
-def count_passed_on(scope: ModelCall, role: Role, kind: str, text: str) -> None:
-    choice = scope.choice(role)
+def count_passed_on(model_call: ModelCall, role: Role, kind: str, text: str) -> None:
+    choice = model_call.choice(role)
     empty = text.startswith(EMPTY)
-    if choice.asked not in (None, MEASURED, COMFY) and scope.session.settings.strict and not empty:
+    if choice.asked not in (None, MEASURED, COMFY) and model_call.session.settings.strict and not empty:
         raise NoBackendError(
             f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
             f"{choice.source}\n  what to do: switch strict off, or update this pack"
         )
-    scope.run.note(f"ComfyUI's own attention ran: {text}")
-    block = scope.site.block if scope.site is not None else ""
-    scope.run.trace.row(role.name, block, COMFY, choice.source, kind, text, choice.asked).calls += 1
+    model_call.run.note(f"ComfyUI's own attention ran: {text}")
+    block = model_call.attention_module.block if model_call.attention_module is not None else ""
+    model_call.run.run_report.row(role.name, block, COMFY, choice.source, kind, text, choice.asked).calls += 1

@@ -102,9 +102,9 @@ def _learn(run: Run) -> None:
 
 def _kinds(run: Run) -> Iterator[Kind]:
     samples = max(run.samples, 1)
-    for scope in run.scopes():
-        for hook_plan in scope.session.plans.values():
-            role = Role(hook_plan.plan.row.role, run.trace.categories.get(hook_plan.plan.row.role, ""))
+    for model_call in run.model_calls():
+        for hook_plan in model_call.session.plans.values():
+            role = Role(hook_plan.plan.row.role, run.run_report.categories.get(hook_plan.plan.row.role, ""))
             copied = -(-hook_plan.parts.copied // samples) if hook_plan.parts is not None else 0
             whole = hook_plan.layout.shapes[0][0]
             for request in _requests(hook_plan):

@@ -26,6 +26,7 @@ class ModelCall:
     """Where in the model the current model call is; one per run and device, since a device runs one call at a time."""
 
     __slots__ = (
+        "attention_module",
         "code",
         "elsewhere",
         "in_model_call",
@@ -38,7 +39,6 @@ class ModelCall:
         "routed",
         "run",
         "session",
-        "site",
         "timetable",
         "window",
     )
@@ -63,7 +63,7 @@ class ModelCall:
             self.timetable, self.code = self.run.timeless, None
         self.in_model_call = in_model_call
         self.options = options
-        self.site: attention_modules.AttentionModule | None = None
+        self.attention_module: attention_modules.AttentionModule | None = None
         self.ordinal = 0
         self.routed = 0
         self.elsewhere = 0
@@ -80,12 +80,13 @@ class ModelCall:
             self.window = self.run.begin_model_call(self.window)
 
     def place(self) -> tuple[Any, ...]:
-        """Where this scope is now: everything that it holds, for `give_back`."""
+        """Where this model call is now: everything that it holds, for `give_back`."""
         return _everything(self)
 
     def give_back(self, place: tuple[Any, ...]) -> None:
         """Be again where it was: at the end of a model call or of a call outside any, which can be inside another."""
         (  # in the order of the slots; a loop over them takes 1 us more in each model call
+            self.attention_module,
             self.code,
             self.elsewhere,
             self.in_model_call,
@@ -98,7 +99,6 @@ class ModelCall:
             self.routed,
             self.run,
             self.session,
-            self.site,
             self.timetable,
             self.window,
         ) = place
@@ -128,7 +128,7 @@ class ModelCall:
         step = self.run.step
         if step is None:
             self._say_once(timetable.between(value))
-        timetable.watch(self.run.trace.timeline.model_calls + 1, value, step, sigma)
+        timetable.watch(self.run.run_report.timeline.model_calls + 1, value, step, sigma)
         return timetable.at(value, step)
 
     def choice(self, role: Role, *, masked: bool = False) -> Choice:
@@ -136,19 +136,19 @@ class ModelCall:
         timetable = self.timetable
         if timetable is None:
             return resolve(self.session.layers, role.name, role.category)
-        block = self.site.block if self.site is not None else ""
+        block = self.attention_module.block if self.attention_module is not None else ""
         choice, note = timetable.resolve(self.window, role.name, role.category, block, masked)
         self._say_once(note)
         return choice
 
     def _say_once(self, text: str) -> None:
-        if text and text not in self.run.trace.notes:
+        if text and text not in self.run.run_report.notes:
             self.run.note(text)
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
-        role = attention_modules.role_at(self.site, ordinal, q_len, kv_len)
-        self.run.trace.categories[role.name] = role.category
+        role = attention_modules.role_at(self.attention_module, ordinal, q_len, kv_len)
+        self.run.run_report.categories[role.name] = role.category
         return role
 
     @property

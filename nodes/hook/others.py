@@ -124,29 +124,38 @@ class Others:
                 options.update(before)
 
     def missed(
-        self, scope: ModelCall, site: attention_modules.AttentionModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model_call: ModelCall,
+        attention_module: attention_modules.AttentionModule,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         """The forward of a marked module ended with fewer calls to us than it usually makes."""
         options = kwargs.get("transformer_options")
         if options is None:
             options = next((one for one in args if isinstance(one, dict) and KEY in one), {})
-        elif KEY not in options and KEY in scope.options:  # somebody took out what comes from our node
-            count(scope, self._in_between(scope.options), role_of(site, scope.ordinal), max(site.most, 1))
+        elif KEY not in options and KEY in model_call.options:  # somebody took out what comes from our node
+            count(
+                model_call,
+                self._in_between(model_call.options),
+                role_of(attention_module, model_call.ordinal),
+                max(attention_module.most, 1),
+            )
             return
         other = options.get(OVERRIDE)
         if isinstance(other, OnTop):
             return  # it counts by itself
         if other is self._run.override or KEY not in options:
             homes = (type(marks.model).__module__ for marks in self._run.marks())
-            other = _replaced_function(site) if any(map(site.is_at_home, homes)) else None
+            other = _replaced_function(attention_module) if any(map(attention_module.is_at_home, homes)) else None
             if other is None:
                 return  # the module has a branch without attention, or calls ComfyUI's function without options
-        first = scope.ordinal
-        for ordinal in range(first, max(site.most, first + 1)):
-            count(scope, other, role_of(site, ordinal))
+        first = model_call.ordinal
+        for ordinal in range(first, max(attention_module.most, first + 1)):
+            count(model_call, other, role_of(attention_module, ordinal))
 
     def ran_without_us(
-        self, site: attention_modules.AttentionModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, attention_module: attention_modules.AttentionModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """A marked module ran in a sampler's step and in no model call of ours, maybe without our options."""
         options = kwargs.get("transformer_options")
@@ -155,14 +164,20 @@ class Others:
         tensor = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
         if tensor is not None:
             other = self._in_between({})
-            count(self._run.scope(tensor.device), other, role_of(site, 0), max(site.most, 1), block=site.block)
+            count(
+                self._run.model_call(tensor.device),
+                other,
+                role_of(attention_module, 0),
+                max(attention_module.most, 1),
+                block=attention_module.block,
+            )
 
 
-def _replaced_function(site: attention_modules.AttentionModule) -> Any:
+def _replaced_function(attention_module: attention_modules.AttentionModule) -> Any:
     """What stands in place of ComfyUI's attention functions in the module that defines a class; None without any."""
-    module = sys.modules.get(site.class_module)
+    module = sys.modules.get(attention_module.class_module)
     for name, found in vars(module).items() if module is not None else ():
         named = "attention" in name or "attn" in name
-        if named and isinstance(found, types.FunctionType) and whose.is_foreign(found, site.class_module):
+        if named and isinstance(found, types.FunctionType) and whose.is_foreign(found, attention_module.class_module):
             return found
     return None

@@ -68,41 +68,43 @@ class Override:
         """Run a call whose query, key and value come in containers: a kernel that can frees them before its end."""
         func = compiled.comfys_attention()
         if not is_dynamo_compiling():
-            scope = getattr(current, "scope", None)
-            if scope is not None and scope.override is self:
-                return route(scope, func, args, kwargs, owned=True)
+            model_call = getattr(current, "model_call", None)
+            if model_call is not None and model_call.override is self:
+                return route(model_call, func, args, kwargs, owned=True)
         return self(func, *(container.take() for container in args[:3]), *args[3:], **kwargs)
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one attention call of ComfyUI's hook."""
         if is_dynamo_compiling():
             return compiled.traced(self, func, compiled.positional(args, kwargs) if len(args) < 3 else args, kwargs)
-        scope = getattr(current, "scope", None)
-        ours = scope is not None and scope.override is self
+        model_call = getattr(current, "model_call", None)
+        ours = model_call is not None and model_call.override is self
         if ours and self.foreign is None:
-            return route(scope, func, args, kwargs)
+            return route(model_call, func, args, kwargs)
         if len(args) < 3:
             args = compiled.positional(args, kwargs)
-        return self._composed(scope, func, *args, **kwargs) if ours else self._outside(func, *args, **kwargs)
+        return self._composed(model_call, func, *args, **kwargs) if ours else self._outside(func, *args, **kwargs)
 
-    def _composed(self, scope: ModelCall, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _composed(
+        self, model_call: ModelCall, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Let the other pack's override run with our routing in place of ComfyUI's function."""
         foreign = self.foreign
         if foreign is None:
-            return route(scope, func, args, kwargs)
-        before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
+            return route(model_call, func, args, kwargs)
+        before, ordinal = model_call.routed + model_call.elsewhere, model_call.ordinal
 
         def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
-            scope.ordinal = ordinal  # however often the other pack calls, it is one call of the model
-            return route(scope, func, args, kwargs)
+            model_call.ordinal = ordinal  # however often the other pack calls, it is one call of the model
+            return route(model_call, func, args, kwargs)
 
         routed.__name__ = name_of(func)
         routed.__dict__[KEY] = self
         with operators.counted_elsewhere():
             output = foreign(routed, *args, **kwargs)
-        if scope.routed + scope.elsewhere == before:
-            stand_ins.count(scope, foreign, scope.role(ordinal, args[0].shape[-2], args[1].shape[-2]))
-        scope.ordinal = ordinal + 1
+        if model_call.routed + model_call.elsewhere == before:
+            stand_ins.count(model_call, foreign, model_call.role(ordinal, args[0].shape[-2], args[1].shape[-2]))
+        model_call.ordinal = ordinal + 1
         return output
 
     def _outside(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -110,17 +112,17 @@ class Override:
         if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
             return func(*args, **kwargs)
         device = getattr(args[0], "tensor", args[0]).device
-        scope = self._scope_outside(device, kwargs.get("transformer_options") or {})
-        previous, place = attention_modules.set_scope(scope), scope.place()
+        model_call = self._model_call_outside(device, kwargs.get("transformer_options") or {})
+        previous, place = attention_modules.set_model_call(model_call), model_call.place()
         try:
-            scope.begin({})
+            model_call.begin({})
             return self(func, *args, **kwargs)
         finally:
-            attention_modules.set_scope(previous)
-            scope.give_back(place)
+            attention_modules.set_model_call(previous)
+            model_call.give_back(place)
 
-    def _scope_outside(self, device: torch.device, options: dict[str, Any]) -> ModelCall:
-        """The scope of a call outside any model call; a model call may be going on in it, further up the stack."""
+    def _model_call_outside(self, device: torch.device, options: dict[str, Any]) -> ModelCall:
+        """What stands for a call outside any model call; a model call may be going on in it, further up the stack."""
         run = options.get(RUN_KEY)
         outside = run is None or run.override is not self or run.over
         if outside:
@@ -128,14 +130,14 @@ class Override:
             _outside_runs[self] = run
             if len(_outside_runs) > MOST_OUTSIDE:
                 _outside_runs.popitem(last=False)
-        scope = run.scope(device)
-        if outside and len(scope.plans) >= MOST_PLANS:  # no sampler ends such a run
-            scope.session.forget()
-        return scope
+        model_call = run.model_call(device)
+        if outside and len(model_call.plans) >= MOST_PLANS:  # no sampler ends such a run
+            model_call.session.forget()
+        return model_call
 
     def run_compiled(
         self,
-        site: attention_modules.AttentionModule | None,
+        attention_module: attention_modules.AttentionModule | None,
         ordinal: int,
         composed: bool,
         func: Callable[..., torch.Tensor],
@@ -145,59 +147,59 @@ class Override:
         """Run one attention call from inside a compiled graph.
 
         Args:
-            site: the module that calls; None leaves it at the one that is marked as running.
-            ordinal: which call of the module's forward this is, where `site` is given.
+            attention_module: the module that calls; None leaves it at the one that is marked as running.
+            ordinal: which call of the module's forward this is, where `attention_module` is given.
             composed: another pack's override has had its turn, in the graph.
         """
-        with self._at(site, ordinal, args[0].device) as scope:
-            scope.masks.not_kept = COMPILED
+        with self._at(attention_module, ordinal, args[0].device) as model_call:
+            model_call.masks.not_kept = COMPILED
             if composed and self.foreign is None:
-                scope.run.note(
+                model_call.run.note(
                     "the compiled model still holds another pack's override; restart ComfyUI to be rid of it"
                 )
-            kwargs = {**kwargs, "transformer_options": scope.options}
-            return route(scope, func, args, kwargs) if composed else self(func, *args, **kwargs)
+            kwargs = {**kwargs, "transformer_options": model_call.options}
+            return route(model_call, func, args, kwargs) if composed else self(func, *args, **kwargs)
 
     def count_compiled(
         self,
-        site: attention_modules.AttentionModule | None,
+        attention_module: attention_modules.AttentionModule | None,
         ordinal: int,
         query: torch.Tensor,
         key: torch.Tensor,
         by_other: bool,
     ) -> None:
         """Account for a call in a compiled graph that did not come to us; see `answered_by_other` and `_pass_on`."""
-        with self._at(site, ordinal, query.device) as scope:
-            scope.run.reached = True
-            role = scope.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
+        with self._at(attention_module, ordinal, query.device) as model_call:
+            model_call.run.reached = True
+            role = model_call.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
             if by_other:
-                stand_ins.count(scope, scope.run.others.on_top or self.foreign, role)
+                stand_ins.count(model_call, model_call.run.others.on_top or self.foreign, role)
             else:
-                count_passed_on(scope, role, "none", compiled.UNKNOWN_ARGUMENT)
+                count_passed_on(model_call, role, "none", compiled.UNKNOWN_ARGUMENT)
 
     @contextmanager
     def _at(
-        self, site: attention_modules.AttentionModule | None, ordinal: int, device: torch.device
+        self, attention_module: attention_modules.AttentionModule | None, ordinal: int, device: torch.device
     ) -> Iterator[ModelCall]:
-        """This thread's scope with `site` as the module that is running."""
-        current = attention_modules.current_scope()
+        """This thread's model call with `attention_module` as the module that is running."""
+        current = attention_modules.current_model_call()
         if current is None or current.run.override is not self:
-            scope = self._scope_outside(device, {})
-            place = scope.place()
-            scope.begin({})
+            model_call = self._model_call_outside(device, {})
+            place = model_call.place()
+            model_call.begin({})
         else:
-            scope, place = current, None
-        before = scope.site, scope.ordinal, scope.masks.not_kept
-        if site is not None:
-            scope.site, scope.ordinal = site, ordinal
-        attention_modules.set_scope(scope)
+            model_call, place = current, None
+        before = model_call.attention_module, model_call.ordinal, model_call.masks.not_kept
+        if attention_module is not None:
+            model_call.attention_module, model_call.ordinal = attention_module, ordinal
+        attention_modules.set_model_call(model_call)
         try:
-            yield scope
+            yield model_call
         finally:
-            attention_modules.set_scope(current)
+            attention_modules.set_model_call(current)
             if place is not None:
-                scope.give_back(place)
+                model_call.give_back(place)
             else:  # the model call goes on, with this call counted
-                if site is not None:
-                    scope.site, scope.ordinal = before[:2]
-                scope.masks.not_kept = before[2]
+                if attention_module is not None:
+                    model_call.attention_module, model_call.ordinal = before[:2]
+                model_call.masks.not_kept = before[2]

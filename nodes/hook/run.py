@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, override: Override) -> None:
         self.override = override
-        self.trace = RunReport(layers=override.layers)
+        self.run_report = RunReport(layers=override.layers)
         self.reached = False
         self.others = Others(self)
         self.roots: set[int] = set()
@@ -104,7 +104,7 @@ class Run:
         self.is_evaluated = False
         """The sampler has asked for the model's output."""
         for text in override.notes:
-            self.trace.note(text)
+            self.run_report.note(text)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
         """Itself: packs copy the options of a model call, and its calls are of this run all the same."""
@@ -112,7 +112,7 @@ class Run:
 
     def note(self, text: str) -> None:
         """Put a note into the account; log it the first time."""
-        if self.trace.note(text):
+        if self.run_report.note(text):
             log.warning("%s", text)
 
     def mark(self, model: Any, options: dict[str, Any]) -> None:
@@ -122,12 +122,12 @@ class Run:
         else:
             self._marks[id(model)] = attention_modules.attach(model.diffusion_model)
             self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
-            self.trace.model = type(model).__name__
+            self.run_report.model = type(model).__name__
             family = attention_modules.family_of_model(model.diffusion_model)
             self.family = family.name if family is not None else ""
-            self.trace.bypass = bypass_of(family)
+            self.run_report.bypass = bypass_of(family)
             schedule = options.get("sample_sigmas")
-            self.trace.steps = 0 if schedule is None else len(schedule) - 1
+            self.run_report.steps = 0 if schedule is None else len(schedule) - 1
             self._started = self._started or perf_counter()
 
     def timetable(self, model: Any, options: dict[str, Any]) -> Timetable | None:
@@ -162,35 +162,35 @@ class Run:
 
     def note_unmatched_roles(self) -> None:
         """At the end of a whole run: say which configured roles and windows no attention call of the model had."""
-        if not self.trace.categories:
+        if not self.run_report.categories:
             return  # nothing reached us, which has a note of its own
         timetables = [timetable for _, timetable in self._timetables.values()]
         if timetables:
             for other in timetables[1:]:  # copies of the model on other devices
                 timetables[0].held |= other.held
                 timetables[0].used |= other.used
-            for text in timetables[0].unused(self.trace.categories):
+            for text in timetables[0].unused(self.run_report.categories):
                 self.note(text)
             for text in chain.from_iterable(one.remarks() for one in timetables):
                 self.note(text)
-        for finding in asked_and_ran(self.trace):
+        for finding in asked_and_ran(self.run_report):
             if finding.verdict == NEVER_CALLED:
                 self.note(*finding.reasons)
         if self.record is not None:
-            for text in self.record.after(self.trace.node_id, self.trace.timeline.model_calls):
+            for text in self.record.after(self.run_report.node_id, self.run_report.timeline.model_calls):
                 self.note(text)
 
     def offer(self) -> None:
         """At the end of a whole run: say what is recommended for this model and was not switched on."""
-        for text in offers(self.family, self.trace):
-            if self.trace.note(text):
+        for text in offers(self.family, self.run_report):
+            if self.run_report.note(text):
                 log.info("%s", text)
 
     def unexplained(self) -> UnexplainedError | None:
         """After a whole run: the error to end with where strict was asked for and something else ran unexplained."""
-        if not any(scope.session.settings.strict for scope in self._scopes.values()):
+        if not any(model_call.session.settings.strict for model_call in self._scopes.values()):
             return None
-        text = unexplained(asked_and_ran(self.trace))
+        text = unexplained(asked_and_ran(self.run_report))
         return None if text is None else UnexplainedError(text)
 
     def stop_clock(self) -> None:
@@ -198,18 +198,18 @@ class Run:
         if self._started is not None:
             for device in self._scopes:
                 synchronise(device)
-            self.trace.seconds = round(perf_counter() - self._started, 6)
-            self.trace.end_of_run()
+            self.run_report.seconds = round(perf_counter() - self._started, 6)
+            self.run_report.end_of_run()
 
     def close(self) -> None:
         """Take every mark off again, and read what the guard still has on a device."""
         try:
-            for scope in self._scopes.values():
-                if scope.session.guard is not None:
-                    scope.session.guard.flush()
-                if scope.session.tuner is not None:
-                    scope.session.tuner.close()
-            self.trace.collect()  # of a run that was cancelled; else they all are there
+            for model_call in self._scopes.values():
+                if model_call.session.guard is not None:
+                    model_call.session.guard.flush()
+                if model_call.session.tuner is not None:
+                    model_call.session.tuner.close()
+            self.run_report.collect()  # of a run that was cancelled; else they all are there
         finally:
             for marks in self._marks.values():
                 for mark in marks:
@@ -221,44 +221,44 @@ class Run:
         """The marks of each model that this run has called so far."""
         return list(self._marks.values())
 
-    def scopes(self) -> list[ModelCall]:
+    def model_calls(self) -> list[ModelCall]:
         """The scopes of all devices so far."""
         return list(self._scopes.values())
 
-    def scope(self, device: torch.device) -> ModelCall:
-        """The scope of a device, made on first use."""
+    def model_call(self, device: torch.device) -> ModelCall:
+        """The model call of a device, made on first use."""
         found = self._scopes.get(device)
         if found is None:
-            self.trace.device = device.type
+            self.run_report.device = device.type
             found = self._scopes[device] = ModelCall(self, DeviceSession(self, device))
             if self.record is not None:
-                for text in self.record.remarks(self.trace.node_id, found.session.router.platform):
+                for text in self.record.remarks(self.run_report.node_id, found.session.router.platform):
                     self.note(text)
         return found
 
     def begin_model_call(self, window: int) -> int:
         """Note what holds at this model call: the entries of the schedules, and beside them the part of a record."""
-        number = self.trace.timeline.model_calls + 1
+        number = self.run_report.timeline.model_calls + 1
         if self.record is not None:
-            window += self.record.run_of(self.trace.node_id).part(number) << self.parts_from
-        if self.trace.ledger is not None:
-            self.trace.ledger.begin_model_call(number, window)
+            window += self.record.run_of(self.run_report.node_id).part(number) << self.parts_from
+        if self.run_report.recorder is not None:
+            self.run_report.recorder.begin_model_call(number, window)
         return window
 
     def begin_again(self, window: int) -> None:
         """After a model call inside another one, which goes on under the next number."""
-        if self.trace.ledger is not None:
-            self.trace.ledger.begin_model_call(self.trace.timeline.model_calls + 1, window)
+        if self.run_report.recorder is not None:
+            self.run_report.recorder.begin_model_call(self.run_report.timeline.model_calls + 1, window)
 
-    def check_reached(self, scope: ModelCall, options: dict[str, Any]) -> None:
+    def check_reached(self, model_call: ModelCall, options: dict[str, Any]) -> None:
         """After a model call: say so when no attention call of the run is known so far, ours or another's.
 
         Raises:
             NoBackendError: and a backend was asked for strictly.
         """
-        self.reached = self.reached or scope.routed > 0
+        self.reached = self.reached or model_call.routed > 0
         if self.reached:
-            self.trace.unused = ""
+            self.run_report.unused = ""
         else:
             self._not_reached(options)
 
@@ -268,19 +268,19 @@ class Run:
         Raises:
             NoBackendError: and a backend was asked for strictly.
         """
-        if self.is_evaluated and not self.reached and not self.trace.timeline.model_calls:
+        if self.is_evaluated and not self.reached and not self.run_report.timeline.model_calls:
             self._not_reached(options)
 
     def _not_reached(self, options: dict[str, Any]) -> None:
         text, remedy = NEVER_INVOKED, "switch strict off; no attention node can change this model"
-        around = self.others.around(options) or ", ".join(self.trace.unseen)
+        around = self.others.around(options) or ", ".join(self.run_report.unseen)
         if around:
             text = f"no attention call of this model reached this node; {around} runs the model in its own way"
             remedy = f"remove or bypass {around}, or switch strict off"
         layers = self.override.layers
         if settings_of(layers).strict and (self.record is not None or names_backends(layers)):
             raise NoBackendError(f"{text}\n  what to do: {remedy}")
-        self.trace.unused = text
+        self.run_report.unused = text
         self.note(text)
 
 
@@ -288,7 +288,7 @@ class DeviceSession(Session):
     """A session with the plans of one run on one device, keyed by everything that can change a decision."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
-        super().__init__(router_for(device), run.override.layers, run.trace)
+        super().__init__(router_for(device), run.override.layers, run.run_report)
         self.tuner = _tuner_of(self)
         self.plans: dict[tuple[Any, ...], HookPlan] = {}
         self.layouts: dict[tuple[Any, ...], Layout] = {}

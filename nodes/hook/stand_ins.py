@@ -34,27 +34,31 @@ NOT_KNOWN = "-"
 """Kind of mask of a call that did not come to us."""
 
 
-def count(scope: ModelCall, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
+def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
     """Another pack computed calls of a role: into the account; once as a note.
 
     Raises:
         NoBackendError: a backend was named for this role, strictly.
     """
-    run = scope.run
-    title, choice = run.others.title(other), scope.choice(role)
+    run = model_call.run
+    title, choice = run.others.title(other), model_call.choice(role)
     if block is None:
-        block = scope.site.block if scope.site is not None else ""
-    run.trace.categories[role.name] = role.category
-    row = run.trace.row(role.name, block, BY_ANOTHER, choice.source, NOT_KNOWN, f"{title} computed it", choice.asked)
+        block = model_call.attention_module.block if model_call.attention_module is not None else ""
+    run.run_report.categories[role.name] = role.category
+    row = run.run_report.row(
+        role.name, block, BY_ANOTHER, choice.source, NOT_KNOWN, f"{title} computed it", choice.asked
+    )
     row.member = title
     row.calls += calls
-    scope.elsewhere += calls
+    model_call.elsewhere += calls
     run.reached = True
-    run.trace.another[title] = run.others.stands(other)
-    if run.trace.ledger is not None:
-        run.trace.ledger.not_repeated[f"{title} computed calls of role {role.name}; a repeat needs that node"] = None
+    run.run_report.another[title] = run.others.stands(other)
+    if run.run_report.recorder is not None:
+        run.run_report.recorder.not_repeated[
+            f"{title} computed calls of role {role.name}; a repeat needs that node"
+        ] = None
     text = f"{title} computed attention of role {role.name} by itself"
-    if choice.asked not in (None, MEASURED) and scope.session.settings.strict:
+    if choice.asked not in (None, MEASURED) and model_call.session.settings.strict:
         remedy = run.others.order(other) or f"remove or bypass {title}"
         raise NoBackendError(
             f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"
@@ -100,17 +104,17 @@ class OnTop:
         return self._counted(self.other, (func, *args), args, kwargs)
 
     def _counted(self, call: Callable[..., Any], given: tuple[Any, ...], args: Any, kwargs: dict[str, Any]) -> Any:
-        scope = getattr(current, "scope", None)
-        if scope is None:
+        model_call = getattr(current, "model_call", None)
+        if model_call is None:
             return call(*given, **kwargs)
-        before, ordinal = scope.routed + scope.elsewhere, scope.ordinal
+        before, ordinal = model_call.routed + model_call.elsewhere, model_call.ordinal
         tensors = args if len(args) > 1 else compiled.positional(args, dict(kwargs))
         q_len, kv_len = (getattr(one, "tensor", one).shape[-2] for one in tensors[:2])
         with counted_elsewhere():
             output = call(*given, **kwargs)
-        if scope.routed + scope.elsewhere == before:
-            count(scope, self.other, scope.role(ordinal, q_len, kv_len))
-        scope.ordinal = ordinal + 1  # however often the other one calls, it is one call of the model
+        if model_call.routed + model_call.elsewhere == before:
+            count(model_call, self.other, model_call.role(ordinal, q_len, kv_len))
+        model_call.ordinal = ordinal + 1  # however often the other one calls, it is one call of the model
         return output
 
 
@@ -133,11 +137,11 @@ class Replaced:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return compiled.traced_stranger(None, self.other, args, kwargs)
-        scope = getattr(current, "scope", None)
-        if scope is None:
+        model_call = getattr(current, "model_call", None)
+        if model_call is None:
             return self.other(*args, **kwargs)
-        before = scope.routed + scope.elsewhere
-        habit = scope.run.others.habit((self.kind, self.place))
+        before = model_call.routed + model_call.elsewhere
+        habit = model_call.run.others.habit((self.kind, self.place))
         work = Work() if habit.is_looked_at() else None
         extra = next((one for one in args if isinstance(one, dict) and "original_block" in one), None)
         original = extra["original_block"] if extra is not None else None
@@ -145,19 +149,19 @@ class Replaced:
             args = tuple({**one, "original_block": work.without(original)} if one is extra else one for one in args)
         with work or nullcontext():
             output = self.other(*args, **kwargs)
-        came = scope.routed + scope.elsewhere > before
+        came = model_call.routed + model_call.elsewhere > before
         computed = habit.saw(work, came)
         if original is not None:
             if computed and not came:
-                found = _sites_of(original, scope)
+                found = _attention_modules_of(original, model_call)
                 if not found:
-                    count(scope, self.other, SELF)
-                for site in found:
-                    for ordinal in range(max(site.most, 1)):
-                        count(scope, self.other, role_of(site, ordinal), block=site.block)
+                    count(model_call, self.other, SELF)
+                for attention_module in found:
+                    for ordinal in range(max(attention_module.most, 1)):
+                        count(model_call, self.other, role_of(attention_module, ordinal), block=attention_module.block)
         elif computed:
             role = {"attn1": SELF, "attn2": CROSS}.get(self.kind, SELF)
-            count(scope, self.other, role, block=_unet_block(args))
+            count(model_call, self.other, role, block=_unet_block(args))
         return output
 
 
@@ -208,44 +212,47 @@ LOOK_EVERY = 8
 
 
 def watched(
-    site: attention_modules.AttentionModule | None, forward: Callable[..., Any], module: torch.nn.Module
+    attention_module: attention_modules.AttentionModule | None, forward: Callable[..., Any], module: torch.nn.Module
 ) -> Callable[..., Any]:
     """A forward that another pack put in place of a module's own, counting attention that it computes by itself.
 
-    `site` is the module's; None for a block, whose forward others replace with the calls of the modules within.
+    `attention_module` is the module's; None for a block, whose forward others replace with the calls of the modules
+    within.
     """
 
-    stranger = Stranger(forward, module if site is None else None)
+    stranger = Stranger(forward, module if attention_module is None else None)
     handle = compiled.strangers.new(stranger)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return compiled.traced_stranger(handle, forward, args, kwargs, of_block=site is None)
-        scope = getattr(current, "scope", None)
-        if scope is None:
+            return compiled.traced_stranger(handle, forward, args, kwargs, of_block=attention_module is None)
+        model_call = getattr(current, "model_call", None)
+        if model_call is None:
             return forward(*args, **kwargs)
-        before = scope.routed + scope.elsewhere
-        rows = [] if site is not None else list(scope.run.trace.rows.values())
+        before = model_call.routed + model_call.elsewhere
+        rows = [] if attention_module is not None else list(model_call.run.run_report.rows.values())
         calls = [row.calls for row in rows]
-        habit = scope.run.others.habit(module)
+        habit = model_call.run.others.habit(module)
         work = Work() if habit.is_looked_at() else None
         with work or nullcontext():
             output = forward(*args, **kwargs)
-        if not habit.saw(work, scope.routed + scope.elsewhere > before):
+        if not habit.saw(work, model_call.routed + model_call.elsewhere > before):
             return output
-        if site is None:
+        if attention_module is None:
             ran = {(row.role, row.block) for row, made in zip(rows, calls, strict=True) if row.calls > made}
-            ran |= {(row.role, row.block) for row in list(scope.run.trace.rows.values())[len(rows) :] if row.calls}
+            ran |= {
+                (row.role, row.block) for row in list(model_call.run.run_report.rows.values())[len(rows) :] if row.calls
+            }
             for found in stranger.within():
                 for ordinal in range(max(found.most, 1)):
                     role = role_of(found, ordinal)
                     if (role.name, found.block) not in ran:
-                        count(scope, forward, role, block=found.block)
+                        count(model_call, forward, role, block=found.block)
             return output
-        first = scope.ordinal
-        for ordinal in range(first, max(site.most, first + 1)):
-            count(scope, forward, role_of(site, ordinal))
-        scope.ordinal = max(site.most, first + 1)
+        first = model_call.ordinal
+        for ordinal in range(first, max(attention_module.most, first + 1)):
+            count(model_call, forward, role_of(attention_module, ordinal))
+        model_call.ordinal = max(attention_module.most, first + 1)
         return output
 
     run.__name__ = getattr(forward, "__name__", "forward")
@@ -265,7 +272,7 @@ class Stranger:
     def within(self) -> list[attention_modules.AttentionModule]:
         """The attention modules of the block."""
         parts = () if self._block is None else self._block.modules()
-        return [found for part in parts if (found := attention_modules.site_of(part)) is not None]
+        return [found for part in parts if (found := attention_modules.attention_module_of(part)) is not None]
 
 
 def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
@@ -275,20 +282,20 @@ def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
         stranger: the forward; None for a patch of the present model call.
         modules: how many attention modules of its block made calls to us.
     """
-    scope = getattr(current, "scope", None)
-    if scope is None or (modules and stranger is not None and modules >= len(stranger.within())):
+    model_call = getattr(current, "model_call", None)
+    if model_call is None or (modules and stranger is not None and modules >= len(stranger.within())):
         return
-    run, replace = scope.run, scope.options.get("patches_replace") or {}
+    run, replace = model_call.run, model_call.options.get("patches_replace") or {}
     held = [stranger.forward] if stranger is not None else []
     if stranger is None:
         held = [patch.other for kind in replace.values() for patch in kind.values() if isinstance(patch, Replaced)]
     title = " or ".join(dict.fromkeys(map(run.others.title, held))) or run.others.title(None)
-    if title in run.trace.unseen:
+    if title in run.run_report.unseen:
         return
-    run.trace.unseen[title] = None
+    run.run_report.unseen[title] = None
     text = f"{title} ran in the compiled model and may have computed attention by itself"
-    if run.trace.ledger is not None:
-        run.trace.ledger.not_repeated[f"{text}; a repeat needs that node"] = None
+    if run.run_report.recorder is not None:
+        run.run_report.recorder.not_repeated[f"{text}; a repeat needs that node"] = None
     asked = "only a part of the" if modules else "no"
     run.note(
         f"{title} ran in the compiled model and asked this node for {asked} attention; whether it computed any by "
@@ -296,22 +303,22 @@ def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
     )
 
 
-def _sites_of(original: Any, scope: ModelCall) -> list[attention_modules.AttentionModule]:
+def _attention_modules_of(original: Any, model_call: ModelCall) -> list[attention_modules.AttentionModule]:
     """The attention modules of the block that a model's own function for one block runs."""
     cells = getattr(original, "__closure__", None) or ()
     held = [cell.cell_contents for cell in cells if isinstance(_content(cell), torch.nn.Module)]
     return [
-        site
+        attention_module
         for module in held
-        if id(module) not in scope.run.roots
+        if id(module) not in model_call.run.roots
         for part in module.modules()
-        if (site := attention_modules.site_of(part)) is not None
+        if (attention_module := attention_modules.attention_module_of(part)) is not None
     ]
 
 
-def role_of(site: attention_modules.AttentionModule, ordinal: int) -> Role:
+def role_of(attention_module: attention_modules.AttentionModule, ordinal: int) -> Role:
     """The role of a call that did not come to us, so that its lengths are not known."""
-    return site.role(ordinal, 0, 0)
+    return attention_module.role(ordinal, 0, 0)
 
 
 def _content(cell: Any) -> Any:

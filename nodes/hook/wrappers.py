@@ -30,12 +30,12 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     run = Run(override)
     run.is_sampled = True
-    run.trace.ledger = RunRecorder()
+    run.run_report.recorder = RunRecorder()
     run.others.at_start = options.get(OVERRIDE)
     options[RUN_KEY] = run
     run.around_model_calls = function_wrapper(executor.class_obj.model_options)
     run.function_wrapper = executor.class_obj.model_options.get("model_function_wrapper")
-    runs.begin(run.trace)
+    runs.begin(run.run_report)
     refusal = None
     try:
         output = executor(*args, **kwargs)
@@ -44,11 +44,11 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run.note_unmatched_roles()
         run.offer()
         if (refusal := run.unexplained()) is not None:
-            run.trace.stopped = outcome.of_error(refusal, strict=True)
+            run.run_report.stopped = outcome.of_error(refusal, strict=True)
     except BaseException as error:  # a cancelled run too; its account is not a whole run's
         strict = settings_of(override.layers).strict
-        run.trace.stopped = stopped = outcome.of_error(error, strict=strict, cancelled=_is_cancelled(error))
-        run.trace.note(f"{outcome.UNFINISHED}: {stopped.cause or 'cancelled'}")
+        run.run_report.stopped = stopped = outcome.of_error(error, strict=strict, cancelled=_is_cancelled(error))
+        run.run_report.note(f"{outcome.UNFINISHED}: {stopped.cause or 'cancelled'}")
         raise
     finally:
         options.pop(RUN_KEY, None)
@@ -57,7 +57,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             memory.learn(run)
             run.close()
         finally:
-            runs.add(run.trace)  # else it would count as going on for ever
+            runs.add(run.run_report)  # else it would count as going on for ever
     if refusal is not None:
         raise refusal
     return output
@@ -98,7 +98,8 @@ def _is_cancelled(error: BaseException) -> bool:
 
 
 def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around one model call: say which step it is, mark the model, set this thread's scope and clear it again."""
+    """Around one model call: say which step it is, mark the model, make it current for this thread and clear that
+    again."""
     options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
     override = options.get(KEY)
     if override is None:
@@ -109,42 +110,42 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run = Run(override)
     run.mark(executor.class_obj, options)
     run.samples = max(run.samples, args[0].shape[0])
-    scope = run.scope(args[0].device)
-    previous, place, on_top = attention_modules.set_scope(scope), scope.place(), run.others.on_top
+    model_call = run.model_call(args[0].device)
+    previous, place, on_top = attention_modules.set_model_call(model_call), model_call.place(), run.others.on_top
     inside = run.step is None and (run.is_sampled or own_run)
     replaced: dict[str, Any] = {}
     try:
-        scope.timetable = run.timetable(executor.class_obj, options)
-        scope.code = run.foreign_code(executor.class_obj.diffusion_model)
+        model_call.timetable = run.timetable(executor.class_obj, options)
+        model_call.code = run.foreign_code(executor.class_obj.diffusion_model)
         if inside:  # not from ComfyUI's own batching, which has asked already in the sampler's thread
             run.step = step_in_loop(options.get("sample_sigmas"))
-        scope.begin(options, in_model_call=True)
+        model_call.begin(options, in_model_call=True)
         replaced = run.others.watch(options)
-        if scope.session.tuner is not None:
-            scope.session.tuner.model_call(options.get("sigmas"))
-        output = _guarded(scope, options, executor, args, kwargs)
-        clock, sigma = scope.session.device_clock, options.get("sigmas")
-        run.trace.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"), run.step)
+        if model_call.session.tuner is not None:
+            model_call.session.tuner.model_call(options.get("sigmas"))
+        output = _guarded(model_call, options, executor, args, kwargs)
+        clock, sigma = model_call.session.device_clock, options.get("sigmas")
+        run.run_report.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"), run.step)
         if not run.reached:
-            run.check_reached(scope, options)
+            run.check_reached(model_call, options)
         return output
     finally:
         if inside:
             run.step = None
         options.update(replaced)
-        attention_modules.set_scope(previous)
-        scope.give_back(place)
-        if scope.in_model_call:  # one inside another, which goes on where it was
+        attention_modules.set_model_call(previous)
+        model_call.give_back(place)
+        if model_call.in_model_call:  # one inside another, which goes on where it was
             run.others.on_top = on_top
         if own_run:
             run.close()
 
 
 def _guarded(
-    scope: ModelCall, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model_call: ModelCall, options: dict[str, Any], executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The model call, whose output the guard looks at where one is on; see `Guard.model_call`."""
-    guard = scope.session.guard
+    guard = model_call.session.guard
     if guard is None:
         return executor(*args, **kwargs)
     control = args[4] if len(args) > 4 else None
@@ -153,16 +154,16 @@ def _guarded(
         kept = {name: list(parts) if isinstance(parts, list) else parts for name, parts in control.items()}
 
     def again() -> Any:
-        scope.begin(options, in_model_call=True)
+        model_call.begin(options, in_model_call=True)
         return executor(*(args if kept is None else (*args[:4], kept, *args[5:])), **kwargs)
 
-    at = None if options.get("sample_sigmas") is None else _place_in_run(scope, len(options["sample_sigmas"]) - 1)
+    at = None if options.get("sample_sigmas") is None else _place_in_run(model_call, len(options["sample_sigmas"]) - 1)
     return guard.model_call(options.get("sigmas"), lambda: executor(*args, **kwargs), again, at)
 
 
-def _place_in_run(scope: ModelCall, steps: int) -> Step:
+def _place_in_run(model_call: ModelCall, steps: int) -> Step:
     """Where in a sampler's run of so many steps this model call is; no sigma is read for it."""
-    step, timetable = scope.run.step, scope.timetable
+    step, timetable = model_call.run.step, model_call.timetable
     if step is None or timetable is None or not timetable.timed:
         return Step(step, steps)
     return Step(step, steps, timetable.unchanged(step))

@@ -17,4 +17,4 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.get(f"{PREFIX}/recommended")
     async def recommended(request: web.Request) -> web.Response:
         """{"recommended": [{"families", "title", "what", "where", "kernels", "backends", "reason", ...}]}."""
-        return web.json_response({"recommended": [precaution.as_dict() for precaution in ADVISORIES]})
+        return web.json_response({"recommended": [advisory.as_dict() for advisory in ADVISORIES]})

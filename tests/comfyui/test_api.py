@@ -29,7 +29,7 @@ from attention_backends.backends import (  # noqa: E402
     read_environment,
 )
 from attention_backends.backends import (  # noqa: E402
-    context as scopes,
+    context as model_calls,
 )
 from attention_backends.backends.config import AttentionConfig  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
@@ -75,10 +75,12 @@ def test_the_output_has_the_callers_layout(backend: str | None) -> None:
 
 def test_a_call_takes_a_configuration_in_any_form() -> None:
     close(attention(Q, K, V, backend={"per_role": {"self": "sdpa_math"}}), sdpa(Q, K, V))
-    with account() as trace:
+    with account() as run_report:
         for backend in ({"default": "sdpa_math"}, {"backend": "sdpa_math"}, "default=sdpa_math", AttentionConfig()):
             attention(Q, K, V, backend=backend)
-    assert {row.backend: row.calls for row in trace.rows.values() if row.backend == "sdpa_math"} == {"sdpa_math": 3}
+    assert {row.backend: row.calls for row in run_report.rows.values() if row.backend == "sdpa_math"} == {
+        "sdpa_math": 3
+    }
     for wrong, message in ((["sdpa_math"], "expected text or a mapping, not list"), (7, "not int")):
         with pytest.raises(ConfigError, match=rf"^attention\(backend\): .*{message}"):
             attention(Q, K, V, backend=wrong)
@@ -127,9 +129,9 @@ def test_what_could_be_read_in_two_ways_or_beyond_the_tensors_is_refused(
 def test_comfy_is_unavailable_outside_comfyui_with_its_reason(snapshot: SnapshotAssertion) -> None:
     with pytest.raises(NoBackendError) as caught, attention_backend("comfy", strict=True):
         pass
-    with account() as trace, attention_backend("comfy"):
+    with account() as run_report, attention_backend("comfy"):
         attention(Q, K, V)
-    (row,) = trace.rows.values()
+    (row,) = run_report.rows.values()
     assert row.backend == "torch_sdpa"
     assert row.reason == snapshot
     assert row.reason in str(caught.value)
@@ -154,13 +156,13 @@ def test_one_session_is_kept_for_a_configuration_and_device(monkeypatch: pytest.
         attention(Q, K, V)
     sessions = list(calls._own_book().sessions.values())
     assert len(sessions) == 2
-    assert [sum(row.calls for row in sessions[0].trace.rows.values()), *map(len, (s.plans for s in sessions))] == [
+    assert [sum(row.calls for row in sessions[0].run_report.rows.values()), *map(len, (s.plans for s in sessions))] == [
         9,
         1,
         1,
     ]
     planned: list[object] = []
-    monkeypatch.setattr(scopes.CallSession, "plan", lambda *arguments, **_: planned.append(arguments))
+    monkeypatch.setattr(model_calls.CallSession, "plan", lambda *arguments, **_: planned.append(arguments))
     attention(Q, K, V)
     with attention_backend("sdpa_math"):
         attention(Q, K, V)
@@ -207,9 +209,9 @@ def test_a_kernel_that_fails_gives_way_and_says_so(
         raise ValueError("as it should")
 
     use(monkeypatch, sdpa_math=broken)
-    with account() as trace, attention_backend("sdpa_math"):
+    with account() as run_report, attention_backend("sdpa_math"):
         close(attention(Q, K, V), sdpa(Q, K, V))
-    (row,) = [row for row in trace.rows.values() if row.calls]
+    (row,) = [row for row in run_report.rows.values() if row.calls]
     assert row.backend == "torch_sdpa"
     assert row.reason == snapshot
 
@@ -221,9 +223,9 @@ def test_a_compiled_function_asks_again_at_every_run() -> None:
     compiled = torch.compile(doubled, backend="eager")
     seen = []
     for block in (force_backend("sdpa_math"), contextlib.nullcontext(), force_backend("reference")):
-        with block, account() as trace:
+        with block, account() as run_report:
             close(compiled(Q), sdpa(Q * 2, K, V) + 1)
-        seen.append(trace.summary())
+        seen.append(run_report.summary())
     assert seen == ["self sdpa_math 1 calls", "self torch_sdpa 1 calls", "self reference 1 calls"]
 
 
@@ -231,8 +233,8 @@ def test_a_compiled_function_asks_again_at_every_run() -> None:
 
 
 def test_an_account_has_the_calls_inside_it_and_nested_ones_both() -> None:
-    def counts(trace: object) -> dict[tuple[str, str, str | None], int]:
-        return {(row.role, row.backend, row.asked): row.calls for row in trace.rows.values()}  # type: ignore[attr-defined]
+    def counts(run_report: object) -> dict[tuple[str, str, str | None], int]:
+        return {(row.role, row.backend, row.asked): row.calls for row in run_report.rows.values()}  # type: ignore[attr-defined]
 
     attention(Q, K, V)
     with account() as outer:
@@ -258,11 +260,11 @@ def test_an_account_has_the_calls_inside_it_and_nested_ones_both() -> None:
 
 def test_an_account_has_the_calls_of_threads_that_it_was_handed_to() -> None:
     async def run() -> int:
-        with account() as trace:
+        with account() as run_report:
             await asyncio.gather(
                 *(asyncio.to_thread(lambda: [attention(Q, K, V) for _ in range(50)]) for _ in range(4))
             )
-        return trace.calls
+        return run_report.calls
 
     assert asyncio.run(run()) == 200
 

@@ -154,7 +154,7 @@ def attention_calls(model: torch.nn.Module, x: torch.Tensor, times: int = 2) -> 
     for _ in range(times):
         model_call(model, options, lambda: model(x, options))
     run.close()
-    for row in run.trace.rows.values():
+    for row in run.run_report.rows.values():
         seen[row.role, row.block] += row.calls
     return seen, run
 
@@ -166,7 +166,7 @@ def test_every_call_has_the_role_and_block_of_the_module_that_makes_it(kind: str
     seen, run = attention_calls(model, rows(6))
     calls = 2 * (2 if "handed" in kind or kind == "other methods" else 1)
     assert seen == {("self", "blocks.0"): calls, ("self", "blocks.1"): calls}
-    assert list(run.trace.notes) == []
+    assert list(run.run_report.notes) == []
     assert marks_left(model) == []
     assert not any({"attend_pose", "attend_all"} & module.__dict__.keys() for module in model.modules())
 
@@ -204,7 +204,7 @@ def test_a_function_of_another_pack_is_not_the_modules_own() -> None:
     model_call(model, options, lambda: model(rows(6), options))
     run.close()
     assert TakesFromAnotherPack not in callers._learnt
-    assert {row.block for row in run.trace.rows.values()} == {""}
+    assert {row.block for row in run.run_report.rows.values()} == {""}
 
 
 def test_looking_keeps_no_tensor_alive() -> None:
@@ -239,7 +239,7 @@ class QwenImage21Transformer2DModel(torch.nn.Module):
 def test_qwen_image_21_is_joint_attention_throughout() -> None:
     seen, run = attention_calls(QwenImage21Transformer2DModel(), rows(6))
     assert seen == {("joint", "transformer_blocks.0"): 4, ("joint", "transformer_blocks.1"): 4}
-    assert list(run.trace.notes) == []
+    assert list(run.run_report.notes) == []
 
 
 def test_in_a_compiled_graph_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +254,7 @@ def test_in_a_compiled_graph_too(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
     model_call(model, options, lambda: graph(rows(6), {sampling.OVERRIDE: ours}))
     run.close()
-    assert {(row.role, row.block): row.calls for row in run.trace.rows.values()} == {
+    assert {(row.role, row.block): row.calls for row in run.run_report.rows.values()} == {
         ("self", "blocks.0"): 2,
         ("self", "blocks.1"): 2,
     }
@@ -366,7 +366,7 @@ def test_families_that_are_not_sampled_have_their_roles_and_blocks(
     torch.testing.assert_close(result, stock, rtol=0, atol=1e-5 * float(stock.abs().max()))
     assert sum(seen.values()) == row.calls
     assert {pattern for pattern in row.roles if any(re.fullmatch(pattern, path) for path in paths)} == set(row.roles)
-    assert [note for note in run.trace.notes if "guessed" in note] == []
+    assert [note for note in run.run_report.notes if "guessed" in note] == []
     assert marks_left(model) == []
 
 

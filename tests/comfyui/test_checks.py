@@ -143,7 +143,7 @@ def session(**options: Any) -> Session:
 def test_off_the_plan_holds_the_kernel_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIFFUSERS_ATTN_CHECKS", raising=False)
     request = call().request()._replace(v_head_dim=0)
-    off, on = session(trace=RunReport(mode="off")), session(trace=RunReport(mode="off"), checks=True)
+    off, on = session(run_report=RunReport(mode="off")), session(run_report=RunReport(mode="off"), checks=True)
     assert off.plan(request, "self", "self").kernel is off.router.kernel("sdpa_math")
     assert on.plan(request, "self", "self").kernel is not on.router.kernel("sdpa_math")
     monkeypatch.setenv("DIFFUSERS_ATTN_CHECKS", "1")

@@ -369,11 +369,11 @@ def test_memory_of_a_mask_is_used_again(hook: None) -> None:
 
 def test_no_mask_of_a_compiled_model_is_read_on_an_accelerator() -> None:
     run = sampling.Run(override())
-    plans = run.scope(torch.device("cpu")).masks
+    plans = run.model_call(torch.device("cpu")).masks
     plans.not_kept = nodes_module("hook.masks").COMPILED
     plan = plans.plan(torch.zeros(1, 1, 6, device="meta"), None, 6)  # reading this one would be an error
     assert plan.treatment == "passed on"
-    assert any("compiled" in note for note in run.trace.notes)
+    assert any("compiled" in note for note in run.run_report.notes)
 
 
 # Other packs, unknown arguments, graphs that break: on a stand-in for a Wan model
@@ -495,7 +495,7 @@ def test_threads_share_a_graph() -> None:
         for _ in range(40):
             model_call(model, options, lambda: module([((Q, Q, Q, HEADS), {"transformer_options": options})]))
         run.close()
-        found[backend] = [(row.role, row.backend, row.calls) for row in run.trace.rows.values()]
+        found[backend] = [(row.role, row.backend, row.calls) for row in run.run_report.rows.values()]
 
     work("sdpa_math")
     backends = ("sdpa_math", "torch_sdpa", "reference")
@@ -515,8 +515,8 @@ def test_outside_a_model_call() -> None:
     ours = override("torch_sdpa", cross="reference")
     attention = torch.compile(lambda q, k: ours(exact, q, k, k, 2), backend="eager", fullgraph=True)
     close([attention(Q, Q), attention(Q, Q[:, :4])], [exact(Q, Q, Q, 2), exact(Q, Q[:, :4], Q[:, :4], 2)])
-    trace = nodes_module("hook.override")._outside_runs[ours].trace
-    assert [(row.role, row.backend, row.calls) for row in trace.rows.values()] == [
+    run_report = nodes_module("hook.override")._outside_runs[ours].run_report
+    assert [(row.role, row.backend, row.calls) for row in run_report.rows.values()] == [
         ("self", "torch_sdpa", 1),
         ("cross", "reference", 1),
     ]

@@ -152,7 +152,7 @@ def test_a_kernel_that_fails_after_it_gave_its_inputs_up_is_told_as_it_is(
     monkeypatch.setitem(sampling.router_for(torch.device("cpu"))._kernels, ("sdpa_math", ()), failing)
     with pytest.raises(ValueError, match="too late"):
         handed_over(override("sdpa_math"))
-    assert sites.current_scope() is None
+    assert sites.current_model_call() is None
     host._outside_runs.clear()
 
 

@@ -128,7 +128,7 @@ def hook(machine: Machine, ours: Any, mask: torch.Tensor | None = None, **flags:
 
 
 def rows(run: Any) -> dict[str, str | None]:
-    return {row.backend: row.reason for row in run.trace.rows.values() if row.calls}
+    return {row.backend: row.reason for row in run.run_report.rows.values() if row.calls}
 
 
 # The order
@@ -145,7 +145,7 @@ def test_each_runs_once_and_comfyui_last(monkeypatch: pytest.MonkeyPatch, mask: 
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
     parts = 2 if mask == "a part for each sample" else 1
     assert machine.ran == ["sdpa_math", "reference", "torch_sdpa", "comfy"] * parts
-    (reason,) = {row.reason for row in run.trace.rows.values() if row.calls}
+    (reason,) = {row.reason for row in run.run_report.rows.values() if row.calls}
     wanted = [f"{name}: failed: ValueError: as it should" for name in ("sdpa_math", "reference", "torch_sdpa")]
     assert [text for text in wanted if reason.count(text) == 1] == wanted
     assert set(rows(run)) == {"comfy"}
@@ -334,7 +334,7 @@ def test_a_wrong_output_over_packed_tokens_is_a_failure(
     assert list(rows(run)) == ["sdpa_math"]
     right = bad == "right"
     assert (packed, machine.ran) == (["packed"] * (1 + right), [] if right else ["sdpa_math"] * 4)
-    said = [note for note in run.trace.notes if "KernelOutputError" in note]
+    said = [note for note in run.run_report.notes if "KernelOutputError" in note]
     assert len(said) == (not right)
     assert said == snapshot
 

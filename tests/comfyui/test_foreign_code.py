@@ -369,9 +369,9 @@ def test_with_our_nodes_alone_each_mask_is_read_once_in_a_model_call(
         read.append(1)
         return inspect(*given)
 
-    def run(scope: Any, *given: Any) -> Any:
-        output = guarded(scope, *given)
-        reasons.append(scope._masks_not_kept())
+    def run(model_call: Any, *given: Any) -> Any:
+        output = guarded(model_call, *given)
+        reasons.append(model_call._masks_not_kept())
         return output
 
     monkeypatch.setattr(masks, "inspect", counted)

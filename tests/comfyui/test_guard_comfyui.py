@@ -49,8 +49,8 @@ def with_kernel(monkeypatch: pytest.MonkeyPatch, wrong: Wrong) -> None:
     """LOSSY computes `wrong(call, block, step)`."""
 
     def kernel(call: Any) -> torch.Tensor:
-        scope = sites.current_scope()
-        return wrong(call, f"{scope.role(0, 1, 2).name} {scope.site.block}", scope.step)
+        model_call = sites.current_model_call()
+        return wrong(call, f"{model_call.role(0, 1, 2).name} {model_call.attention_module.block}", model_call.step)
 
     router = Router(detect(torch.device("cpu")), {**BACKENDS, LOSSY: Lossy(kernel)})
     monkeypatch.setattr(sampling, "router_for", lambda device: router)
@@ -158,9 +158,9 @@ def test_what_a_model_takes_out_of_its_control_is_there_again(monkeypatch: pytes
         return torch.full((2,), float("nan") if len(taken) == 1 else 1.0)
 
     begun: list[Any] = []
-    scope = SimpleNamespace(session=SimpleNamespace(guard=guard), begin=lambda options, **_: begun.append(options))
+    model_call = SimpleNamespace(session=SimpleNamespace(guard=guard), begin=lambda options, **_: begun.append(options))
     control = {"output": ["first", "last"], "middle": None}
-    output = wrappers._guarded(scope, {"sigmas": 1}, executor, (0, 0, None, None, control, {}), {})
+    output = wrappers._guarded(model_call, {"sigmas": 1}, executor, (0, 0, None, None, control, {}), {})
     assert output.tolist() == [1.0, 1.0]
     assert taken == ["last", "last"]
     assert begun == [{"sigmas": 1}], "the calls of the model are numbered anew"
@@ -183,7 +183,7 @@ def test_each_step_of_a_real_run_has_checks(
     check = Guard.check
 
     def counted(self: Guard, watch: Any, call: Any, number: int) -> torch.Tensor:
-        seen.append((sites.current_scope().step, *watch.place))
+        seen.append((sites.current_model_call().step, *watch.place))
         return check(self, watch, call, number)
 
     monkeypatch.setattr(Guard, "check", counted)

@@ -340,7 +340,7 @@ def calls_of(ours: Any) -> dict[tuple[str, str], int]:
     if run is None:
         return {}
     found: dict[tuple[str, str], int] = {}
-    for row in run.trace.rows.values():
+    for row in run.run_report.rows.values():
         found[row.backend, row.mask] = found.get((row.backend, row.mask), 0) + row.calls
     return found
 

@@ -98,7 +98,7 @@ def test_torch_sdpa_changes_no_bit_and_leaves_nothing(comfy: Path, name: str, mo
     patcher, stock = built(name)
     assert torch.equal(tiny_sampling.sample(selected(patcher, "torch_sdpa", strict=name in ROUTED), name), stock)
     assert marks_left(patcher.model.diffusion_model) == []
-    assert sites.current_scope() is None
+    assert sites.current_model_call() is None
     assert torch.equal(tiny_sampling.sample(patcher, name), stock)
 
 

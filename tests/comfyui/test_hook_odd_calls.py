@@ -127,8 +127,8 @@ def test_comfyuis_function_gets_it_as_it_is(
     assert [one is other for one, other in zip(args, tensors, strict=True)] == [True] * 3
     assert kwargs["mask"] is flags.get("mask")
     assert {flag: kwargs[flag] for flag in flags} == flags
-    assert [row.backend for row in run.trace.rows.values() if row.calls][-1:] == ["comfy"]
-    assert any(note.startswith("ComfyUI's own attention ran: ") for note in run.trace.notes)
+    assert [row.backend for row in run.run_report.rows.values() if row.calls][-1:] == ["comfy"]
+    assert any(note.startswith("ComfyUI's own attention ran: ") for note in run.run_report.notes)
 
 
 @pytest.mark.parametrize("name", [*ODD, *EMPTY])
@@ -210,7 +210,7 @@ def test_tensors_in_containers_that_differ_after_some_that_agreed_are_comfyuis(
         containers = [Container(tensor) for tensor in given]
         call = lambda held=containers: ours.container_function(*held, heads=HEADS, transformer_options=options)  # noqa: E731
         torch.testing.assert_close(model_call(model, options, call), exact(*given, HEADS), rtol=0, atol=2e-3)
-    assert not [row.reason for row in run.trace.rows.values() if "failed" in (row.reason or "")]
+    assert not [row.reason for row in run.run_report.rows.values() if "failed" in (row.reason or "")]
 
 
 def calling(names: tuple[str, ...], named: int) -> Any:
@@ -262,7 +262,7 @@ def test_tensors_by_name_reach_an_override_on_top_of_ours(named: int) -> None:
     call = lambda: options[sampling.OVERRIDE](exact, *tensors[: 3 - named], **by_name, heads=HEADS)  # noqa: E731
     found = model_call(stand_in(["WanModel"], {}), options, call)
     torch.testing.assert_close(found, exact(*tensors, HEADS), rtol=0, atol=2e-6)
-    assert sum(row.calls for row in options[sampling.RUN_KEY].trace.rows.values()) == 1
+    assert sum(row.calls for row in options[sampling.RUN_KEY].run_report.rows.values()) == 1
 
 
 def test_a_tensor_that_is_missing_is_named() -> None:

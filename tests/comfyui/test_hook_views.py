@@ -56,7 +56,7 @@ def test_calls_of_one_plan_may_come_in_any_strides() -> None:
                 found = override(exact, query, key, value, HEADS, transformer_options=options)
                 assert torch.equal(found, expected), name
         tensors.reverse()
-    (plan,) = run.scope(torch.device("cpu")).session.plans.values()
+    (plan,) = run.model_call(torch.device("cpu")).session.plans.values()
     assert plan.plan.row.calls == 3 * 3 * len(tensors)
 
 
@@ -99,17 +99,17 @@ def test_places_that_differ_share_their_layout() -> None:
     override = host.Override((AttentionConfig(default=AttentionSpec("torch_sdpa")),))
     run = sampling.Run(override)
     options = {sampling.KEY: override, sampling.OVERRIDE: override, sampling.RUN_KEY: run}
-    scope = run.scope(torch.device("cpu"))
+    model_call = run.model_call(torch.device("cpu"))
     query = torch.randn(BATCH, LENGTH, INNER)
     for number in range(3):
         for tensor in (query, query[:, :4]):
             sites = nodes_module("hook.attention_modules")
-            previous = sites.set_scope(scope)
-            scope.begin({})
-            scope.window = number
+            previous = sites.set_model_call(model_call)
+            model_call.begin({})
+            model_call.window = number
             override(exact, tensor, query, query, HEADS, transformer_options=options)
-            sites.set_scope(previous)
-    plans = list(scope.session.plans.values())
+            sites.set_model_call(previous)
+    plans = list(model_call.session.plans.values())
     assert (len(plans), len({id(plan.plan) for plan in plans}), len({id(plan.layout) for plan in plans})) == (6, 6, 2)
-    shapes = {id(key[0]) for key in scope.session.plans}
+    shapes = {id(key[0]) for key in model_call.session.plans}
     assert len(shapes) == 2

@@ -110,8 +110,8 @@ def test_an_unknown_argument_sends_the_call_to_comfyui(value: Any, snapshot: Sna
     model_call(stand_in(["WanModel"], PLACES), options, body)
     assert [kwargs["brand_new"] is value for _, kwargs in seen] == [True, True]
     assert [kwargs["_inside_attn_wrapper"] for _, kwargs in seen] == [True, True]
-    assert run.trace.notes == snapshot
-    rows = [(row.role, row.backend, row.asked, row.calls) for row in run.trace.rows.values()]
+    assert run.run_report.notes == snapshot
+    rows = [(row.role, row.backend, row.asked, row.calls) for row in run.run_report.rows.values()]
     assert rows == [("self", "comfy", "sdpa_math", 2)]
 
 
@@ -133,7 +133,7 @@ def test_comfyui_is_the_last_resort(monkeypatch: pytest.MonkeyPatch, snapshot: S
     outcome = Outcome(override())
     close(outcome.outputs, outcome.expected())
     assert outcome.rows == [(role, "comfy", 1) for role in ROLES]
-    assert {row.reason for row in outcome.run.trace.rows.values() if row.calls} == snapshot
+    assert {row.reason for row in outcome.run.run_report.rows.values() if row.calls} == snapshot
 
 
 # What is planned once and what is not
@@ -176,7 +176,7 @@ def test_calls_that_differ_in_one_fact_have_plans_of_their_own() -> None:
         expected = exact(*qkv, HEADS, **flags)
         assert output.dtype == expected.dtype
         torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
-    plans = run.scope(torch.device("cpu")).session.plans.values()
+    plans = run.model_call(torch.device("cpu")).session.plans.values()
     assert len(plans) == len(FACTS)
 
 
@@ -184,7 +184,7 @@ def test_calls_that_differ_in_one_fact_have_plans_of_their_own() -> None:
 def test_a_run_is_published_and_leaves_the_options_as_they_were(stops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     published: list[Any] = []
     add = wrappers.runs.add
-    monkeypatch.setattr(wrappers.runs, "add", lambda trace: published.append(trace) or add(trace))
+    monkeypatch.setattr(wrappers.runs, "add", lambda run_report: published.append(run_report) or add(run_report))
     options = {sampling.KEY: override(), "other": 1}
     before = dict(options)
 
@@ -227,7 +227,7 @@ def test_options_of_a_run_that_is_over_leave_no_marks() -> None:
     call(kept[0])
     assert len(sites._marks) == marks
     assert marks_left(model) == []
-    assert [row.calls for row in kept[0][sampling.RUN_KEY].trace.rows.values()] == [1], "of a run that is over"
+    assert [row.calls for row in kept[0][sampling.RUN_KEY].run_report.rows.values()] == [1], "of a run that is over"
 
 
 def test_marks_go_whatever_fails_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_lossy_backend_gives_way_to_the_models_wish(
     use_kernels(monkeypatch, Kernel("emulated_int8", lossy, accuracy="quantized"))
     outcome = Outcome(override("emulated_int8", strict=strict), dtype=dtype, **flags)
     assert outcome.rows == [(role, "torch_sdpa", 1) for role in ROLES]
-    reasons = {row.reason for row in outcome.run.trace.rows.values()}
+    reasons = {row.reason for row in outcome.run.run_report.rows.values()}
     assert reasons == snapshot
 
 
@@ -288,7 +288,7 @@ def test_the_checkpoints_preference_stands_in_for_auto(strict: bool) -> None:
     outcome = Preferring(override(strict=strict))
     close(outcome.outputs, [output + 1 for output in outcome.expected()])
     assert outcome.rows == [(role, "comfy", 1) for role in ROLES]
-    assert {row.source for row in outcome.run.trace.rows.values()} == {PREFERENCE}
+    assert {row.source for row in outcome.run.run_report.rows.values()} == {PREFERENCE}
     assert outcome.notes == {}
 
 
@@ -335,10 +335,10 @@ def test_an_exception_in_a_module_restores_the_place() -> None:
     def body() -> None:
         with pytest.raises(TypeError):
             model.get_submodule("blocks.0.self_attn")(None)
-        assert sites.current_scope().site is None
+        assert sites.current_model_call().attention_module is None
 
     model_call(model, options, body)
-    assert sites.current_scope() is None
+    assert sites.current_model_call() is None
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_keys_are_folded_by_the_batch_of_the_query(backend: str, batch: int) -> 
         options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: run}
         found = ours(as_stock, query, key, value, 4, transformer_options=options)
         assert (found - expected).norm() < LOSSY.get(backend, 2e-6) * expected.norm()
-    assert [(row.backend, row.calls) for row in run.trace.rows.values()] == [(backend, 1)]
+    assert [(row.backend, row.calls) for row in run.run_report.rows.values()] == [(backend, 1)]
 
 
 def as_stock(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

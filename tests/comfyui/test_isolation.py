@@ -75,7 +75,7 @@ def every(backend: str, steps: int = 2) -> dict[tuple[str, str], int]:
 
 def assert_clean(model: Any) -> None:
     assert marks_left(model.model.diffusion_model) == []
-    assert sites.current_scope() is None
+    assert sites.current_model_call() is None
     assert sampling.RUN_KEY not in model.model_options["transformer_options"]
 
 
@@ -109,7 +109,7 @@ def test_two_threads_on_one_model(wan: Any, monkeypatch: pytest.MonkeyPatch) -> 
     def kernel(name: str) -> Func:
         def run(call: Any) -> torch.Tensor:
             meet.wait()
-            seen.append((threading.current_thread().name, name, sites.current_scope().site.path))
+            seen.append((threading.current_thread().name, name, sites.current_model_call().attention_module.path))
             return exact_kernel(call)
 
         return run
@@ -322,7 +322,7 @@ def test_every_sampler_has_the_right_steps(wan: Any, monkeypatch: pytest.MonkeyP
     steps: dict[str, list[int]] = {}
 
     def kernel(call: Any) -> torch.Tensor:
-        seen.append(sites.current_scope().step)
+        seen.append(sites.current_model_call().step)
         return exact_kernel(call)
 
     def check(call: Func, arguments: dict[str, Any]) -> torch.Tensor:

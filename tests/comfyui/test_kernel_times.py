@@ -35,7 +35,7 @@ def session_with(kernel: Any, guard: str = "off", checks: bool = False) -> Sessi
 
 
 def counts(session: Session) -> list[tuple[str, int, int, int]]:
-    return [(row.backend, row.calls, row.launches, row.timed) for row in session.trace.rows.values()]
+    return [(row.backend, row.calls, row.launches, row.timed) for row in session.run_report.rows.values()]
 
 
 def run(session: Session, calls: int = 3) -> None:
@@ -62,7 +62,7 @@ def test_what_stands_around_a_kernel_is_not_in_its_time(around: str, monkeypatch
     run(session)
     assert now[0] >= SLOW, "the test is about something that was slow"
     assert counts(session) == [("emulated_int8", 3, 3, 3)]
-    (row,) = session.trace.rows.values()
+    (row,) = session.run_report.rows.values()
     assert row.nanoseconds == 0
 
 
@@ -87,6 +87,6 @@ def test_calls_of_a_race_and_those_after_it_are_timed_once(tmp_path: Path, monke
         session = machine.run(small_call())
     assert machine.tuner.trials
     assert machine.plans[0].decision.backend == "sdpa_math", "the race was decided"
-    rows = [row for row in session.trace.rows.values() if row.calls]
+    rows = [row for row in session.run_report.rows.values() if row.calls]
     assert sum(row.calls for row in rows) == 8 * 30
     assert [(row.launches, row.timed) for row in rows] == [(row.calls, row.calls) for row in rows]

@@ -14,7 +14,7 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec  #
 from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.engine.sub_calls import calls_of, plan_sub_calls, run_sub_calls  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values import mask_plan as mask_parts  # noqa: E402
@@ -65,10 +65,10 @@ def routed(session: Session, call: AttentionCall, mask: torch.Tensor) -> torch.T
     calls = calls_of(session, plan, whole, "sdpa_math")
     if not calls:
         return session.run(session.plan(whole.request(), "self", "self"), whole)
-    parts = plan_parts(
+    parts = plan_sub_calls(
         session, plan, whole, calls, lambda part, words: session.plan(part.request(), "self", "self", mask=words)
     )
-    return run_parts(session, parts, plan, whole)
+    return run_sub_calls(session, parts, plan, whole)
 
 
 def expected(call: AttentionCall, mask: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_any_mask_that_only_hides_equals_sdpa(
     assert float((output.float() - expected(call, mask).float()).abs().max()) <= tolerance
     kept = inspect(as_4d(mask), kv_len)
     if kept.treatment != PASSED_ON or kept.only_hides:
-        ran = {row.backend for row in session.trace.rows.values() if row.calls}
+        ran = {row.backend for row in session.run_report.rows.values() if row.calls}
         assert ran == {"sdpa_math"}
     assert set(backend.masks) <= {None, torch.bool}
 
@@ -123,7 +123,7 @@ def test_a_third_number_stays_a_bias(snapshot: SnapshotAssertion) -> None:
     session = session_with(backend)
     call = AttentionCall(*(torch.randn(1, 2, 24, 8) for _ in range(3)))
     torch.testing.assert_close(routed(session, call, mask), expected(call, mask))
-    (row,) = [row for row in session.trace.rows.values() if row.calls]
+    (row,) = [row for row in session.run_report.rows.values() if row.calls]
     assert row.backend != "sdpa_math"
     assert row.reason == snapshot
     assert backend.masks == []
@@ -161,4 +161,4 @@ def test_in_comfyuis_hook_booleans_are_made_once_for_each_model_call(monkeypatch
     close(outcome.outputs, [exact(*args, mask=mask) for args, _ in outcome.calls])
     assert backend.masks == [torch.bool] * 3
     assert made == [1]
-    assert {row.mask for row in outcome.run.trace.rows.values() if row.calls} == {f"bias, {AS_BOOLEANS}"}
+    assert {row.mask for row in outcome.run.run_report.rows.values() if row.calls} == {f"bias, {AS_BOOLEANS}"}

@@ -151,7 +151,7 @@ def test_masks_are_read_again_where_patches_may_change_them() -> None:
     def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
         options["patches"] = {"attn1_patch": [lambda *args: None]}
         attend = model.get_submodule("blocks.0.self_attn")
-        sampling_scope = sites.current_scope()
+        sampling_scope = sites.current_model_call()
         sampling_scope.begin(options, in_model_call=True)
         for _ in range(3):
             buffer.copy_(buffer.roll(1, dims=-1))
@@ -177,8 +177,8 @@ def wan_call(ours: Any, mask: torch.Tensor, times: int = 1) -> Any:
 
 def test_a_call_in_parts_is_one_call_in_the_account() -> None:
     mask = torch.cat([key_mask(7, 8), key_mask(4, 5, 6, 7, 8)])
-    trace = wan_call(override("torch_sdpa"), mask, times=5).trace
-    assert [(row.mask, row.calls) for row in trace.rows.values()] == [("bias, per sample", 5)]
+    run_report = wan_call(override("torch_sdpa"), mask, times=5).run_report
+    assert [(row.mask, row.calls) for row in run_report.rows.values()] == [("bias, per sample", 5)]
 
 
 def test_a_call_whose_keys_are_all_hidden_is_counted() -> None:
@@ -189,7 +189,7 @@ def test_a_call_whose_keys_are_all_hidden_is_counted() -> None:
             [((QUERY, KEY, VALUE, HEADS, mask), {"transformer_options": options})]
         ),
     )
-    assert sum(row.calls for row in made.trace.rows.values()) == 1
+    assert sum(row.calls for row in made.run_report.rows.values()) == 1
 
 
 CAUSAL = torch.zeros(9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
@@ -218,8 +218,8 @@ def test_a_kernel_that_takes_the_mask_gets_it_where_it_cannot_have_what_it_means
     monkeypatch.setitem(sampling.router_for(torch.device("cpu")).backends, "sdpa_math", kernel)
     sampling.router_for(torch.device("cpu"))._unavailable.pop("sdpa_math", None)
     sampling.router_for(torch.device("cpu"))._kernels.pop(("sdpa_math", ()), None)
-    trace = causal_call(override("sdpa_math", strict=True)).trace
-    assert [(row.backend, row.mask, row.calls) for row in trace.rows.values() if row.calls] == [
+    run_report = causal_call(override("sdpa_math", strict=True)).run_report
+    assert [(row.backend, row.mask, row.calls) for row in run_report.rows.values() if row.calls] == [
         ("sdpa_math", "bias", 1)
     ]
 
@@ -231,8 +231,8 @@ def test_comfyuis_own_attention_is_the_last_resort_of_a_causal_mask_too(monkeypa
     router = sampling.router_for(torch.device("cpu"))
     monkeypatch.setitem(router._kernels, ("torch_sdpa", ()), broken)
     monkeypatch.setitem(router._unavailable, "torch_sdpa", ())
-    trace = causal_call(override()).trace
-    assert {row.backend for row in trace.rows.values() if row.calls} == {"comfy"}
+    run_report = causal_call(override()).run_report
+    assert {row.backend for row in run_report.rows.values() if row.calls} == {"comfy"}
     with pytest.raises(NoBackendError, match="broken"):
         causal_call(override("torch_sdpa", strict=True))
 
@@ -243,8 +243,8 @@ def test_a_mask_that_cannot_be_read_is_passed_on(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(masks, "inspect", unable)
     made = wan_call(override("torch_sdpa"), key_mask(8))
-    assert [(row.mask, row.calls) for row in made.trace.rows.values()] == [("bias", 1)]
-    assert list(made.trace.notes) == snapshot
+    assert [(row.mask, row.calls) for row in made.run_report.rows.values()] == [("bias", 1)]
+    assert list(made.run_report.notes) == snapshot
 
 
 def test_a_fault_of_the_gpu_that_shows_while_a_mask_is_read_stops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,10 +274,10 @@ def test_a_run_outside_model_calls_knows_no_more_kinds_than_it_says(monkeypatch:
         mask[..., length // 2 :] = HIDDEN
         output = optimized_attention(QUERY, key, key, HEADS, mask=mask, transformer_options=options)
         torch.testing.assert_close(output, exact(QUERY, key, key, HEADS, mask), rtol=0, atol=2e-6)
-        (scope,) = host._outside_runs[ours].scopes()
+        (scope,) = host._outside_runs[ours].model_calls()
         assert len(scope.plans) <= 8
         assert len(scope.session.layouts) <= 8
-    assert sum(row.calls for row in scope.run.trace.rows.values()) == 40
+    assert sum(row.calls for row in scope.run.run_report.rows.values()) == 40
 
 
 def rows_of(*visible: int) -> torch.Tensor:

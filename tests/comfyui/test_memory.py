@@ -213,16 +213,16 @@ def test_samples_that_run_one_by_one_need_memory_for_one(comfy: Any, lengths: tu
     override = host.Override((AttentionConfig(default=AttentionSpec("sdpa_math")),))
     run = sampling.Run(override)
     run.samples = 2
-    scope = run.scope(torch.device("cpu"))
-    scope.begin({}, in_model_call=True)
+    model_call = run.model_call(torch.device("cpu"))
+    model_call.begin({}, in_model_call=True)
     query, mask = torch.randn(2, 48, 64), torch.ones(2, 1, 1, 48, dtype=torch.bool)
     for sample, length in enumerate(lengths):
         mask[sample, ..., length:] = False
-    previous = sites.set_scope(scope)
+    previous = sites.set_model_call(model_call)
     try:
         override(exact, query, query, query, 2, mask=mask, transformer_options={sampling.OVERRIDE: override})
     finally:
-        sites.set_scope(previous)
+        sites.set_model_call(previous)
     kinds = frozenset(memory._kinds(run))
     apart = lengths[0] != lengths[1]
     assert {(kind.request.batch, kind.apart) for kind in kinds} == {(1, apart)}

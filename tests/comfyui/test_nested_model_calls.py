@@ -54,7 +54,7 @@ class Outer:
     def __init__(self, ours: Any) -> None:
         self.ours = ours
         self.run = sampling.Run(ours)
-        self.run.trace.ledger = RunRecorder()
+        self.run.run_report.recorder = RunRecorder()
         self.model = stand_in(["WanModel"], {"blocks.0.self_attn": "WanSelfAttention"})
         self.mask = torch.zeros(1, 1, 9)
         self.mask[..., 7:] = -torch.inf
@@ -74,7 +74,7 @@ class Outer:
         options = self.options(0.3)
 
         def body() -> None:
-            scope = sites.current_scope()
+            scope = sites.current_model_call()
             scope.mask_source = torch.zeros(1)  # as the mark of a running module has it
             self.attend(options)
             self.attend(options)
@@ -85,10 +85,10 @@ class Outer:
             changed = [name for name in before if after[name] is not before[name]]
             assert changed == []
             assert insides(scope) == within
-            assert sites.current_scope() is scope
-            ledger = self.run.trace.ledger
-            assert ledger._windows[-1][1] == scope.window
-            assert ledger._model_call == self.run.trace.timeline.model_calls + 1
+            assert sites.current_model_call() is scope
+            recorder = self.run.run_report.recorder
+            assert recorder._windows[-1][1] == scope.window
+            assert recorder._model_call == self.run.run_report.timeline.model_calls + 1
 
         model_call(self.model, options, body)
         self.run.close()
@@ -111,7 +111,7 @@ def nested(outer: Outer, **more: Any) -> Callable[[Any], None]:
         options, window = outer.options(1.0, **more), scope.window
 
         def body() -> None:
-            assert sites.current_scope() is scope
+            assert sites.current_model_call() is scope
             assert (scope.window == window) == (outer.run.timeless is None)
             outer.attend(options)
 
@@ -166,7 +166,7 @@ def an_attention_call_outside(outer: Outer) -> Callable[[Any], None]:
         options = {sampling.KEY: between, sampling.OVERRIDE: between, sampling.RUN_KEY: other}
 
         def body() -> None:
-            assert sites.current_scope() is not scope
+            assert sites.current_model_call() is not scope
             outer.attend(outer.options(1.0))
 
         model_call(outer.model, options, body)
@@ -194,9 +194,9 @@ def a_compiled_call_inside_another_model(outer: Outer) -> Callable[[Any], None]:
         options = {sampling.KEY: between, sampling.OVERRIDE: between, sampling.RUN_KEY: other}
 
         def body() -> None:
-            current = sites.current_scope()
+            current = sites.current_model_call()
             outer.ours.run_compiled(None, 0, False, optimized_attention, (QUERY, KEY, VALUE), {"heads": HEADS})
-            assert sites.current_scope() is current
+            assert sites.current_model_call() is current
 
         model_call(outer.model, options, body)
         other.close()
@@ -258,9 +258,9 @@ def test_after_the_last_model_call_nothing_of_it_is_held() -> None:
     """Masks and options can be large, and a run lives on until its account is made."""
     outer = Outer(override("torch_sdpa"))
     outer(lambda scope: None)
-    (scope,) = outer.run.scopes()
+    (scope,) = outer.run.model_calls()
     assert (scope.options, scope.masks._plans, scope.mask_source, scope.in_model_call) == ({}, {}, None, False)
-    assert sites.current_scope() is None
+    assert sites.current_model_call() is None
 
 
 def test_the_guards_second_try_begins_the_same_model_call_anew() -> None:
@@ -273,7 +273,7 @@ def test_the_guards_second_try_begins_the_same_model_call_anew() -> None:
         options = outer.options(1.0)
 
         def body() -> Any:
-            assert (scope.ordinal, scope.routed, scope.site) == (0, 0, None)
+            assert (scope.ordinal, scope.routed, scope.attention_module) == (0, 0, None)
             tries.append(everything(scope))
             outer.attend(options)
             return torch.full((1,), float("nan") if len(tries) == 1 else 0.0)

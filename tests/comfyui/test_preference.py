@@ -187,7 +187,7 @@ def run_on(model: torch.nn.Module, x: torch.Tensor, times: int = 1, flags: Any =
 
 
 def rows_of(run: Any) -> list[tuple[str, str | None, str | None]]:
-    return [(row.backend, row.asked, row.reason) for row in run.trace.rows.values() if row.calls]
+    return [(row.backend, row.asked, row.reason) for row in run.run_report.rows.values() if row.calls]
 
 
 def test_int8_and_sparse_ones_run_under_their_own_names_and_are_guarded(snapshot: SnapshotAssertion) -> None:
@@ -196,17 +196,17 @@ def test_int8_and_sparse_ones_run_under_their_own_names_and_are_guarded(snapshot
         run = run_on(WanModel(Own(holder)), rows(6), times=2)
         assert ran == [function] * 2
         assert rows_of(run) == [(called, called, None)]
-        (row,) = run.trace.rows.values()
+        (row,) = run.run_report.rows.values()
         assert row.source == snapshot(name=called)
         assert row.guard is not None
         assert row.guard.checked > 0
-        assert list(run.trace.notes) == []
+        assert list(run.run_report.notes) == []
 
 
 def test_strict_is_content_with_what_the_checkpoint_prefers() -> None:
     run = run_on(WanModel(Own(SOL)), rows(6), strict=True)
     assert rows_of(run) == [("comfy_kitchen_sol", "comfy_kitchen_sol", None)]
-    assert unexplained(asked_and_ran(run.trace)) is None
+    assert unexplained(asked_and_ran(run.run_report)) is None
 
 
 def test_it_is_found_on_another_module() -> None:
@@ -248,15 +248,15 @@ def test_a_lora_may_bring_it_and_take_it_away() -> None:
 def test_a_named_backend_goes_first_and_comfy_means_it(snapshot: SnapshotAssertion) -> None:
     run = run_on(WanModel(Own(INT8)), rows(6), backend="sdpa_math")
     assert ran == []
-    assert list(run.trace.notes) == snapshot
+    assert list(run.run_report.notes) == snapshot
     run = run_on(WanModel(Own(INT8)), rows(6), backend="comfy", strict=True)
     assert ran == ["int8"]
     assert rows_of(run) == [("comfy", "comfy", None)]
-    (row,) = run.trace.rows.values()
+    (row,) = run.run_report.rows.values()
     assert row.member == "comfy_kitchen_int8"
     assert row.guard is not None
-    assert list(run.trace.notes) == []
-    assert unexplained(asked_and_ran(run.trace)) is None
+    assert list(run.run_report.notes) == []
+    assert unexplained(asked_and_ran(run.run_report)) is None
 
 
 FORBIDDEN = {
@@ -273,8 +273,8 @@ def test_what_the_model_forbids_is_forbidden_to_it_too(why: str, strict: bool) -
     assert ran == []
     reason = "comfy_kitchen_sol: accuracy sparse, and the model forbids low precision for this call"
     assert rows_of(run) == [("torch_sdpa", "comfy_kitchen_sol", reason)]
-    assert list(run.trace.notes) == []
-    assert unexplained(asked_and_ran(run.trace)) is None
+    assert list(run.run_report.notes) == []
+    assert unexplained(asked_and_ran(run.run_report)) is None
 
 
 @pytest.mark.parametrize("why", FORBIDDEN)
@@ -285,10 +285,10 @@ def test_comfy_by_name_is_comfyuis_own_function_there(why: str, strict: bool, sn
     run = run_on(WanModel(Own(SOL)), rows(6, dtype=dtype), flags=flags, backend="comfy", strict=strict)
     assert ran == ["pytorch"]
     assert rows_of(run) == [("comfy", "comfy", None)]
-    (row,) = run.trace.rows.values()
+    (row,) = run.run_report.rows.values()
     assert row.member is None
-    assert list(run.trace.notes) == snapshot
-    assert unexplained(asked_and_ran(run.trace)) is None
+    assert list(run.run_report.notes) == snapshot
+    assert unexplained(asked_and_ran(run.run_report)) is None
 
 
 def test_force_upcast_attention_forbids_lossy_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +317,7 @@ def test_a_function_that_no_table_knows_is_watched() -> None:
         return exact(*args, **kwargs)
 
     run = run_on(WanModel(Own(SimpleNamespace(function=wrapped(attention_of_tomorrow)))), rows(6))
-    (row,) = run.trace.rows.values()
+    (row,) = run.run_report.rows.values()
     assert (row.backend, row.guard.checked > 0) == ("comfy", True)
     assert "attention_of_tomorrow" in row.source
 
@@ -368,7 +368,7 @@ def test_the_guard_looks_at_some_of_them_and_hands_the_others_on() -> None:
             return [self.part[0](x, options) for _ in range(12)][-1]  # type: ignore[no-any-return]
 
     run = run_on(Repeats(InContainers(INT8)), rows(6))
-    (row,) = run.trace.rows.values()
+    (row,) = run.run_report.rows.values()
     assert ran.count("int8") == row.guard.checked > 0
     assert ran.count("int8 in containers") == 12 - row.guard.checked > 0
     assert not any(alive)
@@ -402,17 +402,17 @@ def test_comfy_is_what_the_server_was_started_with(
     monkeypatch.setitem(globals(), "optimized_attention", function)
     run = run_on(WanModel(Own(NONE)), rows(6), backend="comfy", strict=True)
     assert ran == [name]
-    (row,) = run.trace.rows.values()
+    (row,) = run.run_report.rows.values()
     assert (row.backend, row.member, row.guard is not None) == ("comfy", called, accuracy != "exact")
-    assert unexplained(asked_and_ran(run.trace)) is None
+    assert unexplained(asked_and_ran(run.run_report)) is None
     run = run_on(WanModel(Own(NONE)), rows(6))
     assert [row[0] for row in rows_of(run)] == ["torch_sdpa"]
-    notes = [note for note in run.trace.notes if "ComfyUI's own attention on this server is" in note]
+    notes = [note for note in run.run_report.notes if "ComfyUI's own attention on this server is" in note]
     assert len(notes) == (accuracy != "exact")
     if notes:
         assert f"{called} ({name}" in notes[0]
         assert notes[0].partition("), ")[2] == snapshot  # before it, the flag that this process was started with
-    assert list(run_on(WanModel(Own(NONE)), rows(6), backend="sdpa_math").trace.notes) == []
+    assert list(run_on(WanModel(Own(NONE)), rows(6), backend="sdpa_math").run_report.notes) == []
 
 
 @pytest.mark.comfy

@@ -185,9 +185,9 @@ def test_in_a_session_it_comes_before_the_checkpoint_and_is_as_asked() -> None:
     prefers = Choice("comfy", "the checkpoint's own preference")
     for role in ("self", "cross"):
         session.run(session.plan(call.request(), role, role, preferred=prefers), call)
-    ran = {row.role: (row.backend, row.source, row.reason) for row in session.trace.rows.values()}
+    ran = {row.role: (row.backend, row.source, row.reason) for row in session.run_report.rows.values()}
     assert ran == {"self": (INT8, "node.default", None), "cross": (EXACT, SAID, None)}
-    assert {finding.verdict for finding in asked_and_ran(session.trace)} == {AS_ASKED}
+    assert {finding.verdict for finding in asked_and_ran(session.run_report)} == {AS_ASKED}
 
 
 def test_after_a_kernel_has_failed_the_next_one_is_exact_too() -> None:
@@ -203,7 +203,7 @@ def test_after_a_kernel_has_failed_the_next_one_is_exact_too() -> None:
     call = AttentionCall(query, query, query)
     for role in ("self", "cross"):
         session.run(session.plan(call.request(), role, role), call)
-    ran = {row.role: (row.backend, row.source) for row in session.trace.rows.values() if row.calls}
+    ran = {row.role: (row.backend, row.source) for row in session.run_report.rows.values() if row.calls}
     assert ran == {"self": (INT8, "platform route"), "cross": ("sdpa_math", SAID)}
 
 
@@ -212,12 +212,12 @@ def test_after_a_kernel_has_failed_the_next_one_is_exact_too() -> None:
     [("node.default", 1), ("node.default: measured (the fastest here)", 1), ("node.per_role['cross']", 0)],
 )
 def test_what_is_offered_depends_on_whose_word_it_was(source: str, offered: int) -> None:
-    trace = RunReport(layers=(replace(layers()[0], recommended=()),))
-    trace.categories["ltx2.audio_to_video"] = "cross"
-    trace.row("ltx2.audio_to_video", "transformer_blocks.0", INT8, source, "none", None, INT8).calls = 1
-    assert len(offers("ltx2", trace)) == offered
-    assert offers("flux", trace) == []
-    assert offers("ltx2", replace(trace, layers=layers())) == [], "it was on"
+    run_report = RunReport(layers=(replace(layers()[0], recommended=()),))
+    run_report.categories["ltx2.audio_to_video"] = "cross"
+    run_report.row("ltx2.audio_to_video", "transformer_blocks.0", INT8, source, "none", None, INT8).calls = 1
+    assert len(offers("ltx2", run_report)) == offered
+    assert offers("flux", run_report) == []
+    assert offers("ltx2", replace(run_report, layers=layers())) == [], "it was on"
 
 
 # Masked calls, as an entry of any schedule
@@ -350,18 +350,18 @@ def test_a_masked_call_of_z_image(mask: str, monkeypatch: pytest.MonkeyPatch) ->
         model_call(model, options, lambda: model.get_submodule("layers.0.attention")(calls))
     run.close()
     counted: dict[str, int] = {}
-    for row in run.trace.rows.values():
+    for row in run.run_report.rows.values():
         counted[row.backend] = counted.get(row.backend, 0) + row.calls
     assert counted == ({INT8: 2, EXACT: 2} if mask in ("hides", "weighs") else {INT8: 4})
     # The same account made without it: the offer is made where it would have made a difference.
     off = sampling.Run(host.Override((replace(layers()[0], recommended=()),)))
-    off.family, off.trace.rows = (
+    off.family, off.run_report.rows = (
         "lumina2",
-        {key: replace(row, source="node.default", backend=INT8) for key, row in run.trace.rows.items()},
+        {key: replace(row, source="node.default", backend=INT8) for key, row in run.run_report.rows.items()},
     )
-    off.trace.categories = run.trace.categories
+    off.run_report.categories = run.run_report.categories
     off.offer()
-    assert len(off.trace.notes) == (mask in ("hides", "weighs"))
+    assert len(off.run_report.notes) == (mask in ("hides", "weighs"))
 
 
 @pytest.mark.comfy
@@ -372,7 +372,7 @@ def test_the_first_and_last_step_of_wan(monkeypatch: pytest.MonkeyPatch, snapsho
 
     def kernel(name: str) -> Any:
         def run(call: Any) -> torch.Tensor:
-            steps.setdefault(name, set()).add(sites.current_scope().step)
+            steps.setdefault(name, set()).add(sites.current_model_call().step)
             return torch.nn.functional.scaled_dot_product_attention(call.query, call.key, call.value, call.attn_mask)
 
         return run

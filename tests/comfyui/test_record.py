@@ -171,9 +171,11 @@ def use(monkeypatch: pytest.MonkeyPatch, *backends: Any) -> None:
 
 
 def wrong_from_step_2(call: Any) -> Any:
-    scope = sites.current_scope()
+    model_call = sites.current_model_call()
     output = sdpa(call)
-    if scope.step >= 2 and scope.site.block == "blocks.0":  # whose turns with the guard are over by then
+    if (
+        model_call.step >= 2 and model_call.attention_module.block == "blocks.0"
+    ):  # whose turns with the guard are over by then
         output = output.clone()
         output[:, :, -3:] = float("nan")
     return output
@@ -199,8 +201,8 @@ def test_a_guard_that_stepped_in_is_recorded_and_repeated(monkeypatch: pytest.Mo
 
 
 def fails_at_step_1(call: Any) -> Any:
-    scope = sites.current_scope()
-    if scope.step == 1 and scope.site.block == "blocks.0":
+    model_call = sites.current_model_call()
+    if model_call.step == 1 and model_call.attention_module.block == "blocks.0":
         raise RuntimeError("no kernel image is available")
     return sdpa(call) * 0.999
 
@@ -446,9 +448,9 @@ def test_the_part_of_a_record_leaves_a_schedule_of_any_length_alone() -> None:
     config = replace(read(one), schedule=entries)
     run = sampling.Run(SimpleNamespace(layers=(config,), notes=(), foreign=None))
     held = (1 << 300) - 1
-    run.trace.timeline.model_calls = 1
+    run.run_report.timeline.model_calls = 1
     assert run.begin_model_call(held) & held == held
-    before, run.trace.timeline.model_calls = run.begin_model_call(held), 0
+    before, run.run_report.timeline.model_calls = run.begin_model_call(held), 0
     assert run.begin_model_call(held) != before, "another part of the record"
 
 
@@ -562,14 +564,14 @@ def test_equal_calls_with_different_kernels_are_no_quiet_success(
 
     router = Router(detect(torch.device("cpu")), {**BACKENDS, "sdpa_math": Kernel("sdpa_math", kernel)})
     session = Session(router, (AttentionConfig(AttentionSpec("sdpa_math")),))
-    session.trace.ledger = ledger = RunRecorder()
-    ledger.begin_model_call(1, 0)
+    session.run_report.recorder = recorder = RunRecorder()
+    recorder.begin_model_call(1, 0)
     query = torch.zeros(1, 1, 4, 8)
     request = AttentionCall(query, query, query).request()
     plans = [session.plan(request, "self", "self", "blocks.0") for _ in range(2)]
-    assert not ledger.not_repeated
-    ledger.begin_model_call(4, 0)
+    assert not recorder.not_repeated
+    recorder.begin_model_call(4, 0)
     failing[0] = True
     for plan in plans:
         session.run(plan, AttentionCall(query, query, query, scale=2.0 if plan is plans[1] else None))
-    assert list(ledger.not_repeated) == snapshot
+    assert list(recorder.not_repeated) == snapshot

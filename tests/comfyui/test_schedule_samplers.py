@@ -87,8 +87,8 @@ class Recorder:
 
     def _kernel(self, name: str) -> Any:
         def run(call: Any) -> torch.Tensor:
-            scope = nodes_module("hook.attention_modules").current_scope()
-            block = scope.site.block
+            scope = nodes_module("hook.attention_modules").current_model_call()
+            block = scope.attention_module.block
             # The text is the only other length in these models.
             role = "self" if call.query.shape[2] == call.key.shape[2] else "cross"
             self._seen.add(f"{name} {block} {role}" if self.places else name)
@@ -489,12 +489,12 @@ def stand_in_calls(window: str, *calls: dict[str, torch.Tensor]) -> tuple[list[s
     query = torch.randn(1, 6, 16)
     ran = []
     for call in calls:
-        before = {row.backend: row.calls for row in run.trace.rows.values()}
+        before = {row.backend: row.calls for row in run.run_report.rows.values()}
         model_call(model, {**options, **call}, lambda: ours(exact, query, query, query, 2))
-        now = {row.backend: row.calls for row in run.trace.rows.values()}
+        now = {row.backend: row.calls for row in run.run_report.rows.values()}
         ran += [name for name, count in now.items() if count > before.get(name, 0)]
     run.note_unmatched_roles()
-    return ran, list(run.trace.notes)
+    return ran, list(run.run_report.notes)
 
 
 def at(sigma: float, *sigmas: float) -> dict[str, torch.Tensor]:

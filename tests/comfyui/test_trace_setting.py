@@ -89,7 +89,7 @@ def test_off_costs_nothing_nothing_stands_before_the_kernel(settings: Any) -> No
     request = AttentionRequest(1, 8, 64, 64, 64, "float32")
     for mode in ("off", "full"):
         settings.change({"trace": mode})
-        session = sampling.Run(override(())).scope(torch.device("cpu")).session
+        session = sampling.Run(override(())).model_call(torch.device("cpu")).session
         plan = session.plan(request, "self", "self")
         bare = session.router.kernel("torch_sdpa")
         assert plan.kernel is bare
@@ -147,10 +147,12 @@ def test_on_a_card_every_row_has_its_time() -> None:
         model_call(model, options, lambda: model.get_submodule("blocks.0.self_attn")(calls), "cuda")
     run.stop_clock()
     run.close()
-    (row,) = run.trace.as_dict()["rows"]
+    (row,) = run.run_report.as_dict()["rows"]
     assert (row["calls"], row["timed"]) == (15, 15)
     assert row["ms"] > 0
-    assert sum(ms for window in run.trace.windows() for *_, ms in window["cells"]) == pytest.approx(row["ms"], abs=0.01)
+    assert sum(ms for window in run.run_report.windows() for *_, ms in window["cells"]) == pytest.approx(
+        row["ms"], abs=0.01
+    )
 
 
 def test_a_cancelled_run_keeps_the_times_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

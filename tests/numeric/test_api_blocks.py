@@ -27,7 +27,7 @@ from attention_backends.backends import (  # noqa: E402
     read_environment,
 )
 from attention_backends.backends import (  # noqa: E402
-    context as scopes,
+    context as model_calls,
 )
 from attention_backends.backends.config import AttentionConfig  # noqa: E402
 from attention_backends.backends.config.names import UnknownBackendError  # noqa: E402
@@ -67,7 +67,7 @@ def test_outside_a_block_the_environment_is_read_once_or_when_asked(monkeypatch:
     def backends() -> set[str]:
         calls._thread.__dict__.clear()
         attention(Q, K, V)
-        return {row.backend for row in calls._own_book().trace.rows.values()}
+        return {row.backend for row in calls._own_book().run_report.rows.values()}
 
     assert backends() == {"torch_sdpa"}
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "_native_math")
@@ -152,10 +152,10 @@ def test_a_block_that_cannot_hold_raises_on_entering_and_changes_nothing(
     block: Callable[[], contextlib.AbstractContextManager[None]], error: type[Exception]
 ) -> None:
     with attention_backend("sdpa_math"):
-        before = scopes.current()
+        before = model_calls.current()
         with pytest.raises(error) as caught, block():
             pytest.fail("it was entered")
-        assert scopes.current() is before
+        assert model_calls.current() is before
         assert ran() == "sdpa_math"
     if error is NoBackendError:
         *lines, advice = str(caught.value).splitlines()
@@ -169,10 +169,10 @@ def test_a_block_that_cannot_hold_raises_on_entering_and_changes_nothing(
 
 def test_an_exception_restores_what_was_there() -> None:
     with attention_backend("sdpa_math"):
-        before = scopes.current()
+        before = model_calls.current()
         with pytest.raises(KeyError), attention_backend("reference"), force_backend("native"):
             raise KeyError
-        assert scopes.current() is before
+        assert model_calls.current() is before
         assert ran() == "sdpa_math"
     assert ran() == "torch_sdpa"
 
@@ -207,7 +207,7 @@ def test_the_block_that_was_entered_last_and_is_still_open_counts(seed: int) -> 
             name = order.choice(names)
             held.append((name, holding(name)))
             next(held[-1][1])
-        layers = scopes.current().asked.layers
+        layers = model_calls.current().asked.layers
         assert [layer.default.backend for layer in layers] == [name for name, _ in reversed(held)]
     for _, generator in held:
         generator.close()  # type: ignore[attr-defined]
@@ -225,7 +225,7 @@ def test_a_generator_that_another_thread_finishes_leaves_nothing_here() -> None:
     thread.start()
     thread.join()
     assert ran() == "torch_sdpa"
-    assert scopes._stack.get() is None
+    assert model_calls._stack.get() is None
 
 
 def test_another_thread_sees_nothing() -> None:

@@ -72,7 +72,7 @@ def test_every_sabotage_is_caught_in_every_run(name: str) -> None:
         kernel, call = SABOTAGES[name](random.Random(run))
         made = session(kernel, "watch", seed=run)
         run_once(made, copied(call))
-        caught += made.trace.as_dict()["guard"][0]["alarms"]
+        caught += made.run_report.as_dict()["guard"][0]["alarms"]
     assert caught == RUNS
 
 
@@ -103,11 +103,11 @@ def test_with_enforce_a_whole_run_equals_the_exact_one(name: str) -> None:
         exact = model.run(session(sdpa, "off"))
         made = session(model.kernel, "enforce", seed=run)
         assert torch.equal(model.run(made), exact), run
-        ran = {(row.block, row.backend): row.calls for row in made.trace.rows.values() if row.calls}
+        ran = {(row.block, row.backend): row.calls for row in made.run_report.rows.values() if row.calls}
         caught = str(run % BLOCKS)
         assert ran.pop((caught, "torch_sdpa")) == STEPS, "caught in its first call"
         assert set(ran.values()) == {STEPS}, "the other blocks stay"
-        account = made.trace.as_dict()
+        account = made.run_report.as_dict()
         assert [entry["block"] for entry in account["guard"] if entry["alarms"]] == [caught]
         assert account["audit"][0]["verdict"] == "explained"
 
@@ -131,7 +131,7 @@ def test_nan_from_step_2_on_is_caught_in_every_run() -> None:
         model = nan_from(2, run % BLOCKS, some_call(random.Random(run)))
         made = session(model.kernel, "watch", seed=run)
         model.run(made, steps=4)
-        caught += any("model call 3 was not finite" in note for note in made.trace.notes)
+        caught += any("model call 3 was not finite" in note for note in made.run_report.notes)
     assert caught == RUNS
 
 
@@ -141,10 +141,10 @@ def test_nan_from_step_2_on_with_enforce_gives_the_exact_result() -> None:
         exact = model.run(session(sdpa, "off"), steps=5)
         made = session(model.kernel, "enforce", seed=run)
         assert torch.equal(model.run(made, steps=5), exact), run
-        calls = sum(row.calls for row in made.trace.rows.values() if row.backend == LOSSY)
-        again = any("computed again with exact kernels" in note for note in made.trace.notes)
+        calls = sum(row.calls for row in made.run_report.rows.values() if row.backend == LOSSY)
+        again = any("computed again with exact kernels" in note for note in made.run_report.notes)
         # The block whose turn it is is caught itself, and the others stay.
-        caught = any(entry["alarms"] for entry in made.trace.as_dict()["guard"])
+        caught = any(entry["alarms"] for entry in made.run_report.as_dict()["guard"])
         assert caught is not again
         assert calls == (3 * BLOCKS if again else 5 * BLOCKS - 3), "two steps, and the one that was run again"
 
@@ -161,7 +161,7 @@ def test_a_model_that_is_never_finite_is_not_blamed_on_attention(snapshot: Snaps
     for _ in range(3):
         made.guard.model_call(object(), model, model)
     assert next(runs) == 4, "run again once, not at every step"
-    assert made.trace.notes == snapshot
+    assert made.run_report.notes == snapshot
 
 
 @pytest.mark.parametrize("head", [0, 5, 23])
@@ -236,7 +236,7 @@ def test_inputs_that_are_not_finite_are_not_blamed_on_the_kernel() -> None:
     call.value[:, :, 0] = float("nan")
     made = session(int8, "watch")
     run_once(made, call)
-    (found,) = made.trace.as_dict()["guard"]
+    (found,) = made.run_report.as_dict()["guard"]
     assert (found["checked"], found["alarms"]) == (1, 0)
 
 
@@ -244,7 +244,7 @@ def test_a_declared_change_of_inputs_is_no_alarm() -> None:
     kernel, call = SABOTAGES["K changed in place"](random.Random(0))
     made = session(kernel, "watch", changes_inputs=True)
     run_once(made, call)
-    assert made.trace.as_dict()["guard"][0]["alarms"] == 0
+    assert made.run_report.as_dict()["guard"][0]["alarms"] == 0
 
 
 @pytest.mark.parametrize("dropped", [True, False])
@@ -445,18 +445,18 @@ def test_exact_kernels_are_watched_only_on_demand(
     assert made.guard.covers("exact") is everything
     assert made.guard.covers("quantized")
     kernels = session(int8, "watch")
-    kernels.guard = Guard("watch", kernels.trace)
+    kernels.guard = Guard("watch", kernels.run_report)
     run_once(kernels, some_call(random.Random(0)))
     kernels.layers = (AttentionConfig(AttentionSpec("torch_sdpa"), guard="watch"),)
     run_once(kernels, some_call(random.Random(0)), "1")
-    assert {entry["backend"] for entry in kernels.trace.as_dict()["guard"]} == watched
+    assert {entry["backend"] for entry in kernels.run_report.as_dict()["guard"]} == watched
 
 
 def test_off_watches_nothing() -> None:
     made = session(int8, "off")
     assert made.guard is None
     run_once(made, some_call(random.Random(0)))
-    assert made.trace.as_dict()["guard"] == []
+    assert made.run_report.as_dict()["guard"] == []
 
 
 def test_figures_that_wait_on_a_device_are_read_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,12 +505,12 @@ def test_an_alarm_is_an_error_only_inside_enforce(snapshot: SnapshotAssertion) -
 
 
 def test_the_report_lists_the_worst_blocks_first(snapshot: SnapshotAssertion) -> None:
-    trace = RunReport()
+    run_report = RunReport()
     for block, (error, alarms) in enumerate([(0.01, 0), (0.5, 1), (0.03, 0)]):
-        row = trace.row("self", str(block), LOSSY, "test", "none", None, LOSSY)
+        row = run_report.row("self", str(block), LOSSY, "test", "none", None, LOSSY)
         row.calls, row.guard = 20, Findings(checked=2, alarms=alarms, first_alarm="relative L2 0.5" if alarms else "")
         row.guard.relative_l2 = error
-    found = trace.as_dict()["guard"]
+    found = run_report.as_dict()["guard"]
     assert [entry["block"] for entry in found] == ["1", "2", "0"]
     json.dumps(found)
     text = lines(found)
@@ -523,7 +523,7 @@ def test_the_report_lists_the_worst_blocks_first(snapshot: SnapshotAssertion) ->
 def test_an_output_of_nan_is_plain_data() -> None:
     made = session(lambda call: sdpa(call) * float("nan"), "watch")
     run_once(made, some_call(random.Random(0)))
-    (found,) = worst_first(made.trace.rows.values())
+    (found,) = worst_first(made.run_report.rows.values())
     assert found["relative_l2"] is None
     assert found["alarms"] == 1
     assert "not finite" in lines([found])[1]

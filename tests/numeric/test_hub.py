@@ -83,7 +83,7 @@ def test_the_account_of_a_run_names_the_repository(monkeypatch: pytest.MonkeyPat
     session = Session(router)
     plan = session.plan(CALL, "self", "self")
     session.run(plan, call_for(CALL))
-    (row,) = session.trace.as_dict()["rows"]  # type: ignore[misc]
+    (row,) = session.run_report.as_dict()["rows"]  # type: ignore[misc]
     assert (row["backend"], row["member"]) == (
         "flash_attn",
         "flash_attn_2 (Hub: kernels-community/flash-attn2 v3)",

@@ -66,7 +66,7 @@ def test_a_winner_that_a_route_avoids_for_another_length_of_the_bucket_gives_way
     )
     other = machine.run(small_call(39))  # 37 to 40 are one bucket
     assert ran(other) == {INCUMBENT: 240}
-    (said,) = {row.source for row in other.trace.rows.values()}
+    (said,) = {row.source for row in other.run_report.rows.values()}
     assert said == snapshot
     assert ran(machine.run(small_call(38))) == {"sdpa_math": 240}
 
@@ -176,7 +176,7 @@ def test_what_is_not_finite_is_seen_in_the_trials_of_a_lossy_kernel_too(
         assert session.guard is not None
         finite = session.guard.model_call(step, blocks, blocks).isfinite().all()
         assert bool(finite) == (number == 1)
-    assert session.trace.notes == snapshot
+    assert session.run_report.notes == snapshot
 
 
 def test_an_incumbent_that_failed_in_one_run_is_measured_in_the_next(store: Store) -> None:

@@ -17,14 +17,14 @@ SIGMAS = torch.linspace(1.0, 0.0, 11)
 """Of ten steps."""
 
 
-def rows_of(trace: RunReport, rows: int = 4) -> list[Row]:
-    return [trace.row("self", str(block), "torch_sdpa", "default", "none", None, None) for block in range(rows)]
+def rows_of(run_report: RunReport, rows: int = 4) -> list[Row]:
+    return [run_report.row("self", str(block), "torch_sdpa", "default", "none", None, None) for block in range(rows)]
 
 
 def run(clock: DeviceClock | None, model_calls: int) -> RunReport:
     """Each model call runs each row once, and takes 1 ms in it; the first row falls silent after half of them."""
-    trace = RunReport(mode="full")
-    rows = rows_of(trace)
+    run_report = RunReport(mode="full")
+    rows = rows_of(run_report)
     for call in range(model_calls):
         for number, row in enumerate(rows):
             if number or call < model_calls // 2:
@@ -32,22 +32,22 @@ def run(clock: DeviceClock | None, model_calls: int) -> RunReport:
                 row.launches += 1
                 if clock is not None:
                     row.took(1.0)
-        trace.end_of_model_call(clock)
-    trace.end_of_run()
-    return trace
+        run_report.end_of_model_call(clock)
+    run_report.end_of_run()
+    return run_report
 
 
 @pytest.mark.parametrize("kind", ["cpu", "no clock"])
 @pytest.mark.parametrize("model_calls", [1, 7, MOST, MOST + 1, 1000])
 def test_the_windows_add_up_and_follow_one_another(kind: str, model_calls: int) -> None:
-    trace = run(DeviceClock("cpu") if kind == "cpu" else None, model_calls)
-    windows = trace.windows()
+    run_report = run(DeviceClock("cpu") if kind == "cpu" else None, model_calls)
+    windows = run_report.windows()
     assert len(windows) <= MOST
     edges = [edge for window in windows for edge in (window["first"], window["last"])]
     assert edges[0] == 1
     assert edges[-1] == model_calls
     assert all(second == first + 1 for first, second in zip(edges[1::2], edges[2::2], strict=False))
-    rows = trace.as_dict()["rows"]
+    rows = run_report.as_dict()["rows"]
     counted = [[0, 0.0] for _ in rows]
     for row, calls, milliseconds in (cell for window in windows for cell in window["cells"]):
         counted[row][0] += calls
@@ -67,14 +67,14 @@ def test_without_times_equal_model_calls_share_a_window() -> None:
 
 
 def test_a_row_that_never_ran_is_counted_by_nobody() -> None:
-    trace = RunReport(mode="full")
-    trace.row("self", "0", "sage_attn", "default", "none", None, None)  # planned, then its kernel failed
-    ran = trace.row("self", "0", "torch_sdpa", "default", "none", "failed", None)
+    run_report = RunReport(mode="full")
+    run_report.row("self", "0", "sage_attn", "default", "none", None, None)  # planned, then its kernel failed
+    ran = run_report.row("self", "0", "torch_sdpa", "default", "none", "failed", None)
     ran.calls = ran.launches = 1
     ran.took(2.0)
-    trace.end_of_model_call(DeviceClock("cpu"))
-    assert trace.as_dict()["rows"][0]["backend"] == "torch_sdpa"
-    assert trace.windows()[0]["cells"] == [[0, 1, 2.0]]
+    run_report.end_of_model_call(DeviceClock("cpu"))
+    assert run_report.as_dict()["rows"][0]["backend"] == "torch_sdpa"
+    assert run_report.windows()[0]["cells"] == [[0, 1, 2.0]]
 
 
 class Meanwhile:
@@ -82,31 +82,33 @@ class Meanwhile:
 
     launches = timed = nanoseconds = 0
 
-    def __init__(self, trace: RunReport) -> None:
-        self.trace = trace
+    def __init__(self, run_report: RunReport) -> None:
+        self.run_report = run_report
 
     @property
     def calls(self) -> int:
-        self.trace.row("self", f"of another device, {len(self.trace.rows)}", "torch_sdpa", "", "none", None, None)
+        self.run_report.row(
+            "self", f"of another device, {len(self.run_report.rows)}", "torch_sdpa", "", "none", None, None
+        )
         return 0
 
 
 def test_another_device_may_make_rows_while_a_model_call_ends() -> None:
     """ComfyUI runs several GPUs in a thread each, and they share the account of the run."""
-    trace = RunReport(mode="full")
-    trace.rows["self", "0", "torch_sdpa", "none", None, ""] = Meanwhile(trace)
-    rows_of(trace)
-    trace.end_of_model_call(DeviceClock("cpu"))
-    assert len(trace.rows) == 6
-    assert trace.timeline.model_calls == 1
+    run_report = RunReport(mode="full")
+    run_report.rows["self", "0", "torch_sdpa", "none", None, ""] = Meanwhile(run_report)
+    rows_of(run_report)
+    run_report.end_of_model_call(DeviceClock("cpu"))
+    assert len(run_report.rows) == 6
+    assert run_report.timeline.model_calls == 1
 
 
 def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() -> None:
     """Each model call takes 1 ms more than the one before; the device is two of them behind, then comes to rest."""
-    gpu, trace = Gpu(), RunReport(mode="full")
+    gpu, run_report = Gpu(), RunReport(mode="full")
     clock = gpu.clock()
-    trace.clocks.append(clock)
-    row = rows_of(trace, 1)[0]
+    run_report.clocks.append(clock)
+    row = rows_of(run_report, 1)[0]
     for number in range(1, 6):
         token = clock.start()
         gpu.work(number)
@@ -114,52 +116,52 @@ def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() 
         row.calls += 1
         row.launches += 1
         gpu.done = sum(range(number - 1))
-        trace.end_of_model_call(clock)
+        run_report.end_of_model_call(clock)
     assert gpu.synchronised == 0
-    assert [window["cells"][0][2] for window in trace.windows()] == [1.0, 2.0, 3.0, None]
-    assert trace.windows()[-1]["cells"] == [[0, 2, None]], "two whose times are under way"
-    assert trace.as_dict()["rows"][0]["timed"] == 3
-    trace.end_of_run()
-    assert [window["cells"] for window in trace.windows()] == [[[0, 1, float(number)]] for number in range(1, 6)]
-    assert trace.as_dict()["rows"][0]["ms"] == 15.0
+    assert [window["cells"][0][2] for window in run_report.windows()] == [1.0, 2.0, 3.0, None]
+    assert run_report.windows()[-1]["cells"] == [[0, 2, None]], "two whose times are under way"
+    assert run_report.as_dict()["rows"][0]["timed"] == 3
+    run_report.end_of_run()
+    assert [window["cells"] for window in run_report.windows()] == [[[0, 1, float(number)]] for number in range(1, 6)]
+    assert run_report.as_dict()["rows"][0]["ms"] == 15.0
 
 
 def test_a_row_of_which_some_calls_were_timed_says_how_many() -> None:
-    trace = RunReport(mode="full")
-    row = rows_of(trace, 1)[0]
+    run_report = RunReport(mode="full")
+    row = rows_of(run_report, 1)[0]
     row.calls, row.launches = 30, 60  # a mask divides each call into two
     for _ in range(20):
         row.took(1.5)
-    told = trace.as_dict()["rows"][0]
+    told = run_report.as_dict()["rows"][0]
     assert (told["timed"], told["ms"]) == (10, 90.0)
 
 
 def test_each_window_has_its_steps() -> None:
     """A sampler that calls the model twice per step, the second time between two sigmas."""
-    trace = RunReport(mode="full")
-    row = rows_of(trace, 1)[0]
+    run_report = RunReport(mode="full")
+    row = rows_of(run_report, 1)[0]
     for step in range(10):
         for sigma in (SIGMAS[step], (SIGMAS[step] + SIGMAS[step + 1]) / 2):
             row.calls += 1
             row.launches += 1
             row.took(1.0)
-            trace.end_of_model_call(DeviceClock("cpu"), None, sigma.repeat(2), SIGMAS)
-    windows = trace.windows()
+            run_report.end_of_model_call(DeviceClock("cpu"), None, sigma.repeat(2), SIGMAS)
+    windows = run_report.windows()
     assert [window["steps"] for window in windows] == [[step, step] for step in range(10) for _ in range(2)]
-    trace.end_of_model_call(DeviceClock("cpu"))  # and a model call outside any sampler
-    assert trace.windows()[-1]["steps"] is None
+    run_report.end_of_model_call(DeviceClock("cpu"))  # and a model call outside any sampler
+    assert run_report.windows()[-1]["steps"] is None
 
 
 def test_long_windows_have_more_than_one_step() -> None:
-    trace = RunReport(mode="full")
-    row = rows_of(trace, 1)[0]
+    run_report = RunReport(mode="full")
+    row = rows_of(run_report, 1)[0]
     schedule = torch.linspace(1.0, 0.0, 201)
     for sigma in schedule[:-1]:
         row.calls += 1
         row.launches += 1
         row.took(1.0)  # else they would become one window
-        trace.end_of_model_call(DeviceClock("cpu"), None, sigma[None], schedule)
-    steps = [step for window in trace.windows() for step in window["steps"]]
+        run_report.end_of_model_call(DeviceClock("cpu"), None, sigma[None], schedule)
+    steps = [step for window in run_report.windows() for step in window["steps"]]
     assert (steps[0], steps[-1]) == (0, 199)
     assert steps[2::2] == [step + 1 for step in steps[1:-1:2]]
 
@@ -171,10 +173,10 @@ def test_a_step_that_cannot_be_told_costs_no_run(sigma: object, monkeypatch: pyt
 
     if isinstance(sigma, torch.Tensor):
         monkeypatch.setitem(Steps.add.__globals__, "on_host", no_memory)
-    trace = RunReport()
-    trace.end_of_model_call(None, None, sigma, SIGMAS)
-    assert trace.timeline.model_calls == 1
-    assert trace.timeline.steps.between(1, 1) is None
+    run_report = RunReport()
+    run_report.end_of_model_call(None, None, sigma, SIGMAS)
+    assert run_report.timeline.model_calls == 1
+    assert run_report.timeline.steps.between(1, 1) is None
 
 
 def test_a_sigma_that_cannot_be_copied_ahead_is_not_read_inside_a_run() -> None:
@@ -188,10 +190,10 @@ def test_a_sigma_that_cannot_be_copied_ahead_is_not_read_inside_a_run() -> None:
 @pytest.mark.gpu
 def test_on_a_card_sigmas_are_read_without_waiting() -> None:
     """The last sigma is given while much work waits before it; its step is known when the work is done."""
-    trace = RunReport(mode="full")
-    clock = trace.new_clock("cuda")
+    run_report = RunReport(mode="full")
+    clock = run_report.new_clock("cuda")
     schedule, matrix = SIGMAS.to(device="cuda"), torch.randn(4096, 4096, device="cuda")
-    row = rows_of(trace, 1)[0]
+    row = rows_of(run_report, 1)[0]
     torch.cuda.synchronize()
     with torch.inference_mode():
         for step in range(10):
@@ -201,18 +203,18 @@ def test_on_a_card_sigmas_are_read_without_waiting() -> None:
             clock.stop(token, row.took)
             row.calls += 1
             row.launches += 1
-            trace.end_of_model_call(clock, matrix.device, schedule[step] * torch.ones(2, device="cuda"), schedule)
-        assert trace.windows()[-1]["steps"] != [9, 9], "it waited"
+            run_report.end_of_model_call(clock, matrix.device, schedule[step] * torch.ones(2, device="cuda"), schedule)
+        assert run_report.windows()[-1]["steps"] != [9, 9], "it waited"
         torch.cuda.synchronize()
-    trace.end_of_run()
-    assert [window["steps"] for window in trace.windows()] == [[step, step] for step in range(10)]
-    assert all(window["cells"][0][2] > 0 for window in trace.windows())
+    run_report.end_of_run()
+    assert [window["steps"] for window in run_report.windows()] == [[step, step] for step in range(10)]
+    assert all(window["cells"][0][2] > 0 for window in run_report.windows())
 
 
 def test_the_end_of_a_model_call_makes_no_call_for_each_row() -> None:
     """Calls and not seconds; what they take is in benchmarks/."""
-    trace = RunReport(mode="full")
-    rows, clock = rows_of(trace, 200), DeviceClock("cpu")
+    run_report = RunReport(mode="full")
+    rows, clock = rows_of(run_report, 200), DeviceClock("cpu")
     for row in rows:
         row.calls += 1
         row.launches += 1
@@ -225,7 +227,7 @@ def test_the_end_of_a_model_call_makes_no_call_for_each_row() -> None:
 
     sys.setprofile(count)
     try:
-        trace.end_of_model_call(clock, None, SIGMAS[:2], SIGMAS)
+        run_report.end_of_model_call(clock, None, SIGMAS[:2], SIGMAS)
     finally:
         sys.setprofile(None)
     assert calls < len(rows) / 4

@@ -81,7 +81,7 @@ def test_an_error_is_judged_the_same_under_any_id_and_by_all(
         call = call_for(AttentionRequest(1, 4, 130, 200, 64, "bfloat16"))
         plan = session.plan(call.request(), "self", "self")
         session.run(plan, copied(call))
-        (row,) = session.trace.rows.values()
+        (row,) = session.run_report.rows.values()
         assert (row.backend, row.guard.checked) == (backend_id, 1)
         assert (row.guard.alarms == 0) is good, f"guard: {row.guard}"
         assert (row.guard.relative_l2_limit, row.guard.row_error_limit) == TOLERANCES[arithmetic]

@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def tuning(session: Session) -> dict[str, Any]:
-    found: Any = session.trace.as_dict()["tuning"]
+    found: Any = session.run_report.as_dict()["tuning"]
     return found
 
 
@@ -192,7 +192,7 @@ def test_calls_under_a_millisecond_are_not_tuned(store: Store, snapshot: Snapsho
     assert ran(session) == {INCUMBENT: 240}
     assert store.entries() == []
     assert tuning(session)["not_tuned"] == 1
-    sources = {row.source for row in session.trace.rows.values() if row.calls}
+    sources = {row.source for row in session.run_report.rows.values() if row.calls}
     assert sources == snapshot
 
 
@@ -205,7 +205,7 @@ def test_the_incumbent_stays_unless_another_is_over_2_percent_faster(store: Stor
         if winner != INCUMBENT
         else "3 ms, none is faster, 2 candidates"
     )
-    assert f"node.default: measured ({said})" in {row.source for row in session.trace.rows.values()}
+    assert f"node.default: measured ({said})" in {row.source for row in session.run_report.rows.values()}
 
 
 def worse(call: AttentionCall) -> torch.Tensor:
@@ -322,7 +322,7 @@ def test_the_chosen_lossy_kernel_is_watched_as_usual(store: Store) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0), accuracy="quantized", guard="watch", others=[lossy])
     machine.run(small_call())
     session = machine.run(small_call(), blocks=3)
-    found: Any = session.trace.as_dict()["guard"]
+    found: Any = session.run_report.as_dict()["guard"]
     assert [entry["checked"] for entry in found] == [1, 1, 1]
 
 
@@ -361,7 +361,7 @@ def test_a_run_that_is_too_short_is_finished_by_later_ones(store: Store) -> None
     assert states[0] == "tuning"
     assert states[-1] == "measured"
     assert only_entry(store)["winner"] == "sdpa_math"
-    assert session.trace.notes == {}
+    assert session.run_report.notes == {}
 
 
 def test_the_account_counts_what_ran(store: Store, snapshot: SnapshotAssertion) -> None:
@@ -369,8 +369,8 @@ def test_the_account_counts_what_ran(store: Store, snapshot: SnapshotAssertion) 
     machine = Machine(store, {name: noisy(3 + at, source) for at, name in enumerate((INCUMBENT, *NAMES[:3]))})
     session = machine.run(small_call())
     assert ran(session) == {name: backend.calls for name, backend in machine.backends.items()}
-    assert list(session.trace.notes) == snapshot
-    audit: Any = session.trace.as_dict()["audit"]
+    assert list(session.run_report.notes) == snapshot
+    audit: Any = session.run_report.as_dict()["audit"]
     assert [(finding["asked"], finding["source"], finding["verdict"]) for finding in audit] == [
         ("measured", "node.default", "as asked")
     ]
@@ -394,7 +394,7 @@ def test_a_winner_that_cannot_run_another_length_of_the_bucket_gives_way(
     other = machine.run(small_call(39))  # 37 to 40 are one bucket
     assert len(store.entries()) == 1
     assert ran(other) == {INCUMBENT: 240}
-    (said,) = {row.source for row in other.trace.rows.values()}
+    (said,) = {row.source for row in other.run_report.rows.values()}
     assert said == snapshot
     assert ran(machine.run(small_call(38))) == {"sdpa_math": 240}
 
@@ -430,7 +430,7 @@ def test_kernels_that_a_route_avoids_are_no_candidates(
     monkeypatch.setattr(machine.backends["flex_attn"], "avoid_reasons", lambda request, platform: ["compiles"])
     session = machine.run(small_call())
     assert ran(session) == {INCUMBENT: 240}
-    (source,) = {row.source for row in session.trace.rows.values()}
+    (source,) = {row.source for row in session.run_report.rows.values()}
     assert source == snapshot
 
 
@@ -456,7 +456,7 @@ def test_without_a_tuner_measured_is_auto_and_says_so() -> None:
     session = Session(machine.router, machine.layers)
     plan = session.plan(small_call().request(), "self", "self")
     assert plan.decision.backend == INCUMBENT
-    assert list(session.trace.notes) == [NOTHING_MEASURES]
+    assert list(session.run_report.notes) == [NOTHING_MEASURES]
 
 
 def test_parts_of_a_mask_are_measured_one_by_one(store: Store) -> None:

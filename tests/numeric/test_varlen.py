@@ -18,7 +18,7 @@ from attention_backends.backends.context import Asked, CallSession  # noqa: E402
 from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.engine.sub_calls import calls_of, plan_parts, run_parts  # noqa: E402
+from attention_backends.backends.engine.sub_calls import calls_of, plan_sub_calls, run_sub_calls  # noqa: E402
 from attention_backends.backends.kernels.support.layout import Elements  # noqa: E402
 from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
@@ -69,12 +69,12 @@ def run(router: Router, backend: str, call: AttentionCall, config: str = "") -> 
     session = Session(router, (parse_config(config or backend, "test"),))
     mask_plan = inspect(call.attn_mask, call.key.shape[2])
     calls = calls_of(session, mask_plan, call, backend)
-    parts = plan_parts(
+    parts = plan_sub_calls(
         session, mask_plan, call, calls, lambda part, words: session.plan(part.request(), "self", "self", mask=words)
     )
     arithmetic.CALLS.clear()
-    run_parts(session, parts, mask_plan, call)
-    return run_parts(session, parts, mask_plan, call), session
+    run_sub_calls(session, parts, mask_plan, call)
+    return run_sub_calls(session, parts, mask_plan, call), session
 
 
 def masked(call: AttentionCall, visible: torch.Tensor) -> AttentionCall:
@@ -112,9 +112,9 @@ def test_random_lengths_are_one_call_and_equal_sdpa_with_the_mask(
         assert output.shape == call.query.shape
         assert error(output, truth(call)).within(allowed(call, arithmetic_class)), (number, facts.describe())
         assert arithmetic.CALLS.count(function) == 2, arithmetic.CALLS
-        (row,) = (row for row in session.trace.rows.values() if row.calls)
+        (row,) = (row for row in session.run_report.rows.values() if row.calls)
         assert (row.backend, row.mask, row.calls) == (backend, "key_padding, per sample, varlen", 2)
-        assert not session.trace.notes
+        assert not session.run_report.notes
 
 
 FLASH = ("flash-attn==2.8.3", (8, 6))
@@ -127,7 +127,7 @@ def lengths_call(*counts: int, **changes: object) -> AttentionCall:
 
 
 def rows_of(session: Session) -> list[tuple[str, str, int]]:
-    return [(row.backend, row.mask, row.calls) for row in session.trace.rows.values() if row.calls]
+    return [(row.backend, row.mask, row.calls) for row in session.run_report.rows.values() if row.calls]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -230,7 +230,7 @@ def test_one_that_fails_gives_way_to_a_call_each_once(
     output, session = run(router_on(monkeypatch, *FLASH), "flash_attn_2", call, "backend=flash_attn_2 strict=true")
     assert " ".join(arithmetic.CALLS) == "broken" + " flash_attn_func" * 4
     assert error(output, truth(call)).within(allowed(call, "exact"))
-    assert list(session.trace.notes) == snapshot
+    assert list(session.run_report.notes) == snapshot
 
 
 @pytest.mark.parametrize(

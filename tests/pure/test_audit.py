@@ -21,69 +21,71 @@ CALL = parse_request("num_heads=8,q_len=4096,kv_len=77,head_dim=64,dtype=float32
 
 def traced(config: Any, *rows: tuple[Any, ...], categories: dict[str, str] | None = None) -> RunReport:
     """A trace under `config` with rows of (role, backend, asked, reason, calls)."""
-    trace = RunReport(layers=(parse_config(config, "node"),), categories=categories or {row[0]: row[0] for row in rows})
+    run_report = RunReport(
+        layers=(parse_config(config, "node"),), categories=categories or {row[0]: row[0] for row in rows}
+    )
     for number, (role, backend, asked, reason, calls) in enumerate(rows):
         source = "platform route" if asked is None else "node.default"
-        trace.row(role, str(number), backend, source, "none", reason, asked).calls = calls
-    return trace
+        run_report.row(role, str(number), backend, source, "none", reason, asked).calls = calls
+    return run_report
 
 
-def verdicts(trace: RunReport) -> dict[str, str]:
-    return {finding.role: finding.verdict for finding in asked_and_ran(trace)}
+def verdicts(run_report: RunReport) -> dict[str, str]:
+    return {finding.role: finding.verdict for finding in asked_and_ran(run_report)}
 
 
-def said(trace: RunReport) -> str:
-    return line(finding.as_dict() for finding in asked_and_ran(trace))
+def said(run_report: RunReport) -> str:
+    return line(finding.as_dict() for finding in asked_and_ran(run_report))
 
 
 def test_as_asked_and_explained_in_one_line(snapshot: SnapshotAssertion) -> None:
-    trace = traced(
+    run_report = traced(
         {"default": "cudnn_attn", "per_role": {"cross": "sage_attn"}},
         ("self", "cudnn_attn", "cudnn_attn", None, 40),
         ("cross", "torch_sdpa", "sage_attn", "sage_attn: kv_len 77 is not a multiple of 64", 40),
     )
-    assert verdicts(trace) == {"self": "as asked", "cross": "explained"}
-    assert said(trace) == snapshot
-    assert unexplained(asked_and_ran(trace)) is None
+    assert verdicts(run_report) == {"self": "as asked", "cross": "explained"}
+    assert said(run_report) == snapshot
+    assert unexplained(asked_and_ran(run_report)) is None
 
 
 def test_blocks_that_ran_in_different_ways_are_counted(snapshot: SnapshotAssertion) -> None:
-    trace = traced(
+    run_report = traced(
         "sage_attn",
         ("self", "sage_attn", "sage_attn", None, 30),
         ("self", "torch_sdpa", "sage_attn", "sage_attn: failed: RuntimeError: no", 8),
         ("self", "sdpa_math", "sage_attn", "sage_attn: failed: RuntimeError: no", 2),
     )
-    (finding,) = asked_and_ran(trace)
+    (finding,) = asked_and_ran(run_report)
     assert finding.ran == {"sage_attn": 30, "torch_sdpa": 8, "sdpa_math": 2}
     assert finding.reasons == ("sage_attn: failed: RuntimeError: no",)
-    assert said(trace) == snapshot
+    assert said(run_report) == snapshot
 
 
 def test_auto_is_always_as_asked_and_rows_without_calls_count_for_nothing(snapshot: SnapshotAssertion) -> None:
-    trace = traced("auto", ("self", "flash_attn", None, None, 4), ("cross", "torch_sdpa", None, None, 0))
-    assert verdicts(trace) == {"self": "as asked"}
-    assert said(trace) == snapshot
+    run_report = traced("auto", ("self", "flash_attn", None, None, 4), ("cross", "torch_sdpa", None, None, 0))
+    assert verdicts(run_report) == {"self": "as asked"}
+    assert said(run_report) == snapshot
     assert said(RunReport()) == "Asked and ran: nothing"
 
 
 @pytest.mark.parametrize("asked", ["cudnn_attn", None], ids=["no reason", "the wish itself was lost"])
 def test_a_divergence_without_a_reason_is_unexplained(asked: str | None, snapshot: SnapshotAssertion) -> None:
-    trace = traced("cudnn_attn", ("self", "torch_sdpa", asked, None, 3))
-    assert verdicts(trace) == {"self": "unexplained"}
-    assert said(trace) == snapshot
-    text = unexplained(asked_and_ran(trace))
+    run_report = traced("cudnn_attn", ("self", "torch_sdpa", asked, None, 3))
+    assert verdicts(run_report) == {"self": "unexplained"}
+    assert said(run_report) == snapshot
+    text = unexplained(asked_and_ran(run_report))
     assert text is not None
     assert text == snapshot
 
 
 def test_one_reason_does_not_explain_another_block() -> None:
-    trace = traced(
+    run_report = traced(
         "sage_attn",
         ("self", "torch_sdpa", "sage_attn", "sage_attn: head_dim 160 > 128", 3),
         ("self", "sdpa_math", "sage_attn", None, 1),
     )
-    assert verdicts(trace) == {"self": "unexplained"}
+    assert verdicts(run_report) == {"self": "unexplained"}
 
 
 def test_a_role_is_found_by_its_category(snapshot: SnapshotAssertion) -> None:
@@ -95,8 +97,8 @@ def test_a_role_is_found_by_its_category(snapshot: SnapshotAssertion) -> None:
         ("ltx2.audio_to_video", "sdpa_math", "sdpa_math", None, 2),
         ("flux.single", "sdpa_math", "sdpa_math", None, 2),
     )
-    trace = traced(config, *rows, categories={"ltx2.audio_to_video": "cross", "flux.single": "joint"})
-    found = {finding.role: finding for finding in asked_and_ran(trace)}
+    run_report = traced(config, *rows, categories={"ltx2.audio_to_video": "cross", "flux.single": "joint"})
+    found = {finding.role: finding for finding in asked_and_ran(run_report)}
     assert {role: finding.verdict for role, finding in found.items()} == {
         "ltx2.audio_to_video": "as asked",
         "flux.single": "as asked",  # joint, which falls in category self
@@ -105,36 +107,36 @@ def test_a_role_is_found_by_its_category(snapshot: SnapshotAssertion) -> None:
     never = found["wan.image_cross"]
     assert never.source == "node.per_role['wan.image_cross']"
     assert never.reasons == snapshot
-    assert said(trace) == snapshot
+    assert said(run_report) == snapshot
     assert unexplained(found.values()) is None
 
 
 def test_a_role_without_calls_is_not_missing_where_others_ran_unseen() -> None:
     config = {"per_role": {"self": "cudnn_attn", "cross": "sage_attn"}}
-    trace = traced(config, ("self", "cudnn_attn", "cudnn_attn", None, 40))
-    assert verdicts(trace) == {"self": "as asked", "cross": "role never called"}
-    trace.unseen["A node"] = None
-    assert verdicts(trace) == {"self": "as asked", "cross": "not reached"}
-    (_, cross) = asked_and_ran(trace)
-    assert cross.reasons == (of_trace(trace).cause,)
-    assert (of_trace(trace).kind, of_trace(trace).cause.startswith("A node ")) == ("partly", True)
+    run_report = traced(config, ("self", "cudnn_attn", "cudnn_attn", None, 40))
+    assert verdicts(run_report) == {"self": "as asked", "cross": "role never called"}
+    run_report.unseen["A node"] = None
+    assert verdicts(run_report) == {"self": "as asked", "cross": "not reached"}
+    (_, cross) = asked_and_ran(run_report)
+    assert cross.reasons == (of_trace(run_report).cause,)
+    assert (of_trace(run_report).kind, of_trace(run_report).cause.startswith("A node ")) == ("partly", True)
 
 
 def test_self_from_a_text_was_never_called_where_there_is_joint_attention_only(snapshot: SnapshotAssertion) -> None:
     rows = [("flux.single", "torch_sdpa", None, None, 2)]
-    trace = traced({"per_role": {"self": "sdpa_math"}}, *rows, categories={"flux.single": "joint"})
-    auto, never = asked_and_ran(trace)
+    run_report = traced({"per_role": {"self": "sdpa_math"}}, *rows, categories={"flux.single": "joint"})
+    auto, never = asked_and_ran(run_report)
     assert (auto.asked, auto.verdict) == ("auto", "as asked")
     assert (never.role, never.verdict) == ("self", "role never called")
     assert never.reasons == snapshot
 
 
 def test_a_role_that_something_else_answered_needs_a_note(snapshot: SnapshotAssertion) -> None:
-    trace = traced("sdpa_math", categories={"self": "self"})
-    assert verdicts(trace) == {"self": "unexplained"}
-    trace.note("another pack's override (theirs) computed attention of role self by itself")
-    assert verdicts(trace) == {"self": "explained"}
-    assert said(trace) == snapshot
+    run_report = traced("sdpa_math", categories={"self": "self"})
+    assert verdicts(run_report) == {"self": "unexplained"}
+    run_report.note("another pack's override (theirs) computed attention of role self by itself")
+    assert verdicts(run_report) == {"self": "explained"}
+    assert said(run_report) == snapshot
 
 
 def test_stages_are_merged_with_the_worst_verdict() -> None:
@@ -142,7 +144,7 @@ def test_stages_are_merged_with_the_worst_verdict() -> None:
     as_asked = traced("sage_attn", ("self", "sage_attn", "sage_attn", None, 5))
     never = traced({"per_role": {"cross": "sdpa_math"}}, ("self", "torch_sdpa", None, None, 1))
     called = traced({"per_role": {"cross": "sdpa_math"}}, ("cross", "sdpa_math", "sdpa_math", None, 7))
-    audits = [trace.as_dict()["audit"] for trace in (explained, as_asked, never, called)]
+    audits = [run_report.as_dict()["audit"] for run_report in (explained, as_asked, never, called)]
     before = str(audits)
     found = merged(audits)  # type: ignore[arg-type]
     assert [(row["role"], row["asked"], row["ran"], row["verdict"], row["reasons"]) for row in found] == [
@@ -154,8 +156,8 @@ def test_stages_are_merged_with_the_worst_verdict() -> None:
 
 
 def test_it_is_part_of_the_account() -> None:
-    trace = traced("cudnn_attn", ("self", "cudnn_attn", "cudnn_attn", None, 4))
-    assert trace.as_dict()["audit"] == [
+    run_report = traced("cudnn_attn", ("self", "cudnn_attn", "cudnn_attn", None, 4))
+    assert run_report.as_dict()["audit"] == [
         {
             "role": "self",
             "asked": "cudnn_attn",
@@ -175,10 +177,10 @@ def test_it_is_part_of_the_account() -> None:
 )
 @pytest.mark.parametrize("change", [{}, {"mask": "bias"}, {"exact_only": True}, {"head_dim": 100}], ids=str)
 def test_the_router_explains_every_divergence_of_its_own(machine: str, name: str, change: dict[str, Any]) -> None:
-    trace = RunReport(layers=(parse_config(name, "node"),), categories={"self": "self"})
-    decision = Router(parse_platform(machine)).decide(CALL._replace(**change), trace.layers, "self", "self")
-    trace.row("self", "", decision.backend, decision.source, "none", decision.reason, decision.asked).calls = 1
-    assert verdicts(trace)["self"] == ("explained" if decision.backend != name != "auto" else "as asked")
+    run_report = RunReport(layers=(parse_config(name, "node"),), categories={"self": "self"})
+    decision = Router(parse_platform(machine)).decide(CALL._replace(**change), run_report.layers, "self", "self")
+    run_report.row("self", "", decision.backend, decision.source, "none", decision.reason, decision.asked).calls = 1
+    assert verdicts(run_report)["self"] == ("explained" if decision.backend != name != "auto" else "as asked")
 
 
 # At the end of a run in ComfyUI
@@ -200,7 +202,7 @@ def hook() -> Any:
 def run_of(hook: Any, ours: Any, published: list[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """One sampling run of a stand-in Wan's self-attention; its account goes to `published`."""
     add = hook.wrappers.runs.add
-    monkeypatch.setattr(hook.wrappers.runs, "add", lambda trace: (published.append(trace), add(trace)))
+    monkeypatch.setattr(hook.wrappers.runs, "add", lambda run_report: (published.append(run_report), add(run_report)))
     model = hook.stand_in(["WanModel"], hook.PLACES)
     options = {hook.sampling.KEY: ours, hook.sampling.OVERRIDE: ours}
 
@@ -229,9 +231,9 @@ def test_a_strict_run_ends_with_an_error_and_its_account_is_there(
     with pytest.raises(UnexplainedError) as caught:
         run_of(hook, hook.override("reference", strict=True), published, monkeypatch)
     assert str(caught.value) == snapshot
-    (trace,) = published
-    assert trace.as_dict()["audit"][0]["verdict"] == "unexplained"
-    assert not any("did not finish" in note for note in trace.notes)
+    (run_report,) = published
+    assert run_report.as_dict()["audit"][0]["verdict"] == "unexplained"
+    assert not any("did not finish" in note for note in run_report.notes)
 
 
 def test_a_run_that_is_not_strict_shows_it_and_goes_on(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +257,9 @@ def test_a_session_by_itself_knows_what_was_asked() -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     session = Session(Router(Platform("cpu", torch="2.11.0")), (parse_config("cudnn", "node"),))
     session.plan(CALL, "ltx2.audio_to_video", "cross").row.calls += 1
-    (finding,) = asked_and_ran(session.trace)
+    (finding,) = asked_and_ran(session.run_report)
     assert (finding.asked, finding.verdict) == ("cudnn_attn", "explained")
-    assert session.trace.categories == {"ltx2.audio_to_video": "cross"}
+    assert session.run_report.categories == {"ltx2.audio_to_video": "cross"}
 
 
 @pytest.mark.comfy

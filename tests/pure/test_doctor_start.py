@@ -68,11 +68,11 @@ def _import_all(*first: str, **environ: str) -> dict[str, Any]:
 
 def test_no_optional_package_and_no_torch_is_imported_by_importing_the_pack(tmp_path: Path) -> None:
     # Each is there, leaves a trace and raises, so that what imports one inside a `try` is seen too.
-    trace = tmp_path / "imported"
+    run_report = tmp_path / "imported"
     for name in _optional() | {"torch"}:
-        (tmp_path / f"{name}.py").write_text(f"open({str(trace)!r}, 'a').write('{name} ')\nraise ImportError")
+        (tmp_path / f"{name}.py").write_text(f"open({str(run_report)!r}, 'a').write('{name} ')\nraise ImportError")
     assert "attention_backends" in _import_all(PYTHONPATH=str(tmp_path))["tops"]
-    assert not trace.exists(), trace.read_text()
+    assert not run_report.exists(), run_report.read_text()
 
 
 def test_importing_the_pack_takes_little_beside_torch() -> None:

@@ -292,7 +292,7 @@ def test_the_note_is_in_the_account_once_and_in_explain(
     session = Session(router)
     for q_len in (8, 16, 24):
         session.plan(CALL._replace(q_len=q_len), f"role{q_len}", "self", choice=Choice("reference", "test"))
-    assert session.trace.notes == {"reference: slow here": 1}
+    assert session.run_report.notes == {"reference: slow here": 1}
     words = ["explain", "--config", "flex", "--platform", "cuda:9.0,packages=triton==3.6.0"]
     assert cli.main(words) == 0
     assert next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Note: flex_attn")) == snapshot

@@ -453,7 +453,7 @@ def test_outside_comfyui_a_schedule_over_time_says_that_it_has_no_effect(snapsho
     session = Session(Router(detect(torch.device("cpu"))), layers)
     assert session.plan(request, "self", "self").decision.asked == "torch_sdpa"
     assert session.plan(request, "cross", "cross").decision.asked == "sdpa_flash"
-    assert list(session.trace.notes) == snapshot
+    assert list(session.run_report.notes) == snapshot
 
 
 def test_explain_names_the_windows_that_it_cannot_place(

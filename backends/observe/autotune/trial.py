@@ -148,7 +148,7 @@ class Trial:
             self._refused.add(name)
             return False
         decision = replace(usual, backend=name, rejected=())
-        mine = session.trace.row(row.role, row.block, name, decision.source, row.mask, None, decision.asked)
+        mine = session.run_report.row(row.role, row.block, name, decision.source, row.mask, None, decision.asked)
         mine.member = session.router.backends[name].member(plan.request, session.router.platform)
         kernel = for_scale(session._kernel(decision), plan.request.scale)
         if session.device_clock is not None:
@@ -167,15 +167,15 @@ class Trial:
         row = plan.row
         if self._is_refused():
             return
-        tuner.session.trace.tuning.kinds[race.place[2]] = NOT_TUNED if race.entry is None else DECIDED
+        tuner.session.run_report.tuning.kinds[race.place[2]] = NOT_TUNED if race.entry is None else DECIDED
         backend, words = plan.decision.backend, str(race.ended)
         if race.entry is not None:
             backend, words = tuner.found(race.entry, plan.request, backend)
         final = tuner.plain(plan.request, self._decision, backend, words, row.role, row.block, row.mask)
         plan.become(final)
-        ledger = tuner.session.trace.ledger
-        if ledger is not None:
-            ledger.changed(plan, tuner.session.router)
+        recorder = tuner.session.run_report.recorder
+        if recorder is not None:
+            recorder.changed(plan, tuner.session.router)
 
 
 def failure(error: Exception) -> str:

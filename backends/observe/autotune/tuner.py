@@ -101,16 +101,16 @@ class Tuner:
             for race in self._races:
                 race.forget_waiting()
         self._races.clear()
-        trace = self.session.trace
-        for row in list(trace.rows.values()):
+        run_report = self.session.run_report
+        for row in list(run_report.rows.values()):
             if row.asked == MEASURED and row.guard is not None and row.guard.first_alarm:
                 names, alarm = self._names(row.role), f"guard: {row.guard.first_alarm}"
                 self._dismiss(row.backend, lambda key, names=names: key.role in names, alarm)  # type: ignore[misc]
         self.store.flush()
-        if text := trace.tuning.note():
-            trace.note(text)
-            if trace.ledger is not None:
-                trace.ledger.not_repeated[f"{text}: some calls ran other kernels, to be timed"] = None
+        if text := run_report.tuning.note():
+            run_report.note(text)
+            if run_report.recorder is not None:
+                run_report.recorder.not_repeated[f"{text}: some calls ran other kernels, to be timed"] = None
 
     def is_trying(self, plan: Plan) -> bool:
         """Whether calls of this plan are measured."""
@@ -130,7 +130,7 @@ class Tuner:
             accuracy = "exact"
 
         def plain(backend: str, state: str, words: str) -> Plan:
-            session.trace.tuning.kinds[key] = state
+            session.run_report.tuning.kinds[key] = state
             return self.plain(request, decision, backend, words, role, block, mask)
 
         incumbent, *others = self.candidates(request, decision.backend, accuracy)
@@ -246,7 +246,7 @@ class Tuner:
 
     def _names(self, role: str) -> set[str]:
         """The roles under which the store may have calls of a role."""
-        return {role, self.session.trace.categories.get(role, role)}
+        return {role, self.session.run_report.categories.get(role, role)}
 
     def _dismiss(self, winner: str, concerns: Callable[[TuningKey], bool], reason: str) -> None:
         """Have the next best one win wherever this one did."""

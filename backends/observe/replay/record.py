@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 _NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,5})")
 
 
-def of_run(trace: RunReport) -> dict[str, Any] | None:
+def of_run(run_report: RunReport) -> dict[str, Any] | None:
     """One sampling run as plain data; None where its decisions were not kept."""
-    ledger = trace.ledger
-    if not isinstance(ledger, RunRecorder):
+    recorder = run_report.recorder
+    if not isinstance(recorder, RunRecorder):
         return None
-    found = _decisions(ledger)
+    found = _decisions(recorder)
     used = {ran["backend"] for decision in found for ran in decision["ran"]}
-    alarms = [row.guard for row in trace.rows.values() if row.guard is not None and row.guard.alarms]
+    alarms = [row.guard for row in run_report.rows.values() if row.guard is not None and row.guard.alarms]
     return {
-        "node_id": trace.node_id,
-        "model": trace.model,
-        "steps": trace.steps,
-        "model_calls": trace.timeline.model_calls,
-        "machine": machine_of(next(iter(ledger.platforms)), used) if ledger.platforms else {},
-        "settings": settings_of(trace.layers)._asdict(),
-        "steady": not ledger.changes and not ledger.not_repeated,
-        "changes": list(ledger.changes),
-        "not_repeated": list(ledger.not_repeated),
+        "node_id": run_report.node_id,
+        "model": run_report.model,
+        "steps": run_report.steps,
+        "model_calls": run_report.timeline.model_calls,
+        "machine": machine_of(next(iter(recorder.platforms)), used) if recorder.platforms else {},
+        "settings": settings_of(run_report.layers)._asdict(),
+        "steady": not recorder.changes and not recorder.not_repeated,
+        "changes": list(recorder.changes),
+        "not_repeated": list(recorder.not_repeated),
         "guard_alarms": sum(findings.alarms for findings in alarms),
         "first_alarm": alarms[0].first_alarm if alarms else None,
         "decisions": found,
@@ -102,11 +102,11 @@ def ranges(blocks: Iterable[str]) -> list[str]:
     return found
 
 
-def _decisions(ledger: RunRecorder) -> list[dict[str, Any]]:
+def _decisions(recorder: RunRecorder) -> list[dict[str, Any]]:
     """Blocks and kinds of call with equal decisions in one entry."""
     blocks: dict[tuple[str, AttentionRequest, str], list[str]] = {}
     ran_of: dict[str, tuple[tuple[int, Ran], ...]] = {}
-    for kind, ran in ledger.decisions():
+    for kind, ran in recorder.decisions():
         ran_of[repr(ran)] = ran
         blocks.setdefault((kind.role, kind.request, repr(ran)), []).append(kind.block)
     calls: dict[tuple[str, tuple[str, ...], str], list[AttentionRequest]] = {}
@@ -115,7 +115,7 @@ def _decisions(ledger: RunRecorder) -> list[dict[str, Any]]:
     return [
         {
             "role": role,
-            "category": ledger.categories.get(role, role),
+            "category": recorder.categories.get(role, role),
             "blocks": list(names),
             "calls": [facts_of(request) for request in requests],
             "ran": [{"from_model_call": number, **_ran(ran)} for number, ran in ran_of[ran_key]],

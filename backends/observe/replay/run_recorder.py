@@ -85,7 +85,7 @@ class RunRecorder:
         """A plan runs something else from this model call on."""
         _, place = self._plans.get(id(plan), (plan, None))
         if place is None:
-            return  # made before this ledger
+            return  # made before this recorder
         before = self._now[place][id(plan)]
         self._note(plan, place, router)
         after = self._now[place][id(plan)]
