@@ -2,10 +2,6 @@
 
 Nothing in this package imports ComfyUI, and importing it imports neither torch nor any kernel package. Programs call
 what is named here, such as `attention` and `attention_backend`.
-
-Each folder imports only those before it in this order: values, kernels, measure, config, report, guard, engine,
-observe, doctor. The files beside them import all of these. To follow a call, start at `values/request.py`, and go on
-to `engine/router.py` and `engine/session.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The ComfyUI side of the pack: nodes, the attention hook and HTTP routes. Only this package imports ComfyUI.
-
-Each folder imports only those before it in this order: history, hook, configure, report, compare, http.
-"""
+"""The ComfyUI side of the pack: nodes, the attention hook and HTTP routes. Only this package imports ComfyUI."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ several. Importing one loads neither torch nor the kernel's package.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import cache
 from importlib import import_module
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from .backend import Backend
+
+log = logging.getLogger("attention_backends")
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -62,18 +65,24 @@ MODULES: Mapping[str, str] = MappingProxyType(
 
 @cache
 def find(backend_id: str) -> Backend:
-    """The backend with this id, from its module.
+    """The backend with this id, from its module; where that cannot be loaded, a `BrokenBackend` that says why.
 
     Raises:
         KeyError: there is no such id.
-        LookupError: its module does not declare it.
     """
-    module = import_module(f"..{MODULES[backend_id]}", __package__)
-    declared: tuple[Backend, ...] = module.BACKENDS
-    for backend in declared:
-        if backend.id == backend_id:
-            return backend
-    raise LookupError(f"{MODULES[backend_id]} declares {', '.join(one.id for one in declared)}, not {backend_id}")
+    where = MODULES[backend_id]
+    try:
+        declared: tuple[Backend, ...] = import_module(f"..{where}", __package__).BACKENDS
+        for backend in declared:
+            if backend.id == backend_id:
+                return backend
+        reason = f"{where} declares {', '.join(one.id for one in declared)}, not {backend_id}"
+    except Exception as error:  # whatever a file raises: the other backends are none of its business
+        log.exception("the file of the attention backend %s cannot be loaded", backend_id)
+        reason = f"{where} cannot be loaded: {type(error).__name__}: {error}"
+    from .broken import BrokenBackend
+
+    return BrokenBackend(backend_id, reason)
 
 
 class Backends(MutableMapping[str, "Backend"]):

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from attention_backends.backends.config import names
+from attention_backends.backends.config.layers import resolve
 from attention_backends.backends.config.names import BACKEND_IDS, MENU
 from attention_backends.backends.config.systems import key_of, systems
+from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.doctor.doctor import examine
+from attention_backends.backends.doctor.install import Interpreter
+from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS, registry
 from attention_backends.backends.values.aliases import PEOPLE
+from attention_backends.backends.values.platform import Platform
+from attention_backends.backends.values.request import AttentionRequest
 
 ROOT = Path(__file__).resolve().parents[2]
+REQUEST = AttentionRequest(1, 4, 64, 64, 64, "bfloat16")
 
 EVER = """
 torch_sdpa cudnn_attn flash_attn flash_attn_2 flash_attn_3 flash_attn_4 flashinfer_attn sage_attn sage_fp16_cuda
@@ -36,7 +46,7 @@ def test_every_id_has_a_place_in_menus_and_a_new_one_the_last() -> None:
 
 def test_every_file_is_in_the_list_and_declares_what_the_list_says() -> None:
     files = {path.stem for path in (ROOT / "backends" / "kernels").glob("*.py")} - {
-        *("__init__", "registry", "backend", "group"),
+        *("__init__", "registry", "backend", "group", "broken"),
     }
     assert files == {module.rpartition(".")[2] for module in registry.MODULES.values()}
     assert list(BACKENDS) == list(registry.MODULES)
@@ -46,10 +56,32 @@ def test_every_file_is_in_the_list_and_declares_what_the_list_says() -> None:
         assert {backend.id for backend in declared} == listed, module
 
 
-def test_a_module_without_the_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MODULES", {"other_attn": "kernels.reference"})
-    with pytest.raises(LookupError, match="reference, not other_attn"):
-        registry.find("other_attn")
+@pytest.fixture
+def bad_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """Three files that are no good, each under an id that there is."""
+    bad = {"xla_flash": "kernels.no_such_file", "aiter": "kernels.reference", "npu_fusion": "values.request"}
+    forget = (registry.find, registry.looked_for, names.aliases, systems)
+    monkeypatch.setattr(registry, "MODULES", {**registry.MODULES, **bad})
+    for each in forget:
+        each.cache_clear()
+    yield bad
+    monkeypatch.undo()
+    for each in forget:
+        each.cache_clear()
+
+
+def test_a_bad_file_costs_its_own_backend_alone(bad_files: dict[str, str]) -> None:
+    router = Router(Platform("cpu"), recalls=False)
+    for backend_id, module in bad_files.items():
+        (reason,) = BACKENDS[backend_id].unavailable_reasons(Platform("cpu"))
+        assert module in reason
+        assert (
+            router.select(REQUEST, resolve((parse_config(backend_id, "test"),), "self", "self")).backend == "torch_sdpa"
+        )
+    assert len(examine(router, Interpreter("python", "cp312", "linux_x86_64"))) == len(BACKENDS)
+    assert names.canonical("pytorch") == "torch_sdpa"
+    assert registry.looked_for()
+    assert router.select(REQUEST, resolve((), "self", "self")).backend == "torch_sdpa"
     with pytest.raises(KeyError):
         registry.find("no_such_attn")
 
