@@ -1,8 +1,7 @@
 """Where a mask's plan stops to pay: how few hidden keys, and how many blocks, are worth calls of their own.
 
 The limits of the planner (`CPU_KEPT` and `MOST_BLOCKS` in backends/engine/mask_reader.py) are lifted, and SDPA with
-the mask is
-timed against the same call honoured by its plan, on both sides of them.
+the mask is timed against the same call honoured by its plan, on both sides of them.
 
 Run: python benchmarks/mask_limits.py [--device cuda] [--json FILE]   (no ComfyUI needed; about six minutes)
 """

@@ -188,7 +188,7 @@ class _Reader:
         if not name:
             raise self.fail(f"{where}.backend", "no backend")
         if isinstance(BACKENDS.get(name), BackendGroup) and member in BACKENDS:
-            name = member  # the family might take another one here
+            name = member  # the group might take another one here
         options = dict(self.mapping(ran.get("options", {}), f"{where}.options"))
         if name in BACKENDS:  # a later version's backend falls back as one that is not there
             try:

@@ -2,9 +2,8 @@
 
 Each row is a published name, the id that it means here (or None, where it is refused) and one line: for a refused
 name the true reason, for another what is different here and why. A name that means a backend is declared by that
-backend (`values/aliases.py`); the others are data here. `names.py` resolves names by these tables and
-`docs/systems.md` is
-generated from them. A name is compared without regard to case.
+backend (`values/aliases.py`); the others are data here. `names.py` resolves names by these tables, and
+`docs/systems.md` is generated from them. A name is compared without regard to case.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ _SYSTEMS: tuple[System, ...] = (
                 "auto",
                 "auto",
                 "Smart-Diffusion prefers lossy kernels (sparge, sage, then flash_attn); here auto takes exact ones "
-                "only, "
-                "unless accuracy allows more",
+                "only, unless accuracy allows more",
             ),
             Published("triton", None, f"{LISTED}, and it does not say which kernel is meant"),
             Published("flash_mla", None, f"{LISTED}; MLA is the latent attention of language models"),

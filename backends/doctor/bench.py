@@ -57,7 +57,7 @@ class KernelResult:
     peak_bytes: int | None = None
     """Most memory beyond the inputs, the output included; None where the device does not count it."""
     member: str | None = None
-    """What ran, where the backend is a family or ComfyUI's own choice."""
+    """What ran, where the backend is a group or ComfyUI's own choice."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ class Cards:
     capabilities: tuple[str, ...] | None = None
     architectures: tuple[str, ...] | None = None
     members: tuple[str, ...] = ()
-    """The members of a family, which have cards of their own."""
+    """The members of a backend group, which have cards of their own."""
 
     @property
     def text(self) -> str:
@@ -183,7 +183,7 @@ def cards_of(backend: Backend, platform: Platform) -> Cards:
 
 def _names(backend: Backend, platform: Platform, probed: Outcome | None) -> Finding:
     if isinstance(backend, BackendGroup) or backend.origin(platform):
-        return Finding()  # a family's members have rows of their own; what is from elsewhere was loaded from there
+        return Finding()  # a group's members have rows of their own; what is from elsewhere was loaded from there
     if probed is not None and probed.status in ("crashed", "hung"):
         return symbols.without_import(backend, platform, f"not looked for: a probe {probed.words}")
     return symbols.find(backend, platform)

@@ -1,8 +1,7 @@
 """The route of a machine as a report: which backends `auto` tries there, which of them can run, and which is first.
 
 `engine/priorities.py` has the data, a `Router` what is true of the machine; here both become plain data and text for
-the command
-line. A backend that is listed as available may still refuse a call, which `explain` shows for one call.
+the command line. A backend that is listed as available may still refuse a call, which `explain` shows for one call.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def priority_for(platform: Platform) -> Priority:
         lowest, highest = route.capabilities
         if platform.capability is not None and lowest <= platform.capability <= highest:
             return route
-    raise AssertionError(f"no route for platform kind {platform.kind!r}")  # ROUTES covers every kind
+    raise AssertionError(f"no priority for platform kind {platform.kind!r}")  # PRIORITIES covers every kind
 
 
 def default_line(platform: Platform, backend: str) -> str:

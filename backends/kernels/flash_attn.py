@@ -1,4 +1,4 @@
-"""`flash_attn`: the family, which takes the best installed FlashAttention for the card.
+"""`flash_attn`: the backend group that takes the best installed FlashAttention for the card.
 
 Hopper: 3, then 4, then 2. Blackwell: 4 only, as in vLLM-Omni. AMD: AITER, as there, then 2. All others: 2.
 """

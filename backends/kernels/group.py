@@ -1,6 +1,6 @@
 """A backend that stands for several: the first of its members that this machine can run.
 
-A family holds no kernel. It names its members by their ids, so that kernels need not import one another.
+A group holds no kernel. It names its members by their ids, so that kernels need not import one another.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Row:
     """Why this backend ran instead of the one that was asked for; None when it was the one."""
     asked: str | None = None
     member: str | None = None
-    """Which kernel of a family ran; None where the backend is one kernel."""
+    """Which kernel of a backend group ran; None where the backend is one kernel."""
     calls: int = 0
     launches: int = 0
     """Calls of the kernel: more than `calls` where a mask divides them."""

@@ -2,8 +2,7 @@
 
 Which modules those are, and through which of their methods, is in `callers.py`. A marked module tells the current
 thread's model call when such a method begins and ends. The markers are the same objects in every run, and are on the
-model
-only during one.
+model only during one.
 """
 
 from __future__ import annotations

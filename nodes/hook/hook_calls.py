@@ -1,8 +1,7 @@
 """One call of ComfyUI's hook: from its arguments to an `AttentionCall`, its plan, its kernel, and back to its layout.
 
 Beside `override.py`, which is the hook's object, and `layouts.py`, which reads the layout of tensors, the only module
-that
-knows what ComfyUI's attention functions take.
+that knows what ComfyUI's attention functions take.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The two wrappers through which ComfyUI begins and ends a sampling run and each of its model calls.
 
 The one around the run makes its `Run` and publishes its account. The one around a model call makes the run's
-`ModelCall`
-for that device current for the thread, and takes it away again whatever happens.
+`ModelCall` for that device current for the thread, and takes it away again whatever happens.
 """
 
 from __future__ import annotations

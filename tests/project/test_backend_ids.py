@@ -18,7 +18,7 @@ from attention_backends.backends.kernels import registry
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("backends", "nodes", "comparison", "demo", "devtools")
 
-MEMBERS = "the members of a family, best first"
+MEMBERS = "the members of a backend group, best first"
 PACKAGE, MODULE = "the name of a package or module", "ComfyUI's Python package"
 LABEL, WORKFLOW = "a word, not the backend", "a workflow for the demo"
 

@@ -2,8 +2,7 @@
 
 A record says for each kind of call and block which kernel ran, with its options, and on what machine. It holds no
 paths and nothing of the graph. `run_recorder.py` collects what is in it, `config/recorded.py` makes a configuration of
-it
-again.
+it again.
 """
 
 from __future__ import annotations
