@@ -58,6 +58,7 @@ class Aiter(FlashAttention):
             note="kernels are compiled with hipcc at their first call; PyPI's 'aiter' is an unrelated package",
             systems=("linux",),
             arguments=_pip_arguments,
+            declares_torch=False,
         ),
     )
     asks_for = (*FlashAttention.asks_for, "aiter")

@@ -28,6 +28,8 @@ class Package:
     arguments: Callable[[Platform, str], tuple[str, ...]] = lambda platform, machine: ()
     """What follows `pip install` on a platform whose wheels are tagged so; empty where no command is known to work."""
     needs_triton: bool = False
+    declares_torch: bool = True
+    """Whether it, or what it needs, declares torch: then a command of pip needs --no-deps, or a pin of torch."""
 
 
 class Symbols(NamedTuple):

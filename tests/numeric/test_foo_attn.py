@@ -50,6 +50,10 @@ class FewHeads(Rule):
         return f"few heads, {self.max} at most"
 
 
+def pip(platform: Platform, machine: str) -> tuple[str, ...]:
+    return ("foo-attn==1.0",)
+
+
 class FooAttn(Backend):
     id = "foo_attn"
     summary = "A kernel that exists in a test alone."
@@ -57,7 +61,7 @@ class FooAttn(Backend):
     kinds = ("cuda", "cpu")
     requires = ("foo-attn>=1.0",)
     packages = (
-        Package("foo-attn", "foo_attn", "1.0", "https://foo.example", arguments=lambda on, machine: ("foo-attn==1.0",)),
+        Package("foo-attn", "foo_attn", "1.0", "https://foo.example", arguments=pip, declares_torch=False),
     )
     symbols = (Symbols("foo_attn", ("foo_attn_func",)),)
     tested_on = ("cuda:8.0,packages=foo-attn==1.0", "cpu,packages=foo-attn==1.0")
@@ -151,13 +155,23 @@ print(json.dumps({
 """
 
 
+OF_ALL_BACKENDS = (
+    *("pure/test_config.py", "pure/test_config_layers.py", "pure/test_config_options.py", "pure/test_doctor.py"),
+    *("pure/test_limits.py", "pure/test_names.py", "pure/test_options.py", "pure/test_registry.py"),
+    *("pure/test_routes.py", "pure/test_systems.py"),
+    *("project/test_backend_ids.py", "project/test_locale_words.py", "project/test_support_table.py"),
+)
+"""The tests without torch that look at every backend."""
+
+
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this tree with a new kernel, and the kernel's package, installed for Python."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     folder = tmp_path_factory.mktemp("with foo") / "pack"
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.py", "*.toml", "*.md", "*.ambr"]
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", "*.py", "*.toml", "*.md"]
+    listed += ["*.ambr", "*.json"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     for name in filter(lambda name: (ROOT / name).is_file(), files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +241,15 @@ def test_probe_benchmark_and_measured_choice_run_it(answers: dict[str, Any]) -> 
     assert answers["bench"]["foo_attn"] == "ok"
     assert "foo_attn" in answers["chosen"]
     assert "foo_attn" in answers["candidates"]
+
+
+def test_the_tests_of_all_backends_pass(pack: Path) -> None:
+    written = run(pack, "devtools/inside/with_package.py", "devtools/inside/write_docs.py")  # as `dev.py docs` does
+    assert written.returncode == 0, written.stderr
+    files = [f"tests/{name}" for name in OF_ALL_BACKENDS]
+    which = "not test_every_row_says_what_the_router_says or foo_attn"  # the rows of others are what they were
+    done = run(pack, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-k", which, *files)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
 
 
 def test_its_numbers_are_compared_and_one_that_drops_something_fails(pack: Path) -> None:

@@ -12,6 +12,7 @@ from attention_backends.backends.doctor.install import Advice, Interpreter, how_
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Kernel
+from attention_backends.backends.values.package import Package
 from attention_backends.backends.values.platform import Platform, parse_platform
 from packaging.requirements import Requirement
 from syrupy.assertion import SnapshotAssertion
@@ -149,7 +150,11 @@ MACHINES = [
 
 @pytest.mark.parametrize("backend_id", [backend.id for backend in BACKENDS.values() if backend.packages])
 def test_no_command_can_change_torch_or_is_known_to_fail(backend_id: str) -> None:
-    distributions = {package.distribution for package in BACKENDS[backend_id].packages}
+    packages = BACKENDS[backend_id].packages
+    distributions = {package.distribution for package in packages}
+    # One without arguments is sources alone, or nothing, on PyPI.
+    installable = {package.distribution for package in packages if package.arguments is not Package.arguments}
+    without_torch = {package.distribution for package in packages if not package.declares_torch}
 
     class Wants(Fake):
         def unavailable_reasons(self, platform: Platform) -> list[str]:
@@ -167,10 +172,9 @@ def test_no_command_can_change_torch_or_is_known_to_fail(backend_id: str) -> Non
         words = shlex.split(command)
         assert words[1:4] == ["-m", "pip", "install"]
         arguments = words[4:]
-        pure = {"amd-aiter==0.1.7.post2.dev18"}  # declares no torch, nor does anything that it needs
-        assert "--no-deps" in arguments or f"torch=={platform.torch}" in arguments or set(arguments) <= pure
         names = {Requirement(word).name for word in arguments if not word.startswith("-")}
-        assert not names & {"flash-attn", "flash-attn-3", "aiter", "sageattn3", "comfy-kitchen"}
+        assert "--no-deps" in arguments or f"torch=={platform.torch}" in arguments or names <= without_torch
+        assert names <= installable | {"torch"}
         assert "--upgrade" not in arguments
         assert "--force-reinstall" not in arguments
 
