@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..values.aliases import DIFFUSERS, LENGTHS, PEOPLE, SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Heads
@@ -11,6 +11,7 @@ from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Kernel, Limits
+from .registry import find
 from .support import sage
 from .support.layout import GRID, Elements, indexable, on_device_of, to_bshd
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 FIRST_CARDS = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 """1.0.6 is Triton alone, which compiles for all of them."""
+
+TRITON, FP16_CUDA, FP8_CUDA, FP8_SM90 = "sage_fp16_triton", "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"
+"""The kernels of 2.x that `sageattn` picks from."""
 
 
 def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
@@ -100,28 +104,29 @@ class SageAttn(sage.SageBackend):
     )
 
     def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
-        return sage.build(platform).cards(self.id) if sage.is_second(platform) else FIRST_CARDS
+        return sage.build(platform).attn if sage.is_second(platform) else FIRST_CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
         if not sage.is_second(platform):
             return self.limits
-        return sage.without_noise(sage.build(platform).limits(self.id, platform.capability), platform)
+        hopper = platform.capability == (9, 0)  # there it runs the sm90 kernel
+        return sage.without_noise(sage.SECOND_LIMITS if hopper else sage.build(platform).limits(), platform)
 
     def arithmetic_on(self, platform: Platform) -> str:
-        """Version 1 and the FP16 kernels of 2.x keep values in a half type."""
-        return "fp8" if sage.is_second(platform) and sage.picked(platform) in (sage.FP8_CUDA, sage.FP8_SM90) else "int8"
+        """That of the kernel that it runs; version 1 keeps values in a half type."""
+        return kernel_of(platform).arithmetic if sage.is_second(platform) else self.arithmetic
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
         if not sage.is_second(platform):
             return f"sageattention {sage.installed(platform).public}"
-        picked = sage.picked(platform)
-        return sage.FP16_TRITON if sage.may_read_nan(picked, request.kv_len) else picked
+        kernel = kernel_of(platform)
+        return TRITON if kernel.reads_tail and request.kv_len % sage.TAIL_BLOCK else kernel.id
 
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
         if options.get("smooth_k", True) or not sage.is_second(platform):
             return []
         return [
-            f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; {sage.picked(platform)}, "
+            f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; {picked(platform)}, "
             "which it runs here, has one"
         ]
 
@@ -135,6 +140,20 @@ class SageAttn(sage.SageBackend):
 
     def load_varlen(self, platform: Platform, *, smooth_k: bool = True) -> VarlenKernel:
         return sage.load_varlen(smooth_k)
+
+
+def picked(platform: Platform) -> str:
+    """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
+    if platform.capability in sage.build(platform).triton_on:
+        return TRITON
+    if platform.capability in ((8, 0), (8, 6), (8, 7)):
+        return FP16_CUDA
+    return FP8_SM90 if platform.capability == (9, 0) else FP8_CUDA
+
+
+def kernel_of(platform: Platform) -> sage.SageBackend:
+    """The backend of that kernel."""
+    return cast("sage.SageBackend", find(picked(platform)))
 
 
 def _first(smooth_k: bool) -> Kernel:
@@ -164,13 +183,14 @@ def _first(smooth_k: bool) -> Kernel:
 
 
 def _second(platform: Platform) -> Kernel:
-    module, picked = sage.import_second(), sage.picked(platform)
-    sage.check_build(module, picked)
+    module, picks = sage.import_second(), kernel_of(platform)
+    picks.check(module)
+    reads_tail = picks.reads_tail
     sageattn, triton = module.sageattn, module.sageattn_qk_int8_pv_fp16_triton
 
     def run(call: AttentionCall) -> torch.Tensor:
         query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
-        kernel = triton if sage.may_read_nan(picked, call.key.shape[2]) else sageattn
+        kernel = triton if reads_tail and call.key.shape[2] % sage.TAIL_BLOCK else sageattn
         with on_device_of(query):
             output: torch.Tensor = kernel(
                 query, key, value, tensor_layout="NHD", is_causal=call.is_causal, sm_scale=sage.scale_of(call)

@@ -23,6 +23,8 @@ class SageFP16Cuda(sage.SageCuda):
     summary = "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel. Takes no masks."
     aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_cuda"),)
     function = "sageattn_qk_int8_pv_fp16_cuda"
+    flag = "SM80_ENABLED"
+    reads_tail = True
     symbols = (sage.second_symbols(function),)
     tested_on = (
         "cuda:8.0,packages=sageattention==2.1.1;triton==3.6.0",
@@ -42,6 +44,9 @@ class SageFP16Cuda(sage.SageCuda):
         sage.SMOOTH_K,
         sage.SMOOTH_V,
     )
+
+    def cards(self, platform: Platform) -> sage.Cards:
+        return sage.build(platform).fp16_cuda
 
     def limits_on(self, platform: Platform) -> Limits:
         return super().limits_on(platform).but(sage.KeyBlock(sage.TAIL_BLOCK, causal=True))

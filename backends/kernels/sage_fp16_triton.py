@@ -7,6 +7,7 @@ from math import log
 from typing import TYPE_CHECKING
 
 from ..values.aliases import DIFFUSERS, Alias
+from ..values.limits import Masks
 from ..values.masks import without_keys
 from ..values.options import Option
 from ..values.platform import Platform
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
     from .support.varlen import VarlenKernel
+
+CARDS: sage.Cards = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0))
+"""Triton compiles for every card; SageAttention's own sources call this kernel unusable on sm12x."""
 
 LOG2_E = 1 / log(2)
 
@@ -58,10 +62,11 @@ class SageFP16Triton(sage.SageBackend):
     limits = sage.SECOND_LIMITS
 
     def cards(self, platform: Platform) -> sage.Cards:
-        return sage.build(platform).cards(self.id)
+        return CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
-        return sage.build(platform).limits(self.id)
+        build = sage.build(platform)
+        return build.limits().but(Masks()) if build.masks else build.limits()
 
     def load(self, platform: Platform, *, smooth_k: bool = True, quantization_backend: str = "triton") -> Kernel:
         import torch

@@ -25,6 +25,7 @@ class SageFP8Cuda(sage.SageCuda):
     aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda"),)
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda"
+    flag = "SM89_ENABLED"
     symbols = (sage.second_symbols(function),)
     tested_on = (
         "cuda:8.9,packages=sageattention==2.1.1;triton==3.6.0",
@@ -45,6 +46,9 @@ class SageFP8Cuda(sage.SageCuda):
         sage.SMOOTH_K,
         sage.SMOOTH_V,
     )
+
+    def cards(self, platform: Platform) -> sage.Cards:
+        return sage.build(platform).fp8_cuda
 
     def limits_on(self, platform: Platform) -> Limits:
         return sage.without_noise(super().limits_on(platform), platform)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import isfunction
+from types import ModuleType
+
 from ..values.aliases import DIFFUSERS, Alias
 from ..values.options import Option
 from ..values.platform import Platform
-from .backend import Kernel
+from .backend import Kernel, Limits
 from .support import sage
 
 
@@ -21,6 +24,7 @@ class SageFP8SM90(sage.SageCuda):
     aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda_sm90"),)
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
+    flag = "SM90_ENABLED"
     symbols = (sage.second_symbols(function),)
     tested_on = (
         "cuda:9.0,packages=sageattention==2.2.0;triton==3.6.0",
@@ -37,6 +41,20 @@ class SageFP8SM90(sage.SageCuda):
         ),
         sage.SMOOTH_K,
     )
+
+    def cards(self, platform: Platform) -> sage.Cards:
+        return ((9, 0),)
+
+    def limits_on(self, platform: Platform) -> Limits:
+        return self.limits
+
+    def check(self, module: ModuleType) -> None:
+        super().check(module)
+        compiled = getattr(module.core, "sm90_compile", None)
+        operator = getattr(compiled, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None)
+        # The fixed build keeps the operator, an object; the faulty one gives the same name to a plain function.
+        if isfunction(operator):
+            raise ImportError("this build returns unwritten memory on sm90 (thu-ml/SageAttention pull request 307)")
 
     def load(
         self,

@@ -26,9 +26,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "flash_attn.py": {**dict.fromkeys(("flash_attn_2", "flash_attn_3", "flash_attn_4", "aiter"), MEMBERS)},
     "flash_attn_2.py": {"flash_attn": PACKAGE},
     "xformers.py": {"flash_attn": PACKAGE},
-    "sage.py": dict.fromkeys(
-        ("sage_attn", "sage_fp16_triton", "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"),
-        "one package with several kernels, whose own function picks among them: each id once",
+    "sage_attn.py": dict.fromkeys(
+        ("sage_fp16_triton", "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"),
+        "the kernels of the same package that its own function picks from: each id once",
     ),
     "planned_options.py": {"sage_attn": "SGLang's word for an option's value"},
     "schedule.py": {"torch_sdpa": "the frozen default of a node's input"},
@@ -39,7 +39,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
 }
 """File -> id -> why it stands there. By name alone: which folder the file is in says nothing here."""
 
-ONCE = {"sage.py", "schedule.py", "bench_report.py", "planned_options.py"}
+ONCE = {"sage_attn.py", "schedule.py", "bench_report.py", "planned_options.py"}
 """Where each of them stands once."""
 
 

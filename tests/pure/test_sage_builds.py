@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from attention_backends.backends.doctor.install import Interpreter, how_to_get
 from attention_backends.backends.engine.router import Router
-from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels import BACKENDS, sage_attn
 from attention_backends.backends.kernels.support import sage
 from attention_backends.backends.values.platform import Platform, parse_platform
 from attention_backends.backends.values.request import AttentionRequest
@@ -85,7 +85,7 @@ def test_masks_from_post2_on_in_the_triton_kernel_alone(version: str) -> None:
     ],
 )
 def test_what_sageattn_runs_on_sm86(version: str, picked: str) -> None:
-    assert sage.picked(machine(version, "8.6")) == picked
+    assert sage_attn.picked(machine(version, "8.6")) == picked
 
 
 @pytest.mark.parametrize(

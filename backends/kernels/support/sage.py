@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from inspect import isfunction, signature
+from inspect import signature
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...values.limits import NO_MASK, Batch, HeadDim, HeadDimIn, Heads, KeyLength, Masks, Reason, Rule
+from ...values.limits import NO_MASK, Batch, HeadDim, HeadDimIn, Heads, KeyLength, Reason, Rule
 from ...values.options import Option
 from ...values.package import Package, Symbols
 from ...values.platform import Platform
@@ -87,9 +87,6 @@ WIDE_LIMITS = SECOND_LIMITS.but(HeadDim(max=256), Elements(padded=(64, 128, 256)
 """woct0rdho's wheels from post5 on: `pad_qkv` of sageattention/core.py pads to 256 too, but for the sm90 kernel."""
 
 Cards = tuple[tuple[int, int], ...]
-ATTN, FP16_TRITON = "sage_attn", "sage_fp16_triton"
-FP16_CUDA, FP8_CUDA, FP8_SM90 = "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"
-"""The ids of the kernels of 2.x and of `sageattn`, which picks from them. This file tells them apart for all."""
 
 
 @dataclass(frozen=True)
@@ -109,19 +106,9 @@ class Build:
     wide: bool = False
     asks_cuda: bool = False
 
-    def cards(self, kernel: str) -> Cards:
-        """The compute capabilities of one of the backends' ids."""
-        return {ATTN: self.attn, FP16_CUDA: self.fp16_cuda, FP8_CUDA: self.fp8_cuda, FP8_SM90: ((9, 0),)}.get(
-            kernel,
-            # Triton compiles for every card; SageAttention's own sources call this kernel unusable on sm12x.
-            ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0)),
-        )
-
-    def limits(self, kernel: str, capability: tuple[int, int] | None = None) -> Limits:
-        """The limits of one of the backends' ids; those of `sage_attn` are of the kernel that it runs on the card."""
-        narrow = kernel == FP8_SM90 or (kernel == ATTN and capability == (9, 0))
-        limits = WIDE_LIMITS if self.wide and not narrow else SECOND_LIMITS
-        return limits.but(Masks()) if kernel == FP16_TRITON and self.masks else limits
+    def limits(self) -> Limits:
+        """What its kernels take, but for the sm90 kernel, which stays at `SECOND_LIMITS`."""
+        return WIDE_LIMITS if self.wide else SECOND_LIMITS
 
 
 _RELEASED: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
@@ -175,9 +162,6 @@ def second_symbols(*names: str) -> Symbols:
 
 TAIL_BLOCK = 64
 """Keys per block of the INT8 kernels."""
-
-BUILT_FLAG = {FP16_CUDA: "SM80_ENABLED", FP8_CUDA: "SM89_ENABLED", FP8_SM90: "SM90_ENABLED"}
-"""The names by which sageattention.core says which of its CUDA kernels were built."""
 
 AS_PACKAGE = "auto"
 """The value of an option that stands for what the package's own `sageattn` takes on the card."""
@@ -243,30 +227,12 @@ def triton_reasons(platform: Platform) -> list[str]:
     return [f"{reason}, which {platform.sm} needs"] if reason else []
 
 
-def picked(platform: Platform) -> str:
-    """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
-    if platform.capability in build(platform).triton_on:
-        return FP16_TRITON
-    if platform.capability in ((8, 0), (8, 6), (8, 7)):
-        return FP16_CUDA
-    return FP8_SM90 if platform.capability == (9, 0) else FP8_CUDA
-
-
 def without_noise(limits: Limits, platform: Platform) -> Limits:
     """The limits of the FP8 kernel: on sm12x it gives noise from 167,000 keys on, none at 151,000.
 
     https://github.com/thu-ml/SageAttention/issues/388
     """
     return limits.but(KeyLength(max=150_000)) if platform.capability in ((12, 0), (12, 1)) else limits
-
-
-def may_read_nan(kernel: str, kv_len: int) -> bool:
-    """True where the FP16 CUDA kernel multiplies weight 0 with unwritten shared memory behind the last key.
-
-    https://github.com/thu-ml/SageAttention/pull/377. woct0rdho's post6 fills it with zeros; nobody here has run that on
-    a card, so it is left out as well.
-    """
-    return kernel == FP16_CUDA and kv_len % TAIL_BLOCK != 0
 
 
 def granularity(platform: Platform) -> str:
@@ -294,21 +260,14 @@ def import_second() -> ModuleType:
     return module
 
 
-def check_build(module: ModuleType, kernel: str) -> None:
-    """Refuse builds without this kernel, and those whose sm90 kernel is hidden behind its own fake.
+def check_built(module: ModuleType, flag: str) -> None:
+    """Refuse a build without this kernel.
 
     Raises:
-        ImportError: with what is wrong.
+        ImportError: `flag` of sageattention.core is false.
     """
-    core = module.core
-    flag = BUILT_FLAG.get(kernel)
-    if flag and not getattr(core, flag, True):
+    if not getattr(module.core, flag, True):
         raise ImportError(f"sageattention was built without the kernel for this card ({flag} is false)")
-    compiled = getattr(core, "sm90_compile", None)
-    operator = getattr(compiled, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None)
-    # The fixed build keeps the operator, an object; the faulty one gives the same name to a plain function.
-    if kernel == FP8_SM90 and isfunction(operator):
-        raise ImportError("this build returns unwritten memory on sm90 (thu-ml/SageAttention pull request 307)")
 
 
 def taken(
@@ -337,7 +296,7 @@ def varlen_limits(platform: Platform) -> Limits | None:
     if platform.capability in ((12, 0), (12, 1)):
         return None
     if is_second(platform):
-        return build(platform).limits(FP8_CUDA)
+        return build(platform).limits()
     return SECOND_LIMITS.but(HeadDimIn((64, 128)))
 
 
@@ -377,6 +336,15 @@ class SageBackend(FromHub):
     arithmetic = "int8"
     kinds = ("cuda",)
     asks_for = (*FromHub.asks_for, "triton", "triton-windows")
+    reads_tail: ClassVar[bool] = False
+    """It multiplies weight 0 with unwritten shared memory behind the last key, which may hold NaN.
+
+    https://github.com/thu-ml/SageAttention/pull/377. woct0rdho's post6 fills it with zeros; nobody here has run that on
+    a card, so it is left out as well.
+    """
+
+    def check(self, module: ModuleType) -> None:
+        """Refuse builds that do not have this kernel, or a faulty one."""
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Query and key in 8 bits, the smoothed keys, and the values turned and in 8 bits where a kernel does that."""
@@ -395,12 +363,19 @@ class SageCuda(SageBackend):
     packages = SECOND_PACKAGES
     limits = SECOND_LIMITS
     function: ClassVar[str]
-
-    def cards(self, platform: Platform) -> Cards:
-        return build(platform).cards(self.id)
+    flag: ClassVar[str]
+    """The name by which sageattention.core says whether this kernel was built."""
 
     def limits_on(self, platform: Platform) -> Limits:
-        return build(platform).limits(self.id)
+        return build(platform).limits()
+
+    def check(self, module: ModuleType) -> None:
+        """Refuse builds without this kernel, or with a faulty one.
+
+        Raises:
+            ImportError: with what is wrong.
+        """
+        check_built(module, self.flag)
 
     def kernel(self, platform: Platform, **settings: object) -> Kernel:
         """The function with these options as its keyword arguments.
@@ -410,7 +385,7 @@ class SageCuda(SageBackend):
             NotImplementedError: the installed version does not have an option.
         """
         module = import_second()
-        check_build(module, self.id)
+        self.check(module)
         function = getattr(module, self.function)
         if settings.get("qk_quant_gran") == AS_PACKAGE:
             settings["qk_quant_gran"] = granularity(platform)
