@@ -18,10 +18,7 @@ from typing import NamedTuple
 
 from ..kernels.backend import Backend
 from ..values.package import Package
-from ..values.platform import FLASH_TRITON_VARIABLE, Platform
-
-SET_FLASH_TRITON = f"set {FLASH_TRITON_VARIABLE}=TRUE before the program starts"
-FLASH_TRITON_REPORTED = "flash-attn's Triton backend is reported to run on RDNA 3 and 4; nobody here has tried it"
+from ..values.platform import Platform
 
 
 class Interpreter(NamedTuple):
@@ -72,8 +69,9 @@ def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -
     missing = backend.unavailable_reasons(platform)
     if not missing:
         return _broken(backend.packages, platform, interpreter)
-    if platform.kind == "rocm" and not backend.unavailable_reasons(replace(platform, flash_triton=True)):
-        return Advice("nothing", f"nothing to install: {SET_FLASH_TRITON}", FLASH_TRITON_REPORTED)
+    for setting in filter(None, (package.setting for package in backend.packages)):
+        if not backend.unavailable_reasons(setting.on(platform)):
+            return Advice("nothing", f"nothing to install: {setting.text}", setting.note)
     answers, obstacles = [], []
     for package in backend.packages:
         lacking = backend.unavailable_reasons(_with_package(platform, package))
@@ -109,7 +107,8 @@ def _with_package(platform: Platform, package: Package) -> Platform:
     triton = f"{TRITON_OF_TORCH.get(_minor(platform), '3.6')}.0"
     packages.setdefault("triton-windows" if platform.os == "win32" else "triton", triton)
     packages[package.distribution] = package.version
-    return replace(platform, packages=tuple(packages.items()), flash_triton=True, described=True)
+    machine = package.setting.on(platform) if package.setting else platform
+    return replace(machine, packages=tuple(packages.items()), described=True)
 
 
 def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> Advice:
@@ -127,8 +126,7 @@ def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> A
         else:
             page = "https://github.com/triton-lang/triton-windows"
             notes.append(f"it needs Triton too: {page} says which fits your torch")
-    if package.distribution == "flash-attn" and (platform.gfx or "").startswith(("gfx11", "gfx12")):
-        notes.append(f"{SET_FLASH_TRITON}, for the build too; {FLASH_TRITON_REPORTED}")
+    notes.append(package.note_on(platform))
     note = "; ".join(filter(None, notes))
     if interpreter.refuses:
         use = "ask again with the Python that runs ComfyUI, or with one of a virtual environment"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..kernels.registry import BACKENDS
 from ..values.platform import Platform
 
 
@@ -94,6 +95,5 @@ def default_line(platform: Platform, backend: str) -> str:
     if backend == LAST_RESORT:
         return "Defaulting to diffusion attention backend SDPA"
     card = " ".join(filter(None, (platform.architecture, platform.sm or platform.gfx)))
-    cudnn = f"cuDNN {platform.cudnn}" if backend == "cudnn_attn" and platform.cudnn else ""
-    known = ", ".join(filter(None, (card, cudnn)))
+    known = ", ".join(filter(None, (card, BACKENDS[backend].library(platform))))
     return f"Defaulting to diffusion attention backend {backend.upper()}" + (f" ({known})" if known else "")

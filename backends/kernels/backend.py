@@ -134,6 +134,10 @@ class Backend:
         """Where its code comes from, where that is none of its packages; None otherwise. For reports."""
         return None
 
+    def library(self, platform: Platform) -> str:
+        """The library that computes it and its version, where that is no package, such as cuDNN; else empty."""
+        return ""
+
     def limits_on(self, platform: Platform) -> Limits:
         """The limits that hold on `platform`; override where they differ between machines."""
         return self.limits

@@ -56,6 +56,9 @@ class CudnnAttn(PinnedSDPA):
             reasons.append("something in this process called torch.backends.cuda.enable_cudnn_sdp(False)")
         return reasons
 
+    def library(self, platform: Platform) -> str:
+        return f"cuDNN {platform.cudnn}" if platform.cudnn else ""
+
     def limits_on(self, platform: Platform) -> Limits:
         wide_card = platform.capability is not None and (platform.capability == (9, 0) or platform.capability[0] == 10)
         return self.wide_limits if wide_card and (platform.cudnn or 0) > WIDE_CUDNN else self.limits

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..values.aliases import DIFFUSERS, HUB, LENGTHS, SGLANG, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, HeadDim, Heads
-from ..values.package import Package, Symbols
+from ..values.package import Package, Setting, Symbols
 from ..values.platform import FLASH_TRITON_VARIABLE, Platform
 from ..values.request import AttentionRequest
 from .backend import Limits, package_reason
 from .support.flash import PAGE, FlashAttention
 from .support.hub import HubKernel
 from .support.layout import GRID, Elements
+
+SET_TRITON = f"set {FLASH_TRITON_VARIABLE}=TRUE before the program starts"
+TRITON_REPORTED = "flash-attn's Triton backend is reported to run on RDNA 3 and 4; nobody here has tried it"
 
 AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 """MI200, MI300 and MI350: what the released Composable Kernel backend lists (flash-attention, README)."""
@@ -54,6 +59,9 @@ class FlashAttn2(FlashAttention):
             f"{PAGE}/releases",
             note="PyPI has only its sources: building them takes nvcc (hipcc on AMD) and up to hours, and fails on "
             "Windows",
+            note_on=lambda machine: f"{SET_TRITON}, for the build too; {TRITON_REPORTED}" if _rdna(machine) else "",
+            setting=Setting(SET_TRITON, TRITON_REPORTED, lambda machine: replace(machine, flash_triton=True)),
+            environment=lambda machine: "flash-attn on Triton" if machine.flash_triton else "",
         ),
     )
     symbols = (Symbols("flash_attn", ("flash_attn_func",)),)

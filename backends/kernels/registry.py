@@ -120,6 +120,12 @@ def distributions(ids: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(package.distribution for package in packages))
 
 
+def environments(ids: Iterable[str], platform: Platform) -> list[str]:
+    """What decides, beside versions, what the packages behind these backends compute on `platform`, each once."""
+    packages = (package for one in ids if one in MODULES for package in find(one).packages)
+    return list(dict.fromkeys(filter(None, (package.environment(platform) for package in packages))))
+
+
 def any_compiled(ids: Iterable[str]) -> bool:
     """Whether torch.compile makes one of these backends; an id that is none here is none of them."""
     return any(find(one).compiled for one in ids if one in MODULES)

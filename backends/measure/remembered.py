@@ -19,7 +19,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from ..kernels.registry import distributions
+from ..kernels.registry import distributions, environments
 from ..values.bounded import read_file
 from ..values.platform import Platform
 
@@ -121,7 +121,7 @@ def key(backend_id: str, platform: Platform) -> str:
         f"CUDA {platform.cuda}" if platform.cuda else "",
         f"cuDNN {platform.cudnn}" if platform.cudnn else "",
         *packages,
-        "flash-attn on Triton" if platform.flash_triton and "flash-attn" in names else "",
+        *environments((backend_id,), platform),
         f"attention-backends {own_version()}",
         f"Python {sys.version_info[0]}.{sys.version_info[1]} in {sys.prefix}",
     )

@@ -13,6 +13,16 @@ from typing import NamedTuple
 from .platform import Platform
 
 
+class Setting(NamedTuple):
+    """What a person can set, without installing anything, so that a package runs on a machine."""
+
+    text: str
+    """What to do, e.g. `set X=TRUE before the program starts`."""
+    note: str
+    on: Callable[[Platform], Platform]
+    """The same machine where it is set."""
+
+
 @dataclass(frozen=True)
 class Package:
     """A package that backends are made of. `version` is the one that `arguments` and the notes are about."""
@@ -27,6 +37,12 @@ class Package:
     systems: tuple[str, ...] = ("linux", "win32")
     arguments: Callable[[Platform, str], tuple[str, ...]] = lambda platform, machine: ()
     """What follows `pip install` on a platform whose wheels are tagged so; empty where no command is known to work."""
+    note_on: Callable[[Platform], str] = lambda platform: ""
+    """A further note for some machines."""
+    setting: Setting | None = None
+    environment: Callable[[Platform], str] = lambda platform: ""
+    """What decides, beside versions, what it computes on a platform: part of what measured and probed outcomes are kept
+    under. Empty for nothing."""
     needs_triton: bool = False
     declares_torch: bool = True
     """Whether it, or what it needs, declares torch: then a command of pip needs --no-deps, or a pin of torch."""

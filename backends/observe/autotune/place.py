@@ -6,6 +6,7 @@ import os
 import platform as python_platform
 from pathlib import Path
 
+from ...kernels.registry import MODULES, environments
 from ...measure import remembered
 from ...values.platform import Platform
 
@@ -26,7 +27,7 @@ def environment_of(platform: Platform) -> str:
         f"CUDA {platform.cuda}" if platform.cuda else "",
         f"cuDNN {platform.cudnn}" if platform.cudnn else "",
         "" if platform.cudnn_sdp_enabled else "cuDNN's attention off in torch",
-        "flash-attn on Triton" if platform.flash_triton else "",
+        *environments(MODULES, platform),
         *sorted(f"{name} {version}" for name, version in platform.packages),
         f"attention-backends {remembered.own_version()}",
     )
