@@ -18,6 +18,7 @@ from ..kernels.backend import Backend
 from ..kernels.group import BackendGroup
 from ..values.limits import COLUMNS
 from ..values.options import KIND_NAMES, Option
+from ..values.reasons import Reason
 from .support_limits import CARDS, MACHINES, card_name, limit_rows, runs_on
 
 INTRO = """# Backends
@@ -121,17 +122,28 @@ def _needs(backend: Backend) -> list[str]:
             continue
         poor = replace(machine, torch="0", cudnn=1, packages=())
         for reason in backend.unavailable_reasons(poor):
-            if match := re.match(r"package (\S+) is not installed", reason):
-                needs.update({} if any(need.startswith(match[1]) for need in needs) else {match[1]: None})
-            elif match := re.match(r"package (torch) 0 does not meet ([^,]+)(, which (\w+) needs)?", reason):
-                needs[f"{match[1]}{match[2]}" + (f" ({match[4].upper()})" if match[4] else "")] = None
-            elif match := re.match(r"cuDNN 1 < (\d+)", reason):
-                needs[f"cuDNN>={int(match[1]) // 10000}.{int(match[1]) // 100 % 100}"] = None
+            if not isinstance(reason, Reason):
+                continue
+            by = f" ({str(reason.values['by']).upper()})" if reason.id == "package.needed" else ""
+            for cause in reason.causes():
+                need = _need(cause)
+                if need and not (cause.id == "package.missing" and any(known.startswith(need) for known in needs)):
+                    needs[need + by] = None
     specifiers: dict[str, list[str]] = {}
     for need in needs:
         name = re.split(r"[<>=!~]", need)[0] if "(" not in need else need
         specifiers.setdefault(name, []).append(need.removeprefix(name))
     return [name + ",".join(filter(None, parts)) for name, parts in specifiers.items()]
+
+
+def _need(reason: Reason) -> str:
+    """What would help against one reason, as a requirement; empty where it is about something else."""
+    values = reason.values
+    if reason.id == "package.missing":
+        return str(values["package"])
+    if reason.id == "package.version" and values["package"] == "torch":
+        return f"torch{values['specifier']}"
+    return str(values.get("needs", ""))
 
 
 def _rows_of(backend: Backend) -> list[tuple[str, ...]]:

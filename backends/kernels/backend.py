@@ -15,6 +15,7 @@ from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
 from ..values.options import Option
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason
 from ..values.request import AttentionCall, AttentionRequest
 from ..values.tolerance import EXACT, Tolerance, accuracy, tolerance
 from ..values.versions import meets, read
@@ -108,7 +109,7 @@ class Backend:
                 known = ", ".join(_dotted(card) for card in cards)
                 reasons.append(f"compute capability {_dotted(platform.capability)} not in ({known})")
         if platform.kind == "rocm" and self.architectures is not None and platform.gfx not in self.architectures:
-            reasons.append(f"architecture {platform.gfx or 'unknown'} not in ({', '.join(self.architectures)})")
+            reasons.append(Reason("architecture", gfx=platform.gfx or "unknown", taken=self.architectures))
         reasons += [reason for need in self.requires if (reason := package_reason(need, platform))]
         return list(dict.fromkeys(reasons))
 
@@ -142,7 +143,7 @@ class Backend:
         """The limits that hold on `platform`; override where they differ between machines."""
         return self.limits
 
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         """Why this backend, available on `platform`, cannot run `request`; empty when it can."""
         return self.limits_on(platform).reasons(request)
 
@@ -229,16 +230,16 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def package_reason(requirement: str, platform: Platform) -> str | None:
+def package_reason(requirement: str, platform: Platform) -> Reason | None:
     """Why a requirement such as `flash-attn>=2.6.3` or `torch>=2.7` is not met on `platform`, or None when it is."""
     from packaging.requirements import Requirement
 
     need = Requirement(requirement)
     found = platform.torch if need.name == "torch" else platform.version(need.name)
     if found is None:
-        return f"package {need.name} is not installed"
+        return Reason("package.missing", package=need.name)
     if read(found) is None:
-        return f"package {need.name} has no readable version: {found}"
+        return Reason("package.unreadable", package=need.name, found=found)
     if not meets(found, str(need.specifier)):
-        return f"package {need.name} {found} does not meet {need.specifier}"
+        return Reason("package.version", package=need.name, found=found, specifier=str(need.specifier))
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..values.aliases import DIFFUSERS, PEOPLE, SGLANG, VLLM_OMNI, Alias
 from ..values.limits import Batch, HeadDim, HeadDimMultiple, Heads, KeyLength
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionRequest
 from .backend import Limits
 from .support.layout import GRID
@@ -18,6 +19,9 @@ WIDE_CUDNN = 92200
 
 SMALL_QUERY = 128 * 1024
 """Query elements below which ComfyUI found cuDNN slower than PyTorch's other kernels (ComfyUI pull request 15296)."""
+
+NEEDS = f"cuDNN>={MIN_CUDNN // 10000}.{MIN_CUDNN // 100 % 100}"
+OLD_CUDNN = template("cudnn", "cuDNN {found} < {min}")
 
 
 class CudnnAttn(PinnedSDPA):
@@ -51,7 +55,7 @@ class CudnnAttn(PinnedSDPA):
         if platform.cudnn is None:
             reasons.append("PyTorch has no cuDNN")
         elif platform.cudnn < MIN_CUDNN:
-            reasons.append(f"cuDNN {platform.cudnn} < {MIN_CUDNN}")
+            reasons.append(Reason(OLD_CUDNN, found=platform.cudnn, min=MIN_CUDNN, needs=NEEDS))
         if not platform.cudnn_sdp_enabled:
             reasons.append("something in this process called torch.backends.cuda.enable_cudnn_sdp(False)")
         return reasons

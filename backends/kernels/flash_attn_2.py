@@ -8,6 +8,7 @@ from ..values.aliases import DIFFUSERS, HUB, LENGTHS, SGLANG, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, HeadDim, Heads
 from ..values.package import Package, Setting, Symbols
 from ..values.platform import FLASH_TRITON_VARIABLE, Platform
+from ..values.reasons import Reason, reason_id, template
 from ..values.request import AttentionRequest
 from .backend import Limits, package_reason
 from .support.flash import PAGE, FlashAttention
@@ -22,6 +23,8 @@ AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 
 RDNA = ("gfx11", "gfx12")
 """RDNA 3, 3.5 and 4, by how the names of their architectures begin."""
+
+FIRST_WITH_TRITON = template("package.first", "{reason}, the first with that backend")
 
 
 class FlashAttn2(FlashAttention):
@@ -77,10 +80,10 @@ class FlashAttn2(FlashAttention):
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
         if _rdna(platform):
-            return _on_rdna(platform, [reason for reason in reasons if not reason.startswith("architecture ")])
+            return _on_rdna(platform, [reason for reason in reasons if reason_id(reason) != "architecture"])
         if platform.architecture == "Blackwell" and platform.version("flash-attn"):
             reason = package_reason("flash-attn>=2.7.3", platform)
-            reasons += [f"{reason}, which {platform.sm} needs"] if reason else []
+            reasons += [Reason("package.needed", reason=reason, by=platform.sm)] if reason else []
         return reasons
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
@@ -97,7 +100,7 @@ def _on_rdna(platform: Platform, reasons: list[str]) -> list[str]:
         reasons.append(f"architecture {platform.gfx}: {said} (reported to run on RDNA 3 and 4)")
     if platform.version("flash-attn"):
         reason = package_reason("flash-attn>=2.7.1", platform)
-        reasons += [f"{reason}, the first with that backend"] if reason else []
+        reasons += [Reason(FIRST_WITH_TRITON, reason=reason)] if reason else []
     return reasons
 
 

@@ -7,9 +7,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..values.aliases import LISTED, PEOPLE, SMART_DIFFUSION, VLLM_OMNI, Alias
-from ..values.limits import Batch, Dtypes, HeadDimIn, Masks, Reason, Rule
+from ..values.limits import Batch, Dtypes, HeadDimIn, Masks, Rule
 from ..values.package import Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits, package_reason
 from .support.flashinfer import FLASHINFER
@@ -29,6 +30,9 @@ MASKED_BATCH = 64
 """Samples up to which a masked call is worth a loop."""
 
 
+MASKED = template("batch.masked", "batch {batch} > {max} with a mask")
+
+
 @dataclass(frozen=True)
 class MaskedBatch(Rule):
     """The most samples of a call with a mask."""
@@ -40,7 +44,7 @@ class MaskedBatch(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.mask == "none" or request.batch <= self.max:
             return None
-        return Reason("batch.masked", "batch {batch} > {max} with a mask", batch=request.batch, max=self.max)
+        return Reason(MASKED, batch=request.batch, max=self.max)
 
     def describe(self) -> str:
         return f"batch to {self.max} with a mask"

@@ -22,9 +22,10 @@ from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from ..values.aliases import DIFFUSERS, Alias
-from ..values.limits import Batch, Causal, Dtypes, HeadDim, HeadDimIn, Heads, Reason, Rule, ValueHeadDim
+from ..values.limits import Batch, Causal, Dtypes, HeadDim, HeadDimIn, Heads, Rule, ValueHeadDim
 from ..values.package import Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits, package_reason
 from .support.flex_blocks import bucket, causal_blocks, filled, masked_blocks, seen_keys
@@ -50,6 +51,9 @@ MAX_HEADS = 65535
 """Most heads of all samples on a card: one dimension of the grid in older versions of torch."""
 
 
+MASK_ELEMENTS = template("mask.elements", "{elements} elements in the mask of one head > {max}")
+
+
 @dataclass(frozen=True)
 class MaskElements(Rule):
     """The most elements, q_len * kv_len, of a mask with a row for each query."""
@@ -62,11 +66,13 @@ class MaskElements(Rule):
         elements = request.q_len * request.kv_len
         if request.mask not in ("bool", "bias") or elements <= self.max:
             return None
-        words = "{elements} elements in the mask of one head > {max}"
-        return Reason("mask.elements", words, elements=elements, max=self.max)
+        return Reason(MASK_ELEMENTS, elements=elements, max=self.max)
 
     def describe(self) -> str:
         return f"{power(self.max)} elements in the mask of one head"
+
+
+HEADS_OF_ALL = template("heads.all", "{heads} heads in all samples > {max}")
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,13 @@ class HeadsOfAll(Rule):
         heads = request.batch * request.num_heads
         if heads <= self.max:
             return None
-        return Reason("heads.all", "{heads} heads in all samples > {max}", heads=heads, max=self.max)
+        return Reason(HEADS_OF_ALL, heads=heads, max=self.max)
 
     def describe(self) -> str:
         return f"batch times heads to {self.max}"
+
+
+FILLED = template("filled", "{reason}, filled up to {q_len} queries and {kv_len} keys")
 
 
 class FlexAttn(Backend):
@@ -128,10 +137,11 @@ class FlexAttn(Backend):
             return reasons
         later = self.torch_of_kind.get(platform.kind)
         if later and (reason := package_reason(later, platform)):
-            reasons = [known for known in reasons if not known.startswith("package torch ")]
-            reasons.append(f"{reason}, which {platform.kind} needs")
+            reasons = [known for known in reasons if known != package_reason(self.requires[0], platform)]
+            reasons.append(Reason("package.needed", reason=reason, by=platform.kind))
         if platform.kind == "cuda" and not (platform.version("triton") or platform.version("triton-windows")):
-            reasons.append(f"package {'triton-windows' if platform.os == 'win32' else 'triton'} is not installed")
+            triton = "triton-windows" if platform.os == "win32" else "triton"
+            reasons.append(Reason("package.missing", package=triton))
         if platform.kind == "cpu":
             if platform.os == "darwin":
                 reasons.append("os darwin: FlexAttention has no kernel for the CPU there")
@@ -144,11 +154,10 @@ class FlexAttn(Backend):
         old = package_reason("torch>=2.7", platform)
         return limits.without(HeadDim).but(HeadDimIn(self.powers_of_two)) if old else limits
 
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         limits, padded = self.limits_on(platform), _filled(request)
         return limits.reasons(request) or [
-            f"{reason}, filled up to {padded.q_len} queries and {padded.kv_len} keys"
-            for reason in limits.reasons(padded)
+            Reason(FILLED, reason=reason, q_len=padded.q_len, kv_len=padded.kv_len) for reason in limits.reasons(padded)
         ]
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..values.aliases import Alias
 from ..values.package import Package
 from ..values.platform import Platform
+from ..values.reasons import Reason
 from ..values.request import AttentionRequest
 from . import registry
 from .backend import Backend, Kernel, Limits
@@ -104,9 +105,11 @@ class BackendGroup(Backend):
         chosen = self._chosen(platform)
         return chosen.limits_on(platform) if chosen else self.limits
 
-    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         chosen = self._chosen(platform)
-        return chosen.unsupported_reasons(request, platform) if chosen else self.unavailable_reasons(platform)
+        if chosen is None:
+            return [Reason("unavailable", why=why) for why in self.unavailable_reasons(platform)]
+        return chosen.unsupported_reasons(request, platform)
 
     def varlen_limits(self, platform: Platform) -> Limits | None:
         chosen = self._chosen(platform)

@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..values.aliases import DIFFUSERS, HUB, PEOPLE, SGLANG, VLLM_OMNI, Alias
-from ..values.limits import NO_MASK, Batch, GroupedHeads, HeadDimIn, Heads, Reason, Rule, Scale
+from ..values.limits import NO_MASK, Batch, GroupedHeads, HeadDimIn, Heads, Rule, Scale
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Kernel, Limits
 from .support import sage
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 """Tokens to which query and key are padded."""
+
+
+CORRECTION = template("correction", "{elements} elements in the correction of one sample > {max}")
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,7 @@ class Correction(Rule):
         elements = request.num_heads * -(-request.q_len // block) * -(-request.kv_len // block) * block
         if elements <= INT32_ELEMENTS:
             return None
-        words = "{elements} elements in the correction of one sample > {max}"
-        return Reason("correction", words, elements=elements, max=INT32_ELEMENTS)
+        return Reason(CORRECTION, elements=elements, max=INT32_ELEMENTS)
 
     def describe(self) -> str:
         return f"heads x blocks of {self.block} queries x keys padded to {self.block} at most 2^31 - 1"

@@ -9,6 +9,7 @@ from ..values.aliases import VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, HeadDimIn, Heads
 from ..values.package import Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits
 from .support.flashinfer import FLASHINFER
@@ -18,6 +19,8 @@ from .support.workspace import item_bytes, query_size
 
 if TYPE_CHECKING:
     import torch
+
+NO_CUBINS = template("package.cubins", "{reason}, and downloads are off (ATTENTION_BACKENDS_HUB=1 allows them)")
 
 
 class TRTLLMAttn(Backend):
@@ -49,10 +52,7 @@ class TRTLLMAttn(Backend):
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)
         if platform.kind in self.kinds and platform.version("flashinfer-cubin") is None and not platform.hub:
-            reasons.append(
-                "package flashinfer-cubin is not installed, and downloads are off "
-                "(ATTENTION_BACKENDS_HUB=1 allows them)"
-            )
+            reasons.append(Reason(NO_CUBINS, reason=Reason("package.missing", package="flashinfer-cubin")))
         return reasons
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

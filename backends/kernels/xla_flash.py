@@ -7,9 +7,10 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from ..values.aliases import DIFFUSERS, Alias
-from ..values.limits import NO_MASK, Dtypes, HeadDim, HeadDimMultiple, KeyLength, Masks, Reason, Rule
+from ..values.limits import NO_MASK, Dtypes, HeadDim, HeadDimMultiple, KeyLength, Masks, Rule
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits, package_reason
 from .support.sdpa import expanded
@@ -24,6 +25,9 @@ LANES = 128
 """Of this the keys have to be a multiple where segments are used, and head sizes beyond it."""
 
 
+WIDE = template("head_dim.wide", "head_dim {head_dim} > {of} is not a multiple of {of}")
+
+
 @dataclass(frozen=True)
 class WideHeadDim(Rule):
     """Head sizes above `of` are a multiple of it."""
@@ -36,12 +40,14 @@ class WideHeadDim(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         for size in (request.head_dim, request.v_head_dim or request.head_dim):
             if size > self.of and size % self.of:
-                words = "head_dim {head_dim} > {of} is not a multiple of {of}"
-                return Reason("head_dim.wide", words, head_dim=size, of=self.of)
+                return Reason(WIDE, head_dim=size, of=self.of)
         return None
 
     def describe(self) -> str:
         return f"above {self.of} multiples of {self.of}"
+
+
+LONG = template("kv_len.long", "kv_len {kv_len} > {of} is not a multiple of {of}")
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,7 @@ class LongKeys(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.kv_len <= self.of or request.kv_len % self.of == 0:
             return None
-        words = "kv_len {kv_len} > {of} is not a multiple of {of}"
-        return Reason("kv_len.long", words, kv_len=request.kv_len, of=self.of)
+        return Reason(LONG, kv_len=request.kv_len, of=self.of)
 
     def describe(self) -> str:
         return f"kv_len above {self.of} a multiple of {self.of}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import isclose
 from typing import ClassVar, TypeVar
 
+from .reasons import Reason
 from .request import AttentionRequest
 
 HALF = ("float16", "bfloat16")
@@ -24,31 +25,6 @@ DTYPES, HEAD_DIM, MASKS, GROUPED, CAUSAL, SCALE, FURTHER = COLUMNS = (
 """The columns of the support table that rules fill."""
 
 SHORT: Mapping[str, str] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
-
-
-class Reason(str):
-    """Why a request is refused: an id and values, which a test or a translation can use, as a text in English.
-
-    This is the one place where they become words.
-    """
-
-    id: str
-    values: Mapping[str, object]
-
-    def __new__(cls, reason_id: str, words: str, /, **values: object) -> Reason:
-        """`words` names values in braces; texts in a tuple are joined by commas."""
-        made = super().__new__(cls, words.format(**{name: _shown(value) for name, value in values.items()}))
-        made.id, made.values = reason_id, values
-        return made
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str(self),)
-
-
-def _shown(value: object) -> object:
-    if isinstance(value, tuple) and all(isinstance(one, str) for one in value):
-        return f"({', '.join(value)})"
-    return value
 
 
 def _sizes(request: AttentionRequest) -> tuple[int, int]:
@@ -85,7 +61,7 @@ class Dtypes(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.dtype in self.names:
             return None
-        return Reason("dtype", "dtype {dtype} not in {taken}", dtype=request.dtype, taken=self.names)
+        return Reason("dtype", dtype=request.dtype, taken=self.names)
 
     def describe(self) -> str:
         return ", ".join(SHORT.get(dtype, dtype) for dtype in self.names)
@@ -104,9 +80,9 @@ class HeadDim(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         sizes = _sizes(request)
         if self.max is not None and max(sizes) > self.max:
-            return Reason("head_dim.max", "head_dim {head_dim} > {max}", head_dim=max(sizes), max=self.max)
+            return Reason("head_dim.max", head_dim=max(sizes), max=self.max)
         if min(sizes) < self.min:
-            return Reason("head_dim.min", "head_dim {head_dim} < {min}", head_dim=min(sizes), min=self.min)
+            return Reason("head_dim.min", head_dim=min(sizes), min=self.min)
         return None
 
     def describe(self) -> str:
@@ -127,7 +103,7 @@ class HeadDimIn(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.head_dim in self.sizes:
             return None
-        return Reason("head_dim.in", "head_dim {head_dim} not in {taken}", head_dim=request.head_dim, taken=self.sizes)
+        return Reason("head_dim.in", head_dim=request.head_dim, taken=self.sizes)
 
     def describe(self) -> str:
         return ", ".join(map(str, self.sizes))
@@ -149,8 +125,9 @@ class HeadDimMultiple(Rule):
             return None
         for size in _sizes(request):
             if size % self.of:
-                words = "head_dim {head_dim} is not a multiple of {of}" + (" for {dtype}" if self.dtypes else "")
-                return Reason("head_dim.multiple", words, head_dim=size, of=self.of, dtype=request.dtype)
+                if not self.dtypes:
+                    return Reason("head_dim.multiple", head_dim=size, of=self.of)
+                return Reason("head_dim.multiple.dtype", head_dim=size, of=self.of, dtype=request.dtype)
         return None
 
     def describe(self) -> str:
@@ -170,7 +147,7 @@ class ValueHeadDim(Rule):
         values = request.v_head_dim or request.head_dim
         if self.may_differ or values == request.head_dim:
             return None
-        return Reason("head_dim.values", "head_dim of values {values} != {keys}", values=values, keys=request.head_dim)
+        return Reason("head_dim.values", values=values, keys=request.head_dim)
 
     def describe(self) -> str:
         return "values of another head_dim too" if self.may_differ else ""
@@ -188,7 +165,7 @@ class Masks(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.mask in self.kinds:
             return None
-        return Reason("mask", "mask kind {mask} not in {taken}", mask=request.mask, taken=self.kinds)
+        return Reason("mask", mask=request.mask, taken=self.kinds)
 
     def describe(self) -> str:
         if set(self.kinds) == set(ANY_MASK):
@@ -211,8 +188,7 @@ class GroupedHeads(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if self.taken or not request.grouped:
             return None
-        words = "grouped query heads {num_heads}/{num_kv_heads} are not supported"
-        return Reason("grouped", words, num_heads=request.num_heads, num_kv_heads=request.num_kv_heads)
+        return Reason("grouped", num_heads=request.num_heads, num_kv_heads=request.num_kv_heads)
 
     def describe(self) -> str:
         return "yes" if self.taken else "no"
@@ -239,11 +215,10 @@ class Causal(Rule):
         if not request.is_causal or self.cross:
             return None
         if not self.taken:
-            return Reason("causal", "is_causal is not supported")
+            return Reason("causal")
         if request.q_len == request.kv_len:
             return None
-        words = "is_causal with q_len {q_len} != kv_len {kv_len}"
-        return Reason("causal.lengths", words, q_len=request.q_len, kv_len=request.kv_len)
+        return Reason("causal.lengths", q_len=request.q_len, kv_len=request.kv_len)
 
     def describe(self) -> str:
         return f"{self.lengths} lengths" if self.taken else "no"
@@ -260,7 +235,7 @@ class MaskWithCausal(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if self.taken or not request.is_causal or request.mask == "none":
             return None
-        return Reason("causal.mask", "is_causal together with a mask")
+        return Reason("causal.mask")
 
     def describe(self) -> str:
         return "a mask and causal together" if self.taken else ""
@@ -278,7 +253,7 @@ class Scale(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if self.taken or request.scale is None or isclose(request.scale, request.head_dim**-0.5, rel_tol=1e-6):
             return None
-        return Reason("scale", "scale {scale} is not head_dim ** -0.5", scale=request.scale)
+        return Reason("scale", scale=request.scale)
 
     def describe(self) -> str:
         return "yes" if self.taken else "no"
@@ -295,9 +270,9 @@ class KeyLength(Rule):
 
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.kv_len < self.min:
-            return Reason("kv_len.min", "kv_len {kv_len} < {min}", kv_len=request.kv_len, min=self.min)
+            return Reason("kv_len.min", kv_len=request.kv_len, min=self.min)
         if self.max is not None and request.kv_len > self.max:
-            return Reason("kv_len.max", "kv_len {kv_len} > {max}", kv_len=request.kv_len, max=self.max)
+            return Reason("kv_len.max", kv_len=request.kv_len, max=self.max)
         return None
 
     def describe(self) -> str:
@@ -317,7 +292,7 @@ class Batch(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.batch <= self.max:
             return None
-        return Reason("batch", "batch {batch} > {max}", batch=request.batch, max=self.max)
+        return Reason("batch", batch=request.batch, max=self.max)
 
     def describe(self) -> str:
         return f"batch to {self.max}"
@@ -334,7 +309,7 @@ class Heads(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.num_heads <= self.max:
             return None
-        return Reason("num_heads", "num_heads {num_heads} > {max}", num_heads=request.num_heads, max=self.max)
+        return Reason("num_heads", num_heads=request.num_heads, max=self.max)
 
     def describe(self) -> str:
         return f"heads to {self.max}"
@@ -370,8 +345,8 @@ class Limits:
         every = [*rules, *(rule for rule in LAST_RESORT if type(rule) not in kinds)]
         object.__setattr__(self, "rules", tuple(sorted(every, key=lambda rule: rule.order)))
 
-    def reasons(self, request: AttentionRequest) -> list[str]:
-        """Why `request` is outside these limits, as `Reason`; empty when it is inside."""
+    def reasons(self, request: AttentionRequest) -> list[Reason]:
+        """Why `request` is outside these limits; empty when it is inside."""
         return [reason for rule in self.rules if (reason := rule.reason(request)) is not None]
 
     def but(self, *rules: Rule) -> Limits:

@@ -30,11 +30,14 @@ from dataclasses import dataclass
 
 from ..values.aliases import SGLANG, Alias
 from .backend import Backend, Kernel, Limits
-from ..values.limits import HeadDim, HeadDimMultiple, Masks, Reason, Rule
+from ..values.limits import HeadDim, HeadDimMultiple, Masks, Rule
 from ..values.options import Option
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
+
+HEADS = template("foo.heads", "{heads} heads are too many, {max} at most")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class FewHeads(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.num_heads <= self.max:
             return None
-        return Reason("foo.heads", "{heads} heads are too many, {max} at most", heads=request.num_heads, max=self.max)
+        return Reason(HEADS, heads=request.num_heads, max=self.max)
 
     def describe(self) -> str:
         return f"few heads, {self.max} at most"

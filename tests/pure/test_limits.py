@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 from attention_backends.backends.doctor.support_limits import MACHINES, equipped
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.kernels.backend import Backend
 from attention_backends.backends.values.limits import (
     COLUMNS,
     FURTHER,
@@ -23,10 +24,10 @@ from attention_backends.backends.values.limits import (
     HeadDimMultiple,
     Limits,
     MaskWithCausal,
-    Reason,
     Rule,
     ValueHeadDim,
 )
+from attention_backends.backends.values.reasons import TEMPLATES, Reason, template
 from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest
 
 CALL = AttentionRequest(1, 8, 256, 256, 64, "bfloat16")
@@ -42,7 +43,7 @@ def test_a_reason_has_an_id_and_values() -> None:
     assert _broken(limits) == []
     assert _broken(limits, head_dim=132) == [
         ("head_dim.max", {"head_dim": 132, "max": 128}),
-        ("head_dim.multiple", {"head_dim": 132, "of": 8, "dtype": "bfloat16"}),
+        ("head_dim.multiple", {"head_dim": 132, "of": 8}),
     ]
     assert _broken(limits, mask="bias", batch=5) == [
         ("mask", {"mask": "bias", "taken": ("none",)}),
@@ -53,14 +54,43 @@ def test_a_reason_has_an_id_and_values() -> None:
 
 def test_a_multiple_that_the_values_break_names_their_size() -> None:
     limits = Limits(HeadDimMultiple(8), ValueHeadDim(may_differ=True))
-    assert _broken(limits, v_head_dim=60) == [("head_dim.multiple", {"head_dim": 60, "of": 8, "dtype": "bfloat16"})]
+    assert _broken(limits, v_head_dim=60) == [("head_dim.multiple", {"head_dim": 60, "of": 8})]
 
 
 def test_a_reason_is_text_to_everyone_else() -> None:
     (reason,) = Limits(HeadDim(max=32)).reasons(CALL)
     assert reason == "head_dim 64 > 32"
     assert json.loads(json.dumps([reason])) == [reason]
-    assert copy.deepcopy(reason) == pickle.loads(pickle.dumps(reason)) == reason
+    for made in (copy.copy(reason), copy.deepcopy(reason), pickle.loads(pickle.dumps(reason))):
+        assert (made, made.id, made.values) == (reason, "head_dim.max", {"head_dim": 64, "max": 32})
+
+
+def test_an_id_has_one_text() -> None:
+    assert template("batch", TEMPLATES["batch"]) == "batch"
+    with pytest.raises(ValueError, match="batch"):
+        template("batch", "another text")
+    with pytest.raises(KeyError):
+        Reason("nobody's id")
+
+
+def test_a_reason_within_another_keeps_its_id_and_values() -> None:
+    (inner,) = Limits(HeadDim(max=32)).reasons(CALL)
+    outer = copy.deepcopy(Reason("package.needed", reason=inner, by="sm90"))
+    assert outer.startswith(inner)
+    assert [(one.id, one.values["max"]) for one in outer.causes()] == [("head_dim.max", 32)]
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS.values() if backend.built], ids=lambda one: one.id)
+def test_every_refusal_of_a_request_is_a_reason(backend: Backend) -> None:
+    odd = {"dtype": "float64", "head_dim": 1031, "mask": "bias", "is_causal": True, "q_len": 2**20, "kv_len": 2**21 + 1}
+    changes = [{name: value} for name, value in odd.items()] + [odd, {"num_kv_heads": 2}, {"batch": 2**17}]
+    changes.append({"q_len": 46340, "kv_len": 46340, "mask": "bool"})  # 2**31 elements once lengths are filled up
+    machines = [one for machine in MACHINES for _, one in equipped(backend, machine)]
+    for machine in (one for one in machines if not backend.unavailable_reasons(one)):
+        for change in changes:
+            for reason in backend.unsupported_reasons(CALL._replace(**change), machine):
+                assert isinstance(reason, Reason), (machine, change, reason)
+                assert reason.id in TEMPLATES
 
 
 def test_limits_differ_by_their_rules_and_have_one_of_each_usual_kind() -> None:

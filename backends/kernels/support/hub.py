@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import ClassVar
 
 from ...values.platform import HUB_VARIABLE, Platform
+from ...values.reasons import Reason, template
 from ...values.request import AttentionRequest
 from ..backend import Backend, package_reason
 
@@ -79,6 +80,9 @@ class HubKernel:
         return module
 
 
+AND_NOT_FROM_HUB = template("package.hub", "{reasons}, and {obstacle}")
+
+
 class FromHub(Backend):
     """A backend whose package, where it is missing, a repository on the Hub stands in for."""
 
@@ -93,9 +97,9 @@ class FromHub(Backend):
             return reasons
         others = [reason for reason in reasons if reason not in lacking]
         obstacle = self.hub.obstacle(platform)
-        return [*others, f"{'; '.join(lacking)}, and {obstacle}"] if obstacle else others
+        return [*others, Reason(AND_NOT_FROM_HUB, reasons=tuple(lacking), obstacle=obstacle)] if obstacle else others
 
-    def _lacking(self, platform: Platform) -> list[str]:
+    def _lacking(self, platform: Platform) -> list[Reason]:
         return [reason for need in self.requires if (reason := package_reason(need, platform))]
 
     def from_hub(self, platform: Platform) -> HubKernel | None:

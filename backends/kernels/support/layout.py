@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...values.limits import Reason, Rule
+from ...values.limits import Rule
+from ...values.reasons import Reason, template
 from ...values.request import AttentionRequest
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ INT32_ELEMENTS = 2**31 - 1
 
 GRID = 65535
 """The most blocks in the second and third dimension of a CUDA grid."""
+
+
+ELEMENTS = template("elements", "{elements} elements in one tensor > {max}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Elements(Rule):
         elements = self.of(request)
         if elements <= self.max:
             return None
-        return Reason("elements", "{elements} elements in one tensor > {max}", elements=elements, max=self.max)
+        return Reason(ELEMENTS, elements=elements, max=self.max)
 
     def of(self, request: AttentionRequest) -> int:
         """Elements of the largest of query, key and value, as the kernel sees them."""

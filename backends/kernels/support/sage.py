@@ -13,10 +13,11 @@ from inspect import signature
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...values.limits import NO_MASK, Batch, HeadDim, HeadDimIn, Heads, KeyLength, Reason, Rule
+from ...values.limits import NO_MASK, Batch, HeadDim, HeadDimIn, Heads, KeyLength, Rule
 from ...values.options import Option
 from ...values.package import Package, Symbols
 from ...values.platform import Platform
+from ...values.reasons import Reason, template
 from ...values.request import AttentionCall, AttentionRequest
 from ...values.versions import read
 from ..backend import Kernel, Limits, package_reason
@@ -60,6 +61,9 @@ SECOND_PACKAGES = (
 """2.x: the authors' sources, and woct0rdho's wheels for Windows."""
 
 
+KEY_BLOCK = template("kv_len.block", "kv_len {kv_len} is not a multiple of {of}")
+
+
 @dataclass(frozen=True)
 class KeyBlock(Rule):
     """kv_len is a multiple of `of`: the kernel counts what fills its last block."""
@@ -73,7 +77,7 @@ class KeyBlock(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         if request.kv_len % self.of == 0 or (request.is_causal and not self.causal):
             return None
-        return Reason("kv_len.block", "kv_len {kv_len} is not a multiple of {of}", kv_len=request.kv_len, of=self.of)
+        return Reason(KEY_BLOCK, kv_len=request.kv_len, of=self.of)
 
     def describe(self) -> str:
         return f"kv_len a multiple of {self.of}" + ("" if self.causal else " unless causal")
@@ -221,10 +225,10 @@ def triton_reasons(platform: Platform) -> list[str]:
     """
     name = "triton" if platform.version("triton") else "triton-windows"
     if platform.version(name) is None:
-        return [f"package {'triton-windows' if platform.os == 'win32' else 'triton'} is not installed"]
+        return [Reason("package.missing", package="triton-windows" if platform.os == "win32" else "triton")]
     need = {"Turing": "<3.3", "Blackwell": ">=3.3"}.get(platform.architecture, "")
     reason = package_reason(name + need, platform)
-    return [f"{reason}, which {platform.sm} needs"] if reason else []
+    return [Reason("package.needed", reason=reason, by=platform.sm)] if reason else []
 
 
 def without_noise(limits: Limits, platform: Platform) -> Limits:
