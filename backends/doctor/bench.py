@@ -16,7 +16,6 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels.backend import on_copies
 from ..kernels.registry import detect
@@ -151,8 +150,9 @@ def _run_case(
         if refused[name] is not None or problem is None:
             case.rows.append(KernelResult(name, router.backends[name].accuracy, refused[name] or lost))
             continue
-        member = host_name if name == COMFY else router.backends[name].member(case.request, router.platform)
-        row = KernelResult(name, router.backends[name].accuracy, member=member)
+        backend = router.backends[name]
+        member = host_name if backend.hosted else backend.member(case.request, router.platform)
+        row = KernelResult(name, backend.accuracy, member=member)
         try:
             _measure(row, router, problem, device)
         except Exception as error:  # one kernel that fails is a row, and the others still run
@@ -170,7 +170,7 @@ def _run_case(
 
 def _refusal(name: str, request: AttentionRequest, router: Router, host: Host | None) -> str | None:
     """Why a backend is not even called; None when it is."""
-    if name == COMFY and host is None:
+    if router.backends[name].hosted and host is None:
         return OUTSIDE_COMFYUI
     return "; ".join(router.refuse(name, request)) or lacking_memory(router.backends[name], request, router.platform)
 
@@ -259,8 +259,11 @@ def compare_kernels() -> str:
     router = Router(detect())
     request = AttentionRequest(batch=1, num_heads=8, q_len=1024, kv_len=1024, head_dim=64, dtype="float32")
     case = Case("", request)
-    slow = [name for name, backend in router.backends.items() if backend.avoid_reasons(request, router.platform)]
-    backends = [name for name in router.backends if name not in (COMFY, *slow)]
+    backends = [
+        name
+        for name, backend in router.backends.items()
+        if not backend.hosted and not backend.avoid_reasons(request, router.platform)
+    ]
     ended = run_cases([case], backends, router, device_of(router.platform))
     lines = [f"call: {request.describe()}", f"{'backend':18} {'ms':>9} {'relative L2':>12}"]
     ran = [row for row in case.rows if row.status == "ok"]

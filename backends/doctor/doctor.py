@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels.backend import Backend
 from ..kernels.group import BackendGroup
@@ -162,7 +161,7 @@ def probe_all(
         if missing:
             found[backend_id] = Outcome("unavailable", "; ".join(missing))
             continue
-        if backend_id == COMFY:
+        if router.backends[backend_id].hosted:
             found[backend_id] = Outcome("untested", "runs inside ComfyUI only")
             continue
         say(f"probing {backend_id} ...")
@@ -208,7 +207,7 @@ def _made_of(backend: Backend, platform: Platform) -> tuple[str | None, str | No
         version = platform.version(package.distribution)
         if version is not None:
             return f"{package.distribution} {version}", package.module
-    if backend.id == COMFY or backend.packages:
+    if backend.hosted or backend.packages:
         return None, None
     return (f"torch {platform.torch}" if platform.torch else None), "torch"
 

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..config.names import COMFY
 from ..engine.router import Router
 from ..kernels import BACKENDS
 from ..kernels.backend import Backend
@@ -130,7 +129,7 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
     """Load and run one backend in this process and compare it with attention in float64."""
     router = Router(platform, backends, recalls=False)
     backend = backends[backend_id]
-    if backend_id == COMFY:
+    if backend.hosted:
         return Outcome("untested", "runs inside ComfyUI only")
     _write(stages, {"stage": LOADING})
     reasons = router.unavailable(backend_id)

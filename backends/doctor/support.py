@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..config.names import COMFY
 from ..config.systems import systems
 from ..engine.priorities import PRIORITIES, Priority
 from ..kernels import BACKENDS
@@ -106,7 +105,7 @@ def _what(backend: Backend) -> tuple[str, ...]:
         members = [member.id for member in backend.every_member()]
         return _code(backend.id), backend.accuracy, backend.summary, "one of its members", f"as {_codes(members)}"
     needs = ", ".join(_code(need) for need in _needs(backend)) or "nothing"
-    accuracy = "that of ComfyUI's function" if backend.id == COMFY else backend.accuracy
+    accuracy = "that of ComfyUI's function" if backend.hosted else backend.accuracy
     return _code(backend.id), accuracy, backend.summary, needs, runs_on(backend)
 
 

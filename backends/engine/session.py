@@ -106,7 +106,7 @@ class Session:
         )
         if refused is not None:
             decision = replace(decision, asked=refused.backend, rejected=(refused, *decision.rejected))
-        elif decision.backend != COMFY:
+        elif not self.router.backends[decision.backend].hosted:
             label = None
         function = last_resort or function if label is None and decision.asked != COMFY else function
         if decision.options:
@@ -172,9 +172,8 @@ class Session:
 
     def _backend(self, decision: Decision, function: HostFunction | None) -> Backend:
         """What a decision runs; of the host's own attention the very function, where it is known."""
-        if function is not None and decision.backend == COMFY:
-            return function
-        return self.router.backends[decision.backend]
+        backend = self.router.backends[decision.backend]
+        return function if function is not None and backend.hosted else backend
 
     def _exact(self, decision: Decision, request: AttentionRequest, role: str, block: str, refusal: str) -> Decision:
         """An exact backend of the route in place of one that the guard refuses; strict does not forbid that."""
@@ -229,7 +228,7 @@ class Session:
         )  # fmt: skip
         row.member = None if label else backend.member(request, self.router.platform)
         kernel = self._kernel(decision) if kernel is None else kernel
-        if decision.backend != COMFY:  # the host's own function gets what its program called with
+        if not backend.hosted:  # the host's own function gets what its program called with
             kernel = for_scale(kernel, request.scale)
         guard, clock = self.guard, self.device_clock
         if guard is not None and (not guard.covers(backend.accuracy) or guard.refusal(role, block) is not None):

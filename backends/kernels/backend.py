@@ -79,6 +79,9 @@ class Backend:
     """What a person may set under `extra`; `load` takes each as a keyword argument with the same default."""
     candidate: ClassVar[bool] = True
     """A measured choice may take it, and an error may advise it; False where its time or its result says nothing."""
+    hosted: ClassVar[bool] = False
+    """It is the host's own function: it runs only inside a host, with the accuracy that the function has there, and no
+    probe or benchmark outside can run it."""
     by_name_only: ClassVar[bool] = False
     """Comparisons leave it out unless it is named: its members run anyway, or it takes long."""
     compiled: ClassVar[bool] = False

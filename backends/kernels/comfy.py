@@ -22,6 +22,7 @@ class Comfy(Backend):
     id = "comfy"
     summary = "Whatever ComfyUI would run by itself, its start-up flags and the checkpoint's preference included."
     kinds = KINDS
+    hosted = True
     candidate = False
     by_name_only = True
     # A causal call is a mask that was read as such; the host has the mask itself.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...config.names import COMFY
 from ...values.request import AttentionRequest
 
 if TYPE_CHECKING:
@@ -97,12 +96,13 @@ class RunRecorder:
 
     def _note(self, plan: Plan, place: _Place, router: Router) -> None:
         decision = plan.decision
-        host = plan.function if decision.backend == COMFY else None
+        backend = router.backends[decision.backend]
+        host = plan.function if backend.hosted else None
         ran = Ran(
             decision.backend,
             plan.row.member if host is None else host.member(plan.request, router.platform),
             tuple(sorted(decision.options.items())),
-            (host or router.backends[decision.backend]).accuracy,
+            (host or backend).accuracy,
             decision.source,
             decision.asked,
             plan.row.reason,
