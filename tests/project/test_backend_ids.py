@@ -27,7 +27,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         ("sage_fp16_triton", "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"),
         "the kernels of the same package that its own function picks from: each id once",
     ),
-    "backends/kernels/support/planned_options.py": {"sage_attn": "SGLang's word for an option's value"},
+    "backends/kernels/planned.py": {"sage_attn": "SGLang's word for an option's value"},
     "backends/kernels/xformers.py": {"flash_attn": PACKAGE},
     "comparison/bench_report.py": {"cudnn_attn": "the second backend that ratios are to", "reference": LABEL},
     **{f"comparison/{file}.py": {"reference": LABEL} for file in ("chart", "picture", "tables")},
@@ -42,7 +42,7 @@ ONCE = {
     "backends/kernels/sage_attn.py",
     "nodes/configure/schedule.py",
     "comparison/bench_report.py",
-    "backends/kernels/support/planned_options.py",
+    "backends/kernels/planned.py",
 }
 """Where each of them stands once."""
 
