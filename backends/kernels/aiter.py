@@ -68,7 +68,7 @@ class Aiter(FlashAttention):
     varlen = False  # its flash_attn_varlen_func differs between versions, and no fake of it could be checked
     hub = HubKernel("kernels-community/aiter-flash-attn-ck", 1, architectures=AMD_CARDS)
     limits = Limits(HeadDim(max=256), NO_MASK, Elements(), Batch(GRID), Heads(GRID))
-    hub_limits = limits.without(HeadDim).but(Dtypes(("bfloat16",)), HeadDimIn((64, 128)))
+    hub_limits = limits.but(Dtypes(("bfloat16",)), HeadDimIn((64, 128)))
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.hub_limits if self.from_hub(platform) else self.limits

@@ -152,7 +152,7 @@ class FlexAttn(Backend):
     def limits_on(self, platform: Platform) -> Limits:
         limits = self.card_limits if platform.kind in GPU_KINDS else self.limits
         old = package_reason("torch>=2.7", platform)
-        return limits.without(HeadDim).but(HeadDimIn(self.powers_of_two)) if old else limits
+        return limits.but(HeadDimIn(self.powers_of_two)) if old else limits
 
     def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         limits, padded = self.limits_on(platform), _filled(request)

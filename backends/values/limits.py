@@ -376,8 +376,10 @@ class Limits:
     def described(self) -> dict[str, str]:
         """The rules in words, by column of the support table."""
         texts: dict[str, list[str]] = {column: [] for column in COLUMNS}
+        listed = self.get(HeadDimIn) is not None  # the list says more than the bounds, which values have to keep too
         for rule in self.rules:
-            texts[rule.column] += filter(None, [rule.describe()])
+            if not (listed and isinstance(rule, HeadDim)):
+                texts[rule.column] += filter(None, [rule.describe()])
         if not texts[HEAD_DIM]:
             texts[HEAD_DIM] = [HeadDim().describe()]
         return {column: ("; " if column == FURTHER else ", ").join(found) for column, found in texts.items()}

@@ -94,6 +94,8 @@ REFUSED = [
     ("cpu,torch=2.6.0", {"head_dim": 40}, "head_dim 40 not in (16, 32, 64, 128, 256)"),
     ("cpu", {"mask": "bool", "q_len": 50_000, "kv_len": 50_000}, "2500000000 elements in the mask of one head > "),
     ("cpu", {"mask": "bool", "is_causal": True}, "is_causal together with a mask"),
+    ("cuda:8.6,torch=2.6.0,packages=triton==3.2.0", {"head_dim": 64, "v_head_dim": 320}, "head_dim 320 > 256"),
+    ("cuda:8.6,torch=2.6.0,packages=triton==3.2.0", {"head_dim": 64, "v_head_dim": 8}, "head_dim 8 < 16"),
 ]
 
 
