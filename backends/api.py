@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from .calls import router_for, run_attention
 from .config import AttentionConfig
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 
+@overload
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -54,7 +55,41 @@ def attention(
     backend: object = None,
     role: str = "self",
     layout: str = "BHSD",
-) -> torch.Tensor:
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: object = None,
+    role: str = "self",
+    layout: str = "BHSD",
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: object = None,
+    role: str = "self",
+    layout: str = "BHSD",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention on the backend that is in force here.
 
     Args:
@@ -70,8 +105,13 @@ def attention(
         role: which attention of a model it is: `self`, `cross`, `joint`, or a dotted name such as
             `ltx2.audio_to_video`; per-role entries are found by it.
 
+        return_lse: the log-sum-exp of each row's scores too, from a backend that gives it. The mask is then handed over
+            as it is.
+
     Returns:
-        A tensor like `query`, in the same layout, with the head size of `value`.
+        A tensor like `query`, in the same layout, with the head size of `value`. With `return_lse` a pair: that, and
+        the log-sum-exp, natural logarithm, float32, (batch, num_heads, q_len) in either layout, -inf for a row without
+        a visible key; scale and mask are in it, and it has no gradient. `engine/merge.py` joins such pairs.
 
     Raises:
         NoBackendError: a backend was asked for strictly and cannot run this call, or every backend failed.
@@ -86,10 +126,10 @@ def attention(
     """
     import torch
 
-    run: Callable[..., torch.Tensor] = run_attention
+    run: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = run_attention
     if torch.compiler.is_compiling():
         run = torch.compiler.disable(run_attention)  # type: ignore[no-untyped-call]
-    return run(query, key, value, attn_mask, is_causal, scale, enable_gqa, backend, role, layout)
+    return run(query, key, value, attn_mask, is_causal, scale, enable_gqa, backend, role, layout, return_lse)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from .kernels.registry import detect
 from .report import RunReport
 from .values.masks import as_4d, for_kernels
 from .values.platform import Platform
-from .values.request import AttentionCall
+from .values.request import AttentionCall, LseCall
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,8 @@ def run_attention(
     backend: object,
     role: str,
     layout: str,
-) -> torch.Tensor:
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` outside any graph; the path of every call."""
     if backend is not None and not isinstance(backend, (str, AttentionConfig)):
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
@@ -84,7 +85,9 @@ def run_attention(
     except AttributeError:
         _only_tensors(query, key, value, attn_mask)
         raise
-    plan_key = (role, layout, sizes, mask_facts, is_causal, scale, enable_gqa)
+    plan_key: tuple[object, ...] = (role, layout, sizes, mask_facts, is_causal, scale, enable_gqa)
+    if return_lse:
+        plan_key = (*plan_key, "lse")
     session = book.sessions.get(session_key)
     if session is None:
         _only_tensors(query)
@@ -96,14 +99,14 @@ def run_attention(
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if attn_mask is not None and attn_mask.ndim != 4:
         attn_mask = as_4d(attn_mask)
-    call = AttentionCall(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    call = (LseCall if return_lse else AttentionCall)(query, key, value, attn_mask, is_causal, scale, enable_gqa)
     if session.check_calls:
         check(call)
     if attn_mask is not None:
         call.attn_mask = for_kernels(attn_mask, query.dtype)
     if known is None:
         check(call, only_shapes=True)
-        known = session.keep(plan_key, call.request(), role, category_of(role), query.device.type)
+        known = session.keep(plan_key, call.request(lse=return_lse), role, category_of(role), query.device.type)
     plan, call.enable_gqa = known  # kernels are told of grouping only where there is some
     try:
         if plan is not None:
@@ -114,7 +117,11 @@ def run_attention(
         # Either strict, or every backend failed, and then it is the tensors: neither says anything about later calls.
         book.sessions.pop(session_key, None)
         raise
-    return output.transpose(1, 2) if layout == "BSHD" else output
+    if layout == "BSHD":
+        output = output.transpose(1, 2)
+    if return_lse and isinstance(call, LseCall):
+        return output, call.lse
+    return output
 
 
 _thread = threading.local()

@@ -89,6 +89,8 @@ class CallSession(Session):
         On the CPU always: it costs little, and fewer keys are less work. On an accelerator reading waits for all work
         that was queued, so only where a backend was named that refuses the mask and would take the call without it.
         """
+        if request.lse:  # a part's log-sum-exp is that of its own keys
+            return False
         if request.mask == "none" or device == "cpu":
             return request.mask != "none"
         asked = resolve(self.layers, role, category).asked

@@ -206,7 +206,7 @@ class _Reader:
             self.count(facts, name, where, 1)
         for name in ("num_kv_heads", "v_head_dim"):
             self.count({name: 0, **facts}, name, where, 0)
-        for name in ("is_causal", "exact_only"):
+        for name in ("is_causal", "exact_only", "lse"):
             if not isinstance(facts.get(name, False), bool):
                 raise self.fail(f"{where}.{name}", f"expected true or false, not {facts[name]!r}")
         for name, known in (("dtype", DTYPES), ("mask", MASK_KINDS)):

@@ -16,7 +16,7 @@ from ..config import AttentionConfig, frozen
 from ..config.layers import Choice, resolve, settings_of
 from ..config.names import COMFY, MEASURED
 from ..kernels import BACKENDS
-from ..kernels.backend import Backend, Kernel
+from ..kernels.backend import Backend, Kernel, LseKernel
 from ..kernels.group import BackendGroup
 from ..measure import remembered
 from ..values.errors import NoBackendError
@@ -101,6 +101,7 @@ class Router:
         self._unavailable: dict[str, tuple[str, ...]] = {}
         self._kernels: dict[tuple[str, tuple[tuple[str, str], ...]], Kernel] = {}
         self._varlen: dict[tuple[str, tuple[tuple[str, str], ...]], VarlenKernel | None] = {}
+        self._lse: dict[tuple[str, tuple[tuple[str, str], ...]], LseKernel | str] = {}
 
     def unavailable(self, backend_id: str) -> tuple[str, ...]:
         """Why a backend cannot run on this platform; empty when it can. On a real machine this loads it, once."""
@@ -167,6 +168,40 @@ class Router:
                 self._varlen[key] = None
         return self._varlen[key]
 
+    def lse(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> LseKernel:
+        """The kernel of an available backend that gives the log-sum-exp too; `refuse` asks whether there is one.
+
+        Raises:
+            NoBackendError: the package lacks it; tried once.
+        """
+        key = (backend_id, frozen(options))
+        if key not in self._lse:
+            load: Callable[..., LseKernel] = self.backends[backend_id].load_lse
+            try:
+                self._lse[key] = load(self.platform, **options)
+            except (Exception, SystemExit) as error:  # whatever a broken package raises
+                self._lse[key] = f"loading its log-sum-exp failed: {type(error).__name__}: {error}"
+        found = self._lse[key]
+        if isinstance(found, str):
+            raise NoBackendError(found)
+        return found
+
+    def _without_lse(
+        self, backend_id: str, request: AttentionRequest, options: Mapping[str, object]
+    ) -> tuple[str, ...]:
+        """Why a backend cannot give the log-sum-exp of `request`; empty when it can."""
+        limits = self.backends[backend_id].lse_limits(self.platform)
+        if limits is None:
+            return ("gives no log-sum-exp",)
+        reasons = tuple(limits.reasons(request))
+        if reasons or self.platform.described:
+            return reasons
+        try:
+            self.lse(backend_id, options)
+        except NoBackendError as error:
+            return (str(error),)
+        return ()
+
     def refuse(
         self,
         backend_id: str,
@@ -185,7 +220,8 @@ class Router:
             return (f"{FAILED}{said}",)
         if request.exact_only and backend.accuracy != "exact":
             return (forbidden(backend.accuracy),)
-        return tuple(backend.unsupported_reasons(request, self.platform))
+        reasons = tuple(backend.unsupported_reasons(request, self.platform))
+        return reasons if reasons or not request.lse else self._without_lse(backend_id, request, options)
 
     def select(
         self,

@@ -17,6 +17,7 @@ from ..config.schedule import OUTSIDE_A_SAMPLER, is_scheduled
 from ..config.timetable import Timetable
 from ..guard import Guard, GuardAlarm
 from ..kernels.backend import Backend, Kernel, for_scale, on_copies
+from ..kernels.support.lse import kept
 from ..report import RunReport
 from ..report.timed_kernel import timed_kernel
 from ..values.errors import NoBackendError
@@ -228,7 +229,9 @@ class Session:
         )  # fmt: skip
         row.member = None if label else backend.member(request, self.router.platform)
         kernel = self._kernel(decision) if kernel is None else kernel
-        if not backend.hosted:  # the host's own function gets what its program called with
+        if request.lse:
+            kernel = self._lse_kernel(decision, request)
+        elif not backend.hosted:  # the host's own function gets what its program called with
             kernel = for_scale(kernel, request.scale)
         guard, clock = self.guard, self.device_clock
         if guard is not None and (not guard.covers(backend.accuracy) or guard.refusal(role, block) is not None):
@@ -256,6 +259,12 @@ class Session:
     def _kernel(self, decision: Decision) -> Kernel:
         kernel = self.router.kernel(decision.backend, decision.options)
         return on_copies(kernel) if self.router.backends[decision.backend].changes_inputs else kernel
+
+    def _lse_kernel(self, decision: Decision, request: AttentionRequest) -> Kernel:
+        kernel = self.router.lse(decision.backend, decision.options)
+        if self.router.backends[decision.backend].changes_inputs:
+            kernel = on_copies(kernel)
+        return kept(for_scale(kernel, request.scale))
 
     def run(self, plan: Plan, call: AttentionCall) -> torch.Tensor:
         """Run one call; on failure the next backend runs it: the platform's, then the host's own, each once.

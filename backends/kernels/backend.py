@@ -8,7 +8,7 @@ means yes. A reason is lower case and names the value and the limit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 from ..values.aliases import Alias
 from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
@@ -25,10 +25,20 @@ if TYPE_CHECKING:
 
     from .support.varlen import VarlenKernel
 
-__all__ = ["ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "on_copies", "package_reason"]
+__all__ = ["ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "LseKernel", "on_copies", "package_reason"]
 
 Kernel = Callable[[AttentionCall], "torch.Tensor"]
 """Computes one call; returns (batch, num_heads, q_len, v_head_dim)."""
+
+LseKernel = Callable[[AttentionCall], "tuple[torch.Tensor, torch.Tensor]"]
+"""Computes one call; returns its output and the log-sum-exp (LSE) of each row's scores.
+
+The LSE is the natural logarithm, float32, (batch, num_heads, q_len): scale and mask included, query heads that share a
+key head each with their own, -inf for a row without a visible key. `support/lse.py` holds a library's result to that.
+"""
+
+Computed = TypeVar("Computed")
+"""What a kernel returns: an output, or an output and its LSE."""
 
 
 class _ByArithmetic:
@@ -96,6 +106,8 @@ class Backend:
     """The kernel writes into query, key or value; callers that keep them hand it copies."""
     varlen: ClassVar[bool] = False
     """It has a kernel over packed tokens too: sequences of different lengths in one call (`load_varlen`)."""
+    lse: ClassVar[bool] = False
+    """It can give the log-sum-exp with the output (`load_lse`)."""
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         """Why this backend cannot run on `platform` at all; empty when it can."""
@@ -203,17 +215,29 @@ class Backend:
         """
         raise NotImplementedError
 
+    def lse_limits(self, platform: Platform) -> Limits | None:
+        """The limits of `load_lse`'s kernel, asked after those of `load`'s; None where there is none on `platform`."""
+        return self.limits_on(platform) if self.lse else None
 
-def on_copies(kernel: Kernel) -> Kernel:
+    def load_lse(self, platform: Platform) -> LseKernel:
+        """Import the kernel that also gives the log-sum-exp; asked only after `load`, with the same options.
+
+        Raises:
+            Exception: whatever the package raises; then it is refused for calls that ask for the log-sum-exp.
+        """
+        raise NotImplementedError
+
+
+def on_copies(kernel: Callable[[AttentionCall], Computed]) -> Callable[[AttentionCall], Computed]:
     """A kernel that changes its inputs, given copies: the caller keeps them, for a fallback after a failure too."""
 
-    def run(call: AttentionCall) -> torch.Tensor:
+    def run(call: AttentionCall) -> Computed:
         return kernel(call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone()))
 
     return run
 
 
-def for_scale(kernel: Kernel, scale: float | None) -> Kernel:
+def for_scale(kernel: Callable[[AttentionCall], Computed], scale: float | None) -> Callable[[AttentionCall], Computed]:
     """The kernel; for a scale of 0 or less one that gets the query times 0 or -1, and a scale above 0.
 
     Kernels of the FlashAttention kind look for a row's largest score, and hide keys by -inf, before they scale, so that
@@ -223,7 +247,7 @@ def for_scale(kernel: Kernel, scale: float | None) -> Kernel:
         return kernel
     sign, positive = (-1.0, -scale) if scale < 0 else (scale, 1.0)
 
-    def run(call: AttentionCall) -> torch.Tensor:
+    def run(call: AttentionCall) -> Computed:
         return kernel(call.changed(query=call.query * sign, scale=positive))
 
     return run

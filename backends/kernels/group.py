@@ -14,7 +14,7 @@ from ..values.platform import Platform
 from ..values.reasons import Reason
 from ..values.request import AttentionRequest
 from . import registry
-from .backend import Backend, Kernel, Limits
+from .backend import Backend, Kernel, Limits, LseKernel
 
 if TYPE_CHECKING:
     from .support.varlen import VarlenKernel
@@ -120,6 +120,16 @@ class BackendGroup(Backend):
         if chosen is None:
             raise ImportError("; ".join(self.unavailable_reasons(platform)))
         return chosen.load_varlen(platform)
+
+    def lse_limits(self, platform: Platform) -> Limits | None:
+        chosen = self._chosen(platform)
+        return chosen.lse_limits(platform) if chosen else None
+
+    def load_lse(self, platform: Platform) -> LseKernel:
+        chosen = self._chosen(platform)
+        if chosen is None:
+            raise ImportError("; ".join(self.unavailable_reasons(platform)))
+        return chosen.load_lse(platform)
 
     def _chosen(self, platform: Platform) -> Backend | None:
         if platform in self._loaded:

@@ -8,8 +8,9 @@ from ..values.aliases import LISTED, SMART_DIFFUSION, Alias
 from ..values.limits import Causal, Dtypes, MaskWithCausal, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .backend import FLOATING, Backend, Kernel, Limits
-from .support.sdpa import expand_kv
+from .backend import FLOATING, Backend, Kernel, Limits, LseKernel
+from .support.lse import checked
+from .support.textbook import attention, attention_with_lse
 from .support.workspace import key_size, output_size, query_size, score_size, value_size
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Reference(Backend):
     candidate = False
     by_name_only = True
     holds_scores = True
+    lse = True
     limits = Limits(Dtypes(FLOATING), Causal("any"), MaskWithCausal(taken=True), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
@@ -40,27 +42,19 @@ class Reference(Backend):
     def load(self, platform: Platform) -> Kernel:
         return reference_attention
 
+    def load_lse(self, platform: Platform) -> LseKernel:
+        return checked(lambda call: attention_with_lse(call, _wide(call)))
+
 
 def reference_attention(call: AttentionCall) -> torch.Tensor:
     """Compute one call in float64 and return it in the query's dtype; rows without a visible key give zeros."""
+    return attention(call, _wide(call))
+
+
+def _wide(call: AttentionCall) -> torch.dtype:
     import torch
 
-    wide = torch.float32 if call.query.device.type == "mps" else torch.float64
-    key, value = expand_kv(call)
-    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    scores = call.query.to(wide) @ key.to(wide).transpose(-2, -1) * scale
-    if call.attn_mask is not None:
-        if call.attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~call.attn_mask, float("-inf"))
-        else:
-            scores = scores + call.attn_mask.to(wide)
-    if call.is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, float("-inf"))
-    # Of a row without a visible key softmax makes NaN. NaN of the inputs stays: it is the answer.
-    unseen = scores.isneginf().all(dim=-1, keepdim=True)
-    weights = torch.softmax(scores, dim=-1).masked_fill(unseen, 0.0)
-    return (weights @ value.to(wide)).to(call.query.dtype)
+    return torch.float32 if call.query.device.type == "mps" else torch.float64
 
 
 BACKENDS = (Reference(),)

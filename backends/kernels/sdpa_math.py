@@ -8,9 +8,11 @@ from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .backend import FLOATING, Kernel, Limits
+from .backend import FLOATING, Kernel, Limits, LseKernel
+from .support.lse import checked
 from .support.precision import float32_is_full, wide_dtype
 from .support.sdpa import PinnedSDPA, pinned
+from .support.textbook import attention_with_lse
 from .support.workspace import (
     expanded_bytes,
     inputs_bytes,
@@ -43,6 +45,7 @@ class SDPAMath(PinnedSDPA):
     kinds = KINDS
     pin = "MATH"
     holds_scores = True
+    lse = True
     limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
@@ -75,6 +78,17 @@ class SDPAMath(PinnedSDPA):
             return output.to(query.dtype)
 
         return run
+
+    def load_lse(self, platform: Platform) -> LseKernel:
+        """torch's operator gives none, so both come from one matrix of scores, widened as in `load`."""
+        import torch
+
+        def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+            device = call.query.device.type
+            with torch.autocast(device, enabled=False):
+                return attention_with_lse(call, wide_dtype(call.query.dtype, device))
+
+        return checked(run)
 
 
 BACKENDS = (SDPAMath(),)

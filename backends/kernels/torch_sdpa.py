@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..values.aliases import DIFFUSERS, PEOPLE, SGLANG, VLLM_OMNI, Alias
-from ..values.limits import Causal, Dtypes, ValueHeadDim
+from ..values.limits import Batch, Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .backend import FLOATING, Backend, Kernel, Limits
-from .support.sdpa import CHECKS, expanded, facts_for_torch, implementation, plain_sdpa
+from .backend import FLOATING, Backend, Kernel, Limits, LseKernel
+from .support.lse import checked
+from .support.precision import wide_dtype
+from .support.sdpa import CHECKS, WITH_LSE, expanded, facts_for_torch, implementation, plain_sdpa, without_gaps
+from .support.textbook import attention_with_lse
 from .support.workspace import expanded_bytes
 
 if TYPE_CHECKING:
@@ -20,6 +24,10 @@ SMALL_QUERY = 128 * 1024
 
 MAX_BATCH = 2**15
 """Larger batches fail in torch's CUDA kernels, so they are split, as in ComfyUI."""
+
+
+CPU_FUSED = Limits(Dtypes(FLOATING))
+"""What torch's fused kernel on the CPU takes, which is asked for the log-sum-exp."""
 
 
 class TorchSDPA(Backend):
@@ -36,6 +44,7 @@ class TorchSDPA(Backend):
     )
     kinds = KINDS
     limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
+    lse = True
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Nothing of its own where torch has a fused kernel for grouped heads with a mask, which is on CUDA only."""
@@ -47,6 +56,42 @@ class TorchSDPA(Backend):
         if platform.kind == "rocm":
             return _in_order(platform)
         return _portable()
+
+    def lse_limits(self, platform: Platform) -> Limits:
+        return self.limits.but(Batch(MAX_BATCH)) if platform.kind == "cuda" else self.limits
+
+    def load_lse(self, platform: Platform) -> LseKernel:
+        return checked(_with_lse(platform))
+
+
+def _with_lse(platform: Platform) -> LseKernel:
+    """torch's fused kernels that give an LSE, where they take the call; else the whole matrix of scores.
+
+    scaled_dot_product_attention itself gives none, on any device.
+    """
+    import torch
+
+    fused: list[tuple[Callable[[AttentionCall], bool], Kernel]] = []
+    if platform.kind == "cpu":
+        kernel = implementation("FLASH_ATTENTION", platform, WITH_LSE)
+        fused = [(lambda call: not CPU_FUSED.reasons(call.request()), kernel)]
+    elif platform.kind == "cuda":
+        for pin in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
+            can_use = getattr(torch.backends.cuda, f"can_use_{CHECKS[pin]}_attention")
+            kernel = implementation(pin, platform, WITH_LSE)
+            fused.append((lambda call, can_use=can_use: can_use(facts_for_torch(call)), kernel))  # type: ignore[misc]
+
+    def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        for takes, kernel in fused:
+            if takes(call := without_gaps(call)):
+                return kernel(call)  # type: ignore[return-value]  # WITH_LSE
+            if call.enable_gqa and platform.kind == "cuda":  # the efficient kernel has no grouped form
+                call = expanded(call)
+        device = call.query.device.type
+        with torch.autocast(device, enabled=False):
+            return attention_with_lse(call, wide_dtype(call.query.dtype, device))
+
+    return run
 
 
 def _portable() -> Kernel:

@@ -46,6 +46,8 @@ class AttentionRequest(NamedTuple):
     """What scores are multiplied by; None stands for head_dim ** -0.5."""
     exact_only: bool = False
     """The model forbids reduced precision for this call (`low_precision_attention=False`)."""
+    lse: bool = False
+    """The log-sum-exp of each row's scores is asked for with the output."""
 
     @property
     def grouped(self) -> bool:
@@ -71,6 +73,8 @@ class AttentionRequest(NamedTuple):
             parts.append(f"scale {self.scale:g}")
         if self.exact_only:
             parts.append("low precision forbidden by the model")
+        if self.lse:
+            parts.append("with its log-sum-exp")
         return ", ".join(parts)
 
 
@@ -120,7 +124,7 @@ def _parse_value(name: str, raw: str) -> object:
         if raw not in MASK_KINDS:
             raise ValueError(f"request: mask {raw!r} is not one of {', '.join(MASK_KINDS)}")
         return raw
-    if name in ("is_causal", "exact_only"):
+    if name in ("is_causal", "exact_only", "lse"):
         if raw.lower() not in ("true", "false", "1", "0"):
             raise ValueError(f"request: {name} {raw!r} is neither true nor false")
         return raw.lower() in ("true", "1")
@@ -225,7 +229,7 @@ class AttentionCall:
         made.parts = self.parts if parts is _SAME else parts
         return made
 
-    def request(self, *, exact_only: bool = False) -> AttentionRequest:
+    def request(self, *, exact_only: bool = False, lse: bool = False) -> AttentionRequest:
         """The facts of this call. Reads shapes and types, never values, so it costs no synchronisation."""
         from .masks import mask_kind
 
@@ -243,4 +247,16 @@ class AttentionCall:
             is_causal=self.is_causal,
             scale=self.scale,
             exact_only=exact_only,
+            lse=lse,
         )
+
+
+class LseCall(AttentionCall):
+    """A call whose log-sum-exp is asked for: a plan with `AttentionRequest.lse` leaves it in `lse`.
+
+    It is float32, (batch, num_heads, q_len). Calls that are made from this one are plain ones.
+    """
+
+    __slots__ = ("lse",)
+
+    lse: torch.Tensor

@@ -60,6 +60,24 @@ def exact(
     return (weights @ value.float()).to(query.dtype)
 
 
+def log_sum_exp(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    visible: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    base_2: bool = False,
+    empty: float = 0.0,
+) -> torch.Tensor:
+    """(batch, num_heads, q_len), float32, in base e or 2; `empty` is what a row gets whose keys are all hidden."""
+    scores = query.float() @ for_heads(query, key).float().transpose(-2, -1) * scale
+    scores = scores if bias is None else scores + bias.float()
+    scores = scores if visible is None else scores.masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.where(lse.isneginf(), empty, lse / (torch.log(torch.tensor(2.0)) if base_2 else 1.0))
+
+
 def by_sequence(
     attend: Callable[..., torch.Tensor],
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.backends import cuda
 
+from . import arithmetic
+
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
 Op = Callable[..., Any]
@@ -31,11 +33,13 @@ class Operators:
             monkeypatch.setattr(cuda, f"can_use_{name}_attention", lambda facts, name=name: self.takes[name](facts))
 
     def _stand_in(self, name: str, real: Op) -> Op:
-        def run(q: Any, k: Any, v: Any, *rest: Any, scale: float | None = None) -> tuple[torch.Tensor]:
+        def run(q: Any, k: Any, v: Any, *rest: Any, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
             def on_meta(value: Any) -> Any:
                 return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-            shape = real(*(on_meta(value) for value in (q, k, v, *rest)), scale=scale)[0].shape
+            shape, lse = (
+                tensor.shape for tensor in real(*(on_meta(value) for value in (q, k, v, *rest)), scale=scale)[:2]
+            )
             bias, *flags = (None, True, *rest) if name == "flash" else rest
             if name == "flash":
                 assert q.shape[3] % 8 == k.shape[3] % 8 == v.shape[3] % 8 == 0
@@ -48,9 +52,21 @@ class Operators:
             self.ran.append(name)
             out = SDPA(q, k, v, attn_mask=bias, is_causal=flags[2], scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             assert out.shape == shape
-            return (out,)
+            return out, _log_sum_exp(q, k, bias, flags[2], scale, lse)
 
         return run
+
+
+def _log_sum_exp(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, causal: bool, scale: float | None, shape: torch.Size
+) -> torch.Tensor:
+    """In the shape that the operator gives: with rows that fill up, or without any where it is not asked for."""
+    lse = torch.full(shape, float("nan"))
+    if lse.numel():
+        visible = arithmetic.causal_mask(q.shape[2], k.shape[2], bottom_right=False) if causal else None
+        found = arithmetic.log_sum_exp(q, k, q.shape[3] ** -0.5 if scale is None else scale, visible, bias)
+        lse.view(*shape[:2], -1)[..., : q.shape[2]] = found
+    return lse
 
 
 def on_a_card(monkeypatch: pytest.MonkeyPatch) -> Operators:

@@ -7,7 +7,7 @@ that is added and drops an argument fails, and so does one that no machine here 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import pytest
@@ -23,7 +23,7 @@ from attention_backends.backends.kernels.planned import Planned  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sdpa  # noqa: E402
 from attention_backends.backends.kernels.support.varlen import VarlenCall  # noqa: E402
-from attention_backends.backends.values.limits import Causal, Dtypes, MaskWithCausal, ValueHeadDim  # noqa: E402
+from attention_backends.backends.values.limits import Causal, Dtypes, Masks, MaskWithCausal, ValueHeadDim  # noqa: E402
 from attention_backends.backends.values.platform import KINDS, Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
@@ -78,6 +78,8 @@ def faults_of(
     """What is wrong with a backend on the machines that it is tested on, and what of it none of them can test."""
     found: list[str] = []
     machines = list(places(backend))
+    if backend.lse and all(backend.lse_limits(platform) is None for platform in machines):
+        found.append(f"{backend.id} gives a log-sum-exp on no machine of kernel_machines.py")
     covered = {platform.kind for platform in machines}
     for kind in backend.kinds:
         if kind not in covered:
@@ -119,7 +121,76 @@ def _faults_on(router: Router, backend: Backend, only: int | None) -> list[str]:
         same = (torch.equal(getattr(call, name), getattr(before, name)) for name in ("query", "key", "value"))
         if not backend.changes_inputs and not all(same):
             found.append(f"{where}: {feature.label}: it changed its inputs")
+    found += _lse_faults(router, backend, where, only)
     return found + (_packed_faults(router, backend, where, only) if backend.varlen else [])
+
+
+@cache
+def expected_lse(feature: Feature) -> torch.Tensor:
+    return lse_of(feature.call())
+
+
+def lse_of(call: AttentionCall) -> torch.Tensor:
+    """The log-sum-exp of each row's scores, in float64."""
+    scores = call.query.double() @ expand_kv(call)[0].double().transpose(-2, -1)
+    scores = scores * (call.query.shape[3] ** -0.5 if call.scale is None else call.scale)
+    if call.attn_mask is not None:
+        mask = call.attn_mask
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()
+    if call.is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores[0, 0], dtype=torch.bool).tril(), float("-inf"))
+    return scores.logsumexp(dim=-1)
+
+
+def _lse_faults(router: Router, backend: Backend, where: str, only: int | None) -> list[str]:
+    """The log-sum-exp: of every call that its limits declare, of rows without a key, and of calls without one."""
+    platform, found = router.platform, []
+    limits = backend.lse_limits(platform)
+    if limits is None:
+        return []
+    kernel = router.lse(backend.id)
+    for feature in (*features(limits, only), *_with_empty_rows(limits, only)):
+        if limits.reasons(feature.request) or backend.unsupported_reasons(feature.request, platform):
+            continue
+        call, label = feature.call(), f"{where}, log-sum-exp: {feature.label}"
+        output, lse = kernel(call)
+        if not error(output, expected_of(feature)).within(limit_of(feature, backend.arithmetic_on(platform))):
+            found.append(f"{label}: its output is another one")
+        if (lse.shape, lse.dtype) != (call.query.shape[:3], torch.float32):
+            found.append(f"{label}: {tuple(lse.shape)} {lse.dtype}")
+        elif not torch.allclose(lse.double(), expected_lse(feature), rtol=1e-5, atol=LSE_ERROR):
+            found.append(f"{label}: {(lse - expected_lse(feature)).abs().max()} off")
+    for lengths in ((0, 64), (48, 0)):
+        request = AttentionRequest(2, 4, *lengths, 64, limits[Dtypes].names[0])
+        output, lse = kernel(call_for(request))
+        if lse.shape != (2, 4, lengths[0]) or not lse.isneginf().all() or output.any():
+            found.append(f"{where}, log-sum-exp: lengths {lengths}")
+    return found
+
+
+LSE_ERROR = 1e-3
+"""Absolute; scores are sums in float32 of products of half types. The base, the scale and a key are 0.01 at least."""
+
+
+def _with_empty_rows(limits: Limits, only: int | None) -> Iterator[Feature]:
+    """Each kind of mask that can leave a row without a key, one of -inf among them, on the plain calls."""
+    plain = (feature for feature in features(limits, only) if feature.label.endswith(": plain"))
+    for feature in plain:
+        for mask in set(limits[Masks].kinds) - {"none"}:
+            yield EmptyRows(f"{feature.label}, {mask} with empty rows", feature.request._replace(mask=mask))
+
+
+class EmptyRows(Feature):
+    """A call whose mask hides every key from the second sample, or from its third row on."""
+
+    def call(self) -> AttentionCall:
+        call = call_for(self.request)
+        mask = call.attn_mask.expand(2, -1, -1, -1).clone()
+        mask[1, :, 2:] = False if mask.dtype == torch.bool else float("-inf")
+        if mask.shape[2] == 1:
+            mask[1] = False
+        call.attn_mask = mask
+        return call
 
 
 def _packed_faults(router: Router, backend: Backend, where: str, only: int | None) -> list[str]:
@@ -366,3 +437,44 @@ def test_a_kernel_over_packed_tokens_is_compared_too(monkeypatch: pytest.MonkeyP
         faults = faults_of(monkeypatch, foo)
         assert (not faults) is scaled
         assert all("packed" in fault and "scale" in fault for fault in faults)
+
+
+def _lse_wrong(what: str):
+    def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = copied(call)
+        if what == "drops the scale":
+            asked.scale = None
+        if what == "drops the mask":
+            asked.attn_mask = None
+        lse = lse_of(asked).float()
+        if what == "base 2":
+            lse = lse / torch.tensor(2.0).log()
+        if what == "zero for an empty row":
+            lse = lse.masked_fill(lse.isneginf(), 0.0)
+        if what == "the query's dtype":
+            lse = lse.to(call.query.dtype)
+        if what == "one head for all":
+            lse = lse[:, :1].expand_as(lse)
+        return reference_attention(call), lse
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "what",
+    [*("", "drops the scale", "drops the mask", "base 2"),
+     *("zero for an empty row", "the query's dtype", "one head for all")],
+)  # fmt: skip
+def test_a_log_sum_exp_is_compared_too(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    limits = Limits(Dtypes(("bfloat16",)), Causal("any"))
+    load_lse = lambda self, platform: _lse_wrong(what)  # noqa: E731
+    foo = _foo(reference_attention, kinds=("cpu",), limits=limits, lse=True, load_lse=load_lse)
+    faults = faults_of(monkeypatch, foo)
+    assert bool(faults) is bool(what)
+    assert all("log-sum-exp" in fault for fault in faults)
+
+
+def test_a_log_sum_exp_that_no_machine_gives_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    foo = _foo(reference_attention, kinds=("cpu",), lse=True, lse_limits=lambda self, platform: None)
+    (fault,) = faults_of(monkeypatch, foo)
+    assert "log-sum-exp" in fault

@@ -59,6 +59,7 @@ def test_explain_answers_as_data(capsys: pytest.CaptureFixture[str], snapshot: S
             "is_causal": False,
             "scale": None,
             "exact_only": False,
+            "lse": False,
         },
         "platform": snapshot,
         "notes": [],

@@ -8,12 +8,14 @@ this file alone calls them, and does before what ATen/native/transformers/attent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from ...values.platform import Platform
 from ...values.request import AttentionCall
-from ..backend import Backend, Kernel, package_reason
+from ..backend import Backend, Kernel, LseKernel, package_reason
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +74,19 @@ def facts_for_torch(call: AttentionCall) -> object:
     return SDPAParams(call.query, call.key, call.value, call.attn_mask, 0.0, call.is_causal, call.enable_gqa)
 
 
-def pinned(pin: str, platform: Platform) -> Kernel:
+Take = Callable[[Any], Any]
+"""What is taken of what an operator returns; a function in C, so that it costs no frame."""
+OUTPUT: Take = itemgetter(0)
+WITH_LSE: Take = itemgetter(0, 1)
+"""Output and log-sum-exp: the natural logarithm, float32 or float64; what an empty row has there is not said."""
+
+
+def pinned_with_lse(pin: str, platform: Platform) -> LseKernel:
+    """As `pinned`, of FLASH_ATTENTION or EFFICIENT_ATTENTION, for `lse.checked`, which has to stand before it."""
+    return cast("LseKernel", pinned(pin, platform, WITH_LSE))
+
+
+def pinned(pin: str, platform: Platform, take: Take = OUTPUT) -> Kernel:
     """A kernel that runs one member of torch.nn.attention.SDPBackend and no other, whatever the process's switches say.
 
     On CUDA and ROCm torch's own check is asked first. It says no where another thread or pack has switched the
@@ -82,7 +96,7 @@ def pinned(pin: str, platform: Platform) -> Kernel:
         ValueError: in a call: torch's check refuses it.
         As `implementation`.
     """
-    kernel = implementation(pin, platform)
+    kernel = implementation(pin, platform, take)
     if pin not in CHECKS or platform.kind == "cpu":
         return kernel
     from torch.backends import cuda
@@ -101,7 +115,7 @@ def pinned(pin: str, platform: Platform) -> Kernel:
     return run
 
 
-def implementation(pin: str, platform: Platform) -> Kernel:
+def implementation(pin: str, platform: Platform, take: Take = OUTPUT) -> Kernel:
     """The operator of one member of torch.nn.attention.SDPBackend on a kind of device, unchecked but for its shapes.
 
     Args:
@@ -115,8 +129,8 @@ def implementation(pin: str, platform: Platform) -> Kernel:
     if pin == "MATH":
         return _math()
     if pin == "FLASH_ATTENTION":
-        return _flash_on_cpu(platform) if platform.kind == "cpu" else _flash()
-    return _efficient() if pin == "EFFICIENT_ATTENTION" else _cudnn(platform)
+        return _flash_on_cpu(platform, take) if platform.kind == "cpu" else _flash(take)
+    return _efficient(take) if pin == "EFFICIENT_ATTENTION" else _cudnn(platform)
 
 
 def computes(call: AttentionCall) -> bool:
@@ -231,7 +245,7 @@ def _math() -> Kernel:
     return run
 
 
-def _flash_on_cpu(platform: Platform) -> Kernel:
+def _flash_on_cpu(platform: Platform, take: Take) -> Kernel:
     from torch import _scaled_dot_product_flash_attention_for_cpu as operator
 
     # torch 2.13 groups heads here (sdp_utils_cpp.cpp). An older operator would read past the keys without a word, so
@@ -247,15 +261,15 @@ def _flash_on_cpu(platform: Platform) -> Kernel:
             mask = bias_of(call)
         if call.enable_gqa and not groups:
             call = expanded(call)
-        output: torch.Tensor = operator(
-            call.query, call.key, call.value, 0.0, call.is_causal, attn_mask=mask, scale=call.scale
-        )[0]
+        output: torch.Tensor = take(
+            operator(call.query, call.key, call.value, 0.0, call.is_causal, attn_mask=mask, scale=call.scale)
+        )
         return output
 
     return run
 
 
-def _flash() -> Kernel:
+def _flash(take: Take) -> Kernel:
     """CUDA and ROCm. Groups heads; head_dim is filled up with zeros to a multiple of 8."""
     from torch import _scaled_dot_product_flash_attention as operator
     from torch.nn.functional import pad
@@ -271,14 +285,16 @@ def _flash() -> Kernel:
         if head_dim % 8:
             scale = head_dim**-0.5 if scale is None else scale
             query, key, value = (pad(tensor, (0, -head_dim % 8)) for tensor in (query, key, value))
-            return operator(query, key, value, 0.0, call.is_causal, False, scale=scale)[0][..., :head_dim]
-        output: torch.Tensor = operator(query, key, value, 0.0, call.is_causal, False, scale=scale)[0]
+            wide, *others = operator(query, key, value, 0.0, call.is_causal, False, scale=scale)
+            output: torch.Tensor = take((wide[..., :head_dim], *others))
+        else:
+            output = take(operator(query, key, value, 0.0, call.is_causal, False, scale=scale))
         return output
 
     return run
 
 
-def _efficient() -> Kernel:
+def _efficient(take: Take) -> Kernel:
     """CUDA and ROCm. Has no grouped form: key heads are repeated."""
     from torch import _scaled_dot_product_efficient_attention as operator
 
@@ -291,9 +307,10 @@ def _efficient() -> Kernel:
             bias = aligned(bias, call)
         if call.enable_gqa:
             call = expanded(call)
-        output: torch.Tensor = operator(
-            call.query, call.key, call.value, bias, _needs_lse(call), 0.0, call.is_causal, scale=call.scale
-        )[0]
+        lse = take is not OUTPUT or _needs_lse(call)
+        output: torch.Tensor = take(
+            operator(call.query, call.key, call.value, bias, lse, 0.0, call.is_causal, scale=call.scale)
+        )
         return output
 
     return run
