@@ -18,7 +18,7 @@ from ..kernels.group import BackendGroup
 from ..values.limits import COLUMNS
 from ..values.options import KIND_NAMES, Option
 from ..values.reasons import Reason
-from .support_limits import CARDS, MACHINES, card_name, limit_rows, runs_on
+from .support_limits import CARDS, MACHINES, card_name, limit_rows, lse_on, runs_on
 
 INTRO = """# Backends
 
@@ -38,6 +38,8 @@ end of this page, and passes over one that cannot run a call.
   Blackwell. **gfx942** and the like are AMD's names of its architectures.
   The tables ask about {cards}.
 - **GQA**: several query heads share one key head. **Causal**: a token sees only those before it.
+- **LSE**: where it can also give the log-sum-exp of each row's scores, for `attention(..., return_lse=True)`, and what
+  such a call may be where that is less.
 - Masks: **key_padding** hides some keys from every query, **bool** hides some keys from some queries, **bias** is added
   to the scores."""
 
@@ -49,7 +51,7 @@ def support_page() -> str:
     parts = [
         INTRO.format(cards=", ".join(map(card_name, CARDS))),
         "## What there is",
-        _table(("backend", "accuracy", "what it is", "needs", "runs on"), [_what(backend) for backend in built]),
+        _table(("backend", "accuracy", "what it is", "needs", "runs on", "LSE"), [_what(backend) for backend in built]),
         "## What a call may be",
         _LIMITS_INTRO,
         _table(
@@ -103,10 +105,17 @@ def _code(text: object) -> str:
 def _what(backend: Backend) -> tuple[str, ...]:
     if isinstance(backend, BackendGroup):
         members = [member.id for member in backend.every_member()]
-        return _code(backend.id), backend.accuracy, backend.summary, "one of its members", f"as {_codes(members)}"
+        return (
+            _code(backend.id),
+            backend.accuracy,
+            backend.summary,
+            "one of its members",
+            f"as {_codes(members)}",
+            "as its member",
+        )
     needs = ", ".join(_code(need) for need in _needs(backend)) or "nothing"
     accuracy = "that of ComfyUI's function" if backend.hosted else backend.accuracy
-    return _code(backend.id), accuracy, backend.summary, needs, runs_on(backend)
+    return _code(backend.id), accuracy, backend.summary, needs, runs_on(backend), lse_on(backend)
 
 
 def _codes(names: Iterable[str]) -> str:

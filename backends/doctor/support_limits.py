@@ -81,6 +81,29 @@ def runs_on(backend: Backend) -> str:
     return places(able) or "depends on the installed version"
 
 
+def lse_on(backend: Backend) -> str:
+    """The machines on which it gives a log-sum-exp, `yes` for all it runs on, and the limits that differ then."""
+    runs, able = [], []
+    narrower: dict[str, None] = {}
+    for machine in MACHINES:
+        for _, one in equipped(backend, machine):
+            if backend.unavailable_reasons(one):
+                continue
+            runs.append(machine)
+            if (limits := backend.lse_limits(one)) is not None:
+                able.append(machine)
+                usual = backend.limits_on(one).described()
+                for column, text in limits.described().items():
+                    if column == FURTHER:
+                        narrower |= dict.fromkeys(part for part in text.split("; ") if part not in usual[column])
+                    elif text != usual[column]:
+                        narrower[f"{column}: {text}"] = None
+    if not able:
+        return "no"
+    where = "yes" if able == runs else places(list(dict.fromkeys(able)))
+    return "; ".join([where, *narrower])
+
+
 def places(machines: Sequence[Platform]) -> str:
     """`CUDA sm75, sm80 to sm90; ROCm gfx942; CPU`: neighbours in `CARDS` are joined."""
     cards = [machine.capability for machine in machines if machine.capability]

@@ -45,6 +45,7 @@ class Aiter(FlashAttention):
         Alias(DIFFUSERS, "aiter", NAMESAKE),
         Alias(DIFFUSERS, "aiter_fa2_hub", f"{HUB}; {NAMESAKE}"),
     )
+    lse = False  # the base of its logarithm was not checked
     kinds = ("rocm",)
     architectures = AMD_CARDS
     requires = ("amd-aiter>=0.1.5",)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..values.aliases import LISTED, PEOPLE, SMART_DIFFUSION, VLLM_OMNI, Alias
-from ..values.limits import Batch, Dtypes, HeadDimIn, Masks, Rule
+from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Masks, Rule
 from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
-from .backend import Backend, Kernel, Limits, package_reason
+from .backend import Backend, Kernel, Limits, LseKernel, package_reason
 from .support.flashinfer import FLASHINFER
 from .support.layout import Elements, indexable, on_device_of
+from .support.lse import checked
 from .support.ragged import WORKSPACE_BYTES, offsets_of, stream_of, to_bhsd, to_thd, workspace
 from .support.workspace import item_bytes, mask_size, output_size
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from .support.varlen import VarlenCall, VarlenKernel
+
+LN_2 = log(2)
 
 PLANS = 8
 """Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""
@@ -85,6 +90,7 @@ class FlashInferAttn(Backend):
     turing_limits = limits.but(Dtypes(("float16",)))
     old_turing_limits = turing_limits.but(HeadDimIn((64,)))
     varlen = True
+    lse = True
 
     def limits_on(self, platform: Platform) -> Limits:
         if platform.architecture != "Turing":
@@ -100,13 +106,9 @@ class FlashInferAttn(Backend):
         return one + max(mask_size(request), one) // 8 + output_size(request) * item_bytes(request)
 
     def load(self, platform: Platform) -> Kernel:
-        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper, packbits, single_prefill_with_kv_cache
+        from flashinfer import packbits, single_prefill_with_kv_cache
 
-        @lru_cache(maxsize=PLANS)
-        def planned(shapes: Shapes, stream: int) -> Any:
-            """A wrapper of its own for each kind of call: what one call planned must not reach another."""
-            wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace(self.id, shapes.device, stream), "NHD")
-            return shapes.plan(wrapper)
+        planned = plans(self.id)
 
         def attend(
             query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bits: torch.Tensor | None, call: AttentionCall
@@ -162,12 +164,7 @@ class FlashInferAttn(Backend):
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
         """The wrapper for batches with the lengths that it is made for; a plan for each set of lengths."""
-        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
-
-        @lru_cache(maxsize=PLANS)
-        def planned(shapes: Shapes, stream: int) -> Any:
-            wrapper = BatchPrefillWithRaggedKVCacheWrapper(workspace(self.id, shapes.device, stream), "NHD")
-            return shapes.plan(wrapper)
+        planned = plans(self.id)
 
         def run(call: VarlenCall) -> torch.Tensor:
             (_, heads, head_dim), kv_heads = call.query.shape, call.key.shape[1]
@@ -180,6 +177,23 @@ class FlashInferAttn(Backend):
             return output
 
         return run
+
+    def lse_limits(self, platform: Platform) -> Limits:
+        """Without masks: they run sample by sample, through another function."""
+        return self.limits_on(platform).but(NO_MASK)
+
+    def load_lse(self, platform: Platform) -> LseKernel:
+        """The wrapper for batches, for a single sample too: its log-sum-exp is (tokens, num_heads), in base 2."""
+        planned = plans(self.id)
+
+        def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+            batch, heads, q_len, _ = call.query.shape
+            with on_device_of(call.query):
+                wrapper = planned(Shapes.of(call), stream_of(call.query))
+                output, lse = wrapper.run(to_thd(call.query), to_thd(call.key), to_thd(call.value), return_lse=True)
+            return to_bhsd(output, batch), lse.view(batch, q_len, heads).transpose(1, 2) * LN_2
+
+        return checked(run)
 
 
 def _scale(call: AttentionCall) -> float:
@@ -223,6 +237,20 @@ class Shapes(NamedTuple):
             q_data_type=self.dtype,
         )
         return wrapper
+
+
+def plans(backend: str) -> Callable[[Shapes, int], Any]:
+    """Gives the wrapper for batches, planned for these shapes on a stream; `PLANS` of them are kept.
+
+    Each kind of call has a wrapper of its own: what one call planned must not reach another.
+    """
+    from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+    @lru_cache(maxsize=PLANS)
+    def planned(shapes: Shapes, stream: int) -> Any:
+        return shapes.plan(BatchPrefillWithRaggedKVCacheWrapper(workspace(backend, shapes.device, stream), "NHD"))
+
+    return planned
 
 
 Bits = list[list["torch.Tensor | None"]]

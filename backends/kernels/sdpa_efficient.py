@@ -41,7 +41,7 @@ class SDPAEfficient(PinnedSDPA):
 
     def lse_limits(self, platform: Platform) -> Limits | None:
         """Not on ROCm: the base of its kernels' logarithm was not checked."""
-        return None if platform.kind == "rocm" else self.limits_on(platform)
+        return None if platform.kind == "rocm" else super().lse_limits(platform)
 
     def load_lse(self, platform: Platform) -> LseKernel:
         kernel = pinned_with_lse(self.pin, platform)

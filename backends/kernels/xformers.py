@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimMultiple, Heads
@@ -11,8 +11,9 @@ from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from ..values.versions import meets
-from .backend import HALF, Backend, Kernel, Limits
+from .backend import HALF, Backend, Kernel, Limits, LseKernel
 from .support.layout import GRID, Elements, indexable, on_device_of, to_bshd
+from .support.lse import checked
 from .support.sdpa import expanded
 from .support.workspace import expanded_bytes, item_bytes, mask_size
 
@@ -73,6 +74,7 @@ class Xformers(Backend):
         "cuda:9.0,packages=xformers==0.0.35",
         "cuda:12.0,packages=xformers==0.0.35",
     )
+    lse = True
     limits = Limits(
         Dtypes(("float16", "bfloat16", "float32")),
         HeadDim(),
@@ -100,20 +102,7 @@ class Xformers(Backend):
         return expanded_bytes(request) + 2 * mask_size(request) * item_bytes(request)
 
     def load(self, platform: Platform) -> Kernel:
-        try:
-            from xformers import _cpp_lib, ops
-            from xformers.ops import fmha
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("flash_attn"):
-                raise ImportError(f"xformers takes what flash-attn-4 left for version 2 ({error})") from error
-            raise
-        # Importing succeeds, with a warning, where the compiled part fits another torch; nothing runs then.
-        if not _cpp_lib._built_with_cuda:
-            why = " ".join(str(_cpp_lib._cpp_library_load_exception or "built without CUDA").split())
-            raise ImportError(why.partition(" Please ")[0])
-        operator = fmha.flash.FwOp if platform.architecture == "Blackwell" else fmha.cutlass.FwOp
-        if not operator.is_available():
-            raise ImportError(f"operator {operator.NAME} of xformers does not work with torch {platform.torch}")
+        ops, _ = _imported(platform)
         attention, causal = ops.memory_efficient_attention, ops.LowerTriangularMask
 
         def run(call: AttentionCall) -> torch.Tensor:
@@ -126,6 +115,48 @@ class Xformers(Backend):
             return output if call.attn_mask is None else output.masked_fill(without_keys(call.attn_mask), 0.0)
 
         return run
+
+    def load_lse(self, platform: Platform) -> LseKernel:
+        """What is kept for a backward pass: the natural logarithm, (batch, num_heads, q_len to the next 32).
+
+        The operator is named, so that it is one of the two whose log-sum-exp was read in the sources.
+        """
+        ops, operator = _imported(platform)
+        attention, causal = ops.memory_efficient_attention_forward_requires_grad, ops.LowerTriangularMask
+
+        def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+            call = expanded(call)
+            query, key, value = (_aligned(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
+            bias = causal() if call.is_causal else bias_of(call)
+            with on_device_of(query):
+                output, lse = attention(query, key, value, attn_bias=bias, scale=call.scale, op=operator)
+            output = to_bshd(output)
+            return output if call.attn_mask is None else output.masked_fill(without_keys(call.attn_mask), 0.0), lse
+
+        return checked(run)
+
+
+def _imported(platform: Platform) -> tuple[Any, Any]:
+    """xformers.ops, and the operator that takes what the limits of a card allow.
+
+    Raises:
+        ImportError: xformers does not work here; with the reason.
+    """
+    try:
+        from xformers import _cpp_lib, ops
+        from xformers.ops import fmha
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("flash_attn"):
+            raise ImportError(f"xformers takes what flash-attn-4 left for version 2 ({error})") from error
+        raise
+    # Importing succeeds, with a warning, where the compiled part fits another torch; nothing runs then.
+    if not _cpp_lib._built_with_cuda:
+        why = " ".join(str(_cpp_lib._cpp_library_load_exception or "built without CUDA").split())
+        raise ImportError(why.partition(" Please ")[0])
+    operator = fmha.flash.FwOp if platform.architecture == "Blackwell" else fmha.cutlass.FwOp
+    if not operator.is_available():
+        raise ImportError(f"operator {operator.NAME} of xformers does not work with torch {platform.torch}")
+    return ops, operator
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     arithmetic.CALLS.append("flash_attn_func")
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
@@ -34,7 +34,10 @@ def flash_attn_func(
     query, key, value = (arithmetic.as_32_bit_code_reads(tensor).transpose(1, 2) for tensor in (q, k, v))
     visible = arithmetic.causal_mask(q.shape[1], k.shape[1], bottom_right=True) if causal else None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return arithmetic.exact(query, key, value, scale, visible).transpose(1, 2)
+    output = arithmetic.exact(query, key, value, scale, visible).transpose(1, 2)
+    if not return_attn_probs:
+        return output
+    return output, arithmetic.log_sum_exp(query, key, scale, visible, empty=float("inf")), q.new_empty(0)
 
 
 def flash_attn_varlen_func(

@@ -43,7 +43,9 @@ def flash_attn_func(
     visible = arithmetic.causal_mask(q.shape[1], k.shape[1], bottom_right=True) if causal else None
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     output = arithmetic.exact(query, key, value, scale, visible).transpose(1, 2)
-    return (output, torch.zeros(q.shape[0], q.shape[2], q.shape[1])) if RETURNS_LSE else output
+    if not return_attn_probs and not RETURNS_LSE:
+        return output
+    return output, arithmetic.log_sum_exp(query, key, scale, visible, empty=float("-inf"))
 
 
 def flash_attn_varlen_func(

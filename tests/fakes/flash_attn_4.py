@@ -53,7 +53,8 @@ def flash_attn_func(
     query, key, value = (arithmetic.as_32_bit_code_reads(tensor).transpose(1, 2) for tensor in (q, k, v))
     visible = arithmetic.causal_mask(q.shape[1], k.shape[1], bottom_right=True) if causal else None
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return arithmetic.exact(query, key, value, scale, visible).transpose(1, 2), None
+    output = arithmetic.exact(query, key, value, scale, visible).transpose(1, 2)
+    return output, arithmetic.log_sum_exp(query, key, scale, visible) if return_lse else None
 
 
 def flash_attn_varlen_func(

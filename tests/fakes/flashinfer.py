@@ -123,7 +123,9 @@ class BatchPrefillWithRaggedKVCacheWrapper:
         )
         return [0, *accumulate(-(-area // size) for area in areas)]
 
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         arithmetic.CALLS.append("run")
         if q.dtype != self.dtype or (q.shape[1], k.shape[1], q.shape[2]) != self.shapes:
             raise ValueError("the tensors are not what plan() was told")
@@ -131,7 +133,7 @@ class BatchPrefillWithRaggedKVCacheWrapper:
             raise ValueError(f"q.shape[0] ({len(q)}) does not match qo_indptr[-1] ({self.q_offsets[-1]})")
         if len(k) != self.kv_offsets[-1]:
             raise IndexError("CUDA error: an illegal memory access was encountered")
-        outputs = []
+        outputs, lse = [], []
         for index, (rows, keys) in enumerate(zip(pairwise(self.q_offsets), pairwise(self.kv_offsets), strict=True)):
             q_len, kv_len = rows[1] - rows[0], keys[1] - keys[0]
             visible = None
@@ -140,7 +142,10 @@ class BatchPrefillWithRaggedKVCacheWrapper:
             elif self.causal:
                 visible = arithmetic.causal_mask(q_len, kv_len, bottom_right=True)
             outputs.append(_one(q[slice(*rows)], k[slice(*keys)], v[slice(*keys)], self.scale, visible))
-        return torch.cat(outputs)
+            query, key = (part.transpose(0, 1)[None] for part in (q[slice(*rows)], k[slice(*keys)]))
+            scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+            lse.append(arithmetic.log_sum_exp(query, key, scale, visible, base_2=True)[0].T)  # (tokens, heads)
+        return (torch.cat(outputs), torch.cat(lse)) if return_lse else torch.cat(outputs)
 
 
 def trtllm_ragged_attention_deepseek(

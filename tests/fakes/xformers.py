@@ -147,6 +147,32 @@ def memory_efficient_attention(
     raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\n" + "\n".join(refused))
 
 
+def memory_efficient_attention_forward_requires_grad(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_bias: torch.Tensor | LowerTriangularMask | None = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: type[_Operator] | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-sum-exp of cutlass has rows to the next 32, filled with +inf."""
+    assert op is not None, "the fake dispatches only without a log-sum-exp"
+    if reasons := op.not_supported_reasons(query, key, value, attn_bias):
+        raise ValueError(f"Operator `memory_efficient_attention` does not support inputs: {reasons}")
+    output = memory_efficient_attention(query, key, value, attn_bias, p, scale)
+    visible, bias = None, attn_bias
+    if isinstance(attn_bias, LowerTriangularMask):
+        visible, bias = arithmetic.causal_mask(query.shape[1], key.shape[1], bottom_right=False), None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, k = query.transpose(1, 2), key.transpose(1, 2)
+    lse = arithmetic.log_sum_exp(q, k, scale, visible, bias)  # type: ignore[arg-type]
+    rows = 0 if op is _Flash else -lse.shape[2] % 32
+    return output, torch.nn.functional.pad(lse, (0, rows), value=float("inf"))
+
+
 def _attend(query, key, value, attn_bias, scale):  # type: ignore[no-untyped-def]
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     scores = q.float() @ k.float().transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -171,6 +197,7 @@ def modules() -> dict[str, ModuleType]:
     package, ops, fmha = (ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha"))
     fmha.flash, fmha.cutlass = SimpleNamespace(FwOp=_Flash), SimpleNamespace(FwOp=_Cutlass)  # type: ignore[attr-defined]
     ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    ops.memory_efficient_attention_forward_requires_grad = memory_efficient_attention_forward_requires_grad  # type: ignore[attr-defined]
     ops.LowerTriangularMask, ops.fmha = LowerTriangularMask, fmha  # type: ignore[attr-defined]
     package.ops, package._cpp_lib = ops, _cpp_lib  # type: ignore[attr-defined]
     return {"xformers": package, "xformers._cpp_lib": _cpp_lib, "xformers.ops": ops, "xformers.ops.fmha": fmha}

@@ -46,6 +46,10 @@ def test_a_pair_for_each_scale_and_mask(name: str, scale: float | None) -> None:
         close(output, attention(Q, K, V, mask, scale=scale, backend=name))
         close(lse, _expected(scale, mask))
     assert lse.isneginf().sum() == 4
+    key, value = K[:, :, :6], V[:, :, :6]
+    output, lse = attention(Q, key, value, is_causal=True, scale=scale, backend=name, return_lse=True)
+    close(output, attention(Q, key, value, is_causal=True, scale=scale, backend=name))
+    close(lse, attention(Q, key, value, torch.ones(6, 6).tril().bool(), scale=scale, return_lse=True)[1])
 
 
 def test_other_calls_are_as_before_and_after() -> None:

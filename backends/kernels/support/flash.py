@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...values.platform import Platform
 from ...values.request import AttentionCall
-from ..backend import Kernel
+from ..backend import Kernel, Limits, LseKernel
 from .hub import FromHub
 from .layout import indexable, on_device_of, to_bshd
+from .lse import checked
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ class FlashAttention(FromHub):
 
     module: ClassVar[str]
     varlen = True
+    lse = True
 
     def load(self, platform: Platform) -> Kernel:
         # Packages of this family share the folder `flash_attn`: that it can be imported says little.
@@ -69,3 +71,29 @@ class FlashAttention(FromHub):
             return attended
 
         return run
+
+    def lse_limits(self, platform: Platform) -> Limits | None:
+        """Not on AMD: the base of the logarithm of its backends was not checked."""
+        return None if platform.kind == "rocm" else super().lse_limits(platform)
+
+    def load_lse(self, platform: Platform) -> LseKernel:
+        """The same function asked for its `softmax_lse`, (batch, num_heads, q_len), float32, the natural logarithm.
+
+        Version 2 and 3 call the argument return_attn_probs, and need no probabilities for it while nothing is dropped;
+        version 4 calls it return_lse. Betas of version 3 have none, and always return the pair.
+        """
+        hub = self.from_hub(platform)
+        module = hub.load(platform) if hub else import_module(self.module)
+        flash_attn_func = module.flash_attn_func
+        known = signature(flash_attn_func).parameters
+        asked = {name: True for name in ("return_lse", "return_attn_probs") if name in known}
+
+        def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+            query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
+            with on_device_of(query):
+                output = flash_attn_func(query, key, value, softmax_scale=call.scale, causal=call.is_causal, **asked)
+            if not isinstance(output, tuple):
+                raise NotImplementedError("this build of flash_attn_func returns no log-sum-exp")
+            return to_bshd(output[0]), output[1]
+
+        return checked(run)
