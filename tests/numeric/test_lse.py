@@ -14,14 +14,16 @@ from api_calls import K, Q, V, close, nothing_in_force, ran  # noqa: E402, F401
 from attention_backends.backends import account, attention, attention_backend  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.kernels.backend import Backend  # noqa: E402
+from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits  # noqa: E402
 from attention_backends.backends.kernels.group import BackendGroup  # noqa: E402
 from attention_backends.backends.kernels.support.lse import checked  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.faults import KernelOutputError  # noqa: E402
+from attention_backends.backends.values.limits import Dtypes  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
-from attention_backends.backends.values.request import AttentionCall, AttentionRequest, parse_request  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest, LseCall, parse_request  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("nothing_in_force")
 
@@ -110,6 +112,7 @@ class _Broken(Backend):
     id = "broken"
     summary = "For a test."
     kinds = ("cpu",)
+    limits = Limits(Dtypes(FLOATING))
     lse = True
     given: object = None
 
@@ -137,6 +140,20 @@ def test_a_build_without_it_is_asked_once_and_refused() -> None:
         assert "a build without it" in (decision.reason or "")
     assert len(loads) == 1
     assert router.select(REQUEST._replace(lse=False), Choice("broken", "a test")).backend == "broken"
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_one_that_fails_in_a_call_gives_way_to_another(checks: bool) -> None:
+    class Short(_Broken):
+        given = torch.ones(2, 4, 5)
+
+    router = Router(Platform("cpu", torch=torch.__version__), {**BACKENDS, "broken": Short()}, recalls=False)
+    session, call = Session(router, checks=checks), LseCall(Q, K, V, scale=-0.3)
+    plan = session.plan(call.request(lse=True), "self", "self", choice=Choice("broken", "a test"))
+    assert plan.decision.backend == "broken"
+    close(session.run(plan, call), attention(Q, K, V, scale=-0.3))
+    assert plan.decision.backend == "torch_sdpa"
+    close(call.lse, _expected(-0.3))
 
 
 @pytest.mark.parametrize("given", [None, 1.0, torch.ones(2, 4, 5), torch.ones(2, 4, 6, 1), torch.ones(2, 6, 4)])
