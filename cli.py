@@ -85,7 +85,7 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
     options = _parser(program).parse_args(_joined(argv))
     try:
         if options.command in ("compare", "bench", "tune"):
-            status = {"compare": compare, "bench": bench, "tune": tune}[options.command].run(options, program)
+            status: int = {"compare": compare, "bench": bench, "tune": tune}[options.command].run(options, program)
         else:
             commands = {"doctor": _doctor, "explain": _explain, "route": _route, "replay": _replay}
             status = commands[options.command](options)

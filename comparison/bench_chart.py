@@ -68,7 +68,7 @@ def _panel(figure: Figure, place: tuple[float, float, float, float], case: Case)
         if row in ranked and row.ms is not None:
             gain = "" if row.backend == SDPA or ratio(row, case, SDPA) is None else f", {times(row, case, SDPA)} SDPA"
             axes.barh(at, row.ms, color=COLOURS.get(row.accuracy, GREY), height=0.66)
-            axes.plot([row.low, row.high], [at, at], color=DARK, linewidth=1.2)
+            axes.plot([row.low or row.ms, row.high or row.ms], [at, at], color=DARK, linewidth=1.2)
             axes.text(row.high or row.ms, at, f"  {row.ms:.3g} ms{gain}", va="center", fontsize=8, color=DARK)
         else:
             reason = textwrap.shorten(row.status, 74, placeholder="...")

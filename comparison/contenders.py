@@ -168,7 +168,8 @@ class Routed:
         if device.type == "cuda":
             synchronise(device)
             events, self._events = self._events, []
-            return sum(start.elapsed_time(end) for start, end in events)
+            total: float = sum(start.elapsed_time(end) for start, end in events)
+            return total
         before = self._counted
         self._counted = sum(row.nanoseconds for row in self.session.run_report.rows.values())
         return (self._counted - before) / 1e6 if device.type == "cpu" else None

@@ -71,7 +71,7 @@ def draw_pictures(report: Report, pictures: Sequence[Tensor | None]) -> Figure:
         image = figure.add_axes(box(x, y - HEAD - tall, panel, tall, width, height))
         below = figure.add_axes(box(x, y - HEAD - 2 * tall - SEAM, panel, tall, width, height))
         foot = (x + panel / 2) / width, (y - HEAD - 2 * tall - SEAM - 0.08) / height
-        if strip is None:
+        if strip is None or picture is None:
             _blank(image, textwrap.fill(f"did not run: {row.failed}", int(panel * 12.5)), ALARM)
             below.set_axis_off()
             continue

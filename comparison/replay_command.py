@@ -160,7 +160,7 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 
 def _table(decisions: list[dict[str, Any]]) -> list[str]:
-    rows = [("ROLE", "BLOCKS", "FROM", "RAN", "HERE")]
+    rows: list[tuple[str, ...]] = [("ROLE", "BLOCKS", "FROM", "RAN", "HERE")]
     for entry in decisions:
         blocks = ", ".join(block or "-" for block in entry["blocks"])
         for ran in entry["ran"]:

@@ -162,7 +162,8 @@ def cover(shape: str, x: float, y: float, radius: float, height: int, width: int
     rows = (torch.arange(height * samples) + 0.5) / (samples * short)
     columns = (torch.arange(width * samples) + 0.5) / (samples * short)
     hit = inside(shape, (columns[None] - x) / radius, (rows[:, None] - y) / radius)
-    return hit.float().unflatten(0, (-1, samples)).unflatten(2, (-1, samples)).mean((1, 3))
+    covered: Tensor = hit.float().unflatten(0, (-1, samples)).unflatten(2, (-1, samples)).mean((1, 3))
+    return covered
 
 
 def draw(scene: Scene, height: int, width: int, rng: random.Random) -> Tensor:

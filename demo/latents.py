@@ -118,5 +118,5 @@ def rgb_to_latent(rgb: Tensor) -> Tensor:
         place = place[:, None].expand(height, width) if axis == 0 else place[None].expand(height, width)
         places += [1.5 * place, torch.sin(math.pi * place), torch.cos(math.pi * place)]
     grid = torch.stack(places, dim=-1).expand(*rgb.shape[:-1], 6)
-    latent = (rgb - RGB_BIAS) @ inverse + 2 * torch.cat([rgb, grid], dim=-1) @ spare
+    latent: Tensor = (rgb - RGB_BIAS) @ inverse + 2 * torch.cat([rgb, grid], dim=-1) @ spare
     return latent.movedim(-1, 1)

@@ -80,13 +80,15 @@ class WanAttention(nn.Module):
         attention: Attention,
     ) -> Tensor:
         def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+            split: Tensor = y.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+            return split
 
         query, key = heads(self.norm_q(self.q(x))), heads(self.norm_k(self.k(context)))
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
         out = attention(query, key, heads(self.v(context)), role=role, block=block)
-        return self.o(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.o(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 class WanBlock(nn.Module):
@@ -109,7 +111,8 @@ class WanBlock(nn.Module):
         y = self.norm1(x) * (1 + scale1) + shift1
         x = x + gate1 * self.self_attn(y, y, table, "self", block, attention)
         x = x + self.cross_attn(self.norm3(x), context, None, "cross", block, attention)
-        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+        return x
 
 
 class WanHead(nn.Module):
@@ -123,7 +126,8 @@ class WanHead(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation + time[:, None]).chunk(2, dim=1)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        patches: Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+        return patches
 
 
 class TinyWan(nn.Module):
@@ -162,10 +166,10 @@ class TinyWan(nn.Module):
         time = self.time_embedding(time_features(timestep, self.freq_dim).to(x.dtype))
         block_time = self.time_projection(time).unflatten(1, (6, -1))
         context = self.text_embedding(context)
-        table = rotary_table(*grid, device=x.device)
+        table = rotary_table(grid[0], grid[1], grid[2], x.device)
         for index, block in enumerate(self.blocks):
             tokens = block(tokens, block_time, context, table, index, attention)
-        out = self.head(tokens, time).unflatten(1, grid).unflatten(-1, (*PATCH, -1))
+        out: Tensor = self.head(tokens, time).unflatten(1, grid).unflatten(-1, (*PATCH, -1))
         # (batch, frames, rows, columns, 1, 2, 2, channels) -> (batch, channels, frames, height, width)
         return out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape)
 

@@ -57,7 +57,8 @@ def predict(
 
     def flow(latent: Tensor, context: Tensor) -> Tensor:
         timestep = (sigma * TIMESTEPS).expand(latent.shape[0])
-        return model(latent.to(dtype), timestep, context.to(x.device, dtype), attention).float()
+        predicted: Tensor = model(latent.to(dtype), timestep, context.to(x.device, dtype), attention).float()
+        return predicted
 
     if guidance == 1:
         return x - sigma * flow(x, positive)

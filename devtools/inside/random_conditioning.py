@@ -3,6 +3,8 @@
 It is copied into a temporary custom_nodes folder and is no part of the pack.
 """
 
+from typing import Any
+
 import torch
 
 
@@ -12,7 +14,7 @@ class RandomConditioning:
     RETURN_TYPES = ("CONDITIONING",)
 
     @classmethod
-    def INPUT_TYPES(cls):
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
                 "tokens": ("INT", {"default": 77, "min": 1, "max": 4096}),
@@ -25,7 +27,7 @@ class RandomConditioning:
             }
         }
 
-    def make(self, tokens, width, seed, pooled_width, hidden_tokens):
+    def make(self, tokens: int, width: int, seed: int, pooled_width: int, hidden_tokens: int) -> tuple[list[Any]]:
         generator = torch.Generator().manual_seed(seed)
         extra = {}
         if pooled_width:

@@ -69,7 +69,7 @@ def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCa
     """The call on memory of its own: the model goes on and may write into what it handed over."""
     mask = None if call.attn_mask is None else for_kernels(call.attn_mask.clone(), call.query.dtype)
     kept = call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone(), attn_mask=mask)
-    arguments = {"heads": kept.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
+    arguments: dict[str, Any] = {"heads": kept.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
     if call.scale is not None:
         arguments["scale"] = call.scale
     if call.enable_gqa:

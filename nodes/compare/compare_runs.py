@@ -72,8 +72,8 @@ def make_variants(model: Any, backends: str, patched: dict[str, Any]) -> list[Va
     variants = []
     for name in backend_names(backends):
         row = Row(name, failed="; ".join(router.unavailable(name)) or None)
-        settings = {"accuracy": "sparse", "strict": True, "guard": "off"}
-        variants.append(Variant(row, patch.set_default(model, name, **settings)))
+        patched_model = patch.set_default(model, name, accuracy="sparse", strict=True, guard="off")
+        variants.append(Variant(row, patched_model))
     variants += [Variant(Row(name, label=name.replace("_", " ")), given) for name, given in patched.items()]
     return variants
 
@@ -89,7 +89,7 @@ def backend_names(backends: str) -> list[str]:
 def compare(setup: SetUp, variants: list[Variant], repeat: int) -> tuple[Report, list[torch.Tensor | None]]:
     """Run every variant, warmed up and interleaved; a row that cannot run says why, finished rows are kept."""
     device = setup.guider.model_patcher.load_device
-    entries = {id(variant): Entry(variant.row, variant) for variant in variants}  # type: ignore[arg-type]
+    entries = {id(variant): Entry(variant.row, variant) for variant in variants}  # type: ignore[arg-type]  # see Entry
     able = [variant for variant in variants if variant.row.failed is None]
     progress = Steps(setup.steps, repeat, len(able))
     by_entry = {id(entries[id(variant)]): variant for variant in variants}

@@ -226,7 +226,8 @@ def as_number(value: Any) -> float:
 
 def draw(images: list[torch.Tensor], rows: list[Row], reports: dict[int, dict[str, Any]]) -> tuple[torch.Tensor, str]:
     """The picture and the table; the first branch is the reference."""
-    known = next((report for report in reports.values() if report), {"settings": {}, "versions": {}, "run": None})
+    nothing: dict[str, Any] = {"settings": {}, "versions": {}, "run": None}
+    known = next((report for report in reports.values() if report), nothing)
 
     def setting(default: Any, *names: str) -> Any:
         """The first value of these inputs upstream."""

@@ -28,7 +28,7 @@ def decode(samples: torch.Tensor, model: Any, vae: Any = None) -> torch.Tensor:
     reshape = getattr(latent_format, "latent_rgb_factors_reshape", None)
     if reshape is not None:
         latent = reshape(latent)
-    rgb = latent.movedim(1, -1) @ torch.tensor(factors)
+    rgb: torch.Tensor = latent.movedim(1, -1) @ torch.tensor(factors)
     bias = getattr(latent_format, "latent_rgb_factors_bias", None)
     if bias is not None:
         rgb = rgb + torch.tensor(bias)

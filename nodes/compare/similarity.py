@@ -19,11 +19,12 @@ def score(rows: Sequence[Row], pictures: Sequence[torch.Tensor | None], clip_vis
     if not pictures or pictures[0] is None:
         return
     with torch.inference_mode():
-        _score(rows, pictures, clip_vision)
+        _score(rows, pictures, embed(pictures[0], clip_vision), clip_vision)
 
 
-def _score(rows: Sequence[Row], pictures: Sequence[torch.Tensor | None], clip_vision: Any) -> None:
-    reference = embed(pictures[0], clip_vision)
+def _score(
+    rows: Sequence[Row], pictures: Sequence[torch.Tensor | None], reference: torch.Tensor, clip_vision: Any
+) -> None:
     for row, picture in zip(rows, pictures, strict=True):
         if picture is not None and bool(picture.isfinite().all()):
             likeness = torch.nn.functional.cosine_similarity(embed(picture, clip_vision), reference, dim=-1)

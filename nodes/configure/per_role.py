@@ -98,7 +98,7 @@ def role_name(role: str) -> str:
     Raises:
         ConfigError: it is empty, or longer than any role's name.
     """
-    name = text_of(role).strip()
+    name: str = text_of(role).strip()
     if not name:
         raise ConfigError("role is empty; write self, cross, joint, or a role of the model such as flux.single")
     if len(name) > LONGEST_ROLE:

@@ -350,11 +350,12 @@ class Marks(list[Mark]):
 
         From now on all modules of its class are marked.
         """
-        if caller.module is self.model or caller.module not in set(self.model.modules()):
+        module = caller.module
+        if module is None or module is self.model or module not in set(self.model.modules()):
             return None
-        callers.learn(caller.module, caller.method)
+        callers.learn(module, caller.method)
         self.cover()
-        return _sites.get(caller.module)
+        return _sites.get(module)
 
 
 def attach(diffusion_model: torch.nn.Module) -> Marks:

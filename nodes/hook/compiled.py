@@ -230,14 +230,17 @@ def _as_op(
         composed,
     )
     if given.get("skip_output_reshape"):
-        return output.unflatten(2, (heads, -1)).transpose(1, 2)
+        bhsd: torch.Tensor = output.unflatten(2, (heads, -1)).transpose(1, 2)
+        return bhsd
     return output
 
 
 _library = torch.library.Library("attention_backends", "FRAGMENT")  # ops live as long as this object
 
 
-def _define(name: str, schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> Any:
+def _define(
+    name: str, schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
     """Make `run` an op. Each copy of this package in a process has ops of its own, since handles are its own too.
 
     `torch.library.custom_op` would do it in one call, but costs another 12 us at each run.
@@ -250,14 +253,15 @@ def _define(name: str, schema: str, run: Callable[..., torch.Tensor], fake: Call
     _library.define(name + schema, tags=[getattr(torch.Tag, tag) for tag in tags if hasattr(torch.Tag, tag)])
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attention_backends::{name}", fake, lib=_library)
-    return getattr(ops, name).default
+    op: Callable[..., torch.Tensor] = getattr(ops, name).default
+    return op
 
 
 def comfys_attention() -> Callable[..., torch.Tensor]:
     """What ComfyUI's models call; a graph holds no functions, so it is looked up when the op runs."""
     from comfy.ldm.modules.attention import optimized_attention
 
-    return optimized_attention  # type: ignore[no-any-return]
+    return optimized_attention
 
 
 def _run_attention(

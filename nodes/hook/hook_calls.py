@@ -17,7 +17,8 @@ from ...backends.config.layers import Choice
 from ...backends.config.names import COMFY, MEASURED
 from ...backends.engine.call_checks import DifferingTensorsError, check, differing
 from ...backends.engine.plan import Plan
-from ...backends.engine.router import LAST_RESORT, forbidden
+from ...backends.engine.priorities import LAST_RESORT
+from ...backends.engine.router import forbidden
 from ...backends.engine.sub_calls import SplitPlan, calls_of, fits, plan_sub_calls, run_sub_calls
 from ...backends.values.errors import NoBackendError
 from ...backends.values.mask_plan import NOTHING_HIDDEN, MaskPlan
@@ -133,7 +134,8 @@ def route(
         finally:
             known, model_call.attention_module = model_call.attention_module is marked, marked
         if known:  # else the key lacks the module that calls, which is marked from its next run on
-            model_call.plans[(*hook_plan.layout.shapes, *plan_key[3:])] = hook_plan
+            learned_key = (*hook_plan.layout.shapes, *plan_key[3:])
+            model_call.plans[learned_key] = hook_plan
     # Owned ones are looked at always: once a kernel has refused them, nothing is left to pass on.
     elif (hook_plan.looks or owned) and not (
         key.dtype is value.dtype is dtype
@@ -242,7 +244,7 @@ def _new_plan(
     if choice.record is not None:  # what it knows of the whole call; it may know the parts instead
         found = model_call.session.recorded(choice, role.name, block, request)
         asked = None if found is None else found.asked
-    if wish is not None and asked == COMFY and not function.may_run(request):
+    if preferred is not None and asked == COMFY and not function.may_run(request):
         # ComfyUI would run it, and so against what the model says: the model's word goes first.
         model_call.run.note(f"{preferred.source} was left out: {forbidden(function.accuracy)}")
         wish, preferred, function = None, None, host_function(func)
@@ -321,13 +323,14 @@ def _host_call(call: AttentionCall) -> torch.Tensor:
     layout, func, query, key, value, mask, options, kwargs = call.given
     if not isinstance(query, torch.Tensor):
         if call.owned:  # nothing but the containers holds them: freed as ComfyUI frees them
-            call.query = call.key = call.value = None  # type: ignore[assignment]
+            call.query = call.key = call.value = None  # type: ignore[assignment]  # read no more
         else:  # the guard needs them afterwards
             query, key, value = query.peek(), key.peek(), value.peek()
     output = run_comfy(func, query, key, value, mask, options, kwargs)
     if layout.skip_output_reshape or getattr(output, "ndim", 0) != 3 or output.shape[2] % layout.heads:
         return output
-    return output.unflatten(2, (layout.heads, -1)).transpose(1, 2)
+    bhsd: torch.Tensor = output.unflatten(2, (layout.heads, -1)).transpose(1, 2)
+    return bhsd
 
 
 def run_comfy(

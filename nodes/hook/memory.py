@@ -73,7 +73,8 @@ def expected(place: Place, model: Any, conds: Any) -> frozenset[Kind]:
     diffusion_model = place.model()
     if diffusion_model is None:
         return frozenset()
-    known = _known.get(diffusion_model, {}).get(place.shape)
+    shapes = _known.get(diffusion_model)
+    known = None if shapes is None else shapes.get(place.shape)
     if known is not None:
         return known
     guessed = expected_requests(diffusion_model, model, place.shape, conds)
@@ -223,7 +224,7 @@ class Told:
         """`extra_bytes`: for each sample."""
         self.__dict__.update(_model=model, _extra=extra_bytes)
 
-    @property
+    @property  # type: ignore[misc]  # object lets it be set, which nobody does with a stand-in
     def __class__(self) -> Any:
         return type(self._model)
 

@@ -98,7 +98,7 @@ class Others:
     def watch(self, options: dict[str, Any]) -> dict[str, Any]:
         """Before a model call: see what others do in it. Returns what `options` held, to be put back."""
         before = {}
-        installed = options.get(OVERRIDE)
+        installed: Any = options.get(OVERRIDE)
         # In one step: on several cards another thread may ask meanwhile.
         self.on_top = None if installed is self._run.override else installed
         if self.on_top is not None:
@@ -120,7 +120,7 @@ class Others:
         try:
             return executor(*args, **kwargs)
         finally:
-            if before:
+            if options is not None:
                 options.update(before)
 
     def missed(

@@ -77,7 +77,7 @@ class Override:
         """Run one attention call of ComfyUI's hook."""
         if is_dynamo_compiling():
             return compiled.traced(self, func, compiled.positional(args, kwargs) if len(args) < 3 else args, kwargs)
-        model_call = getattr(current, "model_call", None)
+        model_call: Any = getattr(current, "model_call", None)  # one of ours where `ours`, which mypy does not follow
         ours = model_call is not None and model_call.override is self
         if ours and self.foreign is None:
             return route(model_call, func, args, kwargs)
@@ -123,15 +123,15 @@ class Override:
 
     def _model_call_outside(self, device: torch.device, options: dict[str, Any]) -> ModelCall:
         """What stands for a call outside any model call; a model call may be going on in it, further up the stack."""
-        run = options.get(RUN_KEY)
-        outside = run is None or run.override is not self or run.over
-        if outside:
-            run = _outside_runs.pop(self, None) or Run(self)
-            _outside_runs[self] = run
-            if len(_outside_runs) > MOST_OUTSIDE:
-                _outside_runs.popitem(last=False)
+        sampled: Run | None = options.get(RUN_KEY)
+        if sampled is not None and sampled.override is self and not sampled.over:
+            return sampled.model_call(device)
+        run = _outside_runs.pop(self, None) or Run(self)
+        _outside_runs[self] = run
+        if len(_outside_runs) > MOST_OUTSIDE:
+            _outside_runs.popitem(last=False)
         model_call = run.model_call(device)
-        if outside and len(model_call.plans) >= MOST_PLANS:  # no sampler ends such a run
+        if len(model_call.plans) >= MOST_PLANS:  # no sampler ends such a run
             model_call.session.forget()
         return model_call
 

@@ -12,7 +12,7 @@ Boundary: frames of Python; it knows no sampler by name.
 from __future__ import annotations
 
 import sys
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 COUNTER, SIGMAS = "i", "sigmas"
@@ -27,14 +27,14 @@ def loop_step(outside: CodeType, count: int) -> int | None:
         count: how many steps the sampler has.
     """
     found = None
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not outside:
         code = frame.f_code
         names = code.co_varnames + code.co_cellvars
         if COUNTER in names and SIGMAS in names:
             step = _counted(frame.f_locals, count)
             found = found if step is None else step  # the outermost: loops inside a step count something else
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return found if frame is not None else None
 
 
@@ -43,6 +43,6 @@ def _counted(values: dict[str, Any], count: int) -> int | None:
     if type(step) is not int or not 0 <= step < count:
         return None
     try:
-        return step if len(sigmas) == count + 1 else None  # type: ignore[arg-type]
+        return step if len(sigmas) == count + 1 else None  # type: ignore[arg-type]  # caught
     except TypeError:
         return None

@@ -145,7 +145,7 @@ class Replaced:
         work = Work() if habit.is_looked_at() else None
         extra = next((one for one in args if isinstance(one, dict) and "original_block" in one), None)
         original = extra["original_block"] if extra is not None else None
-        if original is not None and work is not None:
+        if extra is not None and original is not None and work is not None:
             args = tuple({**one, "original_block": work.without(original)} if one is extra else one for one in args)
         with work or nullcontext():
             output = self.other(*args, **kwargs)

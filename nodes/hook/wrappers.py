@@ -103,10 +103,11 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     override = options.get(KEY)
     if override is None:
         return executor(*args, **kwargs)
-    run = options.get(RUN_KEY)
-    own_run = run is None or run.override is not override or run.over  # over: another pack kept its options
-    if own_run:  # a program that calls the model without a sampler
-        run = Run(override)
+    sampled: Run | None = options.get(RUN_KEY)
+    if sampled is None or sampled.override is not override or sampled.over:  # over: another pack kept its options
+        run, own_run = Run(override), True  # a program that calls the model without a sampler
+    else:
+        run, own_run = sampled, False
     run.mark(executor.class_obj, options)
     run.samples = max(run.samples, args[0].shape[0])
     model_call = run.model_call(args[0].device)
