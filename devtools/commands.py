@@ -22,7 +22,7 @@ HELP = {
     "demo": "run a tiny model in a real ComfyUI with two backends and show what ran",
     "test": "ruff, mypy and all tests, or the rings that are named (test pure); after -- arguments of pytest",
     "bench": "measure what the pack costs and gains here, and compare with the results before; or one: bench overhead",
-    "lint": "ruff and mypy",
+    "lint": "ruff, its layout of the code, and mypy",
     "doctor": "each backend: available, or why not and how to get it",
     "docs": "write the pages of docs/ that are made from the code",
 }
@@ -113,8 +113,18 @@ def _test(root: Path, words: list[str]) -> int:
 def _lint(root: Path, python: Path) -> int:
     say("ruff check")
     style = _call(root, python, "-m", "ruff", "check", ".")
-    say("mypy on backends/")
-    return _call(root, python, "-m", "mypy") or style
+    say("ruff format --check")
+    layout = _call(root, python, "-m", "ruff", "format", "--check", *FORMATTED)
+    say("mypy")
+    types = _call(root, python, str(root / "devtools" / "inside" / "check_types.py"))
+    return style or layout or types
+
+
+FORMATTED = (
+    *("backends", "benchmarks", "comparison", "demo", "devtools", "nodes", "tests"),
+    *("__init__.py", "__main__.py", "cli.py", "dev.py"),
+)
+"""All code. ruff would also set the examples in README.md, whose comments stand in columns."""
 
 
 def _bench(root: Path, names: list[str]) -> int:

@@ -105,6 +105,12 @@ def test_the_readme_names_dev_py_only_for_a_checkout() -> None:
 
 def test_the_archive_has_nothing_that_only_a_developer_needs() -> None:
     hidden = left_out()
-    assert {"dev.py", "requirements-dev.txt", "tests/conftest.py", "devtools/environment.py"} <= hidden
+    assert {
+        "dev.py",
+        "requirements-dev.txt",
+        "tests/conftest.py",
+        "devtools/environment.py",
+        "devtools/stubs/nodes.pyi",
+    } <= hidden
     assert {"benchmarks/overhead.py", "demo/train.py", ".ci/run"} <= hidden
     assert "benchmarks/README.md" not in hidden

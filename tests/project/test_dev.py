@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from attention_backends.devtools import comfyui, console, environment, web
-from attention_backends.devtools.commands import RINGS
+from attention_backends.devtools.commands import FORMATTED, RINGS
 from attention_backends.devtools.console import Stop
+from attention_backends.devtools.inside.check_types import CHECKED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,6 +156,13 @@ class TestPreparing:
         with pytest.raises(Stop, match=sentence):
             environment.prepare(tmp_path)
         assert not (tmp_path / ".venv").exists()
+
+
+def test_lint_reads_all_code() -> None:
+    files = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
+    code = {name.partition("/")[0] for name in files}
+    assert set(FORMATTED) == code
+    assert set(CHECKED) == code - {"benchmarks", "dev.py", "tests"}  # each finds its modules by itself
 
 
 class TestStarting:
