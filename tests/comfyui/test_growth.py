@@ -12,6 +12,7 @@ import itertools
 import sys
 import tracemalloc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,6 +41,16 @@ SHAPES = [(1, 16, 1, 4 + 2 * (at % 4), 4 + 2 * (at // 4)) for at in range(12)]
 TEXT = 12
 ROUND = 24
 """Runs after which everything repeats, and every cache of ours is full: 20 accounts, shapes, kinds of call."""
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """What other tests left in this process is not counted, and not looked through by each of ComfyUI's collections."""
+    memory._known.clear()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

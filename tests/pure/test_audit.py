@@ -265,12 +265,12 @@ def test_a_session_by_itself_knows_what_was_asked() -> None:
 @pytest.mark.comfy
 def test_the_report_node_shows_it(snapshot: SnapshotAssertion) -> None:
     pytest.importorskip("torch", reason="torch is not installed")
-    from hook_side import comfyui, last_run, selected, with_role
+    from hook_side import comfyui, last_run, nodes_module, selected, with_role
 
     comfyui()
     import tiny_sampling
-    from attention_backends.nodes.report import report
 
+    report = nodes_module("report.report")
     model = with_role(selected(tiny_sampling.build("wan"), "sdpa_math"), "cross", "cudnn_attn")
     tiny_sampling.sample(model, "wan", steps=1)
     text = report.as_text({"run": last_run()})
