@@ -75,13 +75,12 @@ def test_a_bad_file_costs_its_own_backend_alone(bad_files: dict[str, str]) -> No
     for backend_id, module in bad_files.items():
         (reason,) = BACKENDS[backend_id].unavailable_reasons(Platform("cpu"))
         assert module in reason
-        assert (
-            router.select(REQUEST, resolve((parse_config(backend_id, "test"),), "self", "self")).backend == "torch_sdpa"
-        )
+        choice = resolve((parse_config(backend_id, "test"),), "self", "self")
+        assert router.select(REQUEST, choice).backend not in bad_files
     assert len(examine(router, Interpreter("python", "cp312", "linux_x86_64"))) == len(BACKENDS)
     assert names.canonical("pytorch") == "torch_sdpa"
     assert registry.looked_for()
-    assert router.select(REQUEST, resolve((), "self", "self")).backend == "torch_sdpa"
+    assert router.select(REQUEST, resolve((), "self", "self")).backend not in bad_files
     with pytest.raises(KeyError):
         registry.find("no_such_attn")
 
