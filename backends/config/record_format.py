@@ -44,7 +44,7 @@ def _instructions() -> str:
 
 
 def normal(request: AttentionRequest) -> AttentionRequest:
-    """The request with what 0 stands for written out."""
+    """The request with `num_kv_heads` and `v_head_dim` filled in where they are 0."""
     return request._replace(
         num_kv_heads=request.num_kv_heads or request.num_heads, v_head_dim=request.v_head_dim or request.head_dim
     )

@@ -77,6 +77,8 @@ def find(backend_id: str) -> Backend:
             if backend.id == backend_id:
                 return backend
         reason = f"{where} declares {', '.join(one.id for one in declared)}, not {backend_id}"
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # whatever a file raises: the other backends are none of its business
         log.exception("the file of the attention backend %s cannot be loaded", backend_id)
         reason = f"{where} cannot be loaded: {type(error).__name__}: {error}"
