@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from ..values.data import MAX_DEPTH
 from ..values.errors import ConfigError
-from .places import Place, place, places_of
 from .words import Word, at_commas, scalar, with_assignments, words_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
@@ -51,17 +50,6 @@ _PROGRAM = re.compile(
 _FLAGS = re.compile(rf"(\$\s+)?(export\s|--?[A-Za-z]|[A-Za-z_][\w.-]*\s*=|({_PROGRAM.pattern})\s)")
 
 
-class Pair(NamedTuple):
-    """One setting as it is written."""
-
-    name: str
-    value: object
-    text: str
-    """The value's own words."""
-    line: int
-    """Where it begins."""
-
-
 class Flags(NamedTuple):
     """What a text of flags says."""
 
@@ -70,8 +58,6 @@ class Flags(NamedTuple):
     """Variables that stand before the command."""
     skipped: tuple[str, ...]
     """Flags of a command line that have no effect here: not about attention, or in `ELSEWHERE`."""
-    places: list[Place]
-    """Where each setting stands."""
 
 
 def notes_on(skipped: Sequence[str]) -> list[str]:
@@ -107,7 +93,6 @@ def parse_flags(text: str, source: str) -> Flags:
     while command and words and not words[0].text.startswith("-") and not _is_attention(words[0].text):
         words.pop(0)
     nested: dict[str, Any] = {}
-    places: list[Place] = []
     skipped = []
     while words:
         word = words.pop(0)
@@ -115,14 +100,11 @@ def parse_flags(text: str, source: str) -> Flags:
             _refuse_near(word, source)
             skipped += [word.text.partition("=")[0]] if re.match("--?[A-Za-z]", word.text) else []
             continue
-        for pair in _pairs(word, words, source):
-            _take(nested, pair, source, word)
-            path = tuple(pair.name.split(".", MAX_DEPTH))
-            places.append(place(path, pair.line, "" if isinstance(pair.value, dict) else pair.text))
-            places += places_of(pair.text, pair.line, path) if isinstance(pair.value, dict) else []
+        for name, value in _pairs(word, words, source):
+            _take(nested, name, value, source, word)
     if command and not nested and not environment:
         raise ConfigError(f"{source}: nothing in this command line is about attention; known: {_known()}")
-    return Flags(nested, environment, tuple(skipped), places)
+    return Flags(nested, environment, tuple(skipped))
 
 
 def parse_pairs(text: str, source: str) -> dict[str, Any]:
@@ -131,12 +113,12 @@ def parse_pairs(text: str, source: str) -> dict[str, Any]:
     words = with_assignments(words_of(text, source))
     while words:
         word = words.pop(0)
-        for pair in _pairs(word, words, source):
-            _take(nested, pair, source, word)
+        for name, value in _pairs(word, words, source):
+            _take(nested, name, value, source, word)
     return nested
 
 
-def _pairs(word: Word, rest: list[Word], source: str) -> list[Pair]:
+def _pairs(word: Word, rest: list[Word], source: str) -> list[tuple[str, object]]:
     """The settings of one word; a flag without `=` takes the next word as its value."""
     text = word.text
     if text.startswith("-"):
@@ -144,27 +126,25 @@ def _pairs(word: Word, rest: list[Word], source: str) -> list[Pair]:
         if not equals:
             if not rest or rest[0].text.startswith("--"):
                 raise ConfigError(f"{source}: {text!r} is not name=value: its value is missing{_at(word)}")
-            word = rest.pop(0)
-            value = word.text
-        return [Pair(name, scalar(value), value, word.line - value.count("\n"))]
+            value = rest.pop(0).text
+        return [(name, scalar(value))]
     pieces: list[str] = []
     for piece in at_commas(text):
         if "=" in piece or not pieces:
             pieces.append(piece)
         else:  # a comma inside a value, as in dense_layers=0,1
             pieces[-1] += f",{piece}"
-    found: list[Pair] = []
+    found: list[tuple[str, object]] = []
     for piece in pieces:
         name, equals, value = piece.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"{source}: {piece!r} is not name=value{_at(word)}")
-        found.append(Pair(name.strip(), scalar(value), value, word.line - value.count("\n")))
+        found.append((name.strip(), scalar(value)))
     return found
 
 
-def _take(nested: dict[str, Any], pair: Pair, source: str, word: Word) -> None:
+def _take(nested: dict[str, Any], name: str, value: object, source: str, word: Word) -> None:
     """Put one setting into `nested`; SGLang's map, as pairs or JSON, one component at a time, so that flags join it."""
-    name, value = pair.name, pair.value
     inner: dict[str, Any] = {}
     if name.replace("-", "_") == COMPONENT_FLAG:
         if isinstance(value, dict):

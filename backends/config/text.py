@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +21,6 @@ from . import AttentionConfig
 from .flags import ELSEWHERE, looks_like_flags, notes_on, parse_flags, parse_pairs
 from .mapping import FIELDS, Reading, from_mapping, spec_of
 from .names import UnknownBackendError
-from .places import Place, line_of_error, places_of
 from .python import python_problem
 from .record_reader import FIELDS as RECORD_FIELDS
 from .record_reader import is_record, read
@@ -69,11 +67,8 @@ def _parsed(value: object, source: str, component: str, read_files: bool, inside
     """As `parse_config`; `inside` is in how many texts the value stands, as the value of a variable."""
     if isinstance(value, AttentionConfig):
         return value
-    reader = _Reader(source, component, read_files, inside)
     try:
-        config = reader.read(value)
-    except (ConfigError, UnknownBackendError) as error:
-        raise reader.located(error) from error
+        config = _Reader(source, component, read_files, inside).read(value)
     except RecursionError as error:
         raise ConfigError(f"{source}: nested too deeply") from error
     for note in config.notes:
@@ -167,9 +162,6 @@ class _Reader:
         if inside > MOST_INSIDE:
             raise ConfigError(f"{source}: {inside} texts inside one another: nested too deeply")
         self.source, self.component, self.read_files, self.inside = source, component, read_files, inside
-        self._places: Callable[[], list[Place]] = list
-        """Where the entries of the text in hand stand, and how messages about it begin."""
-        self._said_of = source
 
     def read(self, value: object) -> AttentionConfig:
         if isinstance(value, Mapping):
@@ -180,14 +172,6 @@ class _Reader:
         if isinstance(value, str):
             return self.text(value.lstrip(BYTE_ORDER_MARK).rstrip())
         raise ConfigError(f"{self.source}: expected text or a mapping, not {type(value).__name__}")
-
-    def located(self, error: ConfigError | UnknownBackendError) -> ConfigError | UnknownBackendError:
-        """The error with the line of the entry that it is about, in a text of several lines."""
-        message = str(error)
-        if re.search(r"\bline \d", message) or not message.startswith(self._said_of):
-            return error
-        line = line_of_error(message, self._said_of, self._places())
-        return error if line is None else type(error)(f"{message} (line {line})")
 
     def mapping(self, value: Mapping[Any, Any], source: str = "") -> AttentionConfig:
         source = source or self.source
@@ -202,8 +186,6 @@ class _Reader:
         whole, text = text, text.strip()  # the whole for what counts lines
         if not text:
             return AttentionConfig(source=self.source)
-        if "\n" in text:
-            self._places = lambda: places_of(whole)
         if text.startswith("{"):
             return self.data(load_json(whole, self.source), self.source)
         check_size(whole, self.source, MOST_TEXT, LONGER)
@@ -223,8 +205,6 @@ class _Reader:
 
     def _flags(self, text: str) -> AttentionConfig:
         flags = parse_flags(text, self.source)
-        if "\n" in text:
-            self._places = lambda: flags.places
         config = self.mapping(flags.nested)
         variables = (CONFIG_VARIABLE, *DEFAULT_VARIABLES)
         if not flags.nested and not set(variables) & set(flags.environment):
@@ -266,7 +246,6 @@ class _Reader:
     def file(self, path: Path) -> AttentionConfig:
         source = f"{self.source} ({path.name})"
         text = self._content(path, source)
-        self._said_of, self._places = source, lambda: places_of(text)
         loaded = _loaded(text, path, source)
         if path.suffix.lower() == ".json" and not isinstance(loaded, Mapping):
             raise ConfigError(f"{source}: expected a mapping, not {type(loaded).__name__}")

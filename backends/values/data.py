@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from json.decoder import scanstring  # type: ignore[attr-defined]  # in C where Python has it
@@ -79,7 +79,7 @@ def load_yaml(text: str, source: str) -> Any:
 
     check_size(text, source, MOST_TEXT, "; a longer configuration can be written as JSON")
     try:
-        return yaml_entries(text)
+        return _read_yaml(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -144,33 +144,16 @@ def _too_many(most: int) -> str:
 # JSON
 
 
-def json_marks(text: str) -> Iterator[tuple[str, int, int, str]]:
-    """Each bracket, comma and text of JSON: the character that it begins with, its two ends, and what the text says.
-
-    Raises:
-        json.JSONDecodeError: a text is not closed, or has a wrong escape.
-    """
-    place = 0
-    while (found := _JSON_MARK.search(text, place)) is not None:
-        start, place = found.start(), found.end()
-        said = ""
-        if text[start] == '"':
-            said, place = scanstring(text, place)
-        yield text[start], start, place, said
-
-
 def _check_json(text: str, source: str, most: int) -> None:
     """Count what is in a text of JSON, without building it: a text of a megabyte may stand for a hundred of them."""
-    depth, entries = 0, 1
+    depth, entries, place = 0, 1, 0
     with suppress(json.JSONDecodeError):  # the parser says so better, and stops there too
-        for mark, _, _, _ in json_marks(text):
-            if mark in "[{":
-                depth += 1
-                entries += 1
-            elif mark in "]}":
-                depth -= 1
-            elif mark == ",":
-                entries += 1
+        while (found := _JSON_MARK.search(text, place)) is not None:
+            mark, place = found[0], found.end()
+            if mark == '"':
+                _, place = scanstring(text, place)
+            depth += (mark in "[{") - (mark in "]}")
+            entries += mark in "[{,"
             if depth > MAX_DEPTH:
                 raise ConfigError(f"{source}: {_TOO_DEEP}")
             if entries > most:
@@ -261,11 +244,8 @@ class _Open:
         self.height = max(self.height, height)
 
 
-def yaml_entries(text: str, found: Callable[[tuple[str, ...], int, str], None] | None = None) -> Any:
+def _read_yaml(text: str) -> Any:
     """Read one document of YAML to plain data, event by event, so that nothing is built beyond the bounds.
-
-    Args:
-        found: is told of each entry: its path, its line from 0, and its value where that is a scalar, else "".
 
     Raises:
         yaml.YAMLError: it is no YAML, or has what is not read here.
@@ -278,7 +258,6 @@ def yaml_entries(text: str, found: Callable[[tuple[str, ...], int, str], None] |
         return error
 
     opened: list[_Open] = []
-    path: list[str] = []
     anchors: dict[str, _Anchored | None] = {}
     total, documents, result = 0, 0, None
     for event in yaml.parse(text, yaml.SafeLoader):
@@ -296,15 +275,7 @@ def yaml_entries(text: str, found: Callable[[tuple[str, ...], int, str], None] |
             inside = opened[-1] if opened else None
             if inside is not None and isinstance(inside.value, dict) and inside.key is _NO_KEY:
                 inside.key = _key(event, inside.value, wrong)
-                if found is not None:
-                    path[len(opened) - 1 :] = [event.value]
-                    line = event.start_mark.line
                 continue
-            if found is not None and inside is not None:
-                if isinstance(inside.value, list):
-                    path[len(opened) - 1 :] = [str(len(inside.value))]
-                    line = event.start_mark.line
-                found(tuple(path[: len(opened)]), line, getattr(event, "value", ""))
             anchor = None if isinstance(event, yaml.AliasEvent) else event.anchor
             if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 total += 1

@@ -67,7 +67,7 @@ def test_a_name_that_is_not_in_the_folder_is_refused_before_anything_runs(
     assert "refused the workflow" in str(caught.value)
 
 
-def test_an_error_points_at_the_line(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
+def test_an_error_names_its_entry(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(WorkflowError) as caught:
         run(server, tmp_path, text="default: torch_sdpa\nper_role:\n  cross: sagee")
     assert without_names(caught.value).splitlines()[0] == snapshot

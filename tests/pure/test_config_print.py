@@ -34,15 +34,15 @@ def backends(default: str | None = None, **per_role: str) -> dict[str, Any]:
     [
         ('{\n "default": "sage",\n "per_role": {"cross": }\n}', "line 3, column 24"),
         ("default: sage\nper_role:\n  cross: [a\nx", "line "),
-        ("default: sage\nper_role:\n  cross: sagee\n", "(line 3)"),
-        ("default: sage\nbackends: x\n", "(line 2)"),
-        ('{\n "default": "sage",\n "per_role": {"cross": "sagee"}\n}', "(line 3)"),
-        ("backend=sage\nper_role.cross=sagee\n", "(line 2)"),
+        ("default: sage\nper_role:\n  cross: sagee\n", "per_role['cross']"),
+        ("default: sage\nbackends: x\n", "unknown entry backends"),
+        ('{\n "default": "sage",\n "per_role": {"cross": "sagee"}\n}', "per_role['cross']"),
+        ("backend=sage\nper_role.cross=sagee\n", "per_role['cross']"),
         ("backend=sage\nstrict\n", "(line 2)"),
         ("default: sage\ndefault: fa\n", "line 2, column 1"),
     ],
 )
-def test_errors_point_at_the_line(text: str, place: str) -> None:
+def test_errors_point_at_the_place(text: str, place: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         parse_config(text)
     assert place in str(caught.value)
