@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..values.data import MAX_DEPTH
 from ..values.errors import ConfigError
-from .words import Word, at_commas, scalar, with_assignments, words_of
+from .words import at_commas, scalar, with_assignments, words_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
 """vLLM-Omni's structured configuration."""
@@ -81,27 +81,27 @@ def parse_flags(text: str, source: str) -> Flags:
     """Read flags, pairs, or a whole command line.
 
     Raises:
-        ConfigError: a word is not understood; the message has the word and, in a longer text, its line.
+        ConfigError: a word is not understood; the message has the word.
     """
     words = with_assignments(words_of(text, source))
     environment: dict[str, str] = {}
-    while words and (words[0].text in ("$", "export") or _ASSIGNMENT.fullmatch(words[0].text)):
-        found = _ASSIGNMENT.fullmatch(words.pop(0).text)
+    while words and (words[0] in ("$", "export") or _ASSIGNMENT.fullmatch(words[0])):
+        found = _ASSIGNMENT.fullmatch(words.pop(0))
         if found:
             environment[found[1]] = found[2]
-    command = bool(words) and _PROGRAM.fullmatch(words[0].text) is not None
-    while command and words and not words[0].text.startswith("-") and not _is_attention(words[0].text):
+    command = bool(words) and _PROGRAM.fullmatch(words[0]) is not None
+    while command and words and not words[0].startswith("-") and not _is_attention(words[0]):
         words.pop(0)
     nested: dict[str, Any] = {}
     skipped = []
     while words:
         word = words.pop(0)
-        if command and not _is_attention(word.text):
+        if command and not _is_attention(word):
             _refuse_near(word, source)
-            skipped += [word.text.partition("=")[0]] if re.match("--?[A-Za-z]", word.text) else []
+            skipped += [word.partition("=")[0]] if re.match("--?[A-Za-z]", word) else []
             continue
         for name, value in _pairs(word, words, source):
-            _take(nested, name, value, source, word)
+            _take(nested, name, value, source)
     if command and not nested and not environment:
         raise ConfigError(f"{source}: nothing in this command line is about attention; known: {_known()}")
     return Flags(nested, environment, tuple(skipped))
@@ -114,19 +114,18 @@ def parse_pairs(text: str, source: str) -> dict[str, Any]:
     while words:
         word = words.pop(0)
         for name, value in _pairs(word, words, source):
-            _take(nested, name, value, source, word)
+            _take(nested, name, value, source)
     return nested
 
 
-def _pairs(word: Word, rest: list[Word], source: str) -> list[tuple[str, object]]:
+def _pairs(text: str, rest: list[str], source: str) -> list[tuple[str, object]]:
     """The settings of one word; a flag without `=` takes the next word as its value."""
-    text = word.text
     if text.startswith("-"):
         name, equals, value = text.lstrip("-").partition("=")
         if not equals:
-            if not rest or rest[0].text.startswith("--"):
-                raise ConfigError(f"{source}: {text!r} is not name=value: its value is missing{_at(word)}")
-            value = rest.pop(0).text
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"{source}: {text!r} is not name=value: its value is missing")
+            value = rest.pop(0)
         return [(name, scalar(value))]
     pieces: list[str] = []
     for piece in at_commas(text):
@@ -138,12 +137,12 @@ def _pairs(word: Word, rest: list[Word], source: str) -> list[tuple[str, object]
     for piece in pieces:
         name, equals, value = piece.partition("=")
         if not equals or not name.strip():
-            raise ConfigError(f"{source}: {piece!r} is not name=value{_at(word)}")
+            raise ConfigError(f"{source}: {piece!r} is not name=value")
         found.append((name.strip(), scalar(value)))
     return found
 
 
-def _take(nested: dict[str, Any], name: str, value: object, source: str, word: Word) -> None:
+def _take(nested: dict[str, Any], name: str, value: object, source: str) -> None:
     """Put one setting into `nested`; SGLang's map, as pairs or JSON, one component at a time, so that flags join it."""
     inner: dict[str, Any] = {}
     if name.replace("-", "_") == COMPONENT_FLAG:
@@ -154,23 +153,23 @@ def _take(nested: dict[str, Any], name: str, value: object, source: str, word: W
             inner = {**inner.pop(COMPONENT_FLAG, {}), **inner}
     entries = {f"{COMPONENT_FLAG}.{component}": entry for component, entry in inner.items()} or {name: value}
     for full, entry in entries.items():
-        _put(nested, full, entry, source, _at(word))
+        _put(nested, full, entry, source)
 
 
-def _put(nested: dict[str, Any], name: str, value: object, source: str, at: str) -> None:
+def _put(nested: dict[str, Any], name: str, value: object, source: str) -> None:
     """Put `a.b.c` into nested dicts; names of components keep their dots.
 
     Raises:
         ConfigError: an earlier setting stands in its way, or it is nested too deeply.
     """
-    conflict = f"{source}: {name!r} conflicts with an earlier entry{at}"
+    conflict = f"{source}: {name!r} conflicts with an earlier entry"
     head, _, tail = name.partition(".")
     head = head.replace("-", "_")
     if COMPONENT_NAME.fullmatch(head):
         head, tail = COMPONENT_FLAG, name
     parts = [head, tail] if head == COMPONENT_FLAG and tail else [head, *tail.split(".")] if tail else [head]
     if len(parts) > MAX_DEPTH:
-        raise ConfigError(f"{source}: {name!r} has {len(parts)} parts: nested too deeply{at}")
+        raise ConfigError(f"{source}: {name!r} has {len(parts)} parts: nested too deeply")
     *parents, last = parts
     for parent in parents:
         nested = nested.setdefault(parent, {})
@@ -191,21 +190,17 @@ def _is_attention(word: str) -> bool:
     return _head(word) in COMMAND_FLAGS
 
 
-def _refuse_near(word: Word, source: str) -> None:
+def _refuse_near(word: str, source: str) -> None:
     """A flag of a command line that speaks of attention, or attn, and is not known must not be passed over.
 
     Raises:
         ConfigError: it is one.
     """
-    head = _head(word.text)
-    if word.text.startswith("--") and re.search("attention|attn", head) and head not in ELSEWHERE:
-        name = word.text.partition("=")[0]
-        raise ConfigError(f"{source}: flag {name} is about attention and not known here; known: {_known()}{_at(word)}")
+    head = _head(word)
+    if word.startswith("--") and re.search("attention|attn", head) and head not in ELSEWHERE:
+        name = word.partition("=")[0]
+        raise ConfigError(f"{source}: flag {name} is about attention and not known here; known: {_known()}")
 
 
 def _known() -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in COMMAND_FLAGS)
-
-
-def _at(word: Word) -> str:
-    return f" (line {word.line})" if word.line > 1 else ""

@@ -1,111 +1,91 @@
 """The words of a command line or of `name=value` pairs, and the value that a word stands for.
 
-Quotes, brackets, `#` comments and lines continued with a backslash are read as a shell would.
+Not `shlex`: it takes the backslashes out of Windows paths, opens a quote inside a word such as `don't`, begins a
+comment inside a word, and knows no brackets, and JSON stands here without quotes around it.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 from ..values.data import load_json
 from ..values.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
-_NAME = re.compile(r"[A-Za-z_][\w.-]*")
+_ASSIGNED = re.compile(r"[A-Za-z_][\w.-]*")
 _CLOSES = {"{": "}", "[": "]"}
+_MARK = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]]', re.DOTALL)
+"""What counts inside brackets: a text of JSON, and brackets."""
+_GAP = re.compile(r"(?:\s|[\\^`](?=[\r\n])|(?:(?<=\s)|\A)#.*)+")
+"""Between words: white space, a line that is continued as in a shell of any system, a comment."""
+_QUOTED = re.compile(r""""((?:\\["\\]|[^"])*)"|'([^']*)'""")
+_ESCAPED = re.compile(r'\\(["\\])')
+_PLAIN = re.compile(r"""[=,]|(?:(?![\\^`][\r\n])[^\s{\["'=,])+|["']""")
+"""Of a word: up to where a quote or a bracket may open."""
 
 
-class Word(NamedTuple):
-    """One word of a command line, without its quotes."""
-
-    text: str
-    line: int
-
-
-def words_of(text: str, source: str) -> list[Word]:
-    """Split at white space outside quotes and brackets.
+def words_of(text: str, source: str) -> list[str]:
+    """Split at white space outside quotes and brackets, without the quotes.
 
     Raises:
         ConfigError: a quote or a bracket is never closed.
     """
-    words: list[Word] = []
-    current: list[str] = []
-    started, line, quote, opened, closing = False, 1, "", 1, []  # type: tuple[bool, int, str, int, list[str]]
-    index = 0
-    while index < len(text):
-        char, after = text[index], text[index + 1 : index + 2]
-        index += 1
-        if char == "\n":
-            line += 1
-        if quote:
-            if char == quote:
-                quote = ""
-                current += [char] if closing else []
-            elif char == "\\" and quote == '"' and after in ('"', "\\") and not closing:
-                current.append(after)
-                index += 1
-            else:
-                current.append(char)
-        elif char in "'\"" and (closing or not started or current[-1:] in (["="], [","])):
-            quote, opened, started = char, line, True
-            current += [char] if closing else []
-        elif char in "\\^`" and after in ("\n", "\r") and not closing:  # also as Windows' shells continue a line
+    words: list[str] = []
+    place, begins = 0, True
+    while place < len(text):
+        if gap := _GAP.match(text, place):
+            place, begins = gap.end(), True
             continue
-        elif char in _CLOSES:
-            closing.append(_CLOSES[char])
-            opened, started = line, True
-            current.append(char)
-        elif closing and char == closing[-1]:
-            closing.pop()
-            current.append(char)
-        elif closing or not char.isspace():
-            if char == "#" and not started:
-                end = text.find("\n", index)
-                index = len(text) if end < 0 else end
-                continue
-            started = True
-            current.append(char)
-        elif started:
-            words.append(Word("".join(current), line - (char == "\n")))
-            current, started = [], False
-    if quote or closing:
-        raise ConfigError(f"{source}: {quote or closing[-1]!r} is missing: what opens on line {opened} is never closed")
-    if started:
-        words.append(Word("".join(current), line))
+        char, found = text[place], _PLAIN.match(text, place)
+        end, piece = (found.end(), found[0]) if found else (0, "")
+        if char in _CLOSES:
+            end = _end_of_brackets(text, place)
+            piece = text[place:end]
+        elif char in "'\"" and (begins or words[-1].endswith(("=", ","))):
+            found = _QUOTED.match(text, place)
+            end, piece = (found.end(), found[2] or _ESCAPED.sub(r"\1", found[1] or "")) if found else (0, "")
+        if not end:
+            line, missing = text.count("\n", 0, place) + 1, _CLOSES.get(char, char)
+            raise ConfigError(f"{source}: {missing!r} is missing: what opens on line {line} is never closed")
+        words += [""] if begins else []
+        words[-1] += piece
+        place, begins = end, False
     return words
 
 
-def with_assignments(words: list[Word]) -> list[Word]:
-    """`name = value`, three words of one line, as one word."""
-    joined: list[Word] = []
+def _end_of_brackets(text: str, place: int) -> int:
+    """Behind the bracket that closes the one at `place`; 0 where none does."""
+    closing: list[str] = []
+    for found in _MARK.finditer(text, place):
+        if found[0] in _CLOSES:
+            closing.append(_CLOSES[found[0]])
+        elif found[0] == closing[-1]:
+            closing.pop()
+            if not closing:
+                return found.end()
+    return 0
+
+
+def with_assignments(words: list[str]) -> list[str]:
+    """`name = value`, three words, as one."""
+    joined: list[str] = []
     for word in words:
-        before = joined[-2:]
-        if (
-            len(before) == 2
-            and before[1].text == "="
-            and _NAME.fullmatch(before[0].text)
-            and before[0].line == before[1].line == word.line - word.text.count("\n")
-        ):
-            joined[-2:] = [Word(f"{before[0].text}={word.text}", word.line)]
+        if joined[-1:] == ["="] and _ASSIGNED.fullmatch(" ".join(joined[-2:-1])):
+            joined[-2:] = [f"{joined[-2]}={word}"]
         else:
             joined.append(word)
     return joined
 
 
 def at_commas(text: str) -> list[str]:
-    pieces, begin, depth, quoted, escaped = list[str](), 0, 0, False, False
-    for index, char in enumerate(text):
-        if depth and char == '"' and not escaped:
-            quoted = not quoted
-        escaped = quoted and char == "\\" and not escaped
-        if not quoted:
-            depth += (char in "{[") - (char in "}]")
-        if char == "," and depth == 0:
-            pieces.append(text[begin:index])
-            begin = index + 1
-    pieces.append(text[begin:])
-    return [piece for piece in pieces if piece.strip()]
+    """Split at commas outside brackets."""
+    pieces, begin, place = list[str](), 0, 0
+    while place < len(text):
+        if text[place] == ",":
+            pieces.append(text[begin:place])
+            begin = place + 1
+        place = (_end_of_brackets(text, place) or len(text)) if text[place] in _CLOSES else place + 1
+    return [piece for piece in (*pieces, text[begin:]) if piece.strip()]
 
 
 def scalar(text: str) -> object:

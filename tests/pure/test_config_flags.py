@@ -154,10 +154,18 @@ def test_flags_that_are_not_understood_are_refused_with_the_word(text: str, snap
 
 def test_words_are_split_as_a_shell_does() -> None:
     text = """a 'b c' "d \\"e\\"" --x='f g' {"h": "i j"} [1, 2] C:\\x\\y.yaml # no word\nk \\\n it's"""
-    found = [word.text for word in words_of(text, "x")]
-    assert found == ["a", "b c", 'd "e"', "--x=f g", '{"h": "i j"}', "[1, 2]", "C:\\x\\y.yaml", "k", "it's"]
-    assert words_of("a\nb\n\nc", "x")[-1].line == 4
-    assert [word.text for word in words_of("a ^\r\nb `\nc", "x")] == ["a", "b", "c"], "as Windows' shells do"
+    assert words_of(text, "x") == [
+        "a",
+        "b c",
+        'd "e"',
+        "--x=f g",
+        '{"h": "i j"}',
+        "[1, 2]",
+        "C:\\x\\y.yaml",
+        "k",
+        "it's",
+    ]
+    assert words_of("a ^\r\nb `\nc", "x") == ["a", "b", "c"], "as Windows' shells do"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def backends(default: str | None = None, **per_role: str) -> dict[str, Any]:
         ("default: sage\nbackends: x\n", "unknown entry backends"),
         ('{\n "default": "sage",\n "per_role": {"cross": "sagee"}\n}', "per_role['cross']"),
         ("backend=sage\nper_role.cross=sagee\n", "per_role['cross']"),
-        ("backend=sage\nstrict\n", "(line 2)"),
+        ("backend=sage\nstrict\n", "'strict' is not name=value"),
         ("default: sage\ndefault: fa\n", "line 2, column 1"),
     ],
 )
