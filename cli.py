@@ -84,8 +84,9 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
         return probe.child(argv[1:])
     options = _parser(program).parse_args(_joined(argv))
     try:
-        if options.command in ("compare", "bench", "tune"):
-            status: int = {"compare": compare, "bench": bench, "tune": tune}[options.command].run(options, program)
+        measuring = {"compare": compare, "bench": bench, "tune": tune, "autotune": tune}
+        if options.command in measuring:
+            status: int = measuring[options.command].run(options, program)
         else:
             commands = {"doctor": _doctor, "explain": _explain, "route": _route, "replay": _replay}
             status = commands[options.command](options)
@@ -105,9 +106,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description="Attention backends of this machine, or of any other.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str, epilog: str, aliases: tuple[str, ...] = ()) -> argparse.ArgumentParser:
         added = commands.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            aliases=aliases,
+            help=text,
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.add_argument("--json", action="store_true", help="print JSON instead of text")
         return added
@@ -141,7 +147,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     route.add_argument("--all", action="store_true", help="every row of the table, for all kinds of machine")
     compare.add_arguments(command("compare", compare.HELP, compare.EXAMPLES))
     bench.add_arguments(command("bench", bench.HELP, bench.EXAMPLES))
-    tune.add_arguments(command("tune", tune.HELP, tune.EXAMPLES))
+    tune.add_arguments(command("tune", tune.HELP, tune.EXAMPLES, aliases=("autotune",)))
     replay.add_arguments(command("replay", replay.HELP, replay.EXAMPLES))
     return parser
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from .calls import router_for, run_attention
 from .config import AttentionConfig
 from .config.layers import settings_of
-from .config.names import AUTO, MEASURED
+from .config.names import AUTO, AUTOTUNE
 from .config.text import parse_config
 from .context import Account, Entry, add_up, current, entered, read_environment
 from .engine.call_checks import CheckError
@@ -175,7 +175,7 @@ def force_backend(backend: object, *, device: torch.device | None = None) -> Ite
         NoBackendError: it cannot run on `device`. Nothing was changed.
     """
     config = replace(parse_config(backend, "force_backend"), strict=True)
-    if config.default.backend in (AUTO, MEASURED):
+    if config.default.backend in (AUTO, AUTOTUNE):
         raise ConfigError(
             f"force_backend: {config.default.backend} forces nothing; name a backend, or use attention_backend"
         )
@@ -218,7 +218,7 @@ def _must_be_available(
     if not settings_of(layers).strict:
         return
     router = router_for(device)
-    named = {spec.backend for spec in (config.default, *config.per_role.values())} - {AUTO, MEASURED}
+    named = {spec.backend for spec in (config.default, *config.per_role.values())} - {AUTO, AUTOTUNE}
     refused = [f"  {name}: {'; '.join(reasons)}" for name in sorted(named) if (reasons := router.unavailable(name))]
     if refused:
         able = [name for name, known in router.backends.items() if known.accuracy == "exact"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
-from ..backends.config.names import AUTO, COMFY, MEASURED, canonical
+from ..backends.config.names import AUTO, AUTOTUNE, COMFY, canonical
 from ..backends.engine.plan import Plan
 from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
@@ -41,7 +41,7 @@ def parse_backends(names: Sequence[str]) -> list[str]:
     given: dict[str, str] = {}
     for name in filter(None, (name.strip() for name in names)):
         backend = canonical(name)
-        if backend in (AUTO, MEASURED):
+        if backend in (AUTO, AUTOTUNE):
             raise ComparisonError(f"{name} is a way to choose, not a backend: name the backends to compare")
         if backend in given:
             twice = (

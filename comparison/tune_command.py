@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..backends.engine.router import Router
 
-HELP = "measure which kernel is fastest for the calls of real models, for the choice `measured`"
+HELP = "measure which kernel is fastest for the calls of real models, for the backend `autotune`"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 ROLES = {
     "wan22": "self", "wan22_14b_self": "self", "ltx2_video": "self", "ltx2_audio": "self",
@@ -49,7 +49,7 @@ EXAMPLES = f"""examples:
 
 Presets: {", ".join(PRESETS)}.
 What is found holds for calls of the same sizes, dtype and role on this machine with these versions. A run of ComfyUI
-with `measured` finds out the same by itself; ComfyUI's own store is attention_backends/measured.sqlite3 in its user
+with `autotune` finds out the same by itself; ComfyUI's own store is attention_backends/measured.sqlite3 in its user
 folder, which --store or the variable {VARIABLE} can name. Clearing, exporting and importing are for the whole file."""
 
 
@@ -173,13 +173,13 @@ def measure(
     import torch
 
     from ..backends.config import AttentionConfig, AttentionSpec
-    from ..backends.config.names import MEASURED
+    from ..backends.config.names import AUTOTUNE
     from ..backends.engine.session import Session
     from ..backends.measure.bench_inputs import random_call
     from ..backends.observe.autotune.tuner import Tuner
     from ..backends.values.faults import is_out_of_memory
 
-    session = Session(router, (AttentionConfig(AttentionSpec(MEASURED), accuracy=accuracy, source="tune"),))
+    session = Session(router, (AttentionConfig(AttentionSpec(AUTOTUNE), accuracy=accuracy, source="tune"),))
     session.tuner = tuner = Tuner(session, store, anew=True)
     role = ROLES.get(preset.name, "joint")
     request = preset.request(dtype)
@@ -188,7 +188,7 @@ def measure(
             call = random_call(request, device, 0)
             plan = session.plan(call.request(), role, role)
             if not tuner.is_trying(plan):
-                return plan.decision.source.partition("measured ")[2].strip("()")
+                return plan.decision.source.partition(f"{AUTOTUNE} ")[2].strip("()")
             _warm_up(session, tuner, plan.decision.backend, accuracy, call)
             for _ in range(MOST_CALLS):
                 session.run(plan, call)
@@ -200,7 +200,7 @@ def measure(
                 raise
             return "out of memory"
     kinds = session.run_report.tuning.as_dict()
-    return None if kinds["decided"] else plan.decision.source.partition("measured ")[2].strip("()")
+    return None if kinds["decided"] else plan.decision.source.partition(f"{AUTOTUNE} ")[2].strip("()")
 
 
 def _warm_up(session: Any, tuner: Any, incumbent: str, accuracy: str, call: Any) -> None:

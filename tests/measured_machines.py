@@ -109,7 +109,7 @@ class Machine:
         costs: dict[str, Cost],
         *,
         delay: bool = False,
-        asked: str = "measured",
+        asked: str = "autotune",
         accuracy: str = "exact",
         strict: bool = False,
         guard: str = "off",

@@ -24,7 +24,7 @@ const NAME = 'attention_backends_line'
 const HEIGHT = 38
 const SHOW_RUNS = ['AttentionBackendSelector', 'AttentionConfigText']
 const CHOOSE = ['AttentionBackendSelector', 'PerRoleAttentionConfig', 'AttentionSchedule']
-const NOT_ONE_BACKEND = ['auto', 'measured']
+const NOT_ONE_BACKEND = ['auto', 'autotune', 'measured']
 /** ComfyUI's colours for such texts are too near to that of a node for letters so small. */
 const WARNING = 'color-mix(in srgb, var(--error-text, #ff4444) 60%, var(--input-text, #ddd))'
 const GREY = 'color-mix(in srgb, var(--descrip-text, #999) 60%, var(--input-text, #ddd))'

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import CATEGORY_PARENT, PLATFORM_ROUTE, AttentionConfig, AttentionSpec
-from .names import AUTO, MEASURED
+from .names import AUTO, AUTOTUNE
 
 if TYPE_CHECKING:
     from .advice import Advice
@@ -90,7 +90,7 @@ class Choice:
     @property
     def is_open(self) -> bool:
         """True where nobody named a backend or an accuracy, so that a checkpoint's own preference counts."""
-        return self.asked in (None, MEASURED) and self.accuracy is None
+        return self.asked in (None, AUTOTUNE) and self.accuracy is None
 
 
 def resolve(
@@ -122,11 +122,11 @@ def _specs(layers: tuple[AttentionConfig, ...]) -> Iterator[AttentionSpec]:
         yield from (entry.spec for entry in layer.schedule)
 
 
-def asks_for_measured(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether anything says `measured`."""
-    return any(spec.backend == MEASURED for spec in _specs(layers))
+def asks_for_autotune(layers: tuple[AttentionConfig, ...]) -> bool:
+    """Whether anything says `autotune`."""
+    return any(spec.backend == AUTOTUNE for spec in _specs(layers))
 
 
 def names_backends(layers: tuple[AttentionConfig, ...]) -> bool:
     """Whether anything names a backend, and not only a way to choose."""
-    return any(spec.backend not in (AUTO, MEASURED) for spec in _specs(layers))
+    return any(spec.backend not in (AUTO, AUTOTUNE) for spec in _specs(layers))

@@ -17,8 +17,11 @@ from .systems import key_of, rows_of, systems
 AUTO = "auto"
 """Take the first exact backend of the platform's route that can run the call."""
 
-MEASURED = "measured"
+AUTOTUNE = "autotune"
 """Take the backend that was measured fastest on this machine for this kind of call."""
+
+MEASURED = "measured"
+"""The older name of `AUTOTUNE`. It is accepted wherever a backend is named, and is stored as `autotune`."""
 
 COMFY = "comfy"
 """Run what ComfyUI would have run by itself."""
@@ -63,8 +66,11 @@ MENU: tuple[str, ...] = (
 BACKEND_IDS: tuple[str, ...] = (*MENU, *(backend_id for backend_id in registry.MODULES if backend_id not in MENU))
 """Every backend that can be named, in the order in which menus show them."""
 
-CHOICES: tuple[str, ...] = (AUTO, MEASURED, *BACKEND_IDS)
-"""What a menu offers: the two ways to let the pack choose, then each backend."""
+NAMES: tuple[str, ...] = (AUTO, AUTOTUNE, *BACKEND_IDS)
+"""The canonical names: the two ways to let the pack choose, then each backend."""
+
+CHOICES: tuple[str, ...] = (AUTO, AUTOTUNE, MEASURED, *BACKEND_IDS)
+"""What a menu offers: `NAMES`, and `measured`, because saved graphs hold it and ComfyUI validates a combo's value."""
 
 
 @lru_cache(maxsize=1)
@@ -77,7 +83,7 @@ def aliases() -> dict[str, str]:
         for alias in backend.aliases
         if alias.system == PEOPLE
     }
-    return {name: means for name, means in {**published, **written}.items() if name not in CHOICES}
+    return {name: means for name, means in {**published, **written, MEASURED: AUTOTUNE}.items() if name not in NAMES}
 
 
 def __getattr__(name: str) -> object:
@@ -101,7 +107,7 @@ class RefusedBackendError(UnknownBackendError):
 def is_known(name: str) -> bool:
     """Whether `canonical` would return an id."""
     key = key_of(name)
-    return key in CHOICES or key in aliases()
+    return key in NAMES or key in aliases()
 
 
 def canonical(name: str, system: str = "") -> str:
@@ -114,12 +120,12 @@ def canonical(name: str, system: str = "") -> str:
         UnknownBackendError: nothing has that name; the message gives the nearest names and the whole list.
     """
     key = key_of(name)
-    if key in CHOICES:
+    if key in NAMES:
         return key
     if key in aliases():
         return aliases()[key]
     for one, row in rows_of(key, system):
         raise RefusedBackendError(f"attention backend {name!r} of {one.title} is not available here: {row.line}")
-    near = nearest(key, [*CHOICES, *aliases()], count=3)
+    near = nearest(key, [*NAMES, *aliases()], count=3)
     hint = f" did you mean {' or '.join(near)}?" if near else ""
-    raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(CHOICES)}")
+    raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""What a session asks where `measured` is asked for; `observe/autotune/tuner.py` has the one there is."""
+"""What a session asks where `autotune` is asked for; `observe/autotune/tuner.py` has the one there is."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..config import AttentionConfig, frozen
 from ..config.layers import Choice, resolve, settings_of
-from ..config.names import COMFY, MEASURED
+from ..config.names import AUTOTUNE, COMFY
 from ..kernels import BACKENDS
 from ..kernels.backend import Backend, Kernel, LseKernel
 from ..kernels.group import BackendGroup
@@ -39,8 +39,8 @@ Failures = Mapping[Failed, str]
 """What raised before, and the error in words. With other options the same backend may be sound."""
 NO_FAILURES: Failures = {}
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
-NOTHING_MEASURES = "measured: no times are kept for such calls, and none are taken here, so it is what auto takes"
-"""A note where `measured` was asked for: selection alone knows no times, see `observe/autotune/tuner.py`."""
+NOTHING_MEASURES = "autotune: no times are kept for such calls, and none are taken here, so it is what auto takes"
+"""A note where `autotune` was asked for: selection alone knows no times, see `observe/autotune/tuner.py`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Decision:
     @property
     def is_fallback(self) -> bool:
         """True when something else runs than what was asked for."""
-        return self.asked not in (None, MEASURED, self.backend)
+        return self.asked not in (None, AUTOTUNE, self.backend)
 
     @property
     def reason(self) -> str | None:
@@ -236,7 +236,7 @@ class Router:
 
         A named backend runs if it can. Otherwise, and for `auto`, the platform's route is walked, taking only
         classes up to the choice's own accuracy, or else `accuracy`; where lossy ones are allowed, the route's lossy
-        backends come first; `measured` is walked as `auto` is, with a note. `failed` holds what raised before in the
+        backends come first; `autotune` is walked as `auto` is, with a note. `failed` holds what raised before in the
         same session.
 
         Raises:
@@ -244,7 +244,7 @@ class Router:
                 model's own wish; the message lists the request and every refusal.
         """
         rejected: list[Rejection] = []
-        if choice.asked not in (None, MEASURED):
+        if choice.asked not in (None, AUTOTUNE):
             reasons = self.refuse(choice.asked, request, failed, choice.extra)
             if not reasons:
                 against = self.backends[choice.asked].avoid_reasons(request, self.platform)
@@ -278,7 +278,7 @@ class Router:
 
     def _instead(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:
         extra, accuracy = choice.extra, choice.accuracy
-        notes = (NOTHING_MEASURES,) if choice.asked == MEASURED else ()
+        notes = (NOTHING_MEASURES,) if choice.asked == AUTOTUNE else ()
         return Decision(backend_id, choice.source, choice.asked, tuple(rejected), {}, extra, notes, accuracy)
 
     def decide(

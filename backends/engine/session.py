@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..config import AttentionConfig, frozen
 from ..config.layers import Choice, Settings, resolve, settings_of
-from ..config.names import COMFY, MEASURED
+from ..config.names import AUTOTUNE, COMFY
 from ..config.schedule import OUTSIDE_A_SAMPLER, is_scheduled
 from ..config.timetable import Timetable
 from ..guard import Guard, GuardAlarm
@@ -63,7 +63,7 @@ class Session:
         mode = self.settings.guard
         self.guard = Guard(mode, self.run_report) if mode != "off" else None
         self.tuner: Chooser | None = None
-        """Decides where `measured` is asked for; without one that is `auto`."""
+        """Decides where `autotune` is asked for; without one that is `auto`."""
 
     def plan(
         self,
@@ -121,7 +121,7 @@ class Session:
             reason = f"{label or decision.backend}: {refusal}"
             decision, label = self._exact(decision, request, role, block, refusal), None
         plan = None
-        if choice.asked == MEASURED and self.tuner is not None and reason is None:
+        if choice.asked == AUTOTUNE and self.tuner is not None and reason is None:
             plan = self.tuner.plan(request, decision, role, category, block, mask or request.mask)
         self._log_decision(decision if plan is None else plan.decision, role, category, label)
         if plan is None:

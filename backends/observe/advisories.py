@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import PLATFORM_ROUTE, RECOMMENDED, AttentionConfig, AttentionSpec
 from ..config.layers import default_of, settings_of
-from ..config.names import AUTO, MEASURED
+from ..config.names import AUTO, AUTOTUNE
 from ..config.schedule import ScheduleEntry
 from ..config.timetable import Timetable
 from ..engine.priorities import PRIORITIES
@@ -174,7 +174,7 @@ def offers(family: str, run_report: RunReport) -> list[str]:
         trial = Timetable((replace(layers[0], recommended=(advisory,)), *layers[1:]), blocks=blocks)
         if any(
             row.backend in advisory.backends
-            and row.source.partition(f": {MEASURED} (")[0] in defaults
+            and row.source.partition(f": {AUTOTUNE} (")[0] in defaults
             and trial.advisory(ALL, row.role, run_report.categories.get(row.role, row.role), row.block, _is_masked(row))
             for row in rows
         ):

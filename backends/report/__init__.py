@@ -108,7 +108,7 @@ class RunReport:
     stopped: outcome.Outcome | None = None
     """How it ended before its end, or that it still goes on; None for a run that is over and whole."""
     tuning: Tuning = field(default_factory=Tuning)
-    """What became of the calls for which `measured` was asked for."""
+    """What became of the calls for which `autotune` was asked for."""
     node_id: str = ""
     """The node of the graph that samples; empty where there is none, or it is not known."""
     recorder: Recorder | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RECOMMENDED
 from ..config.layers import resolve
-from ..config.names import AUTO, MEASURED
+from ..config.names import AUTO, AUTOTUNE
 
 if TYPE_CHECKING:
     from . import Row, RunReport
@@ -111,8 +111,8 @@ def line(audit: Iterable[Mapping[str, Any]]) -> str:
 
 def _asked(run_report: RunReport, row: Row) -> tuple[str, str]:
     """What was asked for a row's calls, and on whose word: as the row says, or else as the configuration does."""
-    if row.asked == MEASURED:  # what was found stands behind whose word it is, and changes during a run
-        return MEASURED, row.source.partition(f": {MEASURED}")[0]
+    if row.asked == AUTOTUNE:  # what was found stands behind whose word it is, and changes during a run
+        return AUTOTUNE, row.source.partition(f": {AUTOTUNE}")[0]
     if row.asked is not None:
         return row.asked, row.source
     if row.source.startswith(RECOMMENDED):  # an exact kernel, whichever the route has, in place of the default
@@ -125,7 +125,7 @@ def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
     ran: dict[str, int] = {}
     for row in rows:
         ran[row.backend] = ran.get(row.backend, 0) + row.calls
-    other = [row for row in rows if row.by_another or (asked not in (AUTO, MEASURED) and row.backend != asked)]
+    other = [row for row in rows if row.by_another or (asked not in (AUTO, AUTOTUNE) and row.backend != asked)]
     reasons = tuple(dict.fromkeys(row.reason for row in other if row.reason))
     explained = EXPLAINED if all(row.reason for row in other) else UNEXPLAINED
     verdict = explained if other else AS_ASKED
@@ -188,7 +188,7 @@ def _part(finding: Mapping[str, Any]) -> str:
     if finding["verdict"] == NOT_REACHED:
         return f"{head} not reached" + (f" ({'; '.join(reasons)})" if reasons else "")
     if finding["verdict"] == AS_ASKED:
-        return f"{head} -> {_counted(ran)}" if asked in (AUTO, MEASURED) else f"{head} as asked"
+        return f"{head} -> {_counted(ran)}" if asked in (AUTO, AUTOTUNE) else f"{head} as asked"
     others = {backend: calls for backend, calls in ran.items() if backend != asked}
     shown = _counted(ran if len(ran) > len(others) else others) or "elsewhere"
     why = "; ".join(reason.removeprefix(f"{asked}: ") for reason in reasons)

@@ -1,4 +1,4 @@
-"""What became of the calls of a run for which `measured` was asked for: a few counts for its account.
+"""What became of the calls of a run for which `autotune` was asked for: a few counts for its account.
 
 Boundary: words and numbers; who decides is `observe/autotune/tuner.py`.
 """
@@ -21,7 +21,7 @@ class Tuning:
         self.kinds: dict[TuningKey, str] = {}
 
     def as_dict(self) -> dict[str, object]:
-        """`state` is None where nobody asked for `measured`, `tuning` where this run tries, else `measured`."""
+        """`state` is None where nobody asked for `autotune`, `tuning` where this run tries, else `measured`."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
         return {
@@ -37,4 +37,4 @@ class Tuning:
         """What the account says of a run that tried kernels; None of any other."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
-        return f"measured: tuning ({tried} kinds of call; later runs use what was found)" if tried else None
+        return f"autotune: tuning ({tried} kinds of call; later runs use what was found)" if tried else None

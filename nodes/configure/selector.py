@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...backends.config import GUARD_MODES
-from ...backends.config.names import AUTO, CHOICES, canonical
+from ...backends.config.names import AUTO, CHOICES, NAMES, canonical
 from ...backends.config.text import from_environment
 from ...backends.values.tolerance import ACCURACY
 from ..hook import patch
@@ -30,7 +30,7 @@ def check_backend(name: Any, input_types: Mapping[str, Any] | None = None) -> bo
     if name is None:
         if input_types is None or "backend" in input_types:  # connected to another node: known only when it runs
             return True
-        return f"backend must be a name, not null; write {AUTO}, or one of: {', '.join(CHOICES)}"
+        return f"backend must be a name, not null; write {AUTO}, or one of: {', '.join(NAMES)}"
     try:
         canonical(str(name))
     except ValueError as error:

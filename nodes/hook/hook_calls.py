@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...backends.config.layers import Choice
-from ...backends.config.names import COMFY, MEASURED
+from ...backends.config.names import AUTOTUNE, COMFY
 from ...backends.engine.call_checks import DifferingTensorsError, check, differing
 from ...backends.engine.plan import Plan
 from ...backends.engine.priorities import LAST_RESORT
@@ -386,7 +386,7 @@ def _count_passed_on(
 def count_passed_on(model_call: ModelCall, role: Role, kind: str, text: str) -> None:
     choice = model_call.choice(role)
     empty = text.startswith(EMPTY)
-    if choice.asked not in (None, MEASURED, COMFY) and model_call.session.settings.strict and not empty:
+    if choice.asked not in (None, AUTOTUNE, COMFY) and model_call.session.settings.strict and not empty:
         raise NoBackendError(
             f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
             f"{choice.source}\n  what to do: switch strict off, or update this pack"

@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...backends.config import AttentionConfig, AttentionSpec
 from ...backends.config.layers import record_of
-from ...backends.config.names import CHOICES, MEASURED
+from ...backends.config.names import AUTOTUNE, CHOICES
 from ...backends.config.schedule import ScheduleEntry
 from ...backends.config.systems import key_of, line_of
 from ...backends.config.text import from_environment
@@ -166,7 +166,7 @@ def _announce(model: Any, override: Override) -> None:
     asked = next((layer.default.backend for layer in override.layers if not layer.default.is_auto), None)
     if asked is None:
         log.info("%s", default_line(router.platform, router.default_backend()))
-    elif asked != MEASURED and (reasons := router.unavailable(asked)):
+    elif asked != AUTOTUNE and (reasons := router.unavailable(asked)):
         log.warning("attention backend %s cannot run here: %s", asked, "; ".join(reasons))
     else:
         log.info("Using diffusion attention backend %r", asked.upper())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...backends.config.layers import asks_for_measured, names_backends, record_of, settings_of
+from ...backends.config.layers import asks_for_autotune, names_backends, record_of, settings_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import Timetable
 from ...backends.doctor.bench import synchronise
@@ -300,8 +300,8 @@ class DeviceSession(Session):
 
 
 def _tuner_of(session: Session) -> Tuner | None:
-    """What decides where `measured` is asked for, with the store of this ComfyUI's user; None where nobody does."""
-    if not asks_for_measured(session.layers):
+    """What decides where `autotune` is asked for, with the store of this ComfyUI's user; None where nobody does."""
+    if not asks_for_autotune(session.layers):
         return None
     import folder_paths
 

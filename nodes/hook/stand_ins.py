@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from ...backends.config.names import MEASURED
+from ...backends.config.names import AUTOTUNE
 from ...backends.report import BY_ANOTHER
 from ...backends.values.errors import NoBackendError
 from . import attention_modules, compiled
@@ -58,7 +58,7 @@ def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: 
             f"{title} computed calls of role {role.name}; a repeat needs that node"
         ] = None
     text = f"{title} computed attention of role {role.name} by itself"
-    if choice.asked not in (None, MEASURED) and model_call.session.settings.strict:
+    if choice.asked not in (None, AUTOTUNE) and model_call.session.settings.strict:
         remedy = run.others.order(other) or f"remove or bypass {title}"
         raise NoBackendError(
             f"{text}, but {choice.asked} was asked for strictly via {choice.source}\n"

@@ -1,9 +1,11 @@
 """Routes of the measured choices, which are kept over runs (backends/observe/autotune/store.py).
 
-GET  measured         summary and entries
-POST measured/clear   forget all of them; the body is {}
-GET  measured/export  a document that another machine of the same kind can import
-POST measured/import  take over such a document
+GET  autotune         summary and entries
+POST autotune/clear   forget all of them; the body is {}
+GET  autotune/export  a document that another machine of the same kind can import
+POST autotune/import  take over such a document
+
+Each of them is served under `measured` too, the older name.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ WHAT = "measured choices"
 def add_routes(routes: web.RouteTableDef, store: Callable[[], Store]) -> None:
     """Add the routes. The store is asked for with each request, and works in a thread: its file may be locked."""
 
+    @routes.get(f"{PREFIX}/autotune")
     @routes.get(f"{PREFIX}/measured")
-    async def measured(request: web.Request) -> web.Response:
+    async def summary(request: web.Request) -> web.Response:
         """{"summary": {"path_name", "entries", "entries_here", "bytes", "problem"}, "entries": [...]}."""
         return await answer(lambda: content(store()))
 
+    @routes.post(f"{PREFIX}/autotune/clear")
     @routes.post(f"{PREFIX}/measured/clear")
     async def clear(request: web.Request) -> web.Response:
-        """Takes {}, forgets every choice, and answers {"removed": N} with what GET measured says then."""
+        """Takes {}, forgets every choice, and answers {"removed": N} with what GET autotune says then."""
         try:
             if await posted(request, MOST_BYTES, WHAT) != {}:
                 raise RefusedError(400, "expected {}: all measured choices are forgotten at once")
@@ -47,14 +51,16 @@ def add_routes(routes: web.RouteTableDef, store: Callable[[], Store]) -> None:
             return error.answer
         return await answer(lambda: {"removed": store().clear(), **content(store())})
 
+    @routes.get(f"{PREFIX}/autotune/export")
     @routes.get(f"{PREFIX}/measured/export")
     async def export(request: web.Request) -> web.Response:
-        """The document that POST measured/import takes."""
+        """The document that POST autotune/import takes."""
         return await answer(lambda: clean(store().export()))
 
+    @routes.post(f"{PREFIX}/autotune/import")
     @routes.post(f"{PREFIX}/measured/import")
     async def import_(request: web.Request) -> web.Response:
-        """Takes a document of GET measured/export, and answers {"taken": N} with what GET measured says then."""
+        """Takes a document of GET autotune/export, and answers {"taken": N} with what GET autotune says then."""
         try:
             document = await posted(request, MOST_BYTES, WHAT)
         except RefusedError as error:
@@ -73,7 +79,7 @@ def users_store() -> Store:
 
 
 def content(store: Store) -> dict[str, Any]:
-    """What GET measured answers."""
+    """What GET autotune answers."""
     return {"summary": clean(store.summary()), "entries": clean(store.entries())}
 
 

@@ -49,7 +49,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
 
 def measured(model: Any, **settings: Any) -> Any:
     usual = {"accuracy": "exact", "strict": True, "guard": "watch"}
-    return nodes_module("hook.patch").set_default(model, "measured", **{**usual, **settings})
+    return nodes_module("hook.patch").set_default(model, "autotune", **{**usual, **settings})
 
 
 def with_backends(monkeypatch: pytest.MonkeyPatch, **backends: Costed) -> dict[str, Costed]:
@@ -88,7 +88,7 @@ def test_the_first_run_tunes_and_the_second_uses_the_store(
     assert run["tuning"] == {
         "state": "tuning", "kinds": 2, "open": 0, "decided": 2, "from_store": 0, "not_tuned": 0,
     }  # fmt: skip
-    assert [note for note in run["notes"] if note.startswith("measured: ")] == snapshot
+    assert [note for note in run["notes"] if note.startswith("autotune: ")] == snapshot
     assert {finding["verdict"] for finding in run["audit"]} == {"as asked"}
     assert {(entry["role"], entry["winner"], entry["here"]) for entry in store.entries()} == {
         ("self", "sdpa_math", True),
@@ -103,7 +103,7 @@ def test_the_first_run_tunes_and_the_second_uses_the_store(
     }  # fmt: skip
     assert run["tuning"]["state"] == "measured"
     assert run["tuning"]["from_store"] == 2
-    assert not any(note.startswith("measured") for note in run["notes"])
+    assert not any(note.startswith("autotune") for note in run["notes"])
     assert {row["source"] for row in run["rows"]} == snapshot
     assert torch.equal(first, second), "every kernel that may run here gives the same numbers"
     assert marks_left(wan.model.diffusion_model) == []

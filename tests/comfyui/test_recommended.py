@@ -209,7 +209,7 @@ def test_after_a_kernel_has_failed_the_next_one_is_exact_too() -> None:
 
 @pytest.mark.parametrize(
     ("source", "offered"),
-    [("node.default", 1), ("node.default: measured (the fastest here)", 1), ("node.per_role['cross']", 0)],
+    [("node.default", 1), ("node.default: autotune (the fastest here)", 1), ("node.per_role['cross']", 0)],
 )
 def test_what_is_offered_depends_on_whose_word_it_was(source: str, offered: int) -> None:
     run_report = RunReport(layers=(replace(layers()[0], recommended=()),))

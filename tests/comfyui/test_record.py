@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
-from attention_backends.backends.config.layers import asks_for_measured  # noqa: E402
+from attention_backends.backends.config.layers import asks_for_autotune  # noqa: E402
 from attention_backends.backends.config.print import to_json  # noqa: E402
 from attention_backends.backends.config.record_format import FORMAT, MARK, normal  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
@@ -350,12 +350,12 @@ def test_a_measured_run_is_recorded_honestly_and_its_choice_is_kept(
     monkeypatch.setattr(
         sampling,
         "_tuner_of",
-        lambda session: Tuner(session, store, clock) if asks_for_measured(session.layers) else None,
+        lambda session: Tuner(session, store, clock) if asks_for_autotune(session.layers) else None,
     )
     tried: list[Data] = []
     while not tried or not tried[-1]["steady"]:
         assert len(tried) < 12, tried[-1]["not_repeated"]
-        tiny_sampling.sample(selected(model, "measured"), "wan", steps=8)
+        tiny_sampling.sample(selected(model, "autotune"), "wan", steps=8)
         tried += record()["runs"]
     assert len(tried) > 1
     for one in tried[:-1]:
@@ -363,12 +363,12 @@ def test_a_measured_run_is_recorded_honestly_and_its_choice_is_kept(
     changes = [text for one in tried for text in one["changes"]]
     assert any("torch_sdpa -> sdpa_math" in text for text in changes), changes
 
-    made = tiny_sampling.sample(selected(model, "measured"), "wan", steps=3)
+    made = tiny_sampling.sample(selected(model, "autotune"), "wan", steps=3)
     kept = record()
     assert kept["runs"][0]["steady"] is True
     assert set(map(str, ran(kept).values())) == {"[(1, 'sdpa_math')]"}
     store.path.unlink(missing_ok=True)
-    for backend in ("auto", "measured"):
+    for backend in ("auto", "autotune"):
         again = tiny_sampling.sample(replayed(selected(model, backend), kept), "wan", steps=3)
         assert torch.equal(again, made)
         assert {row["backend"] for row in last_run()["rows"]} == {"sdpa_math"}
@@ -455,7 +455,7 @@ def test_the_part_of_a_record_leaves_a_schedule_of_any_length_alone() -> None:
 
 
 def test_a_record_stands_above_auto_and_measured() -> None:
-    for backend in ("auto", "measured", "reference"):
+    for backend in ("auto", "autotune", "reference"):
         config = replace(read(made_up("sdpa_math")), default=AttentionSpec(backend))
         session = Session(Router(detect(torch.device("cpu"))), (config,))
         assert session.plan(CALL, "cross", "cross", "blocks.7").decision.backend == "sdpa_math"

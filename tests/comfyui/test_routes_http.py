@@ -53,6 +53,43 @@ def per_role_workflow(steps: int = 4) -> dict[str, Any]:
     return graph.nodes
 
 
+def autotuned_workflow(word: str) -> dict[str, Any]:
+    """A graph that names `autotune`, or its older name, in every node that has a menu of backends and in a text."""
+    graph = Graph("")
+    model, settings = embedded(graph)
+    model = graph.add("AttentionConfigText", model=model, text=f"default: {word}", file="none", component="transformer")
+    model = graph.selector(model, word)
+    model = graph.add("PerRoleAttentionConfig", model=model, role="cross", backend=word, extra="")
+    model = graph.add("AttentionSchedule", model=model, backend=word, when="steps", window="0-1", blocks="", role="")
+    sampled = ksampler(graph, model, **settings, steps=2, cfg=4.0, sampler_name="euler", scheduler="simple")
+    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=sampled, scale=2))
+    return graph.nodes
+
+
+def test_a_saved_graph_may_say_autotune_or_measured(server: Server) -> None:
+    for node in ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionSchedule"):
+        menu = server.get(f"/object_info/{node}")[node]["input"]["required"]["backend"]
+        options = menu[1].get("options") or menu[0]
+        assert options[:3] == ["auto", "autotune", "measured"]
+    for word in ("autotune", "measured"):
+        server.run(autotuned_workflow(word))
+        run = asked(server, "/last_run")[1]["runs"][0]
+        assert {finding["asked"] for finding in run["audit"]} == {"autotune"}
+
+
+@pytest.mark.parametrize("path", ["", "/export"])
+def test_measured_choices_are_served_under_both_names(server: Server, path: str) -> None:
+    assert asked(server, f"/autotune{path}") == asked(server, f"/measured{path}")
+    assert asked(server, f"/autotune{path}")[0] == 200
+
+
+def test_measured_choices_are_changed_under_both_names(server: Server) -> None:
+    document = json.dumps(asked(server, "/measured/export")[1]).encode()
+    for word in ("autotune", "measured"):
+        assert asked(server, f"/{word}/import", document, Content_Type="application/json")[1]["taken"] >= 0
+        assert asked(server, f"/{word}/clear", b"{}", Content_Type="application/json")[0] == 200
+
+
 def test_the_machine_is_described_without_paths(server: Server, snapshot: SnapshotAssertion) -> None:
     status, machine = asked(server, "/machine")
     assert status == 200

@@ -63,6 +63,17 @@ def test_context_then_environment_then_auto(monkeypatch: pytest.MonkeyPatch) -> 
     assert ran() == "reference"
 
 
+@pytest.mark.parametrize("word", ["autotune", "measured"])
+def test_autotune_has_an_older_name(word: str) -> None:
+    with account() as run_report:
+        attention(Q, K, V, backend=word)
+        with attention_backend(word):
+            attention(Q, K, V)
+    assert {row.asked for row in run_report.rows.values()} == {"autotune"}
+    with pytest.raises(ConfigError, match="autotune"), force_backend(word):
+        pass
+
+
 def test_outside_a_block_the_environment_is_read_once_or_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def backends() -> set[str]:
         calls._thread.__dict__.clear()

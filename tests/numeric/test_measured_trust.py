@@ -40,7 +40,7 @@ def imported(store: Store, *entries: Any) -> int:
 def test_an_imported_winner_that_may_not_run_is_measured_anew(store: Store, winner: str) -> None:
     call = small_call()
     router = Router(detect(CPU))
-    session = Session(router, (AttentionConfig(AttentionSpec("measured"), accuracy="exact"),))
+    session = Session(router, (AttentionConfig(AttentionSpec("autotune"), accuracy="exact"),))
     session.tuner = Tuner(session, store)
     others = session.tuner.candidates(call.request(), INCUMBENT, "exact")
     times = {**dict.fromkeys(others, 5.0), winner: 0.001}
@@ -50,7 +50,7 @@ def test_an_imported_winner_that_may_not_run_is_measured_anew(store: Store, winn
     session.run(plan, call)
     assert winner not in ran(session)
     assert session.tuner.is_trying(plan)
-    decision = router.select(call.request(), Choice("measured", "test"))
+    decision = router.select(call.request(), Choice("autotune", "test"))
     assert with_store(decision, call.request(), "self", "self", "exact", router, store).backend == INCUMBENT
 
 

@@ -174,10 +174,10 @@ def test_explain_knows_the_store(
     tune(capsys, "--presets", "flux2", *SMALL)
     preset = PRESETS["flux2"].scaled(16)
     sizes = f"num_heads=48,q_len={preset.q_len},head_dim=128,dtype=float32"
-    question = ["explain", "--json", "--config", "measured", "--role", "flux.single", "--request"]
+    question = ["explain", "--json", "--config", "autotune", "--role", "flux.single", "--request"]
     assert main([*question, sizes]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert (answer["backend"], answer["asked"], answer["notes"]) == ("sdpa_math", "measured", [])
+    assert (answer["backend"], answer["asked"], answer["notes"]) == ("sdpa_math", "autotune", [])
     assert answer["source"] == snapshot
     assert main([*question, sizes, "--platform", "cuda:9.0"]) == 0
     answer = json.loads(capsys.readouterr().out)

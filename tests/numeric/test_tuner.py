@@ -205,7 +205,7 @@ def test_the_incumbent_stays_unless_another_is_over_2_percent_faster(store: Stor
         if winner != INCUMBENT
         else "3 ms, none is faster, 2 candidates"
     )
-    assert f"node.default: measured ({said})" in {row.source for row in session.run_report.rows.values()}
+    assert f"node.default: autotune ({said})" in {row.source for row in session.run_report.rows.values()}
 
 
 def worse(call: AttentionCall) -> torch.Tensor:
@@ -372,7 +372,7 @@ def test_the_account_counts_what_ran(store: Store, snapshot: SnapshotAssertion) 
     assert list(session.run_report.notes) == snapshot
     audit: Any = session.run_report.as_dict()["audit"]
     assert [(finding["asked"], finding["source"], finding["verdict"]) for finding in audit] == [
-        ("measured", "node.default", "as asked")
+        ("autotune", "node.default", "as asked")
     ]
 
 
@@ -491,7 +491,7 @@ def test_without_a_clock_of_the_work_nothing_is_tried(store: Store) -> None:
 def test_on_a_card_real_kernels_are_tried(store: Store) -> None:
     device = torch.device("cuda")
     router = Router(detect(device))
-    layers = (AttentionConfig(AttentionSpec("measured"), source="node"),)
+    layers = (AttentionConfig(AttentionSpec("autotune"), source="node"),)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, 24, 8192, 128, generator=generator).to(device, torch.bfloat16) for _ in range(3)]
     call = AttentionCall(*tensors)

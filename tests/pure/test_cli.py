@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config.names import CHOICES
+from attention_backends.backends.config.names import NAMES
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Kernel
@@ -265,7 +265,7 @@ def test_help_is_plain_text(capsys: pytest.CaptureFixture[str], arguments: list[
 
 
 def test_every_choice_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in CHOICES:
+    for name in NAMES:
         answer = explain(capsys, "--platform", BLACKWELL, "--config", name)
         assert answer["asked"] == (None if name == "auto" else name)
         assert answer["backend"] in BACKENDS

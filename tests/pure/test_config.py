@@ -287,7 +287,7 @@ def test_what_is_not_understood_is_refused_with_its_place(value: object, snapsho
 def test_an_unknown_backend_is_named_with_its_place_and_the_nearest(
     snapshot: SnapshotAssertion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "CHOICES", (names.AUTO, names.MEASURED, *names.MENU))  # a new kernel is not in the text
+    monkeypatch.setattr(names, "NAMES", (names.AUTO, names.AUTOTUNE, *names.MENU))  # a new kernel is not in the text
     with pytest.raises(UnknownBackendError) as caught:
         parse_config({"per_role": {"cross": "sage_atn"}})
     assert str(caught.value) == snapshot

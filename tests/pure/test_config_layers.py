@@ -24,7 +24,7 @@ def test_a_setting_that_is_not_said_comes_from_the_next_configuration() -> None:
 def test_a_malformed_variable_matters_only_where_it_could_decide(
     caplog: pytest.LogCaptureFixture, snapshot: SnapshotAssertion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "CHOICES", (names.AUTO, names.MEASURED, *names.MENU))  # a new kernel is not in the text
+    monkeypatch.setattr(names, "NAMES", (names.AUTO, names.AUTOTUNE, *names.MENU))  # a new kernel is not in the text
     config_text._warn_once.cache_clear()
     broken = {"DIFFUSION_ATTENTION_BACKEND": "no such thing"}
     with pytest.raises(UnknownBackendError, match="DIFFUSION_ATTENTION_BACKEND: unknown"):

@@ -136,12 +136,12 @@ def test_a_name_that_no_backend_has_is_a_reason(snapshot: SnapshotAssertion) -> 
 
 def test_measured_without_a_measurement_is_auto_with_a_note_and_never_refuses() -> None:
     for strict in (False, True):
-        decision = router(Fake("flash_attn")).select(CALL, named("measured"), strict=strict)
-        assert (decision.backend, decision.asked, decision.source) == ("flash_attn", "measured", "node.default")
+        decision = router(Fake("flash_attn")).select(CALL, named("autotune"), strict=strict)
+        assert (decision.backend, decision.asked, decision.source) == ("flash_attn", "autotune", "node.default")
         assert decision.notes == (NOTHING_MEASURES,)
         assert not decision.is_fallback
         assert decision.reason is None
-    wide = router(Fake("flash_attn")).select(WIDE, named("measured"), strict=True)
+    wide = router(Fake("flash_attn")).select(WIDE, named("autotune"), strict=True)
     assert wide.rejected == (Rejection("flash_attn", ("head_dim 256 > 128",)),)
     assert wide.backend == "torch_sdpa"
 

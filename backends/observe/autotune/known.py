@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ...config.names import MEASURED
+from ...config.names import AUTOTUNE
 from ...engine.router import Decision
 from ...measure.call_key import key_of
 from ...values.request import AttentionRequest
@@ -24,7 +24,7 @@ def with_store(
     decision: Decision, request: AttentionRequest, role: str, category: str, accuracy: str, router: Router, store: Store
 ) -> Decision:
     """What a run would take for a call for which `decision` is what `auto` takes, as far as the store knows."""
-    if decision.asked != MEASURED or router.platform.described:
+    if decision.asked != AUTOTUNE or router.platform.described:
         return decision
     for name in (role, category):
         key = key_of(name, request)
@@ -34,6 +34,6 @@ def with_store(
             continue
         if not router.refuse(entry.winner, request):
             rejected = decision.rejected if entry.winner == decision.backend else ()
-            source = f"{decision.source}: {MEASURED} ({entry.words()})"
+            source = f"{decision.source}: {AUTOTUNE} ({entry.words()})"
             return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())
     return decision

@@ -10,8 +10,10 @@ from ...kernels.registry import MODULES, environments
 from ...measure import remembered
 from ...values.platform import Platform
 
-VARIABLE = "ATTENTION_BACKENDS_MEASURED"
+VARIABLE = "ATTENTION_BACKENDS_AUTOTUNE"
 """Names another file than the usual one."""
+OLD_VARIABLE = "ATTENTION_BACKENDS_MEASURED"
+"""Its older name; `VARIABLE` wins where both are set."""
 FILE = "measured.sqlite3"
 
 
@@ -35,16 +37,16 @@ def environment_of(platform: Platform) -> str:
 
 
 def default_path() -> Path:
-    """The file of programs other than ComfyUI: as the variable says, else in the user's cache folder."""
+    """The file of programs other than ComfyUI: as the variables say, else in the user's cache folder."""
     return _given() or remembered.path().with_name(FILE)
 
 
 def path_in(user_directory: str | Path) -> Path:
-    """The file in ComfyUI's user directory, unless the variable names another."""
+    """The file in ComfyUI's user directory, unless a variable names another."""
     return _given() or Path(user_directory) / "attention_backends" / FILE
 
 
 def _given() -> Path | None:
-    """The file that the variable names; None where it names none."""
-    given = os.environ.get(VARIABLE, "").strip()
+    """The file that one of the variables names; None where neither is set."""
+    given = os.environ.get(VARIABLE, "").strip() or os.environ.get(OLD_VARIABLE, "").strip()
     return Path(os.path.expanduser(given)) if given else None  # a home that is not there stays as it is written

@@ -1,6 +1,6 @@
 """Measured choice: which backend is fastest for a kind of call is tried in a real run, kept, and used from then on.
 
-A session whose configuration says `measured` has a `Tuner`. Where the store knows the winner, a call's plan is the
+A session whose configuration says `autotune` has a `Tuner`. Where the store knows the winner, a call's plan is the
 plain plan of that backend. Where it does not, the plan's kernel is a `Trial` (`trial.py`), which lets the candidates of
 a `Race` compute some of the calls.
 
@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...config.layers import record_of
-from ...config.names import MEASURED
+from ...config.names import AUTOTUNE
 from ...engine.router import Decision
 from ...guard import Guard
 from ...measure.call_key import TuningKey, key_of
@@ -103,7 +103,7 @@ class Tuner:
         self._races.clear()
         run_report = self.session.run_report
         for row in list(run_report.rows.values()):
-            if row.asked == MEASURED and row.guard is not None and row.guard.first_alarm:
+            if row.asked == AUTOTUNE and row.guard is not None and row.guard.first_alarm:
                 names, alarm = self._names(row.role), f"guard: {row.guard.first_alarm}"
                 self._dismiss(row.backend, lambda key, names=names: key.role in names, alarm)  # type: ignore[misc]
         self.store.flush()
@@ -119,10 +119,10 @@ class Tuner:
     def plan(
         self, request: AttentionRequest, decision: Decision, role: str, category: str, block: str, mask: str
     ) -> Plan:
-        """How calls run for which nobody named a backend but `measured`.
+        """How calls run for which nobody named a backend but `autotune`.
 
         Args:
-            decision: what `auto` would take; its source is whose word `measured` is.
+            decision: what `auto` would take; its source is whose word `autotune` is.
         """
         session, key = self.session, key_of(role, request)
         accuracy = decision.accuracy or session.settings.accuracy
@@ -159,7 +159,7 @@ class Tuner:
     ) -> Plan:
         """The plan of one backend, as any other; `words` say in the account why it is that one."""
         rejected = decision.rejected if backend == decision.backend else ()
-        source = f"{decision.source}: {MEASURED} ({words})"
+        source = f"{decision.source}: {AUTOTUNE} ({words})"
         chosen = replace(decision, backend=backend, source=source, rejected=rejected, notes=())
         return self.session._plan(request, chosen, role, block, self.session.settings.strict, mask)
 
@@ -231,7 +231,7 @@ class Tuner:
 
     def reject(self, race: Race, name: str, reason: str) -> None:
         """A candidate is out."""
-        log.info("measured: %s is out for %s: %s", name, race.request.describe(), reason)
+        log.info("autotune: %s is out for %s: %s", name, race.request.describe(), reason)
         with self.store.lock:
             race.untimed(name)
             if race.is_open:
@@ -240,7 +240,7 @@ class Tuner:
 
     def failed(self, plan: Plan, error: Exception) -> None:
         """A kernel raised an error in a run: where the store has it as winner, another one wins from now on."""
-        if plan.decision.asked == MEASURED:
+        if plan.decision.asked == AUTOTUNE:
             keys = {key_of(name, plan.request) for name in self._names(plan.row.role)}
             self._dismiss(plan.decision.backend, lambda key: key in keys, failure(error))
 
@@ -277,5 +277,5 @@ class Tuner:
         self.store.races.pop(race.place, None)
         self.store.put(race.entry)
         out = "".join(f"; {name}: {reason}" for name, reason in race.entry.rejected.items())
-        log.info("measured: %s for role %s, %s (%s)%s", race.entry.winner, key.role, race.request.describe(),
+        log.info("autotune: %s for role %s, %s (%s)%s", race.entry.winner, key.role, race.request.describe(),
                  race.entry.words(), out)  # fmt: skip
