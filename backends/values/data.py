@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from json.decoder import scanstring  # type: ignore[attr-defined]  # in C where Python has it
-from typing import Any, NamedTuple
+from typing import Any
 
 from .bounded import MOST_JSON, MOST_TEXT
 from .errors import ConfigError
@@ -83,7 +83,10 @@ def load_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}: not valid YAML{place}: {error.problem or error.context}") from error
+        problem = error.problem or error.context
+        if problem == "but found another document":
+            problem = f"{error.context}, {problem}"
+        raise ConfigError(f"{source}: not valid YAML{place}: {problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
@@ -210,42 +213,8 @@ def _checked_texts(data: Any, source: str) -> Any:
 # YAML
 
 
-class _Anchored(NamedTuple):
-    """What an alias stands for."""
-
-    value: Any
-    entries: int
-    height: int
-    """Levels of mappings and lists in it, itself included; 0 for a scalar."""
-
-
-_NO_KEY = object()
-
-
-class _Open:
-    """A mapping or a list that is being read."""
-
-    def __init__(self, value: dict[Any, Any] | list[Any], anchor: str | None) -> None:
-        self.value = value
-        self.anchor = anchor
-        self.key: object = _NO_KEY
-        """Of a mapping, while its value is awaited."""
-        self.entries = 1
-        self.height = 0
-        """Of the most deeply nested of its entries."""
-
-    def add(self, value: Any, entries: int, height: int) -> None:
-        if isinstance(self.value, list):
-            self.value.append(value)
-        else:
-            self.value[self.key] = value
-            self.key = _NO_KEY
-        self.entries += entries
-        self.height = max(self.height, height)
-
-
 def _read_yaml(text: str) -> Any:
-    """Read one document of YAML to plain data, event by event, so that nothing is built beyond the bounds.
+    """Read one document of YAML to plain data; aliases are expanded within the bounds.
 
     Raises:
         yaml.YAMLError: it is no YAML, or has what is not read here.
@@ -253,77 +222,58 @@ def _read_yaml(text: str) -> Any:
     """
     import yaml
 
-    def wrong(problem: str, event: Any) -> Exception:
-        error: Exception = yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
+    left = iter(range(MAX_ENTRIES))
+
+    def wrong(problem: str, node: Any) -> Exception:
+        error: Exception = yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return error
 
-    opened: list[_Open] = []
-    anchors: dict[str, _Anchored | None] = {}
-    total, documents, result = 0, 0, None
-    for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                raise wrong("expected one document, but found another", event)
-        if isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-            done = opened.pop()
-            node = _Anchored(done.value, done.entries, done.height + 1)
-            anchor = done.anchor
-        elif isinstance(event, yaml.NodeEvent):
-            if getattr(event, "tag", None) is not None:
-                raise wrong(f"tags such as {event.tag} are not read", event)
-            inside = opened[-1] if opened else None
-            if inside is not None and isinstance(inside.value, dict) and inside.key is _NO_KEY:
-                inside.key = _key(event, inside.value, wrong)
-                continue
-            anchor = None if isinstance(event, yaml.AliasEvent) else event.anchor
-            if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-                total += 1
-                opened.append(_Open({} if isinstance(event, yaml.MappingStartEvent) else [], anchor))
-                if len(opened) > MAX_DEPTH:
-                    raise ValueError(_TOO_DEEP)
-                if anchor is not None:
-                    anchors[anchor] = None  # not whole yet
-                continue
-            if isinstance(event, yaml.AliasEvent):
-                if event.anchor not in anchors:
-                    raise wrong(f"undefined alias {event.anchor!r}", event)
-                node_or_none = anchors[event.anchor]
-                if node_or_none is None:
-                    raise ValueError(f"{_TOO_DEEP}, and this one contains itself")
-                node = node_or_none
-            else:
-                node = _Anchored(_scalar(event), 1, 0)
-            total += node.entries
-            if len(opened) + node.height > MAX_DEPTH:
-                raise ValueError(_TOO_DEEP)
-        else:
-            continue
-        if total > MAX_ENTRIES:
+    def plain(node: Any, depth: int) -> Any:
+        if next(left, None) is None:
             raise ValueError(_too_many(MAX_ENTRIES))
-        if anchor is not None:
-            anchors[anchor] = node
-        if opened:
-            opened[-1].add(*node)
-        else:
-            result = node.value
-    return result
+        if node.id == "scalar":
+            return _scalar(node)
+        if depth == MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        if node.id == "sequence":
+            return [plain(entry, depth + 1) for entry in node.value]
+        found: dict[Any, Any] = {}
+        for key, value in node.value:
+            if key.id != "scalar":
+                raise wrong("a key must be a scalar", key)
+            if key.value == "<<" and key.style is None:
+                raise wrong("merge keys (<<) are not read; write the entries out", key)
+            name = _scalar(key)
+            if name in found:
+                raise wrong(f"{name!r} is given twice", key)
+            found[name] = plain(value, depth + 1)
+        return found
+
+    node = yaml.compose(text, _loader())
+    return None if node is None else plain(node, 0)
 
 
-def _key(event: Any, held: Mapping[Any, Any], wrong: Callable[[str, Any], Exception]) -> object:
-    if not hasattr(event, "value"):
-        raise wrong("a key must be a scalar", event)
-    if event.value == "<<" and event.style is None:
-        raise wrong("merge keys (<<) are not read; write the entries out", event)
-    key = _scalar(event)
-    if key in held:
-        raise wrong(f"{key!r} is given twice", event)
-    return key
+@lru_cache(maxsize=1)
+def _loader() -> Any:
+    import yaml
+
+    class Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types here
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if getattr(event, "tag", None) is not None:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"tags such as {event.tag} are not read", event.start_mark
+                )
+            if not isinstance(event, yaml.AliasEvent):
+                self.anchors.pop(event.anchor, None)  # the last one of a name counts
+            return super().compose_node(parent, index)
+
+    return Loader
 
 
-def _scalar(event: Any) -> object:
-    text: str = event.value
-    if event.style is not None:  # in quotes, or a block of text
+def _scalar(node: Any) -> object:
+    text: str = node.value
+    if node.style is not None:  # in quotes, or a block of text
         return text
     if text in _WORDS:
         return _WORDS[text]
