@@ -23,6 +23,8 @@ GUIDES = [ROOT / "docs" / name for name in ("troubleshooting.md", "limitations.m
 HELP_PAGES = sorted((ROOT / "web" / "docs").rglob("*.md"))
 PAGES = [
     ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "demo" / "README.md",
     ROOT / "benchmarks" / "README.md",
