@@ -27,8 +27,8 @@ class Aiter(FlashAttention):
     """flash_attn_func of aiter/ops/mha.py (https://github.com/ROCm/aiter); 0.1.5 is the oldest that Diffusers took.
 
     It takes a bias of (q_len, kv_len) only, the same for every head and sample, so masks are refused. The first call
-    of a kind compiles its kernel with hipcc. Some versions return a tuple of one. PyPI's package `aiter` is another
-    one, for asyncio, so what was imported is looked at. The Hub's build, which Diffusers 0.42 pins, was compiled ahead
+    of a kind compiles its kernel with hipcc. Some versions return a tuple of one tensor. PyPI's package `aiter` is an
+    asyncio library, so `load` checks what was imported. The Hub's build, which Diffusers 0.42 pins, was compiled ahead
     of time for bfloat16 and two head sizes (aiter-flash-attn-ck/README.md of
     https://github.com/huggingface/kernels-community).
     """
@@ -45,7 +45,7 @@ class Aiter(FlashAttention):
         Alias(DIFFUSERS, "aiter", NAMESAKE),
         Alias(DIFFUSERS, "aiter_fa2_hub", f"{HUB}; {NAMESAKE}"),
     )
-    lse = False  # the base of its logarithm was not checked
+    lse = False  # whether it is natural or base 2 was not checked
     kinds = ("rocm",)
     architectures = AMD_CARDS
     requires = ("amd-aiter>=0.1.5",)

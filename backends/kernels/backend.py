@@ -33,8 +33,8 @@ Kernel = Callable[[AttentionCall], "torch.Tensor"]
 LseKernel = Callable[[AttentionCall], "tuple[torch.Tensor, torch.Tensor]"]
 """Computes one call; returns its output and the log-sum-exp (LSE) of each row's scores.
 
-The LSE is the natural logarithm, float32, (batch, num_heads, q_len): scale and mask included, query heads that share a
-key head each with their own, -inf for a row without a visible key. `support/lse.py` holds a library's result to that.
+The LSE is the natural logarithm, float32, (batch, num_heads, q_len): scale and mask included, one value
+for each query head, -inf for a row without a visible key. `support/lse.py` brings a library's result into this form.
 """
 
 Computed = TypeVar("Computed")
@@ -42,7 +42,7 @@ Computed = TypeVar("Computed")
 
 
 class _ByArithmetic:
-    """The accuracy class of a backend, from its arithmetic; where one sets `accuracy` itself, that stands."""
+    """The accuracy class of a backend, from its arithmetic; a backend that sets `accuracy` overrides it."""
 
     def __get__(self, backend: Backend | None, of: type[Backend]) -> str:
         asked = of if backend is None else backend
@@ -76,19 +76,19 @@ class Backend:
     packages: ClassVar[tuple[Package, ...]] = ()
     """The packages that can make it available, best first; empty where it is part of torch or of us."""
     asks_for: ClassVar[tuple[str, ...]] = ()
-    """Other distributions whose presence or version its checks ask about; what nobody declares counts as missing."""
+    """Other distributions that its checks read; one that no backend declares counts as missing."""
     symbols: ClassVar[tuple[Symbols, ...]] = ()
     """The names that it takes from its packages; empty where it needs nothing beyond torch or us."""
     tested_on: ClassVar[tuple[str, ...]] = ()
     """Described machines (`platform.parse_platform`) on which tests run it, with fakes of the packages that they have;
-    one machine of every other kind it runs on comes by itself."""
+    tests add one machine of every other kind that it runs on."""
     limits: ClassVar[Limits] = Limits()
     remarks: ClassVar[tuple[str, ...]] = ()
     """For the support table: what `unsupported_reasons` or `load` ask beyond `limits` and `requires`."""
     options: ClassVar[tuple[Option, ...]] = ()
     """What a person may set under `extra`; `load` takes each as a keyword argument with the same default."""
     candidate: ClassVar[bool] = True
-    """A measured choice may take it, and an error may advise it; False where its time or its result says nothing."""
+    """Autotune may choose it and an error may advise it; False where its time or its result is no evidence."""
     hosted: ClassVar[bool] = False
     """It is the host's own function: it runs only inside a host, with the accuracy that the function has there, and no
     probe or benchmark outside can run it."""
@@ -129,9 +129,9 @@ class Backend:
         return list(dict.fromkeys(reasons))
 
     def arithmetic_on(self, platform: Platform) -> str:
-        """Its arithmetic on this machine; override where several kernels stand behind one id."""
+        """Its arithmetic on this machine; override where one id means several kernels."""
         if self.arithmetic in EXACT and self.accuracy == "quantized":
-            return "int8"  # one that declares the class alone
+            return "int8"  # only the class is declared
         return self.arithmetic
 
     def tolerance_on(self, platform: Platform) -> Tolerance:
@@ -165,7 +165,7 @@ class Backend:
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Bytes that one call takes at most beyond query, key, value, mask and output (`support/workspace.py`).
 
-        A host is told, so that it makes room; what is a few numbers for each query is not worth telling.
+        An upper bound, reported to ComfyUI's memory planner. Buffers of O(q_len) are ignored.
         """
         return 0
 
@@ -177,16 +177,16 @@ class Backend:
         return []
 
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
-        """Why this backend, available on `platform`, cannot run with these options there, as far as versions tell.
+        """Why this backend, available on `platform`, cannot run with these options, judged by versions alone.
 
-        What only the package itself can tell is for `load` to raise.
+        What only the imported package shows, `load` raises.
         """
         return []
 
     def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        """Why a route passes over this backend for `request` although it could run: others are known to be faster.
+        """Why `auto` skips this backend for `request` although it could run: others are known to be faster.
 
-        Where a person names the backend it runs all the same, and these are notes.
+        If a person names the backend, it runs and these are notes.
         """
         return []
 
@@ -196,14 +196,14 @@ class Backend:
         Options are keyword arguments: `def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel`.
 
         Raises:
-            Exception: whatever a broken package raises; the caller turns it into an unavailable reason.
+            Exception: what a broken package raises; the caller makes an unavailable reason of it.
         """
         raise NotImplementedError
 
     def varlen_limits(self, platform: Platform) -> Limits | None:
         """The limits of `load_varlen`'s kernel, all tokens taken as one sample; None where there is none.
 
-        What is asked of a single sequence was asked before, of the request that it would be by itself.
+        Checked after the request of each sequence was accepted.
         """
         return self.limits_on(platform) if self.varlen else None
 
@@ -211,7 +211,7 @@ class Backend:
         """Import the kernel over packed tokens; asked only after `load`, with the same options.
 
         Raises:
-            Exception: whatever the package raises; then one call runs for each sequence.
+            Exception: what the package raises; then one call runs for each sequence.
         """
         raise NotImplementedError
 
@@ -223,13 +223,13 @@ class Backend:
         """Import the kernel that also gives the log-sum-exp; asked only after `load`, with the same options.
 
         Raises:
-            Exception: whatever the package raises; then it is refused for calls that ask for the log-sum-exp.
+            Exception: what the package raises; then calls that ask for the log-sum-exp are refused.
         """
         raise NotImplementedError
 
 
 def on_copies(kernel: Callable[[AttentionCall], Computed]) -> Callable[[AttentionCall], Computed]:
-    """A kernel that changes its inputs, given copies: the caller keeps them, for a fallback after a failure too."""
+    """Wrap a kernel that writes into its inputs: it gets copies, so that a fallback can use the originals."""
 
     def run(call: AttentionCall) -> Computed:
         return kernel(call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone()))
@@ -238,10 +238,10 @@ def on_copies(kernel: Callable[[AttentionCall], Computed]) -> Callable[[Attentio
 
 
 def for_scale(kernel: Callable[[AttentionCall], Computed], scale: float | None) -> Callable[[AttentionCall], Computed]:
-    """The kernel; for a scale of 0 or less one that gets the query times 0 or -1, and a scale above 0.
+    """The kernel; for a scale <= 0, a kernel called with the query times 0 or -1 and a positive scale.
 
-    Kernels of the FlashAttention kind look for a row's largest score, and hide keys by -inf, before they scale, so that
-    such a scale gives another result: torch's CPU kernel makes a causal call NaN (2.13).
+    FlashAttention kernels take the row maximum and set hidden keys to -inf before they scale, so a scale <= 0 gives
+    a wrong result: torch's CPU kernel makes a causal call NaN (2.13).
     """
     if scale is None or not scale <= 0:
         return kernel

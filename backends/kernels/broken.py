@@ -1,4 +1,4 @@
-"""What stands for a backend whose file cannot be loaded, so that one bad file costs nothing but its own backend."""
+"""The placeholder for a backend whose file cannot be loaded: only that backend is lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .backend import Backend
 
 
 class BrokenBackend(Backend):
-    """Keeps the id; it is available nowhere, and says why."""
+    """Keeps the id and is unavailable everywhere, with the reason."""
 
     candidate = False
     by_name_only = True

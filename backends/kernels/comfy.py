@@ -1,4 +1,4 @@
-"""`comfy`: what ComfyUI would have run by itself for this call."""
+"""`comfy`: ComfyUI's own attention function for this call."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class Comfy(Backend):
 
 
 class HostFunction(Comfy):
-    """One function of ComfyUI's, where it is known which: what `comfy` is for the calls of one plan.
+    """One function of ComfyUI's, where it is known: what `comfy` means for the calls of one plan.
 
-    It is in no list of backends: a person selects `comfy`, and an account, the guard and what a model forbids go by
-    this.
+    It is in no list of backends: a person selects `comfy`. The run report, the guard and the rule for models that
+    forbid low precision use this object.
     """
 
     def __init__(self, label: str, accuracy: str, name: str) -> None:
         """
         Args:
-            label: what it is called in accounts: the id of the backend that runs the same kernel, else `comfy`.
+            label: its name in run reports: the id of the backend that runs the same kernel, else `comfy`.
             accuracy: its accuracy class.
             name: ComfyUI's own name of it.
         """
@@ -56,11 +56,11 @@ class HostFunction(Comfy):
 
     @property
     def called(self) -> str:
-        """What a person calls it: the backend of the same kernel, else its own name."""
+        """The name to show: the id of the backend of the same kernel, else the function's own name."""
         return self.name if self.id == Comfy.id else self.id
 
     def may_run(self, request: AttentionRequest) -> bool:
-        """False where the model forbids low precision and this has it."""
+        """False if the model forbids low precision and this function has it."""
         return not request.exact_only or self.accuracy == "exact"
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:

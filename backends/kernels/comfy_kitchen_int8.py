@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 HEAD_DIMS = (64, 128, 256)
-"""Head sizes that it does not have to pad."""
+"""Head sizes that the package does not pad."""
 
 VECTOR = 16
-"""Bytes to which its kernels want the start of a tensor and each of its rows aligned."""
+"""Required alignment in bytes of a tensor's start and of each row."""
 
 
 class ComfyKitchenInt8(Backend):
@@ -70,7 +70,7 @@ class ComfyKitchenInt8(Backend):
     )
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
-        """Query, key and value in 8 bits, their heads padded to a size that it has."""
+        """Query, key and value in 8 bits, head_dim padded to a supported size."""
         padded = next((size for size in HEAD_DIMS if size >= request.head_dim), request.head_dim)
         wide = request._replace(head_dim=padded, v_head_dim=padded)
         return query_size(wide) + key_size(wide) + value_size(wide)
@@ -98,7 +98,7 @@ class ComfyKitchenInt8(Backend):
                 quantized = prequantize(query, key, value, scale=call.scale, attn_mask=mask)
                 # From here on only the 8-bit copies are needed: half the memory, or a quarter.
                 del query, key, value
-                call.query = call.key = call.value = None  # type: ignore[assignment]  # given up for good
+                call.query = call.key = call.value = None  # type: ignore[assignment]  # released before the kernel runs
                 output = comfy_kitchen.int8_attention_from_prequantized(quantized)
             return output
 
@@ -106,7 +106,7 @@ class ComfyKitchenInt8(Backend):
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a copy where it or one of its rows does not begin at a multiple of 16 bytes."""
+    """The tensor, or a contiguous copy if its start or a row is not aligned to 16 bytes."""
     import torch
 
     if tensor.shape[-1] not in HEAD_DIMS:  # the package copies it, to pad it

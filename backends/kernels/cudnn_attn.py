@@ -12,7 +12,7 @@ from .support.layout import GRID
 from .support.sdpa import PinnedSDPA
 
 MIN_CUDNN = 90500
-"""vLLM-Omni's floor for routing to cuDNN by itself; newer reports say 9.7 for native Blackwell kernels."""
+"""vLLM-Omni's minimum for selecting cuDNN automatically; newer reports say 9.7 for native Blackwell kernels."""
 
 WIDE_CUDNN = 92200
 """cuDNN must be newer than this for head sizes above 128, and only on sm90 and sm10x (torch's own check)."""

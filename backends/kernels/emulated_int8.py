@@ -1,7 +1,7 @@
 """`emulated_int8`: what SageAttention's INT8 quantisation does to a result, in plain PyTorch on any machine.
 
 An emulation, not a kernel: slower than exact attention. It shows on a laptop what quantised scores do to a picture,
-and earns the tolerance that real quantised kernels are held to.
+and gives the tolerance by which real quantised kernels are judged.
 """
 
 from __future__ import annotations

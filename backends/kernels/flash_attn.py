@@ -1,6 +1,6 @@
 """`flash_attn`: the backend group that takes the best installed FlashAttention for the card.
 
-Hopper: 3, then 4, then 2. Blackwell: 4 only, as in vLLM-Omni. AMD: AITER, as there, then 2. All others: 2.
+Hopper: 3, then 4, then 2. Blackwell: 4 only. AMD: AITER, then 2. Both as in vLLM-Omni. All others: 2.
 """
 
 from __future__ import annotations

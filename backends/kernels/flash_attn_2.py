@@ -35,8 +35,8 @@ class FlashAttn2(FlashAttention):
     Batch and heads are grid dimensions, which end at 65,535. 2.6.3 is the oldest version that Diffusers accepts; its
     limits are the same, but up to 2.7.2 there are no kernels for Blackwell (setup.py of the tags, pull request 1436).
     RDNA 3 and 4 have no Composable Kernel backend in the releases; the Triton backend, in the package from 2.7.1 on, is
-    reported to run and to gain on gfx1100, gfx1151 and gfx1201. Its limits are taken to be the same; nobody here has
-    run it.
+    reported to run and to gain on gfx1100, gfx1151 and gfx1201. Its limits are assumed to be the same; it was not
+    run for this project.
     On the Hub: the version that Diffusers 0.42 pins, on the cards that vLLM-Omni 0.30 uses it on.
     """
 

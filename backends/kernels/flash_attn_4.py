@@ -23,8 +23,8 @@ def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
 class FlashAttn4(FlashAttention):
     """Limits as in flash_attn/cute/interface.py, 4.0.0b36; b5 is the first version with sm80 and sm120.
 
-    On sm90 head sizes reach 256; on sm100 128, and exactly 256 through a kernel of its own, which is left out. On
-    sm80 and sm120 the package checks no range; 128 is what their shared memory holds for sure. The arithmetic on
+    On sm90 head sizes reach 256; on sm100 128, and exactly 256 through a separate kernel, which is not used here. On
+    sm80 and sm120 the package checks no range; 128 certainly fits their shared memory. The arithmetic on
     coordinates is 32 bits wide (https://github.com/Dao-AILab/flash-attention/issues/2611 saw it wrap in the backward
     pass), so tensors end at 2**31 elements here. Of the Hub's version 0 a failure on sm120 is reported, so it is taken
     on Hopper and sm10x only.

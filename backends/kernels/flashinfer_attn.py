@@ -32,7 +32,7 @@ PLANS = 8
 """Plans that are kept; each holds 8 MiB on the device and 8 MiB of pinned memory."""
 
 MASKED_BATCH = 64
-"""Samples up to which a masked call is worth a loop."""
+"""The largest batch for which a masked call runs as a loop over samples."""
 
 
 MASKED = template("batch.masked", "batch {batch} > {max} with a mask")
@@ -58,9 +58,9 @@ class MaskedBatch(Rule):
 class FlashInferAttn(Backend):
     """single_prefill_with_kv_cache and BatchPrefillWithRaggedKVCacheWrapper (https://docs.flashinfer.ai).
 
-    Sizes and strides are 32 bits wide. A mask is boolean, the same for every head, and switches `causal` off without
-    a word, so the two together are refused. Masked calls run sample by sample, and head by head where heads differ:
-    the wrapper for batches takes offsets into packed bits for offsets into bytes, and a mask once planned stays in it.
+    Sizes and strides are 32 bits wide. A mask is boolean, the same for every head, and silently switches `causal`
+    off, so the two together are refused. Masked calls run sample by sample, and head by head where heads differ:
+    the wrapper for batches mistakes offsets into packed bits for offsets into bytes, and keeps a mask once planned.
     Kernels are compiled at the first call with nvcc where no prebuilt ones fit. Before 0.6.16 they ask at head_dim 128
     and 256 for more shared memory than Turing has (flashinfer-ai/flashinfer: issue 3620, pull request 3526); from 0.6
     on no other limit is known to differ.
@@ -102,7 +102,7 @@ class FlashInferAttn(Backend):
         """The package's own workspace where a batch runs as one; else packed masks and the samples' outputs."""
         if request.mask == "none":
             return WORKSPACE_BYTES if request.batch > 1 else 0
-        one = request.q_len * request.kv_len  # the mask of a sample, spread out before it is packed
+        one = request.q_len * request.kv_len  # the mask of a sample, before it is packed into bits
         return one + max(mask_size(request), one) // 8 + output_size(request) * item_bytes(request)
 
     def load(self, platform: Platform) -> Kernel:
@@ -163,7 +163,7 @@ class FlashInferAttn(Backend):
         return run
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
-        """The wrapper for batches with the lengths that it is made for; a plan for each set of lengths."""
+        """The wrapper for ragged batches; one plan for each set of lengths."""
         planned = plans(self.id)
 
         def run(call: VarlenCall) -> torch.Tensor:
@@ -225,7 +225,7 @@ class Shapes(NamedTuple):
         )
 
     def plan(self, wrapper: Any) -> Any:
-        """The wrapper, told of everything that stands here."""
+        """Plan the wrapper with these facts and return it."""
         wrapper.plan(
             offsets_of(self.q_lengths, self.device),
             offsets_of(self.kv_lengths, self.device),
@@ -242,7 +242,7 @@ class Shapes(NamedTuple):
 def plans(backend: str) -> Callable[[Shapes, int], Any]:
     """Gives the wrapper for batches, planned for these shapes on a stream; `PLANS` of them are kept.
 
-    Each kind of call has a wrapper of its own: what one call planned must not reach another.
+    Each kind of call has its own wrapper: the plan of one call must not be used by another.
     """
     from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 

@@ -2,10 +2,10 @@
 
 What a mask hides in whole blocks of 128 x 128 is skipped, so it is worth its compilation where masks hide much;
 without one SDPA is faster. Nothing is kept between calls: ComfyUI samples under inference_mode, where a tensor has
-no version counter, so nobody can know that a mask seen before still has the same values. The lists of blocks are
-made anew from the mask of each call, in a few operations on the device and without a synchronisation.
+no version counter, so it is unknown whether a mask seen before still has the same values. The block lists
+are made from the mask of each call, in a few operations on the device and without a synchronisation.
 
-Shapes are compiled as constants, so lengths are filled up to buckets of whole blocks and the keys that fill them are
+Shapes are compiled as constants, so lengths are padded to buckets of whole blocks and the padding keys are
 hidden: prompts of all lengths up to 1,024 tokens are 8 kinds of call. That also keeps the kernel away from lengths that
 torch gets wrong (`FlexAttn`).
 """
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 MAX_VARIANTS = 64
 """Kinds of call that one loaded kernel keeps compiled; a model at one size takes one to three, with prompts of several
-lengths a few more. Beyond it the one that was not used for the longest time is compiled anew when it comes again."""
+lengths a few more. Beyond it the least recently used one is dropped, and compiled again when needed."""
 
 GPU_KINDS = ("cuda", "rocm", "xpu")
 
@@ -106,7 +106,7 @@ class FlexAttn(Backend):
 
     With AVX2 (8 numbers to a vector) torch 2.13 is wrong or gives NaN at head_dim 8 and 16 where kv_len leaves 8 modulo
     16: the micro-kernel for the last keys (_inductor/codegen/cpp_micro_gemm.py, the transposed form for
-    K % 8 == 0 and N % 8 == 0) writes a whole block of 16 scores for 8 keys. With AVX-512 it is right. Filled up to
+    K % 8 == 0 and N % 8 == 0) writes a whole block of 16 scores for 8 keys. With AVX-512 it is right. Padded to
     whole blocks of 128 keys there is no such end; test_cpu_operators.py sweeps lengths, head sizes and masks.
     """
 
@@ -121,7 +121,7 @@ class FlexAttn(Backend):
     symbols = (Symbols("torch.nn.attention.flex_attention", ("flex_attention",)),)
     tested_on = ("cuda:8.9,packages=triton==3.6.0",)
     torch_of_kind: ClassVar[Mapping[str, str]] = MappingProxyType({"cpu": "torch>=2.6", "xpu": "torch>=2.9"})
-    """Kinds that came later than the first release."""
+    """Oldest torch of each kind of device that came after the first release."""
     limits = Limits(
         Dtypes(("float16", "bfloat16", "float32")), Causal("any"), ValueHeadDim(may_differ=True), MaskElements()
     )
@@ -161,7 +161,7 @@ class FlexAttn(Backend):
         ]
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
-        """Copies of what is filled up: query and output, key and value, and the mask."""
+        """Copies of what is padded: query and output, key and value, and the mask."""
         padded, numbers, mask = _filled(request), 0, 0
         if padded.q_len != request.q_len:
             numbers += query_size(padded) + output_size(padded)
@@ -207,8 +207,8 @@ def _filled(request: AttentionRequest) -> AttentionRequest:
 class Variants:
     """One compiled function per kind of call, and a bound on how many there are.
 
-    Dynamo keeps what it compiled with the code object of a function and past its limit (8) goes on uncompiled, in
-    some versions without an error. So each kind of call has a code object of its own, and the traced function raises
+    Dynamo keeps what it compiled with the code object of a function and past its limit (8) runs uncompiled, in
+    some versions without an error. So each kind of call has its own code object, and the traced function raises
     where Python itself executes it. Shapes are compiled as constants: with dynamic=True torch 2.13 checks a mask's
     indices against the wrong size on the CPU ("index out of bounds: 0 <= tmp < cur_kvSplitSize").
     """
@@ -266,7 +266,7 @@ def attend(
 ) -> torch.Tensor:
     """flex_attention with these arguments; query is (batch, num_heads, q_len, head_dim), bias as large as the scores.
 
-    On cards the main kernel is always taken: the decoding one for short queries has limits of its own, such as
+    On cards the main kernel is always taken: the decoding kernel for short queries has other limits, such as
     groups of 2, 4, 8 heads (https://github.com/pytorch/pytorch/issues/143117).
     """
     from torch.nn.attention.flex_attention import flex_attention
@@ -290,7 +290,7 @@ def adds(bias: torch.Tensor) -> Callable[..., torch.Tensor]:
     """A score_mod that adds `bias`.
 
     Scores are scaled by log2(e) after it, so a bias near float32's lowest number would become -inf and clear a row
-    that SDPA does not clear; it is held at half of that. A true -inf stays.
+    that SDPA does not clear; it is clamped to half of that. A true -inf stays.
     """
     import torch
 
@@ -306,13 +306,13 @@ def adds(bias: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 
 def arguments(call: AttentionCall) -> Arguments:
-    """What `attend` takes for this call, its lengths filled up to buckets.
+    """The arguments of `attend` for this call, with lengths padded to buckets.
 
-    A boolean mask becomes lists of blocks, a bias a view as large as the scores. Keys that fill up are hidden; rows
-    that do are for the caller to leave out of the output.
+    A boolean mask becomes lists of blocks, a bias a view as large as the scores. Padding keys are hidden; the caller
+    drops padding rows from the output.
 
     Raises:
-        ValueError: a mask reaches further than 32-bit offsets.
+        ValueError: a mask exceeds 32-bit offsets.
     """
     import torch
     from torch.nn.functional import pad

@@ -1,4 +1,4 @@
-"""A backend that stands for several: the first of its members that this machine can run.
+"""A backend group: one id for several kernels; the first member that this machine can run.
 
 A group holds no kernel. It names its members by their ids, so that kernels need not import one another.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class BackendGroup(Backend):
     """Tries its members in an order that depends on the card, and then is the one that could be loaded.
 
-    One member per machine, not per call: what a person measured for one call holds for the next.
+    One member per machine, not per call, so that a measurement of one call is valid for the next.
     """
 
     by_name_only = True

@@ -1,8 +1,8 @@
 """Backends that can be named but are not built into this version: listed, and unavailable for that reason.
 
 Their options are as their systems publish them, recognised and type-checked. From SGLang diffusion 0.5.23 (its
-documents and the readers in its attention backends) and, for Radial Attention, the arguments of its own scripts. A
-backend that gets built takes its options from here into its own file.
+documents and the readers in its attention backends) and, for Radial Attention, the arguments of its scripts. When a
+backend is implemented, its options move from here into its file.
 """
 
 from __future__ import annotations

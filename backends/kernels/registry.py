@@ -77,9 +77,9 @@ def find(backend_id: str) -> Backend:
             if backend.id == backend_id:
                 return backend
         reason = f"{where} declares {', '.join(one.id for one in declared)}, not {backend_id}"
-    except MemoryError:  # says nothing of the file
+    except MemoryError:  # not a defect of the file
         raise
-    except Exception as error:  # whatever a file raises: the other backends are none of its business
+    except Exception as error:  # whatever a file raises costs only its own backend
         log.exception("the file of the attention backend %s cannot be loaded", backend_id)
         reason = f"{where} cannot be loaded: {type(error).__name__}: {error}"
     from .broken import BrokenBackend
@@ -92,7 +92,7 @@ class Backends(MutableMapping[str, "Backend"]):
 
     def __init__(self) -> None:
         self._others: dict[str, Backend] = {}
-        """What is in no list: tests put some in."""
+        """Backends outside `MODULES`, added by tests."""
 
     def __getitem__(self, backend_id: str) -> Backend:
         return self._others[backend_id] if backend_id in self._others else find(backend_id)
@@ -117,7 +117,7 @@ BACKENDS = Backends()
 
 
 def distributions(ids: Iterable[str]) -> list[str]:
-    """The distributions of the packages behind these backends, each once; an id that is none here has none."""
+    """The distributions of the packages behind these backends, each once; unknown ids are skipped."""
     packages = (package for one in ids if one in MODULES for package in find(one).packages)
     return list(dict.fromkeys(package.distribution for package in packages))
 
@@ -129,7 +129,7 @@ def environments(ids: Iterable[str], platform: Platform) -> list[str]:
 
 
 def any_compiled(ids: Iterable[str]) -> bool:
-    """Whether torch.compile makes one of these backends; an id that is none here is none of them."""
+    """Whether torch.compile makes one of these backends; unknown ids are skipped."""
     return any(find(one).compiled for one in ids if one in MODULES)
 
 

@@ -1,4 +1,4 @@
-"""`sage_attn`: SageAttention 1.0.6, or of 2.x the kernel that its own `sageattn` picks for the card."""
+"""`sage_attn`: SageAttention 1.0.6, or the kernel of 2.x that `sageattn` picks for the card."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class SageAttn(sage.SageBackend):
 
 
 def picked(platform: Platform) -> str:
-    """The kernel that `sageattn` of 2.x runs on this card, by the name under which it can be chosen by itself."""
+    """The kernel that `sageattn` of 2.x runs on this card, as the id of its own backend."""
     if platform.capability in sage.build(platform).triton_on:
         return TRITON
     if platform.capability in ((8, 0), (8, 6), (8, 7)):

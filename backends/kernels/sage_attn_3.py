@@ -30,7 +30,7 @@ CORRECTION = template("correction", "{elements} elements in the correction of on
 
 @dataclass(frozen=True)
 class Correction(Rule):
-    """A matrix of num_heads x blocks of `block` queries x keys padded to a block is held; it ends at 2**31 - 1."""
+    """SageAttention 3's correction matrix, num_heads x ceil(q_len / block) x padded kv_len, has < 2**31 elements."""
 
     block: int
 

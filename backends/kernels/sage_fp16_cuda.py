@@ -1,4 +1,4 @@
-"""`sage_fp16_cuda`: SageAttention 2 with INT8 scores and FP16 values, its CUDA kernel by itself."""
+"""`sage_fp16_cuda`: SageAttention 2 with INT8 scores and FP16 values, its CUDA kernel."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from .support import sage
 class SageFP16Cuda(sage.SageCuda):
     """sageattn_qk_int8_pv_fp16_cuda (sageattention/core.py).
 
-    Lengths of keys that leave the last block of 64 unfilled are refused, with is_causal too: what lies there may be
-    NaN, and NaN times weight 0 is NaN. More keys would fill the block and be counted: this kernel takes no mask that
-    could hide them.
+    kv_len that is no multiple of 64 is refused, with is_causal too: the memory behind the last key may hold NaN, and
+    NaN times weight 0 is NaN. Padding keys would be counted, since this kernel takes no mask to hide them.
     """
 
     id = "sage_fp16_cuda"

@@ -1,4 +1,4 @@
-"""`sage_fp16_triton`: the Triton kernel of SageAttention 2.x by itself, the only Sage kernel that takes masks."""
+"""`sage_fp16_triton`: the Triton kernel of SageAttention 2.x, the only Sage kernel that takes masks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class SageFP16Triton(sage.SageBackend):
 
 
 def in_log2_units(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as it is; a bias times log2(e), finite, in the dtype that the kernel wants: that of the query."""
+    """A boolean mask unchanged; a bias times log2(e), finite, in the query's dtype, which the kernel requires."""
     import torch
 
     if mask.dtype == torch.bool:
@@ -123,7 +123,7 @@ def in_log2_units(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def filled(key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """BSHD key and value and a bias, with hidden keys that fill the last block; the keys' mean stays what it is."""
+    """BSHD key and value and a bias, padded with hidden keys to a full last block; the keys' mean does not change."""
     import torch
 
     kv_len = key.shape[1]

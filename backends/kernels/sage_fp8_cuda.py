@@ -1,4 +1,4 @@
-"""`sage_fp8_cuda`: SageAttention 2 with INT8 scores and FP8 values, its CUDA kernel by itself."""
+"""`sage_fp8_cuda`: SageAttention 2 with INT8 scores and FP8 values, its CUDA kernel."""
 
 from __future__ import annotations
 

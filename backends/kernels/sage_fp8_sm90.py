@@ -1,4 +1,4 @@
-"""`sage_fp8_sm90`: SageAttention 2 with INT8 scores and FP8 values, its kernel for Hopper by itself."""
+"""`sage_fp8_sm90`: SageAttention 2 with INT8 scores and FP8 values, its kernel for Hopper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SageFP8SM90(sage.SageCuda):
     """sageattn_qk_int8_pv_fp8_cuda_sm90 (sageattention/core.py).
 
     Builds before https://github.com/thu-ml/SageAttention/pull/307 return unwritten memory and are not loaded. It has
-    one accumulator, the option is there so that a configuration can say so; it does not smooth values.
+    one accumulator; the option exists so that a configuration can name it. It does not smooth values.
     """
 
     id = "sage_fp8_sm90"

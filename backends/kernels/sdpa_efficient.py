@@ -40,7 +40,7 @@ class SDPAEfficient(PinnedSDPA):
         return self.old_limits if old else self.limits
 
     def lse_limits(self, platform: Platform) -> Limits | None:
-        """Not on ROCm: the base of its kernels' logarithm was not checked."""
+        """None on ROCm: whether its kernels return natural or base-2 logarithms was not checked."""
         return None if platform.kind == "rocm" else super().lse_limits(platform)
 
     def load_lse(self, platform: Platform) -> LseKernel:

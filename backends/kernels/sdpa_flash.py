@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SDPAFlash(PinnedSDPA):
-    """Limits as in ATen/native/transformers/cuda/sdp_utils.cpp; the CPU has a kernel of its own with other limits."""
+    """Limits as in ATen/native/transformers/cuda/sdp_utils.cpp; the CPU kernel has other limits."""
 
     id = "sdpa_flash"
     summary = "PyTorch's built-in FlashAttention, pinned. No package needed; on CUDA it takes no masks."
@@ -38,7 +38,7 @@ class SDPAFlash(PinnedSDPA):
         return self.cpu_limits if platform.kind == "cpu" else self.limits
 
     def varlen_limits(self, platform: Platform) -> Limits | None:
-        """torch.nn.attention.varlen came with 2.10, which takes neither a scale nor, by its word, grouped heads.
+        """torch.nn.attention.varlen came with 2.10, which takes neither a scale nor, as documented, grouped heads.
 
         https://docs.pytorch.org/docs/2.10/nn.attention.varlen.html; the scale came with 2.11, enable_gqa with 2.12.
         """
@@ -77,7 +77,7 @@ class SDPAFlash(PinnedSDPA):
         return run
 
     def lse_limits(self, platform: Platform) -> Limits | None:
-        """Not on ROCm: the base of its kernels' logarithm was not checked."""
+        """None on ROCm: whether its kernels return natural or base-2 logarithms was not checked."""
         return None if platform.kind == "rocm" else super().lse_limits(platform)
 
     def load_lse(self, platform: Platform) -> LseKernel:
@@ -92,7 +92,7 @@ class SDPAFlash(PinnedSDPA):
 
 
 def _missing_on_windows(platform: Platform) -> list[str]:
-    """Windows wheels are built without the FlashAttention kernel; a live torch says so itself."""
+    """Windows wheels are built without the FlashAttention kernel; a running torch reports it."""
     if platform.described:
         return ["PyTorch's Windows wheels are built without the FlashAttention kernel"]
     import torch

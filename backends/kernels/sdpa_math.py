@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class SDPAMath(PinnedSDPA):
     """Slow and hungry for memory (q_len x kv_len per head).
 
-    Half types are widened to float32 here: torch by itself does so only while nobody in the process allowed less
-    (`allow_fp16_bf16_reduction_math_sdp`), which importing ComfyUI does. float64 is used while float32 products are
-    allowed to be less (`support/precision.py`).
+    Half types are widened to float32 here: torch does so only until something in the process calls
+    `allow_fp16_bf16_reduction_math_sdp`, which importing ComfyUI does. float64 is used while float32 products may be
+    computed less exactly (`support/precision.py`).
     """
 
     id = "sdpa_math"

@@ -47,7 +47,7 @@ class TorchSDPA(Backend):
     lse = True
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
-        """Nothing of its own where torch has a fused kernel for grouped heads with a mask, which is on CUDA only."""
+        """0 where torch has a fused kernel for grouped heads with a mask, which is on CUDA only."""
         return expanded_bytes(request) if request.mask != "none" and platform.kind != "cuda" else 0
 
     def load(self, platform: Platform) -> Kernel:
@@ -135,10 +135,10 @@ def _cuda_kernel(platform: Platform) -> Kernel:
 
 
 def _in_order(platform: Platform) -> Kernel:
-    """The first of flash, cuDNN, efficient and math that takes a call, by torch's own checks, which is what
-    sdpa_kernel(order, set_priority=True) comes to.
+    """The first of flash, cuDNN, efficient and math that takes a call, by torch's own checks, as
+    sdpa_kernel(order, set_priority=True) would choose.
 
-    Without that context: it sets the process's switches and order for the time of the call, which other threads see.
+    That context is not used: it sets switches and order of the whole process during the call, which other threads see.
     """
     import inspect
 

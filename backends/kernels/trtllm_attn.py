@@ -26,9 +26,9 @@ NO_CUBINS = template("package.cubins", "{reason}, and downloads are off (ATTENTI
 class TRTLLMAttn(Backend):
     """trtllm_ragged_attention_deepseek (flashinfer/prefill.py, csrc/trtllm_fmha_kernel_launcher.cu).
 
-    It is told the strides of key and value but not those of the query, which is therefore made contiguous. `causal`
+    It gets the strides of key and value but not of the query, which is therefore made contiguous. `causal`
     is taken for equal lengths only. Its kernels are prebuilt files, which FlashInfer fetches at the first call where
-    the package flashinfer-cubin has not brought them: that needs the person's leave, and no route takes it by itself.
+    the package flashinfer-cubin has not brought them: that needs the person's permission, and `auto` never takes it.
     """
 
     id = "trtllm_attn"

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 16
-"""Bytes of which every step through query, key, value and bias has to be a multiple."""
+"""Required alignment in bytes of every stride of query, key, value and bias."""
 
 BIAS_STEP = 8
-"""Numbers of which a row of the bias has to be a multiple in memory, for every dtype."""
+"""A row of the bias has a multiple of this many elements in memory, for every dtype."""
 
 
 def _pip_arguments(platform: Platform, machine: str) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ class Xformers(Backend):
         return self.turing_limits if capability >= (7, 0) else self.old_limits
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
-        """The mask as a bias, once as it is made and once as it is laid out (`bias_of`)."""
+        """The mask as a bias, twice: when it is made and when it is copied into the required layout (`bias_of`)."""
         return expanded_bytes(request) + 2 * mask_size(request) * item_bytes(request)
 
     def load(self, platform: Platform) -> Kernel:

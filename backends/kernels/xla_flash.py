@@ -22,7 +22,7 @@ BLOCK = 512
 """Keys per block; more than one block has to be filled to the last key."""
 
 LANES = 128
-"""Of this the keys have to be a multiple where segments are used, and head sizes beyond it."""
+"""kv_len is a multiple of this where segments are used; so are head sizes above it."""
 
 
 WIDE = template("head_dim.wide", "head_dim {head_dim} > {of} is not a multiple of {of}")
@@ -73,7 +73,7 @@ class XlaFlash(Backend):
     Without `sm_scale` it multiplies scores by 1. Beyond one block, kv_len has to be a multiple of 512: some versions
     raise, others pad with a bias that is wrong where q_len differs from kv_len; so keys are padded here, and hidden
     as another segment. A padding mask is a segment too. Before 2.4 there were neither segments nor a scale. float32
-    is refused: a TPU multiplies it in bfloat16 unless told otherwise.
+    is refused: a TPU multiplies it in bfloat16 by default.
     """
 
     id = "xla_flash"

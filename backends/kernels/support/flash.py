@@ -33,7 +33,7 @@ class FlashAttention(FromHub):
     lse = True
 
     def load(self, platform: Platform) -> Kernel:
-        # Packages of this family share the folder `flash_attn`: that it can be imported says little.
+        # Packages of this family share the folder `flash_attn`: that it can be imported is no proof.
         hub = self.from_hub(platform)
         module = hub.load(platform) if hub else import_module(self.module)
         flash_attn_func = module.flash_attn_func

@@ -1,4 +1,4 @@
-"""FlexAttention's lists of blocks, made from a boolean mask or a causal one.
+"""FlexAttention's block lists, from a boolean mask or a causal one.
 
 torch's create_block_mask builds all q_len * kv_len values first. Here a mask is read once where it only repeats (stride
 0), and a causal mask is not built at all. No shape depends on a value, so nothing waits for the device.
@@ -19,14 +19,14 @@ BLOCK = 128
 """Queries and keys per block, FlexAttention's own default."""
 
 FINE = 1024
-"""Lengths up to this are filled up to whole blocks."""
+"""Lengths up to this are padded to whole blocks."""
 
 STEPS = 8
-"""Lengths above it are filled up to one of so many lengths between two powers of 2: at most an eighth more."""
+"""Lengths above it are padded to one of this many lengths between two powers of 2: at most 1/8 more."""
 
 
 def bucket(length: int) -> int:
-    """The length that `length` is filled up to: whole blocks, and few different ones, as each is compiled anew."""
+    """The padded length: whole blocks, and few different ones, as each is compiled separately."""
     step = BLOCK if length <= FINE else 2 ** (length - 1).bit_length() // (2 * STEPS)
     return max(-(-length // step), 1) * step
 
@@ -86,7 +86,7 @@ def seen_keys(kv_len: int, keys: int, device: torch.device) -> torch.Tensor:
 
 
 def causal_blocks(q_len: int, kv_len: int, device: torch.device) -> BlockMask:
-    """The blocks of a causal mask, aligned to the top left as in SDPA, for lengths filled up to their buckets."""
+    """The blocks of a causal mask, aligned to the top left as in SDPA, for lengths padded to their buckets."""
     import torch
 
     rows, keys = bucket(q_len), bucket(kv_len)

@@ -2,8 +2,8 @@
 
 Off unless ATTENTION_BACKENDS_HUB=1 is set: then a kernel whose own package is missing is taken from a pinned
 repository of a trusted publisher. `kernels` keeps what it fetched, and honours HF_HUB_OFFLINE (its cache alone),
-KERNELS_CACHE and LOCAL_KERNELS (https://github.com/huggingface/kernels). While this is off, it is not even imported.
-Asking whether such a backend is available loads it, as everywhere here, and so fetches it the first time.
+KERNELS_CACHE and LOCAL_KERNELS (https://github.com/huggingface/kernels). While this is off, `kernels` is not imported.
+Asking whether such a backend is available loads it, and so downloads it the first time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..backend import Backend, package_reason
 _loading = threading.Lock()
 
 REQUIREMENT = "kernels>=0.15"
-"""0.14 began to check who published a repository, 0.15 to work from its cache when it is told to stay offline."""
+"""0.14 began to check who published a repository, 0.15 to work from its cache in offline mode."""
 
 TRUSTED = ("kernels-community",)
 """Publishers whose repositories may be named here; `kernels` asks the Hub about them once more."""
@@ -65,15 +65,15 @@ class HubKernel:
         """Import the kernel, after a download where no cache has it.
 
         Raises:
-            PermissionError: nobody allowed downloads.
+            PermissionError: downloads are not allowed.
             Exception: what `kernels` raises: no build for this torch, no network, an untrusted publisher.
         """
         if not platform.hub:
             raise PermissionError(f"{self.name}: {self.obstacle(platform)}")
         get_kernel = import_module("kernels").get_kernel
-        # Up to 0.16 a repository can lead to another one, about whose publisher nothing was asked. Python's filters are
-        # the process's, and `kernels` has no argument for it: one load at a time, so that none of ours puts back
-        # another's. A kernel is loaded once, mostly by the probe, which has a process of its own.
+        # Up to 0.16 a repository can redirect to another one, whose publisher was not checked. Python's filters are
+        # the process's, and `kernels` has no argument for it: one load at a time, so that no load of ours restores
+        # another's. A kernel is loaded once, mostly by the probe, which runs in a separate process.
         with _loading, warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*redirected to")
             module: ModuleType = get_kernel(self.repository, version=self.version, trust_remote_code=False)
@@ -84,11 +84,11 @@ AND_NOT_FROM_HUB = template("package.hub", "{reasons}, and {obstacle}")
 
 
 class FromHub(Backend):
-    """A backend whose package, where it is missing, a repository on the Hub stands in for."""
+    """A backend that falls back to a repository on the Hub where its package is missing."""
 
     asks_for: ClassVar[tuple[str, ...]] = ("kernels",)
     hub: ClassVar[HubKernel | None] = None
-    """What is taken where the person allows downloads; None for nothing."""
+    """The repository used where the person allows downloads; None for none."""
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)

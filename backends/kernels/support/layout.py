@@ -1,7 +1,7 @@
 """What kernels ask of their tensors: another order of dimensions, offsets that fit 32 bits, the right device.
 
 Layouts are named by their dimensions: BHSD (batch, heads, length, head_dim) is what an AttentionCall holds; BSHD
-is what FlashAttention takes, Sage calls it NHD and xformers BMHK. Views are kept wherever a kernel reads them right.
+is what FlashAttention takes, Sage calls it NHD and xformers BMHK. Views are passed where a kernel reads them correctly.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def to_bshd(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def indexable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or a contiguous copy where a kernel that counts in 32 bits would read elsewhere.
+    """The tensor itself, or a contiguous copy where 32-bit offsets would overflow.
 
     Views into a fused projection have long rows: with 3 x 56 heads of 128, row 99,864 is 2**31 elements away,
     and a kernel that wraps there reads other rows without an error

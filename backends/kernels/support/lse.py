@@ -1,8 +1,8 @@
-"""The log-sum-exp (LSE) of a call's rows as every kernel here gives it, whatever its library does.
+"""The log-sum-exp (LSE) of a call's rows as every kernel here gives it, in one form for all libraries.
 
-Libraries differ: rows are filled up to a multiple of 32, the LSE comes in the dtype of the query, and a row without a
+Libraries differ: rows are padded to a multiple of 32, the LSE comes in the dtype of the query, and a row without a
 visible key gets 0, +inf or nothing written. Some end the process on a length of zero. Each `load_lse` returns its
-kernel through `checked`, so that there is one place for all that; the base of the logarithm is for the kernel's file.
+kernel through `checked`, which handles all of this; the base of the logarithm is converted in the kernel's file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def checked(kernel: LseKernel) -> LseKernel:
     """`kernel`, its result as `backend.LseKernel` says; calls without a key or a query never reach it.
 
-    `kernel` may return a longer LSE, (batch, num_heads, q_len or more), of any floating dtype, and whatever it likes
+    `kernel` may return a longer LSE, (batch, num_heads, q_len or more), of any floating dtype, and any value
     for a row whose mask hides all keys. The LSE that comes out has no gradient.
 
     Raises:

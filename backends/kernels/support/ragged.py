@@ -1,4 +1,4 @@
-"""What FlashInfer's kernels for batches take: all samples' tokens in one row, offsets of the samples, a workspace.
+"""What FlashInfer's kernels for batches take: packed tokens (THD), the offset of each sample, a workspace.
 
 THD names the layout: (tokens of all samples, heads, head_dim). A BHSD tensor whose memory is BSHD, as models make it,
 becomes THD without a copy.

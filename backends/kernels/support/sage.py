@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .varlen import VarlenCall, VarlenKernel
 
 REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
-"""2.0.x and 2.1.0 were betas with faults of their own; Diffusers too begins at 2.1.1."""
+"""2.0.x and 2.1.0 were betas with other defects; Diffusers also begins at 2.1.1."""
 
 SOURCES = "https://github.com/thu-ml/SageAttention"
 
@@ -168,7 +168,7 @@ TAIL_BLOCK = 64
 """Keys per block of the INT8 kernels."""
 
 AS_PACKAGE = "auto"
-"""The value of an option that stands for what the package's own `sageattn` takes on the card."""
+"""The value of an option that means: as the package's `sageattn` chooses on the card."""
 
 SMOOTH_K = Option("smooth_k", bool, True, "Subtract the keys' mean before rounding them: more exact, a little slower.")
 SMOOTH_V = Option("smooth_v", bool, False, "Subtract the values' mean before rounding them; for values with a bias.")
@@ -277,7 +277,7 @@ def check_built(module: ModuleType, flag: str) -> None:
 def taken(
     function: Callable[..., Any], platform: Platform, options: tuple[Option, ...], settings: dict[str, object]
 ) -> dict[str, object]:
-    """The settings that `function` has parameters for; it would drop others in **kwargs without a word.
+    """The settings that `function` has parameters for; it silently drops others in **kwargs.
 
     Raises:
         NotImplementedError: one that it lacks is not at its default; the message has the version.
@@ -343,8 +343,8 @@ class SageBackend(FromHub):
     reads_tail: ClassVar[bool] = False
     """It multiplies weight 0 with unwritten shared memory behind the last key, which may hold NaN.
 
-    https://github.com/thu-ml/SageAttention/pull/377. woct0rdho's post6 fills it with zeros; nobody here has run that on
-    a card, so it is left out as well.
+    https://github.com/thu-ml/SageAttention/pull/377. woct0rdho's post6 fills it with zeros; that was not run on
+    a card for this project, so it is refused too.
     """
 
     def check(self, module: ModuleType) -> None:

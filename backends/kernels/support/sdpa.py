@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention as a kernel: free to dispatch, or one of its implementations alone.
+"""torch's scaled_dot_product_attention as a kernel: with torch's dispatch, or pinned to one implementation.
 
 An implementation is called by its own operator. The switches of torch.nn.attention.sdpa_kernel belong to the whole
 process: set around a call, they change what other threads' calls run on, and two threads that set and restore them
@@ -248,7 +248,7 @@ def _math() -> Kernel:
 def _flash_on_cpu(platform: Platform, take: Take) -> Kernel:
     from torch import _scaled_dot_product_flash_attention_for_cpu as operator
 
-    # torch 2.13 groups heads here (sdp_utils_cpp.cpp). An older operator would read past the keys without a word, so
+    # torch 2.13 groups heads here (sdp_utils_cpp.cpp). An older operator would silently read past the keys, so
     # a nightly build of 2.13, which may be older than that, does not count.
     groups = package_reason("torch>=2.13.0rc1", platform) is None
 

@@ -1,9 +1,8 @@
-"""Calls over packed tokens: sequences of different lengths in one row, as one call in place of one for each.
+"""Calls over packed tokens: sequences of different lengths in one call (varlen).
 
 A mask that leaves samples different keys, or blocks of queries their own ones, becomes several calls without a mask
-(`engine/mask_reader.py`). A backend with a kernel for packed tokens runs them as one. Layout THD: (tokens of all
-sequences,
-heads, head_dim), with offsets that say where each sequence begins, the `cu_seqlens` of the libraries.
+(`engine/mask_reader.py`). A backend with a varlen kernel runs them as one. Layout THD: (tokens of all sequences, heads,
+head_dim), with the offset of each sequence: `cu_seqlens` of the libraries.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class VarlenCall:
 
 
 VarlenKernel = Callable[[VarlenCall], "torch.Tensor"]
-"""Computes each sequence by itself; returns (q_tokens, num_heads, v_head_dim)."""
+"""Computes each sequence separately; returns (q_tokens, num_heads, v_head_dim)."""
 
 
 class _Sequence(NamedTuple):
@@ -134,7 +133,7 @@ def _covers(call: AttentionCall, sequences: Sequence[_Sequence]) -> bool:
 
 
 def packs(plan: MaskPlan) -> bool:
-    """Whether the parts of a mask can be one packed call: several of them, none with a mask of its own left."""
+    """Whether the parts of a mask can be one packed call: several of them, none with a mask left."""
     some = [part for part in plan.parts if part.keys is not None]
     return plan.treatment in ("per sample", "per block") and all(
         part.mask is None and not part.is_causal for part in some

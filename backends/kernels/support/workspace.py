@@ -1,4 +1,4 @@
-"""How much memory a backend takes for one call, in bytes: what a host that plans memory is to be told.
+"""How much memory a backend takes for one call, in bytes: reported to a host that plans memory.
 
 Only what goes beyond query, key, value, mask and output counts, as these are there whichever kernel runs. Each
 backend declares it (`Backend.workspace_bytes`) from what its kernel allocates; `extra_bytes` adds the copies that a
