@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend
 from attention_backends.backends.values.options import Option
 
@@ -11,6 +12,7 @@ class WithOptions(Backend):
 
     id = "sdpa_math"
     summary = "A backend with options."
+    aliases = BACKENDS["sdpa_math"].aliases  # the table of names is made once, perhaps while this one is there
     options = (
         Option("share", float, 0.5, "How much.", minimum=0, maximum=1),
         Option("steps", int, 4, "How many."),

@@ -68,11 +68,10 @@ class AttentionSpec:
         if backend is None:
             raise ConfigError(f"extra: {self.backend} takes no options, it chooses; name a backend to set its options")
         declared = {option.name for option in backend.options}
-        foreign = {name: self.extra[name] for name in self.extra if name in FOREIGN_OPTIONS and name not in declared}
+        foreign = [name for name in self.extra if name in FOREIGN_OPTIONS and name not in declared]
         wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
-        # A planned backend falls back, and so do its options: only their values are checked.
-        planned = not backend.built
-        wrong += problems(tuple(FOREIGN_OPTIONS.values()), foreign) if planned else foreign_problems(foreign)
+        # A planned backend falls back, and so do its options.
+        wrong += foreign_problems(foreign) if backend.built else []
         if wrong:
             raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
         conflicts = backend.option_conflicts(self.extra)

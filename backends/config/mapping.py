@@ -292,7 +292,7 @@ def _with_options(
     def given(spec: AttentionSpec) -> AttentionSpec:
         return spec_of({"backend": spec.backend, "extra": {**spec.extra, **value}}, where, reading)
 
-    foreign = {option: value[option] for option in value if option in FOREIGN_OPTIONS}
+    foreign = [option for option in value if option in FOREIGN_OPTIONS]
     if default.is_auto and foreign and not any(takes(spec) for spec in per_role.values()):
         raise ConfigError(f"{where}: {'; '.join(foreign_problems(foreign))}")
     takers = [role for role, spec in per_role.items() if takes(spec)]

@@ -205,10 +205,10 @@ def systems_page() -> str:
         "",
         "Options stand under `extra` and are checked when they are read. Those of a backend that is not built yet are "
         "treated as its name is: calls fall back, counted, and a note says so. These belong to no backend here: beside "
-        "one that can run they are understood, and refused as not implemented.",
+        "one that can run they are refused as not implemented, whatever their value.",
         "",
-        "| option | what it is |",
+        "| option | of |",
         "|---|---|",
-        *(f"| `{option.name}` | {option.summary} |" for option in FOREIGN_OPTIONS.values()),
+        *(f"| `{name}` | {of} |" for name, of in FOREIGN_OPTIONS.items()),
     ]
     return "\n".join(lines) + "\n"

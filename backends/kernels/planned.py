@@ -22,6 +22,9 @@ SLIDING_TILE = (
 VIDEO_SPARSE = (
     Option("sparsity", float, 0.0, "Share of tiles left out.", minimum=0, maximum=1),
     Option("VSA_sparsity", float, 0.0, "The same, by its older name.", minimum=0, maximum=1),
+    Option("fastvideo_vsa_topk", int, 64, "vLLM-Omni's number of tiles kept.", minimum=1),
+    Option("fastvideo_vsa_provider", str, "auto", "vLLM-Omni's package.", choices=("auto", "fastvideo", "flashinfer")),
+    Option("fastvideo_vsa_precision", str, "bf16", "vLLM-Omni's arithmetic.", choices=("bf16", "sage")),
 )
 
 _VMOBA = (
