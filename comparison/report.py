@@ -11,16 +11,10 @@ import math
 import statistics
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..backends.values.bounded import shortened
-
-SAME = (
-    "mode", "model", "prompt", "seed", "width", "height", "frames", "steps", "guidance", "sampling", "dtype",
-    "machine", "versions",
-)  # fmt: skip
-"""What must be equal in runs that are compared; else the difference would not be the backend's."""
 
 LEVEL = 1 / 255
 """One step of an 8-bit colour, where pictures go from 0 to 1: what differs by less looks the same."""
@@ -190,44 +184,6 @@ class Report:
         facts += f", {self.dtype}" if self.dtype else ""
         prompt = textwrap.shorten(self.prompt, max(10, room - len(facts)), placeholder="...")
         return f'"{prompt}", {facts}' if prompt else facts
-
-
-def combine(reports: Sequence[Report]) -> Report:
-    """One report with the rows of all, the first row of the first being the reference.
-
-    What each row says against a reference is removed: `relate` and `metrics.score` fill it in anew.
-
-    Raises:
-        ComparisonError: there is nothing to combine, or the runs differ in more than the backend; the message
-            names each difference.
-    """
-    if not reports:
-        raise ComparisonError("no reports to compare: give at least two")
-    first = reports[0]
-    differences = []
-    for number, other in enumerate(reports[1:], start=2):
-        for name in SAME:
-            mine, theirs = getattr(first, name), getattr(other, name)
-            if name == "versions" and mine != theirs:
-                changed = [key for key in sorted({*mine, *theirs}) if mine.get(key) != theirs.get(key)]
-                differences += [
-                    f"version of {key}: {mine.get(key, 'absent')} in report 1, {theirs.get(key, 'absent')} in {number}"
-                    for key in changed
-                ]
-            elif mine != theirs:
-                differences.append(f"{name}: {mine!r} in report 1, {theirs!r} in {number}")
-    if differences:
-        raise ComparisonError(
-            "these runs differ in more than the attention backend, so they cannot be compared; make these equal: "
-            + "; ".join(differences)
-        )
-    against = ["speedup", "memory_reduction", "identical", "psnr", "ssim", "max_difference", "clip_similarity"]
-    if first.mode != "attention":
-        against += ["relative_l2", "cosine"]
-    cleared: dict[str, Any] = {**dict.fromkeys(against), "frame_scores": []}
-    rows = [replace(row, **cleared) for report in reports for row in report.rows]
-    notes = list(dict.fromkeys(note for report in reports for note in report.notes))
-    return replace(first, rows=rows, notes=notes, command="")
 
 
 def _plain(value: Any) -> Any:

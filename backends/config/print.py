@@ -14,7 +14,6 @@ from .mapping import SPEC_FIELDS
 from .schedule_forms import entry_to_dict
 from .words import scalar
 
-FORMATS = ("dict", "json", "yaml", "flags")
 _PLAIN_ROLE = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 _PLAIN_VALUE = re.compile(r"[\w.+/:-]+", re.ASCII)
 
@@ -57,11 +56,6 @@ def to_flags(config: AttentionConfig) -> str:
         data["per_role"] = json.dumps(per_role)
         return " ".join(_word(name, value) for name, value in _leaves(data, raw=("per_role",)))
     return " ".join(_word(name, value) for name, value in _leaves(data))
-
-
-def to_text(config: AttentionConfig, form: str) -> str:
-    """As text of one of the forms `json`, `yaml` and `flags`."""
-    return {"json": to_json, "yaml": to_yaml, "flags": to_flags}[form](config)
 
 
 def _spec(spec: AttentionSpec) -> dict[str, Any]:

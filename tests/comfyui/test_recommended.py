@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.config import print as printed  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
-from attention_backends.backends.config.print import to_text  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry, is_scheduled  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.config.timetable import Timetable  # noqa: E402
@@ -228,7 +228,7 @@ def test_an_entry_for_masked_calls(snapshot: SnapshotAssertion) -> None:
     (entry,) = config.schedule
     assert (entry.masked, entry.describe()) == (True, "role joint, masked calls")
     for form in ("json", "yaml", "flags"):
-        assert parse_config(to_text(config, form)).schedule == config.schedule
+        assert parse_config(getattr(printed, f"to_{form}")(config)).schedule == config.schedule
     timetable = Timetable((config,))
     for masked, backend in ((True, "sdpa_math"), (False, INT8)):
         assert timetable.resolve(timetable.at(None), "joint", "joint", "", masked)[0].asked == backend

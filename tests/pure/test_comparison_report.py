@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from attention_backends.comparison.report import CallScore, ComparisonError, FrameScore, Report, Row, Spread, combine
+from attention_backends.comparison.report import CallScore, FrameScore, Report, Row, Spread
 from attention_backends.comparison.tables import console, markdown, speed, spread
 from syrupy.assertion import SnapshotAssertion
 
@@ -71,50 +71,6 @@ def test_the_name_says_what_really_ran() -> None:
 )
 def test_the_verdict_follows_the_numbers(levels: float, psnr: float, verdict: str) -> None:
     assert Row("x", identical=False, max_difference=levels / 255, psnr=psnr).verdict == verdict
-
-
-def test_reports_of_the_same_run_are_combined() -> None:
-    one = report(reference(), notes=["slow machine"])
-    other = report(Row("sage_attn", "sage_attn", label="Sage", step_ms=spread_of(5), psnr=50.0, speedup=9.0),
-                   notes=["slow machine"])  # fmt: skip
-    both = combine([one, other])
-    assert [row.name for row in both.rows] == ["torch_sdpa", "Sage -> sage_attn"]
-    assert both.notes == ["slow machine"]
-    assert both.rows[1].psnr is None, "said against another reference"
-    both.relate()
-    assert both.rows[1].speedup == 2.0
-    assert other.rows[0].psnr == 50.0, "what went in is not changed"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        pytest.param({"seed": 2}, id="seed"),
-        pytest.param({"prompt": "a blue star"}, id="prompt"),
-        pytest.param({"model": "other"}, id="model"),
-        pytest.param({"width": 64}, id="width"),
-        pytest.param({"frames": 9}, id="frames"),
-        pytest.param({"steps": 4}, id="steps"),
-        pytest.param({"guidance": 1.0}, id="guidance"),
-        pytest.param({"dtype": "float16"}, id="dtype"),
-        pytest.param({"mode": "one_step"}, id="mode"),
-        pytest.param({"versions": {"torch": "2.9.0", "python": "3.11"}}, id="torch"),
-        pytest.param({"versions": {"torch": "2.13.0"}}, id="python"),
-    ],
-)
-def test_runs_that_differ_are_refused_by_name(changes: dict[str, Any], snapshot: SnapshotAssertion) -> None:
-    with pytest.raises(ComparisonError) as refused:
-        combine([report(reference()), report(reference(), **changes)])
-    assert str(refused.value) == snapshot
-
-
-def test_every_difference_is_named_at_once() -> None:
-    with pytest.raises(ComparisonError) as refused:
-        combine([report(reference()), report(reference(), seed=2, steps=4)])
-    assert "seed" in str(refused.value)
-    assert "steps" in str(refused.value)
-    with pytest.raises(ComparisonError, match="no reports"):
-        combine([])
 
 
 def test_json_has_neither_nan_nor_infinity(snapshot: SnapshotAssertion) -> None:

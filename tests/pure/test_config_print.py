@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.config import print as printed
 from attention_backends.backends.config.names import BACKEND_IDS
-from attention_backends.backends.config.print import to_dict, to_flags, to_json, to_text, to_yaml
+from attention_backends.backends.config.print import to_dict, to_flags, to_json, to_yaml
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.values.errors import ConfigError
@@ -154,7 +155,7 @@ def test_what_is_printed_reads_to_the_same(form: str, tunable: str) -> None:
     @settings(max_examples=150, deadline=None)
     def check(parts: dict[str, Any]) -> None:
         config = built(parts)
-        text = to_dict(config) if form == "dict" else to_text(config, form)
+        text = getattr(printed, f"to_{form}")(config)
         assert parse_config(text) == config, text
 
     check()
