@@ -8,7 +8,7 @@ folder of any name, and under an embedded Python. The work is in devtools/.
 import sys
 
 # Before any other import: Python 2 has no pathlib, and is to get this sentence too.
-if sys.version_info < (3, 10):  # noqa: UP036 - whoever starts it may have an older one
+if sys.version_info < (3, 10):  # noqa: UP036 - it may be started by an older one
     sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ".")
 
 from pathlib import Path

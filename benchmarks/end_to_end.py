@@ -3,7 +3,7 @@
     python benchmarks/end_to_end.py --server http://127.0.0.1:8188 --output benchmarks/results
 
 It repeats the published comparison of vLLM-Omni: same prompt, sizes, frames and steps; the graphs are those of
-tests/workflows. The column `comfy` is what that ComfyUI would have run by itself. Time is that of the diffusion stage,
+tests/workflows. The column `comfy` is ComfyUI's own attention function. Time is that of the diffusion stage,
 as Attention Report measures it: no loading, no decoding. Each backend is warmed up once, then timed with other seeds,
 since ComfyUI would answer the same graph from its cache. A backend that did not compute every call has no time: its
 cell says what happened.

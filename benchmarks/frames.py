@@ -10,7 +10,7 @@ methods that a dataclass gets count for the file of their class.
 Of each the first call of the process, with the modules that it imports; a cold one, which has to be planned: the first
 of another run, or of another shape; and a warm one, which finds its plan.
 
-Run: python benchmarks/frames.py [COMMIT ...] [--json FILE]   (without a commit: this folder as it is; the calls of
+Run: python benchmarks/frames.py [COMMIT ...] [--json FILE]   (without a commit: this folder; the calls of
 ComfyUI need one, see README)
 """
 
@@ -34,7 +34,7 @@ OURS = "attention_backends."
 
 
 class Counted:
-    """Counts the frames of ours; inside `around` alone where that is given, each call of it by itself."""
+    """Counts the frames of ours; only inside `around` if given, one counter for each call of it."""
 
     def __init__(self, around: CodeType | None = None) -> None:
         self.around = around
@@ -155,7 +155,7 @@ def python() -> dict[str, Counter[str]]:
 
 
 def work(tree: Path, part: str) -> None:
-    """Print what one part counts in one checkout. Runs in a process of its own."""
+    """Print what one part counts in one checkout. Runs in a separate process."""
     sys.path.insert(0, str(tree / "tests"))
     import conftest  # noqa: F401  # loads `tree` as the package
 

@@ -1,6 +1,6 @@
 """What an error of attention does to a picture, what honest kernels make, and what the guard costs.
 
-The first part samples the embedded model with attention of which each row is off by a given share of its own size, in a
+The first part samples the embedded model with attention of which each row is off by a given share of its size, in a
 random direction in every call, in all roles and blocks, and compares the picture with the exact one. The second part
 looks at every call of such runs as the guard does, with arithmetic that real kernels have (tests/tolerance.py emulates
 it). Budgets in backends/guard/__init__.py stand between the two. The third part times a watched kernel.
@@ -138,7 +138,7 @@ def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, d
 def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
     """Watching one block of a run of 20 steps at 4,096 tokens, as a share of SDPA's own time: checks times their price.
 
-    A check is timed by itself, beside the call that it belongs to: its share is under what a loaded machine repeats.
+    A check is timed separately from its call: its share of the call is below the noise of a loaded machine.
     """
     from attention_backends.backends.guard import Guard, Watch
     from attention_backends.backends.report import Row, RunReport

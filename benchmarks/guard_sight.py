@@ -1,7 +1,7 @@
 """What size of error the guard sees, how soon, and what honest arithmetic looks like to it.
 
 Errors of known size are planted into the output of arithmetic that real kernels have (tests/tolerance.py and the
-backend emulated_int8 emulate it): every row of one head of 24, or of all heads, off by a share of its own size in a
+backend emulated_int8 emulate it): every row of one head of 24, or of all heads, off by a share of its size in a
 random direction; and the softmax scale of one head, or of all, off by some percent. Each is shown to the guard's check
 with the limits of that arithmetic. How soon is counted by simulated runs whose kernels compute nothing. The honest
 figures are those of the same arithmetic without an error, on plain random numbers, on the same with scores three times

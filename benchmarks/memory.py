@@ -42,7 +42,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 def figure(count: int) -> dict[str, int]:
-    """A count as a figure of the suite: without an interval, as it is the same each time."""
+    """A count as a figure of the suite: without an interval, since it is the same each time."""
     return {"median": count, "low": count, "high": count}
 
 
@@ -80,7 +80,7 @@ def calls(tokens: int = TOKENS) -> dict[str, Any]:
 
 
 class Container:
-    """As ComfyUI's AttentionTensorContainer (0.33): whoever takes the tensor is the only one to hold it."""
+    """As ComfyUI's AttentionTensorContainer (0.33): the taker has the only reference to the tensor."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor: torch.Tensor | None = tensor
@@ -158,7 +158,7 @@ def declared(tokens: int = 512) -> dict[str, Any]:
 
 
 def measure(tokens: int = TOKENS) -> dict[str, Any]:
-    """Everything, on one thread: each thread of a kernel has scratch of its own."""
+    """Everything, on one thread: each thread of a kernel has its own scratch memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

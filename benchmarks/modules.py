@@ -3,7 +3,7 @@
 A warm call is the third one of its kind through `attention(query, key, value)`; what it runs are the files of ours in
 which any of its functions are.
 
-Run: python benchmarks/modules.py [COMMIT ...] [--json FILE]   (without a commit: this folder as it is; needs torch)
+Run: python benchmarks/modules.py [COMMIT ...] [--json FILE]   (without a commit: this folder; needs torch)
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ print(json.dumps({"of_ours_loaded": loaded, "files_run": len(files), "functions_
 
 
 def counted(tree: Path) -> dict[str, Any]:
-    """The counts of one checkout, each in a process of its own."""
+    """The counts of one checkout, each in a separate process."""
 
     def run(code: str, *modules: str) -> dict[str, Any]:
         command = [sys.executable, "-c", LOAD + code, str(tree), *modules]

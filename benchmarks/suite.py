@@ -2,7 +2,7 @@
 
     python3 dev.py bench [--accept]
 
-It runs each benchmark in a process of its own and says what became worse than the committed results: a figure whose
+It runs each benchmark in a separate process and says what became worse than the committed results: a figure whose
 interval lies wholly on the worse side of the old one's. The results are benchmarks/results/suite-cpu.json, a page with
 the same name and a chart. Where something became worse they are written beside those, as suite-cpu.new.*, unless
 `--accept` says that it is meant. It takes about ten minutes; let the machine do nothing else meanwhile.

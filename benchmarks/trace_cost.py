@@ -144,7 +144,7 @@ def counted(model: Model) -> dict[str, Any]:
 
     def per_model_call(mode: str) -> float:
         def once() -> float:
-            """Of a run's first model calls, each of which is a window of its own."""
+            """Of a run's first model calls, each of which is its own window."""
             run_report, clock = model.new_run(mode).run_report, DeviceClock(kind)
             run_report.rows.update(run.run_report.rows)
             sigma = model.sigmas[1].repeat(1)

@@ -1,10 +1,10 @@
 """What a change costs per attention call: the same measurement in two commits, alternated.
 
-Each commit runs in a process of its own, from a checkout of its own, with the functions of its own
-`overhead.py`. The two take turns, order drawn anew in each round, so that drift of the machine falls on
+Each commit runs in a separate process, from its own checkout, with the functions of its own `overhead.py`.
+The two take turns, in random order in each round, so that drift of the machine falls on
 both. The figures are microseconds per attention call and the difference of each pair, with a 95 % interval.
 
-Run: python benchmarks/two_commits.py BEFORE [AFTER] [--rounds N] [--json FILE]   (AFTER: this folder as it is now)
+Run: python benchmarks/two_commits.py BEFORE [AFTER] [--rounds N] [--json FILE]   (AFTER: this folder)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARTS = {
 
 
 def work(tree: Path) -> None:
-    """Measure what standard input names, a line each, until it ends. Runs in a process of its own."""
+    """Measure what standard input names, a line each, until it ends. Runs in a separate process."""
     sys.path[:0] = [str(tree / "tests"), str(tree / "benchmarks")]
     import logging
 

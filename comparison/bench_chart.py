@@ -22,7 +22,7 @@ WIDTH, PANEL, ROW, HEAD, FOOT = 13.0, 0.75, 0.27, 0.75, 0.4
 
 
 def draw_benchmark(report: BenchReport) -> Figure:
-    """Draw every case that the run came to; what did not run is a line of text with its reason.
+    """Draw every case that the run reached; what did not run is a line of text with its reason.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

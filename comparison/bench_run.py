@@ -28,12 +28,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 MOST_TOKENS = 2**20
 UNASKED = "measured only where they are named (--backends, or the node's list)"
-"""A family whose members are measured anyway, what compiles for tens of seconds, the yardstick and the emulation."""
+"""For a backend group, whose members are measured anyway, slow compilation, `reference` and the emulation."""
 
 
 @dataclass
 class Asked:
-    """What is to be measured. Texts are lists separated by commas; an empty one stands for all."""
+    """What is to be measured. Texts are lists separated by commas; an empty one means all."""
 
     presets: str = ""
     backends: str = ""
@@ -55,7 +55,7 @@ class Asked:
 def choose_backends(text: str, router: Router) -> list[str]:
     """The backends that are named, PyTorch's first; for none all that are available here, cuDNN and `comfy` always.
 
-    Left out unless named: families whose members run anyway, the yardstick, and the emulation: its time means nothing.
+    Left out unless named: backend groups, whose members run anyway, `reference`, and the emulation.
 
     Raises:
         ValueError: a name is unknown, is there twice, or is a way to choose.
@@ -126,7 +126,7 @@ def _scaling(tokens: int, scaled: int, count: int) -> list[str]:
 
 
 def _not_here(backends: Sequence[str], router: Router, named: str) -> list[str]:
-    """Where nobody named backends: which ones were left out, and whether this machine cannot run them."""
+    """Without named backends: which ones were left out, and whether this machine cannot run them."""
     if named.strip():
         return []
     left_out = [name for name in router.backends if name not in backends]

@@ -91,7 +91,7 @@ def markdown(report: BenchReport) -> str:
 
 
 def _measured(report: BenchReport) -> list[Case]:
-    """The cases that the run came to."""
+    """The cases that the run reached."""
     return [case for case in report.cases if case.rows]
 
 

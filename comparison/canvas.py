@@ -46,6 +46,6 @@ def heading(figure: Figure, report: Report, width: float, height: float) -> None
     torch_version = report.versions.get("torch", "unknown")
     foot = [f"{report.machine}; torch {torch_version}"]
     if any(speed(row, report).startswith("~") for row in report.rows):
-        foot.insert(0, OVERLAP)  # on a line of its own: on a narrow sheet one line has no room for both
+        foot.insert(0, OVERLAP)  # on a separate line: on a narrow sheet one line has no room for both
     text = "\n".join(textwrap.shorten(line, int(width * 16)) for line in foot)
     figure.text(MARGIN / width, (0.12 if len(foot) == 1 else 0.07) / height, text, fontsize=8, color=GREY, va="bottom")

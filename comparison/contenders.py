@@ -1,6 +1,6 @@
 """Which backends are compared, and how one of them serves as the attention of the embedded model.
 
-Boundary: `backends/` and torch. Names are strict: nothing runs in the place of a backend that was asked for.
+Boundary: `backends/` and torch. Names are strict: no other backend runs instead of the one that was asked for.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class RefusedError(RuntimeError):
 
 
 class Routed:
-    """One backend as the `attention` callable that `demo.model` takes; keeps account of what ran and how long."""
+    """One backend as the `attention` callable that `demo.model` takes; counts what ran and how long."""
 
     def __init__(self, router: Router, backend: str) -> None:
         self.backend = backend
@@ -103,11 +103,11 @@ class Routed:
         return self.run(AttentionCall(query, key, value), role, str(block))
 
     def run(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None = None) -> Tensor:
-        """Run one call, with whatever mask and scale it carries.
+        """Run one call with its mask and scale.
 
         Args:
-            mask_plan: what `inspect` read in the call's mask, to honour it as ComfyUI's calls are; None for its kernel
-                to get the mask as it is.
+            mask_plan: what `inspect` read in the call's mask, to honour it as in ComfyUI; None to pass
+                the mask to the kernel unchanged.
 
         Raises:
             RefusedError: the backend cannot run it, or it failed.
@@ -133,7 +133,7 @@ class Routed:
             raise RefusedError(f"{role} attention of block {block}: {reasons}") from error
 
     def treatment(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> str | None:
-        """How the mask of a call that ran was honoured, such as `trimmed`; None where its kernel got it as it is."""
+        """How the mask of a call that ran was honoured, such as `trimmed`; None where the kernel got it unchanged."""
         plan = None if mask_plan is None else self._plans.get((role, block, call.request(), mask_plan.facts))
         if mask_plan is None or not isinstance(plan, SplitPlan):
             return None
@@ -164,7 +164,7 @@ class Routed:
         return self.session.run(cast(Plan, plan), call)
 
     def attention_ms(self, device: torch.device) -> float | None:
-        """Time in attention since this was asked last; None on devices where it cannot be told apart."""
+        """Time in attention since the last call of this method; None on devices where it cannot be measured."""
         if device.type == "cuda":
             synchronise(device)
             events, self._events = self._events, []
@@ -176,6 +176,6 @@ class Routed:
 
     @property
     def ran(self) -> str | None:
-        """What computed so far; for a family the member that did. None when nothing did."""
+        """The backend that computed so far, for a group its member; None if none did."""
         rows = self.session.run_report.rows.values()
         return " + ".join(dict.fromkeys(row.member or row.backend for row in rows if row.calls)) or None

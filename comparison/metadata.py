@@ -67,7 +67,7 @@ def _texts(file: _Limited, path: Path) -> dict[str, str]:
 
 
 class _Limited:
-    """A file of which so many bytes of text are read and unpacked, and no more."""
+    """A file with a limit on the bytes of text that are read and unpacked."""
 
     def __init__(self, file: BinaryIO, wanted: str | None) -> None:
         self.file = file
@@ -79,7 +79,7 @@ class _Limited:
         return self.file.read(size)
 
     def spend(self, size: int) -> None:
-        """Look at a length before so much is read or unpacked.
+        """Check a length before that much is read or unpacked.
 
         Raises:
             ValueError: with it the texts of this file are longer than all may be.
@@ -149,7 +149,7 @@ def _three(rest: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _webp(file: _Limited) -> Iterator[tuple[str, str]]:
-    """ComfyUI writes each text as `name:text` into an entry of EXIF of its own."""
+    """ComfyUI writes each text as `name:text` into its own EXIF entry."""
     place = 12
     for _ in file.parts():
         if place + 8 > file.size:
@@ -185,7 +185,7 @@ def _exif(tiff: bytes, file: _Limited) -> Iterator[str]:
             size = number(entry + 4, 4)
             start = entry + 8 if size <= 4 else number(entry + 8, 4)
             text = tiff[start : min(start + size, len(tiff))]
-            file.spend(len(text))  # several entries may stand for the same bytes
+            file.spend(len(text))  # several entries may point to the same bytes
             yield text.rstrip(b"\0").decode("utf-8")
 
 

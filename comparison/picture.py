@@ -219,7 +219,7 @@ def _bare(axes: Axes) -> None:
 
 
 def _blank(axes: Axes, words: str, colour: str) -> None:
-    """A panel with words in place of a picture."""
+    """A panel with text instead of a picture."""
     axes.set_facecolor("#f1f3f6")
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=colour)
     _bare(axes)

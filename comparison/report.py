@@ -1,7 +1,7 @@
 """What a comparison found: a row for each backend, what all rows share, and the files and tables made of it.
 
-Boundary: numbers and text; no torch, no model. Where numbers come from is the business of `run`, `calls` and,
-in ComfyUI, of the nodes.
+Boundary: numbers and text; no torch, no model. `run`, `calls` and, in ComfyUI, the
+nodes supply the numbers.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Row:
     asked: str
     """The backend that was asked for, by its id."""
     ran: str | None = None
-    """What really ran: the same id, or a member of the family that was asked for; None if nothing did."""
+    """What really ran: the same id, or a member of the backend group that was asked for; None if nothing did."""
     label: str | None = None
     """A name that a person gave; None for the backend's own."""
     failed: str | None = None

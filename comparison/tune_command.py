@@ -204,7 +204,7 @@ def measure(
 
 
 def _warm_up(session: Any, tuner: Any, incumbent: str, accuracy: str, call: Any) -> None:
-    """Have every candidate compile what it compiles: here nobody waits for a picture, so that costs it nothing."""
+    """Have every candidate compile what it compiles: here compile time is not counted against it."""
     from ..backends.values.faults import KernelFaultError, is_cuda_fault
 
     for name in tuner.candidates(call.request(), incumbent, accuracy):

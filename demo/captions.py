@@ -1,7 +1,7 @@
 """What the embedded model can be asked for: captions, their conditioning, and the pictures that they mean.
 
 A caption is a short English phrase made of known words, such as "a large red circle on the left on black".
-Its conditioning is a table look-up, one fixed vector for each word, in place of a text encoder. The renderer
+Its conditioning is a table look-up, one fixed vector for each word, instead of a text encoder. The renderer
 draws the picture that a caption means; training pictures come from it.
 
 Boundary: torch and the standard library; no files, no model.

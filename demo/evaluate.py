@@ -85,7 +85,7 @@ def judge(picture: Tensor) -> Scene:
 
 
 def samples(model: TinyWan, scenes: list[Scene], side: int, guidance: float, seed: int, steps: int = 20) -> Tensor:
-    """Pictures (count, side, side, 3) of scenes, each from noise of its own."""
+    """Pictures (count, side, side, 3) of scenes, each from its own noise."""
     noise = seed_noise(seed, len(scenes), 1, side, side).split(BATCH)
     context = torch.stack([encode(scene.caption()) for scene in scenes]).split(BATCH)
     pairs = zip(noise, context, strict=True)

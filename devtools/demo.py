@@ -1,4 +1,4 @@
-"""`dev.py demo`: the pack at work in a real ComfyUI, or, without one, what the library can show by itself.
+"""`dev.py demo`: the pack at work in a real ComfyUI, or, without one, what the library shows alone.
 
 Two things: a tiny random Wan with a backend per role, and the embedded model compared over several backends.
 """

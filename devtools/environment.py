@@ -1,7 +1,7 @@
 """The environment that tests and benchmarks run in: `.venv` beside dev.py, with pinned needs.
 
-A torch that the running interpreter has is used as it is; otherwise the pinned one is installed, and before
-everything else, because whatever depends on torch would pull a build of its own choice. Nothing is installed
+A torch that the running interpreter has is used unchanged; otherwise the pinned one is installed, and before
+everything else, because packages that depend on torch would pull another build. Nothing is installed
 anywhere but in `.venv`. A second preparation with the same pins costs only the reading of a stamp.
 """
 

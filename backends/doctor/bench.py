@@ -103,7 +103,7 @@ def run_cases(
 ) -> str | None:
     """Fill in the rows of each case, in the order of `backends`. Returns None, or why the run ended early.
 
-    `host` runs a call as the calling program would by itself (the backend `comfy`); None outside one. A kernel that
+    `host` runs a call with the host's own function (the backend `comfy`); None outside a host. A kernel that
     leaves the device unusable ends the run, and so does a person; the rows that were finished are kept.
     """
     import torch
@@ -125,7 +125,7 @@ def run_cases(
             except KeyboardInterrupt:
                 ended = INTERRUPTED
     except Exception:
-        if ended is None:  # else it is a device that is unusable complaining again while it is left
+        if ended is None:  # else leaving the context of an unusable device raises again
             raise
     return ended
 
@@ -165,11 +165,11 @@ def _run_case(
                 ) from error
         case.rows.append(row)
         if row.status != "ok":
-            _free(device)  # what a failed call held is let go only when its traceback is
+            _free(device)  # the traceback keeps the tensors of a failed call alive until here
 
 
 def _refusal(name: str, request: AttentionRequest, router: Router, host: Host | None) -> str | None:
-    """Why a backend is not even called; None when it is."""
+    """Why a backend is not called; None if it is."""
     if router.backends[name].hosted and host is None:
         return OUTSIDE_COMFYUI
     return "; ".join(router.refuse(name, request)) or lacking_memory(router.backends[name], request, router.platform)
@@ -211,7 +211,7 @@ def _measure(row: KernelResult, router: Router, problem: Problem, device: torch.
         if turn == 0:
             _score(row, output, problem)
             if counted:
-                torch.cuda.reset_peak_memory_stats(device)  # what the check took is not the kernel's
+                torch.cuda.reset_peak_memory_stats(device)  # the memory of the check is not the kernel's
         del output
     row.peak_bytes = torch.cuda.max_memory_allocated(device) - before if counted else None
     timed = times[WARM_UP:]

@@ -1,8 +1,8 @@
 """The state of every backend on this machine as rows: available or why not, version, file, how to get it, the names
 that it needs from its package, its cards, and what a probe found.
 
-Live on purpose: asking loads each kernel's package, and whatever it raises is a row. A probe runs each kernel too, in
-a process of its own, and only when it is asked for. Printing is the command line's business.
+Asking loads each kernel's package; what it raises becomes the row's reason. A probe also runs each kernel, in
+a separate process, and only on request. The command line prints the rows.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NO_TORCH = "run this with the interpreter that runs ComfyUI: this one has no tor
 
 @dataclass(frozen=True)
 class Cards:
-    """The cards that a backend has kernels for, as it declares them; None stands for no limit of that kind."""
+    """The cards that a backend has kernels for, as it declares them; None means no limit of that kind."""
 
     kinds: tuple[str, ...]
     min_capability: str | None = None
     capabilities: tuple[str, ...] | None = None
     architectures: tuple[str, ...] | None = None
     members: tuple[str, ...] = ()
-    """The members of a backend group, which have cards of their own."""
+    """The members of a backend group, each with its own cards."""
 
     @property
     def text(self) -> str:
@@ -105,12 +105,12 @@ def this_machine() -> tuple[Platform, str | None]:
     """The running machine, and why torch cannot be used there if it cannot."""
     try:
         return detect(), None
-    except Exception as error:  # a missing or damaged torch is the finding, not a crash
+    except Exception as error:  # a missing or damaged torch is a result, not a crash
         return Platform("cpu", packages=installed_packages(looked_for())), f"torch: {type(error).__name__}: {error}"
 
 
 def why_no_card(platform: Platform) -> str | None:
-    """Why torch sees only the CPU here, which no kernel package can change; None where it sees more."""
+    """Why torch finds only the CPU here, which no kernel package can change; None if it finds an accelerator."""
     if platform.kind != "cpu" or platform.os == "darwin":
         return None
     import torch
@@ -150,7 +150,7 @@ def probe_all(
 ) -> dict[str, Outcome]:
     """Run `probe` on each backend whose packages and card are there, and remember what it found.
 
-    Nothing is loaded here: a package that crashes while it is imported does so in the probe's own process.
+    Nothing is loaded in this process: a package that crashes while it is imported does so in the probe's own process.
     """
     found = {}
     for backend_id in tuple(ids) or tuple(router.backends):
@@ -182,7 +182,7 @@ def cards_of(backend: Backend, platform: Platform) -> Cards:
 
 def _names(backend: Backend, platform: Platform, probed: Outcome | None) -> Finding:
     if isinstance(backend, BackendGroup) or backend.origin(platform):
-        return Finding()  # a group's members have rows of their own; what is from elsewhere was loaded from there
+        return Finding()  # members of a group have their own rows; code from the Hub was loaded from there
     if probed is not None and probed.status in ("crashed", "hung"):
         return symbols.without_import(backend, platform, f"not looked for: a probe {probed.words}")
     return symbols.find(backend, platform)

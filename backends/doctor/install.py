@@ -2,7 +2,7 @@
 
 Pure functions over what backends declare of their packages. A printed command never changes the installed torch: a
 package that pulls torch is installed with --no-deps, or beside a pin of the torch that is there, so that pip keeps it
-or refuses. Where no wheel is known to fit, the answer is the project's page and the tags that a fitting wheel has.
+or refuses. Where no wheel is known to fit, the answer is the project's page and the tags of a matching wheel.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _refuses() -> str:
 def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -> Advice:
     """How to make an unavailable backend available: a command where one is known, `nothing` where none would help."""
     if platform.hub and backend.origin(platform):
-        platform = replace(platform, hub=False)  # the Hub was tried; its own package is what remains
+        platform = replace(platform, hub=False)  # the Hub was tried; its package is the other way
     missing = backend.unavailable_reasons(platform)
     if not missing:
         return _broken(backend.packages, platform, interpreter)
@@ -88,7 +88,7 @@ def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -
 
 
 def _broken(packages: tuple[Package, ...], platform: Platform, interpreter: Interpreter) -> Advice:
-    """Everything asked for is there, and loading it failed: another build is needed, not another install."""
+    """Advice where everything is installed and loading failed: another build is needed."""
     for package in packages:
         version = platform.version(package.distribution)
         if version is not None:

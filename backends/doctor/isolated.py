@@ -1,4 +1,4 @@
-"""A command in a process of its own, which may crash, hang, print without end or leave children behind.
+"""Runs a command in a separate process, which may crash, hang, print without end or leave children behind.
 
 Nothing here knows about kernels: it starts, waits, kills the whole tree, keeps the last lines of stderr, and says
 in words how the process ended.
@@ -47,7 +47,7 @@ def run(command: list[str], timeout: float) -> Ended:
         status = process.wait(timeout)
     except subprocess.TimeoutExpired:
         pass
-    finally:  # also where somebody presses Ctrl-C
+    finally:  # also after Ctrl-C
         _kill_tree(process)
         process.wait()
     return Ended(status, tail.lines())
@@ -95,14 +95,14 @@ def _kill_tree(process: subprocess.Popen[bytes]) -> None:
             subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
             process.kill()
         return
-    try:  # a session of its own: its compilers and workers are in the group, alive or not itself
+    try:  # its own session: its compilers and workers are in the group, alive or not itself
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         process.kill()
 
 
 class _Tail:
-    """Reads a stream to its end and keeps its last lines, however much comes."""
+    """Reads a stream to its end and keeps the last lines."""
 
     def __init__(self, stream: IO[bytes] | None) -> None:
         self._stream = stream

@@ -1,9 +1,9 @@
-"""Runs a kernel on a tiny problem, in a process of its own, and says what became of it.
+"""Runs a kernel on a tiny problem in a separate process and returns the outcome.
 
 A kernel that is there and loads may still crash, never return, or compute something else. `probe` starts a child of
 the same interpreter for one backend, from this folder whatever it is called; `child` is what runs there. Each probe
-has a fresh process, so that a GPU context that one kernel left unusable is none of the next one's business. What it is
-given to compute is in `problems.py`.
+has a fresh process, so that a GPU context that one kernel left unusable does not affect the next. The problems are in
+`problems.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .isolated import run, same_interpreter, words_of
 from .problems import harder, problems, tried
 
 CHILD = "probe-child"
-"""The first argument that makes the command line a child; no command for people."""
+"""The first argument of a child process; not a command for people."""
 
 TIMEOUT = 120.0
 """Seconds: a first call may compile (flex_attention on a CPU took 22 s, FlashInfer runs nvcc)."""
@@ -46,7 +46,7 @@ def probe(backend_id: str, timeout: float = TIMEOUT, source: str = "") -> Outcom
     """Run one backend in a child, which is killed with all that it started after `timeout` seconds.
 
     Args:
-        source: `module:attribute` of a mapping of backends, in place of ours.
+        source: `module:attribute` of a mapping of backends to use instead of ours.
     """
     folder = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory(prefix="attention-backends-", ignore_cleanup_errors=True) as scratch:
@@ -71,7 +71,7 @@ def _with_tail(outcome: Outcome, tail: tuple[str, ...]) -> Outcome:
 
 
 def _read(answer: Path) -> tuple[str, Outcome | None]:
-    """How far the child came, and its outcome if it came to one."""
+    """The stage that the child reached, and its outcome if there is one."""
     try:
         data = json.loads(answer.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def child(arguments: list[str]) -> int:
         import resource  # not on Windows
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import torch  # before the kernel gets the blame for it
+    import torch  # so that its failure is not reported as the kernel's
 
     with torch.inference_mode():
         platform = detect()
@@ -152,7 +152,7 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
             found = tried(router, backend, other, device)
             if found.status != "ok":
                 outcome = replace(found, reason=f"{found.reason} (with {_different(other, request)})")
-    except (Exception, SystemExit) as error:  # whatever a kernel raises is what is asked for here
+    except (Exception, SystemExit) as error:  # what a kernel raises is the outcome
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         no_memory = isinstance(error, torch.OutOfMemoryError) or any(word in text.lower() for word in OUT_OF_MEMORY)
         return Outcome("untested", f"out of memory: {text}") if no_memory else Outcome("failed", f"raised {text}")

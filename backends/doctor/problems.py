@@ -1,4 +1,4 @@
-"""The small calls that a probe gives to a kernel, and what is wrong with its answer to one.
+"""The small calls that a probe runs, and the check of an output.
 
 Boundary: a router and a call in, an `Outcome` out; the processes around it are in `probe.py`.
 """
@@ -31,7 +31,7 @@ def problems() -> Iterator[AttentionRequest]:
 
 
 def harder(backend: Backend, platform: Platform, plain: AttentionRequest) -> list[AttentionRequest]:
-    """The same call with what a build may drop without a word: a mask, grouped heads, a scale, causality.
+    """The same call with features that a build may silently drop: a mask, grouped heads, a scale, causality.
 
     As many of them as the backend takes, one after another; several in one call where it takes them together.
     """
@@ -119,9 +119,8 @@ def compare(
 ) -> tuple[str, float | None]:
     """What is wrong with an output, empty if nothing, and its relative L2 distance from float64; all on the CPU.
 
-    By `values/tolerance.py`: an exact kernel may err a few times as much as plain arithmetic in its dtype does here.
-    Of a
-    sparse kernel only finite output is asked: what it skips matters fully on random numbers.
+    By `values/tolerance.py`: an exact kernel may err a few times as much as plain arithmetic in its dtype. A sparse
+    kernel only has to give finite output: on random numbers, skipped keys matter fully.
     """
     wide = call.changed(query=call.query.double(), key=call.key.double(), value=call.value.double())
     expected = reference_attention(wide)

@@ -1,6 +1,6 @@
 """The page docs/backends.md: what each backend is, where it runs, what it takes, and the routes.
 
-Made from the declarations that the router itself asks, so that it cannot say something else. Pure: machines are
+Made from the declarations that the router itself asks, so it cannot differ from them. Pure: machines are
 described and nothing but declarations is imported, so no torch. `python3 dev.py docs` writes it, a test compares it.
 """
 
@@ -123,7 +123,7 @@ def _codes(names: Iterable[str]) -> str:
 
 
 def _needs(backend: Backend) -> list[str]:
-    """Packages and versions: what is declared, and what a machine that has nothing is told to lack."""
+    """Packages and versions: what is declared, and what a machine without packages lacks."""
     needs = dict.fromkeys(need for need in backend.requires if not need.startswith("torch>"))
     for machine in MACHINES:
         if machine.kind not in backend.kinds:

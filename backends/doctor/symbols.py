@@ -1,6 +1,6 @@
 """The names that kernels take from their packages, and whether an installed package has them and is the one it says.
 
-Looking is live on purpose, as the doctor is: it imports the package, and whatever that raises is an answer.
+It imports the package; what that raises is the result.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _look(backend: Backend, need: Symbols, platform: Platform) -> tuple[list[str
         module = import_module(need.module)
         gone = [name for name in need.names if not hasattr(module, name)]
         foreign = [name for name in need.foreign if hasattr(module, name)]
-    except (Exception, SystemExit) as error:  # whatever a package raises is the finding
+    except (Exception, SystemExit) as error:  # what a package raises is the result
         raised = f"importing {need.module} raised {type(error).__name__}: {error}"
         return everything, "; ".join(filter(None, (stranger, raised))), True
     where = _place(module)

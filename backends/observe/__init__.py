@@ -1,1 +1,1 @@
-"""What a session is told by others: measured choices, records, advisories."""
+"""What observes a session or chooses for it: autotune, records, advisories."""

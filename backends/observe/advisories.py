@@ -1,7 +1,7 @@
-"""What is known to go wrong with kernels that are not exact on a model family, and where to run exactly instead.
+"""Known trouble of inexact kernels by model family, and where to run exactly instead.
 
-Data, with where each row comes from, and the rules by which it counts. A precaution is offered and never forced: it
-stands above a default only, never above what a person said of a role or in a schedule (`Timetable.resolve`). Families
+Data with the source of each row, and the rules by which it applies. An advisory is applied only if a person switches it
+on: it beats a default, never what a person set for a role or in a schedule (`Timetable.resolve`). Families
 are named as in `nodes/hook/roles.py`.
 """
 
@@ -30,7 +30,7 @@ INT8_AS_IT_IS = tuple(name for name in QUANTIZED if name not in FP4 and not BACK
 
 @dataclass(frozen=True)
 class Advisory:
-    """One row: where in the models of a family an exact kernel is the better choice, and on whose word."""
+    """One row: where in the models of a family an exact kernel is the better choice, with the source of the claim."""
 
     families: tuple[str, ...]
     title: str
@@ -42,7 +42,7 @@ class Advisory:
     kernels: str
     """Those that it is about, in words."""
     backends: tuple[str, ...]
-    """Their ids; with any other backend there is nothing to recommend."""
+    """Their ids; with any other backend the advisory does not apply."""
     reason: str
     evidence: str
     """`measured` by this project, `reported` by others, or `assumed`; as in `engine/priorities.py`."""
@@ -50,11 +50,11 @@ class Advisory:
 
     @property
     def said(self) -> str:
-        """On whose word a call runs exactly: the source of its row in an account."""
+        """The source of its calls' rows in a run report."""
         return f"{RECOMMENDED}{self.title}: {self.what}"
 
     def concerns(self, asked: str | None, accuracy: str) -> bool:
-        """True when it matters with the default `asked`, None for the route, where `accuracy` is allowed."""
+        """Whether it applies with the default backend `asked` (None: the platform's priorities) and this accuracy."""
         if asked in BACKENDS:
             return asked in self.backends
         if accuracy == "exact":
@@ -162,7 +162,7 @@ def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
 
 
 def offers(family: str, run_report: RunReport) -> list[str]:
-    """After a run: a note for each precaution that was not switched on and would have changed a call of this run."""
+    """After a run: a note for each advisory that was off and would have changed a call of this run."""
     layers = run_report.layers
     if not layers or any(layer.recommended for layer in layers):
         return []
@@ -185,7 +185,7 @@ def offers(family: str, run_report: RunReport) -> list[str]:
 ALL = -1
 """As a set of entries: every one, so that no window is too late."""
 NOT_USED = "not used: switch it on in Attention Backend Selector"
-"""How the note about a precaution ends that was not switched on."""
+"""The end of the note about an advisory that was off."""
 
 
 def _is_masked(row: Row) -> bool:
@@ -193,7 +193,7 @@ def _is_masked(row: Row) -> bool:
 
 
 def nothing_for(family: str, layers: tuple[AttentionConfig, ...]) -> str:
-    """The note where recommendations were switched on in vain; empty where kernels are exact anyway."""
+    """The note where advisories are on and the family has none; empty where kernels are exact anyway."""
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
     if (BACKENDS[asked].accuracy if asked is not None and asked in BACKENDS else accuracy) == "exact":
         return ""

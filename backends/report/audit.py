@@ -1,6 +1,6 @@
 """The audit of a run: for each role, what was asked for against what ran, and a reason for every divergence.
 
-It works from the account alone, so it also finds what a decision forgot to say. A divergence without a reason is a
+It reads the run report alone, so it also finds a fallback without a recorded reason. A divergence without a reason is a
 defect of this package; a strict run ends with an error for it.
 """
 
@@ -23,7 +23,7 @@ UNEXPLAINED = "unexplained"
 NEVER_CALLED = "role never called"
 NOT_REACHED = "not reached"
 BY_ANOTHER = "by another"
-"""Stands in a row as the backend of calls that another pack computed."""
+"""The backend of a row whose calls another pack computed."""
 
 
 class UnexplainedError(RuntimeError):
@@ -43,7 +43,7 @@ class Finding:
     reasons: tuple[str, ...]
     """Why something else ran, each once."""
     verdict: str
-    """`as asked`, `explained`, `unexplained`, `role never called`; `not reached` where the run says nothing of it."""
+    """`as asked`, `explained`, `unexplained`, `role never called`; `not reached` where the run gives no evidence."""
 
     def as_dict(self) -> dict[str, Any]:
         """The finding as plain data."""
@@ -110,12 +110,12 @@ def line(audit: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _asked(run_report: RunReport, row: Row) -> tuple[str, str]:
-    """What was asked for a row's calls, and on whose word: as the row says, or else as the configuration does."""
-    if row.asked == AUTOTUNE:  # what was found stands behind whose word it is, and changes during a run
+    """(asked, source) of a row's calls: from the row, else from the configuration."""
+    if row.asked == AUTOTUNE:  # the source ends with what autotune found, which changes during a run
         return AUTOTUNE, row.source.partition(f": {AUTOTUNE}")[0]
     if row.asked is not None:
         return row.asked, row.source
-    if row.source.startswith(RECOMMENDED):  # an exact kernel, whichever the route has, in place of the default
+    if row.source.startswith(RECOMMENDED):  # `auto`, exact only, replaces the default
         return AUTO, row.source
     choice = resolve(run_report.layers, row.role, run_report.categories.get(row.role, row.role))
     return (choice.asked, choice.source) if choice.asked is not None else (AUTO, row.source)
@@ -153,7 +153,7 @@ def _why_not_reached(run_report: RunReport) -> str | None:
 
 
 def unseen(run_report: RunReport) -> str:
-    """Who else ran in a compiled model and may have computed calls there; empty where nobody did."""
+    """Which other packs ran in a compiled model and may have computed calls there; empty if none did."""
     if not run_report.unseen:
         return ""
     return f"{' and '.join(run_report.unseen)} ran in the compiled model and may have computed attention by itself"

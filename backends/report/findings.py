@@ -1,6 +1,6 @@
 """What the guard found, as plain data and as text, and how likely it is to see what it looks for.
 
-Boundary: no torch; the guard (`guard/__init__.py`) fills it in, a `RunReport` keeps it in the rows of an account.
+Boundary: no torch; the guard (`guard/__init__.py`) fills it in, a `RunReport` keeps it in its rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHOWN = 8
 
 @dataclass(slots=True)
 class Findings:
-    """The guard's figures over the checked calls of one row of an account; the worst of each."""
+    """The guard's figures over the checked calls of one row of a run report; the worst of each."""
 
     relative_l2_limit: float | None = None
     row_error_limit: float | None = None
@@ -69,7 +69,7 @@ class Findings:
 
 
 def worst_first(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """What was found in the rows of an account, as plain data: most alarms first, then by error.
+    """What the guard found in a run report's rows, as plain data: most alarms first, then by error.
 
     `calls` are those that the kernel answered; one whose output was thrown away is checked, and not among them.
     """

@@ -1,4 +1,4 @@
-"""What became of a run, in one sentence that every place shows: node, tab, report, HTTP and log.
+"""The outcome of a run in one sentence, which node, tab, report, HTTP and log share.
 
 A sentence is a kind and a cause. The kinds' words are here in English and, for the page, in locales/.
 """
@@ -34,12 +34,12 @@ WORDS = {
 REASONS = 3
 """The line of a refusal that has the named backend's reasons, after what was asked, the call and the machine."""
 STOPPED = (CANCELLED, REFUSED, OUT_OF_MEMORY, FAILED)
-"""Kinds of a run that did not come to its end."""
+"""Kinds of a run that did not finish."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run; `kind` is a key of `WORDS`."""
+    """The outcome of a run; `kind` is a key of `WORDS`."""
 
     kind: str
     cause: str = ""
@@ -79,7 +79,7 @@ def first_line(error: BaseException) -> str:
 
 
 def of_trace(run_report: RunReport) -> Outcome:
-    """The outcome of a run that is over, from its account."""
+    """The outcome of a finished run, from its run report."""
     if run_report.stopped is not None:
         return run_report.stopped
     theirs: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """The sampler's step of each model call: as the host knows it, else by sigmas, read without waiting for the device.
 
-A sigma is copied to the host behind the work that was asked for, and read once the device has come there. Where that
-cannot be told, it stays on the device until the end of the run. What makes a step of a sigma is `schedule.step_of`.
+A sigma is copied to the host asynchronously and read once the device has finished the copy. Where that
+cannot be queried, it stays on the device until the end of the run. What makes a step of a sigma is `schedule.step_of`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 MOST_WAITING = 4096
-"""Sigmas that may wait on a device; the steps of later model calls are not known."""
+"""Most sigmas that wait on a device; the steps of later model calls stay unknown."""
 
 
 class _Schedule:
-    """The sigmas of one sampler, and the steps that were told by them."""
+    """The sigmas of one sampler, and the steps found from them."""
 
     __slots__ = ("given", "steps", "values")
 
@@ -48,7 +48,7 @@ def on_host(values: torch.Tensor) -> list[float] | torch.Tensor:
         return values
     import torch
 
-    # Into memory that is not paged, or the host would wait.
+    # Into pinned memory, or the host would wait.
     return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
 
 
@@ -57,7 +57,7 @@ class Steps:
 
     def __init__(self) -> None:
         self._sigmas: dict[int, tuple[float | torch.Tensor, _Schedule]] = {}
-        """Those on the CPU are read only when somebody asks."""
+        """Those on the CPU are read on request."""
         self._known: dict[int, int] = {}
         self._waiting: deque[tuple[int, torch.Tensor, _Schedule]] = deque()
         self._schedule: _Schedule | None = None
@@ -78,7 +78,7 @@ class Steps:
                 self._sigmas[model_call] = sigma, self._schedule
                 return
             copied = on_host(sigma)
-        except (AttributeError, RuntimeError) as error:  # no tensors, or no memory that is not paged: a step is not
+        except (AttributeError, RuntimeError) as error:  # no tensors, or no pinned memory: a step is not
             log.debug("the step of a model call is not known: %s", error)  # worth a run
             return
         if not isinstance(copied, list):
@@ -100,7 +100,7 @@ class Steps:
                 if not isinstance(schedule.values, list):
                     schedule.values = schedule.values.tolist()
                 self._sigmas[number] = float(sigma.max()), schedule
-        except RuntimeError as error:  # a fault of the device: what raised first says more
+        except RuntimeError as error:  # a device fault: the first error says more
             log.debug("the sigmas of a run could not be read: %s", error)
             waiting.clear()
 

@@ -1,6 +1,6 @@
-"""A kernel whose time on its device goes into a row of the account.
+"""Wraps a kernel so that its device time is added to a row of the run report.
 
-Boundary: kernels in, kernels out; when times are read is for the clock and for who keeps the account.
+Boundary: kernels in, kernels out; the clock and the owner of the run report decide when times are read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which rows of an account had calls in which model calls of a run, in few windows however long the run is.
+"""Which rows of a run report had calls in which model calls, in at most `MOST` windows.
 
 Written once per model call, never per attention call. Model calls are numbered from 1; a sampler makes one or more of
-them per step. A window holds what the rows had counted at its end; what happened in it is told when somebody asks.
+them per step. A window holds what the rows had counted at its end; its content is computed on request.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Window:
         self.last = last
         self.counts = [(row.calls, row.launches) for row in rows]
         self.times: list[tuple[int, int]] | None = None
-        """`timed` and `nanoseconds` of each row; None until the device has come to the window's end."""
+        """`timed` and `nanoseconds` of each row; None until the device has reached the window's end."""
 
     def add_times(self, rows: Collection[Row]) -> None:
-        """The device has come to the window's end: take what it needed."""
+        """The device has reached the window's end: store its times."""
         self.times = [(row.timed, row.nanoseconds) for row in rows]
 
 
@@ -92,7 +92,7 @@ class Timeline:
 def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]]:
     """What each row that had calls did between the ends of two windows: row, calls, milliseconds."""
     found = []
-    # A row may have been made after the window before, or after the device came to this one's end.
+    # A row may have been made after the window before, or after the device reached this one's end.
     earlier = chain(before.counts, repeat((0, 0)))
     for row, ((calls, launches), (earlier_calls, earlier_launches)) in enumerate(
         zip(window.counts, earlier, strict=False)
@@ -117,7 +117,7 @@ def milliseconds(nanoseconds: int, timed: int, launches: int) -> float | None:
 
 
 def _alike(window: dict[str, Any], first: int, last: int, cells: list[list[Any]]) -> bool:
-    """Whether what follows a window has the same calls in each model call; never where there are times to be told."""
+    """Whether what follows a window has the same calls in each model call; never where there are times."""
     length, length_before = last - first + 1, window["last"] - window["first"] + 1
     return [row for row, *_ in cells] == [row for row, *_ in window["cells"]] and all(
         ms is None and ms_before is None and calls * length_before == calls_before * length

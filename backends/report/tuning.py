@@ -1,6 +1,6 @@
-"""What became of the calls of a run for which `autotune` was asked for: a few counts for its account.
+"""How many kinds of call of a run autotune decided, tries or left: counts for the run report.
 
-Boundary: words and numbers; who decides is `observe/autotune/tuner.py`.
+Boundary: text and numbers; `observe/autotune/tuner.py` decides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Tuning:
         self.kinds: dict[TuningKey, str] = {}
 
     def as_dict(self) -> dict[str, object]:
-        """`state` is None where nobody asked for `autotune`, `tuning` where this run tries, else `measured`."""
+        """`state` is None where `autotune` was not asked for, `tuning` where this run tries, else `measured`."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
         return {
@@ -34,7 +34,7 @@ class Tuning:
         }
 
     def note(self) -> str | None:
-        """What the account says of a run that tried kernels; None of any other."""
+        """The run report's note of a run that tried kernels; None for another."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
         return f"autotune: tuning ({tried} kinds of call; later runs use what was found)" if tried else None

@@ -2,7 +2,7 @@
 
     python tiny_wan.py FILE.safetensors
 
-The names and shapes are those of a real checkpoint, so that ComfyUI's UNETLoader recognises it by itself.
+The names and shapes are those of a real checkpoint, so that ComfyUI's UNETLoader recognises it.
 Run by the interpreter that runs ComfyUI: needs torch and safetensors, imports nothing of ComfyUI.
 """
 

@@ -1,1 +1,1 @@
-"""What a run decided, as plain data beside a picture, and a configuration made of it again."""
+"""The decisions of a run as plain data in a picture's metadata."""

@@ -1,8 +1,8 @@
 """A run's decisions as plain data, to be kept beside a picture, so that the same seed gives the same picture later.
 
 A record says for each kind of call and block which kernel ran, with its options, and on what machine. It holds no
-paths and nothing of the graph. `run_recorder.py` collects what is in it, `config/recorded.py` makes a configuration of
-it again.
+paths and nothing of the graph. `run_recorder.py` collects what is in it, `config/recorded.py` makes a configuration
+of it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def as_record(
 
     Args:
         made_by: programs and their versions.
-        not_recorded: samplers whose decisions are not known, each with a reason.
+        not_recorded: samplers whose decisions are unknown, each with a reason.
         before: what stands in the same picture's metadata already, from another branch of the graph.
     """
     kept, missing = list(runs), list(not_recorded)

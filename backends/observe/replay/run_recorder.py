@@ -1,7 +1,7 @@
 """What a run decided, for each kind of call and block: written where calls are planned, never at an attention call.
 
 A kind of call can change its kernel in the middle of a run: a schedule's window begins, the guard takes a kernel away,
-a kernel fails. So each decision is kept with the model call from which it held; model calls are numbered from 1, as in
+a kernel fails. So each decision is kept with its first model call; model calls are numbered from 1, as in
 `report/timeline.py`. `record.py` makes plain data of it.
 """
 
@@ -45,11 +45,11 @@ class Kind(NamedTuple):
 class _Place(NamedTuple):
     kind: Kind
     window: int
-    """What of the schedules held when the call was planned."""
+    """The active schedule windows when the call was planned."""
 
 
 class RunRecorder:
-    """The decisions of one sampling run, and when they held."""
+    """The decisions of one sampling run, each with its first model call."""
 
     def __init__(self) -> None:
         self.categories: dict[str, str] = {}
@@ -57,7 +57,7 @@ class RunRecorder:
         self.changes: dict[str, None] = {}
         """Kernels that were changed for another reason than the schedule's; a replay repeats them."""
         self.not_repeated: dict[str, None] = {}
-        """What ran, and is not told by the decisions here: a replay does not repeat it."""
+        """Events that a replay cannot reproduce."""
         self._model_call = 1
         self._windows: list[tuple[int, int]] = []
         self._events: dict[_Place, list[tuple[int, Ran]]] = {}
@@ -66,7 +66,7 @@ class RunRecorder:
         """What each plan of a place runs: several where a block has several modules of one role."""
 
     def begin_model_call(self, number: int, window: int) -> None:
-        """A model call begins, while these windows of the schedules hold."""
+        """A model call begins; `window` are the active schedule windows."""
         self._model_call = number
         if not self._windows or self._windows[-1][1] != window:
             self._windows.append((number, window))
@@ -81,14 +81,14 @@ class RunRecorder:
         self._note(plan, place, router)
 
     def changed(self, plan: Plan, router: Router) -> None:
-        """A plan runs something else from this model call on."""
+        """From this model call on the plan has another decision."""
         _, place = self._plans.get(id(plan), (plan, None))
         if place is None:
             return  # made before this recorder
         before = self._now[place][id(plan)]
         self._note(plan, place, router)
         after = self._now[place][id(plan)]
-        if after.same_kernel(before):  # it was confirmed
+        if after.same_kernel(before):  # the same kernel again
             return
         where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
         why = f" ({after.reason})" if after.reason else ""
@@ -121,7 +121,7 @@ class RunRecorder:
             )
 
     def decisions(self) -> Iterator[tuple[Kind, tuple[tuple[int, Ran], ...]]]:
-        """Each kind of call, and what ran it: from which model call on, and what; the first holds from 1."""
+        """Each kind of call, and what ran it, as (first model call, what ran); the first is model call 1."""
         kinds = dict.fromkeys(place.kind for place in self._events)
         starts = self._windows or [(1, 0)]
         for kind in kinds:
