@@ -1,7 +1,7 @@
-"""Inputs of our nodes before anything runs: what is connected, and what a script may write in place of a value.
+"""Inputs of our nodes before anything runs: what is connected, and what a script may send instead of a value.
 
 ComfyUI converts the values of widgets and compares choices and limits itself. It does not look at sockets that hold a
-value in place of a connection, and it makes the text "None" of a text input that is null.
+value instead of a connection, and it makes the text "None" of a text input that is null.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Texts for a browser or a bug report: without the names of folders, in which people's names stand."""
+"""Texts for a browser or a bug report: without names of folders, which contain people's names."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], Captu
 
 
 def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCall:
-    """The call on memory of its own: the model goes on and may write into what it handed over."""
+    """A copy of the call: the model may later write into its tensors."""
     mask = None if call.attn_mask is None else for_kernels(call.attn_mask.clone(), call.query.dtype)
     kept = call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone(), attn_mask=mask)
     arguments: dict[str, Any] = {"heads": kept.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}

@@ -49,9 +49,9 @@ class Variant:
         return f"{self.row.label or self.row.asked}: {text}" if text else ""
 
     def attention_ms(self, device: torch.device) -> float | None:
-        """Time in attention of the run since this was asked last; None where it is not measured, or not of each call.
+        """Time in attention since the last call of this method; None if it was not measured for every call.
 
-        On a GPU the device has come to rest by now, so its events can be read.
+        On a GPU the device is idle by now, so its events can be read.
         """
         account = self.account if self.account is not self._asked_before else None
         self._asked_before = self.account

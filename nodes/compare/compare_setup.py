@@ -58,7 +58,7 @@ class SetUp:
     def sample(
         self, model: Any, sigmas: torch.Tensor | None = None, on_step: Callable[..., None] | None = None
     ) -> torch.Tensor:
-        """Sample with `model` in place of the guider's own; on the CPU."""
+        """Sample with `model` instead of the guider's own; the result is on the CPU."""
         guider = copy.copy(self.guider)
         guider.model_patcher, guider.model_options = model, model.model_options
         result: torch.Tensor = guider.sample(

@@ -194,7 +194,7 @@ def make_row(number: int, label: str, report: dict[str, Any]) -> Row:
 def fallback_notes(rows: list[Row], reports: dict[int, dict[str, Any]]) -> list[str]:
     """For each branch in which some calls, not all, ran something else than was asked for: how many and why.
 
-    Calls that another pack computed are said apart: nobody here decided on them.
+    Calls that another pack computed have a separate note: they were not decided here.
     """
     notes = []
     for row, (number, report) in zip(rows, reports.items(), strict=True):
@@ -211,7 +211,7 @@ def fallback_notes(rows: list[Row], reports: dict[int, dict[str, Any]]) -> list[
 
 
 def not_counted_notes(reports: dict[int, dict[str, Any]]) -> list[str]:
-    """For each sampler of a branch that has no account: which one and why; times and rows are without it."""
+    """For each sampler of a branch that has no run report: which one and why; times and rows are without it."""
     return [
         f"branch {number}: node {one['node_id']} ({one['class_type']}) is not counted: {one['reason']}"
         for number, report in reports.items()

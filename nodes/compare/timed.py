@@ -32,11 +32,11 @@ class Timed(Override):
 
     @staticmethod
     def times(device: torch.device) -> bool:
-        """On the CPU a call is over when it returns: there the account has its time."""
+        """On the CPU a call is over when it returns: there the run report has its time."""
         return device.type == "cuda"
 
     def milliseconds(self) -> tuple[float, int]:
-        """Time of the calls since this was asked last, and how many they are; the device must have come to rest."""
+        """(time, number) of the calls since the last call of this method; the device must be idle."""
         pairs, self.pairs = self.pairs, []
         return sum(before.elapsed_time(behind) for before, behind in pairs), len(pairs)
 

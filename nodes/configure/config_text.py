@@ -122,7 +122,7 @@ class AttentionConfigText(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: Any = None, input_types: Any = None) -> bool | str:
-        """Check the name against the folder as it is now: files come and go after the page was loaded."""
+        """Check the name against the folder now: files may have changed since the page was loaded."""
         if problem := wrong_link(cls, input_types):
             return problem
         if file in (None, NO_FILE):

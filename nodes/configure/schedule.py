@@ -53,7 +53,7 @@ def check_precise(backend: str) -> None:
 
 
 def entry_of(backend: str, when: str, window: str, blocks: str, role: str) -> ScheduleEntry:
-    """The entry that the node's inputs stand for.
+    """The schedule entry from the node's inputs.
 
     Raises:
         ConfigError, UnknownBackendError: an input is not understood.

@@ -95,7 +95,7 @@ def signature(prompt: Prompt, node_id: str) -> str:
 
 
 def origin(prompt: Prompt, node_id: str) -> str | None:
-    """The node of the graph that a running node stands for: itself, or the one that ComfyUI expanded into it.
+    """The node of the graph that a running node belongs to: itself, or the one that ComfyUI expanded into it.
 
     The id of an expanded node begins with that of its origin and a point (`GraphBuilder.alloc_prefix`).
     """

@@ -167,7 +167,7 @@ def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[d
         if kept.maker.signature == wanted
         or (kept.maker.signature is None and (kept.account["prompt_id"], kept.maker.node_id) == here)
     ]
-    # Two equal nodes of one graph may have run both; a graph with other ids has none of its own.
+    # Two equal nodes of one graph may have run both; a graph with other ids has none.
     found = [kept for kept in found if kept.maker.node_id == node_id] or found
     made = [(kept.account["prompt_id"], kept.maker.node_id) for kept in found]
     of_one = [kept for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]

@@ -1,8 +1,7 @@
-"""Where attention calls come from: the modules that make them, each marked while one of its methods makes some.
+"""Where attention calls come from: the modules that make them, each marked while one of its methods makes calls.
 
-Which modules those are, and through which of their methods, is in `callers.py`. A marked module tells the current
-thread's model call when such a method begins and ends. The markers are the same objects in every run, and are on the
-model only during one.
+Which modules those are, and through which of their methods, is in `callers.py`. A marked module sets itself in the
+current thread's model call while such a method runs. The marks are on the model only during a run.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ current = threading.local()
 
 
 HOLDER = "comfy_attention"
-"""Where a module of ComfyUI 0.37 and newer has what the checkpoint prefers for its attention."""
+"""The attribute in which a module of ComfyUI 0.37 and newer holds the checkpoint's preferred attention."""
 
 
 class AttentionModule:
@@ -59,7 +58,7 @@ class AttentionModule:
         return self._module() is module
 
     def is_at_home(self, home: str) -> bool:
-        """Whether its class is of the same package as the model's class, which is in the Python module `home`."""
+        """Whether its class belongs to the package of `home`, the Python module of the model's class."""
         return self.class_module.partition(".")[0] == home.partition(".")[0]
 
     def preferred_attention(self, ordinal: int, holder: Any = None) -> Any:
@@ -67,14 +66,14 @@ class AttentionModule:
 
         Args:
             ordinal: the number of the call, from 0.
-            holder: what the call was made with; None where that is not known, as in a compiled graph.
+            holder: the module passed with the call; None if unknown, as in a compiled graph.
         """
         if holder is None:
             holder = self._holder(ordinal)
         return getattr(holder, "function", None)
 
     def _holder(self, ordinal: int) -> Any:
-        """Where such a preference is: at this module, where its family keeps it, or at modules within it, in order."""
+        """The module that holds the preference: this one, or the submodules that its family names, in order."""
         module = self._module()
         if self.preferred_at:
             for name in self.preferred_at[min(ordinal, len(self.preferred_at) - 1)].split("."):
@@ -87,9 +86,9 @@ class AttentionModule:
         return held[min(ordinal, len(held) - 1)] if held else None
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, or another method, telling the current thread's model call that it runs; after an exception too.
+        """Wrap a method: while it runs, this is the running module of the model call; cleared after exceptions.
 
-        While torch traces it tells the call instead, see `compiled`: the thread's model call is no part of a graph.
+        While torch traces, it passes its handle instead (`compiled`): the thread's model call is not in the graph.
         """
         handle, method = self.handle, getattr(forward, "__name__", "")
 
@@ -129,7 +128,7 @@ class AttentionModule:
         return self._with_code_of_its_own(marked_with_mask, method)
 
     def _without_model_call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The method runs in no model call of ours; in a sampler's step, that run is told."""
+        """The method runs outside our model calls; in a sampler's step, the run is notified."""
         output = forward(*args, **kwargs)
         run = getattr(current, "run", None)
         if run is not None:
@@ -137,7 +136,7 @@ class AttentionModule:
         return output
 
     def _unusual(self, model_call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward made another number of calls than usual: with fewer, another pack may have computed them."""
+        """The forward made an unusual number of calls; if fewer, another pack may have computed them."""
         if model_call.ordinal > self.most:
             self.most = model_call.ordinal
         else:
@@ -154,17 +153,17 @@ _codes: weakref.WeakKeyDictionary[type, dict[tuple[types.CodeType, str], types.C
 
 
 class Mark:
-    """Stands in for the methods by which one module makes attention calls, until every run has removed it.
+    """Replaces the methods by which one module makes attention calls, until every run has removed it.
 
-    One mark serves all runs on a module: with two of them, the run that ends first would leave the other's for good.
-    Stand-ins rather than a pair of forward hooks: a module with hooks takes torch's slow path at every call, and hooks
+    One mark serves all runs on a module: with two, the run that ends first would leave the other's in place for ever.
+    Replaced methods and not forward hooks: a module with hooks takes torch's slow path at every call, and hooks
     see `forward` alone.
     """
 
     __slots__ = ("_attention_module", "_home", "_marked", "_module", "_users")
 
     def __init__(self, module: torch.nn.Module, attention_module: AttentionModule | None, home: str) -> None:
-        """`attention_module` is None for a block, of which only a forward that another pack replaced is watched.
+        """`attention_module` is None for a block: only a forward that another pack replaced is watched.
 
         `home` is the Python module of the model's class.
         """
@@ -173,13 +172,13 @@ class Mark:
         self._attention_module = attention_module
         self._users = 0
         self._marked: dict[str, tuple[Any, Callable[..., Any]]] = {}
-        """By method: what stood in the module's own dictionary before, and what stands there now."""
+        """method -> (the entry in the module's `__dict__` before, our replacement)."""
 
     @classmethod
     def on(
         cls, module: torch.nn.Module, attention_module: AttentionModule | None, methods: tuple[str, ...], home: str
     ) -> Mark:
-        """The mark of a module, made by the first run that wants it."""
+        """The mark of a module, made by the first run that needs it."""
         with _marks_lock:
             mark = _marks.get(module)
             if mark is None:
@@ -189,7 +188,7 @@ class Mark:
             return mark
 
     def cover(self, methods: tuple[str, ...]) -> None:
-        """Stand in for these methods too."""
+        """Replace these methods too."""
         own = self._module.__dict__
         for name in methods:
             if name not in self._marked:
@@ -203,11 +202,11 @@ class Mark:
                 self._marked[name] = before, own[name]
 
     def stands(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """For each method: the dictionary of the module, the name in it, and the stand-in that it should hold."""
+        """For each method: the module's `__dict__`, the name in it, and our replacement."""
         return [(self._module.__dict__, name, marked) for name, (_, marked) in self._marked.items()]
 
     def renew(self) -> None:
-        """Stand in again for what somebody else has put in our place during the run."""
+        """Replace again the methods that other code replaced during the run."""
         own = self._module.__dict__
         with _marks_lock:
             gone = tuple(name for name, (_, marked) in self._marked.items() if own.get(name) is not marked)
@@ -216,7 +215,7 @@ class Mark:
             self.cover(gone)
 
     def remove(self) -> None:
-        """After the last run: put back what was there; leave alone what somebody else has put in our place since."""
+        """After the last run: restore the methods, except those that other code has replaced since."""
         with _marks_lock:
             self._users -= 1
             if self._users:
@@ -279,11 +278,11 @@ class Marks(list[Mark]):
         self.family = family_of_model(self.model)
         self._of: dict[torch.nn.Module, Mark] = {}
         self._models_own: dict[int, Any] = {}
-        """Forwards of blocks that were found to be no other pack's, by id: each is looked at once."""
+        """Forwards of blocks that are the model's own, by id: each is checked once."""
         self.cover()
 
     def cover(self) -> None:
-        """Mark every module of which it is known by now that it makes attention calls."""
+        """Mark every module known to make attention calls."""
         home = type(self.model).__module__
         for name, module in self.model.named_modules():
             methods = calling_methods(module) if name else ()
@@ -302,7 +301,7 @@ class Marks(list[Mark]):
         self._note_what_stands()
 
     def _blocks(self) -> list[torch.nn.Module]:
-        """The modules that have marked ones within, the model itself apart."""
+        """The modules that contain marked ones, without the model itself."""
         paths = {name for name, module in self.model.named_modules() if module in self._of}
         around = {path[:at] for path in paths for at, character in enumerate(path) if character == "."}
         return [module for name in around if (module := self.model.get_submodule(name)) not in self._of]
@@ -320,7 +319,7 @@ class Marks(list[Mark]):
                 known[id(forward)] = forward
 
     def _note_what_stands(self) -> None:
-        """Keep what `renew` compares: a model call asks each time, and hardly ever is anything replaced."""
+        """Store what `renew` compares at each model call; replacements are rare."""
         self._stands: list[tuple[dict[str, Any], str, Any]] = [
             (module.__dict__, "forward", module.__dict__.get("forward")) for module in self._around
         ]
@@ -330,7 +329,7 @@ class Marks(list[Mark]):
         self._forwards = [(kind, kind.forward) for kind in kinds]
 
     def renew(self) -> None:
-        """Before another model call: stand in for what others have replaced since."""
+        """Before another model call: replace again what other code has replaced since."""
         for own, name, value in self._stands:
             if own.get(name) is not value:
                 break
@@ -346,9 +345,9 @@ class Marks(list[Mark]):
         self._note_what_stands()
 
     def learn(self, caller: callers.Caller) -> AttentionModule | None:
-        """The attention module of a module that makes a call and had no mark; None where it is none of this model's.
+        """The attention module of an unmarked module that makes a call; None if it is not part of this model.
 
-        From now on all modules of its class are marked.
+        All modules of its class are marked from now on.
         """
         module = caller.module
         if module is None or module is self.model or module not in set(self.model.modules()):
@@ -364,10 +363,10 @@ def attach(diffusion_model: torch.nn.Module) -> Marks:
 
 
 def maker(model_call: Any) -> tuple[AttentionModule | None, Any]:
-    """The attention module of the call that is being planned, and the module that holds what is preferred for it, or
+    """The attention module of the call that is being planned, and the module that holds its preferred attention or
     None.
 
-    It is the marked module that is running, unless the stack says that a module within it makes the call.
+    The running marked module, unless the stack shows that a module within it makes the call.
     """
     caller = callers.caller()
     if caller.module is None or (

@@ -1,8 +1,8 @@
-"""Which methods of a module make attention calls: read from its code, and told by a call that is being made.
+"""Which methods of a module make attention calls: read from its code, or from the stack of a call.
 
-Read from code: a method counts when it reaches one of ComfyUI's attention functions, or calls a function that it is
-handed as one calls attention, without going through another module. What code does not show, for example a function
-that is taken out of a dictionary, is learnt from the first call: `caller` walks the stack that led to it.
+Read from code: a method counts when it reaches one of ComfyUI's attention functions, or calls a function argument as
+one calls attention, without going through another module. What code does not show, for example a function that is
+taken out of a dictionary, is learnt from the first call: `caller` walks its stack.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOOK_KEY = "optimized_attention_override"
 """The key by which ComfyUI's attention functions find an override: a function with it in its code asks the hook."""
 HOOKED_NAME = "optimized_attention"
 QUERY_KEY_VALUE = 3
-"""A function that a method is handed counts as attention when it is called with so many positional arguments."""
+"""A function argument counts as attention if it is called with at least this many positional arguments."""
 MOST_FRAMES = 200
 """How far up the stack a call's module is looked for."""
 
@@ -122,7 +122,7 @@ def _reaches_attention(module: torch.nn.Module, method: str) -> tuple[bool, set[
 
 
 def _references(function: types.FunctionType, owner: Any) -> Iterator[tuple[str, Any]]:
-    """What a function's code reads: (name, object) of functions, and (name, _SELF) of its own attributes.
+    """What a function's code reads: (name, object) of functions, and (name, _SELF) of attributes of `self`.
 
     `owner` is what its first argument is, or None for a function that is no method.
     """
@@ -202,7 +202,7 @@ def _asks_the_hook(code: types.CodeType) -> bool:
 
 
 def _calls_what_it_is_handed(function: types.FunctionType) -> bool:
-    """Whether a method calls one of its parameters with a query, a key and a value."""
+    """Whether a method calls one of its parameters with query, key and value."""
     code = function.__code__
     if code not in _handed:
         _handed[code] = _reads_a_handed_call(function)
@@ -226,14 +226,14 @@ def _reads_a_handed_call(function: types.FunctionType) -> bool:
 
 
 class Caller(NamedTuple):
-    """What the stack tells of the attention call that is being made."""
+    """Which module and method make the current attention call, from the stack."""
 
     module: torch.nn.Module | None
-    """The innermost module that is running, where it is its own code that calls, and not another pack's; else None."""
+    """The innermost module that is running, if its own code makes the call; None if another pack's code does."""
     method: str
     """The method of it that others called."""
     preferred: Any
-    """What the call was made with as `preferred_attention` (ComfyUI 0.37 and newer): a module, or None."""
+    """The call's argument `preferred_attention` (ComfyUI 0.37 and newer): a module, or None."""
 
 
 NO_CALLER = Caller(None, "", None)
@@ -243,7 +243,7 @@ _CALLS = ("_call_impl", "_wrapped_call_impl", "__call__")
 
 
 def caller() -> Caller:
-    """Which module makes the attention call that is running on this thread's stack. For planning: it takes long."""
+    """Which module makes the attention call that is running on this thread's stack. For planning only: it is slow."""
     frames = _frames()
     wrapper = next((place for place, frame in enumerate(frames) if _asks_the_hook(frame.f_code)), None)
     preferred = None
@@ -284,7 +284,7 @@ def _package_of(frame: types.FrameType) -> str:
 
 
 def _local(frame: types.FrameType, name: str) -> Any:
-    """A local variable of a running function, or None; nothing else of the function is kept alive by the look."""
+    """A local variable of a running function, or None; no other local is kept alive."""
     if name not in frame.f_code.co_varnames:
         return None
     found = frame.f_locals

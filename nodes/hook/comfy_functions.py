@@ -1,8 +1,8 @@
-"""ComfyUI's own attention functions: which one runs by itself, how exact it is, what the server was started with.
+"""ComfyUI's own attention functions: the default one, its accuracy, and the server's start-up flags.
 
-A function is known by its name in comfy/ldm/modules/attention.py, whatever wraps it. What no table knows counts as
-exact where ComfyUI calls it by itself, since that is what a picture without this pack is made with; where a checkpoint
-asks for it, it is watched by the guard as a quantized kernel is.
+A function is identified by its name in comfy/ldm/modules/attention.py, below any wrapper. An unknown one counts as
+exact if it is ComfyUI's default, since pictures without this pack are made with it; if a checkpoint asks for it, it
+counts as quantized and the guard checks it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KNOWN = {
         if backend.comfy_function
     },
 }
-"""Name -> what it is called in accounts, and its accuracy."""
+"""Name -> (its name in run reports, its accuracy)."""
 READS_BOOLEANS_WRONG = ("attention_basic", "attention_split", "attention_sub_quad", "attention_xformers")
 """They add boolean masks, or read them as weights; SDPA and the packages' kernels read them as torch does."""
 
@@ -50,7 +50,7 @@ def _known(name: str, preferred: bool) -> HostFunction:
 
 
 def host_function(func: Any, *, preferred: bool = False) -> HostFunction:
-    """What one of ComfyUI's functions is: one that it calls by itself, or one that a checkpoint asks for."""
+    """What one of ComfyUI's functions is: its default, or one that a checkpoint asks for."""
     return _known(name_of_function(func), preferred)
 
 
@@ -75,7 +75,7 @@ def forces_upcast(attn_precision: torch.dtype | None, dtype: torch.dtype) -> boo
 
 
 class Started(NamedTuple):
-    """What a ComfyUI server computes attention with by itself."""
+    """The attention function that a ComfyUI server uses by default."""
 
     function: HostFunction
     flag: str
@@ -114,7 +114,7 @@ FLAGS = (
 
 
 def started_with() -> Started:
-    """What this server runs by itself, as it is now: another pack may have replaced the function since it started.
+    """This server's default now: another pack may have replaced the function since the start.
 
     Raises:
         ImportError: there is no ComfyUI in this process.

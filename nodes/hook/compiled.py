@@ -1,7 +1,7 @@
 """Attention calls of models under torch.compile: in the graph each is one opaque op, and all else happens inside it.
 
 While torch traces, nothing of ours is decided, counted or logged. The op gets the call's tensors and two handles, one
-of the override and one of the module that calls. A handle is a tensor that holds a number: torch neither compiles its
+of the override and one of the calling module. A handle is a tensor that holds a number: torch neither compiles its
 value into the graph nor guards on it, so blocks, runs and branches with other settings share one compiled graph. When
 the op runs, its handles are looked up and the call goes the way of every other call, with real tensors.
 """
@@ -51,11 +51,11 @@ class Handles(Generic[T]):
         self._lock = threading.Lock()
 
     def new(self, thing: T) -> torch.Tensor:
-        """A handle for `thing`: int64, no dimensions, always on the CPU, so that reading it waits for no device."""
+        """A handle for `thing`: int64, no dimensions, always on the CPU, so that reading it does not wait."""
         with self._lock:
             number = next(self._numbers)
             self._objects[number] = thing
-        with torch.inference_mode(False):  # a tensor made under inference mode would be of another kind to a guard
+        with torch.inference_mode(False):  # guards treat inference tensors as another type
             return torch.tensor(number, dtype=torch.int64, device="cpu")
 
     def get(self, handle: torch.Tensor | None) -> T | None:
@@ -71,14 +71,14 @@ strangers: Handles[Stranger] = Handles()
 class Running:
     """The attention module whose forward is being traced: its handle, and how many calls it has made.
 
-    Only traces use it. In a trace it is a value like any other, and None again at the end, so that threads which run
-    compiled code at the same time see nothing of each other.
+    Only traces use it. It is a plain value in a trace and None at its end, so that threads that run compiled code at
+    the same time do not see each other's.
     """
 
     def __init__(self) -> None:
         self.attention_module: tuple[torch.Tensor, list[int]] | None = None
         self.asked: list[int] | None = None
-        """What the other pack's function that is being traced has asked us for: calls, and modules that made some."""
+        """[calls, modules that made calls] that reached us from the other pack's function being traced."""
 
 
 running = Running()
@@ -100,10 +100,10 @@ def traced_forward(handle: torch.Tensor, forward: Callable[..., Any], args: Any,
 def traced_stranger(
     stranger: torch.Tensor | None, other: Callable[..., Any], args: Any, kwargs: Any, *, of_block: bool = False
 ) -> Any:
-    """Another pack's function in a trace, in place of an attention, a block or a forward.
+    """Trace another pack's function that replaces an attention, a block or a forward.
 
-    A trace says how many of its calls come to us, not whether it computes attention by itself. Where none comes, the
-    run is told when the graph runs. So it is for `of_block`, a block's forward, with how many modules made calls.
+    A trace shows how many of its calls reach us, not whether it computes attention itself. If none does, the graph
+    notifies the run when it runs. For `of_block`, a block's forward, so does the number of modules that made calls.
 
     Args:
         stranger: the handle of a `Stranger`; None for a patch. That one's handle would be an input of the graph with a
@@ -116,13 +116,13 @@ def traced_stranger(
     finally:
         running.asked = outer
         if outer is not None:
-            outer[0] += made[0] or 1  # what is told is told once
+            outer[0] += made[0] or 1  # each is reported once
             outer[1] += made[1]
     return output if made[0] and not of_block else _telling(output, stranger, made[1])
 
 
 def _telling(output: Any, stranger: torch.Tensor | None, modules: int) -> Any:
-    """The output with its first tensor through the op that tells the run."""
+    """The output, its first tensor passed through the op that notifies the run."""
     if isinstance(output, torch.Tensor):
         return output if output.requires_grad else _told(output, stranger, modules)
     if isinstance(output, dict):
@@ -137,7 +137,7 @@ def _telling(output: Any, stranger: torch.Tensor | None, modules: int) -> Any:
 
 
 class Routed:
-    """What another pack's override gets as `func` in a trace: our op, as often as it likes."""
+    """What another pack's override gets as `func` in a trace: our op, for any number of calls."""
 
     def __init__(
         self, override: Override, func: Callable[..., torch.Tensor], ordinal: int, attention_module: Any
@@ -157,7 +157,7 @@ class Routed:
 
 def traced(override: Override, func: Callable[..., torch.Tensor], args: Any, kwargs: Any) -> torch.Tensor:
     """One attention call of ComfyUI's hook in a trace."""
-    if isinstance(func, Routed):  # another pack kept us below it; our later override decides
+    if isinstance(func, Routed):  # another pack calls us from below; our later override decides
         return func(*args, **kwargs)
     if running.asked is not None:
         running.asked[0] += 1
@@ -241,14 +241,14 @@ _library = torch.library.Library("attention_backends", "FRAGMENT")  # ops live a
 def _define(
     name: str, schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
-    """Make `run` an op. Each copy of this package in a process has ops of its own, since handles are its own too.
+    """Make `run` an op. Each copy of this package in a process has its own ops, since it has its own handles.
 
     `torch.library.custom_op` would do it in one call, but costs another 12 us at each run.
     """
     ops = torch.ops.attention_backends
     free = (f"{name}_{n}" if n > 1 else name for n in itertools.count(1))
     name = next(candidate for candidate in free if not hasattr(ops, candidate))
-    # What is replayed from a CUDA graph could neither change with the step nor be counted.
+    # Exclude it from CUDA graphs: a replay would skip our Python, so neither schedule nor counting.
     tags = ("pt2_compliant_tag", "cudagraph_unsafe", "needs_exact_strides")
     _library.define(name + schema, tags=[getattr(torch.Tag, tag) for tag in tags if hasattr(torch.Tag, tag)])
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -337,7 +337,7 @@ def _run_counted(
     ordinal: int,
     by_other: bool,
 ) -> torch.Tensor:
-    """The output of a call that did not run here, as it is, once the account has it."""
+    """Count a call that did not run here, and return its output unchanged."""
     asked = overrides.get(override)
     if asked is not None:
         asked.count_compiled(sites.get(attention_module), ordinal, query, key, by_other)
@@ -345,7 +345,7 @@ def _run_counted(
 
 
 def _run_told(output: torch.Tensor, stranger: torch.Tensor | None, modules: int) -> torch.Tensor:
-    """The output of another pack's function, as it is, once the run knows that it ran."""
+    """Tell the run that another pack's function ran, and return its output unchanged."""
     from .stand_ins import ran_in_graph  # which needs this module
 
     ran_in_graph(strangers.get(stranger), modules)

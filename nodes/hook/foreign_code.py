@@ -1,8 +1,8 @@
 """Finds code of other packs that runs inside a model call, between its attention calls.
 
-A mask's plan is kept from block to block only where nobody can write into the mask meanwhile, or make another one from
-the same source. Replaced methods and modules, class patches, hooks, wrappers, replaced functions of the model's own
-modules and torch's modes are looked for; what torch, ComfyUI and the model's own package bring is theirs to do.
+A mask plan is kept from block to block only if no other code can write into the mask meanwhile, or make another one
+from the same source. Looked for are replaced methods and modules, class patches, hooks, wrappers, replaced functions of
+the model's own modules, and torch's modes; code of torch, ComfyUI and the model's own package is trusted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class ForeignCode:
-    """What of one diffusion model is another pack's; looked through once, and again where something changed."""
+    """The code of other packs in one diffusion model; searched once, and again after a change."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -43,7 +43,7 @@ class ForeignCode:
         self._is_known = False
 
     def found(self) -> str:
-        """The first thing that is another pack's, in words; empty where there is none."""
+        """A description of the first code of another pack; empty if there is none."""
         if not self._is_known or self._changed():
             self._is_known = True
             self._found = self._look()
@@ -52,7 +52,7 @@ class ForeignCode:
     def _changed(self) -> bool:
         """Whether a module got or lost a hook, an attribute or a module, or has another method than it had.
 
-        A model has thousands of modules, and this is asked once in a model call: sizes are compared, not contents.
+        A model has thousands of modules and this runs in each model call, so sizes are compared, not contents.
         """
         return (
             sum(map(len, self._sized)) != self._size
@@ -100,7 +100,7 @@ class ForeignCode:
 
 
 def in_a_call(options: Mapping[str, Any]) -> str:
-    """What of another pack runs in any model call with these transformer options; empty where nothing does."""
+    """Code of another pack that runs in a model call with these transformer options; empty if none does."""
     for kind, held in (*(options.get("wrappers") or {}).items(), *(options.get("callbacks") or {}).items()):
         if str(kind).startswith(OUTSIDE_MODEL_CALLS):
             continue
@@ -118,7 +118,7 @@ def in_a_call(options: Mapping[str, Any]) -> str:
 
 
 def function_wrapper(model_options: Mapping[str, Any]) -> str:
-    """Another pack's function that calls the model in ComfyUI's place, and can change it for that time; or empty."""
+    """Another pack's function that calls the model instead of ComfyUI and may change it meanwhile; or empty."""
     found = model_options.get("model_function_wrapper")
     return f"a function around the model ({described(found)})" if found is not None and is_foreign(found) else ""
 
@@ -237,7 +237,7 @@ def package_of(module: str) -> str:
 
 
 OWN = package_of(__name__)
-"""This package: its stand-ins are as good as what they stand in for."""
+"""This package: its stand-ins count as what they replace."""
 
 
 def _is_allowed(package: str, home: frozenset[str]) -> bool:

@@ -1,8 +1,8 @@
 """The mask plans of one model call: each source mask is read once, and nothing is kept after the call.
 
 ComfyUI samples under inference_mode, where a tensor has no version to tell that it was written to. So a plan is kept
-under the mask's memory for one model call, and the mask with it, lest its memory be used again for another one; and
-only where no other pack's code runs between the blocks (`foreign_code.py`).
+under the mask's memory for one model call, and the mask with it, so that its memory is not reused for another one; and
+only if no other pack's code runs between the blocks (`foreign_code.py`).
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class Masks:
     __slots__ = ("_ask", "_plans", "_run", "not_kept")
 
     def __init__(self, run: Run, ask: Callable[[], str] | None = None) -> None:
-        """`ask` says why no plan may be kept in this model call; None outside of any. Asked at the first mask."""
+        """`ask` returns why no plan may be kept in this model call; None outside one. Called at the first mask."""
         self._run = run
         self._ask = ask
         self._plans: dict[tuple[Any, ...], tuple[torch.Tensor, MaskPlan]] = {}
         self.not_kept: str | None = OUTSIDE if ask is None else None
-        """Why no plan may be kept for a later call; empty inside a model call in which nobody else has a hand.
+        """Why no plan may be kept; empty if no other pack's code can change masks in this model call.
 
-        Keeping a plan means holding its mask, and trusting that nobody writes into it meanwhile. None until a mask
-        comes, since finding out takes a look at every module.
+        A kept plan holds a reference to its mask and relies on its values. None until the first mask, since the check
+        looks at every module.
         """
 
     def plan(self, mask: torch.Tensor, source: torch.Tensor | None, kv_len: int) -> MaskPlan:
         """The plan of a mask in one of ComfyUI's shapes, read now or earlier in this model call.
 
         Args:
-            source: the tensor that the model makes this mask from in every block, or None; equal sources stand for
+            source: the tensor that the model makes this mask from in every block, or None; equal sources mean
                 equal masks.
         """
         if self.not_kept is None:
@@ -61,7 +61,7 @@ class Masks:
         if self.not_kept:
             return self._plan_anew(mask, kv_len, self.not_kept)
         kept = mask if source is None else source
-        # How often it was written to in place, where torch counts that.
+        # The tensor's version, where torch counts writes in place.
         version = 0 if kept.is_inference() else kept._version
         key: tuple[Any, ...] = (mask.shape, mask.stride(), mask.dtype, kv_len, version, kept.data_ptr())
         if source is not None:
@@ -75,7 +75,7 @@ class Masks:
         return found[1]
 
     def _plan_anew(self, mask: torch.Tensor, kv_len: int, reason: str) -> MaskPlan:
-        """Reading a mask at every call costs little on the CPU; on an accelerator each would wait for it."""
+        """Read a mask again: cheap on the CPU; on an accelerator each reading waits for the device."""
         if mask.device.type == "cpu":
             return self._read(mask, kv_len)
         self._run.note(reason)

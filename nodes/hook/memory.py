@@ -1,4 +1,4 @@
-"""ComfyUI's estimate of a run's memory, told what the chosen kernels take beyond it; nothing of the model is written.
+"""Raises ComfyUI's memory estimate of a run by what the chosen kernels take beyond it; the model is not changed.
 
 ComfyUI decides from the latent's shape how much of a model it loads and how many prompts it batches. A kernel that
 builds the whole matrix of scores needs more than its formula knows. What a kernel needs is declared by the kernel
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 UNTOLD = "ComfyUI's own estimate of the memory stands, without what the chosen kernels take beyond it"
-"""How the note begins of a run whose estimate failed."""
+"""The beginning of the note of a run whose estimate failed."""
 MOST_SHAPES = 8
 """Latent shapes of one model whose calls are remembered."""
 
@@ -45,9 +45,9 @@ class Kind(NamedTuple):
     role: Role
     request: AttentionRequest
     copied: int = 0
-    """Bytes of what the mask's plan copies: gathered keys and values, packed tokens, the output of parts."""
+    """Bytes that the mask plan copies: gathered keys and values, packed tokens, the output of parts."""
     apart: bool = False
-    """The mask divides the batch: however many samples there are, the kernel sees as few at once as `request` says."""
+    """Batch does not scale with samples: the mask splits it, and `request.batch` is what the kernel sees at once."""
 
 
 Shape = tuple[float, ...]
@@ -55,7 +55,7 @@ _known: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[Shape, frozenset[
 
 
 class Place(NamedTuple):
-    """What a run's calls are remembered under."""
+    """The key under which a run's calls are remembered."""
 
     model: weakref.ref[torch.nn.Module]
     shape: Shape
@@ -122,7 +122,7 @@ def _requests(hook_plan: HookPlan) -> set[AttentionRequest]:
 
 
 def needed(layers: tuple[AttentionConfig, ...], kinds: frozenset[Kind], samples: int, device: torch.device) -> int:
-    """Bytes that the hungriest of these calls takes beyond what ComfyUI expects, for so many samples at once."""
+    """Bytes that the most expensive of these calls takes beyond ComfyUI's estimate, for `samples` samples at once."""
     router, accuracy = router_for(device), settings_of(layers).accuracy
     most = 0
     for kind in kinds:
@@ -152,8 +152,8 @@ def _choices(layers: tuple[AttentionConfig, ...], role: Role) -> list[Choice]:
 def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the loading of a model for a run: ask for the memory that the chosen kernels take as well.
 
-    ComfyUI's formula is proportional to the latent's size, so it is given the size for which it says as much more.
-    That is what its own node for context windows does too; the shape is for the estimate alone.
+    ComfyUI's formula is proportional to the latent's size, so it is called with a larger size.
+    ComfyUI's own node for context windows does so too; the shape is for the estimate alone.
     """
     model_options = kwargs.get("model_options") or (args[0] if args else None) or {}
     options = model_options.get("transformer_options", {})
@@ -174,7 +174,7 @@ def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds:
 
 
 def _told(override: Any, run: Run | None, model: Any, noise_shape: Any, conds: Any, windows: Any) -> Any:
-    """The latent's shape that stands for what this run takes; the run learns what is told of it."""
+    """The latent shape that makes ComfyUI reserve what this run takes; the run stores the reported bytes."""
     windowed = _window_of(windows, noise_shape)
     shape = noise_shape if windowed is None else windowed[0]
     place = place_of(model.model, shape)
@@ -189,7 +189,7 @@ def _told(override: Any, run: Run | None, model: Any, noise_shape: Any, conds: A
 
 
 def _wider(model: Any, noise_shape: Any, extra: int, at: int) -> list[int]:
-    """The shape for which the model's own estimate says `extra` bytes more, or a little above that.
+    """The shape for which the model's own estimate is at least `extra` bytes larger.
 
     Whole numbers, since other packs read the shape too.
     """
@@ -213,18 +213,18 @@ def _window_of(handler: Any, noise_shape: Any) -> tuple[list[int], int] | None:
 
 
 def told(model: Any, run: Run) -> Any:
-    """The model as the choice of how many prompts go into one model call asks it for its memory in this run."""
+    """The model with this run's estimate, for ComfyUI's choice of how many prompts go into one model call."""
     return Told(model, run.extra_bytes) if run.extra_bytes else model
 
 
 class Told:
-    """A `BaseModel` as it is in everything but its estimate; it stands in for the model during one call."""
+    """A proxy of a `BaseModel` with another memory estimate, used during one call."""
 
     def __init__(self, model: Any, extra_bytes: float) -> None:
         """`extra_bytes`: for each sample."""
         self.__dict__.update(_model=model, _extra=extra_bytes)
 
-    @property  # type: ignore[misc]  # object lets it be set, which nobody does with a stand-in
+    @property  # type: ignore[misc]  # object allows setting it; the proxy does not
     def __class__(self) -> Any:
         return type(self._model)
 
@@ -235,5 +235,5 @@ class Told:
         setattr(self._model, name, value)
 
     def memory_required(self, input_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the model itself says, and what the chosen kernels take for so many samples."""
+        """The model's own estimate plus what the chosen kernels take for these samples."""
         return self._model.memory_required(input_shape, *args, **kwargs) + self._extra * input_shape[0]

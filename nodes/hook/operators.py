@@ -1,7 +1,7 @@
 """The operators that another pack's function runs, watched to tell whether it computes attention.
 
-A patch that skips a block, or adds what it kept from an earlier step, looks from outside like one that computes
-attention: no call comes to us. `Work` tells them apart.
+A patch that skips a block, or adds a cached result of an earlier step, looks from outside like one that computes
+attention: no call reaches our hook. `Work` distinguishes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .attention_modules import current
 
 @contextmanager
 def counted_elsewhere() -> Iterator[None]:
-    """What another pack's override runs is counted for that: no watch around it looks at it too."""
+    """Another pack's override is counted elsewhere: watches around it ignore its operators."""
     works = _works()
     works.append(None)
     try:
@@ -31,7 +31,7 @@ def counted_elsewhere() -> Iterator[None]:
 
 
 def _works() -> list[Work | None]:
-    """The watches of this thread, the inmost last; None where something in it counts what it runs by itself."""
+    """The watches of this thread, innermost last; None for a part that is counted elsewhere."""
     found: list[Work | None] | None = getattr(current, "works", None)
     if found is None:
         found = current.works = []
@@ -56,7 +56,7 @@ class Work(TorchDispatchMode):
         self._product = False
         """A product of two activations, as attention makes, or a package's kernel; not only projections."""
         self._unfilled: dict[int, StorageWeakRef] = {}
-        """Memory that was asked for and that no operator of torch has filled: maybe a kernel's output."""
+        """Allocated memory that no operator of torch has filled: possibly a kernel's output."""
         self.attention = False
         """Certainly attention, and not ours: a function for it, or weights by softmax and then a product with them."""
         self._weights = False
@@ -123,11 +123,11 @@ _FILLING = ("copy_", "fill_", "zero_")
 _NO_ATTENTION = frozenset({"mm", "gemm", "linear", "quantize", "dequantize", "rope", "norm", "layernorm", "rmsnorm"})
 """Words in the names of packages' operators for weights of few bits, positions and norms."""
 _OURS = (f"{__package__}.hook_calls", "route")
-"""The function through which every call that comes to us goes."""
+"""The function that every call of our hook goes through."""
 
 
 def _kind(func: Any) -> int:
-    """What an operator says about who runs it."""
+    """What kind of work an operator shows."""
     namespace, _, name = (func.name() if hasattr(func, "name") else str(func)).rpartition("::")
     base, _, overload = name.partition(".")
     if base in _FILLING or overload.endswith("out"):
@@ -146,7 +146,7 @@ def _kind(func: Any) -> int:
 
 
 def _is_ours(frame: Any) -> bool:
-    """Whether an operator runs for a call that came to us."""
+    """Whether an operator runs inside a call of our hook."""
     while frame is not None and frame.f_code not in WATCHES:
         if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _OURS:
             return True
@@ -155,4 +155,4 @@ def _is_ours(frame: Any) -> bool:
 
 
 WATCHES: set[CodeType] = set()
-"""The functions in which a watch begins: what called them is not looked at."""
+"""The functions in which a watch begins; frames above them are ignored."""

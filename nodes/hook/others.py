@@ -1,7 +1,7 @@
-"""Who else computed attention of a model: counted, named and, under strict, refused.
+"""Attention that other packs computed in a model: counted, named and, under strict, refused.
 
-What came to us is known. What did not is found by what happened in a model call, not by names of packs. What others put
-into one is called through stand-ins (`stand_ins.py`). A marked module whose forward made fewer calls than usual asks
+Calls of our hook are known. Others are found by what happens in a model call, not by names of packs. What other packs
+put into it is called through stand-ins (`stand_ins.py`). A marked module whose forward made fewer calls than usual asks
 `Others.missed`: another override may have been put into its options inside the model call, all of ours may have been
 taken out of them, or its module's attention function was replaced. One that runs outside our model calls during a
 sampler's step asks `Others.ran_without_us`.
@@ -24,35 +24,35 @@ if TYPE_CHECKING:
     from .run import Run
 
 KEY = "attention_backends"
-"""Where our override stands in `transformer_options`, beside ComfyUI's own key for it."""
+"""The key of our override in `transformer_options`, beside ComfyUI's own key."""
 OVERRIDE = "optimized_attention_override"
 
 
 class Others:
-    """What others computed in one run, and where they stand."""
+    """What other packs computed in one run, and where they are in the graph."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._titles: dict[tuple[str, str, str], str] = {}
         self._habits: dict[Any, Habit] = {}
         self.on_top: Any = None
-        """The override that stood on top of ours at the last model call; None where ours did."""
+        """The override above ours at the last model call; None if ours was the top one."""
         self.at_start: Any = None
         """The override that was on the model when its sampler began; None where no sampler is known."""
 
     def habit(self, place: Any) -> Habit:
-        """What is known of the function that others put at this place."""
+        """The `Habit` of another pack's function at this place."""
         return self._habits.setdefault(place, Habit())
 
     def title(self, other: Any) -> str:
-        """What a person calls the node behind a function."""
+        """The title of the node that made a function."""
         key = whose.origin(other) if other is not None else ("", "", "")
         if key not in self._titles:
             self._titles[key] = whose.title_of(other, runs.queued(runs.executing()[0]))
         return self._titles[key]
 
     def stands(self, other: Any) -> str:
-        """Where an override stands in the graph, as far as that is certain; empty else."""
+        """Where an override is in the graph, if that is certain; else empty."""
         if other is self._run.override.foreign:
             selector = self._selector_below(other)
             return "before this node" if selector is None else f"and {self.title(selector)} before this node"
@@ -65,7 +65,7 @@ class Others:
         return self.at_start is None or whose.origin(other) == whose.origin(self.at_start)
 
     def order(self, other: Any) -> str:
-        """Which order of the nodes makes this node's choice hold; empty where none does."""
+        """Which order of the nodes makes this node's choice win; empty if none does."""
         title, selector = self.title(other), self._selector_below(other)
         if selector is not None:
             return f"put this pack's node in place of {self.title(selector)}, which stands before {title}"
@@ -74,11 +74,11 @@ class Others:
         return f"put this pack's node after {title} or in place of it"
 
     def _selector_below(self, other: Any) -> Any:
-        """The choice of a kernel below another pack's override that ours is composed with, and that wins below it."""
+        """The kernel selector below another pack's override that ours is composed with."""
         return whose.below(other, whose.is_selector) if other is self._run.override.foreign else None
 
     def around(self, options: dict[str, Any]) -> str:
-        """Who stands around the whole model with a wrapper of its own that ComfyUI calls; empty where nobody does."""
+        """Which pack wraps the whole model with a wrapper that ComfyUI calls; empty if none does."""
         wrappers = options.get("wrappers") or {}
         found = wrappers.get("diffusion_model") or {}
         held = [one for name, several in found.items() if name != KEY for one in several]
@@ -86,7 +86,7 @@ class Others:
         return ", ".join(dict.fromkeys(self.title(one) for one in held if whose.is_foreign(one, "comfy")))
 
     def _in_between(self, options: dict[str, Any]) -> Any:
-        """What of another pack stands between our node and the model's modules, as far as it is known; None else."""
+        """Another pack's object between our node and the model's modules, if known; else None."""
         wrappers = options.get("wrappers") or {}
         held = [self._run.function_wrapper]
         for kind in ("apply_model", "diffusion_model"):
@@ -96,10 +96,10 @@ class Others:
         return next((one for one in held if one is not None and whose.is_foreign(one, "comfy")), None)
 
     def watch(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Before a model call: see what others do in it. Returns what `options` held, to be put back."""
+        """Before a model call: put stand-ins around other packs' functions. Returns the original `options` entries."""
         before = {}
         installed: Any = options.get(OVERRIDE)
-        # In one step: on several cards another thread may ask meanwhile.
+        # In one step: with several cards another thread may read it meanwhile.
         self.on_top = None if installed is self._run.override else installed
         if self.on_top is not None:
             before[OVERRIDE] = installed
@@ -112,7 +112,7 @@ class Others:
         return before | watch_patches(options)
 
     def _inmost(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Within all other wrappers of a model call, which may have put patches into its options."""
+        """The innermost wrapper of a model call: wrappers around it may have put patches into its options."""
         options = kwargs.get("transformer_options")
         if options is None:
             options = next((one for one in args if isinstance(one, dict) and KEY in one), None)
@@ -134,7 +134,7 @@ class Others:
         options = kwargs.get("transformer_options")
         if options is None:
             options = next((one for one in args if isinstance(one, dict) and KEY in one), {})
-        elif KEY not in options and KEY in model_call.options:  # somebody took out what comes from our node
+        elif KEY not in options and KEY in model_call.options:  # other code removed our node's entries
             count(
                 model_call,
                 self._in_between(model_call.options),
@@ -144,7 +144,7 @@ class Others:
             return
         other = options.get(OVERRIDE)
         if isinstance(other, OnTop):
-            return  # it counts by itself
+            return  # it counts its calls
         if other is self._run.override or KEY not in options:
             homes = (type(marks.model).__module__ for marks in self._run.marks())
             other = _replaced_function(attention_module) if any(map(attention_module.is_at_home, homes)) else None
@@ -160,7 +160,7 @@ class Others:
         """A marked module ran in a sampler's step and in no model call of ours, maybe without our options."""
         options = kwargs.get("transformer_options")
         if not isinstance(options, dict) or KEY in options:
-            return  # its calls come to us all the same
+            return  # its calls reach our hook all the same
         tensor = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)), None)
         if tensor is not None:
             other = self._in_between({})
@@ -174,7 +174,7 @@ class Others:
 
 
 def _replaced_function(attention_module: attention_modules.AttentionModule) -> Any:
-    """What stands in place of ComfyUI's attention functions in the module that defines a class; None without any."""
+    """The function that replaced ComfyUI's attention in the module that defines a class; None if none did."""
     module = sys.modules.get(attention_module.class_module)
     for name, found in vars(module).items() if module is not None else ():
         named = "attention" in name or "attn" in name

@@ -42,7 +42,7 @@ def set_default(
 ) -> Any:
     """A clone of `model` whose default backend and settings are these; its per-role entries stay.
 
-    `recommended` switches on or off what is recommended for the family of this model; None leaves it as it is.
+    `recommended` switches the advisories for this model's family on or off; None keeps the earlier setting.
     """
     before, default = current_config(model), AttentionSpec(backend)
     config = replace(before, default=default, accuracy=accuracy, strict=strict, guard=guard)
@@ -57,9 +57,9 @@ def set_default(
 
 
 def set_role(model: Any, role: str, spec: AttentionSpec, said: tuple[str, ...] = ()) -> Any:
-    """A clone of `model` with one more per-role entry; the last writer of a role wins, and the account says so.
+    """A clone of `model` with one more per-role entry; the last writer of a role wins, with a note in the run report.
 
-    `said` is what there is to say about the name that the person wrote.
+    `said`: notes about the name that the person wrote.
     """
     config = current_config(model)
     if spec.is_auto:  # as if this node were not there
@@ -71,7 +71,7 @@ def set_role(model: Any, role: str, spec: AttentionSpec, said: tuple[str, ...] =
 
 
 def line_of_alias(name: str) -> tuple[str, ...]:
-    """What another system's name for a backend means here; nothing for a name of our menu."""
+    """The note about another system's name for a backend; none for a name of our menu."""
     line = line_of(name) if key_of(name) not in CHOICES else ""
     return (line,) if line else ()
 
@@ -87,7 +87,7 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
     """A clone of `model` with everything that `config` says; what it does not say stays as earlier nodes had it."""
     before = current_config(model)
     notes = config.notes
-    if config.record is not None:  # it says of every role and of the whole run what is to happen
+    if config.record is not None:  # a record decides every role of the whole run
         notes += _gone(before)
         before = replace(before, per_role={}, schedule=(), record=config.record)
     if not config.default.is_auto:
@@ -107,7 +107,7 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
 
 
 def _gone(earlier: AttentionConfig) -> tuple[str, ...]:
-    """The note about what earlier nodes said and a record takes the place of."""
+    """The note about settings of earlier nodes that a record replaces."""
     said = [f"role {role} ({spec.backend})" for role, spec in earlier.per_role.items()]
     said += [f"the schedule's {entry.describe()} ({entry.spec.backend})" for entry in earlier.schedule]
     said += ["an earlier record"] if earlier.record is not None else []

@@ -79,7 +79,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "sd3",
         ("MMDiT",),
-        # SD3.5 medium: the second call of a block is the picture by itself.
+        # SD3.5 medium: the second call of a block is the picture alone.
         ((r"joint_blocks\.\d+", (JOINT, Role("sd3.image_self", "self"))),),
         bypass="the context processor",
         preferred_at=("x_block.attn", "x_block.attn2"),
@@ -298,7 +298,7 @@ BYPASS_EVERYWHERE = "ControlNets, text encoders and the VAE, which run as models
 
 
 def bypass_of(family: Family | None) -> str:
-    """What the account of a run cannot count, for the report."""
+    """What the run report cannot count."""
     own = "" if family is None else family.bypass
     return "; ".join(filter(None, (own, BYPASS_EVERYWHERE)))
 

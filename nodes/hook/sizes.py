@@ -1,8 +1,8 @@
 """Before a model's first run: the attention calls that it will probably make, from the latent's shape and the model.
 
-Read from the model as it is: its patch size, the heads of its attention modules, the length of the prompt. What adds
-tokens besides (pictures, padding of the text) is left out, and a latent of video and audio in one row, whose shape is
-not told, gives nothing. After the first run the calls are known, see `memory.py`.
+Read from the model: its patch size, the heads of its attention modules, the length of the prompt. Other
+tokens (pictures, padding of the text) are left out, and a packed latent of video and audio, whose shape is
+unknown, gives no guess. After the first run the calls are known, see `memory.py`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _tokens(diffusion_model: torch.nn.Module, shape: tuple[float, ...]) -> int:
 
 
 def _patch(diffusion_model: torch.nn.Module) -> tuple[int, ...]:
-    """How much of the latent is one token, the last dimensions of it; one number stands for height and width."""
+    """How much of the latent is one token, the last dimensions of it; one number means height and width."""
     held = diffusion_model.__dict__
     size = held.get("patch_size", held.get("patch_spatial"))
     if isinstance(size, list | tuple) and all(type(number) is int and number > 0 for number in size):

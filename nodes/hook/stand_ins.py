@@ -1,11 +1,11 @@
-"""Stand-ins for what other packs put into a model call, each of which counts the attention that it computes past us.
+"""Stand-ins for other packs' functions in a model call; each counts attention that does not go through our hook.
 
 - an override on top of ours is replaced by an `OnTop` for the model call, which sees every call of the hook;
 - a patch that replaces a block or an attention is called through a `Replaced`;
 - a forward that is not the model's own runs in `watched`, whether of an attention module or of a block around some.
 
 `operators.py` tells computing from skipping: patches that return what they are given, or what they kept from an earlier
-step, compute no attention and count for nothing.
+step, compute no attention and are not counted.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 ON_TOP = "attention_backends_on_top"
 """The attribute of another pack's override that holds its `OnTop`, so that compiled graphs see the same object."""
 NOT_KNOWN = "-"
-"""Kind of mask of a call that did not come to us."""
+"""The mask kind of a call that did not reach our hook."""
 
 
 def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: str | None = None) -> None:
-    """Another pack computed calls of a role: into the account; once as a note.
+    """Count calls of a role that another pack computed, with one note.
 
     Raises:
         NoBackendError: a backend was named for this role, strictly.
@@ -69,7 +69,7 @@ def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: 
 
 
 class OnTop:
-    """Stands in for another pack's override during a model call and counts what that computes without asking us."""
+    """Replaces another pack's override during a model call and counts the calls that it does not pass to our hook."""
 
     def __init__(self, other: Callable[..., Any]) -> None:
         self.other = other
@@ -90,7 +90,7 @@ class OnTop:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """`container_function`, where the other override has one; and whatever else it has."""
+        """`container_function` and any other attribute of the other override."""
         if name in ("other", "__setstate__"):
             raise AttributeError(name)
         found = getattr(self.other, name)
@@ -114,7 +114,7 @@ class OnTop:
             output = call(*given, **kwargs)
         if model_call.routed + model_call.elsewhere == before:
             count(model_call, self.other, model_call.role(ordinal, q_len, kv_len))
-        model_call.ordinal = ordinal + 1  # however often the other one calls, it is one call of the model
+        model_call.ordinal = ordinal + 1  # one call of the model, for any number of calls of the other override
         return output
 
 
@@ -166,7 +166,7 @@ class Replaced:
 
 
 def watch_patches(options: dict[str, Any]) -> dict[str, Any]:
-    """Put a stand-in in place of each patch that replaces something. Returns what is to be put back."""
+    """Replace each patch in `patches_replace` by a stand-in. Returns the original entries."""
     replace = options.get("patches_replace")
     if not isinstance(replace, dict) or not any(
         not isinstance(patch, Replaced) for patches in replace.values() for patch in patches.values()
@@ -183,9 +183,9 @@ def watch_patches(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Habit:
-    """Whether a function of another pack always computes attention without calling us, so that few calls are watched.
+    """Whether a function of another pack always computes attention without our hook, so that few calls are watched.
 
-    Only that: one whose calls came to us may compute later, and what keeps results for some steps alternates.
+    One whose calls reached our hook may compute later, and one that caches results alternates.
     """
 
     __slots__ = ("_alike", "_calls")
@@ -195,12 +195,12 @@ class Habit:
         self._calls = 0
 
     def is_looked_at(self) -> bool:
-        """Whether the call that begins is watched: each one until it is known, then every eighth."""
+        """Whether the call that begins is watched: every one until the habit is known, then every `LOOK_EVERY`th."""
         self._calls += 1
         return self._alike < ALIKE or self._calls % LOOK_EVERY == 0
 
     def saw(self, work: Work | None, came: bool) -> bool:
-        """Whether attention was computed past us in the call that ended; `came`: some of its calls came to us."""
+        """Whether the call that ended computed attention without our hook; `came`: some of its calls reached it."""
         computed = not came if work is None else work.attention if came else work.likely and not work.left
         self._alike = self._alike + 1 if computed and not came else 0
         return computed
@@ -214,7 +214,7 @@ LOOK_EVERY = 8
 def watched(
     attention_module: attention_modules.AttentionModule | None, forward: Callable[..., Any], module: torch.nn.Module
 ) -> Callable[..., Any]:
-    """A forward that another pack put in place of a module's own, counting attention that it computes by itself.
+    """Wrap a forward that another pack put on a module; counts attention that it computes without our hook.
 
     `attention_module` is the module's; None for a block, whose forward others replace with the calls of the modules
     within.
@@ -263,7 +263,7 @@ WATCHES.update((Replaced.__call__.__code__, *(c for c in watched.__code__.co_con
 
 
 class Stranger:
-    """A forward of another pack that stands in place of a module's own; `block`: that module, where it is a block."""
+    """A forward of another pack that replaces a module's own; `block`: that module, if it is a block."""
 
     def __init__(self, forward: Callable[..., Any], block: torch.nn.Module | None) -> None:
         self.forward = forward
@@ -276,7 +276,7 @@ class Stranger:
 
 
 def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
-    """Another pack's function ran in a compiled graph and asked us for nothing, or for the calls of few modules.
+    """Another pack's function ran in a compiled graph and made no calls of our hook, or those of few modules.
 
     Args:
         stranger: the forward; None for a patch of the present model call.
@@ -317,7 +317,7 @@ def _attention_modules_of(original: Any, model_call: ModelCall) -> list[attentio
 
 
 def role_of(attention_module: attention_modules.AttentionModule, ordinal: int) -> Role:
-    """The role of a call that did not come to us, so that its lengths are not known."""
+    """The role of a call that did not reach our hook; its lengths are unknown."""
     return attention_module.role(ordinal, 0, 0)
 
 
@@ -329,7 +329,7 @@ def _content(cell: Any) -> Any:
 
 
 def _unet_block(args: tuple[Any, ...]) -> str:
-    """The block of a UNet that a replaced attention is in, named as elsewhere in the account."""
+    """The block of a UNet that a replaced attention is in, named as elsewhere in the run report."""
     extra = args[-1] if args and isinstance(args[-1], dict) else {}
     place = extra.get("block")
     if not isinstance(place, tuple) or len(place) < 2:

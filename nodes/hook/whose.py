@@ -1,4 +1,4 @@
-"""Names another pack's function as a person knows it: by the title of its node, or by the folder of its pack.
+"""Names the node or pack that made a function: the node's title, else the pack's folder.
 
 A function belongs to the node whose class defines it. Where several classes of a pack could have made it, the queued
 graph decides: the one node of that pack in it that gives a MODEL.
@@ -18,7 +18,7 @@ PURE_SELECTORS = re.compile(
     r"ModelPatcher\.set_model_optimized_attention\.<locals>\.optimized_attention_override"  # ComfyUI's own node
     r"|(.*\.)?attention_override_(pytorch|sage|xformers|flash)"  # KJNodes' loaders and patches, and packs after them
 )
-"""Names of overrides that only choose a kernel. Our node comes later in the graph, so its choice stands in place of
+"""Names of overrides that only choose a kernel. Our node comes later in the graph, so its choice replaces
 theirs; any other override is composed with.
 """
 MADE_BY = {"ModelPatcher.set_model_optimized_attention": ("ModelAttentionBackend", "Model Attention Backend")}
@@ -54,7 +54,7 @@ def below(func: Any, wanted: Callable[[Any], bool], depth: int = 0) -> Any:
 
 
 def _held(func: Any) -> Iterator[Any]:
-    """The callables that a function keeps: in its closure, as arguments of a partial, as attributes of its object."""
+    """The callables that a function refers to: closure, arguments of a partial, attributes of its object."""
     kept: list[Any] = []
     if isinstance(func, functools.partial):
         kept = [func.func, *func.args, *func.keywords.values()]

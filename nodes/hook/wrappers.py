@@ -1,7 +1,7 @@
 """The two wrappers through which ComfyUI begins and ends a sampling run and each of its model calls.
 
-The one around the run makes its `Run` and publishes its account. The one around a model call makes the run's
-`ModelCall` for that device current for the thread, and takes it away again whatever happens.
+The one around the run makes its `Run` and publishes its run report. The one around a model call makes the run's
+`ModelCall` for that device current for the thread, and clears it in `finally`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .sampler_loop import loop_step
 
 
 def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around one sampling run: make its `Run`, hand it to the model calls, publish its account at the end."""
+    """Around one sampling run: make its `Run`, hand it to the model calls, publish its run report at the end."""
     options = executor.class_obj.model_options.get("transformer_options", {})
     override = options.get(KEY)
     if override is None:
@@ -44,7 +44,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run.offer()
         if (refusal := run.unexplained()) is not None:
             run.run_report.stopped = outcome.of_error(refusal, strict=True)
-    except BaseException as error:  # a cancelled run too; its account is not a whole run's
+    except BaseException as error:  # also a cancelled run; its report is partial
         strict = settings_of(override.layers).strict
         run.run_report.stopped = stopped = outcome.of_error(error, strict=strict, cancelled=_is_cancelled(error))
         run.run_report.note(f"{outcome.UNFINISHED}: {stopped.cause or 'cancelled'}")
@@ -97,8 +97,8 @@ def _is_cancelled(error: BaseException) -> bool:
 
 
 def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around one model call: say which step it is, mark the model, make it current for this thread and clear that
-    again."""
+    """Around one model call: set its step, mark the model, make it current for this thread, and clear that
+    afterwards."""
     options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
     override = options.get(KEY)
     if override is None:

@@ -8,7 +8,7 @@
     POST settings    change settings of the machine
     GET  bug_report  machine, backends and last run as Markdown, without paths
 
-The measured choices have routes of their own, `measured_routes.py`.
+The routes of autotune's choices are in `measured_routes.py`.
 
 No answer holds a path, but for the interpreter in installation commands. Wrong requests get 4xx and {"error": why}.
 ComfyUI serves the same under /api/ and refuses other origins where it listens on this machine alone; what changes

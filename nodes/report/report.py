@@ -23,7 +23,7 @@ PICTURE = 3
 
 
 class AttentionReport(io.ComfyNode):
-    """LATENT in, the same LATENT out, and the account of the sampling run that made it."""
+    """LATENT in, the same LATENT out, and the run report of the sampling run that made it."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -77,9 +77,9 @@ class AttentionReport(io.ComfyNode):
 def find_run(
     prompt: graph.Prompt, node_id: str, prompt_id: str | None
 ) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
-    """The account of the samplers upstream of this node, or None; and the samplers that have none, nearest first.
+    """The merged run report of the samplers upstream, or None; and the samplers that have none, nearest first.
 
-    Stages, such as the two samplers of Wan 2.2 14B, become one account: steps and seconds are added up.
+    Stages, such as the two samplers of Wan 2.2 14B, become one report: steps and seconds are added up.
     """
     stages, missing = find_stages(prompt, node_id, prompt_id)
     return merged(stages) if stages else None, missing
@@ -88,9 +88,9 @@ def find_run(
 def find_stages(
     prompt: graph.Prompt, node_id: str, prompt_id: str | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The accounts of the samplers upstream of this node, oldest first; and the samplers that have none.
+    """The run reports of the samplers upstream of this node, oldest first; and the samplers that have none.
 
-    Only accounts of the executions that made what this node got count (`runs.of_node`), from an earlier prompt where
+    Only reports of the executions that made what this node got count (`runs.of_node`), from an earlier prompt where
     ComfyUI took a sampler from its cache.
     """
     upstream = graph.ancestors(prompt, node_id)
@@ -124,7 +124,7 @@ def is_sampler(class_type: str, known: Container[str]) -> bool:
 
 
 def why_not_counted(prompt: graph.Prompt, sampler: str, samplers: Container[str]) -> str:
-    """Why a sampler has no account: none of our nodes is between it and the samplers before it, or it is not kept."""
+    """Why a sampler has no run report: none of our nodes is between it and the samplers before it, or it is gone."""
     before = graph.ancestors(prompt, sampler, stop=samplers)
     if any(prompt[name]["class_type"] in runs.CHOOSERS for name in before):
         return f"no account is kept: it is older than the last {runs.KEPT} runs, or sampled a model without our patch"
@@ -132,7 +132,7 @@ def why_not_counted(prompt: graph.Prompt, sampler: str, samplers: Container[str]
 
 
 def merged(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """One account of one or more stages, oldest first."""
+    """One run report of one or more stages, oldest first."""
     if len(stages) == 1:
         return stages[0]
     seconds = [stage["seconds"] for stage in stages]
@@ -195,7 +195,7 @@ def about_times(run: dict[str, Any]) -> str:
 
 
 def not_counted(report: dict[str, Any]) -> list[str]:
-    """One line for each sampler that has no account."""
+    """One line for each sampler that has no run report."""
     missing = report.get("not_counted", ())
     return [f"node {one['node_id']} ({one['class_type']}): {one['reason']}" for one in missing]
 

@@ -49,7 +49,7 @@ COLUMNS = (
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The rows of an account with blocks of one role and path added up: the cells of `COLUMNS`, most calls first."""
+    """The rows of a run report with blocks of one role and path added up: the cells of `COLUMNS`, most calls first."""
     sums: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         path = tuple(row[name] for name in ("role", "backend", "member", "mask", "reason"))
