@@ -174,7 +174,7 @@ def cards_of(backend: Backend, platform: Platform) -> Cards:
     """The cards that a backend declares, for the versions that are installed."""
     if isinstance(backend, BackendGroup):
         return Cards(backend.kinds, members=tuple(member.id for member in backend.every_member()))
-    cards = backend.cards(platform)
+    cards = backend.capabilities(platform)
     dotted = None if cards is None else tuple(f"{major}.{minor}" for major, minor in cards)
     least = f"{backend.min_capability[0]}.{backend.min_capability[1]}" if backend.min_capability else None
     return Cards(backend.kinds, least, dotted, backend.architectures)

@@ -114,7 +114,7 @@ class Backend:
         if platform.kind not in self.kinds:
             return [f"device {platform.kind} not in ({', '.join(self.kinds)})"]
         reasons = []
-        cards = self.cards(platform)
+        cards = self.capabilities(platform)
         if platform.kind == "cuda" and (self.min_capability or cards is not None):
             if platform.capability is None:
                 reasons.append("compute capability unknown")
@@ -138,7 +138,7 @@ class Backend:
         """How far it may be off on this machine."""
         return tolerance(self.arithmetic_on(platform), sparse=self.accuracy == "sparse")
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...] | None:
+    def capabilities(self, platform: Platform) -> tuple[tuple[int, int], ...] | None:
         """The only CUDA compute capabilities that it has kernels for; None for any from `min_capability`."""
         return None
 

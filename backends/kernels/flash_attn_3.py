@@ -46,7 +46,7 @@ class FlashAttn3(FlashAttention):
     hub = HubKernel("kernels-community/flash-attn3", 1, ((9, 0),))
     limits = Limits(HeadDim(max=256), HeadDimMultiple(8), NO_MASK, Batch(GRID))
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+    def capabilities(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((9, 0),)
 
 

@@ -74,10 +74,10 @@ class SageAttn(sage.SageBackend):
     )
     comfy_function = "attention_sage"
     requires = (sage.REQUIREMENT,)
-    packages = (FIRST, *sage.SECOND_PACKAGES)
+    packages = (FIRST, *sage.SAGE2_PACKAGES)
     symbols = (
-        Symbols("sageattention", ("sageattn",), "sageattention<2", foreign=(sage.SECOND_ONLY,)),
-        sage.second_symbols("sageattn", "sageattn_qk_int8_pv_fp16_triton"),
+        Symbols("sageattention", ("sageattn",), "sageattention<2", foreign=(sage.SAGE2_ONLY,)),
+        sage.sage2_symbols("sageattn", "sageattn_qk_int8_pv_fp16_triton"),
     )
     tested_on = (
         "cuda:7.5,packages=sageattention==1.0.6;triton==3.2.0",
@@ -103,35 +103,35 @@ class SageAttn(sage.SageBackend):
         Heads(GRID),
     )
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
-        return sage.build(platform).attn if sage.is_second(platform) else FIRST_CARDS
+    def capabilities(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+        return sage.build(platform).attn if sage.is_sage2(platform) else FIRST_CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
-        if not sage.is_second(platform):
+        if not sage.is_sage2(platform):
             return self.limits
         hopper = platform.capability == (9, 0)  # there it runs the sm90 kernel
-        return sage.without_noise(sage.SECOND_LIMITS if hopper else sage.build(platform).limits(), platform)
+        return sage.without_noise(sage.SAGE2_LIMITS if hopper else sage.build(platform).limits(), platform)
 
     def arithmetic_on(self, platform: Platform) -> str:
         """That of the kernel that it runs; version 1 keeps values in a half type."""
-        return kernel_of(platform).arithmetic if sage.is_second(platform) else self.arithmetic
+        return kernel_of(platform).arithmetic if sage.is_sage2(platform) else self.arithmetic
 
     def member(self, request: AttentionRequest, platform: Platform) -> str | None:
-        if not sage.is_second(platform):
+        if not sage.is_sage2(platform):
             return f"sageattention {sage.installed(platform).public}"
         kernel = kernel_of(platform)
         return TRITON if kernel.reads_tail and request.kv_len % sage.TAIL_BLOCK else kernel.id
 
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
-        if options.get("smooth_k", True) or not sage.is_second(platform):
+        if options.get("smooth_k", True) or not sage.is_sage2(platform):
             return []
         return [
-            f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; {picked(platform)}, "
-            "which it runs here, has one"
+            f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; "
+            f"{dispatched_kernel(platform)}, which it runs here, has one"
         ]
 
     def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel:
-        if not sage.is_second(platform):
+        if not sage.is_sage2(platform):
             return _first(smooth_k)
         return _second(platform)
 
@@ -142,7 +142,7 @@ class SageAttn(sage.SageBackend):
         return sage.load_varlen(smooth_k)
 
 
-def picked(platform: Platform) -> str:
+def dispatched_kernel(platform: Platform) -> str:
     """The kernel that `sageattn` of 2.x runs on this card, as the id of its own backend."""
     if platform.capability in sage.build(platform).triton_on:
         return TRITON
@@ -153,14 +153,14 @@ def picked(platform: Platform) -> str:
 
 def kernel_of(platform: Platform) -> sage.SageBackend:
     """The backend of that kernel."""
-    return cast("sage.SageBackend", find(picked(platform)))
+    return cast("sage.SageBackend", find(dispatched_kernel(platform)))
 
 
 def _first(smooth_k: bool) -> Kernel:
     import sageattention
 
-    if hasattr(sageattention, sage.SECOND_ONLY):
-        raise ImportError(f"metadata says sageattention 1.x, but {sageattention.__file__} has {sage.SECOND_ONLY}")
+    if hasattr(sageattention, sage.SAGE2_ONLY):
+        raise ImportError(f"metadata says sageattention 1.x, but {sageattention.__file__} has {sage.SAGE2_ONLY}")
     sageattn = sageattention.sageattn
 
     def run(call: AttentionCall) -> torch.Tensor:
@@ -183,7 +183,7 @@ def _first(smooth_k: bool) -> Kernel:
 
 
 def _second(platform: Platform) -> Kernel:
-    module, picks = sage.import_second(), kernel_of(platform)
+    module, picks = sage.import_sage2(), kernel_of(platform)
     picks.check(module)
     reads_tail = picks.reads_tail
     sageattn, triton = module.sageattn, module.sageattn_qk_int8_pv_fp16_triton

@@ -92,7 +92,7 @@ class SageAttn3(sage.SageBackend):
         Heads(GRID),
     )
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+    def capabilities(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((10, 0), (12, 0), (12, 1))  # what setup.py builds; sm103 is not among them
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:

@@ -24,7 +24,7 @@ class SageFP16Cuda(sage.SageCuda):
     function = "sageattn_qk_int8_pv_fp16_cuda"
     flag = "SM80_ENABLED"
     reads_tail = True
-    symbols = (sage.second_symbols(function),)
+    symbols = (sage.sage2_symbols(function),)
     tested_on = (
         "cuda:8.0,packages=sageattention==2.1.1;triton==3.6.0",
         "cuda:8.6,packages=sageattention==2.2.0;triton==3.6.0",
@@ -44,7 +44,7 @@ class SageFP16Cuda(sage.SageCuda):
         sage.SMOOTH_V,
     )
 
-    def cards(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Cards:
         return sage.build(platform).fp16_cuda
 
     def limits_on(self, platform: Platform) -> Limits:

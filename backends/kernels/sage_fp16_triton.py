@@ -42,8 +42,8 @@ class SageFP16Triton(sage.SageBackend):
     aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_triton"),)
     min_capability = (7, 5)
     requires = (sage.REQUIREMENT, "sageattention>=2")
-    packages = sage.SECOND_PACKAGES
-    symbols = (sage.second_symbols("sageattn_qk_int8_pv_fp16_triton"),)
+    packages = sage.SAGE2_PACKAGES
+    symbols = (sage.sage2_symbols("sageattn_qk_int8_pv_fp16_triton"),)
     tested_on = (
         "cuda:8.9,packages=sageattention==2.1.1;triton==3.6.0",
         "cuda:8.9,packages=sageattention==2.2.0;triton==3.6.0",
@@ -59,9 +59,9 @@ class SageFP16Triton(sage.SageBackend):
             choices=("triton", "cuda"),
         ),
     )
-    limits = sage.SECOND_LIMITS
+    limits = sage.SAGE2_LIMITS
 
-    def cards(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Cards:
         return CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
@@ -71,7 +71,7 @@ class SageFP16Triton(sage.SageBackend):
     def load(self, platform: Platform, *, smooth_k: bool = True, quantization_backend: str = "triton") -> Kernel:
         import torch
 
-        kernel = sage.import_second().sageattn_qk_int8_pv_fp16_triton
+        kernel = sage.import_sage2().sageattn_qk_int8_pv_fp16_triton
         settings = {"smooth_k": smooth_k, "quantization_backend": quantization_backend}
         chosen = sage.taken(kernel, platform, self.options, settings)
         # A build of 2.2.0 from before August 2025 has no such parameter, and drops a mask in **kwargs.

@@ -26,7 +26,7 @@ class SageFP8Cuda(sage.SageCuda):
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda"
     flag = "SM89_ENABLED"
-    symbols = (sage.second_symbols(function),)
+    symbols = (sage.sage2_symbols(function),)
     tested_on = (
         "cuda:8.9,packages=sageattention==2.1.1;triton==3.6.0",
         "cuda:8.9,packages=sageattention==2.2.0;triton==3.6.0",
@@ -47,7 +47,7 @@ class SageFP8Cuda(sage.SageCuda):
         sage.SMOOTH_V,
     )
 
-    def cards(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Cards:
         return sage.build(platform).fp8_cuda
 
     def limits_on(self, platform: Platform) -> Limits:

@@ -25,7 +25,7 @@ class SageFP8SM90(sage.SageCuda):
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
     flag = "SM90_ENABLED"
-    symbols = (sage.second_symbols(function),)
+    symbols = (sage.sage2_symbols(function),)
     tested_on = (
         "cuda:9.0,packages=sageattention==2.2.0;triton==3.6.0",
         "cuda:9.0,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
@@ -42,7 +42,7 @@ class SageFP8SM90(sage.SageCuda):
         sage.SMOOTH_K,
     )
 
-    def cards(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Cards:
         return ((9, 0),)
 
     def limits_on(self, platform: Platform) -> Limits:

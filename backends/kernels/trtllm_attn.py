@@ -46,7 +46,7 @@ class TRTLLMAttn(Backend):
     remarks = ("needs flashinfer-cubin, or downloads allowed by ATTENTION_BACKENDS_HUB=1",)
     limits = Limits(HeadDimIn((128,)), NO_MASK, Elements(), Batch(GRID), Heads(GRID))
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+    def capabilities(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((10, 0), (10, 3))
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:

@@ -161,7 +161,7 @@ def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
     return lines
 
 
-def offers(family: str, run_report: RunReport) -> list[str]:
+def unused_advisories(family: str, run_report: RunReport) -> list[str]:
     """After a run: a note for each advisory that was off and would have changed a call of this run."""
     layers = run_report.layers
     if not layers or any(layer.recommended for layer in layers):
@@ -192,7 +192,7 @@ def _is_masked(row: Row) -> bool:
     return row.mask != "none" and NOTHING_HIDDEN not in row.mask
 
 
-def nothing_for(family: str, layers: tuple[AttentionConfig, ...]) -> str:
+def note_without_advisory(family: str, layers: tuple[AttentionConfig, ...]) -> str:
     """The note where advisories are on and the family has none; empty where kernels are exact anyway."""
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
     if (BACKENDS[asked].accuracy if asked is not None and asked in BACKENDS else accuracy) == "exact":

@@ -239,7 +239,7 @@ class RunReport:
             "rows": rows,
             "guard": worst_first(self.rows.values()),
             "tuning": self.tuning.as_dict(),
-            "outcome": outcome.of_trace(self).as_dict(),
+            "outcome": outcome.of_run_report(self).as_dict(),
             "audit": [finding.as_dict() for finding in asked_and_ran(self)],
             "notes": notes,
         }
@@ -255,5 +255,5 @@ class RunReport:
                 fallbacks += row.calls if row.reason and not row.by_another else 0
         parts = [f"{role} {backend} {calls} calls" for (role, backend), calls in totals.items()]
         ended = [f"{fallbacks} fallbacks"] if fallbacks else []
-        said = outcome.of_trace(self).text
+        said = outcome.of_run_report(self).text
         return "; ".join([", ".join(parts or ["no attention call reached us"]), *ended, *([said] if said else [])])

@@ -78,7 +78,7 @@ def first_line(error: BaseException) -> str:
     return next(filter(None, lines), "an error without a message")
 
 
-def of_trace(run_report: RunReport) -> Outcome:
+def of_run_report(run_report: RunReport) -> Outcome:
     """The outcome of a finished run, from its run report."""
     if run_report.stopped is not None:
         return run_report.stopped

@@ -28,11 +28,11 @@ NO_MODEL = (
 NUMBERING = secrets.token_hex(4)
 """Names this process's numbers: after a restart of the server they begin again."""
 GOING_ON = outcome.Outcome(outcome.RUNNING)
-CHOOSERS = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionSchedule")
+CONFIG_NODES = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionSchedule")
 """Our nodes that decide something, as they stand in a graph."""
 
 
-class Maker(NamedTuple):
+class SamplerNode(NamedTuple):
     """The node of the graph that sampled, as it stood in the queue; no `signature` where there was no queue."""
 
     node_id: str | None
@@ -42,24 +42,24 @@ class Maker(NamedTuple):
     """The mark of the page's workflow that queued it. In no account, as these are written into reports."""
 
 
-class Kept(NamedTuple):
+class FinishedRun(NamedTuple):
     """A run that is over. `account` is what other modules see."""
 
     account: dict[str, Any]
     summary: dict[str, Any]
     windows: list[dict[str, object]]
-    maker: Maker
+    sampler_node: SamplerNode
     record: dict[str, Any] | None = None
     """Its decisions, as node Attention Record writes them."""
-    parts: tuple[Kept, ...] = ()
+    parts: tuple[FinishedRun, ...] = ()
     """The runs that this entry is of, oldest first, where they are several (`together`)."""
 
 
-_runs: deque[Kept] = deque(maxlen=KEPT)
-_live: dict[int, tuple[dict[str, Any], RunReport, Maker]] = {}
+_runs: deque[FinishedRun] = deque(maxlen=KEPT)
+_live: dict[int, tuple[dict[str, Any], RunReport, SamplerNode]] = {}
 _numbers = itertools.count(1)
 _lock = threading.Lock()
-_open: list[list[Kept]] = []
+_open: list[list[FinishedRun]] = []
 """What `together` collects at the moment, in any thread."""
 _of_thread = threading.local()
 """`parts`: the list of `_open` that this thread's runs go to."""
@@ -71,14 +71,16 @@ def begin(run_report: RunReport) -> None:
     prompt, by = _entry(prompt_id)
     sampler = graph.origin(prompt, node_id) if node_id is not None else None
     if sampler is None:
-        nodes, maker = [], Maker(node_id, "", None, by)
+        nodes, sampler_node = [], SamplerNode(node_id, "", None, by)
     else:
-        nodes = _choosers(prompt, sampler)
-        maker = Maker(sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler), by)
-    run_report.node_id = maker.node_id or ""
+        nodes = _config_nodes(prompt, sampler)
+        sampler_node = SamplerNode(
+            sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler), by
+        )
+    run_report.node_id = sampler_node.node_id or ""
     with _lock:
         head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
-        _live[id(run_report)] = head, run_report, maker
+        _live[id(run_report)] = head, run_report, sampler_node
 
 
 def executing() -> tuple[str | None, str | None]:
@@ -96,10 +98,12 @@ def add(run_report: RunReport) -> None:
     if id(run_report) not in _live:
         begin(run_report)
     with _lock:
-        head, _, maker = _live.pop(id(run_report))
+        head, _, sampler_node = _live.pop(id(run_report))
         account = {**head, **run_report.as_dict()}
         decided = record.of_run(run_report)
-        kept = Kept(account, _summary(account, state(account), maker), run_report.windows(), maker, decided)
+        kept = FinishedRun(
+            account, _summary(account, state(account), sampler_node), run_report.windows(), sampler_node, decided
+        )
         parts = getattr(_of_thread, "parts", None)
         if parts is None:
             _runs.appendleft(kept)
@@ -110,10 +114,10 @@ def add(run_report: RunReport) -> None:
 
 
 @contextmanager
-def together() -> Iterator[list[Kept]]:
+def together() -> Iterator[list[FinishedRun]]:
     """Keep the runs that this thread ends inside the `with` as one entry; what is taken off the list is not kept."""
     before = getattr(_of_thread, "parts", None)
-    parts: list[Kept] = []
+    parts: list[FinishedRun] = []
     _of_thread.parts = parts
     with _lock:
         _open.append(parts)
@@ -127,7 +131,7 @@ def together() -> Iterator[list[Kept]]:
                 _runs.appendleft(_joined(parts))
 
 
-def _joined(parts: list[Kept]) -> Kept:
+def _joined(parts: list[FinishedRun]) -> FinishedRun:
     """One entry of several runs: the account of the last one, which says so, and all of them in `compared`."""
     last = parts[-1]
     if len(parts) == 1:
@@ -164,12 +168,12 @@ def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[d
     found = [
         kept
         for kept in done
-        if kept.maker.signature == wanted
-        or (kept.maker.signature is None and (kept.account["prompt_id"], kept.maker.node_id) == here)
+        if kept.sampler_node.signature == wanted
+        or (kept.sampler_node.signature is None and (kept.account["prompt_id"], kept.sampler_node.node_id) == here)
     ]
     # Two equal nodes of one graph may have run both; a graph with other ids has none.
-    found = [kept for kept in found if kept.maker.node_id == node_id] or found
-    made = [(kept.account["prompt_id"], kept.maker.node_id) for kept in found]
+    found = [kept for kept in found if kept.sampler_node.node_id == node_id] or found
+    made = [(kept.account["prompt_id"], kept.sampler_node.node_id) for kept in found]
     of_one = [kept for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
     return [part.account for kept in of_one for part in (kept.parts or (kept,))]
 
@@ -183,12 +187,12 @@ def decisions(number: int) -> dict[str, Any] | None:
 def sampling_classes() -> set[str]:
     """Classes of the nodes whose accounts are kept: whatever they are called, they sample."""
     with _lock:
-        return {kept.maker.class_type for kept in _runs}
+        return {kept.sampler_node.class_type for kept in _runs}
 
 
 def summaries() -> list[dict[str, Any]]:
     """One short entry for each run: those that are going on, then the last ones, newest first."""
-    live = [_summary(run, "running", maker) for run, maker in _going_on()]
+    live = [_summary(run, "running", sampler_node) for run, sampler_node in _going_on()]
     with _lock:
         return live + [kept.summary for kept in _runs]
 
@@ -202,7 +206,7 @@ def find(number: int) -> dict[str, Any] | None:
     return next(({**run, "state": "running"} for run, _ in _going_on() if run["number"] == number), None)
 
 
-def _all() -> Iterator[Kept]:
+def _all() -> Iterator[FinishedRun]:
     """Every run that can be asked for by its number: entries, the parts of those, and what is being collected."""
     for kept in _runs:
         yield kept
@@ -216,7 +220,7 @@ def state(account: dict[str, Any]) -> str:
     return "stopped" if account["outcome"]["kind"] in outcome.STOPPED else "done"
 
 
-def _summary(account: dict[str, Any], state: str, maker: Maker) -> dict[str, Any]:
+def _summary(account: dict[str, Any], state: str, sampler_node: SamplerNode) -> dict[str, Any]:
     totals: dict[tuple[str, str], int] = {}
     for row in account["rows"]:
         key = row["role"], row["backend"]
@@ -224,7 +228,7 @@ def _summary(account: dict[str, Any], state: str, maker: Maker) -> dict[str, Any
     names = ("number", "prompt_id", "node_id", "nodes", "model", "device", "steps", "seconds")
     return {
         **{name: account[name] for name in names},
-        "queued_by": maker.queued_by,
+        "queued_by": sampler_node.queued_by,
         "state": state,
         "tuning": account["tuning"],
         "calls": sum(totals.values()),
@@ -236,19 +240,19 @@ def _summary(account: dict[str, Any], state: str, maker: Maker) -> dict[str, Any
     }
 
 
-def _going_on() -> list[tuple[dict[str, Any], Maker]]:
+def _going_on() -> list[tuple[dict[str, Any], SamplerNode]]:
     """The accounts of the runs that are going on, as they are now, newest first."""
     with _lock:
         live = list(_live.values())
     found = []
-    for head, run_report, maker in reversed(live):
+    for head, run_report, sampler_node in reversed(live):
         # The sampler's thread writes to these while we read: each copy is one step of the interpreter.
         now = replace(
             run_report, rows=dict(run_report.rows), notes=dict(run_report.notes),
             categories=dict(run_report.categories),
             stopped=run_report.stopped or GOING_ON,
         )  # fmt: skip
-        found.append(({**head, **now.as_dict(), "windows": now.windows()}, maker))
+        found.append(({**head, **now.as_dict(), "windows": now.windows()}, sampler_node))
     return found
 
 
@@ -274,7 +278,7 @@ def _entry(prompt_id: str | None) -> tuple[graph.Prompt, str | None]:
     return ({}, None) if entry is None else (entry[2], queued_by.mark_of(entry[3]))
 
 
-def _choosers(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:
+def _config_nodes(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:
     """Our nodes on the model of the sampler that runs: id, class and backend, so that a page can write beside them.
 
     None where the node compares models: which of them a run is of, and whose backend, the graph does not say.
@@ -285,7 +289,7 @@ def _choosers(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:
     return [
         {"id": name, "class_type": node["class_type"], "backend": str(node["inputs"].get("backend", ""))}
         for name, node in nodes
-        if node["class_type"] in CHOOSERS
+        if node["class_type"] in CONFIG_NODES
     ]
 
 

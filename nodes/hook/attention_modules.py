@@ -152,7 +152,7 @@ class AttentionModule:
 _codes: weakref.WeakKeyDictionary[type, dict[tuple[types.CodeType, str], types.CodeType]] = weakref.WeakKeyDictionary()
 
 
-class Mark:
+class ForwardPatch:
     """Replaces the methods by which one module makes attention calls, until every run has removed it.
 
     One mark serves all runs on a module: with two, the run that ends first would leave the other's in place for ever.
@@ -177,7 +177,7 @@ class Mark:
     @classmethod
     def on(
         cls, module: torch.nn.Module, attention_module: AttentionModule | None, methods: tuple[str, ...], home: str
-    ) -> Mark:
+    ) -> ForwardPatch:
         """The mark of a module, made by the first run that needs it."""
         with _marks_lock:
             mark = _marks.get(module)
@@ -231,7 +231,7 @@ class Mark:
                     own[name] = before
 
 
-_marks: dict[torch.nn.Module, Mark] = {}
+_marks: dict[torch.nn.Module, ForwardPatch] = {}
 _marks_lock = threading.Lock()
 
 
@@ -269,14 +269,14 @@ def family_of_model(diffusion_model: torch.nn.Module) -> Family | None:
     return family_of(tuple(names))
 
 
-class Marks(list[Mark]):
+class ForwardPatches(list[ForwardPatch]):
     """The marks of one model in one run."""
 
     def __init__(self, diffusion_model: torch.nn.Module) -> None:
         super().__init__()
         self.model = getattr(diffusion_model, "_orig_mod", diffusion_model)
         self.family = family_of_model(self.model)
-        self._of: dict[torch.nn.Module, Mark] = {}
+        self._of: dict[torch.nn.Module, ForwardPatch] = {}
         self._models_own: dict[int, Any] = {}
         """Forwards of blocks that are the model's own, by id: each is checked once."""
         self.cover()
@@ -294,7 +294,7 @@ class Marks(list[Mark]):
             elif methods:
                 attention_module = _site_of(module, name.replace("._orig_mod", ""), self.family)
                 attention_module.most = 0
-                self._of[module] = mark = Mark.on(module, attention_module, methods, home)
+                self._of[module] = mark = ForwardPatch.on(module, attention_module, methods, home)
                 self.append(mark)
         self._around = self._blocks()
         self._cover_blocks()
@@ -313,7 +313,7 @@ class Marks(list[Mark]):
             if known.get(id(forward)) is forward or module in self._of:
                 continue
             if whose.is_foreign(forward, home):
-                self._of[module] = mark = Mark.on(module, None, ("forward",), home)
+                self._of[module] = mark = ForwardPatch.on(module, None, ("forward",), home)
                 self.append(mark)
             else:
                 known[id(forward)] = forward
@@ -357,9 +357,9 @@ class Marks(list[Mark]):
         return _sites.get(module)
 
 
-def attach(diffusion_model: torch.nn.Module) -> Marks:
+def patch_forwards(diffusion_model: torch.nn.Module) -> ForwardPatches:
     """Mark every attention module of a model; each mark is removed by its `remove`."""
-    return Marks(diffusion_model)
+    return ForwardPatches(diffusion_model)
 
 
 def maker(model_call: Any) -> tuple[AttentionModule | None, Any]:

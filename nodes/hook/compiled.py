@@ -124,7 +124,7 @@ def traced_stranger(
 def _telling(output: Any, stranger: torch.Tensor | None, modules: int) -> Any:
     """The output, its first tensor passed through the op that notifies the run."""
     if isinstance(output, torch.Tensor):
-        return output if output.requires_grad else _told(output, stranger, modules)
+        return output if output.requires_grad else _reported(output, stranger, modules)
     if isinstance(output, dict):
         for name, part in output.items():
             if isinstance(part, torch.Tensor):
@@ -344,7 +344,7 @@ def _run_counted(
     return output.clone()
 
 
-def _run_told(output: torch.Tensor, stranger: torch.Tensor | None, modules: int) -> torch.Tensor:
+def _run_reported(output: torch.Tensor, stranger: torch.Tensor | None, modules: int) -> torch.Tensor:
     """Tell the run that another pack's function ran, and return its output unchanged."""
     from .stand_ins import ran_in_graph  # which needs this module
 
@@ -370,4 +370,6 @@ _counted = _define(
     _run_counted,
     _fake_counted,
 )
-_told = _define("told", "(Tensor output, Tensor? stranger, int modules) -> Tensor", _run_told, _fake_counted)
+_reported = _define(
+    "reported", "(Tensor output, Tensor? stranger, int modules) -> Tensor", _run_reported, _fake_counted
+)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attention_backends")
 
-UNTOLD = "ComfyUI's own estimate of the memory stands, without what the chosen kernels take beyond it"
+ESTIMATE_FAILED = "ComfyUI's own estimate of the memory stands, without what the chosen kernels take beyond it"
 """The beginning of the note of a run whose estimate failed."""
 MOST_SHAPES = 8
 """Latent shapes of one model whose calls are remembered."""
@@ -161,11 +161,13 @@ def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds:
     if override is not None:
         run = run if run is not None and run.override is override else None
         try:
-            noise_shape = _told(override, run, model, noise_shape, conds, model_options.get("context_handler"))
+            noise_shape = _adjusted_shape(
+                override, run, model, noise_shape, conds, model_options.get("context_handler")
+            )
         except Exception as error:  # a model or a latent of an unknown kind: an estimate is not worth a run
             if is_out_of_memory(error) or is_cuda_fault(error):
                 raise
-            text = f"{UNTOLD}: {type(error).__name__}: {error}"
+            text = f"{ESTIMATE_FAILED}: {type(error).__name__}: {error}"
             if run is not None:
                 run.note(text)
             else:
@@ -173,7 +175,7 @@ def prepare_sampling_wrapper(executor: Any, model: Any, noise_shape: Any, conds:
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 
-def _told(override: Any, run: Run | None, model: Any, noise_shape: Any, conds: Any, windows: Any) -> Any:
+def _adjusted_shape(override: Any, run: Run | None, model: Any, noise_shape: Any, conds: Any, windows: Any) -> Any:
     """The latent shape that makes ComfyUI reserve what this run takes; the run stores the reported bytes."""
     windowed = _window_of(windows, noise_shape)
     shape = noise_shape if windowed is None else windowed[0]
@@ -185,10 +187,10 @@ def _told(override: Any, run: Run | None, model: Any, noise_shape: Any, conds: A
     if not extra:
         return shape
     cut_last = windowed is not None and windowed[1] == len(shape) - 1
-    return _wider(model.model, shape, extra, at=-2 if cut_last else -1)
+    return _shape_for(model.model, shape, extra, at=-2 if cut_last else -1)
 
 
-def _wider(model: Any, noise_shape: Any, extra: int, at: int) -> list[int]:
+def _shape_for(model: Any, noise_shape: Any, extra: int, at: int) -> list[int]:
     """The shape for which the model's own estimate is at least `extra` bytes larger.
 
     Whole numbers, since other packs read the shape too.
@@ -212,12 +214,12 @@ def _window_of(handler: Any, noise_shape: Any) -> tuple[list[int], int] | None:
     return shape, dim
 
 
-def told(model: Any, run: Run) -> Any:
+def with_estimate(model: Any, run: Run) -> Any:
     """The model with this run's estimate, for ComfyUI's choice of how many prompts go into one model call."""
-    return Told(model, run.extra_bytes) if run.extra_bytes else model
+    return EstimateProxy(model, run.extra_bytes) if run.extra_bytes else model
 
 
-class Told:
+class EstimateProxy:
     """A proxy of a `BaseModel` with another memory estimate, used during one call."""
 
     def __init__(self, model: Any, extra_bytes: float) -> None:

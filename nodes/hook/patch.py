@@ -15,7 +15,7 @@ from ...backends.config.schedule import ScheduleEntry
 from ...backends.config.systems import key_of, line_of
 from ...backends.config.text import from_environment
 from ...backends.engine.priorities import default_line
-from ...backends.observe.advisories import for_family, nothing_for
+from ...backends.observe.advisories import for_family, note_without_advisory
 from . import attention_modules
 from .memory import prepare_sampling_wrapper
 from .others import KEY, OVERRIDE
@@ -51,7 +51,7 @@ def set_default(
         family = attention_modules.family_of_model(model.model.diffusion_model)
         name = family.name if family is not None else ""
         config = replace(config, recommended=for_family(name) if recommended else ())
-        if recommended and (note := nothing_for(name, (config, *from_environment(above=(config,))))):
+        if recommended and (note := note_without_advisory(name, (config, *from_environment(above=(config,))))):
             notes += (note,)
     return _patched(model, config, notes)
 

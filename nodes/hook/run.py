@@ -22,7 +22,7 @@ from ...backends.doctor.bench import synchronise
 from ...backends.engine.router import Router
 from ...backends.engine.session import Session
 from ...backends.kernels.registry import detect
-from ...backends.observe.advisories import offers
+from ...backends.observe.advisories import unused_advisories
 from ...backends.observe.autotune.tuner import Tuner
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
@@ -76,7 +76,7 @@ class Run:
         self.family = ""
         """Of the model, as `roles.py` names it; empty where that does not know it."""
         self._scopes: dict[torch.device, ModelCall] = {}
-        self._marks: dict[int, attention_modules.Marks] = {}
+        self._marks: dict[int, attention_modules.ForwardPatches] = {}
         self._started: float | None = None
         self.samples = 0
         """Most samples in one model call so far: prompts that ComfyUI batches count each."""
@@ -120,7 +120,7 @@ class Run:
         if id(model) in self._marks:
             self._marks[id(model)].renew()
         else:
-            self._marks[id(model)] = attention_modules.attach(model.diffusion_model)
+            self._marks[id(model)] = attention_modules.patch_forwards(model.diffusion_model)
             self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
             self.run_report.model = type(model).__name__
             family = attention_modules.family_of_model(model.diffusion_model)
@@ -182,7 +182,7 @@ class Run:
 
     def offer(self) -> None:
         """At the end of a whole run: say what is recommended for this model and was not switched on."""
-        for text in offers(self.family, self.run_report):
+        for text in unused_advisories(self.family, self.run_report):
             if self.run_report.note(text):
                 log.info("%s", text)
 
@@ -217,7 +217,7 @@ class Run:
             self._marks.clear()
             self._code.clear()
 
-    def marks(self) -> list[attention_modules.Marks]:
+    def marks(self) -> list[attention_modules.ForwardPatches]:
         """The marks of each model that this run has called so far."""
         return list(self._marks.values())
 

@@ -79,7 +79,7 @@ def calc_cond_batch_wrapper(
     if not run.over and hasattr(model, "diffusion_model"):
         run.mark(model, options)  # here, since another pack may call the model without the wrapper below
     try:
-        return executor(memory.told(model, run), conds, x_in, timestep, model_options)
+        return executor(memory.with_estimate(model, run), conds, x_in, timestep, model_options)
     finally:
         run.step, attention_modules.current.run = before, outer
 

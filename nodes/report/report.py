@@ -126,7 +126,7 @@ def is_sampler(class_type: str, known: Container[str]) -> bool:
 def why_not_counted(prompt: graph.Prompt, sampler: str, samplers: Container[str]) -> str:
     """Why a sampler has no run report: none of our nodes is between it and the samplers before it, or it is gone."""
     before = graph.ancestors(prompt, sampler, stop=samplers)
-    if any(prompt[name]["class_type"] in runs.CHOOSERS for name in before):
+    if any(prompt[name]["class_type"] in runs.CONFIG_NODES for name in before):
         return f"no account is kept: it is older than the last {runs.KEPT} runs, or sampled a model without our patch"
     return "this sampler ran without our patch"
 

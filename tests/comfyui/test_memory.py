@@ -349,7 +349,7 @@ def test_context_windows_are_what_the_model_sees(comfy: Any, dim: int) -> None:
 
 
 @pytest.mark.comfy
-@pytest.mark.parametrize("broken", ["expected_requests", "_wider", "place_of", "_kinds"])
+@pytest.mark.parametrize("broken", ["expected_requests", "_shape_for", "place_of", "_kinds"])
 def test_an_estimate_that_fails_costs_no_run(comfy: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model, a latent or a prompt of a kind that nobody thought of."""
 
@@ -365,7 +365,7 @@ def test_an_estimate_that_fails_costs_no_run(comfy: Any, broken: str, monkeypatc
     assert marks_left(stock.model) == []
     if broken != "_kinds":
         assert loaded.last() == before
-        assert any(note.startswith(memory.UNTOLD) and "unheard of" in note for note in last_run()["notes"])
+        assert any(note.startswith(memory.ESTIMATE_FAILED) and "unheard of" in note for note in last_run()["notes"])
 
 
 @pytest.mark.comfy

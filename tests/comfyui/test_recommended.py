@@ -30,8 +30,8 @@ from attention_backends.backends.observe.advisories import (  # noqa: E402
     NOT_USED,
     QUANTIZED,
     for_family,
-    offers,
     recommended_page,
+    unused_advisories,
 )
 from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.report.audit import AS_ASKED, asked_and_ran  # noqa: E402
@@ -215,9 +215,9 @@ def test_what_is_offered_depends_on_whose_word_it_was(source: str, offered: int)
     run_report = RunReport(layers=(replace(layers()[0], recommended=()),))
     run_report.categories["ltx2.audio_to_video"] = "cross"
     run_report.row("ltx2.audio_to_video", "transformer_blocks.0", INT8, source, "none", None, INT8).calls = 1
-    assert len(offers("ltx2", run_report)) == offered
-    assert offers("flux", run_report) == []
-    assert offers("ltx2", replace(run_report, layers=layers())) == [], "it was on"
+    assert len(unused_advisories("ltx2", run_report)) == offered
+    assert unused_advisories("flux", run_report) == []
+    assert unused_advisories("ltx2", replace(run_report, layers=layers())) == [], "it was on"
 
 
 # Masked calls, as an entry of any schedule

@@ -189,8 +189,8 @@ def test_a_model_of_which_nothing_comes_to_us(snapshot: SnapshotAssertion) -> No
 
 
 def test_the_op_is_what_it_declares() -> None:
-    told = nodes_module("hook.compiled")._told
-    torch.library.opcheck(told, (torch.ones(2, 3).mT, None, 0), test_utils=("test_schema", "test_faketensor"))
+    reported = nodes_module("hook.compiled")._reported
+    torch.library.opcheck(reported, (torch.ones(2, 3).mT, None, 0), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_patch_that_a_wrapper_inside_the_graph_puts_there() -> None:

@@ -93,7 +93,7 @@ class Sample(Backend):
     )
     limits = Limits(HeadDim(max=128), Masks(("none", "bool")), GroupedHeads(taken=False))
 
-    def cards(self, platform: Platform) -> tuple[tuple[int, int], ...]:
+    def capabilities(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((7, 5), (8, 0), (8, 6), (9, 0))
 
     def limits_on(self, platform: Platform) -> Limits:

@@ -122,7 +122,7 @@ def test_other_packages_in_pre_releases() -> None:
     assert BACKENDS["flash_attn_2"].unavailable_reasons(on((8, 0), ("flash-attn", "2.6.3rc1"))) == []
     assert BACKENDS["flash_attn_2"].unavailable_reasons(on((12, 0), ("flash-attn", "2.7.3.dev1"))) == []
     assert BACKENDS["flash_attn_4"].unavailable_reasons(on((9, 0), ("flash-attn-4", "4.0.0b4"))) != []
-    assert sage.is_second(on((8, 9), ("sageattention", "2.2.0a1"), TRITON))
+    assert sage.is_sage2(on((8, 9), ("sageattention", "2.2.0a1"), TRITON))
     from attention_backends.backends.kernels import sage_fp8_cuda
 
     assert sage_fp8_cuda.accumulator(on((8, 9), ("sageattention", "2.2.0rc1"), TRITON)) == "fp32+fp16"

@@ -11,7 +11,7 @@ from attention_backends.backends.engine.router import Decision, Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.report import RunReport
 from attention_backends.backends.report.audit import UnexplainedError, asked_and_ran, line, merged, unexplained
-from attention_backends.backends.report.outcome import of_trace
+from attention_backends.backends.report.outcome import of_run_report
 from attention_backends.backends.values.platform import Platform, parse_platform
 from attention_backends.backends.values.request import parse_request
 from syrupy.assertion import SnapshotAssertion
@@ -118,8 +118,8 @@ def test_a_role_without_calls_is_not_missing_where_others_ran_unseen() -> None:
     run_report.unseen["A node"] = None
     assert verdicts(run_report) == {"self": "as asked", "cross": "not reached"}
     (_, cross) = asked_and_ran(run_report)
-    assert cross.reasons == (of_trace(run_report).cause,)
-    assert (of_trace(run_report).kind, of_trace(run_report).cause.startswith("A node ")) == ("partly", True)
+    assert cross.reasons == (of_run_report(run_report).cause,)
+    assert (of_run_report(run_report).kind, of_run_report(run_report).cause.startswith("A node ")) == ("partly", True)
 
 
 def test_self_from_a_text_was_never_called_where_there_is_joint_attention_only(snapshot: SnapshotAssertion) -> None:

@@ -85,7 +85,7 @@ def test_masks_from_post2_on_in_the_triton_kernel_alone(version: str) -> None:
     ],
 )
 def test_what_sageattn_runs_on_sm86(version: str, picked: str) -> None:
-    assert sage_attn.picked(machine(version, "8.6")) == picked
+    assert sage_attn.dispatched_kernel(machine(version, "8.6")) == picked
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_each_row_of_the_table_is_reached_and_says_something_else_than_its_neigh
 def test_doctor_recommends_a_wheel_of_the_table(snapshot: SnapshotAssertion) -> None:
     """Its limits are those that the support table promises."""
     versions: Mapping[str, int] = {version: post(version) for version in FORK}
-    (windows_wheel,) = (package for package in sage.SECOND_PACKAGES if "win32" in package.systems)
+    (windows_wheel,) = (package for package in sage.SAGE2_PACKAGES if "win32" in package.systems)
     assert windows_wheel.version in versions
     for kernel in KERNELS:
         assert windows_wheel in BACKENDS[kernel].packages

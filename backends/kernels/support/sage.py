@@ -36,7 +36,7 @@ REQUIREMENT = "sageattention>=1.0.6,!=2.0.*,!=2.1.0"
 
 SOURCES = "https://github.com/thu-ml/SageAttention"
 
-SECOND_PACKAGES = (
+SAGE2_PACKAGES = (
     Package(
         "sageattention",
         "sageattention",
@@ -83,11 +83,11 @@ class KeyBlock(Rule):
         return f"kv_len a multiple of {self.of}" + ("" if self.causal else " unless causal")
 
 
-SECOND_LIMITS = Limits(HeadDim(max=128), NO_MASK, Elements(padded=(64, 128)), Batch(GRID), Heads(GRID))
+SAGE2_LIMITS = Limits(HeadDim(max=128), NO_MASK, Elements(padded=(64, 128)), Batch(GRID), Heads(GRID))
 """2.1.1 and 2.2.0, sageattention/core.py: head sizes are padded to 64 or 128, offsets are 32 bits wide, batch and
 heads are grid dimensions."""
 
-WIDE_LIMITS = SECOND_LIMITS.but(HeadDim(max=256), Elements(padded=(64, 128, 256)))
+WIDE_LIMITS = SAGE2_LIMITS.but(HeadDim(max=256), Elements(padded=(64, 128, 256)))
 """woct0rdho's wheels from post5 on: `pad_qkv` of sageattention/core.py pads to 256 too, but for the sm90 kernel."""
 
 Cards = tuple[tuple[int, int], ...]
@@ -111,8 +111,8 @@ class Build:
     asks_cuda: bool = False
 
     def limits(self) -> Limits:
-        """What its kernels take, but for the sm90 kernel, which stays at `SECOND_LIMITS`."""
-        return WIDE_LIMITS if self.wide else SECOND_LIMITS
+        """What its kernels take, but for the sm90 kernel, which stays at `SAGE2_LIMITS`."""
+        return WIDE_LIMITS if self.wide else SAGE2_LIMITS
 
 
 _RELEASED: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
@@ -155,13 +155,13 @@ sm100 and sm121, for which the sources can be built: a probe tells.
 WHEEL = re.compile(r"cu(?P<cuda>\d{3})torch2(\.\d+){1,2}(andhigher)?(\.post(?P<post>\d+))?")
 """The local part of the version of woct0rdho's wheels, as .github/workflows/build-sageattn.yml of his makes it."""
 
-SECOND_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
+SAGE2_ONLY = "sageattn_qk_int8_pv_fp16_cuda"
 """A name that 1.x does not have."""
 
 
-def second_symbols(*names: str) -> Symbols:
+def sage2_symbols(*names: str) -> Symbols:
     """What a kernel takes from 2.x."""
-    return Symbols("sageattention", tuple(dict.fromkeys((*names, SECOND_ONLY))), "sageattention>=2")
+    return Symbols("sageattention", tuple(dict.fromkeys((*names, SAGE2_ONLY))), "sageattention>=2")
 
 
 TAIL_BLOCK = 64
@@ -188,7 +188,7 @@ def installed(platform: Platform) -> Version:
     return read(platform.version("sageattention") or "") or Version("0")
 
 
-def is_second(platform: Platform) -> bool:
+def is_sage2(platform: Platform) -> bool:
     """True for 2.x, false for 1.x."""
     return installed(platform).major >= 2
 
@@ -250,7 +250,7 @@ def scale_of(call: AttentionCall) -> float:
     return float(call.query.shape[-1] ** -0.5) if call.scale is None else call.scale
 
 
-def import_second() -> ModuleType:
+def import_sage2() -> ModuleType:
     """Import sageattention 2.x.
 
     Raises:
@@ -259,8 +259,8 @@ def import_second() -> ModuleType:
     import sageattention
 
     module: ModuleType = sageattention
-    if not hasattr(module, SECOND_ONLY):
-        raise ImportError(f"metadata says sageattention 2.x, but {module.__file__} has no {SECOND_ONLY}")
+    if not hasattr(module, SAGE2_ONLY):
+        raise ImportError(f"metadata says sageattention 2.x, but {module.__file__} has no {SAGE2_ONLY}")
     return module
 
 
@@ -299,9 +299,9 @@ def varlen_limits(platform: Platform) -> Limits | None:
     """
     if platform.capability in ((12, 0), (12, 1)):
         return None
-    if is_second(platform):
+    if is_sage2(platform):
         return build(platform).limits()
-    return SECOND_LIMITS.but(HeadDimIn((64, 128)))
+    return SAGE2_LIMITS.but(HeadDimIn((64, 128)))
 
 
 def load_varlen(smooth_k: bool) -> VarlenKernel:
@@ -364,8 +364,8 @@ class SageCuda(SageBackend):
     """One CUDA kernel of sageattention 2.x under its own name, `function` of the package."""
 
     requires = (REQUIREMENT, "sageattention>=2")
-    packages = SECOND_PACKAGES
-    limits = SECOND_LIMITS
+    packages = SAGE2_PACKAGES
+    limits = SAGE2_LIMITS
     function: ClassVar[str]
     flag: ClassVar[str]
     """The name by which sageattention.core says whether this kernel was built."""
@@ -388,7 +388,7 @@ class SageCuda(SageBackend):
             ImportError: the installed build does not have the kernel, or a faulty one.
             NotImplementedError: the installed version does not have an option.
         """
-        module = import_second()
+        module = import_sage2()
         self.check(module)
         function = getattr(module, self.function)
         if settings.get("qk_quant_gran") == AS_PACKAGE:

@@ -15,7 +15,7 @@ from ...config.layers import settings_of
 from ...config.record_format import FORMAT, MARK, machine_of, normal
 from ...measure.remembered import own_version
 from ...values.request import AttentionRequest
-from .run_recorder import Ran, RunRecorder
+from .run_recorder import KernelUsed, RunRecorder
 
 if TYPE_CHECKING:
     from ...report import RunReport
@@ -104,7 +104,7 @@ def ranges(blocks: Iterable[str]) -> list[str]:
 def _decisions(recorder: RunRecorder) -> list[dict[str, Any]]:
     """Blocks and kinds of call with equal decisions in one entry."""
     blocks: dict[tuple[str, AttentionRequest, str], list[str]] = {}
-    ran_of: dict[str, tuple[tuple[int, Ran], ...]] = {}
+    ran_of: dict[str, tuple[tuple[int, KernelUsed], ...]] = {}
     for kind, ran in recorder.decisions():
         ran_of[repr(ran)] = ran
         blocks.setdefault((kind.role, kind.request, repr(ran)), []).append(kind.block)
@@ -123,7 +123,7 @@ def _decisions(recorder: RunRecorder) -> list[dict[str, Any]]:
     ]
 
 
-def _ran(ran: Ran) -> dict[str, Any]:
+def _ran(ran: KernelUsed) -> dict[str, Any]:
     said = {
         "member": ran.member,
         "options": dict(ran.options),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...values.platform import Platform
 
 
-class Ran(NamedTuple):
+class KernelUsed(NamedTuple):
     """What ran calls of one kind."""
 
     backend: str
@@ -29,12 +29,12 @@ class Ran(NamedTuple):
     asked: str | None
     reason: str | None
 
-    def same_kernel(self, other: Ran) -> bool:
+    def same_kernel(self, other: KernelUsed) -> bool:
         """True when both give the same numbers."""
         return self[:3] == other[:3]
 
 
-class Kind(NamedTuple):
+class CallKind(NamedTuple):
     """Calls that are decided alike: their role, their block, their facts."""
 
     role: str
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
 
 
 class _Place(NamedTuple):
-    kind: Kind
+    kind: CallKind
     window: int
     """The active schedule windows when the call was planned."""
 
@@ -60,9 +60,9 @@ class RunRecorder:
         """Events that a replay cannot reproduce."""
         self._model_call = 1
         self._windows: list[tuple[int, int]] = []
-        self._events: dict[_Place, list[tuple[int, Ran]]] = {}
+        self._events: dict[_Place, list[tuple[int, KernelUsed]]] = {}
         self._plans: dict[int, tuple[Plan, _Place]] = {}
-        self._now: dict[_Place, dict[int, Ran]] = {}
+        self._now: dict[_Place, dict[int, KernelUsed]] = {}
         """What each plan of a place runs: several where a block has several modules of one role."""
 
     def begin_model_call(self, number: int, window: int) -> None:
@@ -74,7 +74,7 @@ class RunRecorder:
     def planned(self, plan: Plan, category: str, router: Router) -> None:
         """A new kind of call was decided."""
         window = self._windows[-1][1] if self._windows else 0
-        place = _Place(Kind(plan.row.role, plan.row.block, plan.request), window)
+        place = _Place(CallKind(plan.row.role, plan.row.block, plan.request), window)
         self._plans[id(plan)] = plan, place
         self.categories[plan.row.role] = category
         self.platforms[router.platform] = None
@@ -98,7 +98,7 @@ class RunRecorder:
         decision = plan.decision
         backend = router.backends[decision.backend]
         host = plan.function if backend.hosted else None
-        ran = Ran(
+        ran = KernelUsed(
             decision.backend,
             plan.row.member if host is None else host.member(plan.request, router.platform),
             tuple(sorted(decision.options.items())),
@@ -120,12 +120,12 @@ class RunRecorder:
                 None
             )
 
-    def decisions(self) -> Iterator[tuple[Kind, tuple[tuple[int, Ran], ...]]]:
+    def decisions(self) -> Iterator[tuple[CallKind, tuple[tuple[int, KernelUsed], ...]]]:
         """Each kind of call, and what ran it, as (first model call, what ran); the first is model call 1."""
         kinds = dict.fromkeys(place.kind for place in self._events)
         starts = self._windows or [(1, 0)]
         for kind in kinds:
-            found: list[tuple[int, Ran]] = []
+            found: list[tuple[int, KernelUsed]] = []
             for (first, window), (end, _) in zip(starts, [*starts[1:], (1 << 62, 0)], strict=True):
                 events = self._events.get(_Place(kind, window), [])
                 before = [ran for number, ran in events if number <= first]
