@@ -67,8 +67,8 @@ def compare(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rounds: int
 ) -> dict[str, Any]:
     """SDPA with the mask beside SDPA on what its plan leaves of the call."""
-    from attention_backends.backends.doctor.bench import synchronise
     from attention_backends.backends.engine.mask_reader import inspect
+    from attention_backends.backends.values.devices import synchronise
     from attention_backends.backends.values.request import AttentionCall
 
     sdpa = torch.nn.functional.scaled_dot_product_attention

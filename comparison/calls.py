@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from torch import Tensor
 from ..backends.engine.mask_reader import inspect
 from ..backends.engine.router import Router
 from ..backends.kernels.reference import reference_attention
-from ..backends.values.devices import synchronise
+from ..backends.measure.device_clock import timed
+from ..backends.measure.error import cosine, relative_l2
 from ..backends.values.request import AttentionCall
 from . import metrics
 from .contenders import REFERENCE, Routed
@@ -74,11 +74,8 @@ def compare_calls(
         outputs = []
         for at, item in enumerate(calls):
             call = _copy(item.call)  # a kernel that changes its inputs is not to spoil them for the others
-            synchronise(device)
-            start = perf_counter()
-            output = entry.attention.run(call, item.role, item.block, masks[at])
-            synchronise(device)
-            times.setdefault((entry.row.asked, at), []).append(1e3 * (perf_counter() - start))
+            output, ms = timed(device, entry.attention.run, call, item.role, item.block, masks[at])
+            times.setdefault((entry.row.asked, at), []).append(ms)
             outputs.append(output)
         return outputs
 
@@ -97,8 +94,8 @@ def compare_calls(
             score.request += f"; mask {treatment}" if treatment else ""
             score.broken = metrics.what_is_not_finite(output)
             rows, wanted = exact[at]
-            score.relative_l2 = metrics.relative_l2(output[:, :, rows], wanted)
-            score.cosine = metrics.cosine(output[:, :, rows], wanted)
+            score.relative_l2 = relative_l2(output[:, :, rows], wanted)
+            score.cosine = cosine(output[:, :, rows], wanted)
         _sum_up(entry.row)
     return [entry.row for entry in entries], interrupted
 

@@ -1,4 +1,4 @@
-"""How far one result is from another: pictures by PSNR and SSIM, tensors by relative L2 and cosine.
+"""How far one result is from another: pictures by PSNR and SSIM, and what of it is not finite.
 
 Tensors in, floats out. A picture is (frames, height, width, 3) with values in 0..1; a still has one frame.
 A result that holds NaN or infinity gives NaN, never an error: that a result is broken is a finding.
@@ -14,6 +14,7 @@ import statistics
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..backends.measure.error import finite
 from .report import FrameScore, Row
 
 if TYPE_CHECKING:
@@ -85,29 +86,6 @@ def ssim(image: Tensor, reference: Tensor) -> float:
     )
 
 
-def relative_l2(tensor: Tensor, reference: Tensor) -> float:
-    """||tensor - reference|| / ||reference|| over all elements, in float64; any shape, the same for both."""
-    _same_shape(tensor, reference)
-    if not finite(tensor, reference):
-        return math.nan
-    wanted = reference.double()
-    size = float(wanted.norm())
-    error = float((tensor.double() - wanted).norm())
-    if size == 0:
-        return 0.0 if error == 0 else math.inf
-    return error / size
-
-
-def cosine(tensor: Tensor, reference: Tensor) -> float:
-    """Cosine of the angle between two tensors taken as vectors, in float64; NaN where one of them is all zeros."""
-    _same_shape(tensor, reference)
-    if not finite(tensor, reference):
-        return math.nan
-    one, other = tensor.double().flatten(), reference.double().flatten()
-    sizes = float(one.norm() * other.norm())
-    return float(one @ other) / sizes if sizes else math.nan
-
-
 def score(row: Row, picture: Tensor, reference: Tensor) -> None:
     """Write into a row how its picture differs from the reference's, as a whole and frame by frame.
 
@@ -129,11 +107,6 @@ def score(row: Row, picture: Tensor, reference: Tensor) -> None:
     row.ssim = statistics.fmean(frame.ssim for frame in row.frame_scores) if large else None
 
 
-def finite(*tensors: Tensor) -> bool:
-    """True when no element is NaN or infinite."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
 def what_is_not_finite(tensor: Tensor) -> str | None:
     """In words how much of a tensor is NaN or infinite; None when nothing is."""
     parts = []
@@ -150,11 +123,7 @@ def _array(frame: Tensor) -> Any:
 
 
 def _check(image: Tensor, reference: Tensor) -> None:
-    _same_shape(image, reference)
+    if image.shape != reference.shape:
+        raise ValueError(f"shapes {tuple(image.shape)} and {tuple(reference.shape)} differ: they cannot be compared")
     if image.ndim != 4 or image.shape[3] != 3:
         raise ValueError(f"picture of shape {tuple(image.shape)}: expected (frames, height, width, 3)")
-
-
-def _same_shape(tensor: Tensor, reference: Tensor) -> None:
-    if tensor.shape != reference.shape:
-        raise ValueError(f"shapes {tuple(tensor.shape)} and {tuple(reference.shape)} differ: they cannot be compared")

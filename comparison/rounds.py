@@ -13,8 +13,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from ..backends.values.devices import synchronise
-from ..backends.values.faults import CUDA_FAULTS, OUT_OF_MEMORY
+from ..backends.values.devices import release, synchronise
+from ..backends.values.faults import is_cuda_fault, is_out_of_memory
 from .contenders import Routed
 from .machine import module_of
 from .report import Row, Spread
@@ -76,10 +76,10 @@ def round_robin(
                     _run(entry, what, device, counts=turn > 0)
                 except Exception as error:  # any failure of one backend is its row; the others go on
                     entry.row.failed = f"{why(error)} (in {stage})"
-                    if any(words in str(error).lower() for words in CUDA_FAULTS):
+                    if is_cuda_fault(error):
                         lost = f"not run to the end: {entry.row.asked} left the device unusable"
                     else:
-                        _free(device)
+                        release(device)
     except KeyboardInterrupt:
         for entry in entries:
             if not entry.total_ms and entry.row.failed is None:
@@ -132,15 +132,8 @@ def why(error: BaseException) -> str:
     """An error as a reason in one line; running out of memory is recognised through what it was wrapped in."""
     cause: BaseException | None = error
     while cause is not None:
-        text = str(cause).lower()
-        if isinstance(cause, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+        if is_out_of_memory(cause):
             return "out of memory: try a smaller size or fewer frames"
         cause = cause.__cause__
     line = " ".join(str(error).split())
     return line if type(error).__name__ == "RefusedError" else f"failed: {type(error).__name__}: {line}"
-
-
-def _free(device: torch.device) -> None:
-    module = module_of(device)
-    if hasattr(module, "empty_cache"):
-        module.empty_cache()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends.config.names import COMFY
 from ..backends.engine.router import Router
+from ..backends.measure.error import cosine, relative_l2
 from ..demo.model import TinyWan
 from ..demo.sampling import SHIFT
 from . import machine, metrics
@@ -153,5 +154,5 @@ def _judge(report: Report, pictures: Sequence[Tensor | None], results: dict[str,
         row.broken = metrics.what_is_not_finite(results[row.asked])
         if reference is not None:
             metrics.score(row, picture, reference)
-            row.relative_l2 = metrics.relative_l2(results[row.asked], results[report.rows[0].asked])
-            row.cosine = metrics.cosine(results[row.asked], results[report.rows[0].asked])
+            row.relative_l2 = relative_l2(results[row.asked], results[report.rows[0].asked])
+            row.cosine = cosine(results[row.asked], results[report.rows[0].asked])

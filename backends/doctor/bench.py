@@ -8,27 +8,25 @@ falls back. Presets are in `measure/presets.py`, tables and files in `comparison
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ..engine.router import Router
 from ..kernels.backend import on_copies
 from ..kernels.registry import detect
-from ..measure.bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs, random_call
+from ..measure.bench_inputs import Problem, device_of, exact_rows, lacking_memory, make_inputs
+from ..measure.device_clock import timed
+from ..measure.error import cosine, relative_l2
 from ..measure.presets import Preset
-from ..values.devices import synchronise
-from ..values.faults import CUDA_FAULTS, OUT_OF_MEMORY, KernelFaultError
+from ..values.devices import release
+from ..values.faults import KernelFaultError, is_cuda_fault, is_out_of_memory
 from ..values.request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["TIMED", "WARM_UP", "compare_kernels", "make_cases", "random_call", "run_cases", "synchronise"]
 
 WARM_UP, TIMED = 3, 10
 OUTSIDE_COMFYUI = "runs in ComfyUI only: use the node Attention Benchmark"
@@ -119,7 +117,7 @@ def run_cases(
                         progress(f"{case.name}: {backends[place]}", number * steps + place, len(cases) * steps)
 
                     _run_case(case, backends, router, device, seed, host, host_name, tell)
-                    _free(device)
+                    release(device)
             except KernelFaultError as fault:
                 ended = str(fault)
             except KeyboardInterrupt:
@@ -157,7 +155,7 @@ def _run_case(
             _measure(row, router, problem, device)
         except Exception as error:  # one kernel that fails is a row, and the others still run
             row.status = _why(error)
-            if _is_fault(error):
+            if is_cuda_fault(error):
                 case.rows.append(row)
                 raise KernelFaultError(
                     f"{name} left the GPU unusable in {case.name}: {error}; rows before it are kept; to go on, start "
@@ -165,7 +163,7 @@ def _run_case(
                 ) from error
         case.rows.append(row)
         if row.status != "ok":
-            _free(device)  # the traceback keeps the tensors of a failed call alive until here
+            release(device)  # the traceback keeps the tensors of a failed call alive until here
 
 
 def _refusal(name: str, request: AttentionRequest, router: Router, host: Host | None) -> str | None:
@@ -184,7 +182,7 @@ def _prepare(case: Case, device: torch.device, seed: int, host: Host | None) -> 
                 call.host = host
         rows, exact = exact_rows(calls[0])
     except Exception as error:  # a preset that does not fit is the reason of its rows, the next one may fit
-        if _is_fault(error):
+        if is_cuda_fault(error):
             raise KernelFaultError(f"the GPU is unusable: {error}; restart this program") from error
         return None, f"{_why(error)} (while the inputs were made)"
     case.input_sets, case.checked_rows = len(calls), len(rows)
@@ -203,19 +201,16 @@ def _measure(row: KernelResult, router: Router, problem: Problem, device: torch.
     times: list[float] = []
     for turn in range(WARM_UP + TIMED):
         call = problem.calls[turn % len(problem.calls)]
-        synchronise(device)
-        start = perf_counter()
-        output = kernel(call)
-        synchronise(device)
-        times.append(1e3 * (perf_counter() - start))
+        output, ms = timed(device, kernel, call)
+        times.append(ms)
         if turn == 0:
             _score(row, output, problem)
             if counted:
                 torch.cuda.reset_peak_memory_stats(device)  # the memory of the check is not the kernel's
         del output
     row.peak_bytes = torch.cuda.max_memory_allocated(device) - before if counted else None
-    timed = times[WARM_UP:]
-    row.ms, row.low, row.high = median(timed), min(timed), max(timed)
+    times = times[WARM_UP:]
+    row.ms, row.low, row.high = median(times), min(times), max(times)
 
 
 def _score(row: KernelResult, output: torch.Tensor, problem: Problem) -> None:
@@ -230,28 +225,15 @@ def _score(row: KernelResult, output: torch.Tensor, problem: Problem) -> None:
     found = output[:, :, problem.rows.to(output.device)].to(wanted.dtype)
     if found.shape != wanted.shape:
         raise RuntimeError(f"output of shape {tuple(output.shape)} for {problem.calls[0].request().describe()}")
-    row.relative_l2 = float((found - wanted).norm() / wanted.norm())
-    row.cosine = float(torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0))
-
-
-def _is_fault(error: BaseException) -> bool:
-    return any(words in str(error).lower() for words in CUDA_FAULTS)
+    row.relative_l2, row.cosine = relative_l2(found, wanted), cosine(found, wanted)
 
 
 def _why(error: BaseException) -> str:
     """An error as a reason in one line."""
     line = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or any(words in line.lower() for words in OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return f"out of memory: {line}"[:200]
     return f"failed: {type(error).__name__}: {line}"
-
-
-def _free(device: torch.device) -> None:
-    import torch
-
-    gc.collect()
-    if device.type in ("cuda", "xpu", "mps", "npu"):
-        getattr(torch, device.type).empty_cache()
 
 
 def compare_kernels() -> str:

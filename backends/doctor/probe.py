@@ -26,7 +26,7 @@ from ..kernels.backend import Backend
 from ..kernels.registry import detect
 from ..measure.remembered import Outcome
 from ..values.devices import device_named
-from ..values.faults import OUT_OF_MEMORY
+from ..values.faults import is_out_of_memory
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
 from .isolated import run, same_interpreter, words_of
@@ -140,7 +140,6 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
     if request is None:
         why = backend.unsupported_reasons(next(problems()), platform)
         return Outcome("untested", f"takes none of the probe's calls: {'; '.join(why)}")
-    import torch
 
     device = device_named("cuda" if platform.kind == "rocm" else platform.kind)
     _write(stages, {"stage": RUNNING})
@@ -154,8 +153,9 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
                 outcome = replace(found, reason=f"{found.reason} (with {_different(other, request)})")
     except (Exception, SystemExit) as error:  # what a kernel raises is the outcome
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        no_memory = isinstance(error, torch.OutOfMemoryError) or any(word in text.lower() for word in OUT_OF_MEMORY)
-        return Outcome("untested", f"out of memory: {text}") if no_memory else Outcome("failed", f"raised {text}")
+        if is_out_of_memory(error):
+            return Outcome("untested", f"out of memory: {text}")
+        return Outcome("failed", f"raised {text}")
     return outcome
 
 

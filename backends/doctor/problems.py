@@ -6,14 +6,14 @@ Boundary: a router and a call in, an `Outcome` out; the processes around it are 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ..engine.router import Router
 from ..kernels.backend import HALF, Backend
 from ..kernels.reference import reference_attention
+from ..measure.device_clock import timed
+from ..measure.error import relative_l2
 from ..measure.remembered import Outcome
-from ..values.devices import synchronise
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from ..values.tolerance import EARNED
@@ -72,10 +72,7 @@ def tried(router: Router, backend: Backend, request: AttentionRequest, device: t
         value=value.to(device, copy=True),
         attn_mask=None if mask is None else mask.to(device),
     )
-    start = perf_counter()
-    output = router.kernel(backend.id)(moved)
-    synchronise(device)
-    ms = (perf_counter() - start) * 1e3
+    output, ms = timed(device, router.kernel(backend.id), moved)
     output = output.cpu()
     after = [tensor.cpu() for tensor in (moved.query, moved.key, moved.value)]
     reason, error_of = compare(output, call, backend, router.platform)
@@ -130,14 +127,11 @@ def compare(
         kind = "NaN" if output.isnan().any() else "infinite numbers"
         return f"wrong: {kind} in the output", None
 
-    def distance(tensor: torch.Tensor) -> float:
-        return float((tensor.double() - expected).norm() / expected.norm())
-
-    found = distance(output)
+    found = relative_l2(output, expected)
     arithmetic = backend.arithmetic_on(platform)
     limit = backend.tolerance_on(platform).relative_l2 if backend.accuracy != "sparse" else float("inf")
     if backend.accuracy == "exact":
-        limit = min(limit, EARNED[arithmetic] * distance(_in_steps(call)))
+        limit = min(limit, EARNED[arithmetic] * relative_l2(_in_steps(call), expected))
     return (f"wrong: relative L2 {found:.1e} > {limit:.1e}" if found > limit else ""), found
 
 

@@ -16,6 +16,7 @@ from ..kernels.reference import reference_attention
 from ..values.devices import device_named
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
+from .error import widest
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def exact_rows(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
 
     if call.is_causal:
         raise ValueError("is_causal: rows of a causal call cannot be drawn")
-    wide = torch.float32 if call.query.device.type == "mps" else torch.float64
+    wide = widest(call.query.device)
     q_len = call.query.shape[2]
     rows = torch.linspace(0, q_len - 1, min(q_len, CHECKED_ROWS), dtype=torch.float64).round().long()
     query = call.query[:, :, rows.to(call.query.device)]

@@ -12,7 +12,9 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..values.devices import synchronise
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +26,18 @@ EVENTS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
 MOST_PENDING = 4096
 """Pieces of work whose times may wait to be read; past that, work goes untimed."""
 
+Result = TypeVar("Result")
 Sink = Callable[[float], None]
 """Takes the milliseconds of one piece of work."""
+
+
+def timed(device: torch.device, work: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
+    """What `work(*arguments)` gives, and the milliseconds until the device had done it; waits before and after."""
+    synchronise(device)
+    start = perf_counter_ns()
+    result = work(*arguments)
+    synchronise(device)
+    return result, (perf_counter_ns() - start) / 1e6
 
 
 class DeviceClock:

@@ -6,6 +6,7 @@ they are installed and torch itself sees no accelerator, or where a person names
 
 from __future__ import annotations
 
+import gc
 import logging
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
@@ -75,6 +76,16 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()  # one device, which takes no name
     elif device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what torch keeps of the device's memory for later."""
+    import torch
+
+    gc.collect()
+    empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if empty_cache is not None:
+        empty_cache()
 
 
 def _synchronise_xla() -> None:

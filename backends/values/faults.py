@@ -25,10 +25,12 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for an error that says so by its type or in words."""
+    """True for an error that says so by its type or in words, of the device or of the computer."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error).lower() for words in OUT_OF_MEMORY
+    )
 
 
 def is_cuda_fault(error: BaseException) -> bool:

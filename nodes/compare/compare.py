@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ...backends.measure.error import cosine, relative_l2
 from ...comparison import metrics, picture, tables
 from ...comparison.contenders import parse_backends
 from ...comparison.report import ComparisonError, Report
@@ -180,8 +181,8 @@ def judge(report: Report, results: list[torch.Tensor | None], model: Any, vae: A
         row.broken = metrics.what_is_not_finite(result)
         if pictures[0] is not None and results[0] is not None:
             metrics.score(row, shown, pictures[0])
-            row.relative_l2 = metrics.relative_l2(result, results[0])
-            row.cosine = metrics.cosine(result, results[0])
+            row.relative_l2 = relative_l2(result, results[0])
+            row.cosine = cosine(result, results[0])
     return pictures
 
 

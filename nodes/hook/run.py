@@ -18,7 +18,6 @@ import torch
 from ...backends.config.layers import asks_for_autotune, names_backends, record_of, settings_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import Timetable
-from ...backends.doctor.bench import synchronise
 from ...backends.engine.router import Router
 from ...backends.engine.session import Session
 from ...backends.kernels.registry import detect
@@ -26,6 +25,7 @@ from ...backends.observe.advisories import unused_advisories
 from ...backends.observe.autotune.tuner import Tuner
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
+from ...backends.values.devices import synchronise
 from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform
 from . import attention_modules

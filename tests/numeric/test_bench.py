@@ -24,7 +24,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
-from attention_backends.backends.measure import bench_inputs  # noqa: E402
+from attention_backends.backends.measure import bench_inputs, device_clock  # noqa: E402
 from attention_backends.backends.measure.bench_inputs import exact_rows, make_inputs  # noqa: E402
 from attention_backends.backends.measure.presets import PRESETS, parse_presets  # noqa: E402
 from attention_backends.backends.values.limits import NO_MASK, Dtypes  # noqa: E402
@@ -162,7 +162,7 @@ def test_sets_go_beyond_any_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_thirteen_calls_each_with_other_tensors_than_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[int] = []
     spy = Spying()
-    monkeypatch.setattr(bench, "synchronise", lambda device: waits.append(len(spy.calls)))
+    monkeypatch.setattr(device_clock, "synchronise", lambda device: waits.append(len(spy.calls)))
     monkeypatch.setattr(bench_inputs, "LARGEST_CACHE", 1)
     case, ended = run(broken.router(broken.Wrong("aiter", spy)), "aiter")
     assert ended is None
@@ -181,7 +181,7 @@ def test_the_median_is_that_of_the_ten_after_the_warm_up(monkeypatch: pytest.Mon
     took = iter([9.0, 9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.5, 10.0])
     now = [0.0]
     wait = Spying(lambda call: now.__setitem__(0, now[0] + next(took)))
-    monkeypatch.setattr(bench, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(device_clock, "perf_counter_ns", lambda: 1e9 * now[0])
     case, _ = run(broken.router(broken.Wrong("aiter", wait)), "aiter")
     assert (case.rows[0].ms, case.rows[0].low, case.rows[0].high) == (5500.0, 1000.0, 10000.0)
 
@@ -189,7 +189,7 @@ def test_the_median_is_that_of_the_ten_after_the_warm_up(monkeypatch: pytest.Mon
 def test_memory_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA: the most beyond what there was before, without what checking the first output took."""
     spy, resets = Spying(), []
-    monkeypatch.setattr(bench, "synchronise", lambda device: None)
+    monkeypatch.setattr(device_clock, "synchronise", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 170)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: resets.append(len(spy.calls)))

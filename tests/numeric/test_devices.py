@@ -16,6 +16,7 @@ from attention_backends.backends.doctor import problems  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.measure import device_clock  # noqa: E402
 from attention_backends.backends.measure.bench_inputs import device_of  # noqa: E402
 from attention_backends.backends.values import devices, platform  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
@@ -144,7 +145,8 @@ def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_times_and_who_probes_wait_alike() -> None:
     from attention_backends.backends.doctor import bench
 
-    assert bench.synchronise is problems.synchronise is devices.synchronise
+    assert bench.timed is problems.timed is device_clock.timed
+    assert device_clock.synchronise is devices.synchronise
 
 
 def test_bench_on_an_npu_imports_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
