@@ -1,6 +1,6 @@
 """What a change costs per attention call: the same measurement in two commits, alternated.
 
-Each commit runs in a separate process, from its own checkout, with the functions of its own `overhead.py`.
+Each commit runs in a separate process, from its own checkout, with the functions of its `overhead.py`.
 The two take turns, in random order in each round, so that drift of the machine falls on
 both. The figures are microseconds per attention call and the difference of each pair, with a 95 % interval.
 

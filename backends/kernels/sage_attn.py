@@ -143,7 +143,7 @@ class SageAttn(sage.SageBackend):
 
 
 def dispatched_kernel(platform: Platform) -> str:
-    """The kernel that `sageattn` of 2.x runs on this card, as the id of its own backend."""
+    """The kernel that `sageattn` of 2.x runs on this card, by its id."""
     if platform.capability in sage.build(platform).triton_on:
         return TRITON
     if platform.capability in ((8, 0), (8, 6), (8, 7)):
