@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..backends.measure.remembered import own_version
+from ..backends.measure.environment import own_version
 from ..backends.values.platform import Platform
 
 

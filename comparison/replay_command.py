@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..backends.config.record_format import MARK
 from ..backends.config.record_reader import is_record, read
-from ..backends.config.recorded import Held, Recorded, differences
+from ..backends.config.recorded import MARK, Held, Recorded, differences
 from ..backends.engine.router import Router
 from ..backends.values.bounded import MOST_JSON, read_file, shortened
 from ..backends.values.data import load_json

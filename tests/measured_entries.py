@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.measure.call_key import TuningKey
+from attention_backends.backends.measure.environment import environment_of
 from attention_backends.backends.observe.autotune.entry import Entry
-from attention_backends.backends.observe.autotune.store import environment_of
 
 ELSEWHERE = "cuda NVIDIA GeForce RTX 4090 sm89 | driver 580.65.06 | torch 2.9.0+cu130 | sageattention 2.2.0"
 MS = {"torch_sdpa": 4.25, "sdpa_flash": 3.125, "sdpa_math": 12.5}

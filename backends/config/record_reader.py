@@ -16,8 +16,7 @@ from ..values.errors import ConfigError
 from ..values.request import DTYPES, MASK_KINDS, MOST_SIZE, AttentionRequest
 from . import AttentionSpec
 from .layers import Choice
-from .record_format import FORMAT, MARK, normal
-from .recorded import Held, Recorded, RecordedRun
+from .recorded import FORMAT, MARK, Held, Recorded, RecordedRun, normal
 
 FIELDS = (MARK, "made_by", "runs", "not_recorded")
 MOST_BLOCKS = 10_000

@@ -16,13 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from ..kernels import BACKENDS
 from ..measure.call_key import TuningKey, key_of
-from ..measure.remembered import own_version
+from ..measure.environment import machine_of, own_version
 from ..values.request import AttentionRequest
 from .layers import Choice
-from .record_format import machine_of, normal
 
 if TYPE_CHECKING:
     from ..values.platform import Platform
+
+MARK = "attention_backends_record"
+"""The entry by which a mapping is known as a record; its value is the format."""
+FORMAT = 1
+
+
+def normal(request: AttentionRequest) -> AttentionRequest:
+    """The request with `num_kv_heads` and `v_head_dim` filled in where they are 0."""
+    return request._replace(
+        num_kv_heads=request.num_kv_heads or request.num_heads, v_head_dim=request.v_head_dim or request.head_dim
+    )
 
 
 class Held:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 
-from ..kernels.registry import distributions, environments
 from ..values.bounded import read_file
 from ..values.platform import Platform
+from .environment import probe_key
 
 log = logging.getLogger("attention_backends")
 
@@ -35,8 +33,6 @@ MOST_BYTES, MOST_VALUES = 4 << 20, 100_000
 
 LASTING = ("ok", "failed", "crashed", "hung")
 """Statuses that say something about the kernel; others, such as `unavailable`, are not kept."""
-
-COMPILERS = ("triton", "triton-windows")
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def recall(backend_id: str, platform: Platform) -> Outcome | None:
     if platform.described:
         return None
     known = _outcomes(path())
-    return known.get(key(backend_id, platform)) if known else None
+    return known.get(probe_key(backend_id, platform)) if known else None
 
 
 def remember(found: Mapping[str, Outcome], platform: Platform) -> None:
@@ -86,8 +82,8 @@ def remember(found: Mapping[str, Outcome], platform: Platform) -> None:
     known = _outcomes(file)
     for backend_id, outcome in found.items():
         if outcome.status in LASTING:
-            known.pop(key(backend_id, platform), None)
-            known[key(backend_id, platform)] = outcome
+            known.pop(probe_key(backend_id, platform), None)
+            known[probe_key(backend_id, platform)] = outcome
     for old in list(known)[:-MOST]:
         del known[old]
     _write(file, known)
@@ -105,56 +101,6 @@ def forget(ids: Iterable[str] = ()) -> int:
     if gone:
         _write(file, known)
     return len(gone)
-
-
-def key(backend_id: str, platform: Platform) -> str:
-    """The environment that an outcome belongs to, readable: the backend first, then what it ran on."""
-    names = set(distributions((backend_id,)))
-    names.update(COMPILERS)  # what torch itself compiles, such as flex_attn, depends on them too
-    packages = sorted(f"{name} {version}" for name, version in platform.packages if name in names)
-    card = " ".join(filter(None, (platform.kind, platform.name, platform.sm or platform.gfx)))
-    parts = (
-        backend_id,
-        card,
-        f"driver {driver() or 'unknown'}" if platform.kind in ("cuda", "rocm") else "",
-        f"torch {platform.torch}",
-        f"CUDA {platform.cuda}" if platform.cuda else "",
-        f"cuDNN {platform.cudnn}" if platform.cudnn else "",
-        *packages,
-        *environments((backend_id,), platform),
-        f"attention-backends {own_version()}",
-        f"Python {sys.version_info[0]}.{sys.version_info[1]} in {sys.prefix}",
-    )
-    return " | ".join(filter(None, parts))
-
-
-@lru_cache(maxsize=1)
-def driver() -> str:
-    """The version of the graphics driver where Linux shows it as a file, else an empty string."""
-    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
-        try:
-            text = Path(file).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        found = re.search(r"\d+(\.\d+)+", text)
-        return found[0] if found else ""
-    return ""
-
-
-@lru_cache(maxsize=1)
-def own_version() -> str:
-    """Our version: from pyproject.toml where the pack lies as a folder, else from what pip installed."""
-    try:
-        text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    stated = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
-    if stated:
-        return stated[1]
-    try:
-        return metadata.version("attention-backends")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def path() -> Path:

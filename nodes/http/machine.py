@@ -13,7 +13,7 @@ from ...backends.doctor.doctor import Row, examine, why_no_card
 from ...backends.doctor.install import Interpreter, running_interpreter
 from ...backends.engine.router import Router
 from ...backends.kernels.registry import detect
-from ...backends.measure import remembered
+from ...backends.measure.environment import driver_of, own_version
 from ...backends.report import audit
 from ...backends.values.platform import Platform
 from ..history import runs
@@ -69,14 +69,14 @@ def facts(platform: Platform) -> dict[str, Any]:
         "card": platform.name,
         "architecture": platform.architecture or platform.gfx or "",
         "sm": platform.sm,
-        "driver": remembered.driver() if platform.kind in ("cuda", "rocm") else "",
+        "driver": driver_of(platform),
         "torch": platform.torch,
         "cuda": platform.cuda,
         "cudnn": platform.cudnn,
         "os": platform.os,
         "python": python_platform.python_version(),
         "comfyui": comfyui_version.__version__,
-        "attention_backends": remembered.own_version(),
+        "attention_backends": own_version(),
         "hub": platform.hub,
         "packages": dict(platform.packages),
     }

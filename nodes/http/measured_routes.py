@@ -70,7 +70,8 @@ def add_routes(routes: web.RouteTableDef, store: Callable[[], Store]) -> None:
 
 def users_store() -> Store:
     """The one of this server."""
-    from ...backends.observe.autotune.store import environment_of, path_in, shared_store
+    from ...backends.measure.environment import environment_of
+    from ...backends.observe.autotune.store import path_in, shared_store
 
     store = shared_store(path_in(folder_paths.get_user_directory()))
     if not store.here:  # before any run; ComfyUI may use another device than the machine's first

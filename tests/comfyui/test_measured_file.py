@@ -13,10 +13,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.measure.environment import environment_of  # noqa: E402
 from attention_backends.backends.observe.autotune import database  # noqa: E402
 from attention_backends.backends.observe.autotune import store as measured_store  # noqa: E402
 from attention_backends.backends.observe.autotune.database import MOST  # noqa: E402
-from attention_backends.backends.observe.autotune.store import Store, environment_of  # noqa: E402
+from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.values import platform  # noqa: E402
 from measured_entries import entry, key, some  # noqa: E402
 

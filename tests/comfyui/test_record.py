@@ -18,7 +18,7 @@ import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import asks_for_autotune  # noqa: E402
 from attention_backends.backends.config.print import to_json  # noqa: E402
-from attention_backends.backends.config.record_format import FORMAT, MARK, normal  # noqa: E402
+from attention_backends.backends.config.recorded import FORMAT, MARK, normal  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402

@@ -18,8 +18,9 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
-from attention_backends.backends.measure import remembered  # noqa: E402
+from attention_backends.backends.measure import environment, remembered  # noqa: E402
 from attention_backends.backends.measure.call_key import bucket  # noqa: E402
+from attention_backends.backends.measure.environment import environment_of  # noqa: E402
 from attention_backends.backends.observe.autotune import database  # noqa: E402
 from attention_backends.backends.observe.autotune import store as measured_store  # noqa: E402
 from attention_backends.backends.observe.autotune.database import MOST  # noqa: E402
@@ -28,7 +29,6 @@ from attention_backends.backends.observe.autotune.store import (  # noqa: E402
     VARIABLE,
     Store,
     default_path,
-    environment_of,
     path_in,
     shared_store,
 )
@@ -97,7 +97,7 @@ def test_an_environment_is_the_machine_and_every_version_that_matters() -> None:
     text = environment_of(parse_platform("cuda:9.0,torch=2.11.0,cudnn=91002,packages=flash-attn==2.8.3;triton==3.4.0"))
     for part in ("cuda", "sm_90", "driver ", "torch 2.11.0", "cuDNN 91002", "flash-attn 2.8.3", "triton 3.4.0"):
         assert part in text
-    assert f"attention-backends {remembered.own_version()}" in text
+    assert f"attention-backends {environment.own_version()}" in text
     newer = environment_of(parse_platform("cuda:9.0,torch=2.12.0,cudnn=91002,packages=flash-attn==2.8.3;triton==3.4.0"))
     assert newer != text
     assert str(Path.home()) not in HERE

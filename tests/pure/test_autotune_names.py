@@ -10,7 +10,7 @@ import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.names import AUTOTUNE, MEASURED, canonical
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES, from_environment, parse_config
-from attention_backends.backends.observe.autotune.place import OLD_VARIABLE, VARIABLE, default_path, path_in
+from attention_backends.backends.observe.autotune.store import OLD_VARIABLE, VARIABLE, default_path, path_in
 from attention_backends.cli import main
 
 INPUTS = Path(__file__).resolve().parents[1] / "golden" / "inputs"

@@ -16,7 +16,7 @@ from attention_backends.backends.doctor.install import Interpreter
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels.backend import Backend, Kernel
 from attention_backends.backends.kernels.group import BackendGroup
-from attention_backends.backends.measure import remembered
+from attention_backends.backends.measure import environment, remembered
 from attention_backends.backends.measure.remembered import Outcome
 from attention_backends.backends.values.package import Symbols
 from attention_backends.backends.values.platform import Platform
@@ -120,13 +120,13 @@ def test_it_counts_only_where_it_was_found(elsewhere: Platform) -> None:
 
 
 def test_driver_interpreter_and_our_version_are_part_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {remembered.key("flash_attn_2", HERE)}
-    monkeypatch.setattr(remembered, "driver", lambda: "580.1")
-    keys.add(remembered.key("flash_attn_2", HERE))
-    monkeypatch.setattr(remembered, "own_version", lambda: "99.0")
-    keys.add(remembered.key("flash_attn_2", HERE))
+    keys = {environment.probe_key("flash_attn_2", HERE)}
+    monkeypatch.setattr(environment, "driver", lambda: "580.1")
+    keys.add(environment.probe_key("flash_attn_2", HERE))
+    monkeypatch.setattr(environment, "own_version", lambda: "99.0")
+    keys.add(environment.probe_key("flash_attn_2", HERE))
     monkeypatch.setattr(sys, "prefix", "/another/venv")
-    keys.add(remembered.key("flash_attn_2", HERE))
+    keys.add(environment.probe_key("flash_attn_2", HERE))
     assert len(keys) == 4
 
 
@@ -292,7 +292,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(folder: Path, monkeypatch: 
 
 def test_what_another_process_wrote_in_between_is_kept(folder: Path) -> None:
     assert remembered.recall("xformers", HERE) is None  # this process has read the file
-    data = {"format": 1, "outcomes": {remembered.key("xformers", HERE): vars(CRASH) | {"stderr": []}}}
+    data = {"format": 1, "outcomes": {environment.probe_key("xformers", HERE): vars(CRASH) | {"stderr": []}}}
     folder.mkdir()
     (folder / "probes.json").write_text(json.dumps(data))
     assert remembered.recall("xformers", HERE) is None  # and reads it no second time
@@ -310,18 +310,18 @@ def test_it_does_not_grow_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_our_version_is_the_one_of_the_project_file() -> None:
-    assert f'version = "{remembered.own_version()}"' in (
+    assert f'version = "{environment.own_version()}"' in (
         Path(__file__).resolve().parents[2] / "pyproject.toml"
     ).read_text(encoding="utf-8")
 
 
 def test_triton_is_a_part_of_every_environment() -> None:
     """flex_attn has no package of its own, and is compiled by Triton: what one version broke another may not."""
-    from attention_backends.backends.measure import remembered
+    from attention_backends.backends.measure import environment
     from attention_backends.backends.values.platform import Platform
 
     def key(version: str) -> str:
-        return remembered.key("flex_attn", Platform("cuda", torch="2.11.0", packages=(("triton", version),)))
+        return environment.probe_key("flex_attn", Platform("cuda", torch="2.11.0", packages=(("triton", version),)))
 
     assert "triton 3.6.0" in key("3.6.0")
     assert key("3.6.0") != key("3.7.0")

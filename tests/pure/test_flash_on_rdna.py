@@ -6,8 +6,7 @@ import pytest
 from attention_backends.backends.doctor.install import Interpreter, how_to_get
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.measure import remembered
-from attention_backends.backends.observe.autotune.place import environment_of
+from attention_backends.backends.measure.environment import environment_of, probe_key
 from attention_backends.backends.values.platform import Platform, parse_platform
 from attention_backends.backends.values.request import AttentionRequest
 from syrupy.assertion import SnapshotAssertion
@@ -74,5 +73,5 @@ def test_doctor_says_what_would_help(snapshot: SnapshotAssertion) -> None:
 
 
 def test_what_was_measured_or_probed_with_the_variable_does_not_count_without_it() -> None:
-    for of in (environment_of, lambda machine: remembered.key("flash_attn_2", machine)):
+    for of in (environment_of, lambda machine: probe_key("flash_attn_2", machine)):
         assert of(card("gfx942", True)) != of(card("gfx942", False))

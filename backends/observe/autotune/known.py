@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from ...config.names import AUTOTUNE
 from ...engine.router import Decision
 from ...measure.call_key import key_of
+from ...measure.environment import environment_of
 from ...values.request import AttentionRequest
 from .candidates import may_win
-from .place import environment_of
 from .store import Store
 
 if TYPE_CHECKING:

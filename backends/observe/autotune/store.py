@@ -22,16 +22,23 @@ from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ...measure import remembered
 from ...measure.call_key import TuningKey
+from ...measure.environment import environment_of
 from . import entry as measured_entry
 from .database import MOST, Database
 from .entry import Entry
-from .place import FILE, VARIABLE, default_path, environment_of, path_in
 
 if TYPE_CHECKING:
     from .race import Race
 
 __all__ = ["FILE", "VARIABLE", "Store", "default_path", "environment_of", "path_in", "shared_store"]
+
+VARIABLE = "ATTENTION_BACKENDS_AUTOTUNE"
+"""Names another file than the usual one."""
+OLD_VARIABLE = "ATTENTION_BACKENDS_MEASURED"
+"""Its older name; `VARIABLE` wins where both are set."""
+FILE = "measured.sqlite3"
 
 log = logging.getLogger("attention_backends")
 
@@ -221,3 +228,19 @@ def shared_store(path: Path) -> Store:
         if path not in _stores:
             _stores[path] = Store(path)
         return _stores[path]
+
+
+def default_path() -> Path:
+    """The file of programs other than ComfyUI: as the variables say, else in the user's cache folder."""
+    return _given() or remembered.path().with_name(FILE)
+
+
+def path_in(user_directory: str | Path) -> Path:
+    """The file in ComfyUI's user directory, unless a variable names another."""
+    return _given() or Path(user_directory) / "attention_backends" / FILE
+
+
+def _given() -> Path | None:
+    """The file that one of the variables names; None where neither is set."""
+    given = os.environ.get(VARIABLE, "").strip() or os.environ.get(OLD_VARIABLE, "").strip()
+    return Path(os.path.expanduser(given)) if given else None  # a home that is not there stays as it is written

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ...config.layers import settings_of
-from ...config.record_format import FORMAT, MARK, machine_of, normal
-from ...measure.remembered import own_version
+from ...config.recorded import FORMAT, MARK, normal
+from ...measure.environment import machine_of, own_version
 from ...values.request import AttentionRequest
 from .run_recorder import KernelUsed, RunRecorder
 

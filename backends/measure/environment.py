@@ -1,0 +1,126 @@
+"""The machine and the versions that a result belongs to: measured times, the outcome of a probe, a recorded run.
+
+Stored keys and records are made of these texts: another wording would orphan what people have stored.
+"""
+
+from __future__ import annotations
+
+import os
+import platform as python_platform
+import re
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..kernels.registry import MODULES, any_compiled, distributions, environments
+from ..values.platform import Platform
+
+COMPILERS = ("triton", "triton-windows")
+"""Packages with which torch compiles kernels, such as flex_attn."""
+
+
+def environment_of(platform: Platform) -> str:
+    """What measured times depend on beside the call."""
+    card = f"cpu {python_platform.machine()}, {os.cpu_count()} cores" if platform.kind == "cpu" else ""
+    return _key(
+        *_head(platform, card),
+        "" if platform.cudnn_sdp_enabled else "cuDNN's attention off in torch",
+        *environments(MODULES, platform),
+        *_packages(platform, (name for name, _ in platform.packages)),
+        f"attention-backends {own_version()}",
+    )
+
+
+def probe_key(backend_id: str, platform: Platform) -> str:
+    """What the outcome of a probe depends on: the backend first, then what it ran on."""
+    return _key(
+        backend_id,
+        *_head(platform),
+        *_packages(platform, (*distributions((backend_id,)), *COMPILERS)),
+        *environments((backend_id,), platform),
+        f"attention-backends {own_version()}",
+        f"Python {sys.version_info[0]}.{sys.version_info[1]} in {sys.prefix}",
+    )
+
+
+def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:
+    """What of a machine can change the numbers that these backends compute, as plain data."""
+    names = set(distributions(backends))
+    names.update(COMPILERS if names or any_compiled(backends) else ())
+    facts = {
+        "kind": platform.kind,
+        "card": platform.name,
+        "architecture": platform.sm or platform.gfx or "",
+        "driver": driver_of(platform),
+        "cpu": _instructions() if platform.kind == "cpu" and not platform.described else "",
+        "torch": platform.torch,
+        "cuda": platform.cuda or "",
+        "cudnn": str(platform.cudnn or ""),
+        "os": platform.os,
+    }
+    packages = {name: version for name, version in platform.packages if name in names}
+    return {**{name: value for name, value in facts.items() if value}, "packages": packages}
+
+
+def driver_of(platform: Platform) -> str:
+    """The version of a card's graphics driver; empty where there is none, or where it is not known."""
+    return driver() if platform.kind in ("cuda", "rocm") and not platform.described else ""
+
+
+@lru_cache(maxsize=1)
+def driver() -> str:
+    """The version of the graphics driver where Linux shows it as a file, else an empty string."""
+    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        try:
+            text = Path(file).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        found = re.search(r"\d+(\.\d+)+", text)
+        return found[0] if found else ""
+    return ""
+
+
+@lru_cache(maxsize=1)
+def own_version() -> str:
+    """Our version: from pyproject.toml where the pack lies as a folder, else from what pip installed."""
+    try:
+        text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    stated = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    if stated:
+        return stated[1]
+    try:
+        return metadata.version("attention-backends")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _key(*parts: str) -> str:
+    return " | ".join(filter(None, parts))
+
+
+def _head(platform: Platform, card: str = "") -> tuple[str, ...]:
+    """Card, driver, and versions of torch, CUDA and cuDNN."""
+    return (
+        card or " ".join(filter(None, (platform.kind, platform.name, platform.sm or platform.gfx))),
+        f"driver {driver_of(platform) or 'unknown'}" if platform.kind in ("cuda", "rocm") else "",
+        f"torch {platform.torch}",
+        f"CUDA {platform.cuda}" if platform.cuda else "",
+        f"cuDNN {platform.cudnn}" if platform.cudnn else "",
+    )
+
+
+def _packages(platform: Platform, names: Iterable[str]) -> list[str]:
+    wanted = set(names)
+    return sorted(f"{name} {version}" for name, version in platform.packages if name in wanted)
+
+
+def _instructions() -> str:
+    """The vector instructions that torch computes with on this CPU, such as AVX2."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
