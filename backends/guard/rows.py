@@ -1,7 +1,7 @@
 """The guard's arithmetic: which rows, their attention in float32 from the definition, and how far an output is off.
 
-Boundary: torch and calls; no budgets and no state. Nothing here waits for a device: rows are numbers of the host, and
-what is found stays where the tensors are.
+Boundary: torch and calls; no budgets and no state. Nothing here waits for a device: row indices are on the host, and
+the figures stay on the device.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ..report.findings import ROWS
 from ..values.request import AttentionCall
 
 LAST = 2
-"""Of the rows, those that are always the last ones: a kernel's unfinished last block is the likeliest place."""
+"""How many of the checked rows are the last ones: errors are likeliest in a kernel's partial last block."""
 MOST_SAMPLES = 8
-"""Samples of a batch that are looked at; of more, these are spread over it."""
+"""Most samples of a batch that are checked, evenly spread."""
 WORKSPACE = 4 * 2**20
 """Bytes of keys, values and scores in float32 at a time, on the CPU."""
 WORKSPACE_ELSEWHERE = 32 * 2**20
 """The same on an accelerator, where each chunk costs a dozen launches."""
 SMALL_HEAD = 0.1
-"""A head whose rows are smaller than this share of the call's typical row is measured against that share."""
+"""Floor for a head's norm, as a share of the call's mean norm, when computing relative error."""
 SPREAD = 12.0
-"""How many standard deviations of a kernel's own error the mask's effect must have before it is judged by."""
+"""Judge the mask only if its effect exceeds this many standard deviations of the kernel's error."""
 
 
 class Figures(NamedTuple):
@@ -37,11 +37,11 @@ class Figures(NamedTuple):
     row_error: float
     cosine: float
     unmasked: float
-    """0: the output is the masked result; 1: it is what it would be without the mask. 0 where that cannot be told."""
+    """0: the output is the masked result; 1: the result without the mask; 0 if the effect is too small to judge."""
     changed: float
     """1 where the kernel changed query, key or value."""
     finite: float
-    """1 where the reference is finite; else the inputs were not, and nothing can be said."""
+    """1 where the reference is finite; else the inputs were not, and the check decides nothing."""
     call_l2: float
     """Relative L2 of all heads and samples together."""
     head: float
@@ -59,7 +59,7 @@ def spread(length: int, source: random.Random, count: int = ROWS) -> list[int]:
 
 
 class Places(NamedTuple):
-    """Where one check looks: samples of the batch, rows of the query, rows of key and value."""
+    """The sampled indices of one check: samples of the batch, rows of the query, rows of key and value."""
 
     samples: slice
     rows: list[int]
@@ -79,8 +79,8 @@ class Places(NamedTuple):
 
 
 def take(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """A copy of these rows of dimension 2. Slices, because an index tensor would have to be sent to the device."""
-    with torch.autocast(tensor.device.type, enabled=False):  # which may refuse to put rows of a dtype together
+    """A copy of these rows of dimension 2. Slices, because an index tensor would be copied to the device."""
+    with torch.autocast(tensor.device.type, enabled=False):  # which may refuse to concatenate rows of this dtype
         return torch.cat([tensor[:, :, row : row + 1] for row in rows], dim=2)
 
 
@@ -210,7 +210,7 @@ def compared(
 
 
 def differ(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
-    """Whether any bit of these tensors is another: one flag on the device. NaN equals itself."""
+    """Whether any bit of these tensors differs: one flag on the device. NaN equals NaN."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flags = [
         (one.view(kinds[one.element_size()]) != two.view(kinds[two.element_size()])).any()

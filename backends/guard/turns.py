@@ -1,8 +1,8 @@
 """When the guard checks a call: roles and blocks take turns over the steps of a run, so that each step has checks.
 
-Every role and block has a number, in the order in which a model calls them. In each step those are checked whose turn
-it is, and after `period` steps it is their turn again. Where nobody says which step it is (the Python API), the checks
-of a kind of call become rare by its own count of calls, up to a limit.
+Each role and block has a number, in the order of the model's calls. A step checks those whose turn it is; the turn
+repeats after `period` steps. Without a known step (the Python API), the gap between checks of a kind of call grows with
+its number of calls, up to a limit.
 
 Boundary: numbers; no torch, and nothing of a session.
 """
@@ -16,8 +16,7 @@ FEW_STEPS = 8
 LONGEST_PERIOD = 17
 """Steps from one check of a role and block to the next, at most."""
 FIRST_GAP, LONGEST_GAP = 8, 128
-"""Without steps: calls from the first check of a kind of call to its second, to which its number adds up to 7; the gap
-then doubles, up to the second number."""
+"""Without steps: second check after `FIRST_GAP` + (number % 8) calls; the gap then doubles, up to `LONGEST_GAP`."""
 NEVER = 1 << 62
 
 
@@ -27,9 +26,9 @@ class Step(NamedTuple):
     step: int | None
     """The sampler's step, from 0; None where the host does not know it: then changes of the step are counted."""
     steps: int | None = None
-    """How many steps the run has; None where nobody knows."""
+    """Number of steps of the run; None if unknown."""
     unchanged: int | None = None
-    """For how many steps, from this one on, the same windows of a schedule hold; None is to the end."""
+    """Steps from this one on with the same active schedule windows; None: to the end."""
 
 
 def period(steps: int | None) -> int:
@@ -50,7 +49,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.step = -1
-        """The present step, counted on where another sampler of the run begins anew; -1 where nobody has said one."""
+        """The present step, continued over several samplers of the run; -1 if unknown."""
         self.is_last = False
         self._index = -1
         self._count: int | None = None
@@ -86,15 +85,15 @@ class Turns:
         """The step in which a kind of call that is new now is checked for the first time."""
         now = max(self.step, 0)
         if self.step < 0 or self._count is None or now != self._since:
-            return now  # who comes in the middle of a window may be gone before its turn
+            return now  # a kind of call that begins within a window may end before its turn
         due = following(number, now, period(self._count))
         return due if due < self._until else now + slot(number, self._until - now)
 
 
 def slot(number: int, length: int) -> int:
-    """The step, of `length` ones, that is a number's turn.
+    """The step, modulo `length`, that is a number's turn.
 
-    Rows of `length` numbers are moved against each other, so that two or three roles in turn each come in every step.
+    Each further row of `length` numbers is shifted, so that with two or three roles each role is checked in every step.
     """
     return (number + number // length * ((length - 1) % 6)) % length
 

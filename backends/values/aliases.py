@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PEOPLE = ""
-"""In place of a system's id: a spelling that people write."""
+"""Used instead of a system's id for a spelling that people write."""
 
 VLLM_OMNI, SGLANG, DIFFUSERS, SMART_DIFFUSION = "vllm_omni", "sglang", "diffusers", "smart_diffusion"
 """The systems' ids (`config/systems.py`)."""

@@ -1,5 +1,4 @@
-"""What comes from outside, within bounds: a file up to a size, the nearest of known names, and messages that stay short
-whatever they quote.
+"""Input within bounds: files up to a size, the nearest of known names, and messages of bounded length.
 
 Needs the standard library alone, so that every part may use it.
 """

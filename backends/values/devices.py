@@ -43,7 +43,7 @@ def _npu_is_there() -> bool:
 
 
 def _xla_is_there() -> bool:
-    # The CPU can play an XLA device too: that is for tests, and no reason to leave torch's own CPU kernels.
+    # XLA can also run on the CPU, for tests: that is no reason to leave torch's CPU kernels.
     return str(import_module("torch_xla.runtime").device_type() or "CPU").upper() != "CPU"
 
 
@@ -67,7 +67,7 @@ def device_named(text: str) -> torch.device:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device is idle."""
     import torch
 
     if device.type == "xla":
@@ -79,7 +79,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what torch keeps of the device's memory for later."""
+    """Release torch's cached memory of the device."""
     import torch
 
     gc.collect()

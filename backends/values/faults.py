@@ -1,4 +1,4 @@
-"""Errors of kernels: which of them leave nothing to retry, in the call or in the whole process."""
+"""Errors of kernels: which of them allow no retry, in the call or in the whole process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The requests that a kernel accepts: rules that refuse with a reason, and say themselves what they refuse.
+"""The requests that a kernel accepts: rules that refuse with a reason and describe themselves.
 
-A `Limits` is a set of rules. A rule that only one kernel has stands in that kernel's file: a frozen dataclass made from
+A `Limits` is a set of rules. A rule of one kernel only is in that kernel's file: a frozen dataclass made from
 `Rule`. The support table is made of what the rules say (`Limits.described`).
 """
 
@@ -38,10 +38,10 @@ class Rule:
     column: ClassVar[str] = FURTHER
     """The column of the support table that it is described in."""
     order: ClassVar[int] = 100
-    """Where it stands among the rules, in reasons and in its column."""
+    """Its position among the rules, in reasons and in its column."""
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        """Why `request` breaks this rule, with the value and the limit; None where it keeps it."""
+        """Why `request` breaks this rule, with the value and the limit; None if it is satisfied."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -69,7 +69,7 @@ class Dtypes(Rule):
 
 @dataclass(frozen=True)
 class HeadDim(Rule):
-    """How large heads may be; `max` None for any size."""
+    """Bounds of head_dim; `max` None for any size."""
 
     max: int | None = None
     min: int = 1
@@ -93,7 +93,7 @@ class HeadDim(Rule):
 
 @dataclass(frozen=True)
 class HeadDimIn(Rule):
-    """The only head sizes there are, of query and key."""
+    """The only head sizes of query and key."""
 
     sizes: tuple[int, ...]
 
@@ -243,7 +243,7 @@ class MaskWithCausal(Rule):
 
 @dataclass(frozen=True)
 class Scale(Rule):
-    """Whether it takes a scale; without it only head_dim ** -0.5, which every kernel computes by itself."""
+    """Whether it takes a scale; without it only head_dim ** -0.5, the default of every kernel."""
 
     taken: bool = True
 

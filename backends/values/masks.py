@@ -91,7 +91,7 @@ def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def visible_keys(mask: torch.Tensor) -> torch.Tensor:
-    """True where a mask shows a key, whatever its numbers say of that key."""
+    """True where a mask shows a key, whatever its bias."""
     import torch
 
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

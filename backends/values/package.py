@@ -1,7 +1,7 @@
-"""What a kernel takes from other people's packages: which package, where it comes from, and the names used of it.
+"""The packages behind a kernel: which, from where, and the names used of them.
 
-Values for a backend's declaration, without torch. `doctor/install.py` makes advice of them, `doctor/symbols.py` looks
-for the names. Versions and declared needs were read from each package's metadata in November 2026.
+Values for a backend's declaration, without torch. `doctor/install.py` makes advice from them, `doctor/symbols.py` finds
+the names. Versions and declared needs were read from each package's metadata in November 2026.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ HUB_VARIABLE = "ATTENTION_BACKENDS_HUB"
 
 @dataclass(frozen=True)
 class Platform:
-    """What selection may know of a machine. `kind` is one of `KINDS`; everything else may be unknown."""
+    """The facts about a machine that selection uses. `kind` is one of `KINDS`; everything else may be unknown."""
 
     kind: str
     capability: tuple[int, int] | None = None
@@ -57,7 +57,7 @@ class Platform:
     flash_triton: bool = False
     """flash-attn runs its Triton backend on AMD cards, by its own environment variable."""
     described: bool = False
-    """True for a machine that somebody described: packages are then taken at their word, not imported."""
+    """True for a described machine: its packages are assumed to work and are not imported."""
 
     def version(self, package: str) -> str | None:
         """The installed version of a distribution, or None."""
@@ -110,7 +110,7 @@ def hub_allowed() -> bool:
 def detect(device: torch.device | None, distributions: tuple[str, ...]) -> Platform:
     """Read the machine, for `device` (default: the first accelerator, else the CPU). Imports torch.
 
-    Read once per process, but for two switches: the Hub's, which a person may turn, and cuDNN's, which any library may.
+    Read once per process, except two switches: the Hub's, which a person changes, and cuDNN's, which libraries change.
 
     Args:
         distributions: the packages to look for; `detect` of `kernels/registry.py` gives those that backends declare.

@@ -1,4 +1,4 @@
-"""Why a machine or a request is refused: an id and values, which become English in one place."""
+"""Why a machine or a request is refused: an id and values; the English text is made here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEMPLATES: dict[str, str] = {
     "scale": "scale {scale} is not head_dim ** -0.5",
     "unavailable": "{why}",
 }
-"""The words of each id, with values in braces. What one kernel alone says it adds in its own file (`template`)."""
+"""The words of each id, with values in braces. A kernel adds its own in its file (`template`)."""
 
 
 def template(reason_id: str, words: str) -> str:
@@ -57,7 +57,7 @@ class Reason(str):
         """Texts in a tuple are joined by commas, reasons by semicolons.
 
         Raises:
-            KeyError: nobody added a template for this id.
+            KeyError: no template has this id.
         """
         words = TEMPLATES[reason_id]
         return _made(words.format(**{name: _shown(value) for name, value in values.items()}), reason_id, values)

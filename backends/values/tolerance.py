@@ -1,7 +1,7 @@
-"""How far a kernel may be off, by its arithmetic: the one table for tests, probes, the guard, measuring and benchmarks.
+"""How far a kernel may be off, by its arithmetic: the one table for tests, probes, the guard, autotune and benchmarks.
 
-A kernel declares its arithmetic (`Backend.arithmetic`), and whether it skips work (`Backend.sparse`). The name of a
-backend says nothing here: an FP4 error is judged the same under any id. No torch.
+A kernel declares its arithmetic (`Backend.arithmetic`), and whether it skips work (`Backend.sparse`). The id of a
+backend does not matter: an FP4 error is judged the same under any id. No torch.
 """
 
 from __future__ import annotations

@@ -33,19 +33,19 @@ class Variant:
     def __init__(self, row: Row, model: Any) -> None:
         self.row = row
         self.model, self._timed = timed(model)
-        self.account: dict[str, Any] | None = None
+        self.report: dict[str, Any] | None = None
         self._asked_before: dict[str, Any] | None = None
 
     @property
     def ran(self) -> str | None:
         """Every backend that computed attention in the last run."""
-        rows = self.account["rows"] if self.account else []
+        rows = self.report["rows"] if self.report else []
         return " + ".join(dict.fromkeys(row["member"] or row["backend"] for row in rows)) or None
 
     @property
     def note(self) -> str:
         """What is to be said of the last run beside its figures: another pack computed some of its calls, or all."""
-        text = self.account["outcome"]["text"] if self.account else ""
+        text = self.report["outcome"]["text"] if self.report else ""
         return f"{self.row.label or self.row.asked}: {text}" if text else ""
 
     def attention_ms(self, device: torch.device) -> float | None:
@@ -53,15 +53,15 @@ class Variant:
 
         On a GPU the device is idle by now, so its events can be read.
         """
-        account = self.account if self.account is not self._asked_before else None
-        self._asked_before = self.account
+        report = self.report if self.report is not self._asked_before else None
+        self._asked_before = self.report
         if self._timed is not None and self._timed.times(device):
             milliseconds, counted = self._timed.milliseconds()
-            calls = 0 if account is None else sum(row["calls"] for row in account["rows"])
+            calls = 0 if report is None else sum(row["calls"] for row in report["rows"])
             return milliseconds if 0 < calls == counted else None
-        if account is None or any(row["timed"] != row["calls"] for row in account["rows"]):
+        if report is None or any(row["timed"] != row["calls"] for row in report["rows"]):
             return None
-        return float(sum(row["ms"] for row in account["rows"]))
+        return float(sum(row["ms"] for row in report["rows"]))
 
 
 def make_variants(model: Any, backends: str, patched: dict[str, Any]) -> list[Variant]:
@@ -108,14 +108,14 @@ def compare(setup: SetUp, variants: list[Variant], repeat: int) -> tuple[Report,
         try:
             with cancelled:
                 result = setup.sample(variant.model, sigmas, on_step)
-            variant.account = kept[-1].account if len(kept) > before else None
+            variant.report = kept[-1].report if len(kept) > before else None
         except NoBackendError as error:
             raise RefusedError(first_reason(error)) from error
         finally:
             if warm_up:
                 del kept[before:]
-        if not warm_up and variant.account is not None:
-            entry.row.fell_back += sum(row["calls"] for row in variant.account["rows"] if row["reason"])
+        if not warm_up and variant.report is not None:
+            entry.row.fell_back += sum(row["calls"] for row in variant.report["rows"] if row["reason"])
         return [result]
 
     def begin_run(what: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The accounts of the sampling runs in this process: those that are going on, and the last ones, newest first."""
+"""The run reports of the sampling runs in this process: those that are going on, and the last ones, newest first."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class SamplerNode(NamedTuple):
     class_type: str
     signature: str | None
     queued_by: str | None
-    """The mark of the page's workflow that queued it. In no account, as these are written into reports."""
+    """The mark of the page's workflow that queued it. In no report, as these are written into reports."""
 
 
 class FinishedRun(NamedTuple):
-    """A run that is over. `account` is what other modules see."""
+    """A run that is over. `report` is what other modules see."""
 
-    account: dict[str, Any]
+    report: dict[str, Any]
     summary: dict[str, Any]
     windows: list[dict[str, object]]
     sampler_node: SamplerNode
@@ -66,7 +66,7 @@ _of_thread = threading.local()
 
 
 def begin(run_report: RunReport) -> None:
-    """A run begins: from now on its account can be read while it grows."""
+    """A run begins: from now on its report can be read while it grows."""
     prompt_id, node_id = executing()
     prompt, by = _entry(prompt_id)
     sampler = graph.origin(prompt, node_id) if node_id is not None else None
@@ -99,10 +99,10 @@ def add(run_report: RunReport) -> None:
         begin(run_report)
     with _lock:
         head, _, sampler_node = _live.pop(id(run_report))
-        account = {**head, **run_report.as_dict()}
+        report = {**head, **run_report.as_dict()}
         decided = record.of_run(run_report)
         kept = FinishedRun(
-            account, _summary(account, state(account), sampler_node), run_report.windows(), sampler_node, decided
+            report, _summary(report, state(report), sampler_node), run_report.windows(), sampler_node, decided
         )
         parts = getattr(_of_thread, "parts", None)
         if parts is None:
@@ -110,7 +110,7 @@ def add(run_report: RunReport) -> None:
         else:
             parts.append(kept)
     log.info("attention of this run: %s", run_report.summary())
-    log.info("%s", audit.line(account["audit"]))
+    log.info("%s", audit.line(report["audit"]))
 
 
 @contextmanager
@@ -132,29 +132,29 @@ def together() -> Iterator[list[FinishedRun]]:
 
 
 def _joined(parts: list[FinishedRun]) -> FinishedRun:
-    """One entry of several runs: the account of the last one, which says so, and all of them in `compared`."""
+    """One entry of several runs: the report of the last one, which says so, and all of them in `compared`."""
     last = parts[-1]
     if len(parts) == 1:
         return last
-    asked = [" + ".join(dict.fromkeys(row["asked"] or "auto" for row in part.account["rows"])) for part in parts]
+    asked = [" + ".join(dict.fromkeys(row["asked"] or "auto" for row in part.report["rows"])) for part in parts]
     names = ", ".join(dict.fromkeys(filter(None, asked)))
     note = f"the last of {len(parts)} runs of one comparison: {names}"
-    account = {
-        **last.account,
-        "notes": [note, *last.account["notes"]],
-        "compared": [part.account for part in parts],
+    report = {
+        **last.report,
+        "notes": [note, *last.report["notes"]],
+        "compared": [part.report for part in parts],
     }
-    return last._replace(account=account, summary={**last.summary, "compared": len(parts)}, parts=tuple(parts))
+    return last._replace(report=report, summary={**last.summary, "compared": len(parts)}, parts=tuple(parts))
 
 
 def recent() -> list[dict[str, Any]]:
     """The last runs, newest first."""
     with _lock:
-        return [kept.account for kept in _runs]
+        return [kept.report for kept in _runs]
 
 
 def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[dict[str, Any]]:
-    """The accounts of the execution that made this node's output, oldest first; empty where none is kept.
+    """The run reports of the execution that made this node's output, oldest first; empty where none is kept.
 
     Where ComfyUI took the output from its cache, that is the execution of an earlier prompt which had the same node
     with everything upstream equal. A run that failed made no output.
@@ -169,23 +169,23 @@ def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[d
         kept
         for kept in done
         if kept.sampler_node.signature == wanted
-        or (kept.sampler_node.signature is None and (kept.account["prompt_id"], kept.sampler_node.node_id) == here)
+        or (kept.sampler_node.signature is None and (kept.report["prompt_id"], kept.sampler_node.node_id) == here)
     ]
     # Two equal nodes of one graph may have run both; a graph with other ids has none.
     found = [kept for kept in found if kept.sampler_node.node_id == node_id] or found
-    made = [(kept.account["prompt_id"], kept.sampler_node.node_id) for kept in found]
+    made = [(kept.report["prompt_id"], kept.sampler_node.node_id) for kept in found]
     of_one = [kept for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
-    return [part.account for kept in of_one for part in (kept.parts or (kept,))]
+    return [part.report for kept in of_one for part in (kept.parts or (kept,))]
 
 
 def decisions(number: int) -> dict[str, Any] | None:
     """What a run decided, as `record.of_run` has it; None where it is not kept any more."""
     with _lock:
-        return next((kept.record for kept in _all() if kept.account["number"] == number), None)
+        return next((kept.record for kept in _all() if kept.report["number"] == number), None)
 
 
 def sampling_classes() -> set[str]:
-    """Classes of the nodes whose accounts are kept: whatever they are called, they sample."""
+    """Classes of the nodes whose run reports are kept: whatever they are called, they sample."""
     with _lock:
         return {kept.sampler_node.class_type for kept in _runs}
 
@@ -198,11 +198,11 @@ def summaries() -> list[dict[str, Any]]:
 
 
 def find(number: int) -> dict[str, Any] | None:
-    """The whole account of one run, its timeline in `windows`, or None where it is not kept any more."""
+    """The whole report of one run, its timeline in `windows`, or None where it is not kept any more."""
     with _lock:
-        found = next((kept for kept in _all() if kept.account["number"] == number), None)
+        found = next((kept for kept in _all() if kept.report["number"] == number), None)
     if found is not None:
-        return {**found.account, "state": found.summary["state"], "windows": found.windows}
+        return {**found.report, "state": found.summary["state"], "windows": found.windows}
     return next(({**run, "state": "running"} for run, _ in _going_on() if run["number"] == number), None)
 
 
@@ -215,33 +215,33 @@ def _all() -> Iterator[FinishedRun]:
         yield from parts
 
 
-def state(account: dict[str, Any]) -> str:
+def state(report: dict[str, Any]) -> str:
     """Of a run that is over: `done`, or `stopped` where it was cancelled or failed."""
-    return "stopped" if account["outcome"]["kind"] in outcome.STOPPED else "done"
+    return "stopped" if report["outcome"]["kind"] in outcome.STOPPED else "done"
 
 
-def _summary(account: dict[str, Any], state: str, sampler_node: SamplerNode) -> dict[str, Any]:
+def _summary(report: dict[str, Any], state: str, sampler_node: SamplerNode) -> dict[str, Any]:
     totals: dict[tuple[str, str], int] = {}
-    for row in account["rows"]:
+    for row in report["rows"]:
         key = row["role"], row["backend"]
         totals[key] = totals.get(key, 0) + row["calls"]
     names = ("number", "prompt_id", "node_id", "nodes", "model", "device", "steps", "seconds")
     return {
-        **{name: account[name] for name in names},
+        **{name: report[name] for name in names},
         "queued_by": sampler_node.queued_by,
         "state": state,
-        "tuning": account["tuning"],
+        "tuning": report["tuning"],
         "calls": sum(totals.values()),
-        "outcome": account["outcome"],
-        "fallbacks": sum(row["calls"] for row in account["rows"] if row["reason"] and row["backend"] != BY_ANOTHER),
-        "by_another": sum(row["calls"] for row in account["rows"] if row["backend"] == BY_ANOTHER),
+        "outcome": report["outcome"],
+        "fallbacks": sum(row["calls"] for row in report["rows"] if row["reason"] and row["backend"] != BY_ANOTHER),
+        "by_another": sum(row["calls"] for row in report["rows"] if row["backend"] == BY_ANOTHER),
         "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
-        "offers": [note for note in account["notes"] if note.endswith(NOT_USED)],
+        "offers": [note for note in report["notes"] if note.endswith(NOT_USED)],
     }
 
 
 def _going_on() -> list[tuple[dict[str, Any], SamplerNode]]:
-    """The accounts of the runs that are going on, as they are now, newest first."""
+    """The run reports of the runs that are going on, as they are now, newest first."""
     with _lock:
         live = list(_live.values())
     found = []

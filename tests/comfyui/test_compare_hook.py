@@ -143,7 +143,7 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
     def run(variant: Any) -> None:
         Event.at_rest = False
         setup.sample(variant.model)
-        variant.account = last_run()
+        variant.report = last_run()
         at_rest(gpu)
 
     monkeypatch.setattr(rounds, "synchronise", at_rest)
@@ -168,7 +168,7 @@ def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytes
     setup = set_up("wan", steps=2)
     variant = runs.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
     setup.sample(variant.model)
-    variant.account = last_run()
+    variant.report = last_run()
     variant._timed.pairs.pop()
     assert variant.attention_ms(torch.device("cuda")) is None
 
@@ -179,7 +179,7 @@ def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: 
     setup = set_up("wan", steps=2)
     variant = runs.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
     setup.sample(variant.model)
-    variant.account = last_run()
+    variant.report = last_run()
     assert variant.attention_ms(torch.device("cpu")) == pytest.approx(sum(row["ms"] for row in last_run()["rows"]))
 
 
@@ -263,7 +263,7 @@ def test_runs_outside_of_a_comparison_are_kept_one_by_one_also_after_one_that_fa
     def fails() -> None:
         with runs.together() as kept:
             setup.sample(model)
-            assert runs.find(kept[0].account["number"]) is not None, "it can be asked for before the end"
+            assert runs.find(kept[0].report["number"]) is not None, "it can be asked for before the end"
             raise ValueError("as it should")
 
     with pytest.raises(ValueError, match="as it should"):

@@ -630,7 +630,7 @@ def test_records_and_comparisons_say_that_a_run_is_not_ours_alone() -> None:
     everything = {"run": sampled(placed("wan", "before", "callback", Stranger(every=1)), "wan")}
     assert comparison.make_row(1, "", everything).failed == f"Not used: {ME} took over attention"
     (variant, *_) = compare_runs.make_variants(built("wan"), "sdpa_math", {})
-    variant.account = record
+    variant.report = record
     assert variant.note == f"{variant.row.asked}: {text}"
     assert variant.ran == f"sdpa_math + {ME}"
 

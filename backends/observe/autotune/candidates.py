@@ -1,4 +1,4 @@
-"""Which backends a measured choice tries for a kind of call: what `auto` may pick, and each kernel once.
+"""Which backends autotune tries for a kind of call: those that `auto` may pick, each kernel once.
 
 Boundary: a router and facts in, names out.
 """
@@ -11,14 +11,14 @@ from ...values.request import AttentionRequest
 from ...values.tolerance import ACCURACY
 
 MOST_SCORE_BYTES = 2**30
-"""On an accelerator, kernels that keep all scores are no candidates past this size: far too slow, and they may push
-out what else is on the card."""
+"""On an accelerator, kernels that keep all scores are no candidates beyond this size: too slow, and they may evict
+models from the card."""
 
 
 def candidates(
     router: Router, request: AttentionRequest, incumbent: str, accuracy: str, failed: Failures
 ) -> tuple[str, ...]:
-    """The incumbent, then what else may run this call; of backends that are the same kernel, one."""
+    """The incumbent, then the other backends that may run this call; one per kernel."""
     found = [incumbent]
     members = {_member(router, incumbent, request)}
     for name, backend in router.backends.items():
@@ -34,7 +34,7 @@ def candidates(
 
 
 def may_win(router: Router, name: str, accuracy: str) -> bool:
-    """Whether a measured choice may be this backend at all, where `accuracy` is allowed."""
+    """Whether autotune may choose this backend where `accuracy` is allowed."""
     backend = router.backends.get(name)
     if backend is None or not backend.candidate:
         return False

@@ -1,6 +1,6 @@
-"""What a run would take, as far as the store of measured choices knows: for who asks without a run.
+"""What the store would choose, without a run; for the command `explain`.
 
-Boundary: a store and facts in, a decision out; in a run it is `Tuner.plan` that asks the store.
+Boundary: a store and facts in, a decision out; in a run `Tuner.plan` reads the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def with_store(
     decision: Decision, request: AttentionRequest, role: str, category: str, accuracy: str, router: Router, store: Store
 ) -> Decision:
-    """What a run would take for a call for which `decision` is what `auto` takes, as far as the store knows."""
+    """The decision of a run: `decision` (what `auto` takes), or the stored winner if there is one that can run."""
     if decision.asked != AUTOTUNE or router.platform.described:
         return decision
     for name in (role, category):
