@@ -24,6 +24,7 @@ HELP = {
     "bench": "measure what the pack costs and gains here, and compare with the results before; or one: bench overhead",
     "lint": "ruff, its layout of the code, and mypy",
     "doctor": "each backend: available, or why not and how to get it",
+    "contracts": "compare what kernels use of other packages with their published sources (reads the package index)",
     "docs": "write the pages of docs/ that are made from the code",
 }
 
@@ -65,7 +66,8 @@ def _run(root: Path, command: str, rest: list[str]) -> int:
     if command == "bench":
         return _bench(root, rest)
     inside = root / "devtools" / "inside"
-    return _call(root, prepare(root), str(inside / "with_package.py"), str(inside / "write_docs.py"))
+    script = inside / ("read_contracts.py" if command == "contracts" else "write_docs.py")
+    return _call(root, prepare(root), str(inside / "with_package.py"), str(script), *rest)
 
 
 def _prepare_and_say(root: Path) -> tuple[Path, comfy.ComfyUI | None]:

@@ -32,6 +32,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "comparison/bench_report.py": {"cudnn_attn": "the second backend that ratios are to", "reference": LABEL},
     **{f"comparison/{file}.py": {"reference": LABEL} for file in ("chart", "picture", "tables")},
     "devtools/comfyui.py": {"comfy": MODULE},
+    "devtools/contracts/uses.py": dict.fromkeys(
+        ("xformers", "flash_attn", "aiter", "flash_attn_2", "flash_attn_3", "flash_attn_4"), PACKAGE
+    ),
     "devtools/demo.py": {"torch_sdpa": WORKFLOW, "sdpa_math": WORKFLOW},
     "nodes/configure/schedule.py": {"torch_sdpa": "the frozen default of a node's input"},
     **{f"nodes/hook/{file}.py": {"comfy": MODULE} for file in ("callers", "foreign_code", "others", "whose")},
