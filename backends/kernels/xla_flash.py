@@ -72,7 +72,7 @@ class XlaFlash(Backend):
 
     Without `sm_scale` it multiplies scores by 1. Beyond one block, kv_len has to be a multiple of 512: some versions
     raise, others pad with a bias that is wrong where q_len differs from kv_len; so keys are padded here, and hidden
-    as another segment. A padding mask is a segment too. Before 2.4 there were neither segments nor a scale. float32
+    as another segment. A padding mask is a segment too. 2.3 has no scale, and another argument for segments. float32
     is refused: a TPU multiplies it in bfloat16 by default.
     """
 
@@ -80,7 +80,7 @@ class XlaFlash(Backend):
     summary = "Flash attention of PyTorch/XLA, for TPUs. Exact in bfloat16; takes padding masks."
     aliases = (Alias(DIFFUSERS, "_native_xla", "for XLA devices with torch_xla only"),)
     kinds = ("xla",)
-    requires = ("torch-xla>=2.2",)
+    requires = ("torch-xla>=2.3",)
     packages = (
         Package(
             "torch-xla",
@@ -97,7 +97,7 @@ class XlaFlash(Backend):
     )
     tested_on = (
         "xla,torch=2.9.0,packages=torch-xla==2.9.0",
-        "xla,torch=2.2.0,packages=torch-xla==2.2.0",
+        "xla,torch=2.3.0,packages=torch-xla==2.3.0",
     )
     limits = Limits(Dtypes(("bfloat16",)), HeadDim(max=256), WideHeadDim(LANES), Masks(("none", "key_padding")))
     first_limits = limits.but(NO_MASK, LongKeys(BLOCK))

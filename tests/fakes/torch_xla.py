@@ -62,8 +62,16 @@ def flash_attention(
     return (weights @ v.float()).to(q.dtype)
 
 
-def first_flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
-    """2.2 and 2.3: no segments, no scale."""
+def first_flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segment_ids: tuple[torch.Tensor, torch.Tensor] | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """2.3: no scale, and both segments in one argument, which nothing here passes."""
+    if segment_ids is not None:
+        raise NotImplementedError("the fake knows no segments of 2.3")
     return flash_attention(q, k, v, causal)
 
 
@@ -71,7 +79,7 @@ def modules(version: str) -> dict[str, ModuleType]:
     """The package with its kernel, as of `version`."""
     names = ("torch_xla", "torch_xla.runtime", "torch_xla.experimental", "torch_xla.experimental.custom_kernel")
     package, runtime, experimental, kernel = (ModuleType(name) for name in names)
-    first = version.startswith(("2.2", "2.3"))
+    first = version.startswith("2.3")
     kernel.flash_attention = first_flash_attention if first else flash_attention  # type: ignore[attr-defined]
     runtime.device_type = lambda: DEVICE  # type: ignore[attr-defined]
     package.runtime, package.experimental = runtime, experimental  # type: ignore[attr-defined]

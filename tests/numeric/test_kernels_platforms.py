@@ -31,7 +31,7 @@ XFORMERS = "xformers==0.0.35"
 AITER = Platform("rocm", gfx="gfx942", torch="2.11.0", packages=(("amd-aiter", "0.1.7"),))
 NPU = Platform("npu", torch="2.13.0", packages=(("torch-npu", "2.13.0"),))
 TPU = Platform("xla", torch="2.9.0", packages=(("torch-xla", "2.9.0"),))
-OLD_TPU = Platform("xla", torch="2.2.0", packages=(("torch-xla", "2.2.0"),))
+OLD_TPU = Platform("xla", torch="2.3.0", packages=(("torch-xla", "2.3.0"),))
 
 LENGTHS = ((64, 64), (33, 77), (40, 512), (33, 600), (64, 1024))
 GRID = [

@@ -329,7 +329,7 @@ def test_the_cards_that_are_shown_are_those_that_are_refused_by_no_check(backend
         ),
         ("xformers", "xformers", ("0.0.29", "0.0.35"), ("0.0.28.post3",)),
         ("aiter", "amd-aiter", ("0.1.5", "0.1.7.post2.dev18"), ("0.1.4",)),
-        ("xla_flash", "torch-xla", ("2.2.0", "2.9.0"), ("2.1.0",)),
+        ("xla_flash", "torch-xla", ("2.3.0", "2.9.0"), ("2.2.0",)),
         ("flex_attn", "torch", ("2.5.0", "2.11.0"), ("2.4.1",)),
     ],
 )
