@@ -75,7 +75,17 @@ def _unpacked(packed: torch.Tensor, q_len: int, kv_len: int) -> torch.Tensor:
 class BatchPrefillWithRaggedKVCacheWrapper:
     """`plan` keeps a mask that it once got, and takes offsets into packed bits for offsets into bytes."""
 
-    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD", backend: str = "auto") -> None:
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: torch.Tensor | None = None,
+        kv_indptr_buf: torch.Tensor | None = None,
+        custom_mask_buf: torch.Tensor | None = None,
+        mask_indptr_buf: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
         arithmetic.CALLS.append("BatchPrefillWithRaggedKVCacheWrapper")
         if kv_layout != "NHD" or float_workspace_buffer.numel() < 128 * 1024 * 1024:
             raise ValueError("kv_layout must be NHD, the workspace at least 128 MB")
@@ -170,6 +180,8 @@ def trtllm_ragged_attention_deepseek(
     skip_softmax_threshold_scale_factor: float | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    sage_attn_sfs: tuple[torch.Tensor | None, ...] = (None, None, None, None),
+    num_elts_per_sage_attn_blk: tuple[int, int, int, int] = (0, 0, 0, 0),
     backend: str = "trtllm-gen",
     q_seq_lens_cpu: torch.Tensor | None = None,
     kv_seq_lens_cpu: torch.Tensor | None = None,
