@@ -144,7 +144,8 @@ def nearest_release(by_release: Sequence[list[Row]]) -> list[Row]:
 
     A fake stands in for one release: other releases may differ.
     """
-    return min(by_release, key=lambda rows: sum(row.state == DIFFERENT for row in rows))
+    readable = [rows for rows in by_release if all(row.state != UNREAD for row in rows)]
+    return min(readable or by_release, key=lambda rows: sum(row.state == DIFFERENT for row in rows))
 
 
 def never_there(rows: Iterable[Row]) -> list[Row]:

@@ -43,8 +43,10 @@ class Use(NamedTuple):
     """The versions that it is used of, of those that the kernel takes."""
     returns: tuple[int, ...] = ()
     """What the kernel can make something of: 1, a tuple's length, or several."""
+    stands: str = ""
+    """Where sources have its signature, if not under its name."""
     unread: str = ""
-    """Why a source does not tell: then what is not found is no difference."""
+    """Why a source does not say it: then what is not found is no difference."""
 
 
 class Call(NamedTuple):
@@ -59,6 +61,7 @@ class Call(NamedTuple):
 SECOND = ">=2"
 SDPA_PARAMS = (*OPERATOR, "attn_mask", "dropout", "is_causal", "enable_gqa")
 IN_C = "registered by the compiled part"
+NPU_META = "torch_npu.op_plugin.meta._meta_registrations:npu_fusion_attention_forward"
 OPTIONS = ("qk_quant_gran", "pv_accum_dtype", "smooth_k")
 
 USES = (
@@ -218,6 +221,8 @@ USES = (
         "torch_npu:npu_fusion_attention",
         "npu_fusion.py:load:npu_fusion_attention",
         order=(*OPERATOR, "head_num", "input_layout"),
+        returns=(7,),
+        stands=NPU_META,
         unread=IN_C,
     ),
     Use(
@@ -342,7 +347,7 @@ FAKE_MODULES = (
     ),
     Fake("xformers", "xformers", "xformers.ops", renamed=(("modules", "-", ""),)),
     Fake("comfy_kitchen", "comfy-kitchen", "comfy_kitchen"),
-    Fake("torch_npu", "torch-npu", "torch_npu", unread=IN_C),
+    Fake("torch_npu", "torch-npu", "torch_npu", renamed=(("npu_fusion_attention", NPU_META, ""),), unread=IN_C),
     Fake(
         "torch_xla",
         "torch-xla",

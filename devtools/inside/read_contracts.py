@@ -115,7 +115,7 @@ def use_rows(run: Run, package: str) -> list[Row]:
                 use,
                 uses.call_of(use) if use.at else None,
                 str(release.version),
-                run.sources_of(release).find(use.name),
+                run.sources_of(release).find(use.stands or use.name),
             )
         ]
 
@@ -216,7 +216,11 @@ def rename(run: Run) -> list[str]:
     for use in uses.USES:
         call = uses.call_of(use) if use.at else None
         for release in run.read.get(use.package, [])[-1:]:
-            found = run.sources_of(release).find(use.name) if compare.applies(use.when, release.version) else None
+            found = (
+                run.sources_of(release).find(use.stands or use.name)
+                if compare.applies(use.when, release.version)
+                else None
+            )
             if call is None or not isinstance(found, signatures.Function):
                 continue
             passed = {*(one.name for one in found.positional[: len(use.order[: call.positional])]), *call.keywords}
@@ -225,8 +229,8 @@ def rename(run: Run) -> list[str]:
     chosen = rng.sample(real, min(RENAMED, len(real)))
     missed = []
     for use, call, release, parameter in chosen:
-        copied = Sources(Copy(run.sources_of(release).tree, use.name, parameter))
-        rows = compare.use_rows(use, call, str(release.version), copied.find(use.name))
+        copied = Sources(Copy(run.sources_of(release).tree, use.stands or use.name, parameter))
+        rows = compare.use_rows(use, call, str(release.version), copied.find(use.stands or use.name))
         caught = any(row.state == DIFFERENT for row in rows)
         seen += caught
         missed += [] if caught else [f"{use.name}({parameter})"]

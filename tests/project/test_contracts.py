@@ -170,6 +170,13 @@ def test_a_renamed_parameter_is_seen_in_the_fake_and_in_the_package(fake: uses.F
                 assert any(row.state == DIFFERENT for row in rows), one.name
 
 
+def test_a_fake_is_compared_with_the_release_that_is_nearest_among_those_that_can_be_read() -> None:
+    row = Row("kern", "1", "kern:attend", "scale", "", "", UNREAD)
+    far, near = [row._replace(state=DIFFERENT)] * 2, [row._replace(state=DIFFERENT), row._replace(state=SAME)]
+    assert compare.nearest_release([[row], far, near]) == near
+    assert compare.nearest_release([[row]]) == [row]
+
+
 def test_every_fake_of_a_package_is_compared() -> None:
     inner = {"__init__", "arithmetic", "torch_operators"}  # the last one calls the real operators itself
     assert {path.stem for path in uses.FAKES.glob("*.py")} - inner == {fake.file for fake in uses.FAKE_MODULES}
