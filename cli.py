@@ -52,7 +52,7 @@ DOCTOR_EXAMPLES = """examples:
   %(prog)s --forget sage_attn
 
 Nothing is installed or changed: commands are printed for you to run. A probe runs each kernel on a tiny problem, in a
-process of its own. What it finds is remembered for this card, driver, torch and package versions, in a folder that
+separate process. What it finds is remembered for this card, driver, torch and package versions, in a folder that
 ATTENTION_BACKENDS_CACHE can name: a kernel that crashed, hung or was wrong is not used until a later probe is ok."""
 
 EXPLAIN_EXAMPLES = f"""examples:
@@ -131,10 +131,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     doctor.add_argument("--forget", action="store_true", help="drop what earlier probes found")
     explain = command(
-        "explain", "what would run for a call, on whose word, and why nothing else would", EXPLAIN_EXAMPLES
+        "explain", "what would run for a call, which setting decides it, and why nothing else would", EXPLAIN_EXAMPLES
     )
     explain.add_argument("--role", default="self", help="role of the call, e.g. cross or ltx2.audio_to_video")
-    explain.add_argument("--category", choices=CATEGORIES, help="the role's category; default: told by its name")
+    explain.add_argument("--category", choices=CATEGORIES, help="the role's category; default: from its name")
     explain.add_argument("--config", default="", help="configuration in any accepted form; default: everything auto")
     explain.add_argument(
         "--component", default="transformer", help="model of the pipeline, e.g. transformer_2; default: %(default)s"

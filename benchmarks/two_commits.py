@@ -100,7 +100,7 @@ def commit_of(revision: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", nargs="?")
-    parser.add_argument("after", nargs="?", help="a commit; left out: this folder as it is")
+    parser.add_argument("after", nargs="?", help="a commit; left out: this folder")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--part", choices=PARTS, help="measure that one alone")
     parser.add_argument("--json", type=Path, help="also write the figures there")

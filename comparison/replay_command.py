@@ -34,7 +34,7 @@ EXAMPLES = """examples:
   %(prog)s same_again.json --platform cuda:9.0 --json
 
 The record is what node Attention Record put into the metadata of a PNG, WebP or .latent file, or a .json file with it.
-The configuration repeats it: paste it into node Attention Config From Text in the workflow of the picture, in place of
+The configuration repeats it: paste it into node Attention Config From Text in the workflow of the picture, instead of
 the other attention nodes. What cannot run here falls back, and says so."""
 
 

@@ -49,7 +49,7 @@ EXAMPLES = f"""examples:
 
 Presets: {", ".join(PRESETS)}.
 What is found holds for calls of the same sizes, dtype and role on this machine with these versions. A run of ComfyUI
-with `autotune` finds out the same by itself; ComfyUI's own store is attention_backends/measured.sqlite3 in its user
+with `autotune` measures the same; ComfyUI's own store is attention_backends/measured.sqlite3 in its user
 folder, which --store or the variable {VARIABLE} can name. Clearing, exporting and importing are for the whole file."""
 
 
@@ -235,7 +235,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     times = sorted(entry["ms"].items(), key=lambda item: item[1])
     found = [f"{name} {ms:.3g} ms" for name, ms in times if name != entry["winner"]]
     found += [f"{name}: {reason}" for name, reason in entry["rejected"].items()]
-    found += [f"{name}: put off, its first call took too long" for name in entry["put_off"]]
+    found += [f"{name}: deferred, its first call took too long" for name in entry["put_off"]]
     found += [] if entry["here"] else [f"of another machine: {entry['environment']}"]
     found += [datetime.fromtimestamp(entry["written"], timezone.utc).strftime("%Y-%m-%d")]
     ms = f"{entry['ms'][entry['winner']]:.3g}"

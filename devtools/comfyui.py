@@ -11,8 +11,8 @@ from pathlib import Path
 from .console import Stop
 
 HOW_TO_GET_ONE = (
-    "To get one: `pip install comfy-cli`, then `comfy install` (its default place is found by itself; "
-    "any other is named by COMFYUI_PATH)."
+    "To get one: `pip install comfy-cli`, then `comfy install` (its default place is found; "
+    "name any other by COMFYUI_PATH)."
 )
 
 

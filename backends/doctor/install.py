@@ -98,7 +98,7 @@ def _broken(packages: tuple[Package, ...], platform: Platform, interpreter: Inte
                 f"({tags(platform, interpreter)})",
                 f"project: {package.page}",
             )
-    return Advice("nothing", "nothing to install: it needs no package of its own")
+    return Advice("nothing", "nothing to install: it needs no package")
 
 
 def _with_package(platform: Platform, package: Package) -> Platform:

@@ -59,7 +59,7 @@ def probe(backend_id: str, timeout: float = TIMEOUT, source: str = "") -> Outcom
     if ended.status is None:
         status, reason = "hung", f"no answer within {timeout:g} s {stage}"
     else:
-        ends = words_of(ended.status) if ended.status else "ended by itself with exit code 0"
+        ends = words_of(ended.status) if ended.status else "ended early with exit code 0"
         status, reason = "crashed", f"{ends} {stage}{place}"
     if stage == STARTING:  # Python or torch itself, before anything of the kernel
         status, reason = "untested", f"{status}: {reason}"

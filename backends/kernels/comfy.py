@@ -20,7 +20,7 @@ class Comfy(Backend):
     """
 
     id = "comfy"
-    summary = "Whatever ComfyUI would run by itself, its start-up flags and the checkpoint's preference included."
+    summary = "ComfyUI's own attention function, as its start-up flags and the checkpoint's preference choose it."
     kinds = KINDS
     hosted = True
     candidate = False

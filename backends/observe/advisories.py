@@ -155,7 +155,7 @@ def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
         default = f"{asked or AUTO} with accuracy {accuracy}"
         matters = f"applies to {default}" if found.concerns(asked, accuracy) else f"changes nothing for {default}"
         lines.append(
-            f"recommended for {found.title}: {found.what}, in place of {found.kernels} ({found.reason}; "
+            f"recommended for {found.title}: {found.what}, instead of {found.kernels} ({found.reason}; "
             f"{found.evidence}: {found.source}); {matters}"
         )
     return lines
@@ -233,7 +233,7 @@ def recommended_page() -> str:
         lines.append(f"| {row.title} | {families} | {row.what} | {row.kernels} | {row.reason} | {evidence} |")
     lines += [
         "",
-        "`GET /attention_backends/recommended` has the same as JSON. Other families have no row because nobody was "
-        "found who says where in the model it goes wrong; the [guard](guard.md) finds bad blocks of any model.",
+        "`GET /attention_backends/recommended` has the same as JSON. Other families have no row: no source was "
+        "found that says where in the model trouble occurs; the [guard](guard.md) finds bad blocks of any model.",
     ]
     return "\n".join(lines) + "\n"

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 MOST_READ = 4
 """Masks read in one model call on an accelerator, where reading one waits for the device."""
 
-MADE_ANEW = "this model makes its masks anew in every block: they are passed to kernels as they are"
-COMPILED = "the model is compiled: its masks are passed to kernels as they are"
-COMPOSED = "another pack's override may change masks: they are passed to kernels as they are"
-PATCHED = "another pack's patch may change masks: they are passed to kernels as they are"
-FOREIGN = "another pack's code runs in this model and may change masks, so they are passed to kernels as they are: {}"
-OUTSIDE = "attention outside a model call: its masks are passed to kernels as they are"
-UNREAD = "a mask could not be read and is passed on as it is"
+MADE_ANEW = "this model makes its masks again in every block: they are passed to kernels unchanged"
+COMPILED = "the model is compiled: its masks are passed to kernels unchanged"
+COMPOSED = "another pack's override may change masks: they are passed to kernels unchanged"
+PATCHED = "another pack's patch may change masks: they are passed to kernels unchanged"
+FOREIGN = "another pack's code runs in this model and may change masks, so they are passed to kernels unchanged: {}"
+OUTSIDE = "attention outside a model call: its masks are passed to kernels unchanged"
+UNREAD = "a mask could not be read and is passed on unchanged"
 
 
 class Masks:
