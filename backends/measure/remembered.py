@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..values.bounded import read_file
+from ..values.data import load_json
+from ..values.fields import Fields
 from ..values.platform import Platform
 from .environment import probe_key
 
@@ -132,24 +134,19 @@ def _outcomes(file: Path) -> dict[str, Outcome]:
 
 
 def _parsed(text: str) -> dict[str, Outcome]:
-    from ..values.data import load_json
-
-    data = load_json(text, "its text", most_bytes=MOST_BYTES, most_entries=MOST_VALUES)
-    if data["format"] != FORMAT:
-        raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+    data = Fields(load_json(text, "its text", most_bytes=MOST_BYTES, most_entries=MOST_VALUES))
+    if data.data.get("format") != FORMAT:
+        raise ValueError(f"format {data.data.get('format')!r} is not {FORMAT}")
     known = {}
-    for entry, fields in data["outcomes"].items():
-        if fields["status"] not in LASTING or not isinstance(fields["reason"], str):
-            raise ValueError(f"status {fields['status']!r} is not one of {', '.join(LASTING)}")
-        if not isinstance(fields["stderr"], list):
-            raise ValueError(f"stderr is a {type(fields['stderr']).__name__}, not a list of lines")
-        ms, relative_l2 = fields["ms"], fields["relative_l2"]
+    outcomes = data.inner("outcomes")
+    for entry in outcomes.data:
+        fields = outcomes.inner(entry)
         known[entry] = Outcome(
-            fields["status"],
-            fields["reason"],
-            None if relative_l2 is None else float(relative_l2),
-            None if ms is None else float(ms),
-            tuple(map(str, fields["stderr"])),
+            fields.one_of("status", LASTING),
+            fields.text("reason"),
+            None if fields.data["relative_l2"] is None else fields.number("relative_l2"),
+            None if fields.data["ms"] is None else fields.number("ms"),
+            tuple(map(str, fields.items("stderr"))),
         )
     return known
 

@@ -17,6 +17,7 @@ from ...backends.report import MODES, trace_mode
 from ...backends.report import VARIABLE as TRACE_VARIABLE
 from ...backends.values.bounded import read_file, shortened
 from ...backends.values.data import load_json
+from ...backends.values.fields import Fields
 from ...backends.values.platform import HUB_VARIABLE, hub_allowed
 
 log = logging.getLogger("attention_backends")
@@ -113,11 +114,8 @@ def checked(changes: object) -> dict[str, Any]:
     unknown = sorted(map(str, set(changes) - set(UNSET)))
     if unknown:
         raise ValueError(f"unknown setting {shortened(', '.join(unknown), 200)}; known: {', '.join(UNSET)}")
-    if not isinstance(changes.get("hub", False), bool):
-        raise ValueError(f"hub must be true or false, not {shortened(repr(changes['hub']), 80)}")
-    if changes.get("log_level", "") not in LEVELS:
-        said = shortened(repr(changes["log_level"]), 80)
-        raise ValueError(f"log_level {said} is not one of {', '.join(filter(None, LEVELS))}, or empty")
-    if changes.get("trace", MODES[0]) not in MODES:
-        raise ValueError(f"trace {shortened(repr(changes['trace']), 80)} is not one of {', '.join(MODES)}")
+    fields = Fields(changes)
+    fields.flag("hub", False)
+    fields.one_of("log_level", LEVELS, "")
+    fields.one_of("trace", MODES, MODES[0])
     return changes

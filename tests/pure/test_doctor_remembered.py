@@ -130,6 +130,14 @@ def test_driver_interpreter_and_our_version_are_part_of_the_environment(monkeypa
     assert len(keys) == 4
 
 
+def test_stored_keys_keep_their_text(monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion) -> None:
+    """Another wording would orphan what people have stored."""
+    monkeypatch.setattr(environment, "driver", lambda: "580.1")
+    monkeypatch.setattr(environment, "own_version", lambda: "1.0")
+    assert environment.probe_key("flash_attn_2", HERE).partition(" | Python ")[0] == snapshot
+    assert environment.environment_of(replace(HERE, cudnn_sdp_enabled=False)) == snapshot
+
+
 def test_a_package_of_no_concern_to_the_backend_changes_nothing() -> None:
     remembered.remember({"flash_attn_2": CRASH}, HERE)
     other = replace(HERE, packages=(*HERE.packages, ("xformers", "0.0.35")))

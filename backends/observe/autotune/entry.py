@@ -5,22 +5,25 @@ Boundary: values and their checks; files are in `database.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from time import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ...measure.call_key import TuningKey
 from ...values.bounded import shortened
-from ...values.request import MASK_KINDS, MOST_SIZE
+from ...values.fields import LONGEST_TEXT, Fields
+from ...values.request import MASK_KINDS
 from ...values.tolerance import ACCURACY
+
+Value = TypeVar("Value")
 
 FORMAT = "attention_backends.measured"
 VERSION = 1
 MOST_BYTES, MOST_VALUES = 4 << 20, 200_000
 """Of a document, and of the values in it: the most choices that a store keeps, each with long reasons."""
-LONGEST_TEXT = 2000
 MOST_NAMES = 64
-MOST_NUMBER = 1e300
 LEAST_MS = 1e-4
 """Times are kept to this."""
 KEY_TYPES: dict[str, type] = {
@@ -118,82 +121,37 @@ def read(data: object) -> Entry:
     Raises:
         ValueError: a field is missing or of another kind; the message names it.
     """
-    if not isinstance(data, dict):
-        raise ValueError("must be an object")
-    key = TuningKey(*(_key_field(data, name, kind) for name, kind in KEY_TYPES.items()))  # type: ignore[arg-type]
+    fields = Fields(data)
+    readers: dict[type, Callable[[str], Any]] = {
+        str: partial(fields.text, least=1),
+        bool: fields.flag,
+        int: partial(fields.whole, least=1),
+    }
     entry = Entry(
-        key,
-        _text(data, "environment"),
-        _text(data, "accuracy"),
-        _text(data, "winner"),
-        _text(data, "incumbent"),
-        _mapping(data, "ms", _milliseconds),
-        _mapping(data, "rejected", _reason),
-        _mapping(data, "put_off", _count),
-        min(_number(data, "written"), time()),  # the oldest are dropped first, and none is newer than now
-        _text(data, "origin") if "origin" in data else "run",
+        TuningKey(*(readers[kind](name) for name, kind in KEY_TYPES.items())),
+        fields.text("environment", least=1),
+        fields.one_of("accuracy", ACCURACY),
+        fields.text("winner", least=1),
+        fields.text("incumbent", least=1),
+        _of_backends(fields.inner("ms"), lambda ms, name: ms.number(name, LEAST_MS)),
+        _of_backends(fields.inner("rejected"), lambda reasons, name: reasons.text(name, least=1)),
+        _of_backends(fields.inner("put_off"), lambda times, name: times.whole(name, 1, below=2**31)),
+        min(fields.number("written", 0), time()),  # the oldest are dropped first, and none is newer than now
+        fields.text("origin", "run", least=1),
     )
-    if key.mask not in MASK_KINDS:
-        raise ValueError(f"mask {key.mask!r} is not one of {', '.join(MASK_KINDS)}")
-    if entry.accuracy not in ACCURACY:
-        raise ValueError(f"accuracy {entry.accuracy!r} is not one of {', '.join(ACCURACY)}")
+    fields.one_of("mask", MASK_KINDS)
     if entry.winner not in entry.ms:
-        raise ValueError(f"winner {entry.winner!r} has no time in ms")
+        raise fields.wrong("winner", f"{entry.winner!r} has no time in ms")
+    try:  # JSON's escapes can make half of a character; SQLite takes none
+        json.dumps(entry.as_dict(), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise fields.wrong("", f"a text has half of a character: {error.reason}") from error
     return entry
 
 
-def _key_field(data: dict[str, Any], name: str, kind: type) -> object:
-    value = data.get(name)
-    if kind is str:
-        return _text(data, name)
-    if type(value) is not kind or (type(value) is int and not 0 < value < MOST_SIZE):
-        raise ValueError(f"{name} {value!r} is not {'true or false' if kind is bool else 'a number above 0'}")
-    return value
-
-
-def _text(data: dict[str, Any], name: str) -> str:
-    value = data.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_TEXT:
-        raise ValueError(f"{name} must be a text of 1 to {LONGEST_TEXT} characters")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON's escapes can make half of a character; SQLite takes none
-        raise ValueError(f"{name} has half of a character: {error.reason}") from error
-    return value
-
-
-def _number(data: dict[str, Any], name: str) -> float:
-    value = data.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MOST_NUMBER:
-        raise ValueError(f"{name} {value!r} is not a number of 0 or more")
-    return float(value)
-
-
-def _mapping(data: dict[str, Any], name: str, read_one: Callable[[dict[str, Any], str], Any]) -> dict[str, Any]:
-    values = data.get(name)
-    if not isinstance(values, dict) or len(values) > MOST_NAMES:
-        raise ValueError(f"{name} must be an object with at most {MOST_NAMES} backends")
-    if not all(isinstance(backend, str) and len(backend) <= LONGEST_TEXT for backend in values):
-        raise ValueError(f"{name}: a backend must be a name")
-    try:
-        return {backend: read_one(values, backend) for backend in values}
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _milliseconds(values: dict[str, Any], backend: str) -> float:
-    ms = _number(values, backend)
-    if ms < LEAST_MS:
-        raise ValueError(f"{backend} {ms:g} is not a time")
-    return ms
-
-
-def _reason(values: dict[str, Any], backend: str) -> str:
-    return _text(values, backend)
-
-
-def _count(values: dict[str, Any], backend: str) -> int:
-    count = values[backend]
-    if type(count) is not int or not 0 < count < 2**31:
-        raise ValueError(f"{backend} {count!r} is not a number above 0")
-    return count
+def _of_backends(fields: Fields, read_one: Callable[[Fields, str], Value]) -> dict[str, Value]:
+    """A value for each backend."""
+    names = list(fields.data)
+    if len(names) > MOST_NAMES or not all(isinstance(name, str) and len(name) <= LONGEST_TEXT for name in names):
+        raise fields.wrong("", f"expected at most {MOST_NAMES} names of backends")
+    return {name: read_one(fields, name) for name in names}
