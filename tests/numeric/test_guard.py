@@ -149,6 +149,17 @@ def test_nan_from_step_2_on_with_enforce_gives_the_exact_result() -> None:
         assert calls == (3 * BLOCKS if again else 5 * BLOCKS - 3), "two steps, and the one that was run again"
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_an_output_of_several_tensors_is_looked_at(kind: type) -> None:
+    made = session(sdpa, "enforce")
+    run_once(made, some_call(random.Random(0)))
+    good = kind((None, torch.zeros(2), "text", torch.ones(2, dtype=torch.int64)))
+    bad = kind((torch.zeros(2), torch.tensor([1.0, float("nan")])))
+    assert made.guard.model_call(object(), lambda: good, lambda: bad) is good
+    assert made.guard.model_call(object(), lambda: bad, lambda: good) is good
+    assert len(made.run_report.notes) == 1
+
+
 def test_a_model_that_is_never_finite_is_not_blamed_on_attention(snapshot: SnapshotAssertion) -> None:
     made = session(sdpa, "enforce")
     run_once(made, some_call(random.Random(0)))

@@ -21,7 +21,7 @@ from attention_backends.backends.kernels.group import BackendGroup  # noqa: E402
 from attention_backends.backends.kernels.support.lse import checked  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.faults import KernelOutputError  # noqa: E402
-from attention_backends.backends.values.limits import Dtypes  # noqa: E402
+from attention_backends.backends.values.limits import Dtypes, HeadDim  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest, LseCall, parse_request  # noqa: E402
 
@@ -140,6 +140,19 @@ def test_a_build_without_it_is_asked_once_and_refused() -> None:
         assert "a build without it" in (decision.reason or "")
     assert len(loads) == 1
     assert router.select(REQUEST._replace(lse=False), Choice("broken", "a test")).backend == "broken"
+
+
+def test_limits_of_the_log_sum_exp_alone_refuse_a_call_that_asks_for_it() -> None:
+    class Narrow(_Broken):
+        given = torch.ones(2, 4, 6)
+
+        def lse_limits(self, platform: Platform) -> Limits:
+            return self.limits.but(HeadDim(max=4))
+
+    router = Router(Platform("cpu", torch="2.13.0"), {**BACKENDS, "broken": Narrow()}, recalls=False)
+    assert [len(router.refuse("broken", REQUEST._replace(lse=lse))) for lse in (False, True)] == [0, 1]
+    described = Router(Platform("cpu", torch="2.13.0", described=True), {"broken": _Broken()}, recalls=False)
+    assert described.refuse("broken", REQUEST) == (), "what a package lacks is not known of a described machine"
 
 
 @pytest.mark.parametrize("checks", [False, True])

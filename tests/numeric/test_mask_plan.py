@@ -172,6 +172,23 @@ def test_patterns_are_recognised(case: str) -> None:
     assert plan.pattern.startswith(name) if name else plan.pattern == ""
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 0), (0, 3), (2, 3)])
+def test_a_triangle_among_hidden_keys_is_causal_over_the_others(before: int, after: int) -> None:
+    mask = torch.zeros(1, 1, 5, before + 5 + after, dtype=torch.bool)
+    mask[..., before : before + 5] = torch.ones(5, 5, dtype=torch.bool).tril()
+    plan = inspect(mask, mask.shape[3])
+    (part,) = plan.parts
+    assert (plan.treatment, part.keys, part.is_causal) == ("causal", slice(before, before + 5), True)
+
+
+def test_a_window_among_hidden_keys_is_recognised() -> None:
+    rows = torch.arange(40)
+    mask = torch.zeros(1, 1, 40, 45, dtype=torch.bool)
+    mask[..., 3:43] = (rows[None] - rows[:, None]).abs() <= 4
+    plan = inspect(mask, 45)
+    assert (plan.treatment, plan.pattern) == ("trimmed", "sliding window, 4 before and 4 after")
+
+
 def test_rows_of_finite_lowest_numbers_keep_what_sdpa_gives() -> None:
     """Such a row attends to everything alike: leaving the keys out would change it."""
     mask = torch.zeros(1, 1, 2, 4)
