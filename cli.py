@@ -275,7 +275,9 @@ def _explain(options: argparse.Namespace) -> int:
         "category_derived": options.category is None and options.role not in CATEGORIES,
         "source": decision.source,
         "asked": decision.asked,
-        "rejected": [{"backend": said.backend, "reasons": list(said.reasons)} for said in decision.rejected],
+        "rejected": [
+            {"backend": rejection.backend, "reasons": list(rejection.reasons)} for rejection in decision.rejected
+        ],
         "request": request._asdict(),
         "platform": router.platform.describe(),
         "notes": [
@@ -344,5 +346,5 @@ def _sentences(answer: dict[str, Any], request: AttentionRequest) -> str:
     lines += [f"Note: {note}." for note in answer["notes"]]
     if answer["rejected"]:
         lines.append("Refused before it:")
-        lines += [f"  {said['backend']}: {'; '.join(said['reasons'])}" for said in answer["rejected"]]
+        lines += [f"  {rejection['backend']}: {'; '.join(rejection['reasons'])}" for rejection in answer["rejected"]]
     return "\n".join(lines)

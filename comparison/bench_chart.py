@@ -44,8 +44,8 @@ def draw_benchmark(report: BenchReport) -> Figure:
         for column, case in enumerate(pair):
             left = 1.9 + column * WIDTH / 2
             rows = ROW * len(case.rows)
-            place = box(left, top + tall - 0.35 - rows, WIDTH / 2 - 2.2, rows, WIDTH, height)
-            _panel(figure, place, case)
+            rectangle = box(left, top + tall - 0.35 - rows, WIDTH / 2 - 2.2, rows, WIDTH, height)
+            _panel(figure, rectangle, case)
     return figure
 
 
@@ -59,8 +59,8 @@ def _subject(report: BenchReport) -> str:
     return textwrap.shorten(text, 170, placeholder="...")
 
 
-def _panel(figure: Figure, place: tuple[float, float, float, float], case: Case) -> None:
-    axes = figure.add_axes(place)
+def _panel(figure: Figure, rectangle: tuple[float, float, float, float], case: Case) -> None:
+    axes = figure.add_axes(rectangle)
     ranked = ranking(case)
     rows = [*ranked, *(row for row in case.rows if row not in ranked)]
     longest = max((row.high or 0.0 for row in ranked), default=1.0)

@@ -29,7 +29,7 @@ def cells(case: Case) -> list[list[str]]:
     others = [row for row in case.rows if row.status != "ok"]
     return [list(COLUMNS)] + [
         [
-            str(place + 1) if row in ranked else "-",
+            str(rank + 1) if row in ranked else "-",
             row.backend if row.member in (None, row.backend) else f"{row.backend} -> {row.member}",
             _number(row.ms),
             f"{_number(row.low)}-{_number(row.high)}" if row.ms is not None else "-",
@@ -40,7 +40,7 @@ def cells(case: Case) -> list[list[str]]:
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
             result(row, case),
         ]
-        for place, row in enumerate([*ranked, *others])
+        for rank, row in enumerate([*ranked, *others])
     ]
 
 

@@ -43,8 +43,8 @@ def draw_calls(report: Report) -> Figure:
                     bbox={"color": "white", "alpha": 0.8, "pad": 0.5})  # fmt: skip
     for at, row in enumerate(rows):
         colour = palette(at % 10)
-        for place, call in enumerate(row.calls):
-            x = place + (at - (len(rows) - 1) / 2) * 0.5 / len(rows)
+        for index, call in enumerate(row.calls):
+            x = index + (at - (len(rows) - 1) / 2) * 0.5 / len(rows)
             if math.isfinite(call.relative_l2):
                 errors.plot(x, max(call.relative_l2, 1e-17), markers[at % 8], color=colour, markersize=7)
             else:

@@ -58,9 +58,9 @@ def parse_backends(names: Sequence[str]) -> list[str]:
 
 def default_backends(router: Router) -> list[str]:
     """What can be compared here without asking: those that run anywhere, and whatever else is available."""
-    asked = {name: backend for name, backend in router.backends.items() if not backend.by_name_only}
-    anywhere = [name for name, backend in asked.items() if backend.kinds == KINDS]
-    others = (name for name in asked if name not in anywhere and not router.unavailable(name))
+    candidates = {name: backend for name, backend in router.backends.items() if not backend.by_name_only}
+    anywhere = [name for name, backend in candidates.items() if backend.kinds == KINDS]
+    others = (name for name in candidates if name not in anywhere and not router.unavailable(name))
     return [REFERENCE, *(name for name in (*anywhere, *others) if name != REFERENCE)]
 
 

@@ -109,17 +109,17 @@ class _Limited:
 
 
 def _png(file: _Limited) -> Iterator[tuple[str, str]]:
-    place = len(PNG)
+    offset = len(PNG)
     for _ in file.parts():
-        if place + 8 > file.size:
+        if offset + 8 > file.size:
             return
-        file.file.seek(place)
+        file.file.seek(offset)
         head = file.read(8)
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if place + 8 + length > file.size:
-            there = file.size - place - 8
+        if offset + 8 + length > file.size:
+            there = file.size - offset - 8
             raise ValueError(f"its part {kind.decode('latin-1')} ends after {there} of {length} bytes")
-        place += 12 + length
+        offset += 12 + length
         if kind in (b"tEXt", b"comf", b"zTXt", b"iTXt"):  # the second is ComfyUI's own, in animated pictures
             begin = file.read(min(length, LONGEST_NAME + 1))
             name = begin.partition(b"\0")[0].decode("latin-1")
@@ -150,22 +150,22 @@ def _three(rest: bytes) -> tuple[bytes, bytes, bytes]:
 
 def _webp(file: _Limited) -> Iterator[tuple[str, str]]:
     """ComfyUI writes each text as `name:text` into its own EXIF entry."""
-    place = 12
+    offset = 12
     for _ in file.parts():
-        if place + 8 > file.size:
+        if offset + 8 > file.size:
             return
-        file.file.seek(place)
+        file.file.seek(offset)
         head = file.read(8)
         length = int.from_bytes(head[4:], "little")
         if head[:4] == b"EXIF":
-            length = min(length, file.size - place - 8)
+            length = min(length, file.size - offset - 8)
             file.spend(length)
             exif = file.read(length)
             for text in _exif(exif[6:] if exif.startswith(b"Exif\0\0") else exif, file):
                 name, colon, rest = text.partition(":")
                 if colon:
                     yield name, rest if file.wants(name) else ""
-        place += 8 + length + length % 2
+        offset += 8 + length + length % 2
 
 
 def _exif(tiff: bytes, file: _Limited) -> Iterator[str]:

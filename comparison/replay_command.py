@@ -105,14 +105,14 @@ def report_of(record: Recorded, router: Router) -> dict[str, Any]:
         "not_recorded": data["not_recorded"],
         "runs": [
             {
-                **{name: kept[name] for name in kept if name != "decisions"},
+                **{name: recorded_run[name] for name in recorded_run if name != "decisions"},
                 "differences": differences(run.machine, router.platform, version),
                 "decisions": [
-                    _decision(entry, held, router, refused)
-                    for entry, held in zip(kept["decisions"], run.held, strict=True)
+                    _decision(entry, timeline, router, refused)
+                    for entry, timeline in zip(recorded_run["decisions"], run.held, strict=True)
                 ],
             }
-            for kept, run in zip(data["runs"], record.runs, strict=True)
+            for recorded_run, run in zip(data["runs"], record.runs, strict=True)
         ],
         "config": data,
     }
@@ -130,10 +130,10 @@ def _decision(entry: Mapping[str, Any], held: Held, router: Router, known: Refus
         name, options = choice.asked or "", repr(sorted(choice.extra.items()))
         reasons: dict[str, None] = {}
         for request in requests:
-            asked = (name, options, request)
-            if asked not in known:
-                known[asked] = tuple(router.refuse(name, request, options=choice.extra))
-            reasons.update(dict.fromkeys(known[asked]))
+            key = (name, options, request)
+            if key not in known:
+                known[key] = tuple(router.refuse(name, request, options=choice.extra))
+            reasons.update(dict.fromkeys(known[key]))
         parts.append({**ran, "cannot_run": list(reasons)})
     return {**entry, "ran": parts}
 

@@ -64,14 +64,14 @@ def round_robin(
     lost: str | None = None
     try:
         for turn, what in runs:
-            for place, entry in enumerate(entries):
+            for index, entry in enumerate(entries):
                 if entry.row.failed is not None:
                     continue
                 if lost is not None:
                     entry.row.failed = lost
                     continue
                 stage = f"run {turn} of {repeat}" if turn else "the warm-up"
-                progress(f"{entry.row.asked}: {stage}", turn * len(entries) + place, len(runs) * len(entries))
+                progress(f"{entry.row.asked}: {stage}", turn * len(entries) + index, len(runs) * len(entries))
                 try:
                     _run(entry, what, device, counts=turn > 0)
                 except Exception as error:  # any failure of one backend is its row; the others go on

@@ -153,15 +153,15 @@ def _memory(row: Row) -> str:
 def _result(row: Row, report: Report) -> str:
     first = report.rows[0]
     if row.failed or row.broken:
-        said = row.verdict
+        sentence = row.verdict
     elif row is first:
-        said = "reference"
+        sentence = "reference"
     elif report.mode == "attention" and row.relative_l2 is not None and first.relative_l2:
         rounding = row.relative_l2 <= ROUNDING * first.relative_l2
-        said = "rounding only" if rounding else f"error {100 * row.relative_l2:.2g} % of the result"
+        sentence = "rounding only" if rounding else f"error {100 * row.relative_l2:.2g} % of the result"
     else:
-        said = row.verdict
-    return f"{said}; runs differ" if row.repeatable is False else said
+        sentence = row.verdict
+    return f"{sentence}; runs differ" if row.repeatable is False else sentence
 
 
 def _markdown_table(table: list[list[str]]) -> str:

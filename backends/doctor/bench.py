@@ -141,8 +141,8 @@ def _run_case(
     refused = {name: _refusal(name, case.request, router, host) for name in backends}
     problem: Problem | None = None
     lost = ""
-    for place, name in enumerate(backends):
-        tell(place)
+    for row_index, name in enumerate(backends):
+        tell(row_index)
         if refused[name] is None and problem is None and not lost:
             problem, lost = _prepare(case, device, seed, host)
         if refused[name] is not None or problem is None:

@@ -53,14 +53,14 @@ def probe(backend_id: str, timeout: float = TIMEOUT, source: str = "") -> Outcom
         answer = Path(scratch, "answer.json")
         ended = run([*same_interpreter(), str(folder), CHILD, backend_id, str(answer), source], timeout)
         stage, outcome = _read(answer)
-        place = _place(answer.with_name(STACK))
+        crash_site = _place(answer.with_name(STACK))
     if outcome is not None:
         return outcome if outcome.status == "ok" else _with_tail(outcome, ended.tail)
     if ended.status is None:
         status, reason = "hung", f"no answer within {timeout:g} s {stage}"
     else:
         ends = words_of(ended.status) if ended.status else "ended early with exit code 0"
-        status, reason = "crashed", f"{ends} {stage}{place}"
+        status, reason = "crashed", f"{ends} {stage}{crash_site}"
     if stage == STARTING:  # Python or torch itself, before anything of the kernel
         status, reason = "untested", f"{status}: {reason}"
     return Outcome(status, reason, stderr=ended.tail)
@@ -160,8 +160,8 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
 
 
 def _different(request: AttentionRequest, plain: AttentionRequest) -> str:
-    asked = ("mask", "num_kv_heads", "scale", "is_causal")
-    names = [name for name in asked if getattr(request, name) != getattr(plain, name)]
+    varied = ("mask", "num_kv_heads", "scale", "is_causal")
+    names = [name for name in varied if getattr(request, name) != getattr(plain, name)]
     return ", ".join(f"{name} {getattr(request, name)}" for name in names)
 
 

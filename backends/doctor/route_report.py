@@ -81,9 +81,9 @@ def _lines(states: list[dict[str, Any]], first: str | None) -> list[str]:
     width = max(len(state["backend"]) for state in states)
     lines = []
     for number, state in enumerate(states, 1):
-        said = "available" if state["available"] else f"no: {'; '.join(state['reasons'])}"
+        status = "available" if state["available"] else f"no: {'; '.join(state['reasons'])}"
         mark = "   <- auto starts here" if state["backend"] == first else ""
-        lines.append(f"  {number} {state['backend']:{width}}  {said}{mark}")
+        lines.append(f"  {number} {state['backend']:{width}}  {status}{mark}")
     return lines
 
 

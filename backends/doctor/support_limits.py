@@ -159,6 +159,6 @@ def _merge(groups: Mapping[tuple[Limits, str], list[Platform]]) -> list[tuple[Li
     """One row per set of limits, with all the places that have it."""
     rows: dict[Limits, list[str]] = {}
     for (limits, version), machines in groups.items():
-        place = places(machines)
-        rows.setdefault(limits, []).append(f"{version}: {place}" if version else place)
+        where = places(machines)
+        rows.setdefault(limits, []).append(f"{version}: {where}" if version else where)
     return [(limits, "<br>".join(dict.fromkeys(places))) for limits, places in rows.items()]

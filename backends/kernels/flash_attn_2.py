@@ -96,8 +96,8 @@ def _rdna(platform: Platform) -> bool:
 
 def _on_rdna(platform: Platform, reasons: list[str]) -> list[str]:
     if not platform.flash_triton:
-        said = f"{FLASH_TRITON_VARIABLE}=TRUE is not set, which flash-attn's Triton backend needs"
-        reasons.append(f"architecture {platform.gfx}: {said} (reported to run on RDNA 3 and 4)")
+        not_set = f"{FLASH_TRITON_VARIABLE}=TRUE is not set, which flash-attn's Triton backend needs"
+        reasons.append(f"architecture {platform.gfx}: {not_set} (reported to run on RDNA 3 and 4)")
     if platform.version("flash-attn"):
         reason = package_reason("flash-attn>=2.7.1", platform)
         reasons += [Reason(FIRST_WITH_TRITON, reason=reason)] if reason else []

@@ -265,8 +265,8 @@ def packed_masks(call: AttentionCall, packbits: Any) -> Bits:
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     key = ("packed bits", q_len, kv_len)
     if call.memo is not None and key in call.memo:
-        kept: Bits = call.memo[key]  # type: ignore[assignment]  # nothing else is put under this key
-        return kept
+        cached: Bits = call.memo[key]  # type: ignore[assignment]  # nothing else is put under this key
+        return cached
     bits: Bits = [
         [packbits(head.expand(q_len, kv_len).reshape(-1).bool(), bitorder="little") for head in without_copies(sample)]
         for sample in without_copies(mask)

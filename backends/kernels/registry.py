@@ -141,5 +141,5 @@ def detect(device: torch.device | None = None) -> Platform:
 @cache
 def looked_for() -> tuple[str, ...]:
     """The distributions whose versions are read: those that backends declare, each once."""
-    asked = (name for backend in map(find, MODULES) for name in backend.asks_for)
-    return tuple(dict.fromkeys((*distributions(MODULES), *asked)))
+    names = (name for backend in map(find, MODULES) for name in backend.asks_for)
+    return tuple(dict.fromkeys((*distributions(MODULES), *names)))

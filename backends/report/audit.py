@@ -99,8 +99,10 @@ def merged(audits: Iterable[Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]
         mine["verdict"] = max(mine["verdict"], finding["verdict"], key=worst.index)
         mine["reasons"].append((finding["verdict"], finding["reasons"]))
     for mine in total.values():
-        told = [reason for verdict, reasons in mine["reasons"] if verdict == mine["verdict"] for reason in reasons]
-        mine["reasons"] = list(dict.fromkeys(told))
+        worst_reasons = [
+            reason for verdict, reasons in mine["reasons"] if verdict == mine["verdict"] for reason in reasons
+        ]
+        mine["reasons"] = list(dict.fromkeys(worst_reasons))
     return list(total.values())
 
 
@@ -141,8 +143,8 @@ def _elsewhere(run_report: RunReport, role: str) -> Finding:
     choice = resolve(run_report.layers, role, run_report.categories[role])
     if (why := _why_not_reached(run_report)) is not None:
         return Finding(role, choice.asked or AUTO, choice.source, {}, (why,), NOT_REACHED)
-    said = tuple(note for note in run_report.notes if f"role {role} " in note)
-    return Finding(role, choice.asked or AUTO, choice.source, {}, said, EXPLAINED if said else UNEXPLAINED)
+    notes = tuple(note for note in run_report.notes if f"role {role} " in note)
+    return Finding(role, choice.asked or AUTO, choice.source, {}, notes, EXPLAINED if notes else UNEXPLAINED)
 
 
 def _why_not_reached(run_report: RunReport) -> str | None:

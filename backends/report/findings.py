@@ -106,12 +106,12 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         f"guard: {checked} calls checked on {ROWS} query rows per head, {alarms} bad; {calls} ran; worst blocks first"
     ]
     for entry in found[:SHOWN]:
-        place = f"{entry['role']} {entry['block']}".strip()
+        where = f"{entry['role']} {entry['block']}".strip()
         size = "not finite" if entry["relative_l2"] is None else f"{entry['relative_l2']:.2g}"
         bad = f"; BAD {entry['alarms']}: {entry['first_alarm']}" if entry["alarms"] else ""
         limit = entry["relative_l2_limit"]
         error = f"relative L2 {size}" + (f" (limit {limit:g})" if limit else "")
-        text.append(f"guard: {place}, {entry['backend']}: {error}, {entry['checked']} checked{_heads(entry)}{bad}")
+        text.append(f"guard: {where}, {entry['backend']}: {error}, {entry['checked']} checked{_heads(entry)}{bad}")
     if len(found) > SHOWN:
         text.append(f"guard: {len(found) - SHOWN} more in the report's data")
     checks = min(entry["checked"] for entry in found)

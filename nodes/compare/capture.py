@@ -68,8 +68,8 @@ def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], Captu
 def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCall:
     """A copy of the call: the model may later write into its tensors."""
     mask = None if call.attn_mask is None else for_kernels(call.attn_mask.clone(), call.query.dtype)
-    kept = call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone(), attn_mask=mask)
-    arguments: dict[str, Any] = {"heads": kept.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
+    copied = call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone(), attn_mask=mask)
+    arguments: dict[str, Any] = {"heads": copied.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
     if call.scale is not None:
         arguments["scale"] = call.scale
     if call.enable_gqa:
@@ -78,5 +78,5 @@ def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCa
     def host(of: AttentionCall) -> torch.Tensor:
         return run_comfy(func, of.query, of.key, of.value, of.attn_mask, None, arguments)
 
-    kept.host = host
-    return kept
+    copied.host = host
+    return copied

@@ -32,11 +32,11 @@ def folder() -> Path:
 
 def files() -> dict[str, Path]:
     """The files that may be chosen, by name: those in the folder itself, no links that lead out of it."""
-    place = folder()
-    if not place.is_dir():
+    directory = folder()
+    if not directory.is_dir():
         return {}
-    root = place.resolve()
-    found = {path.name: path for path in place.iterdir() if path.name.lower().endswith(FILE_ENDINGS)}
+    root = directory.resolve()
+    found = {path.name: path for path in directory.iterdir() if path.name.lower().endswith(FILE_ENDINGS)}
     return {name: path for name, path in sorted(found.items()) if path.is_file() and path.resolve().parent == root}
 
 
@@ -137,10 +137,10 @@ class AttentionConfigText(io.ComfyNode):
     def fingerprint_inputs(cls, file: Any = NO_FILE, **_: Any) -> Any:
         """What decides the result beside the inputs: the environment and what is in the file."""
         try:
-            held = "" if file in (None, NO_FILE) else hashlib.sha256(content(str(file))).hexdigest()
+            digest = "" if file in (None, NO_FILE) else hashlib.sha256(content(str(file))).hexdigest()
         except (ConfigError, OSError) as error:
-            held = str(error)
-        return f"{environment()} {held}"
+            digest = str(error)
+        return f"{environment()} {digest}"
 
     @classmethod
     def execute(cls, model: Any, text: str, file: str = NO_FILE, component: str = COMPONENTS[0]) -> io.NodeOutput:

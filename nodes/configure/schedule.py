@@ -58,8 +58,8 @@ def entry_of(backend: str, when: str, window: str, blocks: str, role: str) -> Sc
     Raises:
         ConfigError, UnknownBackendError: an input is not understood.
     """
-    said: dict[str, Any] = {**windows(when, window), "blocks": text_of(blocks), "role": text_of(role)}
-    entry = ScheduleEntry(AttentionSpec(backend), **said)
+    windowed: dict[str, Any] = {**windows(when, window), "blocks": text_of(blocks), "role": text_of(role)}
+    entry = ScheduleEntry(AttentionSpec(backend), **windowed)
     if when == PRECISE:
         check_precise(entry.spec.backend)
     return entry

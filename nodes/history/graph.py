@@ -80,7 +80,7 @@ def signature(prompt: Prompt, node_id: str) -> str:
     a graph with other numbers takes the same result from the cache. A file that changed under its name is not seen.
     """
     names = [node_id, *ancestors(prompt, node_id)]
-    places = {name: place for place, name in enumerate(names)}
+    places = {name: index for index, name in enumerate(names)}
     nodes = [
         [
             prompt[name].get("class_type"),

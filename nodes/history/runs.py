@@ -101,14 +101,14 @@ def add(run_report: RunReport) -> None:
         head, _, sampler_node = _live.pop(id(run_report))
         report = {**head, **run_report.as_dict()}
         decided = record.of_run(run_report)
-        kept = FinishedRun(
+        finished = FinishedRun(
             report, _summary(report, state(report), sampler_node), run_report.windows(), sampler_node, decided
         )
         parts = getattr(_of_thread, "parts", None)
         if parts is None:
-            _runs.appendleft(kept)
+            _runs.appendleft(finished)
         else:
-            parts.append(kept)
+            parts.append(finished)
     log.info("attention of this run: %s", run_report.summary())
     log.info("%s", audit.line(report["audit"]))
 
@@ -150,7 +150,7 @@ def _joined(parts: list[FinishedRun]) -> FinishedRun:
 def recent() -> list[dict[str, Any]]:
     """The last runs, newest first."""
     with _lock:
-        return [kept.report for kept in _runs]
+        return [run.report for run in _runs]
 
 
 def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[dict[str, Any]]:
@@ -160,34 +160,34 @@ def of_node(prompt: graph.Prompt, node_id: str, prompt_id: str | None) -> list[d
     with everything upstream equal. A run that failed made no output.
     """
     with _lock:
-        done = [kept for kept in _runs if kept.summary["state"] == "done"]
+        done = [run for run in _runs if run.summary["state"] == "done"]
     if not done:
         return []
     wanted = graph.signature(prompt, node_id)
     here = prompt_id, node_id
     found = [
-        kept
-        for kept in done
-        if kept.sampler_node.signature == wanted
-        or (kept.sampler_node.signature is None and (kept.report["prompt_id"], kept.sampler_node.node_id) == here)
+        run
+        for run in done
+        if run.sampler_node.signature == wanted
+        or (run.sampler_node.signature is None and (run.report["prompt_id"], run.sampler_node.node_id) == here)
     ]
     # Two equal nodes of one graph may have run both; a graph with other ids has none.
-    found = [kept for kept in found if kept.sampler_node.node_id == node_id] or found
-    made = [(kept.report["prompt_id"], kept.sampler_node.node_id) for kept in found]
-    of_one = [kept for kept, by in zip(found, made, strict=True) if by == made[0]][::-1]
-    return [part.report for kept in of_one for part in (kept.parts or (kept,))]
+    found = [run for run in found if run.sampler_node.node_id == node_id] or found
+    made = [(run.report["prompt_id"], run.sampler_node.node_id) for run in found]
+    of_one = [run for run, by in zip(found, made, strict=True) if by == made[0]][::-1]
+    return [part.report for run in of_one for part in (run.parts or (run,))]
 
 
 def decisions(number: int) -> dict[str, Any] | None:
     """What a run decided, as `record.of_run` has it; None where it is not kept any more."""
     with _lock:
-        return next((kept.record for kept in _all() if kept.report["number"] == number), None)
+        return next((run.record for run in _all() if run.report["number"] == number), None)
 
 
 def sampling_classes() -> set[str]:
     """Classes of the nodes whose run reports are kept: whatever they are called, they sample."""
     with _lock:
-        return {kept.sampler_node.class_type for kept in _runs}
+        return {run.sampler_node.class_type for run in _runs}
 
 
 def summaries() -> list[dict[str, Any]]:
@@ -208,9 +208,9 @@ def find(number: int) -> dict[str, Any] | None:
 
 def _all() -> Iterator[FinishedRun]:
     """Every run that can be asked for by its number: entries, the parts of those, and what is being collected."""
-    for kept in _runs:
-        yield kept
-        yield from kept.parts
+    for run in _runs:
+        yield run
+        yield from run.parts
     for parts in _open:
         yield from parts
 

@@ -82,8 +82,8 @@ class AttentionModule:
         if module is None or hasattr(module, HOLDER):
             return getattr(module, HOLDER, None)
         within = [getattr(one, HOLDER) for one in module.modules() if hasattr(one, HOLDER)]
-        held = [holder for holder in within if getattr(holder, "function", None) is not None]
-        return held[min(ordinal, len(held) - 1)] if held else None
+        holders = [holder for holder in within if getattr(holder, "function", None) is not None]
+        return holders[min(ordinal, len(holders) - 1)] if holders else None
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a method: while it runs, this is the running module of the model call; cleared after exceptions.

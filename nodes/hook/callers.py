@@ -41,16 +41,16 @@ def calling_methods(module: torch.nn.Module) -> tuple[str, ...]:
     """Names of the methods through which others have this module make attention calls; empty for most modules."""
     kind = type(module)
     # One class can hold different processors (ACE-Step: linear attention and softmax attention).
-    held = tuple(
+    processors = tuple(
         (name, _identity(value))
         for name, value in module.__dict__.items()
         if callable(value) and not isinstance(value, torch.nn.Module)
     )
     known = _by_class.setdefault(kind, {})
-    if held not in known:
-        known[held] = _entries(module)
+    if processors not in known:
+        known[processors] = _entries(module)
     learnt = _learnt.get(kind, ())
-    return known[held] + tuple(name for name in learnt if name not in known[held])
+    return known[processors] + tuple(name for name in learnt if name not in known[processors])
 
 
 def learn(module: torch.nn.Module, method: str) -> None:
@@ -106,8 +106,12 @@ def _reaches_attention(module: torch.nn.Module, method: str) -> tuple[bool, set[
         for name, found in _references(function, owner):
             if found is _SELF:
                 own.update({name} if owner is module else ())
-                held = getattr(owner, "__dict__", {}).get(name)
-                called = _owned(held) if held is not None else [(f, owner) for f in _definitions(type(owner), name)]
+                attribute = getattr(owner, "__dict__", {}).get(name)
+                called = (
+                    _owned(attribute)
+                    if attribute is not None
+                    else [(f, owner) for f in _definitions(type(owner), name)]
+                )
                 reached = reached or any(_asks_the_hook(f.__code__) for f, _ in called)
                 pending += called
             elif name.startswith(HOOKED_NAME):
@@ -245,7 +249,7 @@ _CALLS = ("_call_impl", "_wrapped_call_impl", "__call__")
 def caller() -> Caller:
     """Which module makes the attention call that is running on this thread's stack. For planning only: it is slow."""
     frames = _frames()
-    wrapper = next((place for place, frame in enumerate(frames) if _asks_the_hook(frame.f_code)), None)
+    wrapper = next((index for index, frame in enumerate(frames) if _asks_the_hook(frame.f_code)), None)
     preferred = None
     if wrapper is not None:
         preferred = _local(frames[wrapper], "preferred_attention")

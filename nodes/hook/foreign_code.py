@@ -57,7 +57,7 @@ class ForeignCode:
         return (
             sum(map(len, self._sized)) != self._size
             or any(own.get(name) is not value for own, name, value in self._functions)
-            or any(tuple(held.values()) != modules for held, modules in self._modules)
+            or any(tuple(submodules.values()) != modules for submodules, modules in self._modules)
             or any(getattr(kind, "forward", None) is not forward for kind, forward in self._classes)
         )
 
@@ -101,10 +101,10 @@ class ForeignCode:
 
 def in_a_call(options: Mapping[str, Any]) -> str:
     """Code of another pack that runs in a model call with these transformer options; empty if none does."""
-    for kind, held in (*(options.get("wrappers") or {}).items(), *(options.get("callbacks") or {}).items()):
+    for kind, by_key in (*(options.get("wrappers") or {}).items(), *(options.get("callbacks") or {}).items()):
         if str(kind).startswith(OUTSIDE_MODEL_CALLS):
             continue
-        for function in (one for several in held.values() for one in several):
+        for function in (one for several in by_key.values() for one in several):
             if is_foreign(function):
                 return f"a wrapper ({described(function)})"
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):
@@ -197,7 +197,7 @@ def _layers(value: Any) -> Iterator[Any]:
         seen.add(id(one))
         if isinstance(one, functools.partial):
             given = (*one.args, *one.keywords.values())
-            pending += [one.func, *(held for held in given if isinstance(held, FUNCTIONS))]
+            pending += [one.func, *(argument for argument in given if isinstance(argument, FUNCTIONS))]
         elif isinstance(one, types.MethodType):
             pending.append(one.__func__)
         elif isinstance(one, types.FunctionType):
@@ -205,7 +205,7 @@ def _layers(value: Any) -> Iterator[Any]:
             if hasattr(one, "__wrapped__"):
                 pending.append(one.__wrapped__)
             if package_of(_module_of(one)) == OWN:
-                pending += [held for held in _held(one) if callable(held)]
+                pending += [argument for argument in _held(one) if callable(argument)]
         elif not isinstance(one, types.BuiltinFunctionType | type):
             yield one
 

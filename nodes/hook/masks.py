@@ -60,10 +60,10 @@ class Masks:
             self.not_kept = "" if self._ask is None else self._ask()
         if self.not_kept:
             return self._plan_anew(mask, kv_len, self.not_kept)
-        kept = mask if source is None else source
+        source_mask = mask if source is None else source
         # The tensor's version, where torch counts writes in place.
-        version = 0 if kept.is_inference() else kept._version
-        key: tuple[Any, ...] = (mask.shape, mask.stride(), mask.dtype, kv_len, version, kept.data_ptr())
+        version = 0 if source_mask.is_inference() else source_mask._version
+        key: tuple[Any, ...] = (mask.shape, mask.stride(), mask.dtype, kv_len, version, source_mask.data_ptr())
         if source is not None:
             key = (*key, source.shape, source.stride(), source.dtype)
         found = self._plans.get(key)
@@ -71,7 +71,7 @@ class Masks:
             if mask.device.type != "cpu" and len(self._plans) >= MOST_READ:
                 self._run.note(MADE_ANEW)
                 return passed_on(as_4d(mask))
-            found = self._plans[key] = (kept, self._read(mask, kv_len))
+            found = self._plans[key] = (source_mask, self._read(mask, kv_len))
         return found[1]
 
     def _plan_anew(self, mask: torch.Tensor, kv_len: int, reason: str) -> MaskPlan:

@@ -81,19 +81,19 @@ class Others:
         """Which pack wraps the whole model with a wrapper that ComfyUI calls; empty if none does."""
         wrappers = options.get("wrappers") or {}
         found = wrappers.get("diffusion_model") or {}
-        held = [one for name, several in found.items() if name != KEY for one in several]
-        held += [self._run.function_wrapper] if self._run.function_wrapper is not None else []
-        return ", ".join(dict.fromkeys(self.title(one) for one in held if whose.is_foreign(one, "comfy")))
+        wrappers_of_others = [one for name, several in found.items() if name != KEY for one in several]
+        wrappers_of_others += [self._run.function_wrapper] if self._run.function_wrapper is not None else []
+        return ", ".join(dict.fromkeys(self.title(one) for one in wrappers_of_others if whose.is_foreign(one, "comfy")))
 
     def _in_between(self, options: dict[str, Any]) -> Any:
         """Another pack's object between our node and the model's modules, if known; else None."""
         wrappers = options.get("wrappers") or {}
-        held = [self._run.function_wrapper]
+        functions = [self._run.function_wrapper]
         for kind in ("apply_model", "diffusion_model"):
-            held += [one for name, several in (wrappers.get(kind) or {}).items() if name != KEY for one in several]
+            functions += [one for name, several in (wrappers.get(kind) or {}).items() if name != KEY for one in several]
         for root in (marks.model for marks in self._run.marks()):
-            held += [one for one in vars(root).values() if isinstance(one, types.FunctionType | types.MethodType)]
-        return next((one for one in held if one is not None and whose.is_foreign(one, "comfy")), None)
+            functions += [one for one in vars(root).values() if isinstance(one, types.FunctionType | types.MethodType)]
+        return next((one for one in functions if one is not None and whose.is_foreign(one, "comfy")), None)
 
     def watch(self, options: dict[str, Any]) -> dict[str, Any]:
         """Before a model call: put stand-ins around other packs' functions. Returns the original `options` entries."""

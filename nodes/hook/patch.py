@@ -108,10 +108,10 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
 
 def _gone(earlier: AttentionConfig) -> tuple[str, ...]:
     """The note about settings of earlier nodes that a record replaces."""
-    said = [f"role {role} ({spec.backend})" for role, spec in earlier.per_role.items()]
-    said += [f"the schedule's {entry.describe()} ({entry.spec.backend})" for entry in earlier.schedule]
-    said += ["an earlier record"] if earlier.record is not None else []
-    return (f"the record replaces what earlier nodes said: {', '.join(said)}",) if said else ()
+    replaced = [f"role {role} ({spec.backend})" for role, spec in earlier.per_role.items()]
+    replaced += [f"the schedule's {entry.describe()} ({entry.spec.backend})" for entry in earlier.schedule]
+    replaced += ["an earlier record"] if earlier.record is not None else []
+    return (f"the record replaces what earlier nodes said: {', '.join(replaced)}",) if replaced else ()
 
 
 def _replaced(what: str, earlier: AttentionSpec | None, spec: AttentionSpec) -> tuple[str, ...]:

@@ -75,12 +75,12 @@ def _tokens(diffusion_model: torch.nn.Module, shape: tuple[float, ...]) -> int:
 
 def _patch(diffusion_model: torch.nn.Module) -> tuple[int, ...]:
     """How much of the latent is one token, the last dimensions of it; one number means height and width."""
-    held = diffusion_model.__dict__
-    size = held.get("patch_size", held.get("patch_spatial"))
+    attributes = diffusion_model.__dict__
+    size = attributes.get("patch_size", attributes.get("patch_spatial"))
     if isinstance(size, list | tuple) and all(type(number) is int and number > 0 for number in size):
         return tuple(size)
     if type(size) is int and size > 0:
-        return (held.get("patch_temporal", 1), size, size)
+        return (attributes.get("patch_temporal", 1), size, size)
     halved = 2 ** _halvings(diffusion_model)
     return (halved, halved)
 

@@ -174,8 +174,7 @@ def watch_patches(options: dict[str, Any]) -> dict[str, Any]:
         return {}
     options["patches_replace"] = {
         kind: {
-            place: patch if isinstance(patch, Replaced) else Replaced(patch, kind, place)
-            for place, patch in patches.items()
+            key: patch if isinstance(patch, Replaced) else Replaced(patch, kind, key) for key, patch in patches.items()
         }
         for kind, patches in replace.items()
     }
@@ -286,19 +285,19 @@ def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
     if model_call is None or (modules and stranger is not None and modules >= len(stranger.within())):
         return
     run, replace = model_call.run, model_call.options.get("patches_replace") or {}
-    held = [stranger.forward] if stranger is not None else []
+    functions = [stranger.forward] if stranger is not None else []
     if stranger is None:
-        held = [patch.other for kind in replace.values() for patch in kind.values() if isinstance(patch, Replaced)]
-    title = " or ".join(dict.fromkeys(map(run.others.title, held))) or run.others.title(None)
+        functions = [patch.other for kind in replace.values() for patch in kind.values() if isinstance(patch, Replaced)]
+    title = " or ".join(dict.fromkeys(map(run.others.title, functions))) or run.others.title(None)
     if title in run.run_report.unseen:
         return
     run.run_report.unseen[title] = None
     text = f"{title} ran in the compiled model and may have computed attention by itself"
     if run.run_report.recorder is not None:
         run.run_report.recorder.not_repeated[f"{text}; a repeat needs that node"] = None
-    asked = "only a part of the" if modules else "no"
+    share = "only a part of the" if modules else "no"
     run.note(
-        f"{title} ran in the compiled model and asked this node for {asked} attention; whether it computed any by "
+        f"{title} ran in the compiled model and asked this node for {share} attention; whether it computed any by "
         "itself is not seen there"
     )
 
@@ -306,10 +305,10 @@ def ran_in_graph(stranger: Stranger | None, modules: int) -> None:
 def _attention_modules_of(original: Any, model_call: ModelCall) -> list[attention_modules.AttentionModule]:
     """The attention modules of the block that a model's own function for one block runs."""
     cells = getattr(original, "__closure__", None) or ()
-    held = [cell.cell_contents for cell in cells if isinstance(_content(cell), torch.nn.Module)]
+    modules = [cell.cell_contents for cell in cells if isinstance(_content(cell), torch.nn.Module)]
     return [
         attention_module
-        for module in held
+        for module in modules
         if id(module) not in model_call.run.roots
         for part in module.modules()
         if (attention_module := attention_modules.attention_module_of(part)) is not None
@@ -331,7 +330,7 @@ def _content(cell: Any) -> Any:
 def _unet_block(args: tuple[Any, ...]) -> str:
     """The block of a UNet that a replaced attention is in, named as elsewhere in the run report."""
     extra = args[-1] if args and isinstance(args[-1], dict) else {}
-    place = extra.get("block")
-    if not isinstance(place, tuple) or len(place) < 2:
+    block = extra.get("block")
+    if not isinstance(block, tuple) or len(block) < 2:
         return ""
-    return "middle_block.1" if place[0] == "middle" else f"{place[0]}_blocks.{place[1]}"
+    return "middle_block.1" if block[0] == "middle" else f"{block[0]}_blocks.{block[1]}"

@@ -44,10 +44,10 @@ def is_selector(func: Any) -> bool:
 
 def below(func: Any, wanted: Callable[[Any], bool], depth: int = 0) -> Any:
     """The first function satisfying `wanted` that another one keeps to call; None where there is none."""
-    for held in _held(func):
-        if wanted(held):
-            return held
-        found = below(held, wanted, depth + 1) if depth < DEEPEST else None
+    for callee in _held(func):
+        if wanted(callee):
+            return callee
+        found = below(callee, wanted, depth + 1) if depth < DEEPEST else None
         if found is not None:
             return found
     return None
@@ -55,18 +55,18 @@ def below(func: Any, wanted: Callable[[Any], bool], depth: int = 0) -> Any:
 
 def _held(func: Any) -> Iterator[Any]:
     """The callables that a function refers to: closure, arguments of a partial, attributes of its object."""
-    kept: list[Any] = []
+    callables: list[Any] = []
     if isinstance(func, functools.partial):
-        kept = [func.func, *func.args, *func.keywords.values()]
+        callables = [func.func, *func.args, *func.keywords.values()]
     for cell in getattr(func, "__closure__", None) or ():
         try:
-            kept.append(cell.cell_contents)
+            callables.append(cell.cell_contents)
         except ValueError:  # not filled yet
             continue
     owner = getattr(func, "__self__", None) if hasattr(func, "__func__") else func
     if not isinstance(owner, type) and not hasattr(owner, "__code__"):
-        kept += getattr(owner, "__dict__", {}).values()
-    return (one for one in kept if callable(one) and not isinstance(one, type) and one is not func)
+        callables += getattr(owner, "__dict__", {}).values()
+    return (one for one in callables if callable(one) and not isinstance(one, type) and one is not func)
 
 
 def origin(func: Any) -> tuple[str, str, str]:
@@ -102,21 +102,21 @@ def title_of(func: Any, prompt: Prompt | None = None) -> str:
     module, qualname, file = origin(func)
     prompt = prompt or {}
     core = is_core(module)
-    place = COMFYUI if core else _folder(module) or _folder(file)
-    node_id, name = _node(module, qualname, place, prompt)
+    folder = COMFYUI if core else _folder(module) or _folder(file)
+    node_id, name = _node(module, qualname, folder, prompt)
     if node_id is None and name is None:
-        if place is not None:
-            return f"a node of {place}"
+        if folder is not None:
+            return f"a node of {folder}"
         return f"the Python module {re.split(r'[/.]', module.strip('/'))[-1] or 'unknown'}"
     name = name or _display_name(str(node_id))
     titles = {
         str(node.get("_meta", {}).get("title", "")) for node in prompt.values() if node.get("class_type") == node_id
     } - {""}
     own = titles.pop() if len(titles) == 1 else name
-    where = f", {place}" if place else ""
+    where = f", {folder}" if folder else ""
     if own not in (name, node_id):
         return f"{own} ({name}{where})"
-    return f"{name} ({place})" if place else name
+    return f"{name} ({folder})" if folder else name
 
 
 def is_core(module: str) -> bool:

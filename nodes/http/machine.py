@@ -111,8 +111,8 @@ def bug_report(machine: dict[str, Any]) -> str:
     lines += [f"- kernel packages: {packages or 'none'}", f"- auto begins with: {machine['auto']}", ""]
     lines += ["| backend | state |", "|---|---|"]
     for row in machine["backends"]:
-        said = f"available ({row['version'] or 'no package'})" if row["available"] else "; ".join(row["reasons"])
-        lines.append(f"| {row['id']} | {said.replace('|', '/')} |")
+        state = f"available ({row['version'] or 'no package'})" if row["available"] else "; ".join(row["reasons"])
+        lines.append(f"| {row['id']} | {state.replace('|', '/')} |")
     last = next(iter(runs.recent()), None)
     lines += ["", "#### Last run", ""]
     if last is None:

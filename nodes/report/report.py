@@ -207,8 +207,8 @@ def findings(run: dict[str, Any]) -> list[str]:
         for row in run["rows"]
         if row["reason"]
     )
-    said = (run.get("outcome") or {}).get("text")
-    lines = [*([said] if said else []), audit.line(run["audit"]), *reasons]
+    outcome_text = (run.get("outcome") or {}).get("text")
+    lines = [*([outcome_text] if outcome_text else []), audit.line(run["audit"]), *reasons]
     lines += guard_findings.lines(run.get("guard", ()))
     lines += [f"note: {note}" for note in run["notes"]]
     if run.get("bypass"):

@@ -86,12 +86,14 @@ class FlashAttention(FromHub):
         module = hub.load(platform) if hub else import_module(self.module)
         flash_attn_func = module.flash_attn_func
         known = signature(flash_attn_func).parameters
-        asked = {name: True for name in ("return_lse", "return_attn_probs") if name in known}
+        lse_arguments = {name: True for name in ("return_lse", "return_attn_probs") if name in known}
 
         def run(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
             query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
             with on_device_of(query):
-                output = flash_attn_func(query, key, value, softmax_scale=call.scale, causal=call.is_causal, **asked)
+                output = flash_attn_func(
+                    query, key, value, softmax_scale=call.scale, causal=call.is_causal, **lse_arguments
+                )
             if not isinstance(output, tuple):
                 raise NotImplementedError("this build of flash_attn_func returns no log-sum-exp")
             return to_bshd(output[0]), output[1]

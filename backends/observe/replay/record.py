@@ -124,7 +124,7 @@ def _decisions(recorder: RunRecorder) -> list[dict[str, Any]]:
 
 
 def _ran(ran: KernelUsed) -> dict[str, Any]:
-    said = {
+    optional = {
         "member": ran.member,
         "options": dict(ran.options),
         "asked": ran.asked if ran.asked != ran.backend else None,
@@ -134,5 +134,5 @@ def _ran(ran: KernelUsed) -> dict[str, Any]:
         "backend": ran.backend,
         "accuracy": ran.accuracy,
         "source": ran.source,
-        **{name: value for name, value in said.items() if value},
+        **{name: value for name, value in optional.items() if value},
     }
