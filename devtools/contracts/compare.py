@@ -51,6 +51,8 @@ def use_rows(use: Use, call: Call | None, release: str, found: Found) -> list[Ro
         passed = _passed(use, call) if state == UNREAD else []
         return missing + [row(item, "is passed", use.unread, UNREAD) for item in passed]
     rows = [row("name", "is used", "is there", SAME, optional)]
+    if use.calls_unread:
+        return [*rows, row("calls", "are made", use.calls_unread, UNREAD)]
     parameters = [one for one in use.asked if one != name]
     if call is None and not parameters:
         return rows

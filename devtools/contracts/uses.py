@@ -1,13 +1,14 @@
 """What kernels use of other people's packages, and what the fakes of the tests declare.
 
 What a kernel passes is read from its calls; this table says which name of which package a call goes to, and what stands
-in its `**`. A test holds that it has every name that a kernel declares (`Backend.symbols`), and that every line of it
-finds its calls.
+in its `**`. Of a kernel without a line here the names alone are compared (`Backend.symbols`), and its calls are listed
+as not verifiable. A test checks that every line finds its calls.
 """
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,8 @@ class Use(NamedTuple):
     """Where sources have its signature, if not under its name."""
     unread: str = ""
     """Why a source does not say it: then what is not found is no difference."""
+    calls_unread: str = ""
+    """Why its calls are not read."""
 
 
 class Call(NamedTuple):
@@ -371,6 +374,24 @@ FAKE_MODULES = (
         ),
     ),
 )
+
+
+NO_LINE = "no line in devtools/contracts/uses.py"
+
+
+def all_uses(declared: Iterable[tuple[str, str, str]]) -> list[Use]:
+    """The table, and a line for each declared name that it does not have: package, `module:name` and versions."""
+    known = {use.name for use in USES}
+    others = dict.fromkeys(one for one in declared if one[1] not in known)
+    return [*USES, *(Use(package, name, when=when, calls_unread=NO_LINE) for package, name, when in others)]
+
+
+def all_fakes(modules: Iterable[tuple[str, str]]) -> list[Fake]:
+    """The list of fakes, and those that are called as the module of a package: package and module."""
+    known = {fake.file for fake in FAKE_MODULES}
+    others = [(package, module) for package, module in dict.fromkeys(modules) if module not in known]
+    found = [Fake(module, package, module) for package, module in others if (FAKES / f"{module}.py").is_file()]
+    return [*FAKE_MODULES, *found]
 
 
 def fake_functions(fake: Fake, source: str) -> list[tuple[str, str, str]]:

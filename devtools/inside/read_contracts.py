@@ -2,8 +2,9 @@
 
     read_contracts.py [--sources FOLDER] [--only PACKAGE ...] [--most MB]
 
-FOLDER holds source trees, in folders called PACKAGE@VERSION, of packages that the index does not have. The outcome is
-written to benchmarks/results/contracts.md, unless only some packages were asked for.
+FOLDER holds source trees, in folders called PACKAGE@VERSION, of packages that the index does not have; a commit can
+follow the version, as in flash-attn-3@3.0.0+g0251105a. The outcome is written to benchmarks/results/contracts.md,
+unless only some packages were asked for.
 """
 
 from __future__ import annotations
@@ -40,6 +41,22 @@ def floors() -> dict[str, str]:
             if need.name not in uses.FLOORS and str(need.specifier) != uses.SECOND:  # which is of some kernels only
                 found.setdefault(need.name, set()).add(str(need.specifier))
     return {**{name: min(specifiers, key=len) for name, specifiers in found.items()}, **uses.FLOORS}
+
+
+def declared_names() -> list[tuple[str, str, str]]:
+    """The names that kernels declare: package, `module:name`, and the versions that have them."""
+    found = []
+    for backend in BACKENDS.values():
+        for need in backend.symbols:
+            top = need.module.partition(".")[0]
+            package = next((one.distribution for one in backend.packages if one.module.partition(".")[0] == top), top)
+            when = str(Requirement(need.when).specifier) if need.when else ""
+            found += [(package, f"{need.module}:{name}", when) for name in need.names]
+    return found
+
+
+USES = uses.all_uses(declared_names())
+FAKES = uses.all_fakes((one.distribution, one.module) for backend in BACKENDS.values() for one in backend.packages)
 
 
 class Run:
@@ -109,7 +126,7 @@ def use_rows(run: Run, package: str) -> list[Row]:
     def of(release: Release) -> list[Row]:
         return [
             row
-            for use in uses.USES
+            for use in USES
             if use.package == package and compare.applies(use.when, release.version)
             for row in compare.use_rows(
                 use,
@@ -125,7 +142,7 @@ def use_rows(run: Run, package: str) -> list[Row]:
 
 def fake_rows(run: Run, package: str, source_of: Callable[[str], str] | None = None) -> list[Row]:
     rows = []
-    for fake in uses.FAKE_MODULES:
+    for fake in FAKES:
         releases = [one for one in run.read.get(package, []) if compare.applies(fake.when, one.version)]
         if fake.package != package or not releases:
             continue
@@ -213,7 +230,7 @@ def rename(run: Run) -> list[str]:
     """Rename a parameter that is used or declared, in copies of real sources and in fakes: is each one seen?"""
     rng = random.Random(SEED)  # noqa: S311  # it draws what to try
     real = []
-    for use in uses.USES:
+    for use in USES:
         call = uses.call_of(use) if use.at else None
         for release in run.read.get(use.package, [])[-1:]:
             found = (
@@ -235,10 +252,10 @@ def rename(run: Run) -> list[str]:
         seen += caught
         missed += [] if caught else [f"{use.name}({parameter})"]
     lines = [f"A parameter renamed in a copy of a real source: seen {seen} of {len(chosen)}."]
-    before = {fake: _fake_differences(run, fake, None) for fake in uses.FAKE_MODULES}
+    before = {fake: _fake_differences(run, fake, None) for fake in FAKES}
     declared = [
         (fake, ours, one.name)
-        for fake in uses.FAKE_MODULES
+        for fake in FAKES
         if run.read.get(fake.package) and not fake.unread
         for ours, _, _, function in compare.functions_of(fake, fake_source(fake.file))
         for one in function.parameters
@@ -268,7 +285,7 @@ def main() -> int:
     options = parser.parse_args()
     web = on_index.Web(options.most * 1_000_000)
     run = Run(web, options.sources)
-    packages = dict.fromkeys(use.package for use in uses.USES)
+    packages = dict.fromkeys(use.package for use in USES)
     wanted = [package for package in packages if not options.only or package in options.only]
     print("Reading, without installing or running anything:")
     for package in wanted:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.kernels import BACKENDS
 from attention_backends.devtools.contracts import compare, index, page, signatures, systems, uses
 from attention_backends.devtools.contracts.compare import ABSENT, DIFFERENT, SAME, UNREAD, Row
 from attention_backends.devtools.contracts.signatures import Function, Parameter, Sources, Thing
@@ -143,10 +142,16 @@ def test_every_line_of_the_table_finds_its_calls() -> None:
     assert [use.at for use, call in calls.items() if call and call.starred and not (use.also or use.asked)] == []
 
 
-def test_the_table_has_every_name_that_a_kernel_declares() -> None:
-    known = {use.name for use in uses.USES}
-    declared = {f"{need.module}:{name}" for one in BACKENDS.values() for need in one.symbols for name in need.names}
-    assert declared - known == set()
+def test_a_kernel_without_a_line_is_compared_by_name_and_its_calls_are_listed() -> None:
+    *table, new = uses.all_uses([("kern", "kern:attend", ">=2"), ("flash-attn", "flash_attn:flash_attn_func", "")])
+    assert (table, new.package, new.when) == ([*uses.USES], "kern", ">=2")
+    assert states("def attend(q): ...", new, None) == {"name": SAME, "calls": UNREAD}
+
+
+def test_a_fake_that_is_called_as_its_module_is_compared() -> None:
+    assert uses.all_fakes([("a", "hub"), ("b", "arithmetic"), ("c", "nothing")])[len(uses.FAKE_MODULES) :] == [
+        uses.Fake("arithmetic", "b", "arithmetic")
+    ]
 
 
 FAKE_FUNCTIONS = [
@@ -309,11 +314,12 @@ def test_the_page_has_a_row_for_each_difference() -> None:
         row._replace(version="2"),
         row._replace(item="q", state=SAME),
         row._replace(item="x", state=UNREAD),
+        *(row._replace(item="y", state=state) for state in (SAME, UNREAD)),
     ]
     outcome = page.Outcome("2026-01-01", 0, {"kern": ["1", "2"]}, {"far": "no"}, uses_rows, **empty)
     text = page.page_of(outcome)
     assert [line.split("|")[1:5] for line in text.splitlines() if line.startswith("| kern | 1, 2 | `")] == [
         [" kern ", " 1, 2 ", " `kern:attend` ", " scale "]
     ]
-    assert page.parameters(uses_rows) == {DIFFERENT: 1, SAME: 1, UNREAD: 1}
+    assert page.parameters(uses_rows) == {DIFFERENT: 1, SAME: 1, UNREAD: 1, page.IN_SOME: 1}
     assert len(page.differences(outcome)) == 2
