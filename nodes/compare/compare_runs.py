@@ -96,7 +96,7 @@ def compare(setup: SetUp, variants: list[Variant], repeat: int) -> tuple[Report,
     cancelled = Cancelled()
 
     def run(
-        entry: Entry, lap: Callable[[], None], sigmas: torch.Tensor, kept: list[runs.Kept], warm_up: bool
+        entry: Entry, lap: Callable[[], None], sigmas: torch.Tensor, kept: list[runs.FinishedRun], warm_up: bool
     ) -> list[torch.Tensor]:
         variant = by_entry[id(entry)]
 
