@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 from ..values.bounded import nearest
 from ..values.errors import ConfigError
+from ..values.fields import Fields
 from . import LONGEST_ROLE, AttentionSpec
 from .flags import COMPONENT_NAME
 from .names import RefusedBackendError
@@ -40,12 +41,10 @@ def component_entries(
     Raises:
         ConfigError: it is no map, or a name is nearly that of a component.
     """
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected component=backend entries, not {type(value).__name__}")
     wanted = component_name(component)
     names = [wanted.rpartition("_")[0], wanted] if re.fullmatch(r".+_\d+", wanted) else [wanted]
     own, roles, notes = AttentionSpec(), dict[str, AttentionSpec](), list[str]()
-    entries = _flat(value, where)
+    entries = _flat(Fields(value, where, ConfigError).data, where)
     for name in names:  # its own name last, so that it wins
         for (of, role), entry in entries.items():
             if of != name:

@@ -14,6 +14,7 @@ from ..kernels import BACKENDS
 from ..values.bounded import nearest, shortened
 from ..values.data import load_json
 from ..values.errors import ConfigError
+from ..values.fields import Fields
 from . import LONGEST_ROLE, AttentionConfig, AttentionSpec
 from .components import component_entries
 from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS, notes_on
@@ -72,14 +73,9 @@ def from_mapping(value: Mapping[Any, Any], reading: Reading) -> AttentionConfig:
     if besides:
         for note in notes_on(besides):
             reading.note(note)
-    unknown = [name for name in unknown if name not in besides]
-    if unknown:
-        raise ConfigError(f"{source}: unknown entry {', '.join(unknown)}; known: {', '.join(FIELDS)}")
+    Fields(dict.fromkeys(name for name in unknown if name not in besides), source, ConfigError).only(FIELDS)
     default = _default(entries, reading, system)
-    per_role_value = entries.get("per_role") or {}
-    if not isinstance(per_role_value, Mapping):
-        raise ConfigError(f"{source}.per_role: expected role: backend entries, not {type(per_role_value).__name__}")
-    per_role = _roles(per_role_value, reading, system)
+    per_role = _roles(Fields(entries.get("per_role") or {}, f"{source}.per_role", ConfigError).data, reading, system)
     if entries.get(COMPONENT_FLAG) is not None:
         default = _with_components(entries, default, per_role, reading)
     for name in OPTION_FIELDS:
@@ -112,9 +108,7 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
         value = {"backend": value}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected a backend's name or a mapping, not {type(value).__name__}: {value!r}")
-    unknown = [str(key) for key in value if key not in (*SPEC_FIELDS, *BESIDE_BACKEND)]
-    if unknown:
-        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(SPEC_FIELDS)}")
+    Fields({name: value[name] for name in value if name not in BESIDE_BACKEND}, where, ConfigError).only(SPEC_FIELDS)
     name, extra = value.get("backend", "auto"), value.get("extra")
     beside = {option: value[option] for option in BESIDE_BACKEND if value.get(option) is not None}
     if beside and isinstance(extra or {}, Mapping):
@@ -164,9 +158,7 @@ def _entries(value: Mapping[Any, Any], source: str) -> dict[str, Any]:
 def _mapping(value: object, where: str) -> Mapping[Any, Any]:
     if isinstance(value, str):
         value = load_json(value, where)
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, not {type(value).__name__}")
-    return value
+    return Fields(value, where, ConfigError).data
 
 
 def _join(entries: dict[str, Any], more: Mapping[Any, Any], where: str) -> None:
@@ -280,9 +272,7 @@ def _with_options(
     where = f"{reading.source}.{name}"
     if isinstance(value, str):
         value = reading.options_text(value, where) if reading.options_text else {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected options as name=value pairs, not {type(value).__name__}")
-
+    value = Fields(value, where, ConfigError).data
     names = set(value)
 
     def takes(spec: AttentionSpec) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..values.data import load_json
 from ..values.errors import ConfigError
+from ..values.fields import Fields
 from . import CATEGORY_PARENT, AttentionConfig, AttentionSpec
 from .schedule import ScheduleEntry
 
@@ -60,16 +61,12 @@ def _listed(value: object, where: str) -> list[object]:
 def _entry(value: object, where: str, read: ReadSpec) -> ScheduleEntry:
     if isinstance(value, ScheduleEntry):
         return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a mapping with backend and where it holds, not {value!r}")
-    unknown = [str(key) for key in value if key not in ENTRY_FIELDS]
-    if unknown:
-        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(ENTRY_FIELDS)}")
-    if value.get("backend") is None:
-        raise ConfigError(f"{where}: no backend; name the one that holds there")
-    spec = read({name: value[name] for name in ("backend", "extra") if value.get(name) is not None}, where)
-    said = {name: value[name] for name in ENTRY_FIELDS[2:] if value.get(name) is not None}
-    return _made(where, spec, said)
+    fields = Fields(value, where, ConfigError).only(ENTRY_FIELDS)
+    given = {name: entry for name, entry in fields.data.items() if entry is not None}
+    if "backend" not in given:
+        raise fields.wrong("", "no backend; name the one that holds there")
+    spec = read({name: given.pop(name) for name in ("backend", "extra") if name in given}, where)
+    return _made(where, spec, given)
 
 
 def _made(where: str, spec: AttentionSpec, said: Mapping[str, Any]) -> ScheduleEntry:
@@ -92,27 +89,27 @@ def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple
         ConfigError, UnknownBackendError: it is not understood, or says what a schedule here cannot do.
     """
     value = load_json(value, where) if isinstance(value, str) else value
-    value = _fields(value, where, ("profiles", "default", "sigma"))
+    fields = Fields(value, where, ConfigError).only(("profiles", "default", "sigma"))
     profiles = {}
-    for name, profile in _fields(value.get("profiles") or {}, f"{where}.profiles").items():
+    for name, profile in Fields(fields.data.get("profiles") or {}, f"{where}.profiles", ConfigError).data.items():
         place = f"{where}.profiles.{name}"
-        profiles[str(name)] = read(_fields(profile, place), place)
+        profiles[str(name)] = read(Fields(profile, place, ConfigError).data, place)
         _check_profile(profiles[str(name)], place)
-    ranges, sigmas = value.get("default") or [], value.get("sigma") or []
+    ranges, sigmas = fields.data.get("default") or [], fields.data.get("sigma") or []
     if ranges and sigmas:
-        raise ConfigError(f"{where}: both default (steps) and sigma; give one of them")
+        raise fields.wrong("", "both default (steps) and sigma; give one of them")
     entries: list[ScheduleEntry] = []
     notes: list[str] = []
     for field, given in (("default", ranges), ("sigma", sigmas)):
         for number, window in enumerate(_listed_windows(given, f"{where}.{field}")):
             place = f"{where}.{field}[{number}]"
-            ends = ("start", "end") if field == "default" else ("low", "high")
-            window = _fields(window, place, (*ends, "profile"))
-            profile = str(window.get("profile"))
+            ends, read_window = (("start", "end"), _steps) if field == "default" else (("low", "high"), _sigmas)
+            window_fields = Fields(window, place, ConfigError).only((*ends, "profile"))
+            profile = str(window_fields.data.get("profile"))
             if profile not in profiles:
                 known = ", ".join(profiles) or "none"
-                raise ConfigError(f"{place}: profile {profile!r} is not one of those given: {known}")
-            said = _steps(window, place) if field == "default" else _sigmas(window, place)
+                raise window_fields.wrong("", f"profile {profile!r} is not one of those given: {known}")
+            said = read_window(window_fields)
             _check_count(len(entries) + len(profiles[profile].per_role), where)
             entries += (_made(place, spec, {**said, "role": role}) for role, spec in _by_role(profiles[profile]))
             if profiles[profile].default.is_auto:
@@ -137,25 +134,18 @@ def _check_profile(config: AttentionConfig, where: str) -> None:
         raise ConfigError(f"{where}: a profile has no schedule of its own")
 
 
-def _steps(window: Mapping[Any, Any], where: str) -> dict[str, str]:
-    start, end = window.get("start", 0), window.get("end")
-    for name, number in (("start", start), ("end", 1 if end is None else end)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ConfigError(f"{where}.{name}: expected a whole number of steps, not {number!r}")
-    if start < 0 or (end is not None and end <= start):
-        raise ConfigError(f"{where}: steps {start} to {end}: it starts at 0 or later, and ends after it starts")
+def _steps(window: Fields) -> dict[str, str]:
+    start, end = window.whole("start", 0, 0), window.data.get("end")
+    if end is not None and window.whole("end", 0) <= start:
+        raise window.wrong("", f"steps {start} to {end}: expected an end after the start")
     return {"steps": f"{start}-{'' if end is None else end - 1}"}
 
 
-def _sigmas(window: Mapping[Any, Any], where: str) -> dict[str, str]:
-    low: Any = window.get("low")
-    high: Any = window.get("high")
-    for name, number in (("low", low), ("high", high)):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ConfigError(f"{where}.{name}: expected a sigma from 0 to 1, not {number!r}")
+def _sigmas(window: Fields) -> dict[str, str]:
+    low, high = window.number("low", 0), window.number("high", 0)
     if not 0 <= low <= high <= 1:
-        raise ConfigError(f"{where}: sigmas {low} to {high}: expected 0 <= low <= high <= 1")
-    return {"sigmas": f"{high}-{low}"}
+        raise window.wrong("", f"sigmas {low} to {high}: expected 0 <= low <= high <= 1")
+    return {"sigmas": f"{window.data['high']}-{window.data['low']}"}
 
 
 def _listed_windows(value: object, where: str) -> list[object]:
@@ -163,12 +153,3 @@ def _listed_windows(value: object, where: str) -> list[object]:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{where}: expected a list of windows, not {type(value).__name__}")
     return list(value)
-
-
-def _fields(value: object, where: str, known: tuple[str, ...] = ()) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, not {type(value).__name__}: {value!r}")
-    unknown = [str(key) for key in value if known and key not in known]
-    if unknown:
-        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known: {', '.join(known)}")
-    return value

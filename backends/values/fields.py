@@ -13,7 +13,7 @@ MOST_NUMBER = 1e300
 
 
 class Fields:
-    """The fields of one mapping. A default stands for a field that is not there; without one it must be there.
+    """The fields of one mapping. A default is used for a missing field; without one the field is required.
 
     Raises, as all its methods: what `error` makes of a message.
     """
@@ -28,6 +28,13 @@ class Fields:
     def wrong(self, name: str, problem: str) -> Exception:
         """The error to raise about a field; about the mapping itself where the name is empty."""
         return self._error(": ".join(filter(None, (".".join(filter(None, (self.where, name))), problem))))
+
+    def only(self, known: tuple[str, ...]) -> Fields:
+        """These fields, none of which is another one than the known ones."""
+        unknown = [str(name) for name in self.data if name not in known]
+        if unknown:
+            raise self.wrong("", f"unknown entry {', '.join(unknown)}; known: {', '.join(known)}")
+        return self
 
     def text(self, name: str, default: str | None = None, least: int = 0) -> str:
         """A text of `least` to `LONGEST_TEXT` characters."""
@@ -49,7 +56,8 @@ class Fields:
         """A finite number of at least `least`."""
         value = self.data.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < MOST_NUMBER:
-            raise self.wrong(name, f"expected a number from {least:g}, not {shortened(repr(value), 80)}")
+            bound = f" from {least:g}" if least > -MOST_NUMBER else ""
+            raise self.wrong(name, f"expected a number{bound}, not {shortened(repr(value), 80)}")
         return float(value)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
