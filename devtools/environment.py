@@ -20,7 +20,7 @@ from pathlib import Path
 from .console import Stop, say
 
 TORCH = "torch==2.13.0"
-# ComfyUI imports both at start, but they are not to bring a torch of their own.
+# ComfyUI imports both at start, but they must not install another torch.
 TORCH_COMPANIONS = ("torch", "torchvision", "torchaudio")
 FAKE_OPERATORS = """
 

@@ -14,11 +14,11 @@ from .signatures import Function, Parameter, Sources, Thing
 from .uses import Call, Fake, Gate, Use, fake_functions
 
 SAME, DIFFERENT, UNREAD, ABSENT = "same", "different", "not verifiable", "absent"
-"""What a row says. `ABSENT`: of what is only passed where it is there."""
+"""The results of a row. `ABSENT`: an argument that is passed only to releases that have it, and this one has not."""
 
 
 class Row(NamedTuple):
-    """One thing that was looked for in one release."""
+    """One name, parameter or return value, looked up in one release."""
 
     package: str
     version: str
@@ -29,16 +29,16 @@ class Row(NamedTuple):
     there: str
     state: str
     since: str = ""
-    """The first release that is so, of those on the index, where an earlier or later one is not."""
+    """The first release on the index with this result, where releases disagree."""
     asked: bool = False
-    """Passed only where it is there."""
+    """Passed only to releases that have it."""
 
 
 Found = Function | Thing | None
 
 
 def use_rows(use: Use, call: Call | None, release: str, found: Found) -> list[Row]:
-    """What one line of the table of uses finds in one release."""
+    """The rows of one `Use` in one release."""
 
     def row(item: str, ours: str, there: str, state: str, asked: bool = False) -> Row:
         return Row(use.package, release, use.name, item, ours, there, state, asked=asked)
@@ -106,7 +106,7 @@ def _call_rows(use: Use, call: Call, found: Function, asked: list[str]) -> list[
 
 
 def fake_rows(fake: Fake, ours: str, there: str, release: str, declared: Function, found: Found) -> list[Row]:
-    """What a fake's function finds in one release."""
+    """The rows of one function of a fake in one release."""
 
     def row(item: str, here: str, real: str, state: str) -> Row:
         return Row(fake.package, release, f"{fake.file}.{ours} for {there}", item, here, real, state)
@@ -119,7 +119,7 @@ def fake_rows(fake: Fake, ours: str, there: str, release: str, declared: Functio
     real = {one.name: (place, one) for place, one in enumerate(found.parameters)}
     for place, one in enumerate(declared.parameters):
         if one.name not in real:
-            # What falls into ** there is no parameter of it, and a fake's own ** takes what the fake leaves out.
+            # What goes into the release's ** is no parameter; a fake's ** takes the parameters that it omits.
             fits = one.kind in ("args", "kwargs")
             rows.append(row(one.name, _declared(place, one), "no such parameter", SAME if fits else DIFFERENT))
             continue
@@ -144,14 +144,14 @@ def _declared(place: int, one: Parameter) -> str:
 def nearest_release(by_release: Sequence[list[Row]]) -> list[Row]:
     """Of the rows of one fake's function in several releases those of the release that differs least.
 
-    A fake stands in for one release: other releases may differ.
+    A fake imitates one release: others may differ.
     """
     readable = [rows for rows in by_release if all(row.state != UNREAD for row in rows)]
     return min(readable or by_release, key=lambda rows: sum(row.state == DIFFERENT for row in rows))
 
 
 def never_there(rows: Iterable[Row]) -> list[Row]:
-    """The rows with what is passed only where it is there as different, where no release that was read has it."""
+    """The rows; an argument that is passed conditionally and that no release has becomes a difference."""
     rows = list(rows)
     there = {(row.name, row.item) for row in rows if row.state == SAME and row.asked}
     return [
@@ -163,7 +163,7 @@ def never_there(rows: Iterable[Row]) -> list[Row]:
 
 
 def gate_rows(gate: Gate, found: list[Release], sources_of: Callable[[Release], Sources]) -> list[Row]:
-    """Whether what a version brought is there from then on, and was not before."""
+    """Whether a name exists from its declared version on, and not before."""
     version = Version(gate.version)
     after = [one for one in found if one.version >= version and not one.version.is_prerelease][:1]
     before = [one for one in found if one.version < version and not one.version.is_prerelease][-1:]
@@ -184,7 +184,7 @@ def gate_rows(gate: Gate, found: list[Release], sources_of: Callable[[Release], 
 
 
 def since(found: Sequence[Release], holds: Callable[[Release], bool]) -> str:
-    """The first of these releases, oldest first, whose answer is that of the last; empty where all have it."""
+    """The oldest of these releases from which on all agree with the last; empty if all do."""
     wanted = holds(found[-1])
     first, last = 0, len(found) - 1
     if holds(found[0]) == wanted:
@@ -196,7 +196,7 @@ def since(found: Sequence[Release], holds: Callable[[Release], bool]) -> str:
 
 
 def declared_in(source: str, name: str) -> Function:
-    """A fake's function, by its name or its class's and its name."""
+    """A function of a fake, by `name` or `Class.name`."""
     found = Sources(Memory({"fake.py": source})).find(f"fake:{name}")
     if not isinstance(found, Function):
         raise ValueError(f"{name} is no function")
@@ -214,7 +214,7 @@ def applies(when: str, version: Version) -> bool:
 
 
 def renamed_parameter(source: str, function: str, parameter: str) -> str:
-    """A source in which a function's parameter has another name: for asking whether the comparison sees it."""
+    """A source in which a function's parameter has another name: to test that the comparison detects it."""
     tree = ast.parse(source)
     name = defined_as(function)
     for node in ast.walk(tree):

@@ -1,7 +1,7 @@
-"""Releases on a package index, and the files in them: of a wheel only those that are asked for are fetched.
+"""Releases on a package index, and the files in them: of a wheel only the requested ones are fetched.
 
 A wheel is a zip file, whose list of files stands at its end: HTTP range requests read that list and then single files.
-A release without a wheel is fetched whole. Nothing is installed, and nothing of it is run.
+A release without a wheel is fetched whole. Nothing is installed or run.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Web:
 
 
 class Ranged(io.RawIOBase):
-    """A file on the web as one that can be read and sought, a block at a time."""
+    """A file on the web as a seekable stream, fetched in blocks."""
 
     def __init__(self, web: Web, url: str) -> None:
         self._web, self._url = web, url
@@ -206,7 +206,7 @@ def _sdist(web: Web, url: str) -> Callable[[], Tree]:
 
 
 def _read_name(name: str) -> tuple[Version | None, int]:
-    """The version in a file's name, and how well the file serves: a wheel for Linux most, sources least."""
+    """The version in a file's name, and the file's preference: wheels for Linux first, sources last."""
     try:
         if name.endswith(".whl"):
             version, tags = parse_wheel_filename(name)[1], parse_wheel_filename(name)[3]

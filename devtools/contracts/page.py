@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     pins: Sequence[Row]
     systems: Sequence[Row]
     renamed: Sequence[str]
-    """What was said of parameters that were renamed in copies."""
+    """The results for parameters that were renamed in copies."""
 
 
 def differences(outcome: Outcome) -> list[Row]:

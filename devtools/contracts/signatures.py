@@ -1,4 +1,4 @@
-"""What a name of a source tree is, read from its syntax: its parameters, their defaults, how much it returns.
+"""The definition of a name in a source tree, read from its syntax: parameters, defaults, number of return values.
 
 Nothing is imported. Names are followed through `from x import y`, also within `if` and `try`, to their definition.
 """
@@ -30,11 +30,11 @@ class Parameter(NamedTuple):
 
 
 class Function(NamedTuple):
-    """What a caller has to know of a function."""
+    """The signature of a function."""
 
     parameters: tuple[Parameter, ...]
     returns: frozenset[int] = frozenset()
-    """How long the tuples are that it returns, 1 for anything else; empty where its source does not say."""
+    """Lengths of the tuples that it returns, 1 for other values; empty if unknown."""
 
     def parameter(self, name: str) -> Parameter | None:
         return next((one for one in self.parameters if one.name == name), None)
@@ -48,7 +48,7 @@ class Function(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """A name that is there and is no function whose parameters can be read."""
+    """A name that exists but is no function with readable parameters."""
 
     what: str
 
@@ -80,7 +80,7 @@ class Sources:
         """The folder that holds the package, where a tree has it further down."""
 
     def find(self, name: str) -> Function | Thing | None:
-        """What `module:a.b` is; None where there is no such name. `torch:x` alone may be an operator of torch."""
+        """The definition of `module:a.b`; None if there is none. `torch:x` alone may be an operator of torch."""
         module, _, inner = name.partition(":")
         self.root = self._root_of(module)
         if module == "torch" and SCHEMAS in self._files:
@@ -236,7 +236,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _binds(statement: ast.stmt) -> list[str]:
-    """The names that a statement gives a meaning."""
+    """The names that a statement binds."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     if isinstance(statement, ast.ImportFrom):
@@ -254,7 +254,7 @@ def _binds(statement: ast.stmt) -> list[str]:
 
 
 def _annotated(node: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[int]:
-    """What the annotation of a function says about how much it returns; empty where it says nothing."""
+    """Number of return values by the function's annotation; empty if it has none."""
     return frozenset(_of_annotation(node.returns)) if node.returns is not None else frozenset()
 
 
@@ -278,7 +278,7 @@ def _of_annotation(node: ast.expr) -> set[int]:
 def _returned(
     module: Module, node: ast.FunctionDef | ast.AsyncFunctionDef, owner: ast.ClassDef | None, depth: int
 ) -> frozenset[int]:
-    """What the `return`s of a function say; where one of them does not, what its annotation says."""
+    """Numbers of return values by the `return` statements; if one is unclear, by the annotation."""
     own = [one for one in _inside(node) if isinstance(one, ast.Return) and one.value is not None]
     found = [_of_value(module, node, one.value, owner, depth) for one in own if one.value is not None]
     return frozenset[int]().union(*found) if found and all(found) else _annotated(node)

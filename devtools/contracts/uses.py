@@ -1,4 +1,4 @@
-"""What kernels use of other people's packages, and what the fakes of the tests declare.
+"""What kernels use of other packages, and what the fakes of the tests declare.
 
 What a kernel passes is read from its calls; this table says which name of which package a call goes to, and what stands
 in its `**`. Of a kernel without a line here the names alone are compared (`Backend.symbols`), and its calls are listed
@@ -39,15 +39,15 @@ class Use(NamedTuple):
     order: tuple[str, ...] = QKV
     """What positional arguments are called there, spellings with `|` between; any name will do for those beyond."""
     positional: int = 0
-    """How many stand in the call's `*`."""
+    """How many arguments are in the call's `*`."""
     when: str = ""
-    """The versions that it is used of, of those that the kernel takes."""
+    """The versions for which the kernel uses it."""
     returns: tuple[int, ...] = ()
-    """What the kernel can make something of: 1, a tuple's length, or several."""
+    """Return values that the kernel accepts: 1, a tuple's length, or several."""
     stands: str = ""
     """Where sources have its signature, if not under its name."""
     unread: str = ""
-    """Why a source does not say it: then what is not found is no difference."""
+    """Why the source cannot show it: then a missing name is no difference."""
     calls_unread: str = ""
     """Why its calls are not read."""
 
@@ -58,7 +58,7 @@ class Call(NamedTuple):
     positional: int
     keywords: frozenset[str]
     starred: bool
-    """Whether something stands in `**`."""
+    """Whether the call has `**`."""
 
 
 SECOND = ">=2"
@@ -302,7 +302,7 @@ FLOORS = {"torch": ">=2.5", "kernels": ">=0.15"}
 
 
 class Gate(NamedTuple):
-    """From which version on the pack counts on something: it is there from then on, and was not before."""
+    """The version from which on a name must exist, and before which it must not."""
 
     package: str
     version: str
@@ -322,7 +322,7 @@ GATES = (
 
 
 class Fake(NamedTuple):
-    """A module of tests/fakes and what it stands in for."""
+    """A module of tests/fakes and the package that it imitates."""
 
     file: str
     package: str

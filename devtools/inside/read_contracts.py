@@ -60,7 +60,7 @@ FAKES = uses.all_fakes((one.distribution, one.module) for backend in BACKENDS.va
 
 
 class Run:
-    """What is read once and asked often."""
+    """Data that is read once and used often."""
 
     def __init__(self, web: on_index.Web, sources: Path | None) -> None:
         self.web, self.index = web, on_index.index_url()
@@ -172,7 +172,7 @@ def pin_rows(run: Run) -> list[Row]:
         newest = versions[-1]
         there = package.version in versions
         if not there and package.distribution == "sageattention":
-            continue  # 2.x is on no index, and says so
+            continue  # 2.x is on no index, as its package declares
         state = DIFFERENT if not there else SAME if package.version == newest else ABSENT
         text = f"the newest is {newest}" if there else f"is not on the index; the newest is {newest}"
         rows.append(Row(package.distribution, newest, "Package.version", "name", package.version, text, state))
