@@ -71,6 +71,8 @@ def test_a_saved_graph_may_say_autotune_or_measured(server: Server) -> None:
         menu = server.get(f"/object_info/{node}")[node]["input"]["required"]["backend"]
         options = menu[1].get("options") or menu[0]
         assert options[:3] == ["auto", "autotune", "measured"]
+    # The settings panel offers these, and a value that it stored fills a new node only if the node's menu has it.
+    assert asked(server, "/settings")[1]["choices"][:3] == ["auto", "autotune", "measured"]
     for word in ("autotune", "measured"):
         server.run(autotuned_workflow(word))
         run = asked(server, "/last_run")[1]["runs"][0]
