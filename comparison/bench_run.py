@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from ..backends.config.names import COMFY
 from ..backends.doctor.bench import Host, Progress, make_cases, run_cases
 from ..backends.engine.router import Router
+from ..backends.measure import environment
 from ..backends.measure.bench_inputs import device_of
 from ..backends.measure.presets import MASK_KINDS, parse_presets
-from . import machine
 from .bench_command import named_only
 from .bench_report import CUDNN, SDPA, BenchReport
 from .contenders import parse_backends
@@ -98,8 +98,8 @@ def measure(
         tokens=asked.tokens,
         device=platform.kind,
         card=" ".join(filter(None, (platform.name, platform.sm or platform.gfx))) or platform.kind,
-        machine=machine.describe(platform),
-        versions={**machine.versions(platform), **(versions or {})},
+        machine=environment.in_words(platform),
+        versions={**environment.versions(platform), **(versions or {})},
         notes=[*_scaling(asked.tokens, sum(preset.full is not None for preset in presets), len(presets)), *notes],
     )
     report.ended = run_cases(

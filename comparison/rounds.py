@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch import Tensor
 from ..backends.values.devices import release, synchronise
 from ..backends.values.faults import is_cuda_fault, is_out_of_memory
 from .contenders import Routed
-from .machine import module_of
 from .report import Row, Spread
 
 Progress = Callable[[str, int, int], None]
@@ -98,7 +98,7 @@ def _run(entry: Entry, work: Work, device: torch.device, counts: bool) -> None:
         synchronise(device)
         laps.append(perf_counter())
 
-    module = module_of(device)
+    module: Any = getattr(torch, device.type, None)
     measurable = hasattr(module, "reset_peak_memory_stats") and hasattr(module, "max_memory_allocated")
     if measurable:
         module.reset_peak_memory_stats(device)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..backends.config.names import COMFY
 from ..backends.engine.router import Router
+from ..backends.measure import environment
 from ..backends.measure.error import cosine, relative_l2
 from ..demo.model import TinyWan
 from ..demo.sampling import SHIFT
-from . import machine, metrics
+from . import metrics
 from .calls import captured, compare_calls
 from .contenders import REFERENCE, Routed, router_for
 from .report import ComparisonError, Report, Row
@@ -69,7 +70,7 @@ def compare(
     report = Report(
         settings.mode, scene.name, settings.prompt, settings.seed, settings.width, settings.height, settings.frames,
         settings.steps, settings.guidance, f"euler, simple, shift {SHIFT:g}", scene.dtype,
-        machine.describe(router.platform), machine.versions(router.platform),
+        environment.in_words(router.platform), environment.versions(router.platform),
     )  # fmt: skip
     able, report.rows = _sort_out(list(dict.fromkeys([REFERENCE, *backends])), router)
     if settings.mode == "attention":

@@ -65,6 +65,29 @@ def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:
     return {**{name: value for name, value in facts.items() if value}, "packages": packages}
 
 
+def in_words(platform: Platform) -> str:
+    """Device, processor and operating system in one line, for reports."""
+    import torch
+
+    card = ", ".join(filter(None, (platform.kind, platform.name, platform.sm or platform.gfx)))
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} in use by torch"
+    return ", ".join([card, _processor(), threads, f"{python_platform.system()} {python_platform.machine()}"])
+
+
+def versions(platform: Platform) -> dict[str, str]:
+    """Version of each thing that computes: Python, torch, this pack, the card's libraries, the kernel packages."""
+    import torch
+
+    return {
+        "python": python_platform.python_version(),
+        "torch": torch.__version__,
+        "attention-backends": own_version(),
+        **({"cuda": platform.cuda} if platform.cuda else {}),
+        **({"cudnn": str(platform.cudnn)} if platform.cudnn else {}),
+        **dict(platform.packages),
+    }
+
+
 def driver_of(platform: Platform) -> str:
     """The version of a card's graphics driver; empty where there is none, or where it is not known."""
     return driver() if platform.kind in ("cuda", "rocm") and not platform.described else ""
@@ -117,6 +140,15 @@ def _head(platform: Platform, card: str = "") -> tuple[str, ...]:
 def _packages(platform: Platform, names: Iterable[str]) -> list[str]:
     wanted = set(names)
     return sorted(f"{name} {version}" for name, version in platform.packages if name in wanted)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return python_platform.processor() or "unknown processor"
+    named = re.search(r"^model name\s*:\s*(.+)$", lines, re.MULTILINE)
+    return " ".join(named[1].split()) if named else python_platform.machine()
 
 
 def _instructions() -> str:

@@ -11,7 +11,7 @@ import comfy.samplers
 import comfyui_version
 import torch
 
-from ...comparison import machine
+from ...backends.measure import environment
 from ...comparison.report import ComparisonError, Report, Row
 from ..hook.run import router_for
 
@@ -99,8 +99,8 @@ def make_report(setup: SetUp, rows: list[Row]) -> Report:
         guidance=float(getattr(setup.guider, "cfg", 1.0)),
         sampling=f"{sampler}, sigmas {float(setup.sigmas[0]):.4g} to {float(setup.sigmas[-1]):.4g}",
         dtype=str(model.get_dtype()).removeprefix("torch."),
-        machine=machine.describe(platform),
-        versions={**machine.versions(platform), "comfyui": comfyui_version.__version__},
+        machine=environment.in_words(platform),
+        versions={**environment.versions(platform), "comfyui": comfyui_version.__version__},
         rows=rows,
         notes=["sizes are those of the latent", NOT_MEASURED],
     )
