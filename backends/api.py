@@ -23,7 +23,7 @@ from .config import AttentionConfig
 from .config.layers import settings_of
 from .config.names import AUTO, AUTOTUNE
 from .config.text import parse_config
-from .context import Account, Entry, add_up, current, entered, read_environment
+from .context import Block, add_up, current, entered, read_environment
 from .engine.call_checks import CheckError
 from .report import RunReport
 from .values.errors import ConfigError, NoBackendError
@@ -158,8 +158,8 @@ def attention_backend(
     given = {name: value for name, value in (("strict", strict), ("accuracy", accuracy)) if value is not None}
     if given:
         config = replace(config, **given)  # type: ignore[arg-type]  # each value has its field's type
-    _must_be_available(config, (config, *current().asked.layers), device)
-    with entered(Entry(config)):
+    _must_be_available(config, (config, *current().layers), device)
+    with entered(Block(config)):
         yield
 
 
@@ -180,16 +180,16 @@ def force_backend(backend: object, *, device: torch.device | None = None) -> Ite
             f"force_backend: {config.default.backend} forces nothing; name a backend, or use attention_backend"
         )
     _must_be_available(config, (config,), device)
-    with entered(Entry(config, forced=True)):
+    with entered(Block(config, forced=True)):
         yield
 
 
-def checks(on: bool = True) -> AbstractContextManager[None]:
+def checks(on: bool = True) -> AbstractContextManager[object]:
     """Look over every call inside the block before it runs, or not: in place of what the environment says.
 
     What is looked at is in `engine/call_checks.py`.
     """
-    return entered(Entry(checks=on))
+    return entered(Block(checks=on))
 
 
 @contextmanager
@@ -200,15 +200,15 @@ def account() -> Iterator[RunReport]:
     accelerator: the times of what it has not done by the end of the block come with `RunReport.end_of_run`, which
     waits.
     """
-    before = current().account
-    entry = Entry(account=(kept := Account()))
+    outer = current().reporting
+    block = Block(reports=True)
     try:
-        with entered(entry):
-            yield kept.run_report
+        with entered(block):
+            yield block.run_report
     finally:
-        kept.close()
-        if before is not None:
-            add_up(before.book().run_report, kept.run_report)
+        block.collect()
+        if outer is not None:
+            add_up(outer.of_thread().run_report, block.run_report)
 
 
 def _must_be_available(

@@ -10,15 +10,22 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .config import AttentionConfig
+from .config.layers import resolve
 from .config.names import COMFY
 from .config.text import parse_config
-from .context import KEPT, Book, CallSession, Stack, current
+from .context import KEPT, Context, ThreadSessions, current
 from .engine.call_checks import CheckError, check
+from .engine.mask_reader import inspect
+from .engine.plan import CPU, CallKind, Slot
 from .engine.router import Router
+from .engine.session import Session
+from .engine.sub_calls import calls_of, plan_sub_calls
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
 from .kernels.registry import detect
+from .observe import observe
 from .report import RunReport
+from .values.mask_plan import MaskPlan, passed_on
 from .values.masks import as_4d, for_kernels
 from .values.platform import Platform
 from .values.request import AttentionCall, LseCall
@@ -31,7 +38,7 @@ CATEGORIES = ("self", "cross", "joint")
 
 
 class _Outside(Comfy):
-    """What ComfyUI would have run: there is none where nobody hands a call over."""
+    """`comfy` is unavailable outside ComfyUI."""
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         return ["runs only inside ComfyUI, which hands over its own function with each call"]
@@ -75,12 +82,13 @@ def run_attention(
     """`attention` outside any graph; the path of every call."""
     if backend is not None and not isinstance(backend, (str, AttentionConfig)):
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
-    stack = current()
-    book = stack.account.book() if stack.account is not None else _own_book()
+    context = current()
+    reporting = context.reporting
+    own = getattr(_thread, "own", None) or _new_thread() if reporting is None else reporting.of_thread()
     try:
-        session_key = (stack.asked, query.device, backend)
+        session_key = (context.number, query.device, backend)
         mask_facts = None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.stride())
-        # Everything that can change a decision; shapes stand for the layout's sizes.
+        # Everything that can change a decision; shapes include the layout's sizes.
         sizes = (query.shape, key.shape, value.shape, query.dtype)
     except AttributeError:
         _only_tensors(query, key, value, attn_mask)
@@ -88,11 +96,11 @@ def run_attention(
     plan_key: tuple[object, ...] = (role, layout, sizes, mask_facts, is_causal, scale, enable_gqa)
     if return_lse:
         plan_key = (*plan_key, "lse")
-    session = book.sessions.get(session_key)
+    session = own.sessions.get(session_key)
     if session is None:
         _only_tensors(query)
-        session = book.sessions[session_key] = _session(stack, query.device, backend, book)
-    known = session.plans.get(plan_key)
+        session = own.sessions[session_key] = _session(context, query.device, backend, own)
+    known = session.slots.get(plan_key)
     if known is None:
         _understood(query, key, value, attn_mask, layout)
     if layout == "BSHD":
@@ -106,16 +114,16 @@ def run_attention(
         call.attn_mask = for_kernels(attn_mask, query.dtype)
     if known is None:
         check(call, only_shapes=True)
-        known = session.keep(plan_key, call.request(lse=return_lse), role, category_of(role), query.device.type)
-    plan, call.enable_gqa = known  # kernels are told of grouping only where there is some
+        known = session.keep(plan_key, CallKind(call.request(lse=return_lse), role, category_of(role)))
+    slot, call.enable_gqa = known  # kernels are told of grouping only where there is some
+    mask_plan = None
     try:
-        if plan is not None:
-            output = session.run(plan, call)
-        else:
-            output = session.run_read(plan_key, call, role, category_of(role))
+        if slot is None:
+            slot, mask_plan = session.slot_by_mask(plan_key, call, role)
+        output = session.attention(slot, call, mask_plan)
     except Exception:
         # Either strict, or every backend failed, and then it is the tensors: neither says anything about later calls.
-        book.sessions.pop(session_key, None)
+        own.sessions.pop(session_key, None)
         raise
     if layout == "BSHD":
         output = output.transpose(1, 2)
@@ -127,23 +135,83 @@ def run_attention(
 _thread = threading.local()
 
 
-def _own_book() -> Book:
-    """This thread's book: sessions are not shared between threads."""
-    try:
-        book: Book = _thread.book
-    except AttributeError:
-        book = _thread.book = Book(RunReport(mode="off"))  # which nobody reads
-    return book
+def _new_thread() -> ThreadSessions:
+    """This thread's sessions outside a block with a run report: sessions are not shared between threads."""
+    own: ThreadSessions
+    own = _thread.own = ThreadSessions(RunReport(mode="off"))  # which is not read
+    return own
 
 
-def _session(stack: Stack, device: torch.device, backend: str | AttentionConfig | None, book: Book) -> CallSession:
-    layers = stack.asked.layers
-    if backend is not None and not stack.asked.forced:
+def _session(
+    context: Context, device: torch.device, backend: str | AttentionConfig | None, own: ThreadSessions
+) -> CallSession:
+    layers = context.layers
+    if backend is not None and not context.forced:
         layers = (parse_config(backend, "attention(backend)"), *layers)
-    if len(book.sessions) >= KEPT:
-        book.sessions.clear()
-    book.run_report.device = device.type
-    return CallSession(router_for(device), stack.asked, layers, book.run_report)
+    if len(own.sessions) >= KEPT:
+        own.sessions.clear()
+    own.run_report.device = device.type
+    return CallSession(router_for(device), layers, device, context.checks, own.run_report)
+
+
+class CallSession(Session):
+    """A session with the slots of its calls, keyed by everything that can change a decision."""
+
+    def __init__(
+        self, router: Router, layers: tuple[AttentionConfig, ...], device: torch.device, check_calls: bool,
+        run_report: RunReport,
+    ) -> None:  # fmt: skip
+        super().__init__(router, layers, run_report, checks=False, device=device)
+        observe(self)
+        self.check_calls = check_calls
+        """The caller validates each call, before it is planned."""
+        self.slots: dict[tuple[object, ...], tuple[Slot | None, bool]] = {}
+        """Each kind of call: its slot, None where the values of its mask decide; and whether it is grouped."""
+        self.by_mask: dict[tuple[object, ...], Slot] = {}
+
+    def keep(self, key: tuple[object, ...], kind: CallKind) -> tuple[Slot | None, bool]:
+        """Plan a kind of call and remember it."""
+        if len(self.slots) >= KEPT:
+            self.slots.clear()
+        slot = None if self.reads_mask(kind) else self.plan(kind)
+        found = self.slots[key] = slot, kind.request.grouped
+        return found
+
+    def reads_mask(self, kind: CallKind) -> bool:
+        """Whether the values of a mask are read before the call runs.
+
+        On the CPU always: it costs little, and fewer keys are less work. On an accelerator reading waits for all work
+        that was queued, so only where a backend was named that refuses the mask and would take the call without it.
+        """
+        request = kind.request
+        if request.lse:  # a sub-call's log-sum-exp is that of its own keys
+            return False
+        if request.mask == "none" or self.device_index == CPU:
+            return request.mask != "none"
+        asked = resolve(self.layers, kind.role, kind.category).asked
+        if asked is None or not self.router.refuse(asked, request):
+            return False
+        return not self.router.refuse(asked, request._replace(mask="none"))
+
+    def slot_by_mask(self, key: tuple[object, ...], call: AttentionCall, role: str) -> tuple[Slot, MaskPlan]:
+        """Read the mask of a call; the slot for what it says (fewer keys, or the call whole), and the mask's plan."""
+        mask_plan = inspect(call.attn_mask, call.key.shape[2]) if call.attn_mask is not None else passed_on(None)
+        key = (*key, mask_plan.facts)
+        slot = self.by_mask.get(key)
+        if slot is None:
+            if len(self.by_mask) >= KEPT:
+                self.by_mask.clear()
+            slot = self.by_mask[key] = self._planned(mask_plan, call, role)
+        return slot, mask_plan
+
+    def _planned(self, mask_plan: MaskPlan, call: AttentionCall, role: str) -> Slot:
+        category = category_of(role)
+        calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked)
+
+        def planned(part: AttentionCall, mask_text: str = "") -> Slot:
+            return self.plan(CallKind(part.request(), role, category, mask=mask_text))
+
+        return plan_sub_calls(self, mask_plan, call, calls, planned) if calls else planned(call)
 
 
 def _understood(

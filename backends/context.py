@@ -1,9 +1,8 @@
 """What is in force where a call is made: the `with` blocks of `api.py` around it, in a ContextVar.
 
-Each block is an `Entry`; a `Stack` is the entries around one place in the program. Leaving a block takes its own entry
-away wherever it stands, so that blocks of generators and tasks may end in any order, and marks it closed, so that it
-also ends in the tasks and threads that it was handed down to. Nothing of torch is touched, and a thread that was not
-handed a context sees nothing.
+Leaving a block takes away that block wherever it is in the stack, so that blocks of generators and tasks may end in any
+order, and marks it closed, so that it also ends in the tasks and threads that it was handed down to. Nothing of torch
+is touched, and a thread that was not handed a context sees nothing.
 """
 
 from __future__ import annotations
@@ -13,146 +12,88 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from .config import AttentionConfig
-from .config.layers import resolve
 from .config.text import from_environment
 from .engine.call_checks import checks_from_environment
-from .engine.mask_reader import inspect
-from .engine.plan import Plan
-from .engine.session import Session
-from .engine.sub_calls import SplitPlan, calls_of, plan_sub_calls, run_sub_calls
 from .report import Row, RunReport
-from .values.mask_plan import MaskPlan, passed_on
-from .values.request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
-    import torch
-
-    from .engine.router import Router
+    from .calls import CallSession
 
 KEPT = 4096
 """Kinds of call, and configurations, that a thread remembers before it starts again."""
 
-
-class Asked:
-    """One set of configurations, highest first. There is one object for each, so that it is a key by identity."""
-
-    __slots__ = ("checks", "forced", "layers")
-
-    def __init__(self, layers: tuple[AttentionConfig, ...], forced: bool, checks: bool) -> None:
-        self.layers = layers
-        self.forced = forced
-        self.checks = checks
+_numbers = count()
 
 
-_asked = lru_cache(maxsize=KEPT)(Asked)
+@lru_cache(maxsize=KEPT)
+def _number(layers: tuple[AttentionConfig, ...], forced: bool, checks: bool) -> int:
+    """One number for each set of configurations, so that it is a key without comparing them."""
+    return next(_numbers)
 
 
-class Environment:
-    """What environment variables ask for, at the time when this was made."""
-
-    __slots__ = ("checks", "layers")
-
-    def __init__(self) -> None:
-        self.layers = from_environment()
-        self.checks = checks_from_environment()
-
-
-class CallSession(Session):
-    """A session with the plans of its calls, keyed by everything that can change a decision."""
-
-    def __init__(
-        self, router: Router, asked: Asked, layers: tuple[AttentionConfig, ...], run_report: RunReport
-    ) -> None:
-        super().__init__(router, layers, run_report, checks=False)  # the caller checks before it plans
-        self.check_calls = asked.checks
-        self.plans: dict[tuple[object, ...], tuple[Plan | None, bool]] = {}
-        """For each kind of call how it runs, None where that is for its mask's values to say, and whether it is
-        grouped."""
-        self.masked: dict[tuple[object, ...], Plan | SplitPlan] = {}
-
-    def keep(
-        self, key: tuple[object, ...], request: AttentionRequest, role: str, category: str, device: str
-    ) -> tuple[Plan | None, bool]:
-        """Plan a kind of call and remember it."""
-        if len(self.plans) >= KEPT:
-            self.plans.clear()
-        plan = None if self.reads(request, role, category, device) else self.plan(request, role, category)
-        found = self.plans[key] = plan, request.grouped
-        return found
-
-    def reads(self, request: AttentionRequest, role: str, category: str, device: str) -> bool:
-        """Whether the values of a mask are read before the call runs.
-
-        On the CPU always: it costs little, and fewer keys are less work. On an accelerator reading waits for all work
-        that was queued, so only where a backend was named that refuses the mask and would take the call without it.
-        """
-        if request.lse:  # a part's log-sum-exp is that of its own keys
-            return False
-        if request.mask == "none" or device == "cpu":
-            return request.mask != "none"
-        asked = resolve(self.layers, role, category).asked
-        if asked is None or not self.router.refuse(asked, request):
-            return False
-        return not self.router.refuse(asked, request._replace(mask="none"))
-
-    def run_read(self, key: tuple[object, ...], call: AttentionCall, role: str, category: str) -> torch.Tensor:
-        """Read the mask of a call, once, and run what it says: fewer keys, or the call as it is."""
-        mask_plan = inspect(call.attn_mask, call.key.shape[2]) if call.attn_mask is not None else passed_on(None)
-        key = (*key, mask_plan.facts)
-        how = self.masked.get(key)
-        if how is None:
-            if len(self.masked) >= KEPT:
-                self.masked.clear()
-            how = self.masked[key] = self._as_read(mask_plan, call, role, category)
-        return run_sub_calls(self, how, mask_plan, call) if isinstance(how, SplitPlan) else self.run(how, call)
-
-    def _as_read(self, mask_plan: MaskPlan, call: AttentionCall, role: str, category: str) -> Plan | SplitPlan:
-        calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked)
-        if not calls:
-            return self.plan(call.request(), role, category)
-        return plan_sub_calls(
-            self, mask_plan, call, calls, lambda part, words: self.plan(part.request(), role, category, mask=words)
-        )
-
-
-class Book:
-    """The sessions of one thread, and the account of their calls."""
+class ThreadSessions:
+    """The sessions of one thread, and the run report of their calls."""
 
     __slots__ = ("run_report", "sessions")
 
     def __init__(self, run_report: RunReport) -> None:
         self.run_report = run_report
-        self.sessions: dict[tuple[Asked, torch.device, object], CallSession] = {}
+        self.sessions: dict[tuple[Any, ...], CallSession] = {}
 
 
-class Account:
-    """An account that is being kept: a book for each thread that calls inside the block."""
+class Block:
+    """One `with` block: what it sets (the rest stays None), and what the environment said when it was entered."""
 
-    def __init__(self) -> None:
-        self.books = {threading.get_ident(): Book(RunReport())}
-        self.run_report = next(iter(self.books.values())).run_report
+    __slots__ = ("checks", "config", "environment", "forced", "is_open", "threads")
 
-    def book(self) -> Book:
-        """This thread's book."""
+    def __init__(
+        self,
+        config: AttentionConfig | None = None,
+        *,
+        forced: bool = False,
+        checks: bool | None = None,
+        reports: bool = False,
+    ) -> None:
+        """`reports`: the block keeps a run report of its calls, and so sessions of its own for each thread."""
+        self.config = config
+        self.forced = forced
+        self.checks = checks
+        self.threads = {threading.get_ident(): ThreadSessions(RunReport())} if reports else None
+        self.environment = from_environment(), checks_from_environment()
+        self.is_open = True
+
+    @property
+    def run_report(self) -> RunReport:
+        """Of the thread that entered the block, and after `collect` of all."""
+        if self.threads is None:
+            raise ValueError("this block keeps no run report")
+        return next(iter(self.threads.values())).run_report
+
+    def of_thread(self) -> ThreadSessions:
+        """This thread's sessions in a block with a run report."""
+        if self.threads is None:
+            raise ValueError("this block keeps no run report")
         thread = threading.get_ident()
-        found = self.books.get(thread)
+        found = self.threads.get(thread)
         if found is None:
-            found = self.books[thread] = Book(RunReport())
+            found = self.threads[thread] = ThreadSessions(RunReport())
         return found
 
-    def close(self) -> None:
-        """Put what other threads did into the trace, with the times that are there by now."""
-        for book in list(self.books.values()):
-            book.run_report.collect()
-            if book.run_report is not self.run_report:
-                add_up(self.run_report, book.run_report)
+    def collect(self) -> None:
+        """Add what other threads did to the run report, with the times that are there by now."""
+        total = self.run_report
+        for one in list((self.threads or {}).values()):
+            one.run_report.collect()
+            if one.run_report is not total:
+                add_up(total, one.run_report)
 
 
 def add_up(total: RunReport, more: RunReport) -> None:
-    """Add the calls of one trace to another."""
+    """Add the calls of one run report to another."""
     for key, row in more.rows.items():
         mine = total.rows.get(key)
         if mine is None:
@@ -166,83 +107,65 @@ def add_up(total: RunReport, more: RunReport) -> None:
         total.device = more.device
 
 
-class Entry:
-    """One `with` block: what it sets (the rest stays None), and what the environment said when it was entered."""
+class Context:
+    """The open blocks around a place in a program, outermost first, and what they come to."""
 
-    __slots__ = ("account", "checks", "config", "environment", "forced", "open")
+    __slots__ = ("blocks", "checks", "forced", "layers", "number", "reporting")
 
     def __init__(
-        self,
-        config: AttentionConfig | None = None,
-        *,
-        forced: bool = False,
-        checks: bool | None = None,
-        account: Account | None = None,
+        self, blocks: tuple[Block, ...], environment: tuple[tuple[AttentionConfig, ...], bool] | None = None
     ) -> None:
-        self.config = config
-        self.forced = forced
-        self.checks = checks
-        self.account = account
-        self.environment = Environment()
-        self.open = True
+        """`environment`: default: as the innermost block found it."""
+        inner = blocks[::-1]
+        layers, checks = environment or inner[0].environment
+        self.blocks = blocks
+        self.reporting = next((block for block in inner if block.threads is not None), None)
+        """The innermost block with a run report."""
+        force = next((block.config for block in inner if block.forced), None)
+        self.forced = force is not None
+        configs = (block.config for block in inner if block.config is not None)
+        self.layers: tuple[AttentionConfig, ...] = (*configs, *layers) if force is None else (force,)
+        self.checks = next((block.checks for block in inner if block.checks is not None), checks)
+        self.number = _number(self.layers, self.forced, self.checks)
 
 
-class Stack:
-    """The open blocks around a place, outermost first, and what they come to."""
-
-    __slots__ = ("account", "asked", "entries")
-
-    def __init__(self, entries: tuple[Entry, ...], environment: Environment) -> None:
-        self.entries = entries
-        self.account = next((entry.account for entry in reversed(entries) if entry.account is not None), None)
-        inner = list(reversed(entries))
-        checks = next((entry.checks for entry in inner if entry.checks is not None), environment.checks)
-        force = next((entry.config for entry in inner if entry.forced), None)
-        if force is not None:
-            layers: tuple[AttentionConfig, ...] = (force,)
-        else:
-            configs = (entry.config for entry in inner if entry.config is not None)
-            layers = (*configs, *environment.layers)
-        self.asked = _asked(layers, force is not None, checks)
-
-
-_stack: ContextVar[Stack | None] = ContextVar("attention_backends", default=None)
-_outside: list[Stack] = []
+_context: ContextVar[Context | None] = ContextVar("attention_backends", default=None)
+_outside: list[Context] = []
 """What holds outside every block: the environment as it was at the first call, as in Diffusers."""
 
 
-def current() -> Stack:
-    """The blocks that are open here. This is on the path of every call."""
-    stack = _stack.get()
-    if stack is None:
+def current() -> Context:
+    """What is in force here. Every call asks."""
+    context = _context.get()
+    if context is None:
         return _outside[0] if _outside else read_environment()
-    for entry in stack.entries:
-        if not entry.open:
-            return _prune(stack)
-    return stack
+    for block in context.blocks:
+        if not block.is_open:
+            return _without_closed(context)
+    return context
 
 
-def _prune(stack: Stack) -> Stack:
-    entries = tuple(entry for entry in stack.entries if entry.open)
-    _stack.set(Stack(entries, entries[-1].environment) if entries else None)
+def _without_closed(context: Context) -> Context:
+    blocks = tuple(block for block in context.blocks if block.is_open)
+    _context.set(Context(blocks) if blocks else None)
     return current()
 
 
-def read_environment() -> Stack:
+def read_environment() -> Context:
     """Read the environment variables again for calls outside every block; a block reads them when it is entered."""
-    _outside[:] = [Stack((), Environment())]
+    _outside[:] = [Context((), (from_environment(), checks_from_environment()))]
     return _outside[0]
 
 
 @contextmanager
-def entered(entry: Entry) -> Iterator[None]:
-    """Have `entry` in force inside the `with`."""
+def entered(block: Block) -> Iterator[Block]:
+    """Have `block` in force inside the `with`."""
     before = current()
-    _stack.set(Stack((*before.entries, entry), entry.environment))
+    _context.set(Context((*before.blocks, block)))
     try:
-        yield
+        yield block
     finally:
-        entry.open = False
-        # Only this entry is taken away: blocks that were opened since, and are still open, stay.
-        if current().entries == before.entries and before.entries:
-            _stack.set(before)
+        block.is_open = False
+        # Only this block is taken away: blocks that were opened since, and are still open, stay.
+        if current().blocks == before.blocks and before.blocks:
+            _context.set(before)

@@ -3,7 +3,7 @@
 The first part samples the embedded model with attention of which each row is off by a given share of its size, in a
 random direction in every call, in all roles and blocks, and compares the picture with the exact one. The second part
 looks at every call of such runs as the guard does, with arithmetic that real kernels have (tests/tolerance.py emulates
-it). Budgets in backends/guard/__init__.py stand between the two. The third part times a watched kernel.
+it). Budgets in backends/observe/guard/__init__.py stand between the two. The third part times a watched kernel.
 
 Run: python benchmarks/guard_budget.py [--json FILE]   (no ComfyUI needed; about four minutes on one core)
 """
@@ -99,7 +99,7 @@ def arithmetics() -> dict[str, tuple[str, torch.dtype, Callable[[Any], torch.Ten
 
 def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
     """The guard's worst figures over every call of whole runs, and the pictures."""
-    from attention_backends.backends.guard import Budget, Guard, Watch
+    from attention_backends.backends.observe.guard import Budget, Guard, Watch
     from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
@@ -140,7 +140,7 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
 
     A check is timed separately from its call: its share of the call is below the noise of a loaded machine.
     """
-    from attention_backends.backends.guard import Guard, Watch
+    from attention_backends.backends.observe.guard import Guard, Watch
     from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
@@ -168,8 +168,8 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
 
 def checks_of(steps: int, blocks: int = 80) -> float:
     """Checks of one block in a run of so many steps, the mean over the blocks of a model."""
-    from attention_backends.backends.guard import Guard
-    from attention_backends.backends.guard.turns import Step
+    from attention_backends.backends.observe.guard import Guard
+    from attention_backends.backends.observe.guard.turns import Step
     from attention_backends.backends.report import Row, RunReport
 
     guard, seen = Guard("watch", RunReport()), []
@@ -194,7 +194,7 @@ def checks_of(steps: int, blocks: int = 80) -> float:
 
 
 def _budget() -> Any:
-    from attention_backends.backends.guard import BUDGETS
+    from attention_backends.backends.observe.guard import BUDGETS
 
     return BUDGETS["exact"]
 
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     chosen = parser.parse_args()
-    from attention_backends.backends.guard import BUDGETS
+    from attention_backends.backends.observe.guard import BUDGETS
 
     torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
     scenes = [scene(*each) for each in SCENES]

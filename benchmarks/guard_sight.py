@@ -61,7 +61,7 @@ def tensors(kind: str, draw: torch.Generator) -> list[torch.Tensor]:
 
 def checked(call: Any, output: torch.Tensor, arithmetic: str, seed: int) -> Any:
     """The findings of one check of a call with this output."""
-    from attention_backends.backends.guard import Guard
+    from attention_backends.backends.observe.guard import Guard
     from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.tolerance import tolerance
 
@@ -134,8 +134,8 @@ def of_honest() -> dict[str, dict[str, dict[str, float]]]:
 
 def checks_of(steps: int) -> list[tuple[int, int]]:
     """Step and block of each check of a run."""
-    from attention_backends.backends.guard import Guard
-    from attention_backends.backends.guard.turns import Step
+    from attention_backends.backends.observe.guard import Guard
+    from attention_backends.backends.observe.guard.turns import Step
     from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
@@ -163,7 +163,7 @@ def of_runs(count: int = 400) -> dict[str, dict[str, float]]:
 
     Begin and block are drawn. `unseen` is the share of the runs that end before the block's next turn.
     """
-    from attention_backends.backends.guard.turns import period
+    from attention_backends.backends.observe.guard.turns import period
 
     table = {}
     for steps in RUNS:

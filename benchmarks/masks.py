@@ -69,6 +69,7 @@ def compare(
     """SDPA with the mask beside SDPA on what its plan leaves of the call."""
     from attention_backends.backends.engine.mask_reader import inspect
     from attention_backends.backends.values.devices import synchronise
+    from attention_backends.backends.values.mask_plan import write_part
     from attention_backends.backends.values.request import AttentionCall
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -85,13 +86,15 @@ def compare(
             None if part is None else sdpa(part.query, part.key, part.value, part.attn_mask, is_causal=part.is_causal)
             for part in plan.calls(call)
         ]
-        output = plan.joined(outputs, call)
+        output = plan.empty_output(call)
+        for part, found in zip(plan.sub_calls, outputs, strict=True):
+            output = output if found is None else write_part(found, part, output)
         synchronise(query.device)
         return output
 
     one, other = stock(), ours()
     figures = ratios(stock, ours, rounds)
-    figures["treatment"] = plan.treatment
+    figures["treatment"] = plan.strategy
     figures["same"] = True if torch.equal(one, other) else float((one - other).abs().max())
     return figures
 

@@ -50,7 +50,7 @@ AREAS = {
         ),
     ),
     "hook": Area(
-        tuple(f"nodes/hook/{name}.py" for name in ("hook_calls", "layouts", "override", "model_call")),
+        tuple(f"nodes/hook/{name}.py" for name in ("hook_calls", "hook_plans", "layouts", "override", "model_call")),
         (
             *("comfyui/test_checks.py", "comfyui/test_hook_views.py", "comfyui/test_hook_odd_calls.py"),
             *("comfyui/test_masks_hook.py", "comfyui/test_failed_kernels.py", "comfyui/test_hook_against_stock.py"),
@@ -70,7 +70,7 @@ AREAS = {
         ),
     ),
     "guard": Area(
-        ("backends/guard/*.py",),
+        ("backends/guard/*.py", "backends/observe/guard/*.py"),
         (
             *("numeric/test_guard_turns.py", "numeric/test_precision.py", "comfyui/test_guard_comfyui.py"),
             "numeric/test_guard.py",

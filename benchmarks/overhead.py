@@ -92,13 +92,13 @@ def override_path(pairs: int) -> dict[str, Any]:
         times = alternate(kinds, pairs, calls=200)
         (hook_plan,) = model_call.session.plans.values()
         output = bare()
-        hook_plan.plan.kernel = lambda call: output
+        hook_plan.slot.plan.kernel = lambda call: output
 
         def nothing() -> None:
             stock_attention(query, key, value, 8, transformer_options={sampling.OVERRIDE: ignore}, **flags)
 
         def planned() -> None:
-            model_call.session.run(hook_plan.plan, hook_plan.layout.call(query, key, value, None))
+            model_call.session.attention(hook_plan.slot, hook_plan.layout.call(query, key, value, None))
 
         without = alternate([ours, nothing, planned], pairs, calls=200)
     finally:

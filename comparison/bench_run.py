@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..backends.config.names import COMFY
-from ..backends.doctor.bench import Host, Progress, make_cases, run_cases
+from ..backends.doctor.bench import Progress, make_cases, run_cases
 from ..backends.engine.router import Router
 from ..backends.measure import environment
 from ..backends.measure.bench_inputs import device_of
 from ..backends.measure.presets import MASK_KINDS, parse_presets
+from ..backends.values.request import Host
 from .bench_command import named_only
 from .bench_report import CUDNN, SDPA, BenchReport
 from .contenders import parse_backends

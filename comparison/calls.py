@@ -16,7 +16,7 @@ from ..backends.engine.router import Router
 from ..backends.kernels.reference import reference_attention
 from ..backends.measure.device_clock import timed
 from ..backends.measure.error import cosine, relative_l2
-from ..backends.values.request import AttentionCall
+from ..backends.values.request import AttentionCall, Host
 from . import metrics
 from .contenders import REFERENCE, Routed
 from .report import CallScore, Row, Spread
@@ -34,6 +34,8 @@ class CapturedCall:
     role: str
     block: str
     call: AttentionCall
+    host: Host | None = None
+    """What the model would have run by itself, for the backend `comfy`."""
 
 
 def captured(scene: Scene, router: Router) -> list[CapturedCall]:
@@ -74,7 +76,7 @@ def compare_calls(
         outputs = []
         for at, item in enumerate(calls):
             call = _copy(item.call)  # a kernel that changes its inputs is not to spoil them for the others
-            output, ms = timed(device, entry.attention.run, call, item.role, item.block, masks[at])
+            output, ms = timed(device, entry.attention.run, call, item.role, item.block, masks[at], item.host)
             times.setdefault((entry.row.asked, at), []).append(ms)
             outputs.append(output)
         return outputs
@@ -90,8 +92,8 @@ def compare_calls(
         for at, output in enumerate(entry.result):
             score = entry.row.calls[at]
             score.ms = Spread.of(passes[at])
-            treatment = entry.attention.treatment(calls[at].call, calls[at].role, calls[at].block, masks[at])
-            score.request += f"; mask {treatment}" if treatment else ""
+            strategy = entry.attention.mask_strategy(calls[at].call, calls[at].role, calls[at].block, masks[at])
+            score.request += f"; mask {strategy}" if strategy else ""
             score.broken = metrics.what_is_not_finite(output)
             rows, wanted = exact[at]
             score.relative_l2 = relative_l2(output[:, :, rows], wanted)

@@ -6,25 +6,25 @@ Boundary: `backends/` and torch. Names are strict: no other backend runs instead
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config.names import AUTO, AUTOTUNE, COMFY, canonical
-from ..backends.engine.plan import Plan
+from ..backends.engine.plan import CallKind, Slot
 from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
 from ..backends.engine.session import Session
-from ..backends.engine.sub_calls import SplitPlan, calls_of, plan_sub_calls, run_sub_calls
+from ..backends.engine.sub_calls import calls_of, plan_sub_calls
 from ..backends.kernels.registry import detect
+from ..backends.observe import observe
 from ..backends.report import RunReport
 from ..backends.values.devices import device_named, synchronise
 from ..backends.values.errors import NoBackendError
 from ..backends.values.mask_plan import MaskPlan
 from ..backends.values.platform import KINDS
-from ..backends.values.request import AttentionCall, AttentionRequest
+from ..backends.values.request import AttentionCall, AttentionRequest, Host
 from .report import ComparisonError
 
 REFERENCE = LAST_RESORT
@@ -94,15 +94,17 @@ class Routed:
         config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
         kind = router.platform.kind  # on other devices than the CPU the times are taken here
         run_report = RunReport(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
-        self.session = Session(router, (config,), run_report)
-        self._plans: dict[tuple[str, str, AttentionRequest, object], Plan | SplitPlan] = {}
+        self.session = observe(Session(router, (config,), run_report))
+        self._slots: dict[tuple[str, str, AttentionRequest, object], Slot] = {}
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._counted = 0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
         return self.run(AttentionCall(query, key, value), role, str(block))
 
-    def run(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None = None) -> Tensor:
+    def run(
+        self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None = None, host: Host | None = None
+    ) -> Tensor:
         """Run one call with its mask and scale.
 
         Args:
@@ -113,14 +115,14 @@ class Routed:
             RefusedError: the backend cannot run it, or it failed.
         """
         try:
-            plan = self._planned(call, role, block, mask_plan)
+            slot = self._planned(call, role, block, mask_plan)
             if not call.query.is_cuda:
-                return self._run(plan, call, mask_plan)
+                return self.session.attention(slot, call, mask_plan, host)
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events.append(events)
             stream = torch.cuda.current_stream(call.query.device)
             events[0].record(stream)
-            output = self._run(plan, call, mask_plan)
+            output = self.session.attention(slot, call, mask_plan, host)
             events[1].record(stream)
             return output
         except NoBackendError as error:
@@ -132,36 +134,29 @@ class Routed:
             reasons = "; ".join(next(filter(None, refused), (str(error),)))
             raise RefusedError(f"{role} attention of block {block}: {reasons}") from error
 
-    def treatment(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> str | None:
-        """How the mask of a call that ran was honoured, such as `trimmed`; None where the kernel got it unchanged."""
-        plan = None if mask_plan is None else self._plans.get((role, block, call.request(), mask_plan.facts))
-        if mask_plan is None or not isinstance(plan, SplitPlan):
+    def mask_strategy(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> str | None:
+        """How the mask of a call that ran was honoured, such as `trimmed`; None where its kernel got it whole."""
+        slot = None if mask_plan is None else self._slots.get((role, block, call.request(), mask_plan.facts))
+        if mask_plan is None or slot is None or slot.split is None:
             return None
-        return mask_plan.treatment if plan.packed is None else f"{mask_plan.treatment}, varlen"
+        return mask_plan.strategy if slot.split.varlen is None else f"{mask_plan.strategy}, varlen"
 
-    def _planned(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> Plan | SplitPlan:
+    def _planned(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> Slot:
         key = role, block, call.request(), None if mask_plan is None else mask_plan.facts
-        found = self._plans.get(key)
-        if found is not None:
-            return found
+        slot = self._slots.get(key)
+        if slot is not None:
+            return slot
 
-        def planned(part: AttentionCall, treatment: str = "") -> Plan:
-            return self.session.plan(part.request(), role, role, block, mask=treatment)
+        def planned(part: AttentionCall, mask_text: str = "") -> Slot:
+            return self.session.plan(CallKind(part.request(), role, role, block, mask_text))
 
         on_host = self.backend == COMFY  # what ComfyUI would run gets ComfyUI's mask
-        parts = [] if mask_plan is None or on_host else calls_of(self.session, mask_plan, call, self.backend)
-        if mask_plan is None or not parts:
-            self._plans[key] = planned(call)
+        calls = [] if mask_plan is None or on_host else calls_of(self.session, mask_plan, call, self.backend)
+        if mask_plan is None or not calls:
+            slot = self._slots[key] = planned(call)
         else:
-            self._plans[key] = plan_sub_calls(self.session, mask_plan, call, parts, planned)
-        return self._plans[key]
-
-    def _run(self, plan: Plan | SplitPlan, call: AttentionCall, mask_plan: MaskPlan | None) -> Tensor:
-        if mask_plan is not None and isinstance(plan, SplitPlan):
-            return run_sub_calls(self.session, plan, mask_plan, call)
-        if mask_plan is not None and mask_plan.treatment == "passed on":
-            call.memo = mask_plan.parts[0].memo
-        return self.session.run(cast(Plan, plan), call)
+            slot = self._slots[key] = plan_sub_calls(self.session, mask_plan, call, calls, planned)
+        return slot
 
     def attention_ms(self, device: torch.device) -> float | None:
         """Time in attention since the last call of this method; None on devices where it cannot be measured."""

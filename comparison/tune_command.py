@@ -174,33 +174,37 @@ def measure(
 
     from ..backends.config import AttentionConfig, AttentionSpec
     from ..backends.config.names import AUTOTUNE
+    from ..backends.engine.plan import CallKind
     from ..backends.engine.session import Session
     from ..backends.measure.bench_inputs import random_call
+    from ..backends.observe import observe
     from ..backends.observe.autotune.tuner import Tuner
     from ..backends.values.faults import is_out_of_memory
 
-    session = Session(router, (AttentionConfig(AttentionSpec(AUTOTUNE), accuracy=accuracy, source="tune"),))
-    session.tuner = tuner = Tuner(session, store, anew=True)
+    config = AttentionConfig(AttentionSpec(AUTOTUNE), accuracy=accuracy, source="tune")
+    session = observe(Session(router, (config,)))
+    tuner = Tuner(session, store, anew=True)
+    session.register(tuner)
     role = ROLES.get(preset.name, "joint")
     request = preset.request(dtype)
     with torch.inference_mode():
         try:
             call = random_call(request, device, 0)
-            plan = session.plan(call.request(), role, role)
-            if not tuner.is_trying(plan):
-                return plan.decision.source.partition(f"{AUTOTUNE} ")[2].strip("()")
-            _warm_up(session, tuner, plan.decision.backend, accuracy, call)
+            slot = session.plan(CallKind(call.request(), role, role))
+            if not slot.plan.is_trial:
+                return slot.plan.decision.source.partition(f"{AUTOTUNE} ")[2].strip("()")
+            _warm_up(session, tuner, slot.plan.decision.backend, accuracy, call)
             for _ in range(MOST_CALLS):
-                session.run(plan, call)
+                session.attention(slot, call)
                 tuner.clock.collect(wait=True)
-                if not tuner.is_trying(plan):
+                if not slot.plan.is_trial:
                     break
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return "out of memory"
     kinds = session.run_report.tuning.as_dict()
-    return None if kinds["decided"] else plan.decision.source.partition(f"{AUTOTUNE} ")[2].strip("()")
+    return None if kinds["decided"] else slot.plan.decision.source.partition(f"{AUTOTUNE} ")[2].strip("()")
 
 
 def _warm_up(session: Any, tuner: Any, incumbent: str, accuracy: str, call: Any) -> None:

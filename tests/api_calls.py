@@ -21,7 +21,7 @@ def nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     read_environment()
     calls._thread.__dict__.clear()
     yield
-    assert model_calls._stack.get() is None, "a block is still in force"
+    assert model_calls._context.get() is None, "a block is still in force"
     monkeypatch.undo()
     read_environment()
 

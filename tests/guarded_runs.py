@@ -8,14 +8,14 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
-from attention_backends.backends.engine.plan import Plan
+from attention_backends.backends.engine.plan import CallKind, Plan
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
-from attention_backends.backends.guard import Guard
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
 from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.observe.guard import Guard
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform
 from attention_backends.backends.values.request import AttentionCall
@@ -50,7 +50,7 @@ def session(kernel: Kernel, mode: str, seed: int = 0, changes_inputs: bool = Fal
     router = Router(detect(torch.device("cpu")), {**BACKENDS, LOSSY: Lossy(kernel, changes_inputs)})
     made = Session(router, (AttentionConfig(AttentionSpec(LOSSY), guard=mode),))
     if mode != "off":
-        made.guard = Guard(mode, made.run_report, everything=False, seed=seed)
+        made.register(Guard(mode, made.run_report, everything=False, seed=seed))
     return made
 
 
@@ -176,10 +176,11 @@ class ToyModel:
                     key = self.call.key.clone()
                     made = AttentionCall(self.call.query + 0.1 * latent, key, self.call.value, self.call.attn_mask)
                     if block not in plans:
-                        plans[block] = session.plan(made.request(), "self", "self", str(block))
-                    latent = latent + session.run(plans[block], made) + key.mean()  # the model uses its key again
+                        plans[block] = session.plan(CallKind(made.request(), "self", "self", str(block)))
+                    latent = latent + session.attention(plans[block], made) + key.mean()  # the model uses its key again
                 return latent
 
-            predicted = session.guard.model_call(object(), model, model) if session.guard is not None else model()
+            guard = session.registered(Guard)
+            predicted = guard.model_call(object(), model, model) if guard is not None else model()
             latent = 0.9 * latent + 0.1 * predicted
         return latent

@@ -8,18 +8,19 @@ from typing import Any, ClassVar
 
 import torch
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
-from attention_backends.backends.engine.plan import Plan
+from attention_backends.backends.engine.plan import CallKind, Slot
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Kernel, Limits
 from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.observe import observe
 from attention_backends.backends.observe.autotune.store import Store
 from attention_backends.backends.observe.autotune.tuner import Tuner
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform
-from attention_backends.backends.values.request import AttentionCall
+from attention_backends.backends.values.request import AttentionCall, Host
 
 INCUMBENT = "torch_sdpa"
 """What the route of a CPU takes."""
@@ -131,22 +132,30 @@ class Machine:
 
     def begin(self) -> Session:
         """A new run: a session with a tuner of its own."""
-        self.session = Session(self.router, self.layers)
-        self.tuner = self.session.tuner = Tuner(self.session, self.store, self.clock)
+        self.session = observe(Session(self.router, self.layers))
+        self.tuner = Tuner(self.session, self.store, self.clock)
+        self.session.register(self.tuner)
         return self.session
 
     def run(
-        self, call: AttentionCall, *, blocks: int = 30, steps: int = 8, role: str = "self", close: bool = True
+        self,
+        call: AttentionCall,
+        *,
+        blocks: int = 30,
+        steps: int = 8,
+        role: str = "self",
+        close: bool = True,
+        host: Host | None = None,
     ) -> Session:
         """A run in which each block makes this call once in each step."""
         session = self.begin()
-        plans: dict[int, Plan] = {}
+        plans: dict[int, Slot] = {}
         for _ in range(steps):
             self.tuner.model_call(object())
             for block in range(blocks):
                 if block not in plans:
-                    plans[block] = session.plan(call.request(), role, role, f"blocks.{block}")
-                output = session.run(plans[block], call)
+                    plans[block] = session.plan(CallKind(call.request(), role, role, f"blocks.{block}"))
+                output = session.attention(plans[block], call, host=host)
                 assert torch.isfinite(output).all()
         if close:
             self.tuner.close()

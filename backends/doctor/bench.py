@@ -23,7 +23,7 @@ from ..measure.error import cosine, relative_l2
 from ..measure.presets import Preset
 from ..values.devices import release
 from ..values.faults import KernelFaultError, is_cuda_fault, is_out_of_memory
-from ..values.request import AttentionCall, AttentionRequest
+from ..values.request import AttentionRequest, Host, HostedCall
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,6 @@ INTERRUPTED = "interrupted: the rows are those that were finished"
 
 Progress = Callable[[str, int, int], None]
 """progress(what, done, all): called before each row, outside any `try`; what it raises ends the run."""
-Host = Callable[[AttentionCall], "torch.Tensor"]
 
 
 @dataclass
@@ -178,8 +177,7 @@ def _prepare(case: Case, device: torch.device, seed: int, host: Host | None) -> 
     try:
         calls = make_inputs(case.request, case.hidden, device, seed, WARM_UP + TIMED)
         if host is not None:
-            for call in calls:
-                call.host = host
+            calls = [HostedCall(call, host) for call in calls]
         rows, exact = exact_rows(calls[0])
     except Exception as error:  # a preset that does not fit is the reason of its rows, the next one may fit
         if is_cuda_fault(error):

@@ -1,12 +1,13 @@
-"""How calls of one kind run, once that is decided: what a host keeps, and runs later calls of that kind through.
+"""How calls of one kind run, once that is decided: an immutable `Plan`, and the `Slot` in which a host keeps it.
 
-`Plan.compute` is the warm path. Plans are made by a session (`session.py`).
+`Plan.compute` is the warm path. A session (`session.py`) makes plans, and puts another one into a slot when a kernel
+fails or an observer refuses it.
 """
 
 from __future__ import annotations
 
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..kernels.backend import Kernel
 from ..report import Row
@@ -22,53 +23,82 @@ if TYPE_CHECKING:
 
 
 CPU = -1
-"""The CPU as the index of a device."""
+"""The device index of the CPU."""
+
+
+class CallKind(NamedTuple):
+    """Calls that run alike: their facts, and where in the model they are made."""
+
+    request: AttentionRequest
+    role: str
+    category: str
+    block: str = ""
+    mask: str = ""
+    """How the mask is honoured, for the run report; empty for the kind of the mask alone."""
 
 
 class Plan:
-    """How every call of one kind runs: the kernel, the decision behind it, and the row that counts it."""
+    """How every call of one kind runs: the decision, its kernel, and the row of the run report that counts it."""
 
-    __slots__ = ("clock", "decision", "dtype", "function", "index", "kernel", "request", "row", "shape", "strict")
+    __slots__ = (
+        *("clock", "decision", "device_index", "dtype", "function", "hosted", "kernel", "kind", "row", "shape"),
+        "strict",
+    )
 
     def __init__(
         self,
-        request: AttentionRequest,
+        kind: CallKind,
         decision: Decision,
         kernel: Kernel,
         row: Row,
         strict: bool,
+        *,
         clock: DeviceClock | None = None,
         function: HostFunction | None = None,
+        hosted: bool = False,
+        device_index: int | None = None,
     ) -> None:
-        self.request = request
+        """
+        Args:
+            clock: times the kernel on the host, unless the kernel does that itself.
+            function: the host's own attention function for these calls, where it is known.
+            hosted: the kernel is the host's function: it takes a `HostedCall`.
+            device_index: of the device of the calls; None to ask each call.
+        """
+        import torch
+
+        request = kind.request
+        self.kind = kind
         self.decision = decision
         self.kernel = kernel
         self.row = row
         self.strict = strict
         self.clock = clock
-        """The host's clock, where the kernel is to be timed with it and does not do so itself."""
         self.function = function
-        """What the host's own attention is for these calls, where that is known."""
-        import torch
-
+        self.hosted = hosted
         self.shape = (request.batch, request.num_heads, request.q_len, request.v_head_dim or request.head_dim)
         """Of the output."""
         self.dtype: torch.dtype = getattr(torch, request.dtype)
-        self.index: int | None = None
-        """Of the device of the calls. A host that lets kernels give the inputs up sets it when it plans."""
+        self.device_index = device_index
 
-    def become(self, other: Plan) -> None:
-        """Run later calls of this kind as `other` would."""
-        self.decision, self.kernel, self.row, self.clock = other.decision, other.kernel, other.row, other.clock
+    @property
+    def request(self) -> AttentionRequest:
+        """The facts of the calls."""
+        return self.kind.request
+
+    @property
+    def is_trial(self) -> bool:
+        """Several kernels take turns, and are timed."""
+        return False
 
     def compute(self, call: AttentionCall) -> torch.Tensor:
-        """Run the kernel, and time it where `clock` says so.
+        """Run the kernel, and time it if there is a `clock`.
 
-        Here and not in a function around the kernel, as `timed_kernel` has it: each plan would have its own, and
-        fetching those from memory between the operations of a model costs more than a call of one that is shared.
+        The timing is here and not in a function around the kernel, as in `timed_kernel`: each plan would have such a
+        function, and fetching it from memory between the operations of a model costs more than this shared code.
 
         Raises:
-            KernelOutputError: what the kernel returned is not the output of such a call.
+            KernelOutputError: the kernel returned something that is not the output of such a call.
         """
         clock = self.clock
         if clock is None:
@@ -81,7 +111,7 @@ class Plan:
             if not clock.paused:
                 row.nanoseconds += perf_counter_ns() - start
                 row.timed += 1
-        index = self.index
+        index = self.device_index
         try:  # 0.2 us; `device` would be 0.1 more
             if (
                 output.shape == self.shape
@@ -89,9 +119,42 @@ class Plan:
                 and (output.is_cpu if index == CPU else output.get_device() == index)
             ):
                 return output
-        except AttributeError:  # no tensor
+        except AttributeError:  # not a tensor
             pass
-        if call.query is not None:  # a first call, or a host has moved a model within a run
-            index = self.index = call.query.get_device()
+        if call.query is not None:  # `device_index` is None, or a host has moved a model within a run
+            index = call.query.get_device()
         check_output_is(output, self.shape, self.dtype, CPU if index is None else index)
         return output
+
+
+class Slot:
+    """Where a host keeps how calls of one kind run: one plan, or for a mask that is split one for each sub-call."""
+
+    __slots__ = ("plan", "split")
+
+    plan: Plan
+    """Of the whole call, or of the first sub-call that has keys."""
+
+    def __init__(self, split: SplitPlan | None = None) -> None:
+        """`split`: how the sub-calls of a mask run; without it a session sets `plan`."""
+        self.split = split
+        if split is not None:
+            self.plan = next(slot.plan for slot in split.slots if slot is not None)
+
+
+class SplitPlan:
+    """How the sub-calls of one kind of mask run."""
+
+    __slots__ = ("as_booleans", "copied", "slots", "varlen")
+
+    def __init__(
+        self, slots: tuple[Slot | None, ...], varlen: Slot | None = None, copied: int = 0, as_booleans: bool = False
+    ) -> None:
+        self.slots = slots
+        """One for each sub-call of the mask's plan, None for one without keys."""
+        self.copied = copied
+        """Most bytes that are copied at once: gathered or packed keys and values, the output of a sub-call."""
+        self.as_booleans = as_booleans
+        """The kernel takes boolean masks only, so `MaskPlan.booleans` runs instead of numbers."""
+        self.varlen = varlen
+        """All sub-calls as one varlen call; None where the backend has no such kernel, or it failed."""

@@ -1,39 +1,43 @@
-"""One configuration in use on one device: plans each kind of call once, runs it, falls back, keeps account.
+"""One configuration in use on one device: plans each kind of call once, runs it, and falls back when a kernel fails.
 
-A host keeps the `Plan` of a kind of call (`plan.py`) and runs later calls of that kind through it; that is the warm
-path. Words of errors that end a run, and are not fallen back from, are in `values/faults.py`.
+A host keeps the `Slot` of a kind of call (`plan.py`) and runs later calls of that kind through it; that is the warm
+path. What decides or watches beside the router registers here (`observer.py`). Errors that end a run are in
+`values/faults.py`.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..config import AttentionConfig, frozen
-from ..config.layers import Choice, Settings, resolve, settings_of
-from ..config.names import AUTOTUNE, COMFY
+from ..config.layers import Choice, resolve, settings_of
+from ..config.names import COMFY
 from ..config.schedule import OUTSIDE_A_SAMPLER, is_scheduled
 from ..config.timetable import Timetable
-from ..guard import Guard, GuardAlarm
 from ..kernels.backend import Backend, Kernel, for_scale, on_copies
 from ..kernels.support.lse import kept
 from ..report import RunReport
 from ..report.timed_kernel import timed_kernel
 from ..values.errors import NoBackendError
 from ..values.faults import KernelFaultError, KernelOutputError, is_cuda_fault, is_out_of_memory
-from ..values.request import AttentionCall, AttentionRequest
+from ..values.mask_plan import PASSED_ON, MaskPlan
+from ..values.request import AttentionCall, Host, SplitCall, hosted
 from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
-from .plan import Plan
+from .observer import Chooser, KernelVetoed, Observer, Veto
+from .plan import CPU, CallKind, Plan, Slot
 from .router import NO_OPTIONS, Decision, Failed, Rejection, Router, forbidden
+from .sub_calls import run_sub_calls
 
 if TYPE_CHECKING:
     import torch
 
     from ..kernels.comfy import HostFunction
-    from .chooser import Chooser
 
 log = logging.getLogger("attention_backends")
+
+Registered = TypeVar("Registered")
 
 
 class Session:
@@ -45,336 +49,336 @@ class Session:
         layers: tuple[AttentionConfig, ...] = (),
         run_report: RunReport | None = None,
         checks: bool | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`checks`: look over each call before its kernel runs; None leaves it to the environment, as it is now."""
+        """
+        Args:
+            checks: validate each call before its kernel runs; None reads that from the environment, now.
+            device: where the calls are, with its index; without it each call is asked.
+        """
         self.router = router
         self.layers = layers
+        self.settings = settings_of(layers)
+        """Accuracy, strictness and guard, which hold for every role."""
         self.run_report = (
             run_report if run_report is not None else RunReport(device=router.platform.kind, layers=layers)
         )
         self.device_clock = self.run_report.new_clock(router.platform.kind)
-        """Times the kernels of this session's plans; None where the trace is off or the device has no such clock."""
+        """Times the kernels of this session's plans; None with times off, or where the device has no such clock."""
         self.checks = checks_from_environment() if checks is None else checks
+        kind = router.platform.kind if device is None else device.type
+        self.device_index = CPU if kind == "cpu" else device.index if device is not None else None
         self.failed: dict[Failed, str] = {}
-        """Quarantine, for as long as this session: an error may be the fault of one run's inputs."""
+        """Quarantine, for the life of this session: an error may be due to one run's inputs."""
+        self.choosers: list[Chooser] = []
+        self.observers: list[Observer] = []
         self._logged: set[object] = set()
-        self._recorded: dict[str, set[bool]] = {}
-        """Role -> whether the record that is repeated knows its calls: True, False, or both of different calls."""
-        mode = self.settings.guard
-        self.guard = Guard(mode, self.run_report) if mode != "off" else None
-        self.tuner: Chooser | None = None
-        """Decides where `autotune` is asked for; without one that is `auto`."""
+
+    def register(self, *members: Chooser | Observer) -> None:
+        """Have these asked (`Chooser`) or told (`Observer`) from now on, in the order in which they register."""
+        self.choosers += [member for member in members if isinstance(member, Chooser)]
+        self.observers += [member for member in members if isinstance(member, Observer)]
+
+    def registered(self, kind: type[Registered]) -> Registered | None:
+        """The first registered member of a class; None where there is none."""
+        return next((one for one in (*self.observers, *self.choosers) if isinstance(one, kind)), None)
+
+    def attention(
+        self, slot: Slot, call: AttentionCall, mask_plan: MaskPlan | None = None, host: Host | None = None
+    ) -> torch.Tensor:
+        """Run one call as its slot says; every host's calls come here.
+
+        On failure the next backend runs it: the platform's, then the host's own, each once.
+
+        Args:
+            mask_plan: of this call's mask; it has the facts that the slot was planned for.
+            host: what the host would have run on the call, or on each of its sub-calls where the slot has a `split`.
+
+        Returns:
+            (batch, num_heads, q_len, v_head_dim).
+
+        Raises:
+            KernelFaultError: the device is unusable; the message names the kernel and the call.
+            torch.OutOfMemoryError: never retried with another kernel.
+            KernelOutputError: the kernel freed the call's tensors, and what it returned is not their output.
+            DifferingTensorsError: in a host, and the tensors' dtypes or devices differ.
+            NoBackendError: strict, and the named backend failed; or every backend failed.
+        """
+        if mask_plan is not None:
+            if slot.split is not None:
+                return run_sub_calls(self, slot.split, mask_plan, call, host)
+            if mask_plan.strategy == PASSED_ON:
+                call.memo = mask_plan.sub_calls[0].memo
+        plan = slot.plan
+        if plan.hosted:
+            call = hosted(call, host)
+        try:
+            output = plan.compute(call)
+        except Exception as error:
+            output = self.recover(slot, call, error, host)
+        slot.plan.row.calls += 1
+        return output
+
+    def attention_varlen(self, slot: Slot, call: AttentionCall, mask_plan: MaskPlan) -> torch.Tensor | None:
+        """Run all sub-calls of a mask as one varlen call; None where that failed and they are to run one by one.
+
+        Raises:
+            KernelFaultError, torch.OutOfMemoryError: as in `attention`.
+        """
+        plan = slot.plan
+        try:
+            output = plan.compute(SplitCall(call, mask_plan))
+        except KernelVetoed:
+            return None  # the sub-calls are watched too, and run exactly from now on
+        except Exception as error:
+            reraise_if_fatal(plan, error)
+            text = (
+                f"{plan.decision.backend}: its packed call failed ({type(error).__name__}: {error}); a call for each "
+                "part runs instead"
+            )
+            if self.run_report.note(text):
+                log.warning("%s", text)
+            return None
+        plan.row.calls += 1
+        return output
 
     def plan(
         self,
-        request: AttentionRequest,
-        role: str,
-        category: str,
-        block: str = "",
-        preferred: Choice | None = None,
-        mask: str = "",
+        kind: CallKind,
+        *,
         choice: Choice | None = None,
+        preferred: Choice | None = None,
         function: HostFunction | None = None,
         last_resort: HostFunction | None = None,
-    ) -> Plan:
-        """Decide how calls with these facts run in this role and block.
+    ) -> Slot:
+        """Decide how calls of one kind run.
 
-        `choice` is what was asked for, where the host knows it already: a schedule depends on more than the role.
-        `mask` says for the account how the mask is honoured, where that is not its kind alone.
-        `preferred` is what the checkpoint itself asks for; it counts only where no person named a backend. `function`
-        is what the host runs by itself for such calls: the preferred one, where there is one. `last_resort` is what it
-        is asked for where every kernel fails; `function` where that is not said.
+        Args:
+            choice: what was asked for, where the host resolved it: a schedule depends on more than the role.
+            preferred: what the checkpoint asks for; it counts only where no person named a backend.
+            function: the host's own function for these calls: the preferred one, if there is one.
+            last_resort: the host's function for when every kernel fails; default: `function`.
 
         Raises:
             NoBackendError: strict was asked for and the named backend cannot run.
         """
-        self.run_report.categories[role] = category
-        choice = self._choice(role, category, block, request.mask != "none") if choice is None else choice
-        if choice.record is not None:
-            choice = self._as_recorded(choice, role, block, request)
-        strict = self.settings.strict
-        refused = None
-        label = None
+        request, strict = kind.request, self.settings.strict
+        self.run_report.categories[kind.role] = kind.category
+        choice = self.asked(kind, self._resolved(kind) if choice is None else choice)
+        refused, label = None, None
+        """`label`: what the run report calls the host's own function, where a checkpoint asked for it."""
         if choice.is_open and preferred is not None:
-            strict = False  # nobody insists on what a checkpoint prefers
+            strict = False  # a checkpoint's preference is no order
             if function is None or function.may_run(request):
                 choice, label = preferred, None if function is None else function.id
             else:
                 refused = Rejection(function.id, (forbidden(function.accuracy),))
                 choice = Choice(None, preferred.source)
-        decision = self.router.select(
-            request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
-        )
+        decision = self.select(kind, choice, strict=strict)
         if refused is not None:
             decision = replace(decision, asked=refused.backend, rejected=(refused, *decision.rejected))
         elif not self.router.backends[decision.backend].hosted:
             label = None
         function = last_resort or function if label is None and decision.asked != COMFY else function
         if decision.options:
-            decision = self._loaded(decision, request, choice, strict)
-        reason = None
-        if (
-            self.guard is not None
-            and (refusal := self.guard.refusal(role, block))
-            and self._is_guarded(decision, function)
-        ):
-            reason = f"{label or decision.backend}: {refusal}"
-            decision, label = self._exact(decision, request, role, block, refusal), None
-        plan = None
-        if choice.asked == AUTOTUNE and self.tuner is not None and reason is None:
-            plan = self.tuner.plan(request, decision, role, category, block, mask or request.mask)
-        self._log_decision(decision if plan is None else plan.decision, role, category, label)
-        if plan is None:
-            plan = self._plan(
-                request, decision, role, block, strict, mask or request.mask, reason, None, function, label
-            )
-        if self.run_report.recorder is not None:
-            self.run_report.recorder.planned(plan, category, self.router)
-        return plan
+            decision = self._loaded(decision, kind, choice, strict)
+        slot, reason, plan = Slot(), None, None
+        veto = self._veto(kind, self._backend(decision, function).accuracy)
+        if veto is not None:
+            reason = f"{label or decision.backend}: {veto.reason}"
+            decision, label = self._exact(decision, kind, veto), None
+        else:
+            chosen = (chooser.plan(slot, kind, decision) for chooser in self.choosers)
+            plan = next((found for found in chosen if found is not None), None)
+        self._log_decision(decision if plan is None else plan.decision, kind, label)
+        slot.plan = plan or self.plan_of(kind, decision, strict=strict, reason=reason, function=function, label=label)
+        for observer in self.observers:
+            observer.planned(slot, self.router)
+        return slot
 
-    def recorded(self, choice: Choice, role: str, block: str, request: AttentionRequest) -> Choice | None:
-        """What the record of a choice says of a call with these facts now; None where it does not know, or is none."""
-        if choice.record is None:
-            return None
-        run = choice.record.run_of(self.run_report.node_id)
-        return run.choice(role, block, request, self.run_report.timeline.model_calls + 1)
+    def asked(self, kind: CallKind, choice: Choice, *, planned: bool = True) -> Choice:
+        """What the choosers make of a choice; see `Chooser.choice`."""
+        for chooser in self.choosers:
+            choice = chooser.choice(kind, choice, planned=planned)
+        return choice
 
-    def _as_recorded(self, choice: Choice, role: str, block: str, request: AttentionRequest) -> Choice:
-        found = self.recorded(choice, role, block, request)
-        knows = self._recorded.setdefault(role, set())
-        if (found is not None) not in knows:
-            knows.add(found is not None)
-            if False in knows:
-                self._note_unknown(choice, role, block, request, "some" if True in knows else "any")
-        return replace(choice, record=None) if found is None else found
+    def select(self, kind: CallKind, choice: Choice, *, strict: bool) -> Decision:
+        """The router's decision under this session's settings, without what failed in it.
 
-    def _note_unknown(self, choice: Choice, role: str, block: str, request: AttentionRequest, how_many: str) -> None:
-        """Say in the account that the record does not know calls of a role: any so far, or some."""
+        Raises:
+            NoBackendError: strict, and the named backend cannot run.
+        """
+        accuracy = self.settings.accuracy
+        return self.router.select(kind.request, choice, accuracy=accuracy, strict=strict, failed=self.failed)
 
-        def text(how_many: str) -> str:
-            decides = f"{choice.asked or 'auto'} via {choice.source} decides"
-            return f"role {role}: the record does not know {how_many} of its calls; {decides}"
-
-        if self.run_report.notes.pop(text("any"), None) is None:
-            log.warning("role %s %s: the record does not know this call: %s", role, block, request.describe())
-        self.run_report.note(text(how_many))
-
-    def _choice(self, role: str, category: str, block: str, masked: bool) -> Choice:
-        """What is asked for where no sampler runs: of a schedule only what is not over time holds."""
+    def _resolved(self, kind: CallKind) -> Choice:
+        """What is asked for outside a sampler: of a schedule only entries that do not depend on time hold."""
         if not is_scheduled(self.layers):
-            return resolve(self.layers, role, category)
-        timetable = Timetable(self.layers, blocks=(block,))
+            return resolve(self.layers, kind.role, kind.category)
+        timetable = Timetable(self.layers, blocks=(kind.block,))
         if timetable.timed and self.run_report.note(OUTSIDE_A_SAMPLER):
             log.warning("%s", OUTSIDE_A_SAMPLER)
-        return timetable.resolve(timetable.at(None), role, category, block, masked)[0]
+        masked = kind.request.mask != "none"
+        return timetable.resolve(timetable.at(None), kind.role, kind.category, kind.block, masked)[0]
 
-    def _is_guarded(self, decision: Decision, function: HostFunction | None) -> bool:
-        return self.guard is not None and self.guard.covers(self._backend(decision, function).accuracy)
+    def _veto(self, kind: CallKind, accuracy: str) -> Veto | None:
+        vetoes = (observer.veto(kind, accuracy) for observer in self.observers)
+        return next((veto for veto in vetoes if veto is not None), None)
 
     def _backend(self, decision: Decision, function: HostFunction | None) -> Backend:
         """What a decision runs; of the host's own attention the very function, where it is known."""
         backend = self.router.backends[decision.backend]
         return function if function is not None and backend.hosted else backend
 
-    def _exact(self, decision: Decision, request: AttentionRequest, role: str, block: str, refusal: str) -> Decision:
-        """An exact backend of the route in place of one that the guard refuses; strict does not forbid that."""
-        caught = {decision.backend}
-        if self.guard is not None and (role, block) in self.guard.refused:
-            caught.add(self.guard.refused[role, block][0])
-        failed = {**self.failed, **{(backend, frozen(NO_OPTIONS), request): refusal for backend in caught}}
-        found = self.router.select(request, Choice(None, decision.source), failed=failed)
+    def _exact(self, decision: Decision, kind: CallKind, veto: Veto) -> Decision:
+        """The platform's exact backend instead of one that an observer refuses; strict does not forbid that."""
+        caught = {decision.backend, veto.backend} - {None}
+        failed = {**self.failed, **{(str(name), frozen(NO_OPTIONS), kind.request): veto.reason for name in caught}}
         return replace(
-            found,
+            self.router.select(kind.request, Choice(None, decision.source), failed=failed),
             asked=decision.asked,
             asked_options=decision.asked_options,
-            rejected=(Rejection(decision.backend, (refusal,)),),
+            rejected=(Rejection(decision.backend, (veto.reason,)),),
         )
 
-    def _loaded(self, decision: Decision, request: AttentionRequest, choice: Choice, strict: bool) -> Decision:
-        """The decision itself, or another one where the installed package refuses its options."""
+    def _loaded(self, decision: Decision, kind: CallKind, choice: Choice, strict: bool) -> Decision:
+        """The decision; another one where the installed package refuses its options."""
         try:
             self.router.kernel(decision.backend, decision.options)
-        except Exception as error:  # whatever a package raises about an option that it does not have
+        except Exception as error:  # whatever a package raises about an option that it lacks
             if is_out_of_memory(error) or is_cuda_fault(error):
                 raise
-            self.failed[decision.backend, frozen(decision.options), request] = f"{type(error).__name__}: {error}"
-            return self.router.select(
-                request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed
-            )
+            self.failed[decision.backend, frozen(decision.options), kind.request] = f"{type(error).__name__}: {error}"
+            return self.select(kind, choice, strict=strict)
         return decision
 
-    @property
-    def settings(self) -> Settings:
-        """Accuracy, strictness and guard, which hold for every role."""
-        return settings_of(self.layers)
-
-    def _plan(
+    def plan_of(
         self,
-        request: AttentionRequest,
+        kind: CallKind,
         decision: Decision,
-        role: str,
-        block: str,
-        strict: bool,
-        mask: str,
+        *,
+        strict: bool | None = None,
         reason: str | None = None,
         kernel: Kernel | None = None,
         function: HostFunction | None = None,
         label: str | None = None,
     ) -> Plan:
-        """`label`: what the account calls the host's own function, where a checkpoint asked for it."""
-        backend = self._backend(decision, function)
+        """The plan of a decision.
+
+        Args:
+            strict: default: the session's.
+            reason: why the backend that was asked for does not run; default: the decision's.
+            kernel: default: the one of the decision's backend.
+            label: what the run report calls the host's own function, where a checkpoint asked for it.
+        """
+        request, backend = kind.request, self._backend(decision, function)
         row = self.run_report.row(
-            role, block, label or decision.backend, decision.source, mask, reason or decision.reason,
-            label or decision.asked,
+            kind.role, kind.block, label or decision.backend, decision.source, kind.mask or request.mask,
+            reason or decision.reason, label or decision.asked,
         )  # fmt: skip
         row.member = None if label else backend.member(request, self.router.platform)
-        kernel = self._kernel(decision) if kernel is None else kernel
-        if request.lse:
-            kernel = self._lse_kernel(decision, request)
-        elif not backend.hosted:  # the host's own function gets what its program called with
-            kernel = for_scale(kernel, request.scale)
-        guard, clock = self.guard, self.device_clock
-        if guard is not None and (not guard.covers(backend.accuracy) or guard.refusal(role, block) is not None):
-            guard = None
-        if clock is not None and (clock.has_events or guard is not None or self.checks):  # the kernel's time alone
+        kernel = self.kernel(decision, kind) if kernel is None else kernel
+        platform = self.router.platform
+        wrappers = [observer.wrapper(kind, backend, row, platform) for observer in self.observers]
+        clock = self.device_clock
+        if clock is not None and (clock.has_events or any(wrappers) or self.checks):  # the kernel's time alone
             kernel, clock = timed_kernel(kernel, clock, row), None
-        if guard is not None:
-            kernel = guard.watched(kernel, backend.accuracy, row, backend.tolerance_on(self.router.platform))
-        return Plan(request, decision, checked(kernel) if self.checks else kernel, row, strict, clock, function)
+        for wrap in filter(None, wrappers):
+            kernel = wrap(kernel)
+        return Plan(
+            kind, decision, checked(kernel) if self.checks else kernel, row,
+            self.settings.strict if strict is None else strict,
+            clock=clock, function=function, hosted=backend.hosted, device_index=self.device_index,
+        )  # fmt: skip
 
-    def plan_varlen(self, part: Plan, request: AttentionRequest, kernel: Kernel) -> Plan | None:
-        """The plan of a whole masked call over packed tokens, on the word of the plan that each of its parts has.
-
-        None while parts are measured, which is done one by one.
-        """
-        row = part.row
-        if self.tuner is not None and self.tuner.is_trying(part):
-            return None
-        packed = self._plan(
-            request, part.decision, row.role, row.block, part.strict, f"{row.mask}, varlen", row.reason, kernel
-        )
-        packed.index = part.index
-        return packed
-
-    def _kernel(self, decision: Decision) -> Kernel:
+    def kernel(self, decision: Decision, kind: CallKind) -> Kernel:
+        """The kernel of a decision, as calls of this kind need it."""
+        backend, request = self.router.backends[decision.backend], kind.request
+        if request.lse:
+            with_lse = self.router.lse(decision.backend, decision.options)
+            return kept(for_scale(on_copies(with_lse) if backend.changes_inputs else with_lse, request.scale))
         kernel = self.router.kernel(decision.backend, decision.options)
-        return on_copies(kernel) if self.router.backends[decision.backend].changes_inputs else kernel
+        kernel = on_copies(kernel) if backend.changes_inputs else kernel
+        # The host's own function gets the arguments that its program called with.
+        return kernel if backend.hosted else for_scale(kernel, request.scale)
 
-    def _lse_kernel(self, decision: Decision, request: AttentionRequest) -> Kernel:
-        kernel = self.router.lse(decision.backend, decision.options)
-        if self.router.backends[decision.backend].changes_inputs:
-            kernel = on_copies(kernel)
-        return kept(for_scale(kernel, request.scale))
-
-    def run(self, plan: Plan, call: AttentionCall) -> torch.Tensor:
-        """Run one call; on failure the next backend runs it: the platform's, then the host's own, each once.
+    def recover(self, slot: Slot, call: AttentionCall, error: Exception, host: Host | None = None) -> torch.Tensor:
+        """Run the remaining backends, one after the other, until one computes the call; `slot` gets its plan.
 
         Raises:
-            KernelFaultError: the device is unusable; the message names the kernel and the call.
-            torch.OutOfMemoryError: passed on, never retried with another kernel.
-            KernelOutputError: the kernel gave the call's tensors up, and what it returned is not their output.
-            NoBackendError: strict, and the named backend failed; or every backend failed.
+            Exception: as in `attention`.
         """
-        try:
-            output = plan.compute(call)
-        except Exception as error:
-            output = self._recover(plan, call, error)
-        plan.row.calls += 1
-        return output
-
-    def run_varlen(self, plan: Plan, call: AttentionCall) -> torch.Tensor | None:
-        """Run a call that `plan_varlen` planned; None where that failed, and its parts are to run one by one.
-
-        Raises:
-            KernelFaultError, torch.OutOfMemoryError: as in `run`.
-        """
-        try:
-            output = plan.compute(call)
-        except GuardAlarm:
-            return None  # the parts are watched too, and run exactly from here on
-        except Exception as error:
-            reraise_if_fatal(plan, error)
-            failed = f"{type(error).__name__}: {error}"
-            said = f"{plan.decision.backend}: its packed call failed ({failed}); a call for each part runs instead"
-            if self.run_report.note(said):
-                log.warning("%s", said)
-            return None
-        plan.row.calls += 1
-        return output
-
-    def _recover(self, plan: Plan, call: AttentionCall, error: Exception) -> torch.Tensor:
-        """Run the backends that are left, one after the other, until one computes the call; change `plan` to it."""
-        held = call.host is not None and call.query is not None
-        if held and (text := differing(call.query, call.key, call.value, call.attn_mask)):  # not the kernel's fault
-            raise DifferingTensorsError(text) from error
+        if host is not None and call.query is not None:
+            text = differing(call.query, call.key, call.value, call.attn_mask)
+            if text:  # not the kernel's fault
+                raise DifferingTensorsError(text) from error
         while True:
             if isinstance(error, NoBackendError):
                 raise error  # of another configuration below the host's own function
-            if isinstance(error, GuardAlarm):
-                self._replace_by_exact(plan, str(error))
+            if isinstance(error, KernelVetoed):
+                self._replace_vetoed(slot, str(error))
             else:
-                self._replace_failed(plan, error)
-                if call.query is None:  # an owned call whose kernel has given its tensors up
+                self._replace_failed(slot, error)
+                if call.query is None:  # an owned call whose kernel has freed its tensors
                     if isinstance(error, KernelOutputError):
                         raise KernelOutputError(f"{error}; no other kernel can run it: its tensors were given up")
                     raise error
             try:
-                return plan.compute(call)
+                return slot.plan.compute(hosted(call, host) if slot.plan.hosted else call)
             except Exception as another:
                 error = another
 
-    def _replace_failed(self, plan: Plan, error: Exception) -> None:
-        """Quarantine the backend for this kind of call and change `plan` to the next one.
+    def _replace_failed(self, slot: Slot, error: Exception) -> None:
+        """Quarantine the backend for this kind of call and put the plan of the next one into the slot.
 
         Raises:
-            Exception: `error` leaves nothing to try, see `reraise_if_fatal`, or no backend is left.
+            Exception: `error`, which leaves nothing to try (`reraise_if_fatal`), or no backend is left.
         """
-        if self.tuner is not None and not isinstance(error, CheckError):
-            self.tuner.failed(plan, error)
+        plan = slot.plan
+        if not isinstance(error, CheckError):
+            for observer in self.observers:
+                observer.failed(plan, error)
         reraise_if_fatal(plan, error)
-        decided, row = plan.decision, plan.row
-        failed = decided.backend
-        said = f"{type(error).__name__}: {error}"
-        self.failed[failed, frozen(decided.options), plan.request] = said
-        choice = Choice(decided.asked, decided.source, decided.asked_options, decided.accuracy)
+        before, row, kind = plan.decision, plan.row, plan.kind
+        failed, text = before.backend, f"{type(error).__name__}: {error}"
+        self.failed[failed, frozen(before.options), kind.request] = text
+        choice = Choice(before.asked, before.source, before.asked_options, before.accuracy)
         try:
-            decision = self.router.select(
-                plan.request, choice, accuracy=self.settings.accuracy, strict=plan.strict, failed=self.failed
-            )
-            refusal = None if self.guard is None else self.guard.refusal(row.role, row.block)
-            if refusal and self._is_guarded(decision, plan.function):
-                decision = self._exact(decision, plan.request, row.role, row.block, refusal)
+            decision = self.select(kind, choice, strict=plan.strict)
+            veto = self._veto(kind, self._backend(decision, plan.function).accuracy)
+            if veto is not None:
+                decision = self._exact(decision, kind, veto)
         except NoBackendError as refused:
             raise refused from error
-        log.warning("attention backend %s failed (%s); %s runs instead for: %s", failed, said, decision.backend,
-                    plan.request.describe())  # fmt: skip
-        before = f"{row.reason}; " if row.reason else ""
-        self._change(plan, decision, f"{before}{failed}: failed: {said}")
+        log.warning("attention backend %s failed (%s); %s runs instead for: %s", failed, text, decision.backend,
+                    kind.request.describe())  # fmt: skip
+        earlier = f"{row.reason}; " if row.reason else ""
+        self._replace(slot, decision, f"{earlier}{failed}: failed: {text}")
 
-    def _replace_by_exact(self, plan: Plan, refusal: str) -> None:
-        """Have an exact backend run what the guard took from its kernel, and from now on this kind of call."""
-        row = plan.row
-        decision = self._exact(plan.decision, plan.request, row.role, row.block, refusal)
+    def _replace_vetoed(self, slot: Slot, refusal: str) -> None:
+        """Have an exact backend run this kind of call from now on."""
+        plan, row = slot.plan, slot.plan.row
+        veto = self._veto(plan.kind, self._backend(plan.decision, plan.function).accuracy)
+        decision = self._exact(plan.decision, plan.kind, Veto(refusal, None if veto is None else veto.backend))
         if (row.backend, refusal) not in self._logged:
             self._logged.add((row.backend, refusal))
             log.warning("%s in %s %s: %s; %s runs there from now on", row.backend, row.role, row.block, refusal,
                         decision.backend)  # fmt: skip
-        self._change(plan, decision, f"{row.backend}: {refusal}")
+        self._replace(slot, decision, f"{row.backend}: {refusal}")
 
-    def _change(self, plan: Plan, decision: Decision, reason: str) -> None:
-        """Change `plan` to another decision; the account has the reason."""
-        row = plan.row
-        plan.become(
-            self._plan(
-                plan.request, decision, row.role, row.block, plan.strict, row.mask, reason, function=plan.function
-            )
-        )
-        if self.run_report.recorder is not None:
-            self.run_report.recorder.changed(plan, self.router)
+    def _replace(self, slot: Slot, decision: Decision, reason: str) -> None:
+        before = slot.plan
+        slot.plan = self.plan_of(before.kind, decision, strict=before.strict, reason=reason, function=before.function)
+        self.tell_changed(slot)
 
-    def _log_decision(self, decision: Decision, role: str, category: str, label: str | None) -> None:
-        """Say once per role what it resolved to, and once per reason why something else runs."""
-        backend = label or decision.backend
+    def tell_changed(self, slot: Slot) -> None:
+        """Tell the observers that the slot has another plan."""
+        for observer in self.observers:
+            observer.changed(slot, self.router)
+
+    def _log_decision(self, decision: Decision, kind: CallKind, label: str | None) -> None:
+        """Log once per role what it resolved to, and once per reason why something else runs."""
+        role, category, backend = kind.role, kind.category, label or decision.backend
         key = (role, backend, decision.source)
         if key not in self._logged:
             self._logged.add(key)

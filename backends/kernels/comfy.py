@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
-from ..values.request import AttentionCall, AttentionRequest
+from ..values.request import AttentionCall, AttentionRequest, HostedCall
 from .backend import FLOATING, Backend, Kernel, Limits
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ class HostFunction(Comfy):
 
 
 def run_host(call: AttentionCall) -> torch.Tensor:
-    """Run the host's own attention.
+    """Run the host's own attention function.
 
     Raises:
         RuntimeError: the call did not come from ComfyUI.
     """
-    if call.host is None:
+    if not isinstance(call, HostedCall):
         raise RuntimeError("the backend 'comfy' runs only inside ComfyUI; this call came from elsewhere")
     return call.host(call)
 

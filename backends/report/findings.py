@@ -1,6 +1,6 @@
 """What the guard found, as plain data and as text, and how likely it is to see what it looks for.
 
-Boundary: no torch; the guard (`guard/__init__.py`) fills it in, a `RunReport` keeps it in its rows.
+Boundary: no torch; the guard (`observe/guard/__init__.py`) fills it in, a `RunReport` keeps it in its rows.
 """
 
 from __future__ import annotations

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Recorder(Protocol):
-    """Is told of each plan (`engine/plan.py`) when it is made and when it changes, and by which router it was."""
+    """What a run report needs of it; a session needs that it is an `engine/observer.Observer` too."""
 
     not_repeated: dict[str, None]
     """What ran and cannot be told by the decisions: a replay does not repeat it."""
 
     def begin_model_call(self, number: int, window: int) -> None:
         """A model call begins, while these windows of the schedules hold."""
-
-    def planned(self, plan: Any, category: str, router: Any) -> None:
-        """A new kind of call was decided."""
-
-    def changed(self, plan: Any, router: Any) -> None:
-        """A plan runs something else from this model call on."""

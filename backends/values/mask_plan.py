@@ -7,7 +7,6 @@ the mask too. No kernel gets a call without keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,10 +44,10 @@ class SubCall(NamedTuple):
 class MaskPlan:
     """How the calls with one mask run."""
 
-    treatment: str
+    strategy: str
     """For reports: `none`, `nothing hidden`, `trimmed`, `gathered`, `per sample`, `causal`, `per block`,
     `passed on`; with `as booleans` after it, or alone, from `booleans`."""
-    parts: tuple[SubCall, ...]
+    sub_calls: tuple[SubCall, ...]
     facts: tuple[object, ...] = field(default=())
     """Equal for masks whose calls have the same shapes: what a decision may be kept under."""
     pattern: str = ""
@@ -62,38 +61,29 @@ class MaskPlan:
     def booleans(self) -> MaskPlan:
         """The same plan with booleans for such numbers; made when first asked for, and kept with the plan."""
         if not self.only_hides:
-            raise ValueError(f"the plan {self.treatment!r} has a mask that does more than hide, or none")
+            raise ValueError(f"the plan {self.strategy!r} has a mask that does more than hide, or none")
         parts = tuple(
-            part if part.mask is None else part._replace(mask=visible_keys(part.mask), memo={}) for part in self.parts
+            part if part.mask is None else part._replace(mask=visible_keys(part.mask), memo={})
+            for part in self.sub_calls
         )
-        before = "" if self.treatment == PASSED_ON else f"{self.treatment}, "
+        before = "" if self.strategy == PASSED_ON else f"{self.strategy}, "
         return MaskPlan(before + AS_BOOLEANS, parts, (AS_BOOLEANS, *self.facts), self.pattern)
 
     def calls(self, call: AttentionCall) -> list[AttentionCall | None]:
         """The call of each part; None for a part whose output is zero. Views, except for gathered keys."""
-        return [None if part.keys is None else call_of(part, call) for part in self.parts]
+        return [None if part.keys is None else call_of(part, call) for part in self.sub_calls]
 
-    def canvas(self, call: AttentionCall) -> torch.Tensor | None:
-        """Zeros that the outputs of the parts are put into; None where the only part gives the whole output."""
-        if len(self.parts) == 1 and self.parts[0].keys is not None:
+    def empty_output(self, call: AttentionCall) -> torch.Tensor | None:
+        """Zeros that the outputs of the sub-calls are written into; None where the only one gives the whole output."""
+        if len(self.sub_calls) == 1 and self.sub_calls[0].keys is not None:
             return None
         batch, heads, q_len, _ = call.query.shape
         whole: torch.Tensor = call.query.new_zeros(batch, q_len, heads, call.value.shape[3])
         return whole.transpose(1, 2)  # as models want it
 
-    def joined(self, outputs: Sequence[torch.Tensor | None], call: AttentionCall) -> torch.Tensor:
-        """The whole output, (batch, num_heads, q_len, v_head_dim), from those of the parts in their order."""
-        whole = self.canvas(call)
-        for part, output in zip(self.parts, outputs, strict=True):
-            if output is not None:
-                whole = put(output, part, whole)
-        if whole is None:
-            raise ValueError("a plan of one part without the output of that part")
-        return whole
 
-
-def put(output: torch.Tensor, part: SubCall, whole: torch.Tensor | None) -> torch.Tensor:
-    """The whole output with that of one part in it; `whole` as `MaskPlan.canvas` gives it."""
+def write_part(output: torch.Tensor, part: SubCall, whole: torch.Tensor | None) -> torch.Tensor:
+    """The whole output with that of one sub-call in it; `whole` is from `MaskPlan.empty_output`."""
     if whole is None:
         return output
     whole[part.samples, :, part.rows] = output
@@ -141,7 +131,7 @@ def passed_on(mask: torch.Tensor | None, pattern: str = "", *, only_hides: bool 
     return plan_of(PASSED_ON if mask is not None else "none", [SubCall(ALL, ALL, ALL, mask)], pattern, only_hides)
 
 
-def plan_of(treatment: str, parts: list[SubCall], pattern: str = "", only_hides: bool = False) -> MaskPlan:
+def plan_of(strategy: str, parts: list[SubCall], pattern: str = "", only_hides: bool = False) -> MaskPlan:
     """A plan of these parts, with its facts."""
     facts = tuple(
         (
@@ -154,7 +144,7 @@ def plan_of(treatment: str, parts: list[SubCall], pattern: str = "", only_hides:
         for part in parts
     )
     remembering = tuple(part if part.mask is None else part._replace(memo={}) for part in parts)
-    return MaskPlan(treatment, remembering, (treatment, pattern, only_hides, *facts), pattern, only_hides)
+    return MaskPlan(strategy, remembering, (strategy, pattern, only_hides, *facts), pattern, only_hides)
 
 
 def _count(keys: torch.Tensor | slice | None) -> object:

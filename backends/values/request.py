@@ -150,19 +150,12 @@ class AttentionCall:
 
     `query` is (batch, num_heads, q_len, head_dim), `key` and `value` (batch, num_kv_heads, kv_len, ...);
     `attn_mask` is None or four-dimensional and broadcastable to (batch, num_heads, q_len, kv_len).
-    `host` runs what the calling program would have run by itself on the call that it is given, and returns BHSD; None
-    outside a host. `given` is what the program called with, where its host needs that.
-    `memo` holds what kernels make of the mask, such as packed bits, for the other calls with this very mask; None
-    where nobody says how long a mask stays what it is.
-    `parts` is the plan of the mask, for kernels over packed tokens, which leave out what it hides; else None.
-    `owned` is True where nobody else holds query, key and value: a kernel that no longer needs them may set them to
-    None, and their memory is free while it goes on.
+    `memo` caches what kernels compute from the mask, such as packed bits, for other calls with the same mask; None
+    where the mask's lifetime is unknown.
+    `owned`: no caller reads query, key and value again. A kernel may set them to None to free their memory early.
     """
 
-    __slots__ = (
-        *("attn_mask", "enable_gqa", "given", "host", "is_causal", "key", "memo", "owned", "parts", "query", "scale"),
-        "value",
-    )
+    __slots__ = ("attn_mask", "enable_gqa", "is_causal", "key", "memo", "owned", "query", "scale", "value")
 
     def __init__(
         self,
@@ -174,8 +167,8 @@ class AttentionCall:
         scale: float | None = None,
         enable_gqa: bool = False,
         *,
-        host: Callable[[AttentionCall], torch.Tensor] | None = None,
         memo: dict[object, object] | None = None,
+        owned: bool = False,
     ) -> None:
         self.query = query
         self.key = key
@@ -184,11 +177,8 @@ class AttentionCall:
         self.is_causal = is_causal
         self.scale = scale
         self.enable_gqa = enable_gqa
-        self.host = host
-        self.given: tuple[Any, ...] = ()
         self.memo = memo
-        self.parts: MaskPlan | None = None
-        self.owned = False
+        self.owned = owned
 
     def changed(
         self,
@@ -200,17 +190,14 @@ class AttentionCall:
         is_causal: Any = _SAME,
         scale: Any = _SAME,
         enable_gqa: Any = _SAME,
-        host: Any = _SAME,
-        given: Any = _SAME,
         memo: Any = _SAME,
-        parts: Any = _SAME,
         owned: Any = _SAME,
     ) -> AttentionCall:
-        """This call with other values of some attributes, and everything else taken over: no fact can get lost.
+        """A copy of this call with other values of some attributes.
 
-        Every call that is made from another one is made here; a test holds that, and that no attribute is left out.
-        What was made of the mask, `memo` and `parts`, goes with it where a mask is given without them. Written out,
-        as this is on the path of each masked call: a loop over the names takes ten times as long.
+        Every call that derives from another one is made here, so that no fact gets lost; a test holds that. A new mask
+        drops `memo` unless a new one is given. Written out because each masked call runs it: a loop over the names
+        takes ten times as long.
         """
         made = AttentionCall.__new__(AttentionCall)
         made.query = self.query if query is _SAME else query
@@ -220,13 +207,10 @@ class AttentionCall:
         made.is_causal = self.is_causal if is_causal is _SAME else is_causal
         made.scale = self.scale if scale is _SAME else scale
         made.enable_gqa = self.enable_gqa if enable_gqa is _SAME else enable_gqa
-        made.host = self.host if host is _SAME else host
-        made.given = self.given if given is _SAME else given
         made.owned = self.owned if owned is _SAME else owned
-        if attn_mask is not _SAME:
-            memo, parts = None if memo is _SAME else memo, None if parts is _SAME else parts
+        if attn_mask is not _SAME and memo is _SAME:
+            memo = None
         made.memo = self.memo if memo is _SAME else memo
-        made.parts = self.parts if parts is _SAME else parts
         return made
 
     def request(self, *, exact_only: bool = False, lse: bool = False) -> AttentionRequest:
@@ -252,11 +236,52 @@ class AttentionCall:
 
 
 class LseCall(AttentionCall):
-    """A call whose log-sum-exp is asked for: a plan with `AttentionRequest.lse` leaves it in `lse`.
+    """A call whose log-sum-exp is asked for: a plan with `AttentionRequest.lse` stores it in `lse`.
 
-    It is float32, (batch, num_heads, q_len). Calls that are made from this one are plain ones.
+    It is float32, (batch, num_heads, q_len). `changed` returns a plain call.
     """
 
     __slots__ = ("lse",)
 
     lse: torch.Tensor
+
+
+class _Copy(AttentionCall):
+    """A copy of a call, for subclasses that add one attribute."""
+
+    __slots__ = ()
+
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__(
+            call.query, call.key, call.value, call.attn_mask, call.is_causal, call.scale, call.enable_gqa,
+            memo=call.memo, owned=call.owned,
+        )  # fmt: skip
+
+
+Host = Callable[[AttentionCall], "torch.Tensor"]
+"""Computes a call with the attention function that the host program would have used; returns BHSD."""
+
+
+class HostedCall(_Copy):
+    """A call for the backend `comfy`, with the host's own function."""
+
+    __slots__ = ("host",)
+
+    def __init__(self, call: AttentionCall, host: Host) -> None:
+        super().__init__(call)
+        self.host = host
+
+
+def hosted(call: AttentionCall, host: Host | None) -> AttentionCall:
+    """The call for `comfy`; the call itself outside a host."""
+    return call if host is None or isinstance(call, HostedCall) else HostedCall(call, host)
+
+
+class SplitCall(_Copy):
+    """A whole masked call with the plan of its mask, for a kernel that runs all sub-calls as one varlen call."""
+
+    __slots__ = ("mask_plan",)
+
+    def __init__(self, call: AttentionCall, mask_plan: MaskPlan) -> None:
+        super().__init__(call)
+        self.mask_plan = mask_plan

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ...backends.values.masks import for_kernels
-from ...backends.values.request import AttentionCall, AttentionRequest
+from ...backends.values.request import AttentionCall, AttentionRequest, Host
 from ...comparison.calls import CapturedCall
 from ...comparison.contenders import REFERENCE
 from ..hook import attention_modules, compiled, patch
 from ..hook.compiled import POSITIONAL
-from ..hook.hook_calls import preferred_function, run_comfy
+from ..hook.hook_calls import run_comfy
+from ..hook.hook_plans import preferred_function
 from ..hook.layouts import Layout
 from ..hook.model_call import ModelCall
 from ..hook.override import Override
@@ -51,7 +52,7 @@ class Capturing(Override):
         if (role, request) not in self.calls:
             block = model_call.attention_module.block if model_call.attention_module is not None else ""
             func = preferred_function(model_call.attention_module, model_call.ordinal, holder) or func
-            self.calls[role, request] = CapturedCall(role, block, _kept(call, func))
+            self.calls[role, request] = CapturedCall(role, block, *_kept(call, func))
 
 
 def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], CapturedCall]]:
@@ -65,8 +66,8 @@ def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], Captu
     return clone, override.calls
 
 
-def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCall:
-    """A copy of the call: the model may later write into its tensors."""
+def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> tuple[AttentionCall, Host]:
+    """A copy of the call, since the model may write into its tensors later; and what ComfyUI would have run on it."""
     mask = None if call.attn_mask is None else for_kernels(call.attn_mask.clone(), call.query.dtype)
     copied = call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone(), attn_mask=mask)
     arguments: dict[str, Any] = {"heads": copied.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
@@ -78,5 +79,4 @@ def _kept(call: AttentionCall, func: Callable[..., torch.Tensor]) -> AttentionCa
     def host(of: AttentionCall) -> torch.Tensor:
         return run_comfy(func, of.query, of.key, of.value, of.attn_mask, None, arguments)
 
-    copied.host = host
-    return copied
+    return copied, host

@@ -86,8 +86,7 @@ class Layout:
         call = AttentionCall.__new__(AttentionCall)  # all of `__init__` here, without its 0.1 us
         call.query, call.key, call.value, call.attn_mask = query, key, value, mask
         call.is_causal, call.scale, call.enable_gqa = False, self.scale, self.enable_gqa
-        call.host = call.memo = call.parts = None
-        call.given, call.owned = (), False
+        call.memo, call.owned = None, False
         return call
 
 

@@ -28,7 +28,7 @@ from .run import KEY, RUN_KEY, router_for
 from .sizes import expected_requests
 
 if TYPE_CHECKING:
-    from .hook_calls import HookPlan
+    from .hook_plans import HookPlan
     from .run import Run
 
 log = logging.getLogger("attention_backends")
@@ -105,8 +105,9 @@ def _kinds(run: Run) -> Iterator[Kind]:
     samples = max(run.samples, 1)
     for model_call in run.model_calls():
         for hook_plan in model_call.session.plans.values():
-            role = Role(hook_plan.plan.row.role, run.run_report.categories.get(hook_plan.plan.row.role, ""))
-            copied = -(-hook_plan.parts.copied // samples) if hook_plan.parts is not None else 0
+            kind, split = hook_plan.slot.plan.kind, hook_plan.slot.split
+            role = Role(kind.role, kind.category)
+            copied = -(-split.copied // samples) if split is not None else 0
             whole = hook_plan.layout.shapes[0][0]
             for request in _requests(hook_plan):
                 if request.batch < whole:
@@ -116,9 +117,10 @@ def _kinds(run: Run) -> Iterator[Kind]:
 
 
 def _requests(hook_plan: HookPlan) -> set[AttentionRequest]:
-    if hook_plan.parts is None:
-        return {hook_plan.plan.request}
-    return {plan.request for plan in hook_plan.parts.plans if plan is not None}
+    slot = hook_plan.slot
+    if slot.split is None:
+        return {slot.plan.request}
+    return {sub_call.plan.request for sub_call in slot.split.slots if sub_call is not None}
 
 
 def needed(layers: tuple[AttentionConfig, ...], kinds: frozenset[Kind], samples: int, device: torch.device) -> int:

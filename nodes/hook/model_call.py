@@ -131,13 +131,13 @@ class ModelCall:
         timetable.watch(self.run.run_report.timeline.model_calls + 1, value, step, sigma)
         return timetable.at(value, step)
 
-    def choice(self, role: Role, *, masked: bool = False) -> Choice:
+    def choice(self, role: str, category: str, *, masked: bool = False) -> Choice:
         """What is asked for the current call; `masked` where a mask hides or weighs something in it."""
         timetable = self.timetable
         if timetable is None:
-            return resolve(self.session.layers, role.name, role.category)
+            return resolve(self.session.layers, role, category)
         block = self.attention_module.block if self.attention_module is not None else ""
-        choice, note = timetable.resolve(self.window, role.name, role.category, block, masked)
+        choice, note = timetable.resolve(self.window, role, category, block, masked)
         self._say_once(note)
         return choice
 

@@ -21,8 +21,10 @@ from ...backends.config.timetable import Timetable
 from ...backends.engine.router import Router
 from ...backends.engine.session import Session
 from ...backends.kernels.registry import detect
+from ...backends.observe import observe
 from ...backends.observe.advisories import unused_advisories
 from ...backends.observe.autotune.tuner import Tuner
+from ...backends.observe.guard import Guard
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ...backends.values.devices import synchronise
@@ -37,7 +39,7 @@ from .others import Others
 from .roles import bypass_of
 
 if TYPE_CHECKING:
-    from .hook_calls import HookPlan
+    from .hook_plans import HookPlan
     from .layouts import Layout
     from .memory import Place
     from .override import Override
@@ -288,8 +290,12 @@ class DeviceSession(Session):
     """A session with the plans of one run on one device, keyed by everything that can change a decision."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
-        super().__init__(router_for(device), run.override.layers, run.run_report)
+        super().__init__(router_for(device), run.override.layers, run.run_report, device=device)
+        observe(self)
+        self.guard = self.registered(Guard)
         self.tuner = _tuner_of(self)
+        if self.tuner is not None:
+            self.register(self.tuner)
         self.plans: dict[tuple[Any, ...], HookPlan] = {}
         self.layouts: dict[tuple[Any, ...], Layout] = {}
 

@@ -41,7 +41,7 @@ def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: 
         NoBackendError: a backend was named for this role, strictly.
     """
     run = model_call.run
-    title, choice = run.others.title(other), model_call.choice(role)
+    title, choice = run.others.title(other), model_call.choice(role.name, role.category)
     if block is None:
         block = model_call.attention_module.block if model_call.attention_module is not None else ""
     run.run_report.categories[role.name] = role.category

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from ...backends.config.layers import settings_of
-from ...backends.guard.turns import Step
+from ...backends.observe.guard.turns import Step
 from ...backends.observe.replay.run_recorder import RunRecorder
 from ...backends.report import outcome
 from ..history import runs

@@ -28,9 +28,6 @@ from attention_backends.backends import (  # noqa: E402
     force_backend,
     read_environment,
 )
-from attention_backends.backends import (  # noqa: E402
-    context as model_calls,
-)
 from attention_backends.backends.config import AttentionConfig  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
@@ -103,8 +100,8 @@ def test_every_fact_of_a_call_has_a_plan_of_its_own() -> None:
         for tensors, options in cases:
             expected = sdpa(*tensors, **options)
             torch.testing.assert_close(attention(*tensors, **options), expected, rtol=0, atol=1e-2)
-    (session,) = calls._own_book().sessions.values()
-    assert len(session.plans) == len(cases)
+    (session,) = calls._thread.own.sessions.values()
+    assert len(session.slots) == len(cases)
 
 
 @pytest.mark.parametrize(
@@ -154,15 +151,15 @@ def test_one_session_is_kept_for_a_configuration_and_device(monkeypatch: pytest.
         with attention_backend({"default": "sdpa_math"}):
             attention(Q, K, V)
         attention(Q, K, V)
-    sessions = list(calls._own_book().sessions.values())
+    sessions = list(calls._thread.own.sessions.values())
     assert len(sessions) == 2
-    assert [sum(row.calls for row in sessions[0].run_report.rows.values()), *map(len, (s.plans for s in sessions))] == [
+    assert [sum(row.calls for row in sessions[0].run_report.rows.values()), *map(len, (s.slots for s in sessions))] == [
         9,
         1,
         1,
     ]
     planned: list[object] = []
-    monkeypatch.setattr(model_calls.CallSession, "plan", lambda *arguments, **_: planned.append(arguments))
+    monkeypatch.setattr(calls.CallSession, "plan", lambda *arguments, **_: planned.append(arguments))
     attention(Q, K, V)
     with attention_backend("sdpa_math"):
         attention(Q, K, V)

@@ -70,14 +70,14 @@ def test_a_changed_call_has_every_other_attribute_of_the_first(name: str) -> Non
     changed = call.changed(**{name: "other"})
     expected: dict[str, Any] = {**before, name: "other"}
     if name == "attn_mask":  # what was made of the mask goes with it
-        expected.update(memo=None, parts=None)
+        expected.update(memo=None)
     assert all(getattr(changed, slot) is expected[slot] for slot in AttentionCall.__slots__)
     assert all(getattr(call, slot) is before[slot] for slot in AttentionCall.__slots__)
 
 
 def test_what_was_made_of_a_mask_can_be_given_with_it() -> None:
-    changed = full_call().changed(attn_mask="other", memo={}, parts="plan")
-    assert (changed.memo, changed.parts) == ({}, "plan")
+    changed = full_call().changed(attn_mask="other", memo={})
+    assert changed.memo == {}
 
 
 def differences(one: AttentionCall, other: AttentionCall) -> set[str]:

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine.call_checks import CheckError, check, checked, checks_from_environment  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.report import RunReport  # noqa: E402
@@ -144,8 +145,8 @@ def test_off_the_plan_holds_the_kernel_itself(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("DIFFUSERS_ATTN_CHECKS", raising=False)
     request = call().request()._replace(v_head_dim=0)
     off, on = session(run_report=RunReport(mode="off")), session(run_report=RunReport(mode="off"), checks=True)
-    assert off.plan(request, "self", "self").kernel is off.router.kernel("sdpa_math")
-    assert on.plan(request, "self", "self").kernel is not on.router.kernel("sdpa_math")
+    assert off.plan(CallKind(request, "self", "self")).plan.kernel is off.router.kernel("sdpa_math")
+    assert on.plan(CallKind(request, "self", "self")).plan.kernel is not on.router.kernel("sdpa_math")
     monkeypatch.setenv("DIFFUSERS_ATTN_CHECKS", "1")
     assert not off.checks, "decided when the session began"
     assert session().checks
@@ -155,14 +156,14 @@ def test_off_the_plan_holds_the_kernel_itself(monkeypatch: pytest.MonkeyPatch) -
 def test_a_refused_call_is_no_failure_of_the_kernel(snapshot: SnapshotAssertion) -> None:
     on = session(checks=True)
     good = call(value=zeros(2, 8, 10, 32))
-    plan = on.plan(good.request(), "self", "self")
+    slot = on.plan(CallKind(good.request(), "self", "self"))
     bad = AttentionCall(good.query, good.key, good.value[:, :, :9])
     with pytest.raises(CheckError) as caught:
-        on.run(plan, bad)
+        on.attention(slot, bad)
     assert str(caught.value) == snapshot
-    assert (on.failed, plan.row.calls) == ({}, 0)
-    on.run(plan, good)
-    assert (plan.decision.backend, plan.row.calls) == ("sdpa_math", 1)
+    assert (on.failed, slot.plan.row.calls) == ({}, 0)
+    on.attention(slot, good)
+    assert (slot.plan.decision.backend, slot.plan.row.calls) == ("sdpa_math", 1)
 
 
 def test_every_call_is_checked_before_the_kernel() -> None:

@@ -372,7 +372,7 @@ def test_no_mask_of_a_compiled_model_is_read_on_an_accelerator() -> None:
     plans = run.model_call(torch.device("cpu")).masks
     plans.not_kept = nodes_module("hook.masks").COMPILED
     plan = plans.plan(torch.zeros(1, 1, 6, device="meta"), None, 6)  # reading this one would be an error
-    assert plan.treatment == "passed on"
+    assert plan.strategy == "passed on"
     assert any("compiled" in note for note in run.run_report.notes)
 
 
@@ -459,7 +459,7 @@ def test_an_argument_of_a_later_comfyui(snapshot: SnapshotAssertion) -> None:
 def test_what_the_model_says_reaches_the_kernel(flags: dict[str, Any]) -> None:
     plain, outcome = Outcome(override("sdpa_math"), **flags), Compiled(override("sdpa_math"), **flags)
     close(outcome.outputs, plain.outputs)
-    assert [plan.plan.request for plan in _plans(outcome)] == [plan.plan.request for plan in _plans(plain)]
+    assert [plan.slot.plan.request for plan in _plans(outcome)] == [plan.slot.plan.request for plan in _plans(plain)]
 
 
 def _plans(outcome: Outcome) -> list[Any]:

@@ -445,10 +445,10 @@ def test_a_mask_that_was_written_to_where_torch_counts_is_read_again() -> None:
     run = SimpleNamespace(note=lambda text: None)
     kept = masks.Masks(run, lambda: "")
     mask = torch.zeros(1, 1, 1, 8)
-    assert kept.plan(mask, None, 8).treatment == "nothing hidden"
+    assert kept.plan(mask, None, 8).strategy == "nothing hidden"
     mask[..., 6:] = -torch.inf
-    assert kept.plan(mask, None, 8).treatment == "trimmed"
+    assert kept.plan(mask, None, 8).strategy == "trimmed"
     source = torch.zeros(1, 8)
-    assert kept.plan(mask.clone(), source, 8).treatment == "trimmed"
+    assert kept.plan(mask.clone(), source, 8).strategy == "trimmed"
     source += 1
-    assert kept.plan(torch.zeros(1, 1, 1, 8), source, 8).treatment == "nothing hidden"
+    assert kept.plan(torch.zeros(1, 1, 1, 8), source, 8).strategy == "nothing hidden"

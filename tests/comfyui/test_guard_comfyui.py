@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,9 +15,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
-from attention_backends.backends.guard import Guard  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.observe.guard import Guard  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
 from hook_side import (  # noqa: E402
     counts,
@@ -167,8 +168,8 @@ def test_what_a_model_takes_out_of_its_control_is_there_again(monkeypatch: pytes
 
 
 def test_the_guard_knows_nothing_of_comfyui() -> None:
-    for name in ("guard", "guard.rows", "report.findings"):
-        module = __import__(f"attention_backends.backends.{name}", fromlist=[name])
+    for name in ("observe.guard", "observe.guard.rows", "report.findings"):
+        module = importlib.import_module(f"attention_backends.backends.{name}")
         assert "import comfy" not in inspect.getsource(module)
 
 

@@ -25,6 +25,7 @@ from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import comfyui, host, masks, no_environment, nodes_module, override  # noqa: E402
 
 layouts, hook_calls = nodes_module("hook.layouts"), nodes_module("hook.hook_calls")
+hook_plans = nodes_module("hook.hook_plans")
 
 FUNCTIONS = ("pytorch", "sub_quad", "split", "basic")
 BACKENDS = ("auto", "comfy", "torch_sdpa", "sdpa_math", "sdpa_flash", "reference")
@@ -466,7 +467,7 @@ def always_flat(patch: pytest.MonkeyPatch) -> None:
 
 def anything_goes(patch: pytest.MonkeyPatch) -> None:
     """Nobody looks whether the tensors of a call agree."""
-    patch.setattr(hook_calls, "_only_comfyui", lambda *given: "")
+    patch.setattr(hook_plans, "only_comfy", lambda *given: "")
 
 
 def any_mask_dtype(patch: pytest.MonkeyPatch) -> None:
@@ -480,7 +481,7 @@ def every_mask_added(patch: pytest.MonkeyPatch) -> None:
 
 def no_way_out(patch: pytest.MonkeyPatch) -> None:
     """ComfyUI's function is never the one that runs last."""
-    patch.setattr(hook_calls, "_host_call", lambda call: None)
+    patch.setattr(hook_calls, "_host_call", lambda *given: None)
 
 
 MUTANTS = (

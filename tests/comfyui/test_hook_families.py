@@ -142,14 +142,14 @@ def test_every_call_has_its_role_and_block(comfy: Path, name: str, monkeypatch: 
     patcher, _ = built(name)
     recorder = Recorder(patcher.model.diffusion_model)
     seen: Counter[tuple[Any, ...]] = Counter()
-    run = Session.run
+    attention = Session.attention
 
-    def watched(self: Session, plan: Any, call: Any) -> Any:
+    def watched(self: Session, slot: Any, call: Any, *given: Any) -> Any:
         path, _ = recorder.running[-1]  # told by forward hooks of the test's own
-        seen[path, call.query.shape[2], call.key.shape[2], plan.row.role, plan.row.block] += 1
-        return run(self, plan, call)
+        seen[path, call.query.shape[2], call.key.shape[2], slot.plan.row.role, slot.plan.row.block] += 1
+        return attention(self, slot, call, *given)
 
-    monkeypatch.setattr(Session, "run", watched)
+    monkeypatch.setattr(Session, "attention", watched)
     with recorder.watching():
         tiny_sampling.sample(strictly(patcher, "torch_sdpa"), name)
     assert seen == Counter(

@@ -100,7 +100,7 @@ def test_results_and_layouts(version: str, name: str) -> None:
 def test_roles_blocks_and_flags(version: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pass_masks_on(monkeypatch)
     replay = Replay(RECORDED[version]["families"][name])
-    plans = [plan.plan for plan in replay.run.model_call(torch.device("cpu")).session.plans.values()]
+    plans = [plan.slot.plan for plan in replay.run.model_call(torch.device("cpu")).session.plans.values()]
     found = {(plan.row.role, plan.row.block, plan.request.q_len, plan.request.kv_len) for plan in plans}
     expected, forbidding = set(), set()
     for call, args, _, _ in replay.pairs():
@@ -218,4 +218,4 @@ def test_low_precision_is_forbidden_when_the_model_says_so(
     calls = [((*qkv, 4), {**flags, "transformer_options": options})]
     model_call(model, options, lambda: model.get_submodule("blocks.0.self_attn")(calls))
     (plan,) = run.model_call(torch.device("cpu")).session.plans.values()
-    assert plan.plan.request.exact_only is forbidden
+    assert plan.slot.plan.request.exact_only is forbidden

@@ -57,7 +57,7 @@ def test_calls_of_one_plan_may_come_in_any_strides() -> None:
                 assert torch.equal(found, expected), name
         tensors.reverse()
     (plan,) = run.model_call(torch.device("cpu")).session.plans.values()
-    assert plan.plan.row.calls == 3 * 3 * len(tensors)
+    assert plan.slot.plan.row.calls == 3 * 3 * len(tensors)
 
 
 @pytest.mark.parametrize("form", forms())
@@ -110,6 +110,6 @@ def test_places_that_differ_share_their_layout() -> None:
             override(exact, tensor, query, query, HEADS, transformer_options=options)
             sites.set_model_call(previous)
     plans = list(model_call.session.plans.values())
-    assert (len(plans), len({id(plan.plan) for plan in plans}), len({id(plan.layout) for plan in plans})) == (6, 6, 2)
+    assert (len(plans), len({id(plan.slot) for plan in plans}), len({id(plan.layout) for plan in plans})) == (6, 6, 2)
     shapes = {id(key[0]) for key in model_call.session.plans}
     assert len(shapes) == 2

@@ -12,13 +12,15 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.engine import call_checks, plan  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.guard import Guard  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure import device_clock  # noqa: E402
+from attention_backends.backends.observe import observe  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
+from attention_backends.backends.observe.guard import Guard  # noqa: E402
 from attention_backends.backends.report import VARIABLE, RunReport, timed_kernel  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import Kernel  # noqa: E402
@@ -31,7 +33,8 @@ SLOW = 10**12
 def session_with(kernel: Any, guard: str = "off", checks: bool = False) -> Session:
     backends = {**BACKENDS, "emulated_int8": Kernel("emulated_int8", kernel, "quantized")}
     config = AttentionConfig(AttentionSpec("emulated_int8"), accuracy="quantized", guard=guard, source="node")
-    return Session(Router(detect(torch.device("cpu")), backends), (config,), RunReport(mode="full"), checks)
+    router = Router(detect(torch.device("cpu")), backends)
+    return observe(Session(router, (config,), RunReport(mode="full"), checks))
 
 
 def counts(session: Session) -> list[tuple[str, int, int, int]]:
@@ -40,9 +43,9 @@ def counts(session: Session) -> list[tuple[str, int, int, int]]:
 
 def run(session: Session, calls: int = 3) -> None:
     with as_comfyui_runs():
-        plan = session.plan(small_call().request(), "self", "self", "blocks.0")
+        slot = session.plan(CallKind(small_call().request(), "self", "self", "blocks.0"))
         for _ in range(calls):
-            session.run(plan, small_call())
+            session.attention(slot, small_call())
 
 
 @pytest.mark.parametrize("around", ["guard", "checks"])
@@ -85,8 +88,7 @@ def test_calls_of_a_race_and_those_after_it_are_timed_once(tmp_path: Path, monke
     machine = Machine(Store(tmp_path / "measured.json"), costs)
     with as_comfyui_runs():
         session = machine.run(small_call())
-    assert machine.tuner.trials
-    assert machine.plans[0].decision.backend == "sdpa_math", "the race was decided"
+    assert machine.plans[0].plan.decision.backend == "sdpa_math", "the race was decided"
     rows = [row for row in session.run_report.rows.values() if row.calls]
     assert sum(row.calls for row in rows) == 8 * 30
     assert [(row.launches, row.timed) for row in rows] == [(row.calls, row.calls) for row in rows]

@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.engine.sub_calls import calls_of, plan_sub_calls, run_sub_calls  # noqa: E402
+from attention_backends.backends.engine.sub_calls import calls_of, plan_sub_calls  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values import mask_plan as mask_parts  # noqa: E402
@@ -64,11 +65,15 @@ def routed(session: Session, call: AttentionCall, mask: torch.Tensor) -> torch.T
     whole = AttentionCall(call.query, call.key, call.value, as_4d(mask))
     calls = calls_of(session, plan, whole, "sdpa_math")
     if not calls:
-        return session.run(session.plan(whole.request(), "self", "self"), whole)
+        return session.attention(session.plan(CallKind(whole.request(), "self", "self")), whole)
     parts = plan_sub_calls(
-        session, plan, whole, calls, lambda part, words: session.plan(part.request(), "self", "self", mask=words)
+        session,
+        plan,
+        whole,
+        calls,
+        lambda part, words: session.plan(CallKind(part.request(), "self", "self", mask=words)),
     )
-    return run_sub_calls(session, parts, plan, whole)
+    return session.attention(parts, whole, plan)
 
 
 def expected(call: AttentionCall, mask: torch.Tensor) -> torch.Tensor:
@@ -102,7 +107,7 @@ def test_any_mask_that_only_hides_equals_sdpa(
     tolerance = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     assert float((output.float() - expected(call, mask).float()).abs().max()) <= tolerance
     kept = inspect(as_4d(mask), kv_len)
-    if kept.treatment != PASSED_ON or kept.only_hides:
+    if kept.strategy != PASSED_ON or kept.only_hides:
         ran = {row.backend for row in session.run_report.rows.values() if row.calls}
         assert ran == {"sdpa_math"}
     assert set(backend.masks) <= {None, torch.bool}

@@ -293,8 +293,8 @@ def test_comfy_by_name_is_comfyuis_own_function_there(why: str, strict: bool, sn
 
 def test_force_upcast_attention_forbids_lossy_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI decides it from its command line, for models that say nothing."""
-    hook_calls = nodes_module("hook.hook_calls")
-    monkeypatch.setattr(hook_calls, "forces_upcast", lambda precision, dtype: dtype == torch.float16)
+    hook_plans = nodes_module("hook.hook_plans")
+    monkeypatch.setattr(hook_plans, "forces_upcast", lambda precision, dtype: dtype == torch.float16)
     assert rows_of(run_on(WanModel(Own(INT8)), rows(6, dtype=torch.float16)))[0][0] == "torch_sdpa"
     run = run_on(WanModel(Own(NONE)), rows(6, dtype=torch.float16), backend="emulated_int8", accuracy="quantized")
     assert rows_of(run)[0][0] == "torch_sdpa"
@@ -432,5 +432,5 @@ def test_calls_are_captured_whatever_they_come_in(part: Any, monkeypatch: pytest
     assert ran == []
     (kept,) = ours.calls.values()
     assert (kept.role, kept.block) == ("self", "blocks.0")
-    kept.call.host(kept.call)
+    kept.host(kept.call)
     assert ran == ["int8"]

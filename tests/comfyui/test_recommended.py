@@ -19,10 +19,12 @@ from attention_backends.backends.config.layers import Choice  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry, is_scheduled  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.config.timetable import Timetable  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.observe import observe  # noqa: E402
 from attention_backends.backends.observe.advisories import (  # noqa: E402
     ADVISORIES,
     FP4,
@@ -179,12 +181,12 @@ def test_the_route_stays_exact_there() -> None:
 
 
 def test_in_a_session_it_comes_before_the_checkpoint_and_is_as_asked() -> None:
-    session = Session(Router(detect(torch.device("cpu"))), layers(strict=True))
+    session = observe(Session(Router(detect(torch.device("cpu"))), layers(strict=True)))
     query = torch.randn(1, 2, 8, 16)
     call = AttentionCall(query, query, query)
     prefers = Choice("comfy", "the checkpoint's own preference")
     for role in ("self", "cross"):
-        session.run(session.plan(call.request(), role, role, preferred=prefers), call)
+        session.attention(session.plan(CallKind(call.request(), role, role), preferred=prefers), call)
     ran = {row.role: (row.backend, row.source, row.reason) for row in session.run_report.rows.values()}
     assert ran == {"self": (INT8, "node.default", None), "cross": (EXACT, SAID, None)}
     assert {finding.verdict for finding in asked_and_ran(session.run_report)} == {AS_ASKED}
@@ -198,11 +200,11 @@ def test_after_a_kernel_has_failed_the_next_one_is_exact_too() -> None:
 
     router = Router(detect(torch.device("cpu")), {**BACKENDS, EXACT: Kernel(EXACT, broken)})
     router.route = router.route._replace(lossy=(INT8,), order=(EXACT, "sdpa_math"))
-    session = Session(router, layers(default="auto", accuracy="quantized"))
+    session = observe(Session(router, layers(default="auto", accuracy="quantized")))
     query = torch.randn(1, 2, 8, 16)
     call = AttentionCall(query, query, query)
     for role in ("self", "cross"):
-        session.run(session.plan(call.request(), role, role), call)
+        session.attention(session.plan(CallKind(call.request(), role, role)), call)
     ran = {row.role: (row.backend, row.source) for row in session.run_report.rows.values() if row.calls}
     assert ran == {"self": (INT8, "platform route"), "cross": ("sdpa_math", SAID)}
 

@@ -21,10 +21,12 @@ from attention_backends.backends.config.print import to_json  # noqa: E402
 from attention_backends.backends.config.recorded import FORMAT, MARK, normal  # noqa: E402
 from attention_backends.backends.config.schedule import ScheduleEntry  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.observe import observe  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
 from attention_backends.backends.observe.replay.record import as_record, facts_of, ranges  # noqa: E402
@@ -457,9 +459,9 @@ def test_the_part_of_a_record_leaves_a_schedule_of_any_length_alone() -> None:
 def test_a_record_stands_above_auto_and_measured() -> None:
     for backend in ("auto", "autotune", "reference"):
         config = replace(read(made_up("sdpa_math")), default=AttentionSpec(backend))
-        session = Session(Router(detect(torch.device("cpu"))), (config,))
-        assert session.plan(CALL, "cross", "cross", "blocks.7").decision.backend == "sdpa_math"
-        unknown = session.plan(CALL, "cross", "cross", "blocks.77").decision
+        session = observe(Session(Router(detect(torch.device("cpu"))), (config,)))
+        assert session.plan(CallKind(CALL, "cross", "cross", "blocks.7")).plan.decision.backend == "sdpa_math"
+        unknown = session.plan(CallKind(CALL, "cross", "cross", "blocks.77")).plan.decision
         assert (unknown.asked, unknown.source) == (
             (None, "platform route") if backend == "auto" else (backend, "text.default")
         )
@@ -564,14 +566,15 @@ def test_equal_calls_with_different_kernels_are_no_quiet_success(
 
     router = Router(detect(torch.device("cpu")), {**BACKENDS, "sdpa_math": Kernel("sdpa_math", kernel)})
     session = Session(router, (AttentionConfig(AttentionSpec("sdpa_math")),))
-    session.run_report.recorder = recorder = RunRecorder()
+    recorder = RunRecorder()
+    session.register(recorder)
     recorder.begin_model_call(1, 0)
     query = torch.zeros(1, 1, 4, 8)
     request = AttentionCall(query, query, query).request()
-    plans = [session.plan(request, "self", "self", "blocks.0") for _ in range(2)]
+    plans = [session.plan(CallKind(request, "self", "self", "blocks.0")) for _ in range(2)]
     assert not recorder.not_repeated
     recorder.begin_model_call(4, 0)
     failing[0] = True
     for plan in plans:
-        session.run(plan, AttentionCall(query, query, query, scale=2.0 if plan is plans[1] else None))
+        session.attention(plan, AttentionCall(query, query, query, scale=2.0 if plan is plans[1] else None))
     assert list(recorder.not_repeated) == snapshot

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import tiny_sampling  # noqa: E402
 from attention_backends.backends import report as trace_module  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.report import SAMPLED_EACH, VARIABLE, RunReport, trace_mode  # noqa: E402
 from hook_side import (  # noqa: E402
     ENVIRONMENT,
@@ -90,10 +91,10 @@ def test_off_costs_nothing_nothing_stands_before_the_kernel(settings: Any) -> No
     for mode in ("off", "full"):
         settings.change({"trace": mode})
         session = sampling.Run(override(())).model_call(torch.device("cpu")).session
-        plan = session.plan(request, "self", "self")
+        slot = session.plan(CallKind(request, "self", "self"))
         bare = session.router.kernel("torch_sdpa")
-        assert plan.kernel is bare
-        assert (plan.clock is None) == (mode == "off")
+        assert slot.plan.kernel is bare
+        assert (slot.plan.clock is None) == (mode == "off")
 
 
 def test_each_model_call_has_its_step() -> None:

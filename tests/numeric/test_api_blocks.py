@@ -78,7 +78,7 @@ def test_outside_a_block_the_environment_is_read_once_or_when_asked(monkeypatch:
     def backends() -> set[str]:
         calls._thread.__dict__.clear()
         attention(Q, K, V)
-        return {row.backend for row in calls._own_book().run_report.rows.values()}
+        return {row.backend for row in calls._thread.own.run_report.rows.values()}
 
     assert backends() == {"torch_sdpa"}
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "_native_math")
@@ -218,7 +218,7 @@ def test_the_block_that_was_entered_last_and_is_still_open_counts(seed: int) -> 
             name = order.choice(names)
             held.append((name, holding(name)))
             next(held[-1][1])
-        layers = model_calls.current().asked.layers
+        layers = model_calls.current().layers
         assert [layer.default.backend for layer in layers] == [name for name, _ in reversed(held)]
     for _, generator in held:
         generator.close()  # type: ignore[attr-defined]
@@ -236,7 +236,7 @@ def test_a_generator_that_another_thread_finishes_leaves_nothing_here() -> None:
     thread.start()
     thread.join()
     assert ran() == "torch_sdpa"
-    assert model_calls._stack.get() is None
+    assert model_calls._context.get() is None
 
 
 def test_another_thread_sees_nothing() -> None:

@@ -25,7 +25,7 @@ from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sd
 from attention_backends.backends.kernels.support.varlen import VarlenCall  # noqa: E402
 from attention_backends.backends.values.limits import Causal, Dtypes, Masks, MaskWithCausal, ValueHeadDim  # noqa: E402
 from attention_backends.backends.values.platform import KINDS, Platform  # noqa: E402
-from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest, HostedCall  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from declared_features import Feature, features, without  # noqa: E402
 from fakes import on_platform, torch_operators, torch_varlen  # noqa: E402
@@ -106,7 +106,8 @@ def _faults_on(router: Router, backend: Backend, only: int | None) -> list[str]:
                 found.append(f"{where}: {feature.label} is declared and refused: {'; '.join(reasons)}")
             continue
         call, before = feature.call(), feature.call()
-        call.host = reference_attention if backend.id == COMFY else None
+        if backend.id == COMFY:
+            call = HostedCall(call, reference_attention)
         try:
             output = kernel(call)
         except Exception as failure:

@@ -11,6 +11,7 @@ import shutil
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.layers import Choice
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.priorities import PRIORITIES
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.values.platform import Platform, parse_platform
@@ -292,15 +293,15 @@ def test_with_compilation_switched_off_it_falls_back_and_says_why(
     session = Session(Router(here()), (AttentionConfig(AttentionSpec("flex_attn")),))
     if session.router.unavailable("flex_attn"):
         pytest.skip(f"flex_attn: {'; '.join(session.router.unavailable('flex_attn'))}")
-    plan = session.plan(call.request(), "self", "self")
-    assert plan.decision.backend == "flex_attn"
-    output = session.run(plan, copied(call))
-    assert plan.decision.backend == "torch_sdpa"
-    assert plan.row.reason == snapshot
+    slot = session.plan(CallKind(call.request(), "self", "self"))
+    assert slot.plan.decision.backend == "flex_attn"
+    output = session.attention(slot, copied(call))
+    assert slot.plan.decision.backend == "torch_sdpa"
+    assert slot.plan.row.reason == snapshot
     assert error(output, truth(call)).within(allowed(call, "exact"))
     strict = Session(session.router, (AttentionConfig(AttentionSpec("flex_attn"), strict=True),))
     with pytest.raises(NoBackendError) as caught:
-        strict.run(strict.plan(call.request(), "self", "self"), call)
+        strict.attention(strict.plan(CallKind(call.request(), "self", "self")), call)
     assert next(line for line in str(caught.value).splitlines() if line.startswith("  flex_attn: ")) == snapshot
 
 

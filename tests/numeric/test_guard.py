@@ -16,12 +16,14 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.guard import BUDGETS, VARIABLE, Guard, GuardAlarm, Watch  # noqa: E402
-from attention_backends.backends.guard import rows as guard_rows  # noqa: E402
-from attention_backends.backends.guard.turns import period  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
+from attention_backends.backends.observe import observe  # noqa: E402
+from attention_backends.backends.observe.guard import BUDGETS, VARIABLE, Guard, GuardAlarm, Watch  # noqa: E402
+from attention_backends.backends.observe.guard import rows as guard_rows  # noqa: E402
+from attention_backends.backends.observe.guard.turns import period  # noqa: E402
 from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_backends.backends.report.findings import ROWS, Findings, chance, lines, worst_first  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
@@ -54,7 +56,7 @@ def inference() -> Iterator[None]:
 
 
 def run_once(made: Session, call: AttentionCall, block: str = "0") -> torch.Tensor:
-    return made.run(made.plan(call.request(), "self", "self", block), call)
+    return made.attention(made.plan(CallKind(call.request(), "self", "self", block)), call)
 
 
 def watch_of(guard: Guard, kernel: Any, accuracy: str = "quantized") -> tuple[Watch, Row]:
@@ -163,14 +165,14 @@ def test_an_output_of_several_tensors_is_looked_at(kind: type) -> None:
 def test_a_model_that_is_never_finite_is_not_blamed_on_attention(snapshot: SnapshotAssertion) -> None:
     made = session(sdpa, "enforce")
     run_once(made, some_call(random.Random(0)))
-    runs = itertools.count()
+    runs, guard = itertools.count(), made.registered(Guard)
 
     def model() -> torch.Tensor:
         next(runs)
         return torch.full((2, 2), float("inf"))
 
     for _ in range(3):
-        made.guard.model_call(object(), model, model)
+        guard.model_call(object(), model, model)
     assert next(runs) == 4, "run again once, not at every step"
     assert made.run_report.notes == snapshot
 
@@ -452,11 +454,11 @@ def test_exact_kernels_are_watched_only_on_demand(
     config = AttentionConfig(
         AttentionSpec("torch_sdpa"), per_role={"cross": AttentionSpec("emulated_int8")}, guard="watch"
     )
-    made = Session(Router(Platform("cpu", torch="2.11.0")), (config,))
-    assert made.guard.covers("exact") is everything
-    assert made.guard.covers("quantized")
+    guard = observe(Session(Router(Platform("cpu", torch="2.11.0")), (config,))).registered(Guard)
+    assert guard.covers("exact") is everything
+    assert guard.covers("quantized")
     kernels = session(int8, "watch")
-    kernels.guard = Guard("watch", kernels.run_report)
+    kernels.observers[:] = [Guard("watch", kernels.run_report)]
     run_once(kernels, some_call(random.Random(0)))
     kernels.layers = (AttentionConfig(AttentionSpec("torch_sdpa"), guard="watch"),)
     run_once(kernels, some_call(random.Random(0)), "1")
@@ -465,7 +467,7 @@ def test_exact_kernels_are_watched_only_on_demand(
 
 def test_off_watches_nothing() -> None:
     made = session(int8, "off")
-    assert made.guard is None
+    assert made.registered(Guard) is None
     run_once(made, some_call(random.Random(0)))
     assert made.run_report.as_dict()["guard"] == []
 
@@ -502,7 +504,7 @@ def test_a_refused_block_stays_refused_for_another_kind_of_call() -> None:
     run_once(made, call)
     other = some_call(random.Random(5))
     assert torch.equal(run_once(made, other), sdpa(other))
-    plan = made.plan(other.request(), "self", "self", "1")
+    plan = made.plan(CallKind(other.request(), "self", "self", "1")).plan
     assert plan.decision.backend == LOSSY, "another block has not been caught yet"
 
 

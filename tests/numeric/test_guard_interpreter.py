@@ -18,7 +18,7 @@ from attention_backends.backends.values.request import AttentionCall, AttentionR
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.engine.router import Router  # noqa: E402
-from attention_backends.backends.guard import Guard, Watch  # noqa: E402
+from attention_backends.backends.observe.guard import Guard, Watch  # noqa: E402
 from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_calls import call_for, copied  # noqa: E402
 from test_sage_interpreter import SaysCuda, inference, sageattention  # noqa: E402, F401  # fixtures

@@ -11,8 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.guard import BUDGETS, Guard, GuardAlarm, Watch  # noqa: E402
-from attention_backends.backends.guard.turns import FEW_STEPS, LONGEST_GAP, LONGEST_PERIOD, Step, period  # noqa: E402
+from attention_backends.backends.observe.guard import BUDGETS, Guard, GuardAlarm, Watch  # noqa: E402
+from attention_backends.backends.observe.guard.turns import FEW_STEPS, LONGEST_GAP, LONGEST_PERIOD, Step, period  # noqa: E402
 from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from guarded_runs import LOSSY, int8, sdpa  # noqa: E402

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from attention_backends.backends.config.layers import Choice
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.registry import detect
@@ -70,8 +71,8 @@ def test_allowed_it_runs_from_a_pinned_repository_and_says_so(
     assert error(router.kernel(backend)(call), truth(call)).within(allowed(call, "exact"))
     assert router.refuse(backend, CALL._replace(mask="bool")) == snapshot
     origin = f"Hub: {repository} v{version}"
-    plan = Session(router).plan(CALL, "self", "self")
-    assert plan.decision.backend in ("flash_attn", "cudnn_attn", "torch_sdpa", backend)
+    slot = Session(router).plan(CallKind(CALL, "self", "self"))
+    assert slot.plan.decision.backend in ("flash_attn", "cudnn_attn", "torch_sdpa", backend)
     assert BACKENDS[backend].member(CALL, router.platform) == f"{backend} ({origin})"
     (row,) = examine(router, HERE, [backend])
     assert (row.available, row.version, row.file, row.advice) == (True, origin, None, None)
@@ -81,8 +82,8 @@ def test_allowed_it_runs_from_a_pinned_repository_and_says_so(
 def test_the_account_of_a_run_names_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     router = on_platform(monkeypatch, card((8, 6), KERNELS))
     session = Session(router)
-    plan = session.plan(CALL, "self", "self")
-    session.run(plan, call_for(CALL))
+    slot = session.plan(CallKind(CALL, "self", "self"))
+    session.attention(slot, call_for(CALL))
     (row,) = session.run_report.as_dict()["rows"]  # type: ignore[misc]
     assert (row["backend"], row["member"]) == (
         "flash_attn",

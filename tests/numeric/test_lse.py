@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from api_calls import K, Q, V, close, nothing_in_force, ran  # noqa: E402, F401
 from attention_backends.backends import account, attention, attention_backend  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
@@ -162,10 +163,10 @@ def test_one_that_fails_in_a_call_gives_way_to_another(checks: bool) -> None:
 
     router = Router(Platform("cpu", torch=torch.__version__), {**BACKENDS, "broken": Short()}, recalls=False)
     session, call = Session(router, checks=checks), LseCall(Q, K, V, scale=-0.3)
-    plan = session.plan(call.request(lse=True), "self", "self", choice=Choice("broken", "a test"))
-    assert plan.decision.backend == "broken"
-    close(session.run(plan, call), attention(Q, K, V, scale=-0.3))
-    assert plan.decision.backend == "torch_sdpa"
+    slot = session.plan(CallKind(call.request(lse=True), "self", "self"), choice=Choice("broken", "a test"))
+    assert slot.plan.decision.backend == "broken"
+    close(session.attention(slot, call), attention(Q, K, V, scale=-0.3))
+    assert slot.plan.decision.backend == "torch_sdpa"
     close(call.lse, _expected(-0.3))
 
 

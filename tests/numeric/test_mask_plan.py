@@ -16,6 +16,7 @@ from attention_backends.backends.kernels.reference import reference_attention  #
 from attention_backends.backends.values.mask_plan import (  # noqa: E402
     ALL,
     MaskPlan,
+    write_part,
 )
 from attention_backends.backends.values.masks import as_4d  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
@@ -55,7 +56,12 @@ def run(plan: MaskPlan, call: AttentionCall) -> torch.Tensor:
         outputs.append(
             sdpa(part.query, part.key, part.value, part.attn_mask, is_causal=part.is_causal, enable_gqa=part.enable_gqa)
         )
-    return plan.joined(outputs, call)
+    whole = plan.empty_output(call)
+    for part, output in zip(plan.sub_calls, outputs, strict=True):
+        if output is not None:
+            whole = write_part(output, part, whole)
+    assert whole is not None
+    return whole
 
 
 def stock(call: AttentionCall, mask: torch.Tensor) -> torch.Tensor:
@@ -85,9 +91,9 @@ def test_random_masks_of_every_form_equal_sdpa() -> None:
         call = call_of(rng, batch, heads, kv_heads, q_len, kv_len, dtype)
         mask, words = random_mask(rng, batch, heads, q_len, kv_len, dtype)
         plan = inspect(as_4d(mask), kv_len)
-        seen[plan.treatment] += 1
+        seen[plan.strategy] += 1
         tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-        assert worst(run(plan, call), stock(call, mask)) <= tolerance, (number, words, plan.treatment, q_len, kv_len)
+        assert worst(run(plan, call), stock(call, mask)) <= tolerance, (number, words, plan.strategy, q_len, kv_len)
     if CASES >= 10_000:
         assert set(seen) == {
             "nothing hidden", "trimmed", "gathered", "per sample", "causal", "per block", "passed on",
@@ -131,8 +137,8 @@ PLANS = {
 def test_keys_that_lie_together_are_views(case: str) -> None:
     mask, treatment, keys = PLANS[case]
     plan = inspect(mask, mask.shape[3])
-    (part,) = plan.parts
-    assert (plan.treatment, part.keys, part.mask) == (treatment, keys, None)
+    (part,) = plan.sub_calls
+    assert (plan.strategy, part.keys, part.mask) == (treatment, keys, None)
     call = call_of(random.Random(0), 2, 3, 3, 5, mask.shape[3], torch.float32)
     (taken,) = plan.calls(call)
     assert taken is not None
@@ -141,8 +147,8 @@ def test_keys_that_lie_together_are_views(case: str) -> None:
 
 def test_a_gap_is_gathered() -> None:
     plan = inspect(torch.tensor([1, 0, 0, 1, 1]).bool()[None, None, None], 5)
-    assert plan.treatment == "gathered"
-    assert plan.parts[0].keys.tolist() == [0, 3, 4]
+    assert plan.strategy == "gathered"
+    assert plan.sub_calls[0].keys.tolist() == [0, 3, 4]
 
 
 def test_a_hidden_suffix_changes_no_bit() -> None:
@@ -168,7 +174,7 @@ def test_patterns_are_recognised(case: str) -> None:
     pattern, q_len, kv_len, treatment, name = PATTERN_NAMES[case]
     visible = visible_keys(pattern, 1, 1, q_len, kv_len, random.Random(4))
     plan = inspect(visible, kv_len)
-    assert plan.treatment == treatment
+    assert plan.strategy == treatment
     assert plan.pattern.startswith(name) if name else plan.pattern == ""
 
 
@@ -193,38 +199,38 @@ def test_rows_of_finite_lowest_numbers_keep_what_sdpa_gives() -> None:
     """Such a row attends to everything alike: leaving the keys out would change it."""
     mask = torch.zeros(1, 1, 2, 4)
     mask[0, 0, 1] = torch.finfo(torch.float32).min
-    assert inspect(mask, 4).treatment == "passed on"
+    assert inspect(mask, 4).strategy == "passed on"
     mask[0, 0, 1] = float("-inf")
-    assert inspect(mask, 4).treatment == "per block"
+    assert inspect(mask, 4).strategy == "per block"
 
 
 def test_numbers_above_half_of_the_lowest_are_a_bias() -> None:
     plan = inspect(torch.tensor([0.0, -1e9])[None, None, None], 2)
-    assert plan.treatment == "passed on"
-    assert plan.parts[0].mask is not None
+    assert plan.strategy == "passed on"
+    assert plan.sub_calls[0].mask is not None
 
 
 def test_a_pattern_that_samples_and_heads_share_is_recognised() -> None:
     """With guidance both prompts go through the model as one batch, often with a mask that was copied for each."""
     visible = visible_keys("causal", 1, 1, 40, 40, random.Random(0))
-    assert inspect(visible.repeat(2, 3, 1, 1), 40).treatment == "causal"
+    assert inspect(visible.repeat(2, 3, 1, 1), 40).strategy == "causal"
     differing = visible.repeat(2, 3, 1, 1)
     differing[1, 2, 30, 35] = True
-    assert inspect(differing, 40).treatment == "passed on"
+    assert inspect(differing, 40).strategy == "passed on"
 
 
 def test_a_mask_that_hides_everything_is_passed_on() -> None:
-    assert inspect(torch.zeros(2, 1, 1, 5, dtype=torch.bool), 5).treatment == "passed on"
+    assert inspect(torch.zeros(2, 1, 1, 5, dtype=torch.bool), 5).strategy == "passed on"
 
 
 def test_nan_is_passed_on() -> None:
-    assert inspect(torch.tensor([0.0, float("nan")])[None, None, None], 2).treatment == "passed on"
+    assert inspect(torch.tensor([0.0, float("nan")])[None, None, None], 2).strategy == "passed on"
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 0), (0, 1, 1, 5), (1, 1, 0, 5), (2, 0, 3, 5)], ids=str)
 def test_a_mask_without_numbers_is_passed_on(shape: tuple[int, ...]) -> None:
     for dtype in (torch.bool, torch.float32):
-        assert inspect(torch.zeros(shape, dtype=dtype), shape[3]).treatment == "passed on"
+        assert inspect(torch.zeros(shape, dtype=dtype), shape[3]).strategy == "passed on"
 
 
 def test_facts_are_equal_for_equal_shapes_only() -> None:

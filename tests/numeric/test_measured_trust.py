@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
@@ -20,6 +21,7 @@ from attention_backends.backends.measure.call_key import key_of  # noqa: E402
 from attention_backends.backends.observe.autotune.known import with_store  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
+from attention_backends.backends.observe.guard import Guard  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
 from measured_entries import entry  # noqa: E402
 from measured_machines import INCUMBENT, Costed, Machine, ran, sdpa, small_call, steady  # noqa: E402
@@ -40,17 +42,18 @@ def imported(store: Store, *entries: Any) -> int:
 def test_an_imported_winner_that_may_not_run_is_measured_anew(store: Store, winner: str) -> None:
     call = small_call()
     router = Router(detect(CPU))
-    session = Session(router, (AttentionConfig(AttentionSpec("autotune"), accuracy="exact"),))
-    session.tuner = Tuner(session, store)
-    others = session.tuner.candidates(call.request(), INCUMBENT, "exact")
+    session = Session(router, (AttentionConfig(AttentionSpec("measured"), accuracy="exact"),))
+    tuner = Tuner(session, store)
+    session.register(tuner)
+    others = tuner.candidates(call.request(), INCUMBENT, "exact")
     times = {**dict.fromkeys(others, 5.0), winner: 0.001}
     imported(store, entry(key_of("self", call.request()), ms=times))
 
-    plan = session.plan(call.request(), "self", "self")
-    session.run(plan, call)
+    slot = session.plan(CallKind(call.request(), "self", "self"))
+    session.attention(slot, call)
     assert winner not in ran(session)
-    assert session.tuner.is_trying(plan)
-    decision = router.select(call.request(), Choice("autotune", "test"))
+    assert slot.plan.is_trial
+    decision = router.select(call.request(), Choice("measured", "test"))
     assert with_store(decision, call.request(), "self", "self", "exact", router, store).backend == INCUMBENT
 
 
@@ -170,11 +173,12 @@ def test_what_is_not_finite_is_seen_in_the_trials_of_a_lossy_kernel_too(
         def blocks() -> Any:
             for block in range(30):
                 if block not in plans:
-                    plans[block] = session.plan(call.request(), "self", "self", f"blocks.{block}")
-            return torch.stack([session.run(plan, call) for plan in plans.values()])
+                    plans[block] = session.plan(CallKind(call.request(), "self", "self", f"blocks.{block}"))
+            return torch.stack([session.attention(plan, call) for plan in plans.values()])
 
-        assert session.guard is not None
-        finite = session.guard.model_call(step, blocks, blocks).isfinite().all()
+        guard = session.registered(Guard)
+        assert guard is not None
+        finite = guard.model_call(step, blocks, blocks).isfinite().all()
         assert bool(finite) == (number == 1)
     assert session.run_report.notes == snapshot
 
@@ -191,8 +195,7 @@ def test_an_incumbent_that_failed_in_one_run_is_measured_in_the_next(store: Stor
     usual = Costed(INCUMBENT, None, lambda: 5.0, fails_once)  # type: ignore[arg-type]
     machine = Machine(store, steady(sdpa_math=2.0), others=[usual])
     call = small_call()
-    call.host = sdpa
-    machine.run(call)
+    machine.run(call, host=sdpa)
     assert store.entries() == []
     machine.run(call)
     assert store.entries()[0]["winner"] == "sdpa_math"

@@ -13,8 +13,8 @@ from attention_backends.backends.values.request import AttentionRequest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.guard import rows as guard_rows  # noqa: E402
 from attention_backends.backends.kernels.support import precision  # noqa: E402
+from attention_backends.backends.observe.guard import rows as guard_rows  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, cast  # noqa: E402
 from tolerance import error, truth  # noqa: E402
 

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
@@ -79,8 +80,8 @@ def test_an_error_is_judged_the_same_under_any_id_and_by_all(
             (AttentionConfig(AttentionSpec(backend_id), guard="watch"),),
         )
         call = call_for(AttentionRequest(1, 4, 130, 200, 64, "bfloat16"))
-        plan = session.plan(call.request(), "self", "self")
-        session.run(plan, copied(call))
+        slot = session.plan(CallKind(call.request(), "self", "self"))
+        session.attention(slot, copied(call))
         (row,) = session.run_report.rows.values()
         assert (row.backend, row.guard.checked) == (backend_id, 1)
         assert (row.guard.alarms == 0) is good, f"guard: {row.guard}"

@@ -14,16 +14,20 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.layers import Choice  # noqa: E402
+from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind, SplitPlan  # noqa: E402
 from attention_backends.backends.engine.router import NOTHING_MEASURES, Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
+from attention_backends.backends.engine.sub_calls import calls_of, plan_sub_calls  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure.call_key import key_of  # noqa: E402
+from attention_backends.backends.observe import observe  # noqa: E402
 from attention_backends.backends.observe.autotune import race as measuring  # noqa: E402
 from attention_backends.backends.observe.autotune.race import Race  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
-from attention_backends.backends.observe.autotune.trial import Trial  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
+from attention_backends.backends.observe.guard import Guard  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from measured_machines import INCUMBENT, Costed, Machine, noisy, ran, sdpa, small_call, steady  # noqa: E402
@@ -77,7 +81,6 @@ def test_the_choice_is_within_3_percent_of_the_best_on_19_of_20_machines(tmp_pat
         again = machine.run(small_call(), blocks=10, steps=3)
         spent_again = {name: backend.calls - before[name] for name, backend in machine.backends.items()}
         assert spent_again == {name: 30 if name == entry["winner"] else 0 for name in real}
-        assert machine.tuner.trials == 0
         assert tuning(again)["from_store"] == tuning(again)["kinds"] == 1
     assert good >= 19
 
@@ -173,8 +176,7 @@ def test_a_first_call_beyond_the_budget_puts_a_candidate_off_to_the_next_run(sto
     machine.run(small_call())
     assert only_entry(store)["winner"] == "sdpa_math"
     assert only_entry(store)["put_off"] == {}
-    machine.run(small_call())
-    assert machine.tuner.trials == 0
+    assert ran(machine.run(small_call())) == {"sdpa_math": 240}, "nothing is tried again"
 
 
 def test_one_that_always_compiles_is_put_off_twice_only(store: Store, snapshot: SnapshotAssertion) -> None:
@@ -245,10 +247,10 @@ def test_a_candidate_that_goes_wrong_harms_nothing(
     exact, key = sdpa(call), call.key.clone()
     session = machine.begin()
     outputs = []
-    plan = session.plan(call.request(), "self", "self")
+    slot = session.plan(CallKind(call.request(), "self", "self"))
     for _ in range(40):
         machine.tuner.model_call(object() if machine.tuner.steps < 4 else machine.tuner._step)
-        outputs.append(session.run(plan, call))
+        outputs.append(session.attention(slot, call))
     assert all(torch.equal(output, exact) for output in outputs)
     assert torch.equal(call.key, key)
     entry = only_entry(store)
@@ -283,10 +285,9 @@ def test_an_incumbent_that_fails_falls_back_as_ever(store: Store) -> None:
     machine = Machine(store, steady(sdpa_math=2.0), others=[bad])
     session = machine.begin()
     call = small_call()
-    call.host = sdpa
-    plan = session.plan(call.request(), "self", "self")
-    assert torch.equal(session.run(plan, call), sdpa(call))
-    assert plan.decision.backend == "comfy"
+    slot = session.plan(CallKind(call.request(), "self", "self"))
+    assert torch.equal(session.attention(slot, call, host=sdpa), sdpa(call))
+    assert slot.plan.decision.backend == "comfy"
     assert store.entries() == []
 
 
@@ -312,9 +313,9 @@ def test_lossy_kernels_are_tried_only_where_they_are_allowed(store: Store) -> No
     winners = {entry["accuracy"]: entry["winner"] for entry in store.entries()}
     assert winners == {"exact": "sdpa_math", "quantized": "sage_attn"}, "each accuracy has a choice of its own"
     session = machine("quantized").begin()
-    plan = session.plan(small_call().request(exact_only=True), "self", "self")
-    assert isinstance(plan.kernel, Trial)
-    assert {*plan.kernel._race.runners} == {INCUMBENT, "sdpa_math"}
+    slot = session.plan(CallKind(small_call().request(exact_only=True), "self", "self"))
+    assert slot.plan.is_trial
+    assert {*slot.plan._race.runners} == {INCUMBENT, "sdpa_math"}
 
 
 def test_the_chosen_lossy_kernel_is_watched_as_usual(store: Store) -> None:
@@ -332,8 +333,9 @@ def test_a_bad_lossy_trial_under_enforce_leaves_its_block_free(store: Store, sna
     lossy = Costed("sage_attn", None, lambda: 1.5, lambda call: next(calls, worse)(call), "quantized")  # type: ignore[arg-type]
     machine = Machine(store, steady(torch_sdpa=3.0), accuracy="quantized", guard="enforce", others=[lossy])
     session = machine.run(small_call(), blocks=3, steps=30)
-    assert session.guard is not None
-    assert session.guard.refused == {}
+    guard = session.registered(Guard)
+    assert guard is not None
+    assert guard.refused == {}
     assert only_entry(store)["rejected"] == snapshot
     assert ran(session) == {INCUMBENT: 89, "sage_attn": 1}
 
@@ -343,10 +345,10 @@ def test_an_incumbent_that_is_not_exact_is_watched_while_it_is_measured(store: S
     machine = Machine(store, steady(torch_sdpa=4.0), accuracy="quantized", guard="enforce", others=[lossy])
     machine.router.route = machine.router.route._replace(order=("sage_attn", INCUMBENT))
     session, call = machine.begin(), small_call()
-    plan = session.plan(call.request(), "self", "self", "blocks.0")
-    assert (plan.decision.backend, machine.tuner.is_trying(plan)) == ("sage_attn", True)
+    slot = session.plan(CallKind(call.request(), "self", "self", "blocks.0"))
+    assert (slot.plan.decision.backend, slot.plan.is_trial) == ("sage_attn", True)
     for _ in range(30):
-        assert torch.equal(session.run(plan, call), sdpa(call))
+        assert torch.equal(session.attention(slot, call), sdpa(call))
     assert ran(session) == {INCUMBENT: 30}
     assert lossy.calls == 1
 
@@ -403,9 +405,9 @@ def test_what_presets_found_for_a_category_holds_for_its_roles(store: Store) -> 
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
     machine.run(small_call(), role="joint")
     session = machine.begin()
-    plan = session.plan(small_call().request(), "flux.single", "joint")
-    assert plan.decision.backend == "sdpa_math"
-    assert isinstance(session.plan(small_call().request(), "flux.single", "cross").kernel, Trial)
+    slot = session.plan(CallKind(small_call().request(), "flux.single", "joint"))
+    assert slot.plan.decision.backend == "sdpa_math"
+    assert session.plan(CallKind(small_call().request(), "flux.single", "cross")).plan.is_trial
 
 
 def test_a_kernel_that_is_new_here_is_tried(store: Store) -> None:
@@ -443,41 +445,54 @@ def test_nothing_is_tried_where_that_may_not_be(
     monkeypatch.undo()
     session = machine.begin()
     machine.tuner.paused = "a recorded run is repeated"
-    plan = session.plan(small_call().request(), "self", "self")
-    assert plan.decision.source == snapshot
+    slot = session.plan(CallKind(small_call().request(), "self", "self"))
+    assert slot.plan.decision.source == snapshot
     machine.run(small_call())
     session = machine.begin()
     machine.tuner.paused = "a recorded run is repeated"
-    assert session.plan(small_call().request(), "self", "self").decision.backend == "sdpa_math", "what is known counts"
+    assert session.plan(CallKind(small_call().request(), "self", "self")).plan.decision.backend == "sdpa_math", (
+        "what is known counts"
+    )
 
 
 def test_without_a_tuner_measured_is_auto_and_says_so() -> None:
     machine = Machine(Store(Path("nowhere")), steady(torch_sdpa=3.0, sdpa_math=2.0), strict=True)
     session = Session(machine.router, machine.layers)
-    plan = session.plan(small_call().request(), "self", "self")
-    assert plan.decision.backend == INCUMBENT
+    slot = session.plan(CallKind(small_call().request(), "self", "self"))
+    assert slot.plan.decision.backend == INCUMBENT
     assert list(session.run_report.notes) == [NOTHING_MEASURES]
 
 
 def test_parts_of_a_mask_are_measured_one_by_one(store: Store) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
     session = machine.begin()
+    for backend in machine.backends.values():
+        backend.varlen, backend.load_varlen = True, lambda platform: sdpa
     call = small_call()
-    part = session.plan(call.request(), "self", "self")
-    assert isinstance(part.kernel, Trial)
-    assert session.plan_varlen(part, call.request(), sdpa) is None
-    machine.run(call)
-    session = machine.begin()
-    part = session.plan(call.request(), "self", "self")
-    assert session.plan_varlen(part, call.request(), sdpa) is not None
+    visible = torch.ones(2, 1, 1, 8, dtype=torch.bool)
+    visible[0, ..., 6:], visible[1, ..., :2] = False, False
+    whole = AttentionCall(*(torch.cat([tensor, tensor]) for tensor in (call.query, call.key, call.value)), visible)
+    mask_plan = inspect(visible, 8)
+
+    def split(session: Session) -> SplitPlan:
+        calls = calls_of(session, mask_plan, whole, None)
+        slot = plan_sub_calls(
+            session, mask_plan, whole, calls, lambda part, mask: session.plan(CallKind(part.request(), "self", "self"))
+        )
+        return slot.split
+
+    assert split(session).varlen is None
+    assert all(slot.plan.is_trial for slot in split(session).slots)
+    machine.run(call.changed(key=call.key[:, :, :6], value=call.value[:, :, :6]))
+    assert split(machine.begin()).varlen is not None
 
 
 def test_a_checkpoints_preference_counts_as_over_auto(store: Store) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
     session = machine.begin()
     preferred = Choice("sdpa_math", "the checkpoint's own preference")
-    plan = session.plan(small_call().request(), "self", "self", preferred=preferred)
-    assert (plan.decision.backend, plan.decision.source) == ("sdpa_math", preferred.source)
+    slot = session.plan(CallKind(small_call().request(), "self", "self"), preferred=preferred)
+    assert (slot.plan.decision.backend, slot.plan.decision.source) == ("sdpa_math", preferred.source)
 
 
 def test_without_a_clock_of_the_work_nothing_is_tried(store: Store) -> None:
@@ -496,22 +511,23 @@ def test_on_a_card_real_kernels_are_tried(store: Store) -> None:
     tensors = [torch.randn(1, 24, 8192, 128, generator=generator).to(device, torch.bfloat16) for _ in range(3)]
     call = AttentionCall(*tensors)
     for _ in range(10):
-        session = Session(router, layers)
-        session.tuner = Tuner(session, store)
-        plan = session.plan(call.request(), "self", "self")
+        session = observe(Session(router, layers))
+        tuner = Tuner(session, store)
+        session.register(tuner)
+        slot = session.plan(CallKind(call.request(), "self", "self"))
         for _ in range(5):
-            session.tuner.model_call(object())
+            tuner.model_call(object())
             for _ in range(40):
-                session.run(plan, call)
+                session.attention(slot, call)
         torch.cuda.synchronize()
-        session.tuner.close()
+        tuner.close()
         if store.entries() and not only_entry(store)["put_off"]:
             break
     entry = only_entry(store)
     assert entry["ms"][entry["winner"]] <= min(entry["ms"].values()) * 1.03
-    session = Session(router, layers)
-    session.tuner = Tuner(session, store)
-    assert session.plan(call.request(), "self", "self").decision.backend == entry["winner"]
+    session = observe(Session(router, layers))
+    session.register(Tuner(session, store))
+    assert session.plan(CallKind(call.request(), "self", "self")).plan.decision.backend == entry["winner"]
 
 
 def test_on_an_accelerator_kernels_that_keep_all_scores_are_left_out_where_they_are_huge(store: Store) -> None:

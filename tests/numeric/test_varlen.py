@@ -13,12 +13,13 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends import api, attention, attention_backend, calls  # noqa: E402
+from attention_backends.backends.calls import CallSession  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
-from attention_backends.backends.context import Asked, CallSession  # noqa: E402
 from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.engine.sub_calls import calls_of, plan_sub_calls, run_sub_calls  # noqa: E402
+from attention_backends.backends.engine.sub_calls import calls_of, plan_sub_calls  # noqa: E402
 from attention_backends.backends.kernels.support.layout import Elements  # noqa: E402
 from attention_backends.backends.report import RunReport  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
@@ -70,11 +71,15 @@ def run(router: Router, backend: str, call: AttentionCall, config: str = "") -> 
     mask_plan = inspect(call.attn_mask, call.key.shape[2])
     calls = calls_of(session, mask_plan, call, backend)
     parts = plan_sub_calls(
-        session, mask_plan, call, calls, lambda part, words: session.plan(part.request(), "self", "self", mask=words)
+        session,
+        mask_plan,
+        call,
+        calls,
+        lambda part, words: session.plan(CallKind(part.request(), "self", "self", mask=words)),
     )
     arithmetic.CALLS.clear()
-    run_sub_calls(session, parts, mask_plan, call)
-    return run_sub_calls(session, parts, mask_plan, call), session
+    session.attention(parts, call, mask_plan)
+    return session.attention(parts, call, mask_plan), session
 
 
 def masked(call: AttentionCall, visible: torch.Tensor) -> AttentionCall:
@@ -320,8 +325,8 @@ def test_when_an_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
     def reads(backend: str, device: str, **changes: object) -> bool:
         layers = (parse_config(backend, "test"),) if backend else ()
-        session = CallSession(router, Asked(layers, False, False), layers, RunReport())
-        return session.reads(request(**changes), "self", "self", device)
+        session = CallSession(router, layers, torch.device(device), False, RunReport())
+        return session.reads_mask(CallKind(request(**changes), "self", "self"))
 
     assert reads("", "cpu", mask="bool")
     assert not reads("flash_attn_2", "cpu")

@@ -70,7 +70,8 @@ NAMED: dict[str, set[str]] = {
     "comparison/run.py": {"COMFY"},
     "nodes/compare/compare_runs.py": {"COMFY"},
     "nodes/hook/comfy_functions.py": {"COMFY"},  # the label of ComfyUI's own functions
-    "nodes/hook/hook_calls.py": {"COMFY", "LAST_RESORT"},
+    "nodes/hook/hook_calls.py": {"COMFY"},
+    "nodes/hook/hook_plans.py": {"COMFY", "LAST_RESORT"},
 }
 """Which of them a file takes. In the doctor and in what is observed none does: they ask what a backend declares."""
 

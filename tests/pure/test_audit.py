@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.router import Decision, Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.report import RunReport
@@ -256,7 +257,7 @@ def test_a_sound_run_passes(
 def test_a_session_by_itself_knows_what_was_asked() -> None:
     pytest.importorskip("torch", reason="torch is not installed")
     session = Session(Router(Platform("cpu", torch="2.11.0")), (parse_config("cudnn", "node"),))
-    session.plan(CALL, "ltx2.audio_to_video", "cross").row.calls += 1
+    session.plan(CallKind(CALL, "ltx2.audio_to_video", "cross")).plan.row.calls += 1
     (finding,) = asked_and_ran(session.run_report)
     assert (finding.asked, finding.verdict) == ("cudnn_attn", "explained")
     assert session.run_report.categories == {"ltx2.audio_to_video": "cross"}

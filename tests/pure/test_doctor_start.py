@@ -38,7 +38,7 @@ sys.modules["attention_backends"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["attention_backends"])
 import attention_backends.backends.kernels, attention_backends.cli
 for found in pkgutil.walk_packages(attention_backends.backends.__path__, "attention_backends.backends."):
-    if found.name != "attention_backends.backends.guard.rows":  # arithmetic in torch, for when a guard looks
+    if found.name != "attention_backends.backends.observe.guard.rows":  # arithmetic in torch, for when a guard looks
         importlib.import_module(found.name)
 sys.setprofile(None)
 new = sorted(set(sys.modules) - before)

@@ -8,6 +8,7 @@ import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.names import MENU
 from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
@@ -123,8 +124,8 @@ def test_options_reach_the_role_that_asked(tunable: Backend) -> None:
         default=AttentionSpec(tunable.id), per_role={"cross": AttentionSpec(tunable.id, {"steps": 7})}
     )
     session = Session(Router(Platform("cpu", torch="2.11.0")), (config,))
-    assert session.plan(REQUEST, "self", "self").kernel(None)[1] == 4  # type: ignore[arg-type, index]
-    assert session.plan(REQUEST, "cross", "cross").kernel(None)[1] == 7  # type: ignore[arg-type, index]
+    assert session.plan(CallKind(REQUEST, "self", "self")).plan.kernel(None)[1] == 4  # type: ignore[arg-type, index]
+    assert session.plan(CallKind(REQUEST, "cross", "cross")).plan.kernel(None)[1] == 7  # type: ignore[arg-type, index]
 
 
 def test_a_failure_with_some_options_says_nothing_of_others(tunable: Backend, snapshot: SnapshotAssertion) -> None:
@@ -132,10 +133,10 @@ def test_a_failure_with_some_options_says_nothing_of_others(tunable: Backend, sn
     good, plain = AttentionSpec(tunable.id, {"mode": "good"}), AttentionSpec(tunable.id)
     roles = {"self": good, "cross": plain, "other": AttentionSpec(tunable.id, {"steps": 2})}
     session = Session(Router(Platform("cpu", torch="2.11.0")), (AttentionConfig(per_role=roles),))
-    assert session.plan(REQUEST, "self", "self").decision.backend == "torch_sdpa"
-    assert session.plan(REQUEST, "cross", "cross").decision.backend == tunable.id, "the sound one runs"
-    assert session.plan(REQUEST, "other", "cross").decision.options == {"steps": 2}
-    assert session.plan(REQUEST, "self", "self").decision.reason == snapshot
+    assert session.plan(CallKind(REQUEST, "self", "self")).plan.decision.backend == "torch_sdpa"
+    assert session.plan(CallKind(REQUEST, "cross", "cross")).plan.decision.backend == tunable.id, "the sound one runs"
+    assert session.plan(CallKind(REQUEST, "other", "cross")).plan.decision.options == {"steps": 2}
+    assert session.plan(CallKind(REQUEST, "self", "self")).plan.decision.reason == snapshot
 
 
 def test_a_fallback_that_fails_too_does_not_bring_back_the_backend_without_its_options(
@@ -145,16 +146,16 @@ def test_a_fallback_that_fails_too_does_not_bring_back_the_backend_without_its_o
     router = Router(Platform("cpu", torch="2.11.0"), {**BACKENDS, tunable.id: tunable})
     config = AttentionConfig(default=AttentionSpec(tunable.id, {"mode": "good"}))
     session = Session(router, (config,))
-    plan = session.plan(REQUEST, "self", "self")
-    assert plan.decision.backend == "torch_sdpa"
+    slot = session.plan(CallKind(REQUEST, "self", "self"))
+    assert slot.plan.decision.backend == "torch_sdpa"
 
     def fails(call: object) -> None:
         raise RuntimeError("no kernel image")
 
-    plan.kernel = fails  # type: ignore[assignment]
+    slot.plan.kernel = fails  # type: ignore[assignment]
     q = torch.zeros(1, 2, 16, 64, dtype=torch.float16)  # as the request has it
-    session.run(plan, AttentionCall(q, q, q, host=lambda call: q))
-    assert plan.decision.backend == "comfy", "not the backend that was asked for with other options"
+    session.attention(slot, AttentionCall(q, q, q), host=lambda call: q)
+    assert slot.plan.decision.backend == "comfy", "not the backend that was asked for with other options"
 
 
 def test_options_that_a_version_lacks_are_known_before_anything_is_loaded(snapshot: SnapshotAssertion) -> None:
@@ -184,11 +185,11 @@ def test_an_option_that_the_package_refuses_is_a_fallback_with_its_reason(
         listed = {name: backend for name, backend in BACKENDS.items() if name in MENU}  # a new kernel is not in it
         return Session(Router(Platform("cpu", torch="2.11.0"), listed), (config,))
 
-    decision = session(strict=False).plan(REQUEST, "self", "self").decision
+    decision = session(strict=False).plan(CallKind(REQUEST, "self", "self")).plan.decision
     assert decision.backend == "torch_sdpa"
     assert decision.reason == snapshot
     with pytest.raises(NoBackendError) as caught:
-        session(strict=True).plan(REQUEST, "self", "self")
+        session(strict=True).plan(CallKind(REQUEST, "self", "self"))
     assert str(caught.value) == snapshot
 
 
@@ -203,4 +204,4 @@ def test_out_of_memory_while_options_load_is_passed_on(tunable: Backend, monkeyp
     config = AttentionConfig(default=AttentionSpec(tunable.id, {"steps": 2}))
     session = Session(Router(Platform("cpu", torch="2.11.0")), (config,))
     with pytest.raises(MemoryError):
-        session.plan(REQUEST, "self", "self")
+        session.plan(CallKind(REQUEST, "self", "self"))

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.config.text import parse_config
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.router import NOTHING_MEASURES, Rejection, Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Kernel, Limits
@@ -291,7 +292,7 @@ def test_the_note_is_in_the_account_once_and_in_explain(
     router = Router(Platform("cpu"), {**BACKENDS, "reference": Slow()})
     session = Session(router)
     for q_len in (8, 16, 24):
-        session.plan(CALL._replace(q_len=q_len), f"role{q_len}", "self", choice=Choice("reference", "test"))
+        session.plan(CallKind(CALL._replace(q_len=q_len), f"role{q_len}", "self"), choice=Choice("reference", "test"))
     assert session.run_report.notes == {"reference: slow here": 1}
     words = ["explain", "--config", "flex", "--platform", "cuda:9.0,packages=triton==3.6.0"]
     assert cli.main(words) == 0

@@ -9,6 +9,7 @@ import pytest
 from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.doctor.route_report import route_report
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.priorities import PRIORITIES, default_line, priority_for
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
@@ -209,8 +210,8 @@ def test_a_role_is_logged_once_and_a_fallback_once_per_reason(
     )
     with caplog.at_level(logging.INFO, logger="attention_backends"):
         for q_len in (4096, 1024):
-            session.plan(CALL._replace(q_len=q_len), "ltx2.audio_to_video", "cross")
-            session.plan(CALL._replace(q_len=q_len), "self", "self")
+            session.plan(CallKind(CALL._replace(q_len=q_len), "ltx2.audio_to_video", "cross"))
+            session.plan(CallKind(CALL._replace(q_len=q_len), "self", "self"))
     infos = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert infos == snapshot

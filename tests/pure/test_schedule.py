@@ -16,6 +16,7 @@ from attention_backends.backends.config.schedule import ScheduleEntry, step_of
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.config.timetable import Timetable
 from attention_backends.backends.config.windows import parse_numbers, parse_percent, parse_sigmas
+from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels.registry import detect
@@ -452,8 +453,8 @@ def test_outside_comfyui_a_schedule_over_time_says_that_it_has_no_effect(snapsho
     request = AttentionCall(query, query, query).request()
     layers = (config(entry(steps="0-"), entry("sdpa_flash", role="cross")),)
     session = Session(Router(detect(torch.device("cpu"))), layers)
-    assert session.plan(request, "self", "self").decision.asked == "torch_sdpa"
-    assert session.plan(request, "cross", "cross").decision.asked == "sdpa_flash"
+    assert session.plan(CallKind(request, "self", "self")).plan.decision.asked == "torch_sdpa"
+    assert session.plan(CallKind(request, "cross", "cross")).plan.decision.asked == "sdpa_flash"
     assert list(session.run_report.notes) == snapshot
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...values.faults import check_output_is
 from ...values.mask_plan import MaskPlan
-from ...values.request import AttentionCall
+from ...values.request import AttentionCall, SplitCall
 from ..backend import Kernel
 from .ragged import offsets_of, to_bhsd, to_thd
 
@@ -101,16 +101,16 @@ def unpack(output: torch.Tensor, call: AttentionCall, plan: MaskPlan) -> torch.T
 
 
 def as_kernel(kernel: VarlenKernel) -> Kernel:
-    """A kernel for whole calls whose `parts` say how their mask is honoured, from one for packed tokens."""
+    """A kernel for a `SplitCall`, from one for packed tokens."""
 
     def run(call: AttentionCall) -> torch.Tensor:
-        if call.parts is None:
-            raise ValueError("a call without the plan of its mask cannot be packed")
-        packed = pack(call, call.parts)
+        if not isinstance(call, SplitCall):
+            raise TypeError(f"the plan of a varlen call was given {type(call).__name__}, without a mask plan")
+        packed = pack(call, call.mask_plan)
         output = kernel(packed)
         shape = (*packed.query.shape[:2], packed.value.shape[2])
         check_output_is(output, shape, packed.query.dtype, packed.query.get_device())
-        return unpack(output, call, call.parts)
+        return unpack(output, call, call.mask_plan)
 
     return run
 
@@ -120,7 +120,7 @@ def _sequences(call: AttentionCall, plan: MaskPlan) -> list[_Sequence]:
     batch, q_len = call.query.shape[0], call.query.shape[2]
     found = [
         _Sequence(sample, *part.rows.indices(q_len)[:2], part.keys)
-        for part in plan.parts
+        for part in plan.sub_calls
         if part.keys is not None
         for sample in range(batch)[part.samples]
     ]
@@ -133,8 +133,8 @@ def _covers(call: AttentionCall, sequences: Sequence[_Sequence]) -> bool:
 
 
 def packs(plan: MaskPlan) -> bool:
-    """Whether the parts of a mask can be one packed call: several of them, none with a mask left."""
-    some = [part for part in plan.parts if part.keys is not None]
-    return plan.treatment in ("per sample", "per block") and all(
+    """Whether the parts of a mask can be one packed call: several of them, none with a mask of its own left."""
+    some = [part for part in plan.sub_calls if part.keys is not None]
+    return plan.strategy in ("per sample", "per block") and all(
         part.mask is None and not part.is_causal for part in some
     )

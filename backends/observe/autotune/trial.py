@@ -1,9 +1,10 @@
-"""The kernel of a kind of call that is being measured: each call is computed once, by whoever's turn it is.
+"""The plan of a kind of call that is being measured: candidates take turns, each call is computed once.
 
-It writes into its plan what computes the call, so that the account counts it under that. A candidate that fails, runs
-out of memory or is too far off is out, and the incumbent computes the call from the same tensors.
+The row and the decision of the plan are those of the candidate that computed the latest call, so that the run report
+counts it there. A candidate that fails, runs out of memory or is too inexact is out, and the incumbent computes the
+call from the same tensors.
 
-Boundary: one plan, its calls and its race; when trials are made is for `tuner.py` to say.
+Boundary: one slot, its calls and its race; `tuner.py` says when trials are made.
 """
 
 from __future__ import annotations
@@ -14,44 +15,67 @@ from typing import TYPE_CHECKING
 from ...engine.call_checks import CheckError, checked
 from ...engine.plan import Plan
 from ...engine.router import Decision
-from ...guard import GuardAlarm, Watch
-from ...kernels.backend import Kernel, for_scale
+from ...kernels.backend import Kernel
 from ...report import Row
 from ...report.timed_kernel import timed_kernel
 from ...report.tuning import DECIDED, NOT_TUNED
 from ...values.faults import check_output, is_cuda_fault, is_out_of_memory
 from ...values.request import AttentionCall
+from ..guard import GuardAlarm, Watch
 
 if TYPE_CHECKING:
     import torch
 
+    from ...engine.plan import Slot
     from .race import Race
     from .tuner import Tuner
 
 LONGEST_REASON = 300
 
 
-class Trial:
-    """Runs the calls of one plan until the race is decided; then the plan is the winner's, and this is gone."""
+class Trial(Plan):
+    """Runs the calls of one slot until the race is decided; then the slot gets the winner's plan."""
 
-    __slots__ = ("_decision", "_paths", "_plan", "_race", "_refused", "_tuner", "_usual")
+    __slots__ = ("_decided", "_plans", "_race", "_ran", "_refused", "_slot", "_tuner", "_usual")
 
-    def __init__(self, tuner: Tuner, race: Race, plan: Plan, decision: Decision) -> None:
-        """`plan` is the incumbent's, whose kernel is taken over; `decision` is what `auto` took."""
-        self._tuner, self._race, self._plan, self._decision = tuner, race, plan, decision
-        if plan.clock is not None:  # of the kernel alone, not of what a trial does beside it
-            plan.kernel, plan.clock = timed_kernel(plan.kernel, plan.clock, plan.row), None
-        self._usual = plan.decision, plan.row, plan.kernel
-        self._paths: dict[str, tuple[Decision, Row, Kernel]] = {}
+    def __init__(self, tuner: Tuner, race: Race, slot: Slot, usual: Plan, decided: Decision) -> None:
+        """
+        Args:
+            slot: where this plan will be.
+            usual: the incumbent's plan.
+            decided: what `auto` takes.
+        """
+        self._tuner, self._race, self._slot, self._usual, self._decided = tuner, race, slot, usual, decided
+        self.kind, self.strict, self.function, self.hosted = usual.kind, usual.strict, usual.function, usual.hosted
+        self._ran = usual
+        """The plan that computed the latest call."""
+        self._plans: dict[str, Plan] = {}
         self._refused: set[str] = set()
         """Candidates that cannot run this very kind of call."""
 
-    def __call__(self, call: AttentionCall) -> torch.Tensor:
+    @property
+    def is_trial(self) -> bool:
+        return True
+
+    @property
+    def decision(self) -> Decision:  # type: ignore[override]  # of the latest call; nothing sets it
+        return self._ran.decision
+
+    @property
+    def row(self) -> Row:  # type: ignore[override]  # likewise
+        return self._ran.row
+
+    def compute(self, call: AttentionCall) -> torch.Tensor:
+        """Run the call by the candidate whose turn it is.
+
+        Raises:
+            KernelOutputError: as in `Plan.compute`, and whatever the incumbent's kernel raises.
+        """
         tuner, race = self._tuner, self._race
         if not race.is_open:
             self._settle()
-            return self._plan.compute(call)
-        if race.request != self._plan.request or self._is_refused() or _is_recorded(call):
+            return self._slot.plan.compute(call)
+        if race.request != self.request or self._is_refused() or _is_recorded(call):
             return self._usually(call)
         tuner.clock.collect()
         with tuner.store.lock:
@@ -66,21 +90,20 @@ class Trial:
 
     def _is_refused(self) -> bool:
         """Whether the guard has taken this block from kernels that are not exact."""
-        guard, row = self._tuner.session.guard, self._usual[1]
-        return guard is not None and guard.refusal(row.role, row.block) is not None
+        guard = self._tuner.guard
+        return guard is not None and guard.refusal(self.kind.role, self.kind.block) is not None
 
     def _usually(self, call: AttentionCall, *, timed: bool = False) -> torch.Tensor:
         """Let the incumbent compute the call."""
-        plan, race = self._plan, self._race
-        plan.decision, plan.row, kernel = self._usual
+        race, self._ran = self._race, self._usual
+        kernel = self._usual.kernel
         if timed and isinstance(kernel, Watch) and kernel.may_check:  # its check is no part of the work
             timed = False
             with self._tuner.store.lock:
                 race.untimed(race.incumbent)
-        if timed:
-            kernel = self._timed(race.incumbent, kernel)
+        compute = self._timed(race.incumbent, self._usual.compute) if timed else self._usual.compute
         try:
-            return kernel(call)
+            return compute(call)
         except Exception as error:
             if not isinstance(error, GuardAlarm | CheckError) and not is_out_of_memory(error):
                 race.ended = f"{race.incumbent} failed while it was measured"
@@ -89,12 +112,10 @@ class Trial:
 
     def _tried(self, name: str, call: AttentionCall, is_first: bool) -> torch.Tensor | None:
         """Let a candidate compute the call; None where it is out and the call is still to be computed."""
-        tuner, plan, race = self._tuner, self._plan, self._race
-        plan.decision, plan.row, kernel = self._paths[name]
-        tuner.trials += 1
+        tuner, race, self._ran = self._tuner, self._race, self._plans[name]
         call.owned = False  # one that fails must leave the tensors for the incumbent
-        run = self._timed(name, kernel)
-        guard, router = tuner.session.guard, tuner.session.router
+        run = self._timed(name, self._ran.kernel)
+        guard, router = tuner.guard, tuner.session.router
         backend = router.backends[name]
         try:
             if not is_first and not (guard is not None and guard.enforces and guard.covers(backend.accuracy)):
@@ -102,7 +123,7 @@ class Trial:
                 check_output(output, call)
                 return output
             budget = backend.tolerance_on(router.platform)
-            watch = Watch(tuner.judge, run, budget, Row(plan.row.role, plan.row.block, name, "", ""))
+            watch = Watch(tuner.judge, run, budget, Row(self.kind.role, self.kind.block, name, "", ""))
             return tuner.judge.check(watch, call, 0)
         except GuardAlarm as alarm:
             reason = str(alarm).removeprefix("guard: ").removesuffix(" in call 1 of the block")
@@ -140,42 +161,40 @@ class Trial:
 
     def _can(self, name: str) -> bool:
         """Whether a candidate can run this plan's calls; makes its row and its kernel the first time."""
-        if name == self._race.incumbent or name in self._paths:
+        if name == self._race.incumbent or name in self._plans:
             return True
-        session, plan = self._tuner.session, self._plan
-        usual, row, _ = self._usual
-        if session.router.refuse(name, plan.request, session.failed):
+        session, usual, platform = self._tuner.session, self._usual, self._tuner.session.router.platform
+        if session.router.refuse(name, self.request, session.failed):
             self._refused.add(name)
             return False
-        decision = replace(usual, backend=name, rejected=())
-        mine = session.run_report.row(row.role, row.block, name, decision.source, row.mask, None, decision.asked)
-        mine.member = session.router.backends[name].member(plan.request, session.router.platform)
-        kernel = for_scale(session._kernel(decision), plan.request.scale)
+        decision, backend = replace(usual.decision, backend=name, rejected=()), session.router.backends[name]
+        row = session.run_report.row(
+            self.kind.role, self.kind.block, name, decision.source, usual.row.mask, None, decision.asked
+        )
+        row.member = backend.member(self.request, platform)
+        kernel = session.kernel(decision, self.kind)
         if session.device_clock is not None:
-            kernel = timed_kernel(kernel, session.device_clock, mine)
-        guard, backend = session.guard, session.router.backends[name]
+            kernel = timed_kernel(kernel, session.device_clock, row)
+        guard = self._tuner.guard
         if guard is not None and guard.covers(backend.accuracy):
-            budget = backend.tolerance_on(session.router.platform)
-            guard.watched(kernel, backend.accuracy, mine, budget)  # from now on it looks at the model's outputs
-        self._paths[name] = decision, mine, checked(kernel) if session.checks else kernel
+            # From now on it checks the model's outputs; the candidate's own output is checked here.
+            guard.watched(kernel, backend.accuracy, row, backend.tolerance_on(platform))
+        kernel = checked(kernel) if session.checks else kernel
+        self._plans[name] = Plan(self.kind, decision, kernel, row, self.strict)
         return True
 
     def _settle(self) -> None:
-        """The race is over: the plan becomes the plain plan of its winner, for good."""
-        tuner, plan, race = self._tuner, self._plan, self._race
-        plan.decision, plan.row, plan.kernel = self._usual
-        row = plan.row
+        """The race is over: the slot gets the plan of its winner."""
+        tuner, slot, race = self._tuner, self._slot, self._race
+        slot.plan = self._usual
         if self._is_refused():
             return
         tuner.session.run_report.tuning.kinds[race.place[2]] = NOT_TUNED if race.entry is None else DECIDED
-        backend, words = plan.decision.backend, str(race.ended)
+        backend, words = self._usual.decision.backend, str(race.ended)
         if race.entry is not None:
-            backend, words = tuner.found(race.entry, plan.request, backend)
-        final = tuner.plain(plan.request, self._decision, backend, words, row.role, row.block, row.mask)
-        plan.become(final)
-        recorder = tuner.session.run_report.recorder
-        if recorder is not None:
-            recorder.changed(plan, tuner.session.router)
+            backend, words = tuner.found(race.entry, self.request, backend)
+        slot.plan = tuner.plain(self.kind, self._decided, backend, words)
+        tuner.session.tell_changed(slot)
 
 
 def failure(error: Exception) -> str:

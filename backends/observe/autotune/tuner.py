@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...config.layers import record_of
 from ...config.names import AUTOTUNE
+from ...engine.observer import Chooser, Observer
 from ...engine.router import Decision
-from ...guard import Guard
 from ...measure.call_key import TuningKey, key_of
 from ...measure.device_clock import DeviceClock
 from ...report import RunReport
 from ...report.tuning import FROM_STORE, NOT_TUNED, OPEN
 from ...values.request import AttentionRequest
+from ..guard import Guard
 from .candidates import candidates, may_win
 from .entry import Entry
 from .race import Race, without_winner
@@ -33,7 +34,7 @@ from .trial import Trial, failure
 if TYPE_CHECKING:
     import torch
 
-    from ...engine.plan import Plan
+    from ...engine.plan import CallKind, Plan, Slot
     from ...engine.session import Session
 
 log = logging.getLogger("attention_backends")
@@ -55,7 +56,7 @@ class Clock(Protocol):
     def collect(self, wait: bool = False) -> None: ...
 
 
-class Tuner:
+class Tuner(Chooser, Observer):
     """Measured choice for one session; what is found is shared through the store. Not shared between threads."""
 
     def __init__(self, session: Session, store: Store, clock: Clock | None = None, *, anew: bool = False) -> None:
@@ -66,12 +67,11 @@ class Tuner:
         """
         platform = session.router.platform
         self.session = session
+        self.guard = session.registered(Guard)
         self.store = store
         self.clock: Clock = clock if clock is not None else DeviceClock(platform.kind)
         self.anew = anew
         self.environment = environment_of(platform)
-        self.trials = 0
-        """Calls that were given to another candidate than the incumbent."""
         self.paused: str | None = None
         """Why nothing is tried; what the store knows is used all the same."""
         if record_of(session.layers) is not None:
@@ -112,31 +112,28 @@ class Tuner:
             if run_report.recorder is not None:
                 run_report.recorder.not_repeated[f"{text}: some calls ran other kernels, to be timed"] = None
 
-    def is_trying(self, plan: Plan) -> bool:
-        """Whether calls of this plan are measured."""
-        return isinstance(plan.kernel, Trial)
-
-    def plan(
-        self, request: AttentionRequest, decision: Decision, role: str, category: str, block: str, mask: str
-    ) -> Plan:
-        """How calls run for which nobody named a backend but `autotune`.
+    def plan(self, slot: Slot, kind: CallKind, decision: Decision) -> Plan | None:
+        """How calls run for which `autotune` was asked; None for others.
 
         Args:
-            decision: what `auto` would take; its source is whose word `autotune` is.
+            decision: what `auto` would take, from the source that asks for `autotune`.
         """
-        session, key = self.session, key_of(role, request)
+        if decision.asked != AUTOTUNE:
+            return None
+        session, request, role = self.session, kind.request, kind.role
+        key = key_of(role, request)
         accuracy = decision.accuracy or session.settings.accuracy
-        if session.guard is not None and session.guard.refusal(role, block) is not None:
+        if self.guard is not None and self.guard.refusal(role, kind.block) is not None:
             accuracy = "exact"
 
         def plain(backend: str, state: str, words: str) -> Plan:
             session.run_report.tuning.kinds[key] = state
-            return self.plain(request, decision, backend, words, role, block, mask)
+            return self.plain(kind, decision, backend, words)
 
         incumbent, *others = self.candidates(request, decision.backend, accuracy)
         entry = self._known(accuracy, key, incumbent, others)
-        if entry is None and category != role:  # what was measured from presets has only categories
-            entry = self._known(accuracy, key._replace(role=category), incumbent, others)
+        if entry is None and kind.category != role:  # what was measured from presets has only categories
+            entry = self._known(accuracy, key._replace(role=kind.category), incumbent, others)
         put_off = [] if entry is None or self.paused else [name for name in others if name in entry.put_off]
         if entry is not None and not put_off:
             backend, words = self.found(entry, request, incumbent)
@@ -150,18 +147,14 @@ class Tuner:
         race = self._race((self.environment, accuracy, key), request, incumbent, tuple(others), entry)
         if race.ended is not None:
             return plain(incumbent, NOT_TUNED, race.ended)
-        plan = plain(incumbent, OPEN, "tuning")
-        plan.kernel = Trial(self, race, plan, decision)
-        return plan
+        return Trial(self, race, slot, plain(incumbent, OPEN, "tuning"), decision)
 
-    def plain(
-        self, request: AttentionRequest, decision: Decision, backend: str, words: str, role: str, block: str, mask: str
-    ) -> Plan:
-        """The plan of one backend, as any other; `words` say in the account why it is that one."""
+    def plain(self, kind: CallKind, decision: Decision, backend: str, words: str) -> Plan:
+        """The plan of one backend; `words` say in the run report why it is that one."""
         rejected = decision.rejected if backend == decision.backend else ()
         source = f"{decision.source}: {AUTOTUNE} ({words})"
         chosen = replace(decision, backend=backend, source=source, rejected=rejected, notes=())
-        return self.session._plan(request, chosen, role, block, self.session.settings.strict, mask)
+        return self.session.plan_of(kind, chosen)
 
     def found(self, entry: Entry, request: AttentionRequest, incumbent: str) -> tuple[str, str]:
         """The winner, or `auto`'s choice where the winner cannot run this very call of the bucket; and why."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...engine.observer import Observer
 from ...values.request import AttentionRequest
 
 if TYPE_CHECKING:
-    from ...engine.plan import Plan
+    from ...engine.plan import Slot
     from ...engine.router import Router
     from ...values.platform import Platform
 
@@ -34,7 +35,7 @@ class KernelUsed(NamedTuple):
         return self[:3] == other[:3]
 
 
-class CallKind(NamedTuple):
+class RecordedKind(NamedTuple):
     """Calls that are decided alike: their role, their block, their facts."""
 
     role: str
@@ -43,13 +44,13 @@ class CallKind(NamedTuple):
 
 
 class _Place(NamedTuple):
-    kind: CallKind
+    kind: RecordedKind
     window: int
     """The active schedule windows when the call was planned."""
 
 
-class RunRecorder:
-    """The decisions of one sampling run, each with its first model call."""
+class RunRecorder(Observer):
+    """The decisions of one sampling run, and when they held."""
 
     def __init__(self) -> None:
         self.categories: dict[str, str] = {}
@@ -61,9 +62,9 @@ class RunRecorder:
         self._model_call = 1
         self._windows: list[tuple[int, int]] = []
         self._events: dict[_Place, list[tuple[int, KernelUsed]]] = {}
-        self._plans: dict[int, tuple[Plan, _Place]] = {}
+        self._slots: dict[int, tuple[Slot, _Place]] = {}
         self._now: dict[_Place, dict[int, KernelUsed]] = {}
-        """What each plan of a place runs: several where a block has several modules of one role."""
+        """What each slot of a place runs: several where a block has several modules of one role."""
 
     def begin_model_call(self, number: int, window: int) -> None:
         """A model call begins; `window` are the active schedule windows."""
@@ -71,31 +72,32 @@ class RunRecorder:
         if not self._windows or self._windows[-1][1] != window:
             self._windows.append((number, window))
 
-    def planned(self, plan: Plan, category: str, router: Router) -> None:
+    def planned(self, slot: Slot, router: Router) -> None:
         """A new kind of call was decided."""
         window = self._windows[-1][1] if self._windows else 0
-        place = _Place(CallKind(plan.row.role, plan.row.block, plan.request), window)
-        self._plans[id(plan)] = plan, place
-        self.categories[plan.row.role] = category
+        kind = slot.plan.kind
+        place = _Place(RecordedKind(kind.role, kind.block, kind.request), window)
+        self._slots[id(slot)] = slot, place
+        self.categories[kind.role] = kind.category
         self.platforms[router.platform] = None
-        self._note(plan, place, router)
+        self._note(slot, place, router)
 
-    def changed(self, plan: Plan, router: Router) -> None:
-        """From this model call on the plan has another decision."""
-        _, place = self._plans.get(id(plan), (plan, None))
+    def changed(self, slot: Slot, router: Router) -> None:
+        """A slot has another plan from this model call on."""
+        _, place = self._slots.get(id(slot), (slot, None))
         if place is None:
             return  # made before this recorder
-        before = self._now[place][id(plan)]
-        self._note(plan, place, router)
-        after = self._now[place][id(plan)]
+        before = self._now[place][id(slot)]
+        self._note(slot, place, router)
+        after = self._now[place][id(slot)]
         if after.same_kernel(before):  # the same kernel again
             return
         where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
         why = f" ({after.reason})" if after.reason else ""
         self.changes[f"{where}: {before.backend} -> {after.backend} from model call {self._model_call} on{why}"] = None
 
-    def _note(self, plan: Plan, place: _Place, router: Router) -> None:
-        decision = plan.decision
+    def _note(self, slot: Slot, place: _Place, router: Router) -> None:
+        plan, decision = slot.plan, slot.plan.decision
         backend = router.backends[decision.backend]
         host = plan.function if backend.hosted else None
         ran = KernelUsed(
@@ -108,9 +110,9 @@ class RunRecorder:
             plan.row.reason,
         )
         now = self._now.setdefault(place, {})
-        if now.get(id(plan)) == ran:
+        if now.get(id(slot)) == ran:
             return
-        now[id(plan)] = ran
+        now[id(slot)] = ran
         events = self._events.setdefault(place, [])
         if not events or events[-1][1] != ran:
             events.append((self._model_call, ran))
@@ -120,7 +122,7 @@ class RunRecorder:
                 None
             )
 
-    def decisions(self) -> Iterator[tuple[CallKind, tuple[tuple[int, KernelUsed], ...]]]:
+    def decisions(self) -> Iterator[tuple[RecordedKind, tuple[tuple[int, KernelUsed], ...]]]:
         """Each kind of call, and what ran it, as (first model call, what ran); the first is model call 1."""
         kinds = dict.fromkeys(place.kind for place in self._events)
         starts = self._windows or [(1, 0)]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..report.findings import ROWS
-from ..values.request import AttentionCall
+from ...report.findings import ROWS
+from ...values.request import AttentionCall
 
 LAST = 2
 """How many of the checked rows are the last ones: errors are likeliest in a kernel's partial last block."""

@@ -16,19 +16,23 @@ import os
 import random
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..kernels.backend import Kernel
-from ..report.findings import Findings
-from ..values.faults import check_output, is_cuda_fault
-from ..values.request import AttentionCall
-from ..values.tolerance import Tolerance, tolerance
+from ...engine.observer import KernelVetoed, Observer, Veto
+from ...kernels.backend import Backend, Kernel
+from ...report.findings import Findings
+from ...values.faults import check_output, is_cuda_fault
+from ...values.request import AttentionCall
+from ...values.tolerance import Tolerance, tolerance
 from .turns import FIRST_GAP, LONGEST_GAP, NEVER, Step, Turns, following
 
 if TYPE_CHECKING:
     import torch
 
-    from ..report import Row, RunReport
+    from ...engine.plan import CallKind
+    from ...report import Row, RunReport
+    from ...values.platform import Platform
     from .rows import Figures
 
 log = logging.getLogger("attention_backends")
@@ -50,11 +54,11 @@ BUDGETS: Mapping[str, Budget] = {
 """The least that each accuracy class is allowed; a backend's own is `Backend.tolerance_on`."""
 
 
-class GuardAlarm(Exception):  # not an error of the program: the session answers it
+class GuardAlarm(KernelVetoed):
     """A kernel is not to be trusted with this call; its inputs are as they were before it ran."""
 
 
-class Guard:
+class Guard(Observer):
     """Watches the kernels of one session in mode `watch` or `enforce`. Not shared between threads."""
 
     def __init__(self, mode: str, run_report: RunReport, *, everything: bool | None = None, seed: int = 0) -> None:
@@ -91,6 +95,21 @@ class Guard:
             watch.check_next()
         self._watches.add(watch)
         return watch
+
+    def wrapper(
+        self, kind: CallKind, backend: Backend, row: Row, platform: Platform
+    ) -> Callable[[Kernel], Kernel] | None:
+        """Checks of the kernel's calls, where it is not exact and not refused already."""
+        if not self.covers(backend.accuracy) or self.refusal(kind.role, kind.block) is not None:
+            return None
+        return partial(self.watched, accuracy=backend.accuracy, row=row, budget=backend.tolerance_on(platform))
+
+    def veto(self, kind: CallKind, accuracy: str) -> Veto | None:
+        """Why only exact kernels may run there, for a backend that is not."""
+        reason = self.refusal(kind.role, kind.block)
+        if reason is None or not self.covers(accuracy):
+            return None
+        return Veto(reason, self.refused.get((kind.role, kind.block), (None, None))[0])
 
     def refusal(self, role: str, block: str) -> str | None:
         """Why only exact kernels may run in this role and block; None where others may."""

@@ -1,0 +1,51 @@
+"""Repeats a recorded run: each kind of call asks for the backend that the record has for it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ...engine.observer import Chooser
+
+if TYPE_CHECKING:
+    from ...config.layers import Choice
+    from ...engine.plan import CallKind
+    from ...report import RunReport
+
+log = logging.getLogger("attention_backends")
+
+
+class Replay(Chooser):
+    """The choices of a record, at the model call that is running."""
+
+    def __init__(self, run_report: RunReport) -> None:
+        self.run_report = run_report
+        self._known: dict[str, set[bool]] = {}
+        """Role -> whether the record knows its calls: True, False, or both for different calls."""
+
+    def choice(self, kind: CallKind, choice: Choice, *, planned: bool) -> Choice:
+        """What the record has for such a call now; where it has none, `choice` without the record."""
+        if choice.record is None:
+            return choice
+        run = choice.record.run_of(self.run_report.node_id)
+        recorded = run.choice(kind.role, kind.block, kind.request, self.run_report.timeline.model_calls + 1)
+        if planned:
+            known = self._known.setdefault(kind.role, set())
+            if (recorded is not None) not in known:
+                known.add(recorded is not None)
+                if False in known:
+                    self._note_unknown(kind, choice, "some" if True in known else "any")
+        return replace(choice, record=None) if recorded is None else recorded
+
+    def _note_unknown(self, kind: CallKind, choice: Choice, how_many: str) -> None:
+        """Note in the run report that the record lacks calls of a role: any so far, or some."""
+
+        def text(how_many: str) -> str:
+            decides = f"{choice.asked or 'auto'} via {choice.source} decides"
+            return f"role {kind.role}: the record does not know {how_many} of its calls; {decides}"
+
+        if self.run_report.notes.pop(text("any"), None) is None:
+            log.warning("role %s %s: the record does not know this call: %s", kind.role, kind.block,
+                        kind.request.describe())  # fmt: skip
+        self.run_report.note(text(how_many))
