@@ -35,7 +35,7 @@ class CapturedCall:
     block: str
     call: AttentionCall
     host: Host | None = None
-    """What the model would have run by itself, for the backend `comfy`."""
+    """What ComfyUI would have run, for the backend `comfy`."""
 
 
 def captured(scene: Scene, router: Router) -> list[CapturedCall]:

@@ -1,6 +1,6 @@
 """How far one tensor is from another: the figures that probes, the benchmark and comparisons share.
 
-The guard has its own (`guard/rows.py`): by head, and without waiting for the device.
+The guard has its own (`observe/guard/rows.py`): by head, and without waiting for the device.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def _covers(call: AttentionCall, sequences: Sequence[_Sequence]) -> bool:
 
 
 def packs(plan: MaskPlan) -> bool:
-    """Whether the parts of a mask can be one packed call: several of them, none with a mask of its own left."""
+    """Whether the parts of a mask can be one packed call: several of them, none with a mask left."""
     some = [part for part in plan.sub_calls if part.keys is not None]
     return plan.strategy in ("per sample", "per block") and all(
         part.mask is None and not part.is_causal for part in some

@@ -50,7 +50,7 @@ class _Place(NamedTuple):
 
 
 class RunRecorder(Observer):
-    """The decisions of one sampling run, and when they held."""
+    """The decisions of one sampling run, each with its first model call."""
 
     def __init__(self) -> None:
         self.categories: dict[str, str] = {}
