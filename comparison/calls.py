@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..backends.engine.mask_reader import inspect
 from ..backends.engine.router import Router
-from ..backends.kernels.reference import reference_attention
 from ..backends.measure.device_clock import timed
-from ..backends.measure.error import cosine, relative_l2
+from ..backends.measure.error import cosine, exact_rows, relative_l2
 from ..backends.values.request import AttentionCall, Host
 from . import metrics
 from .contenders import REFERENCE, Routed
@@ -23,6 +22,7 @@ from .report import CallScore, Row, Spread
 from .rounds import Entry, Progress, round_robin
 from .scene import Scene
 
+CPU = torch.device("cpu")
 MOST_SCORES = 2**23
 """Scores of one head and sample that are computed in float64 at once: 64 MiB."""
 
@@ -65,7 +65,7 @@ def compare_calls(
     masks = [
         None if (mask := entry.call.attn_mask) is None else inspect(mask, entry.call.key.shape[2]) for entry in calls
     ]
-    exact = [exact_rows(entry.call) for entry in calls]
+    exact = [exact_rows(entry.call, max(16, MOST_SCORES // entry.call.key.shape[2]), CPU) for entry in calls]
     entries = []
     for backend in backends:
         scores = [CallScore(entry.role, entry.block, entry.call.request().describe()) for entry in calls]
@@ -115,28 +115,6 @@ def _sum_up(row: Row) -> None:
 
 def _nan_first(value: float) -> float:
     return float("inf") if value != value else value
-
-
-def exact_rows(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Some query rows of a call, spread evenly with the last among them, and their result in float64 on the CPU.
-
-    Scores of a video's attention in float64 would fill any memory, so rows are drawn and heads are taken one by one.
-    """
-    q_len, kv_len = call.query.shape[2], call.key.shape[2]
-    count = q_len if call.is_causal else min(q_len, max(16, MOST_SCORES // kv_len))
-    rows = torch.linspace(0, q_len - 1, count).round().long()
-    mask = None
-    if call.attn_mask is not None:
-        mask = call.attn_mask.cpu().expand(call.query.shape[0], call.query.shape[1], q_len, kv_len)
-    group = call.query.shape[1] // call.key.shape[1]
-    heads = []
-    for head in range(call.query.shape[1]):
-        query = call.query[:, head : head + 1, rows.to(call.query.device)].cpu().double()
-        key, value = (tensor[:, head // group : head // group + 1].cpu().double() for tensor in (call.key, call.value))
-        part = None if mask is None else mask[:, head : head + 1, rows]
-        one = call.changed(query=query, key=key, value=value, attn_mask=part, enable_gqa=False)
-        heads.append(reference_attention(one))
-    return rows, torch.cat(heads, dim=1)
 
 
 def _copy(call: AttentionCall) -> AttentionCall:

@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..kernels.backend import Backend
-from ..kernels.reference import reference_attention
 from ..values.devices import device_named
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .error import widest
 
 if TYPE_CHECKING:
     import torch
-
-CHECKED_ROWS = 256
-"""Query rows of every head that are computed exactly: one row of hv15 is 112 KiB of float64 scores, all are 39 GB."""
 
 LARGEST_CACHE = 256 * 2**20
 """Bytes that all sets of inputs together go beyond, unless there is a set for every call: no card caches more."""
@@ -97,36 +92,6 @@ def make_mask(request: AttentionRequest, hidden: int, device: torch.device) -> t
         return rows.contiguous()
     zeros = torch.zeros(rows.shape, device=device, dtype=getattr(torch, request.dtype))
     return zeros.masked_fill_(~rows, float("-inf"))
-
-
-def exact_rows(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up to `CHECKED_ROWS` query rows, spread evenly with the last among them, and their result by definition.
-
-    In float64, or float32 on a device without it; head by head, so that it needs some 150 MB at the largest preset.
-
-    Raises:
-        ValueError: the call is causal, where a row's place matters.
-    """
-    import torch
-
-    if call.is_causal:
-        raise ValueError("is_causal: rows of a causal call cannot be drawn")
-    wide = widest(call.query.device)
-    q_len = call.query.shape[2]
-    rows = torch.linspace(0, q_len - 1, min(q_len, CHECKED_ROWS), dtype=torch.float64).round().long()
-    query = call.query[:, :, rows.to(call.query.device)]
-    mask = call.attn_mask
-    if mask is not None and mask.shape[2] > 1:
-        mask = mask[:, :, rows.to(mask.device)]
-    group = call.query.shape[1] // call.key.shape[1]
-    heads = []
-    for head in range(call.query.shape[1]):
-        shared = head // group
-        key, value = (tensor[:, shared : shared + 1].to(wide) for tensor in (call.key, call.value))
-        part = mask if mask is None or mask.shape[1] == 1 else mask[:, head : head + 1]
-        one = call.changed(query=query[:, head : head + 1].to(wide), key=key, value=value, attn_mask=part)
-        heads.append(reference_attention(one))
-    return rows, torch.cat(heads, dim=1)
 
 
 def lacking_memory(backend: Backend, request: AttentionRequest, platform: Platform) -> str | None:

@@ -1,12 +1,15 @@
-"""How far one tensor is from another: the figures that probes, the benchmark and comparisons share.
+"""What an output should be, and how far it is off: for probes, the benchmark and comparisons.
 
-The guard has its own (`observe/guard/rows.py`): by head, and without waiting for the device.
+The guard has its own (`observe/guard/rows.py`): in float32, by head, and without waiting for the device.
 """
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
+
+from ..kernels.reference import reference_attention
+from ..values.request import AttentionCall
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +20,39 @@ def widest(device: torch.device) -> torch.dtype:
     import torch
 
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def exact_rows(call: AttentionCall, most: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to `most` query rows, spread evenly with the last among them, and their result by definition.
+
+    All rows of a causal call, where a row's place matters. Computed head by head, because all scores of a video's
+    attention would fill any memory, in the widest type of `device` (default: that of the call).
+
+    Returns:
+        rows (rows,) on the CPU, and (batch, num_heads, rows, v_head_dim).
+    """
+    import torch
+
+    at = device or call.query.device
+    wide = widest(at)
+    batch, num_heads, q_len = call.query.shape[:3]
+    rows = torch.linspace(0, q_len - 1, q_len if call.is_causal else min(q_len, most), dtype=torch.float64)
+    rows = rows.round().long()
+    drawn = rows.to(call.query.device)
+    mask, group = call.attn_mask, num_heads // call.key.shape[1]
+    mask = None if mask is None else mask.expand(batch, num_heads, q_len, call.key.shape[2])
+    heads = []
+    for head in range(num_heads):
+        of_query, of_key = slice(head, head + 1), slice(head // group, head // group + 1)
+        one = call.changed(
+            query=call.query[:, of_query, drawn].to(at, wide),
+            key=call.key[:, of_key].to(at, wide),
+            value=call.value[:, of_key].to(at, wide),
+            attn_mask=None if mask is None else mask[:, of_query, drawn].to(at),
+            enable_gqa=False,
+        )
+        heads.append(reference_attention(one))
+    return rows, torch.cat(heads, dim=1)
 
 
 def finite(*tensors: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.comparison.calls import exact_rows  # noqa: E402
+from attention_backends.backends.measure.error import exact_rows  # noqa: E402
 from attention_backends.comparison.report import Row  # noqa: E402
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
 from hook_side import comfyui, nodes_module  # noqa: E402
@@ -127,18 +127,13 @@ def test_rows_of_a_long_call_equal_those_of_the_whole() -> None:
     """Drawn rows are right with a mask, grouped heads and an offset, and the last row is among them."""
     from attention_backends.backends.kernels.reference import reference_attention
     from attention_backends.backends.values.request import AttentionCall
-    from attention_backends.comparison import calls
 
     random = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 90, 16, generator=random) for heads in (4, 2, 2))
     mask = torch.rand(2, 1, 90, 90, generator=random) > 0.3
     call = AttentionCall(query, key, value, mask, False, 0.2, True)
     whole = reference_attention(AttentionCall(query.double(), key.double(), value.double(), mask, False, 0.2, True))
-    before, calls.MOST_SCORES = calls.MOST_SCORES, 90 * 20
-    try:
-        rows, exact = exact_rows(call)
-    finally:
-        calls.MOST_SCORES = before
+    rows, exact = exact_rows(call, 20)
     assert len(rows) == 20
     assert rows[-1] == 89
     assert torch.allclose(exact, whole[:, :, rows], atol=1e-12)

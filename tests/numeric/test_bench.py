@@ -24,8 +24,9 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
-from attention_backends.backends.measure import bench_inputs, device_clock  # noqa: E402
-from attention_backends.backends.measure.bench_inputs import exact_rows, make_inputs  # noqa: E402
+from attention_backends.backends.measure import bench_inputs, device_clock, error  # noqa: E402
+from attention_backends.backends.measure.bench_inputs import make_inputs  # noqa: E402
+from attention_backends.backends.measure.error import exact_rows  # noqa: E402
 from attention_backends.backends.measure.presets import PRESETS, parse_presets  # noqa: E402
 from attention_backends.backends.values.limits import NO_MASK, Dtypes  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
@@ -110,7 +111,6 @@ def test_a_model_without_padding_has_no_masked_case_and_says_so(snapshot: Snapsh
 
 @pytest.mark.parametrize("kind", ["none", "key_padding", "bool", "bias"])
 def test_the_checked_rows_are_those_of_the_whole_result(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_inputs, "CHECKED_ROWS", 7)
     request = SMALL._replace(q_len=40, num_heads=4, num_kv_heads=2, mask=kind)
     call = make_inputs(request, 8, CPU, 3, 13)[0]
     wide = AttentionCall(call.query.double(), call.key.double(), call.value.double(), call.attn_mask, enable_gqa=True)
@@ -120,8 +120,8 @@ def test_the_checked_rows_are_those_of_the_whole_result(kind: str, monkeypatch: 
         seen.append(part.query.shape[1] * part.query.shape[2] * part.key.shape[2])
         return reference_attention(part)
 
-    monkeypatch.setattr(bench_inputs, "reference_attention", watched)
-    rows, exact = exact_rows(call)
+    monkeypatch.setattr(error, "reference_attention", watched)
+    rows, exact = exact_rows(call, 7)
     assert rows.tolist() == [0, 6, 13, 20, 26, 32, 39]
     torch.testing.assert_close(exact, reference_attention(wide)[:, :, rows], rtol=0, atol=1e-15)
     assert max(seen) == 7 * 48, "one head of the drawn rows at a time, never all scores"
@@ -193,7 +193,7 @@ def test_memory_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 170)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: resets.append(len(spy.calls)))
-    problem = bench_inputs.Problem(calls := make_inputs(SMALL, 8, CPU, 0, 13), *exact_rows(calls[0]))
+    problem = bench_inputs.Problem(calls := make_inputs(SMALL, 8, CPU, 0, 13), *exact_rows(calls[0], 7))
     row = bench.KernelResult("aiter", "exact")
     bench._measure(row, broken.router(broken.Wrong("aiter", spy)), problem, torch.device("cuda"))
     assert row.peak_bytes == 120
