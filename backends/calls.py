@@ -189,9 +189,9 @@ class CallSession(Session):
         if request.mask == "none" or self.device_index == CPU:
             return request.mask != "none"
         asked = resolve(self.layers, kind.role, kind.category).asked
-        if asked is None or not self.router.refuse(asked, request):
+        if asked is None or not self.router.reasons_against(asked, request):
             return False
-        return not self.router.refuse(asked, request._replace(mask="none"))
+        return not self.router.reasons_against(asked, request._replace(mask="none"))
 
     def slot_by_mask(self, key: tuple[object, ...], call: AttentionCall, role: str) -> tuple[Slot, MaskPlan]:
         """Read the mask of a call; the slot for what it says (fewer keys, or the call whole), and the mask's plan."""

@@ -128,7 +128,7 @@ class Routed:
         except NoBackendError as error:
             parts = [] if mask_plan is None else [part.request() for part in mask_plan.calls(call) if part is not None]
             refused = (
-                self.session.router.refuse(self.backend, request, self.session.failed)
+                self.session.router.reasons_against(self.backend, request, self.session.failed)
                 for request in (*parts, call.request())
             )
             reasons = "; ".join(next(filter(None, refused), (str(error),)))

@@ -132,7 +132,7 @@ def _decision(entry: Mapping[str, Any], held: Held, router: Router, known: Refus
         for request in requests:
             key = (name, options, request)
             if key not in known:
-                known[key] = tuple(router.refuse(name, request, options=choice.extra))
+                known[key] = tuple(router.reasons_against(name, request, options=choice.extra))
             reasons.update(dict.fromkeys(known[key]))
         parts.append({**ran, "cannot_run": list(reasons)})
     return {**entry, "ran": parts}

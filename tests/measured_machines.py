@@ -123,7 +123,7 @@ class Machine:
             other.clock = self.clock
             self.backends[other.id] = other
         platform = detect(torch.device("cpu"))
-        self.router = Router(platform, {**self.backends, "comfy": BACKENDS["comfy"]}, recalls=False)
+        self.router = Router(platform, {**self.backends, "comfy": BACKENDS["comfy"]}, use_probe_results=False)
         self.layers = (
             AttentionConfig(AttentionSpec(asked), accuracy=accuracy, strict=strict, guard=guard, source="node"),
         )

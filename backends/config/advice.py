@@ -19,5 +19,5 @@ class Advice(Protocol):
     def said(self) -> str:
         """The source of the choice, as the run report names it."""
 
-    def concerns(self, asked: str | None, accuracy: str) -> bool:
+    def applies_to(self, asked: str | None, accuracy: str) -> bool:
         """Whether it matters with the default `asked` (None: the priority of the platform) and this `accuracy`."""

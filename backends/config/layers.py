@@ -70,7 +70,7 @@ def advisories_of(layers: tuple[AttentionConfig, ...]) -> tuple[Advice, ...]:
     if not any(layer.recommended for layer in layers):
         return ()
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
-    return tuple(one for layer in layers for one in layer.recommended if one.concerns(asked, accuracy))
+    return tuple(one for layer in layers for one in layer.recommended if one.applies_to(asked, accuracy))
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class Choice:
     extra: Mapping[str, object] = field(default_factory=dict)
     accuracy: str | None = None
     """The least exact class that the route may take for it; None for what holds for the whole run."""
-    by_default: bool = field(default=False, compare=False)
+    from_default: bool = field(default=False, compare=False)
     """True where nothing was said of the role, nor of this place in the run."""
     record: Recorded | None = None
     """Decides instead of all this for calls that it knows (`Session.recorded`): more than the role tells them apart."""
 
     @property
-    def is_open(self) -> bool:
+    def nobody_named_a_backend(self) -> bool:
         """True where nobody named a backend or an accuracy, so that a checkpoint's own preference counts."""
         return self.asked in (None, AUTOTUNE) and self.accuracy is None
 
@@ -110,9 +110,9 @@ def resolve(
         found = found or layer.lookup(role, category)
         if found is not None:
             spec, source = found
-            by_default = source == f"{layer.source}.default"
-            return Choice(spec.backend, source, spec.extra, by_default=by_default, record=record)
-    return Choice(None, PLATFORM_ROUTE, by_default=True, record=record)
+            from_default = source == f"{layer.source}.default"
+            return Choice(spec.backend, source, spec.extra, from_default=from_default, record=record)
+    return Choice(None, PLATFORM_ROUTE, from_default=True, record=record)
 
 
 def _specs(layers: tuple[AttentionConfig, ...]) -> Iterator[AttentionSpec]:

@@ -168,7 +168,7 @@ class Timetable:
             return last.entry.spec, last.source
 
         choice = resolve(self.layers, role, category, scheduled)
-        if choice.by_default and (source := self.advisory(active, role, category, block, masked)):
+        if choice.from_default and (source := self.advisory(active, role, category, block, masked)):
             choice = Choice(None, source, accuracy="exact", record=choice.record)
         return choice, note
 

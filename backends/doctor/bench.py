@@ -171,7 +171,9 @@ def _refusal(name: str, request: AttentionRequest, router: Router, host: Host | 
     """Why a backend is not called; None if it is."""
     if router.backends[name].hosted and host is None:
         return OUTSIDE_COMFYUI
-    return "; ".join(router.refuse(name, request)) or lacking_memory(router.backends[name], request, router.platform)
+    return "; ".join(router.reasons_against(name, request)) or lacking_memory(
+        router.backends[name], request, router.platform
+    )
 
 
 def _prepare(case: Case, device: torch.device, seed: int, host: Host | None) -> tuple[Problem | None, str]:

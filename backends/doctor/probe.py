@@ -127,7 +127,7 @@ def _backends(source: str) -> Mapping[str, Backend]:
 
 def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], stages: Path | None = None) -> Outcome:
     """Load and run one backend in this process and compare it with attention in float64."""
-    router = Router(platform, backends, recalls=False)
+    router = Router(platform, backends, use_probe_results=False)
     backend = backends[backend_id]
     if backend.hosted:
         return Outcome("untested", "runs inside ComfyUI only")

@@ -92,10 +92,12 @@ def forbidden(accuracy: str) -> str:
 class Router:
     """Selects backends on one platform. Safe to share between threads: what it learns is only ever added."""
 
-    def __init__(self, platform: Platform, backends: Mapping[str, Backend] = BACKENDS, *, recalls: bool = True) -> None:
-        """`recalls`: what crashed or was wrong in an earlier `doctor --probe` counts as unavailable."""
+    def __init__(
+        self, platform: Platform, backends: Mapping[str, Backend] = BACKENDS, *, use_probe_results: bool = True
+    ) -> None:
+        """`use_probe_results`: what crashed or was wrong in an earlier `doctor --probe` counts as unavailable."""
         self.platform = platform
-        self.recalls = recalls
+        self.use_probe_results = use_probe_results
         self.backends = backends
         self.route = priority_for(platform)
         self._unavailable: dict[str, tuple[str, ...]] = {}
@@ -114,13 +116,13 @@ class Router:
         else:
             reasons = backend.unavailable_reasons(self.platform)
         if backend is not None and not reasons and not self.platform.described:
-            reasons = self._recalled(backend_id) or self._loading(backend_id, backend)
+            reasons = self._probe_result(backend_id) or self._loading(backend_id, backend)
         self._unavailable[backend_id] = tuple(reasons)
         return self._unavailable[backend_id]
 
-    def _recalled(self, backend_id: str) -> list[str]:
+    def _probe_result(self, backend_id: str) -> list[str]:
         # The last resort is never taken away: what crashes PyTorch's own attention leaves nothing to turn to.
-        if not self.recalls or backend_id == LAST_RESORT:
+        if not self.use_probe_results or backend_id == LAST_RESORT:
             return []
         ids, backend = [backend_id], self.backends[backend_id]
         if isinstance(backend, BackendGroup):  # it would take the first that is installed
@@ -169,7 +171,7 @@ class Router:
         return self._varlen[key]
 
     def lse(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> LseKernel:
-        """The kernel of an available backend that gives the log-sum-exp too; `refuse` asks whether there is one.
+        """The kernel of an available backend that also gives the log-sum-exp, where it has one (`reasons_against`).
 
         Raises:
             NoBackendError: the package lacks it; tried once.
@@ -202,7 +204,7 @@ class Router:
             return (str(error),)
         return ()
 
-    def refuse(
+    def reasons_against(
         self,
         backend_id: str,
         request: AttentionRequest,
@@ -245,7 +247,7 @@ class Router:
         """
         rejected: list[Rejection] = []
         if choice.asked not in (None, AUTOTUNE):
-            reasons = self.refuse(choice.asked, request, failed, choice.extra)
+            reasons = self.reasons_against(choice.asked, request, failed, choice.extra)
             if not reasons:
                 against = self.backends[choice.asked].avoid_reasons(request, self.platform)
                 notes = tuple(f"{choice.asked}: {reason}" for reason in against)
@@ -261,22 +263,22 @@ class Router:
         for backend_id in (*lossy, *self.route.order):
             if backend_id == choice.asked:
                 continue
-            reasons = self.refuse(backend_id, request, failed)
+            reasons = self.reasons_against(backend_id, request, failed)
             if not reasons and self._accuracy(backend_id) not in allowed:
                 reasons = (f"accuracy {self._accuracy(backend_id)} is not allowed",)
             if not reasons:
                 reasons = tuple(self.backends[backend_id].avoid_reasons(request, self.platform))
             if not reasons:
-                return self._instead(backend_id, choice, rejected)
+                return self._fallback_decision(backend_id, choice, rejected)
             rejected.append(Rejection(backend_id, reasons))
         if choice.asked != COMFY:
-            reasons = self.refuse(COMFY, request, failed)
+            reasons = self.reasons_against(COMFY, request, failed)
             if not reasons:
-                return self._instead(COMFY, choice, rejected)
+                return self._fallback_decision(COMFY, choice, rejected)
             rejected.append(Rejection(COMFY, reasons))
         raise NoBackendError(self.explain_refusal(request, choice, rejected))
 
-    def _instead(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:
+    def _fallback_decision(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:
         extra, accuracy = choice.extra, choice.accuracy
         notes = (NOTHING_MEASURES,) if choice.asked == AUTOTUNE else ()
         return Decision(backend_id, choice.source, choice.asked, tuple(rejected), {}, extra, notes, accuracy)
@@ -306,7 +308,7 @@ class Router:
         able: list[str] = []
         others: dict[tuple[str, ...], list[str]] = {}  # backends that share their reasons share a line
         for backend_id, backend in self.backends.items():
-            reasons = self.refuse(backend_id, request)
+            reasons = self.reasons_against(backend_id, request)
             if backend_id in tried:
                 continue
             if reasons:

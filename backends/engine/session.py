@@ -167,7 +167,7 @@ class Session:
         choice = self.asked(kind, self._resolved(kind) if choice is None else choice)
         refused, label = None, None
         """`label`: what the run report calls the host's own function, where a checkpoint asked for it."""
-        if choice.is_open and preferred is not None:
+        if choice.nobody_named_a_backend and preferred is not None:
             strict = False  # a checkpoint's preference is no order
             if function is None or function.may_run(request):
                 choice, label = preferred, None if function is None else function.id

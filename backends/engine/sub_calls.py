@@ -35,7 +35,7 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
     calls = [] if mask_plan.strategy == PASSED_ON else mask_plan.calls(call)
     if asked is None:
         return calls
-    refused = partial(session.router.refuse, asked)
+    refused = partial(session.router.reasons_against, asked)
 
     def takes(some: Calls) -> bool:
         return all(part is None or not refused(part.request()) for part in some)

@@ -53,7 +53,7 @@ class Advisory:
         """The source of its calls' rows in a run report."""
         return f"{RECOMMENDED}{self.title}: {self.what}"
 
-    def concerns(self, asked: str | None, accuracy: str) -> bool:
+    def applies_to(self, asked: str | None, accuracy: str) -> bool:
         """Whether it applies with the default backend `asked` (None: the platform's priorities) and this accuracy."""
         if asked in BACKENDS:
             return asked in self.backends
@@ -153,7 +153,7 @@ def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
     lines = []
     for found in for_family(family):
         default = f"{asked or AUTO} with accuracy {accuracy}"
-        matters = f"applies to {default}" if found.concerns(asked, accuracy) else f"changes nothing for {default}"
+        matters = f"applies to {default}" if found.applies_to(asked, accuracy) else f"changes nothing for {default}"
         lines.append(
             f"recommended for {found.title}: {found.what}, instead of {found.kernels} ({found.reason}; "
             f"{found.evidence}: {found.source}); {matters}"
@@ -197,7 +197,7 @@ def note_without_advisory(family: str, layers: tuple[AttentionConfig, ...]) -> s
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
     if (BACKENDS[asked].accuracy if asked is not None and asked in BACKENDS else accuracy) == "exact":
         return ""
-    if any(advisory.concerns(asked, accuracy) for advisory in for_family(family)):
+    if any(advisory.applies_to(asked, accuracy) for advisory in for_family(family)):
         return ""
     return f"recommended for this model: nothing is known of {family or 'this family'} with {asked or AUTO}"
 

@@ -180,7 +180,7 @@ def _host_functions(
         # ComfyUI would run it although the model forbids that for this call: what the model says goes first.
         model_call.run.note(f"{preferred.source} was left out: {forbidden(function.accuracy)}")
         return _HostFunctions(None, None, own, own, True)
-    runs = asked == COMFY or (choice.is_open and function.may_run(request))
+    runs = asked == COMFY or (choice.nobody_named_a_backend and function.may_run(request))
     if not runs and not function.may_run(request):
         return _HostFunctions(None, preferred, function, own, runs)
     return _HostFunctions(wish, preferred, function, function, runs)
@@ -194,9 +194,9 @@ def _note_changes(
     decision = hook_plan.slot.plan.decision
     if decision.backend == COMFY:
         return
-    if preferred is not None and not choice.is_open:
+    if preferred is not None and not choice.nobody_named_a_backend:
         model_call.run.note(f"{preferred.source} gave way to {decision.source}")
-    if preferred is None and choice.is_open and model_call.session.settings.accuracy == "exact":
+    if preferred is None and choice.nobody_named_a_backend and model_call.session.settings.accuracy == "exact":
         text = changed_by_auto(func)
         if text:
             model_call.run.note(text)

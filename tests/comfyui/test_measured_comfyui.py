@@ -53,7 +53,7 @@ def measured(model: Any, **settings: Any) -> Any:
 
 
 def with_backends(monkeypatch: pytest.MonkeyPatch, **backends: Costed) -> dict[str, Costed]:
-    router = Router(detect(torch.device("cpu")), {**backends, "comfy": BACKENDS["comfy"]}, recalls=False)
+    router = Router(detect(torch.device("cpu")), {**backends, "comfy": BACKENDS["comfy"]}, use_probe_results=False)
     monkeypatch.setattr(sampling, "router_for", lambda device: router)
     return backends
 

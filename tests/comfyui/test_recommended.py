@@ -116,7 +116,7 @@ def test_the_page_is_up_to_date() -> None:
     ],
 )
 def test_what_a_row_concerns(family: str, asked: str | None, accuracy: str, concerned: bool) -> None:
-    assert any(row.concerns(asked, accuracy) for row in for_family(family)) is concerned
+    assert any(row.applies_to(asked, accuracy) for row in for_family(family)) is concerned
     layers = (AttentionConfig(AttentionSpec(asked or "auto"), accuracy=accuracy, recommended=for_family(family)),)
     assert is_scheduled(layers) is concerned, "what does not matter costs nothing"
 

@@ -36,7 +36,7 @@ def right(output: torch.Tensor, call: AttentionCall) -> bool:
 
 
 def ran(router: Router, call: AttentionCall) -> torch.Tensor:
-    assert router.refuse("comfy_kitchen_int8", call.request()) == ()
+    assert router.reasons_against("comfy_kitchen_int8", call.request()) == ()
     return router.kernel("comfy_kitchen_int8")(call)
 
 

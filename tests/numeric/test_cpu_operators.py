@@ -129,7 +129,7 @@ EMPTY = [{"q_len": 0}, {"kv_len": 0}, {"batch": 0}, {"q_len": 0, "kv_len": 0}]
 def test_nothing_to_compute(name: str, mask: str, sizes: dict[str, int]) -> None:
     """Zeros or an empty tensor, as scaled_dot_product_attention gives, or a refusal; never NaN, never a crash."""
     request = AttentionRequest(2, 2, 5, 7, 8, "float32", mask=mask)._replace(**sizes)
-    reasons = Router(CPU).refuse(name, request)
+    reasons = Router(CPU).reasons_against(name, request)
     assert all("kv_len 0 < 1" in reason for reason in reasons)
     whole = call_for(AttentionRequest(2, 2, 5, 7, 8, "float32", mask=mask))
     batch, q_len, kv_len = request.batch, request.q_len, request.kv_len

@@ -89,7 +89,7 @@ def faults_of(
     for number, platform in enumerate(machines):
         with monkeypatch.context() as patched:
             stand_in(patched, platform)
-            router = Router(platform, {**backends, backend.id: backend}, recalls=False)
+            router = Router(platform, {**backends, backend.id: backend}, use_probe_results=False)
             found += _faults_on(router, backend, number or None)  # every dtype on the first one, then in turns
     return found
 

@@ -103,15 +103,15 @@ REFUSED = [
 @pytest.mark.parametrize(("machine", "changes", "reason"), REFUSED)
 def test_refusals_name_value_and_limit(machine: str, changes: dict[str, object], reason: str) -> None:
     router = Router(parse_platform(machine))
-    assert router.refuse("flex_attn", SELF) == ()
-    reasons = router.refuse("flex_attn", SELF._replace(**changes))
+    assert router.reasons_against("flex_attn", SELF) == ()
+    reasons = router.reasons_against("flex_attn", SELF._replace(**changes))
     assert any(text.startswith(reason) for text in reasons), reasons
 
 
 def test_a_padding_mask_may_be_long() -> None:
     """It has one value per key: only a mask per query is counted in 32 bits."""
     request = SELF._replace(q_len=50_000, kv_len=50_000, mask="key_padding")
-    assert Router(parse_platform(CARD)).refuse("flex_attn", request) == ()
+    assert Router(parse_platform(CARD)).reasons_against("flex_attn", request) == ()
 
 
 def test_no_route_has_it_and_every_request_says_why() -> None:
@@ -198,7 +198,7 @@ CASES = {
 def _case(name: str) -> AttentionCall:
     request, change = CASES[name]
     call = change(call_for(request))
-    assert Router(parse_platform("cpu")).refuse("flex_attn", call.request()) == ()
+    assert Router(parse_platform("cpu")).reasons_against("flex_attn", call.request()) == ()
     return call
 
 
@@ -357,7 +357,7 @@ def test_only_what_is_filled_up_is_copied() -> None:
 
 def test_a_limit_counts_what_is_filled_up(snapshot: SnapshotAssertion) -> None:
     request = SELF._replace(mask="bool", q_len=46_000, kv_len=46_000)  # 2,116,000,000 elements as they are
-    (reason,) = Router(parse_platform("cpu")).refuse("flex_attn", request)
+    (reason,) = Router(parse_platform("cpu")).reasons_against("flex_attn", request)
     assert reason == snapshot
 
 

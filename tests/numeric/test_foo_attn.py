@@ -134,10 +134,10 @@ from attention_backends.backends.config.systems import systems_page
 from attention_backends.comparison.bench_run import Asked, choose_backends, measure
 
 platform = detect(torch.device("cpu"))
-router = Router(platform, recalls=False)
+router = Router(platform, use_probe_results=False)
 call = AttentionRequest(1, 4, 64, 64, 64, "bfloat16")
 (row,) = examine(router, Interpreter("python", "cp312", "linux_x86_64"), ["foo_attn"])
-refused = router.refuse("foo_attn", call._replace(head_dim=136, num_heads=65, mask="bias"))
+refused = router.reasons_against("foo_attn", call._replace(head_dim=136, num_heads=65, mask="bias"))
 elsewhere = parse_platform("cuda:8.0")
 report = measure(Asked("hv15", backends="foo_attn", tokens=64, masks="unmasked"), router)
 probed = judge("foo_attn", platform, BACKENDS)

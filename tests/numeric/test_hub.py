@@ -69,7 +69,7 @@ def test_allowed_it_runs_from_a_pinned_repository_and_says_so(
     assert [f"{repository}@{version}"] == fake.DOWNLOADS
     call = call_for(CALL)
     assert error(router.kernel(backend)(call), truth(call)).within(allowed(call, "exact"))
-    assert router.refuse(backend, CALL._replace(mask="bool")) == snapshot
+    assert router.reasons_against(backend, CALL._replace(mask="bool")) == snapshot
     origin = f"Hub: {repository} v{version}"
     slot = Session(router).plan(CallKind(CALL, "self", "self"))
     assert slot.plan.decision.backend in ("flash_attn", "cudnn_attn", "torch_sdpa", backend)
@@ -269,12 +269,12 @@ def test_aiter_from_the_hub_has_the_limits_of_its_build(
     call = call_for(CALL)
     assert error(router.kernel("aiter")(call), truth(call)).within(allowed(call, "exact"))
     assert router.backends["aiter"].origin(router.platform) == "Hub: kernels-community/aiter-flash-attn-ck v1"
-    assert router.refuse("aiter", CALL._replace(dtype="float16")) == snapshot
-    assert router.refuse("aiter", CALL._replace(head_dim=96)) == snapshot
+    assert router.reasons_against("aiter", CALL._replace(dtype="float16")) == snapshot
+    assert router.reasons_against("aiter", CALL._replace(head_dim=96)) == snapshot
     assert str(router.backends["flash_attn"].member(CALL, router.platform)).startswith("aiter (Hub")
     installed = replace(AMD, packages=(KERNELS, ("amd-aiter", "0.1.7")))
     assert BACKENDS["aiter"].origin(installed) is None
-    assert on_platform(monkeypatch, installed).refuse("aiter", CALL._replace(dtype="float16")) == ()
+    assert on_platform(monkeypatch, installed).reasons_against("aiter", CALL._replace(dtype="float16")) == ()
 
 
 @pytest.mark.parametrize(("backend", "machine"), [("aiter", AMD), ("sage_attn_3", None)])

@@ -44,7 +44,7 @@ def right(output: torch.Tensor, call: AttentionCall, arithmetic_class: str) -> b
 
 
 def ran(router, backend: str, call: AttentionCall) -> torch.Tensor:
-    assert router.refuse(backend, call.request()) == ()
+    assert router.reasons_against(backend, call.request()) == ()
     return router.kernel(backend)(call)
 
 
@@ -62,7 +62,7 @@ class TestSage1:
         assert right(output, zero_keys, "int8")
 
         router = machine(monkeypatch, SAGE_1)
-        assert router.refuse("sage_attn", call.request()) == snapshot
+        assert router.reasons_against("sage_attn", call.request()) == snapshot
 
     def test_whole_blocks_and_causal_calls_are_right(self, monkeypatch):
         router = machine(monkeypatch, SAGE_1)
@@ -105,7 +105,7 @@ class TestSwallowedKeywords:
         call = call_for(PLAIN._replace(mask=kind))
         swallowed = function(call.query, call.key.clone(), call.value, attn_mask=call.attn_mask)
         assert not right(swallowed, call, "fp8")
-        assert router.refuse("sage_attn", call.request()) == (f"mask kind {kind} not in (none)",)
+        assert router.reasons_against("sage_attn", call.request()) == (f"mask kind {kind} not in (none)",)
 
 
 class TestSage2Triton:
@@ -194,8 +194,8 @@ class TestSage2Cuda:
         monkeypatch.setattr(sageattention_2, "NOISE_FROM", 160)
         call = call_for(PLAIN)
         assert not right(sageattention_2.sageattn(call.query, call.key, call.value), call, "fp8")
-        assert router.refuse("sage_attn", PLAIN._replace(kv_len=160_000)) == ("kv_len 160000 > 150000",)
-        assert machine(monkeypatch, SAGE_2, (8, 9)).refuse("sage_attn", PLAIN._replace(kv_len=160_000)) == ()
+        assert router.reasons_against("sage_attn", PLAIN._replace(kv_len=160_000)) == ("kv_len 160000 > 150000",)
+        assert machine(monkeypatch, SAGE_2, (8, 9)).reasons_against("sage_attn", PLAIN._replace(kv_len=160_000)) == ()
 
     def test_a_build_that_returns_unwritten_memory_on_sm90(self, monkeypatch):
         def hides_the_operator() -> None: ...
@@ -224,9 +224,9 @@ class TestSage2Cuda:
         call = call_for(request_)
         kernel = sageattention_2.sageattn_qk_int8_pv_fp16_cuda
         assert kernel(call.query, call.key, call.value, is_causal=request_.is_causal).isnan().any()
-        assert router.refuse("sage_fp16_cuda", request_) == snapshot
-        assert router.refuse("sage_fp8_cuda", request_) != ()  # that card has no FP8
-        assert machine(monkeypatch, SAGE_2, (8, 9)).refuse("sage_fp8_cuda", request_) == ()
+        assert router.reasons_against("sage_fp16_cuda", request_) == snapshot
+        assert router.reasons_against("sage_fp8_cuda", request_) != ()  # that card has no FP8
+        assert machine(monkeypatch, SAGE_2, (8, 9)).reasons_against("sage_fp8_cuda", request_) == ()
 
     def test_by_its_name_the_fp8_kernel_refuses_what_is_noise_on_sm12x(self, monkeypatch):
         router = machine(monkeypatch, SAGE_2, (12, 0))
@@ -234,8 +234,8 @@ class TestSage2Cuda:
         call = call_for(PLAIN)
         noise = sageattention_2.sageattn_qk_int8_pv_fp8_cuda(call.query, call.key, call.value)
         assert not right(noise, call, "fp8")
-        assert router.refuse("sage_fp8_cuda", PLAIN._replace(kv_len=160_000)) == ("kv_len 160000 > 150000",)
-        assert router.refuse("sage_fp16_cuda", PLAIN._replace(kv_len=160_000)) == ()
+        assert router.reasons_against("sage_fp8_cuda", PLAIN._replace(kv_len=160_000)) == ("kv_len 160000 > 150000",)
+        assert router.reasons_against("sage_fp16_cuda", PLAIN._replace(kv_len=160_000)) == ()
 
 
 class TestOneNameTwoLibraries:
@@ -274,18 +274,18 @@ class TestSage3:
         masked = call_for(PLAIN._replace(mask="key_padding"))
         ignored = sageattn3.sageattn3_blackwell(masked.query, masked.key.clone(), masked.value, masked.attn_mask)
         assert not right(ignored, masked, "fp4")
-        assert router.refuse("sage_attn_3", masked.request()) == snapshot
+        assert router.reasons_against("sage_attn_3", masked.request()) == snapshot
         scaled = call_for(PLAIN._replace(scale=0.3))
         ignored = sageattn3.sageattn3_blackwell(scaled.query, scaled.key.clone(), scaled.value, scale=0.3, sm_scale=0.3)
         assert not right(ignored, scaled, "fp4")
-        assert router.refuse("sage_attn_3", scaled.request()) == snapshot
+        assert router.reasons_against("sage_attn_3", scaled.request()) == snapshot
 
     def test_grouped_heads_fail_in_a_product(self, monkeypatch, snapshot: SnapshotAssertion):
         router = machine(monkeypatch, SAGE_3, (12, 0))
         call = call_for(PLAIN._replace(num_heads=6, num_kv_heads=2))
         with pytest.raises(RuntimeError):
             sageattn3.sageattn3_blackwell(call.query, call.key.clone(), call.value)
-        assert router.refuse("sage_attn_3", call.request()) == snapshot
+        assert router.reasons_against("sage_attn_3", call.request()) == snapshot
 
     def test_key_is_changed_in_place(self, monkeypatch):
         call = call_for(PLAIN)
@@ -300,7 +300,7 @@ class TestSage3:
         router = machine(monkeypatch, SAGE_3, (12, 0))
         call = call_for(PLAIN._replace(head_dim=256))
         assert right(sageattn3.sageattn3_blackwell(call.query, call.key, call.value), call, "exact")
-        assert router.refuse("sage_attn_3", call.request()) == snapshot
+        assert router.reasons_against("sage_attn_3", call.request()) == snapshot
 
 
 class TestFlash:
@@ -309,7 +309,7 @@ class TestFlash:
         call = call_for(PLAIN._replace(is_causal=True))
         bshd = [tensor.transpose(1, 2) for tensor in (call.query, call.key, call.value)]
         assert not right(flash_attn_2.flash_attn_func(*bshd, causal=True).transpose(1, 2), call, "exact")
-        assert router.refuse("flash_attn_2", call.request()) == snapshot
+        assert router.reasons_against("flash_attn_2", call.request()) == snapshot
         square = call_for(PLAIN._replace(kv_len=130, is_causal=True))
         assert right(ran(router, "flash_attn_2", square), square, "exact")
 
@@ -336,7 +336,7 @@ class TestFlash:
     def test_flashinfer_drops_causal_beside_a_mask_and_misreads_a_bias(self, monkeypatch, snapshot: SnapshotAssertion):
         router = machine(monkeypatch, "flashinfer-python==0.7.2", (9, 0))
         both = call_for(PLAIN._replace(q_len=192, mask="bool", is_causal=True))
-        assert router.refuse("flashinfer_attn", both.request()) == snapshot
+        assert router.reasons_against("flashinfer_attn", both.request()) == snapshot
         one = [tensor[0].transpose(0, 1) for tensor in (both.query, both.key, both.value)]
         dropped = flashinfer.single_prefill_with_kv_cache(*one, custom_mask=both.attn_mask[0, 0], causal=True)
         assert not right(dropped.transpose(0, 1)[None], both, "exact")
@@ -344,7 +344,7 @@ class TestFlash:
         one = [tensor[0].transpose(0, 1) for tensor in (biased.query, biased.key, biased.value)]
         misread = flashinfer.single_prefill_with_kv_cache(*one, custom_mask=biased.attn_mask[0, 0])
         assert not right(misread.transpose(0, 1)[None], biased, "exact")
-        assert router.refuse("flashinfer_attn", biased.request())[0] == snapshot
+        assert router.reasons_against("flashinfer_attn", biased.request())[0] == snapshot
 
     def test_flashinfer_with_a_mask_for_each_head(self, monkeypatch):
         router = machine(monkeypatch, "flashinfer-python==0.7.2", (9, 0))
@@ -460,4 +460,4 @@ def test_whatever_a_broken_package_raises_is_a_reason(monkeypatch, backend, pack
     monkeypatch.setitem(sys.modules, module, Broken(module))
     (reason,) = router.unavailable(backend)
     assert reason.startswith("loading failed: ")
-    assert router.refuse(backend, PLAIN) == (reason,)
+    assert router.reasons_against(backend, PLAIN) == (reason,)

@@ -60,7 +60,7 @@ def _check_all(router: Router, backend: str, arithmetic_class: str, grid=GRID, d
     """Run every cell that is not refused; the number that ran."""
     faults, ran = [], 0
     for request in grid:
-        reasons = router.refuse(backend, request)
+        reasons = router.reasons_against(backend, request)
         if reasons:
             faults += [f"{request.describe()}: reason {reason!r}" for reason in reasons if not REASON.match(reason)]
             continue
@@ -98,7 +98,7 @@ def test_every_cell_of_the_emulation() -> None:
 @pytest.mark.parametrize("case", MACHINES, ids=str)
 def test_refusing_calls_no_library(monkeypatch: pytest.MonkeyPatch, case: Machine) -> None:
     router = machine(monkeypatch, case.packages, case.capability)
-    refused = sum(bool(router.refuse(case.backend, request)) for request in GRID)
+    refused = sum(bool(router.reasons_against(case.backend, request)) for request in GRID)
     assert refused > 0
     assert arithmetic.CALLS == []
 
@@ -250,14 +250,16 @@ def test_refusals_name_value_and_limit(
 ) -> None:
     router = machine(monkeypatch, packages, capability)
     base = AttentionRequest(1, 2, 128, 256, 128, "float16")
-    assert router.refuse(backend, base) == ()
-    reasons = router.refuse(backend, base._replace(**changes))
+    assert router.reasons_against(backend, base) == ()
+    reasons = router.reasons_against(backend, base._replace(**changes))
     assert any(text.startswith(reason) for text in reasons), reasons
 
 
 def test_a_scale_equal_to_the_default_is_no_scale_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     router = machine(monkeypatch, f"sageattn3==1.0.0 {TRITON}", (12, 0))
-    assert router.refuse("sage_attn_3", AttentionRequest(1, 2, 128, 128, 128, "float16", scale=128**-0.5)) == ()
+    assert (
+        router.reasons_against("sage_attn_3", AttentionRequest(1, 2, 128, 128, 128, "float16", scale=128**-0.5)) == ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,16 +275,16 @@ def test_a_limit_of_one_version_or_card_is_not_that_of_the_next(
     monkeypatch: pytest.MonkeyPatch, backend: str, packages: str, capability: tuple[int, int]
 ) -> None:
     router = machine(monkeypatch, packages, capability)
-    assert router.refuse(backend, AttentionRequest(1, 2, 128, 128, 128, "float16")) == ()
+    assert router.reasons_against(backend, AttentionRequest(1, 2, 128, 128, 128, "float16")) == ()
 
 
 def test_flashinfer_before_0_6_16_has_too_large_kernels_for_turing(monkeypatch: pytest.MonkeyPatch) -> None:
     router = machine(monkeypatch, "flashinfer-python==0.6.15", (7, 5))
     request = AttentionRequest(1, 2, 128, 128, 128, "float16")
     for head_dim in (128, 256):
-        refused = router.refuse("flashinfer_attn", request._replace(head_dim=head_dim))
+        refused = router.reasons_against("flashinfer_attn", request._replace(head_dim=head_dim))
         assert refused == (f"head_dim {head_dim} not in (64,)",)
-    assert router.refuse("flashinfer_attn", request._replace(head_dim=64)) == ()
+    assert router.reasons_against("flashinfer_attn", request._replace(head_dim=64)) == ()
 
 
 # Why a backend is not available at all: card, package, version.

@@ -58,7 +58,7 @@ def right(output: torch.Tensor, call: AttentionCall) -> bool:
 
 
 def ran(router: Router, backend: str, call: AttentionCall) -> torch.Tensor:
-    assert router.refuse(backend, call.request()) == ()
+    assert router.reasons_against(backend, call.request()) == ()
     return router.kernel(backend)(call)
 
 
@@ -82,7 +82,7 @@ def test_every_cell_is_right_or_refused(
 ) -> None:
     router = on_platform(monkeypatch, platform)
     assert router.unavailable(backend) == ()
-    taken = [request for request in GRID if not router.refuse(backend, request)]
+    taken = [request for request in GRID if not router.reasons_against(backend, request)]
     assert arithmetic.CALLS == []
     assert len(taken) >= cells
     wrong = [call.request() for call in map(call_for, taken) if not right(router.kernel(backend)(call), call)]
@@ -217,7 +217,7 @@ class TestAiter:
         router = on_platform(monkeypatch, AITER)
         call = call_for(PLAIN._replace(is_causal=True))
         assert not right(amd_aiter.flash_attn_func(*bshd(call), causal=True).transpose(1, 2), call)
-        assert router.refuse("aiter", call.request()) == snapshot
+        assert router.reasons_against("aiter", call.request()) == snapshot
 
     def test_versions_that_return_a_tuple_of_one(self, monkeypatch):
         router = on_platform(monkeypatch, AITER)
@@ -303,7 +303,7 @@ class TestNpuFusion:
     )
     def test_refusals(self, changes, snapshot: SnapshotAssertion):
         router = Router(parse_platform("npu,packages=torch-npu==2.13.0"))
-        assert router.refuse("npu_fusion", PLAIN._replace(**changes)) == snapshot
+        assert router.reasons_against("npu_fusion", PLAIN._replace(**changes)) == snapshot
 
     def test_only_by_name_and_only_on_npus(self, monkeypatch, snapshot: SnapshotAssertion):
         router = on_platform(monkeypatch, NPU)
@@ -330,7 +330,7 @@ class TestXlaFlash:
         assert str(caught.value) == snapshot
         assert right(ran(router, "xla_flash", call), call)
         old = Router(parse_platform("xla,packages=torch-xla==2.3.0"))
-        assert old.refuse("xla_flash", call.request()) == snapshot
+        assert old.reasons_against("xla_flash", call.request()) == snapshot
 
     @pytest.mark.parametrize("kv_len", [77, 128, 600])
     def test_a_padding_mask_is_a_segment(self, monkeypatch, kv_len):
@@ -341,7 +341,7 @@ class TestXlaFlash:
         call.attn_mask = None
         assert not right(output, call)
         old = Router(parse_platform("xla,packages=torch-xla==2.3.0"))
-        refused = old.refuse("xla_flash", PLAIN._replace(mask="key_padding"))
+        refused = old.reasons_against("xla_flash", PLAIN._replace(mask="key_padding"))
         assert any("key_padding not in (none)" in reason for reason in refused)
 
     def test_a_sample_without_keys_gets_zeros(self, monkeypatch):
@@ -364,7 +364,7 @@ class TestXlaFlash:
     )
     def test_refusals(self, changes, snapshot: SnapshotAssertion):
         router = Router(parse_platform("xla,packages=torch-xla==2.9.0"))
-        assert router.refuse("xla_flash", PLAIN._replace(**changes)) == snapshot
+        assert router.reasons_against("xla_flash", PLAIN._replace(**changes)) == snapshot
 
     def test_float32_would_be_multiplied_in_bfloat16(self, monkeypatch):
         call = call_for(PLAIN._replace(dtype="float32"))

@@ -150,7 +150,7 @@ def test_what_the_version_lacks_is_refused_with_its_name(monkeypatch, backend, p
     assert words in str(decision.reason)
     with pytest.raises(NoBackendError, match=re.escape(words)):
         session(strict=True).plan(PLAIN, "self", "self")
-    assert session(strict=False).router.refuse(backend, PLAIN) == ()  # without the option it runs
+    assert session(strict=False).router.reasons_against(backend, PLAIN) == ()  # without the option it runs
 
 
 def test_why_2_1_1_is_not_asked_for_fp16_accumulation(monkeypatch):

@@ -134,7 +134,7 @@ def test_a_build_without_it_is_asked_once_and_refused() -> None:
             loads.append(platform)
             return super().load_lse(platform)
 
-    router = Router(Platform("cpu", torch="2.13.0"), {**BACKENDS, "broken": Counting()}, recalls=False)
+    router = Router(Platform("cpu", torch="2.13.0"), {**BACKENDS, "broken": Counting()}, use_probe_results=False)
     for _ in range(2):
         decision = router.select(REQUEST, Choice("broken", "a test"))
         assert decision.backend == "torch_sdpa"
@@ -150,10 +150,12 @@ def test_limits_of_the_log_sum_exp_alone_refuse_a_call_that_asks_for_it() -> Non
         def lse_limits(self, platform: Platform) -> Limits:
             return self.limits.but(HeadDim(max=4))
 
-    router = Router(Platform("cpu", torch="2.13.0"), {**BACKENDS, "broken": Narrow()}, recalls=False)
-    assert [len(router.refuse("broken", REQUEST._replace(lse=lse))) for lse in (False, True)] == [0, 1]
-    described = Router(Platform("cpu", torch="2.13.0", described=True), {"broken": _Broken()}, recalls=False)
-    assert described.refuse("broken", REQUEST) == (), "what a package lacks is not known of a described machine"
+    router = Router(Platform("cpu", torch="2.13.0"), {**BACKENDS, "broken": Narrow()}, use_probe_results=False)
+    assert [len(router.reasons_against("broken", REQUEST._replace(lse=lse))) for lse in (False, True)] == [0, 1]
+    described = Router(Platform("cpu", torch="2.13.0", described=True), {"broken": _Broken()}, use_probe_results=False)
+    assert described.reasons_against("broken", REQUEST) == (), (
+        "what a package lacks is not known of a described machine"
+    )
 
 
 @pytest.mark.parametrize("checks", [False, True])
@@ -161,7 +163,7 @@ def test_one_that_fails_in_a_call_gives_way_to_another(checks: bool) -> None:
     class Short(_Broken):
         given = torch.ones(2, 4, 5)
 
-    router = Router(Platform("cpu", torch=torch.__version__), {**BACKENDS, "broken": Short()}, recalls=False)
+    router = Router(Platform("cpu", torch=torch.__version__), {**BACKENDS, "broken": Short()}, use_probe_results=False)
     session, call = Session(router, checks=checks), LseCall(Q, K, V, scale=-0.3)
     slot = session.plan(CallKind(call.request(lse=True), "self", "self"), choice=Choice("broken", "a test"))
     assert slot.plan.decision.backend == "broken"

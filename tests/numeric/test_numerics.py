@@ -99,7 +99,7 @@ def _check(router: Router, backend: str, name: str, dtype: str, device: str) -> 
     """Run one case; None, or why it was refused."""
     request, change = CASES[name]
     call = change(call_for(request._replace(dtype=dtype), device))
-    reasons = router.refuse(backend, call.request())
+    reasons = router.reasons_against(backend, call.request())
     if reasons:
         return "; ".join(reasons)
     before, expected = copied(call), truth(call)

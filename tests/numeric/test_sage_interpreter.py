@@ -111,7 +111,7 @@ def _directly(sageattention: ModuleType, call: AttentionCall) -> torch.Tensor:
 def _through_us(call: AttentionCall, backend: str, version: str, **options: object) -> torch.Tensor:
     packages = (("sageattention", version), ("triton", metadata.version("triton")))
     router = Router(Platform("cuda", capability=(8, 9), packages=packages))
-    assert router.refuse(backend, call.request()) == ()
+    assert router.reasons_against(backend, call.request()) == ()
     return router.kernel(backend, options)(_on_a_card(call)).as_subclass(torch.Tensor)
 
 

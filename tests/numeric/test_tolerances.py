@@ -76,7 +76,7 @@ def test_an_error_is_judged_the_same_under_any_id_and_by_all(
     with as_comfyui_runs():
         assert (judge(backend_id, CPU, {backend_id: backend}).status == "ok") is good, "probe"
         session = Session(
-            Router(CPU, {**BACKENDS, backend_id: backend}, recalls=False),
+            Router(CPU, {**BACKENDS, backend_id: backend}, use_probe_results=False),
             (AttentionConfig(AttentionSpec(backend_id), guard="watch"),),
         )
         call = call_for(AttentionRequest(1, 4, 130, 200, 64, "bfloat16"))

@@ -42,7 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Costed]:
     clock = Clock()
     costs = {"torch_sdpa": 3.0, "sdpa_math": 2.0, "aiter": 9.0}
     backends = {name: Costed(name, clock, lambda ms=ms: ms) for name, ms in costs.items()}
-    router = Router(detect(torch.device("cpu")), backends, recalls=False)
+    router = Router(detect(torch.device("cpu")), backends, use_probe_results=False)
     monkeypatch.setattr(contenders, "router_for", lambda device: router)
     monkeypatch.setattr(tuner, "DeviceClock", lambda kind: clock)
     return backends

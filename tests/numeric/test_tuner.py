@@ -535,7 +535,7 @@ def test_on_an_accelerator_kernels_that_keep_all_scores_are_left_out_where_they_
     session = machine.begin()
     large = replace(machine.router.platform, kind="cuda")
     backends = {**machine.router.backends, "sdpa_math": BACKENDS["sdpa_math"]}
-    session.router = Router(large, backends, recalls=False)
+    session.router = Router(large, backends, use_probe_results=False)
     request = small_call().request()._replace(q_len=14336, kv_len=14336, num_heads=24)
     assert machine.tuner.candidates(request, INCUMBENT, "exact") == (INCUMBENT,)
     assert machine.tuner.candidates(small_call().request(), INCUMBENT, "exact") == (INCUMBENT, "sdpa_math")

@@ -178,7 +178,7 @@ def test_dtypes_in_the_table_are_those_of_the_router(backend: str) -> None:
                 for dtype in DTYPES
                 if not any(
                     reason.startswith(f"dtype {dtype} not in")
-                    for reason in Router(one).refuse(backend, AttentionRequest(1, 8, 256, 256, 64, dtype))
+                    for reason in Router(one).reasons_against(backend, AttentionRequest(1, 8, 256, 256, 64, dtype))
                 )
             }
             assert taken in listed, (one.describe(), taken)
@@ -256,7 +256,7 @@ def test_every_row_says_what_the_router_says(backend: str) -> None:
             call = AttentionRequest(1, 8, 256, 256, able, dtype)
 
             def refused(call: AttentionRequest, router: Router = router) -> bool:
-                return bool(router.refuse(backend, call))
+                return bool(router.reasons_against(backend, call))
 
             for size, each in product((4, 8, 12, 16, 17, 40, 64, 80, 96, 128, 160, 192, 256, 264, 512, 520), DTYPES):
                 said = SHORT.get(each, each) in dtypes.split(", ")

@@ -75,7 +75,7 @@ def test_what_a_probe_condemned_is_unavailable_and_not_even_loaded(
     assert reason == snapshot
     assert fake.loads == 0
     # The probe itself must be able to try again.
-    assert Router(HERE, {"flash_attn_2": fake}, recalls=False).unavailable("flash_attn_2") == ()
+    assert Router(HERE, {"flash_attn_2": fake}, use_probe_results=False).unavailable("flash_attn_2") == ()
 
 
 @pytest.mark.parametrize("outcome", [GOOD, Outcome("untested", "out of memory"), Outcome("unavailable", "x")])

@@ -28,8 +28,8 @@ def test_it_runs_where_the_variable_is_set_and_is_marked_as_reported(gfx: str) -
     for name in ("flash_attn", "flash_attn_2"):
         assert router.unavailable(name) == ()
         assert router.backends[name].member(CALL, router.platform) == "flash_attn_2 (Triton, reported)"
-        assert router.refuse(name, CALL._replace(mask="bool"))
-        assert router.refuse(name, CALL._replace(head_dim=512))
+        assert router.reasons_against(name, CALL._replace(mask="bool"))
+        assert router.reasons_against(name, CALL._replace(head_dim=512))
 
 
 @pytest.mark.parametrize("gfx", RDNA)

@@ -71,7 +71,7 @@ def bad_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 
 def test_a_bad_file_costs_its_own_backend_alone(bad_files: dict[str, str]) -> None:
-    router = Router(Platform("cpu"), recalls=False)
+    router = Router(Platform("cpu"), use_probe_results=False)
     for backend_id, module in bad_files.items():
         (reason,) = BACKENDS[backend_id].unavailable_reasons(Platform("cpu"))
         assert module in reason

@@ -240,7 +240,7 @@ def test_auto_is_exact_and_able_on_every_machine(machine: str, packages: str) ->
         request = AttentionRequest(1, 24, 4096, kv_len, head_dim, dtype, kv_heads, mask=mask)
         decision = here.select(request, AUTO)
         assert BACKENDS[decision.backend].accuracy == "exact"
-        assert here.refuse(decision.backend, request) == ()
+        assert here.reasons_against(decision.backend, request) == ()
         assert decision.backend in here.route.order
 
 

@@ -25,7 +25,7 @@ def machine(version: str, card: str) -> Platform:
 
 def takes(version: str, card: str, kernel: str, **facts: object) -> bool:
     router = Router(machine(version, card))
-    return not router.unavailable(kernel) and not router.refuse(kernel, CALL._replace(**facts))  # type: ignore[arg-type]
+    return not router.unavailable(kernel) and not router.reasons_against(kernel, CALL._replace(**facts))  # type: ignore[arg-type]
 
 
 FORK = {

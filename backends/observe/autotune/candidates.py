@@ -22,7 +22,7 @@ def candidates(
     found = [incumbent]
     members = {_member(router, incumbent, request)}
     for name, backend in router.backends.items():
-        if name == incumbent or not may_win(router, name, accuracy) or router.refuse(name, request, failed):
+        if name == incumbent or not may_win(router, name, accuracy) or router.reasons_against(name, request, failed):
             continue
         if backend.avoid_reasons(request, router.platform) or _is_too_large(router, name, request):
             continue

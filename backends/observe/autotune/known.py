@@ -32,7 +32,7 @@ def with_store(
         entry = store.get(key, environment_of(router.platform), allowed)
         if entry is None or not (entry.winner == decision.backend or may_win(router, entry.winner, allowed)):
             continue
-        if not router.refuse(entry.winner, request):
+        if not router.reasons_against(entry.winner, request):
             rejected = decision.rejected if entry.winner == decision.backend else ()
             source = f"{decision.source}: {AUTOTUNE} ({entry.words()})"
             return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())

@@ -164,7 +164,7 @@ class Trial(Plan):
         if name == self._race.incumbent or name in self._plans:
             return True
         session, usual, platform = self._tuner.session, self._usual, self._tuner.session.router.platform
-        if session.router.refuse(name, self.request, session.failed):
+        if session.router.reasons_against(name, self.request, session.failed):
             self._refused.add(name)
             return False
         decision, backend = replace(usual.decision, backend=name, rejected=()), session.router.backends[name]

@@ -159,7 +159,7 @@ class Tuner(Chooser, Observer):
     def found(self, entry: Entry, request: AttentionRequest, incumbent: str) -> tuple[str, str]:
         """The winner, or `auto`'s choice where the winner cannot run this very call of the bucket; and why."""
         router, winner = self.session.router, entry.winner
-        refused = router.refuse(winner, request, self.session.failed)
+        refused = router.reasons_against(winner, request, self.session.failed)
         if not refused and winner != incumbent:  # as of candidates: of lengths in one bucket it may be wrong for some
             refused = tuple(router.backends[winner].avoid_reasons(request, router.platform))
         return (incumbent, f"{entry.winner} is out: {refused[0]}") if refused else (entry.winner, entry.words())
