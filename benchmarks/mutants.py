@@ -80,7 +80,7 @@ AREAS = {
         tuple(f"backends/config/{name}.py" for name in ("windows", "timetable", "schedule")),
         (
             *("pure/test_schedule.py", "pure/test_systems.py", "pure/test_config.py", "pure/test_config_print.py"),
-            *("pure/test_config_layers.py", "comfyui/test_schedule_samplers.py"),
+            *("pure/test_config_layers.py", "comfyui/test_recommended.py", "comfyui/test_schedule_samplers.py"),
         ),
     ),
 }

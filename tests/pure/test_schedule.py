@@ -15,7 +15,7 @@ from attention_backends.backends.config.print import to_dict, to_flags
 from attention_backends.backends.config.schedule import ScheduleEntry, step_of
 from attention_backends.backends.config.text import parse_config
 from attention_backends.backends.config.timetable import Timetable
-from attention_backends.backends.config.windows import parse_numbers, parse_percent, parse_sigmas
+from attention_backends.backends.config.windows import MOST_PARTS, parse_numbers, parse_percent, parse_sigmas
 from attention_backends.backends.engine.plan import CallKind
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
@@ -140,6 +140,19 @@ def meant(text: str, count: int) -> set[int]:
             low, dash, high = part.partition("-")
             found |= set(range(int(low), (int(high) if high else count) + 1 if dash else int(low) + 1))
     return found & set(range(count))
+
+
+@pytest.mark.parametrize("text", ["5-20%", "5%-20%"])
+def test_a_percent_sign_at_the_end_is_for_both_numbers(text: str) -> None:
+    assert parse_percent(text) == parse_percent("0.05-0.2")
+
+
+@pytest.mark.parametrize("form", [list, lambda parts: ",".join(map(str, parts))])
+def test_a_window_has_at_most_so_many_parts(form: Any) -> None:
+    steps = range(0, 2 * MOST_PARTS, 2)
+    assert len(parse_numbers(form(list(steps)), "steps")) == MOST_PARTS
+    with pytest.raises(ConfigError):
+        parse_numbers(form([*steps, 1]), "steps")
 
 
 @given(windows, st.integers(1, 40))
