@@ -183,8 +183,8 @@ def test_a_triangle_among_hidden_keys_is_causal_over_the_others(before: int, aft
     mask = torch.zeros(1, 1, 5, before + 5 + after, dtype=torch.bool)
     mask[..., before : before + 5] = torch.ones(5, 5, dtype=torch.bool).tril()
     plan = inspect(mask, mask.shape[3])
-    (part,) = plan.parts
-    assert (plan.treatment, part.keys, part.is_causal) == ("causal", slice(before, before + 5), True)
+    (part,) = plan.sub_calls
+    assert (plan.strategy, part.keys, part.is_causal) == ("causal", slice(before, before + 5), True)
 
 
 def test_a_window_among_hidden_keys_is_recognised() -> None:
@@ -192,7 +192,7 @@ def test_a_window_among_hidden_keys_is_recognised() -> None:
     mask = torch.zeros(1, 1, 40, 45, dtype=torch.bool)
     mask[..., 3:43] = (rows[None] - rows[:, None]).abs() <= 4
     plan = inspect(mask, 45)
-    assert (plan.treatment, plan.pattern) == ("trimmed", "sliding window, 4 before and 4 after")
+    assert (plan.strategy, plan.pattern) == ("trimmed", "sliding window, 4 before and 4 after")
 
 
 def test_rows_of_finite_lowest_numbers_keep_what_sdpa_gives() -> None:
