@@ -27,7 +27,7 @@ def entry(kind: TuningKey, environment: str | None = None, ms: dict[str, float] 
     here = environment_of(detect(torch.device("cpu"))) if environment is None else environment
     usual = {
         "accuracy": "exact", "winner": min(ms, key=lambda name: ms[name]), "incumbent": "torch_sdpa", "ms": ms,
-        "rejected": {}, "put_off": {}, "written": 1.75e9,
+        "rejected": {}, "deferred": {}, "written": 1.75e9,
     }  # fmt: skip
     return Entry(key=kind, environment=here, **{**usual, **more})
 
@@ -43,7 +43,7 @@ def some() -> list[Entry]:
         ),
         entry(
             key("ltx2.audio_to_video", num_kv_heads=8, v_head_dim=64, is_causal=True, exact_only=True),
-            put_off={"sdpa_math": 2}, ms={"torch_sdpa": 123.4, "sdpa_flash": 130.0}, written=1.75e9 + 1,
+            deferred={"sdpa_math": 2}, ms={"torch_sdpa": 123.4, "sdpa_flash": 130.0}, written=1.75e9 + 1,
         ),
         entry(key("joint"), ELSEWHERE, ms={"sage_fp8_cuda": 1.5, "torch_sdpa": 2.75}, accuracy="quantized"),
     ]  # fmt: skip

@@ -210,7 +210,7 @@ def test_a_document_of_measured_choices() -> None:
         found = only((ValueError,), lambda data=data: measured_entry.read_document(data, 1000), path)  # type: ignore[misc]
         for one in found or ():
             assert json.dumps(one.as_dict())
-            assert one.words()
+            assert one.summary()
 
 
 def test_the_rows_of_a_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

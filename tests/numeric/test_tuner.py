@@ -23,8 +23,8 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure.call_key import key_of  # noqa: E402
 from attention_backends.backends.observe import observe  # noqa: E402
-from attention_backends.backends.observe.autotune import race as measuring  # noqa: E402
-from attention_backends.backends.observe.autotune.race import Race  # noqa: E402
+from attention_backends.backends.observe.autotune import contest as contest_module  # noqa: E402
+from attention_backends.backends.observe.autotune.contest import Contest  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
 from attention_backends.backends.observe.guard import Guard  # noqa: E402
@@ -73,7 +73,7 @@ def test_the_choice_is_within_3_percent_of_the_best_on_19_of_20_machines(tmp_pat
         }  # fmt: skip
         for name in set(real) - {INCUMBENT, entry["winner"]}:
             spent = machine.backends[name].spent  # its last call may be held up: nobody can know that before
-            assert spent <= measuring.BUDGET * real[INCUMBENT] + 5 * 1.3 * real[name]
+            assert spent <= contest_module.BUDGET * real[INCUMBENT] + 5 * 1.3 * real[name]
         if entry["put_off"]:  # held up in its very first call
             machine.run(small_call())
             entry = only_entry(store)
@@ -87,20 +87,20 @@ def test_the_choice_is_within_3_percent_of_the_best_on_19_of_20_machines(tmp_pat
 
 def test_that_is_no_luck(store: Store) -> None:
     """Twelve more times 20 machines, without sessions and kernels: more than one of 20 is rare, and bad luck."""
-    place = (store.path.name, "exact", key_of("self", small_call().request()))
+    location = (store.path.name, "exact", key_of("self", small_call().request()))
     worse_ones = []
     for seed in range(1, 13):
         source, worse_ones = random.Random(seed), [*worse_ones, 0]
         for _ in range(20):
             real, costs = drawn(source)
-            race = Race(place, small_call().request(), INCUMBENT, [name for name in real if name != INCUMBENT])
+            contest = Contest(location, small_call().request(), INCUMBENT, [name for name in real if name != INCUMBENT])
             for number in range(50 * 4):
-                name = race.next((number // 50) / 3) if race.is_open else None
+                name = contest.next((number // 50) / 3) if contest.is_open else None
                 if name is not None:
-                    race.begin(name)
-                    race.took(name, costs[name]())
-            assert race.entry is not None
-            worse_ones[-1] += real[race.entry.winner] > 1.03 * min(real.values())
+                    contest.begin(name)
+                    contest.record_time(name, costs[name]())
+            assert contest.entry is not None
+            worse_ones[-1] += real[contest.entry.winner] > 1.03 * min(real.values())
     assert sum(worse_ones) <= 0.03 * 20 * len(worse_ones)
     assert sum(count > 1 for count in worse_ones) <= 1
 
@@ -315,7 +315,7 @@ def test_lossy_kernels_are_tried_only_where_they_are_allowed(store: Store) -> No
     session = machine("quantized").begin()
     slot = session.plan(CallKind(small_call().request(exact_only=True), "self", "self"))
     assert slot.plan.is_trial
-    assert {*slot.plan._race.runners} == {INCUMBENT, "sdpa_math"}
+    assert {*slot.plan._contest.candidate_times} == {INCUMBENT, "sdpa_math"}
 
 
 def test_the_chosen_lossy_kernel_is_watched_as_usual(store: Store) -> None:

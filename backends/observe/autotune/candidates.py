@@ -19,7 +19,7 @@ def candidates(
     router: Router, request: AttentionRequest, incumbent: str, accuracy: str, failed: Failures
 ) -> tuple[str, ...]:
     """The incumbent, then the other backends that may run this call; one per kernel."""
-    found = [incumbent]
+    names = [incumbent]
     members = {_member(router, incumbent, request)}
     for name, backend in router.backends.items():
         if name == incumbent or not may_win(router, name, accuracy) or router.reasons_against(name, request, failed):
@@ -29,8 +29,8 @@ def candidates(
         member = _member(router, name, request)
         if member not in members:
             members.add(member)
-            found.append(name)
-    return tuple(found)
+            names.append(name)
+    return tuple(names)
 
 
 def may_win(router: Router, name: str, accuracy: str) -> bool:

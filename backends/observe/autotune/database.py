@@ -53,8 +53,8 @@ class Database:
         if not self.path.exists():
             return []
         with self._opened(write=False) as file:
-            found = file.execute(f"{SELECT} {where} ORDER BY written DESC LIMIT {MOST}", values)
-            return [text for (text,) in found]
+            rows = file.execute(f"{SELECT} {where} ORDER BY written DESC LIMIT {MOST}", values)
+            return [text for (text,) in rows]
 
     def write(self, rows: list[Row]) -> None:
         """Keep rows, each in place of any other of its kind; the oldest go where there are too many."""
@@ -124,9 +124,9 @@ class Database:
             elif made != {"measured": TABLE}:  # another column would fail at each access, a trigger change what is kept
                 raise sqlite3.DatabaseError(f"it has {', '.join(made) or 'nothing'} and not the one table of this pack")
             else:
-                (found,) = file.execute("PRAGMA quick_check(1)").fetchone()  # it reads every page: milliseconds
-                if found != "ok":
-                    raise sqlite3.DatabaseError(found)
+                (verdict,) = file.execute("PRAGMA quick_check(1)").fetchone()  # it reads every page: milliseconds
+                if verdict != "ok":
+                    raise sqlite3.DatabaseError(verdict)
         except BaseException:
             file.close()
             raise

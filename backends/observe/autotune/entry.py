@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     """Median milliseconds of each candidate that was measured."""
     rejected: dict[str, str]
     """Candidates that are out, each with its reason."""
-    put_off: dict[str, int]
+    deferred: dict[str, int]
     """Candidates that were too slow to start; a later run tries them again. How often that happened."""
     written: float
     """Seconds since 1970."""
@@ -54,16 +54,16 @@ class Entry(NamedTuple):
     """`run`, or `tune` for the command."""
 
     @property
-    def place(self) -> tuple[str, str, TuningKey]:
+    def location(self) -> tuple[str, str, TuningKey]:
         """What it is found by."""
         return self.environment, self.accuracy, self.key
 
     @property
     def known(self) -> set[str]:
         """Every candidate that it says something about."""
-        return {*self.ms, *self.rejected, *self.put_off}
+        return {*self.ms, *self.rejected, *self.deferred}
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """What was found, for reports: `3.1 ms, 12 % faster than torch_sdpa, 4 candidates`."""
         ms = self.ms[self.winner]
         count = f"{len(self.known)} candidate{'s' if len(self.known) != 1 else ''}"
@@ -82,7 +82,7 @@ class Entry(NamedTuple):
             "incumbent": self.incumbent,
             "ms": {name: round(ms, 4) for name, ms in self.ms.items()},
             "rejected": dict(self.rejected),
-            "put_off": dict(self.put_off),
+            "put_off": dict(self.deferred),
             "written": round(self.written, 3),
             "origin": self.origin,
         }
@@ -106,13 +106,13 @@ def read_document(data: object, most: int) -> list[Entry]:
     entries = data.get("entries")
     if not isinstance(entries, list) or len(entries) > most:
         raise ValueError(f"entries must be a list of at most {most}")
-    found = []
+    checked = []
     for number, entry in enumerate(entries):
         try:
-            found.append(read(entry))
+            checked.append(read(entry))
         except ValueError as error:
             raise ValueError(f"entries[{number}]: {shortened(str(error))}") from error
-    return found
+    return checked
 
 
 def read(data: object) -> Entry:

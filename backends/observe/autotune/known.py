@@ -34,6 +34,6 @@ def with_store(
             continue
         if not router.reasons_against(entry.winner, request):
             rejected = decision.rejected if entry.winner == decision.backend else ()
-            source = f"{decision.source}: {AUTOTUNE} ({entry.words()})"
+            source = f"{decision.source}: {AUTOTUNE} ({entry.summary()})"
             return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())
     return decision

@@ -30,7 +30,7 @@ from .database import MOST, Database
 from .entry import Entry
 
 if TYPE_CHECKING:
-    from .race import Race
+    from .contest import Contest
 
 __all__ = ["FILE", "VARIABLE", "Store", "default_path", "environment_of", "path_in", "shared_store"]
 
@@ -55,7 +55,7 @@ class Store:
         self.path = Path(os.path.abspath(path))
         self._database = Database(self.path, self._say)
         self.lock = RLock()
-        self.races: dict[tuple[str, str, TuningKey], Race] = {}
+        self.contests: dict[tuple[str, str, TuningKey], Contest] = {}
         """What this process is measuring; `tuner.py` keeps it here because every run shares it."""
         self.here: set[str] = set()
         """Environments of this process."""
@@ -79,7 +79,7 @@ class Store:
     def put(self, entry: Entry) -> None:
         """Keep an entry in place of any other of its kind."""
         with self.lock:
-            self._unsaved[entry.place] = entry
+            self._unsaved[entry.location] = entry
             self.flush()
 
     def flush(self) -> None:
@@ -122,7 +122,7 @@ class Store:
             self._rests = dict.fromkeys(self._rests, 0.0)
             before = self.problem
             yield
-            self.races.clear()
+            self.contests.clear()
             self._rests.clear()
             if self.problem == before:
                 self.problem = None
@@ -165,7 +165,7 @@ class Store:
         """What is in the file and what is not there yet, newest first."""
         with self.lock:
             self.flush()
-            found = {entry.place: entry for entry in self._read("", ())}
+            found = {entry.location: entry for entry in self._read("", ())}
             found.update(self._unsaved)
             return sorted(found.values(), key=lambda entry: -entry.written)
 

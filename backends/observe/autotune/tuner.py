@@ -26,10 +26,10 @@ from ...report.tuning import FROM_STORE, NOT_TUNED, OPEN
 from ...values.request import AttentionRequest
 from ..guard import Guard
 from .candidates import candidates, may_win
+from .contest import Contest, without_winner
 from .entry import Entry
-from .race import Race, without_winner
 from .store import Store, environment_of
-from .trial import Trial, failure
+from .trial_plan import TrialPlan, failure
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ class Tuner(Chooser, Observer):
         self._step: object = None
         self._entries: dict[tuple[str, TuningKey], Entry | None] = {}
         self._candidates: dict[tuple[AttentionRequest, str, str], tuple[str, ...]] = {}
-        self._races: list[Race] = []
+        self._contests: list[Contest] = []
         store.here.add(self.environment)
 
     def model_call(self, step: object) -> None:
@@ -98,9 +98,9 @@ class Tuner(Chooser, Observer):
         """At the end of a run: take in the times that are there, and say in the account what was tried."""
         self.clock.collect()
         with self.store.lock:
-            for race in self._races:
-                race.forget_waiting()
-        self._races.clear()
+            for contest in self._contests:
+                contest.forget_waiting()
+        self._contests.clear()
         run_report = self.session.run_report
         for row in list(run_report.rows.values()):
             if row.asked == AUTOTUNE and row.guard is not None and row.guard.first_alarm:
@@ -126,43 +126,43 @@ class Tuner(Chooser, Observer):
         if self.guard is not None and self.guard.refusal(role, kind.block) is not None:
             accuracy = "exact"
 
-        def plain(backend: str, state: str, words: str) -> Plan:
+        def plain(backend: str, state: str, why: str) -> Plan:
             session.run_report.tuning.kinds[key] = state
-            return self.plain(kind, decision, backend, words)
+            return self.plain(kind, decision, backend, why)
 
         incumbent, *others = self.candidates(request, decision.backend, accuracy)
         entry = self._known(accuracy, key, incumbent, others)
         if entry is None and kind.category != role:  # what was measured from presets has only categories
             entry = self._known(accuracy, key._replace(role=kind.category), incumbent, others)
-        put_off = [] if entry is None or self.paused else [name for name in others if name in entry.put_off]
-        if entry is not None and not put_off:
-            backend, words = self.found(entry, request, incumbent)
-            return plain(backend, FROM_STORE, words)
+        deferred = [] if entry is None or self.paused else [name for name in others if name in entry.deferred]
+        if entry is not None and not deferred:
+            backend, why = self.winner_for(entry, request, incumbent)
+            return plain(backend, FROM_STORE, why)
         if not others:
             return plain(incumbent, NOT_TUNED, f"no other backend can run this call with accuracy {accuracy}")
         if self.paused:
             return plain(incumbent, NOT_TUNED, f"nothing is tried: {self.paused}")
         if entry is not None:  # what it put off is tried against its winner
-            incumbent, others = self.found(entry, request, incumbent)[0], put_off
-        race = self._race((self.environment, accuracy, key), request, incumbent, tuple(others), entry)
-        if race.ended is not None:
-            return plain(incumbent, NOT_TUNED, race.ended)
-        return Trial(self, race, slot, plain(incumbent, OPEN, "tuning"), decision)
+            incumbent, others = self.winner_for(entry, request, incumbent)[0], deferred
+        contest = self._contest((self.environment, accuracy, key), request, incumbent, tuple(others), entry)
+        if contest.ended is not None:
+            return plain(incumbent, NOT_TUNED, contest.ended)
+        return TrialPlan(self, contest, slot, plain(incumbent, OPEN, "tuning"), decision)
 
-    def plain(self, kind: CallKind, decision: Decision, backend: str, words: str) -> Plan:
-        """The plan of one backend; `words` say in the run report why it is that one."""
+    def plain(self, kind: CallKind, decision: Decision, backend: str, why: str) -> Plan:
+        """The plan of one backend; `why` says in the run report why it is that one."""
         rejected = decision.rejected if backend == decision.backend else ()
-        source = f"{decision.source}: {AUTOTUNE} ({words})"
+        source = f"{decision.source}: {AUTOTUNE} ({why})"
         chosen = replace(decision, backend=backend, source=source, rejected=rejected, notes=())
         return self.session.plan_of(kind, chosen)
 
-    def found(self, entry: Entry, request: AttentionRequest, incumbent: str) -> tuple[str, str]:
+    def winner_for(self, entry: Entry, request: AttentionRequest, incumbent: str) -> tuple[str, str]:
         """The winner, or `auto`'s choice where the winner cannot run this very call of the bucket; and why."""
         router, winner = self.session.router, entry.winner
         refused = router.reasons_against(winner, request, self.session.failed)
         if not refused and winner != incumbent:  # as of candidates: of lengths in one bucket it may be wrong for some
             refused = tuple(router.backends[winner].avoid_reasons(request, router.platform))
-        return (incumbent, f"{entry.winner} is out: {refused[0]}") if refused else (entry.winner, entry.words())
+        return (incumbent, f"{entry.winner} is out: {refused[0]}") if refused else (entry.winner, entry.summary())
 
     def _known(self, accuracy: str, key: TuningKey, incumbent: str, others: list[str]) -> Entry | None:
         """What the store has for this key, unless there is a candidate by now that it says nothing about.
@@ -178,26 +178,28 @@ class Tuner(Chooser, Observer):
         allowed = entry.winner == incumbent or may_win(self.session.router, entry.winner, accuracy)
         return entry if allowed else None
 
-    def _race(
+    def _contest(
         self,
-        place: tuple[str, str, TuningKey],
+        location: tuple[str, str, TuningKey],
         request: AttentionRequest,
         incumbent: str,
         others: tuple[str, ...],
         entry: Entry | None,
-    ) -> Race:
+    ) -> Contest:
         """The race for calls of this kind, begun where there is none."""
         with self.store.lock:
-            race = self.store.races.get(place)
-            joined = any(race is one for one in self._races)
-            fits = race is not None and race.entry is None and set(race.runners) == {incumbent, *others}
-            if race is None or not fits or (race.request != request and not joined):
+            contest = self.store.contests.get(location)
+            joined = any(contest is one for one in self._contests)
+            fits = (
+                contest is not None and contest.entry is None and set(contest.candidate_times) == {incumbent, *others}
+            )
+            if contest is None or not fits or (contest.request != request and not joined):
                 # In a new run whose lengths are others of the same bucket, times of the old ones mean nothing.
-                race = self.store.races[place] = Race(place, request, incumbent, others, entry)
-                race.owner, joined = self, False
+                contest = self.store.contests[location] = Contest(location, request, incumbent, others, entry)
+                contest.owner, joined = self, False
             if not joined:
-                self._races.append(race)
-            return race
+                self._contests.append(contest)
+            return contest
 
     def candidates(self, request: AttentionRequest, incumbent: str, accuracy: str) -> tuple[str, ...]:
         """The incumbent, then what else may run this call; of backends that are the same kernel, one."""
@@ -207,29 +209,29 @@ class Tuner(Chooser, Observer):
         found = candidates(self.session.router, request, incumbent, accuracy, self.session.failed)
         return self._candidates.setdefault((request, incumbent, accuracy), found)
 
-    def share(self, race: Race) -> float:
+    def share(self, contest: Contest) -> float:
         """How much of the trials' budget may be used by now."""
-        if race.owner is not self or not self.steps:
+        if contest.owner is not self or not self.steps:
             return 1.0  # a later run, which goes on where the first was too short; or a program without steps
         if self.steps < FIRST_STEP:
             return 0.0
         return min((self.steps - FIRST_STEP + 1) / (LAST_STEP - FIRST_STEP + 1), 1.0)
 
-    def took(self, race: Race, name: str, ms: float) -> None:
+    def record_time(self, contest: Contest, name: str, ms: float) -> None:
         """The time of a call has come."""
         with self.store.lock:
-            if race.is_open:
-                race.took(name, ms)
-                self._after(race)
+            if contest.is_open:
+                contest.record_time(name, ms)
+                self._keep_outcome(contest)
 
-    def reject(self, race: Race, name: str, reason: str) -> None:
+    def reject(self, contest: Contest, name: str, reason: str) -> None:
         """A candidate is out."""
-        log.info("autotune: %s is out for %s: %s", name, race.request.describe(), reason)
+        log.info("autotune: %s is out for %s: %s", name, contest.request.describe(), reason)
         with self.store.lock:
-            race.untimed(name)
-            if race.is_open:
-                race.reject(name, reason)
-                self._after(race)
+            contest.untimed(name)
+            if contest.is_open:
+                contest.reject(name, reason)
+                self._keep_outcome(contest)
 
     def failed(self, plan: Plan, error: Exception) -> None:
         """A kernel raised an error in a run: where the store has it as winner, another one wins from now on."""
@@ -243,32 +245,32 @@ class Tuner(Chooser, Observer):
 
     def _dismiss(self, winner: str, concerns: Callable[[TuningKey], bool], reason: str) -> None:
         """Have the next best one win wherever this one did."""
-        for place, entry in self._entries.items():
+        for location, entry in self._entries.items():
             if entry is None or entry.winner != winner or winner == entry.incumbent or not concerns(entry.key):
                 continue
             if entry.ms.keys() <= {winner}:
                 continue  # of a document by hand: nothing is left to win
-            entry = self._entries[place] = without_winner(entry, reason)
+            entry = self._entries[location] = without_winner(entry, reason)
             self.store.put(entry)
 
-    def fault(self, race: Race, name: str, reason: str) -> None:
+    def fault(self, contest: Contest, name: str, reason: str) -> None:
         """A candidate left the device unusable, so nothing more can be found out: keep that it must not be tried."""
         with self.store.lock:
-            if race.is_open:
-                race.runners[name].out = reason
-                race.end()
-                self._after(race)
+            if contest.is_open:
+                contest.candidate_times[name].out = reason
+                contest.end()
+                self._keep_outcome(contest)
 
-    def _after(self, race: Race) -> None:
+    def _keep_outcome(self, contest: Contest) -> None:
         """Keep the outcome of a race that has just ended."""
-        if race.entry is None:
+        if contest.entry is None:
             return
-        _, accuracy, key = race.place
+        _, accuracy, key = contest.location
         if self.anew:
-            race.entry = race.entry._replace(origin="tune")
-        self._entries[accuracy, key] = race.entry
-        self.store.races.pop(race.place, None)
-        self.store.put(race.entry)
-        out = "".join(f"; {name}: {reason}" for name, reason in race.entry.rejected.items())
-        log.info("autotune: %s for role %s, %s (%s)%s", race.entry.winner, key.role, race.request.describe(),
-                 race.entry.words(), out)  # fmt: skip
+            contest.entry = contest.entry._replace(origin="tune")
+        self._entries[accuracy, key] = contest.entry
+        self.store.contests.pop(contest.location, None)
+        self.store.put(contest.entry)
+        out = "".join(f"; {name}: {reason}" for name, reason in contest.entry.rejected.items())
+        log.info("autotune: %s for role %s, %s (%s)%s", contest.entry.winner, key.role, contest.request.describe(),
+                 contest.entry.summary(), out)  # fmt: skip

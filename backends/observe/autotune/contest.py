@@ -43,15 +43,15 @@ MOST_TRIALS = 32
 """Times of a candidate, however fast it is."""
 MOST_TIMES = 60
 """Times of the incumbent that are kept."""
-MOST_TIMES_PUT_OFF = 3
+MOST_DEFERRALS = 3
 """A candidate whose time is not known when its budget is spent is tried again in a later run, until it was put off so
 often: once for compiling, once for a hold-up."""
 
 
-class Runner:
+class CandidateTimes:
     """One backend in the race."""
 
-    __slots__ = ("first", "out", "put_off", "spent", "started", "times", "waiting")
+    __slots__ = ("deferred", "first", "out", "spent", "started", "times", "waiting")
 
     def __init__(self) -> None:
         self.started = False
@@ -63,7 +63,7 @@ class Runner:
         """Calls whose times are on their way."""
         self.out: str | None = None
         """Why it is rejected."""
-        self.put_off = False
+        self.deferred = False
 
     @property
     def figure(self) -> float | None:
@@ -85,12 +85,12 @@ class Runner:
         return len(times) > 2 or (len(times) == 2 and max(times) <= min(SAME * min(times), PLAINLY_SLOW * usual))
 
 
-class Race:
+class Contest:
     """Candidates for one kind of call. Not safe to share between threads: `tuner.py` holds a lock."""
 
     def __init__(
         self,
-        place: tuple[str, str, TuningKey],
+        location: tuple[str, str, TuningKey],
         request: AttentionRequest,
         incumbent: str,
         candidates: Collection[str],
@@ -103,10 +103,10 @@ class Race:
             candidates: without the incumbent.
             before: what an earlier run found, where only candidates that it put off are left to try.
         """
-        self.place = place
+        self.location = location
         self.request = request
         self.incumbent = incumbent
-        self.runners = {name: Runner() for name in (incumbent, *candidates)}
+        self.candidate_times = {name: CandidateTimes() for name in (incumbent, *candidates)}
         self.before = before
         self.owner: object = None
         """Who began it: in that run, trials are spread over a few steps."""
@@ -126,7 +126,7 @@ class Race:
     @property
     def typical(self) -> float | None:
         """What a call of the incumbent takes, in milliseconds; None while that is not known."""
-        times = self.runners[self.incumbent].times
+        times = self.candidate_times[self.incumbent].times
         if len(times) >= BASELINE:
             return median(times)
         return median([*self._baseline, *times]) if len(self._baseline) >= BASELINE else None
@@ -140,12 +140,12 @@ class Race:
         """
         usual = self.typical
         if usual is None:
-            return self.incumbent if self.runners[self.incumbent].waiting < MOST_WAITING else None
+            return self.incumbent if self.candidate_times[self.incumbent].waiting < MOST_WAITING else None
         if share <= 0:
             return None
         able = [name for name in self._live(usual) if self._may(name, usual, share) and name not in refused]
         if not able:  # the incumbent computes these calls anyway, and more of its times cost nothing
-            mine = self.runners[self.incumbent]
+            mine = self.candidate_times[self.incumbent]
             return self.incumbent if len(mine.times) + mine.waiting < MOST_TIMES else None
         for _ in range(2):
             while self._turns:
@@ -167,83 +167,88 @@ class Race:
         """Candidates that are still to be tried."""
         live = [
             name
-            for name, runner in self.runners.items()
-            if name != self.incumbent and runner.out is None and not runner.put_off and not self._is_done(runner, usual)
+            for name, candidate in self.candidate_times.items()
+            if name != self.incumbent
+            and candidate.out is None
+            and not candidate.deferred
+            and not self._is_done(candidate, usual)
         ]
         return [] if len(live) == 1 and self._is_ahead(live[0]) else live
 
     def _is_ahead(self, name: str) -> bool:
         """Whether this one has won already, by far."""
-        mine = self.runners[name]
-        others = [one.times for other, one in self.runners.items() if other != name and one.out is None and one.times]
-        if min(map(len, [mine.times, self.runners[self.incumbent].times])) < 2 * FEWEST:
+        mine = self.candidate_times[name]
+        others = [
+            one.times for other, one in self.candidate_times.items() if other != name and one.out is None and one.times
+        ]
+        if min(map(len, [mine.times, self.candidate_times[self.incumbent].times])) < 2 * FEWEST:
             return False
         return median(mine.times) * HOPELESS < min(map(median, others))
 
-    def _is_done(self, runner: Runner, usual: float) -> bool:
-        if len(runner.times) >= MOST_TRIALS or runner.spent + (runner.figure or usual) > BUDGET * usual:
+    def _is_done(self, candidate: CandidateTimes, usual: float) -> bool:
+        if len(candidate.times) >= MOST_TRIALS or candidate.spent + (candidate.figure or usual) > BUDGET * usual:
             return True
-        best = min(median(one.times) for one in self.runners.values() if one.times) if runner.times else 0.0
-        enough = len(runner.times) >= FEWEST and len(self.runners[self.incumbent].times) >= FEWEST
-        return enough and median(runner.times) > HOPELESS * best
+        best = min(median(one.times) for one in self.candidate_times.values() if one.times) if candidate.times else 0.0
+        enough = len(candidate.times) >= FEWEST and len(self.candidate_times[self.incumbent].times) >= FEWEST
+        return enough and median(candidate.times) > HOPELESS * best
 
     def _may(self, name: str, usual: float, share: float) -> bool:
-        runner = self.runners[name]
-        if runner.waiting and not runner.times:  # it may be very slow: one call at a time
+        candidate = self.candidate_times[name]
+        if candidate.waiting and not candidate.times:  # it may be very slow: one call at a time
             return False
-        each = runner.figure or usual
-        return runner.spent + (runner.waiting + 1) * each <= share * BUDGET * usual
+        each = candidate.figure or usual
+        return candidate.spent + (candidate.waiting + 1) * each <= share * BUDGET * usual
 
     def begin(self, name: str) -> bool:
         """A timed call of this one begins; true where it is its first."""
-        runner = self.runners[name]
-        runner.waiting += 1
-        first, runner.started = not runner.started, True
+        candidate = self.candidate_times[name]
+        candidate.waiting += 1
+        first, candidate.started = not candidate.started, True
         return first
 
     def untimed(self, name: str) -> None:
         """A call that began gives no time."""
-        self.runners[name].waiting = max(0, self.runners[name].waiting - 1)
+        self.candidate_times[name].waiting = max(0, self.candidate_times[name].waiting - 1)
 
-    def took(self, name: str, ms: float) -> None:
+    def record_time(self, name: str, ms: float) -> None:
         """The time of one call that began."""
-        runner = self.runners[name]
+        candidate = self.candidate_times[name]
         self.untimed(name)
-        if not self.is_open or runner.out is not None:
+        if not self.is_open or candidate.out is not None:
             return
         usual = self.typical
-        runner.spent += ms
-        if runner.first is None:
-            runner.first = ms
-            if usual is not None and name != self.incumbent and runner.spent + usual > BUDGET * usual:
-                runner.put_off = True
+        candidate.spent += ms
+        if candidate.first is None:
+            candidate.first = ms
+            if usual is not None and name != self.incumbent and candidate.spent + usual > BUDGET * usual:
+                candidate.deferred = True
         elif usual is None:
             self._baseline.append(ms)
             usual = self.typical
             if usual is not None and usual < SMALLEST_MS:
                 self.ended = TOO_SMALL
         else:
-            runner.times.append(ms)
-            if name != self.incumbent and len(runner.times) < FEWEST and runner.is_too_slow(usual):
-                slow = min(runner.first, *runner.times)
+            candidate.times.append(ms)
+            if name != self.incumbent and len(candidate.times) < FEWEST and candidate.is_too_slow(usual):
+                slow = min(candidate.first, *candidate.times)
                 self.reject(name, f"{slow:.3g} ms in one call > {TOO_SLOW:g} x {usual:.3g} ms of {self.incumbent}")
         self._end_if_done()
 
     def reject(self, name: str, reason: str) -> None:
         """A candidate is out."""
-        self.runners[name].out = reason
+        self.candidate_times[name].out = reason
         self._end_if_done()
 
     def forget_waiting(self) -> None:
         """At the end of a run: times that have not come will not come."""
-        for runner in self.runners.values():
-            runner.waiting = 0
+        for candidate in self.candidate_times.values():
+            candidate.waiting = 0
 
     def _end_if_done(self) -> None:
         usual = self.typical
         if usual is None or not self.is_open or self._live(usual):
             return
-        if any(runner.waiting for name, runner in self.runners.items() if name != self.incumbent):
+        if any(candidate.waiting for name, candidate in self.candidate_times.items() if name != self.incumbent):
             return
         self.entry = self._outcome(usual)
 
@@ -253,28 +258,30 @@ class Race:
             self.entry = self._outcome(usual)
 
     def _outcome(self, usual: float) -> Entry:
-        environment, accuracy, key = self.place
-        tried = {name: runner for name, runner in self.runners.items() if name != self.incumbent}
-        rejected = {name: runner.out for name, runner in tried.items() if runner.out is not None}
+        environment, accuracy, key = self.location
+        tried = {name: candidate for name, candidate in self.candidate_times.items() if name != self.incumbent}
+        rejected = {name: candidate.out for name, candidate in tried.items() if candidate.out is not None}
         measured = {
             name: r.figure for name, r in tried.items() if r.out is None and r.figure is not None and r.is_known
         }
-        often: Mapping[str, int] = self.before.put_off if self.before is not None else {}
-        put_off = {name: often.get(name, 0) + 1 for name in tried if name not in rejected and name not in measured}
-        for name in [name for name, count in put_off.items() if count >= MOST_TIMES_PUT_OFF]:
-            runner = self.runners[name]
-            if runner.times and runner.first is not None:
-                measured[name] = min(runner.first, *runner.times)
+        often: Mapping[str, int] = self.before.deferred if self.before is not None else {}
+        deferred = {name: often.get(name, 0) + 1 for name in tried if name not in rejected and name not in measured}
+        for name in [name for name, count in deferred.items() if count >= MOST_DEFERRALS]:
+            candidate = self.candidate_times[name]
+            if candidate.times and candidate.first is not None:
+                measured[name] = min(candidate.first, *candidate.times)
             else:
-                took = f"{runner.spent:.3g} ms > {BUDGET:g} x {usual:.3g} ms of {self.incumbent}"
+                took = f"{candidate.spent:.3g} ms > {BUDGET:g} x {usual:.3g} ms of {self.incumbent}"
                 rejected[name] = f"its first calls took {took}"
-            del put_off[name]
+            del deferred[name]
         measured[self.incumbent] = usual
         winner = _winner(measured, self.incumbent)
-        found = Entry(key, environment, accuracy, winner, self.incumbent, measured, rejected, put_off, round(time(), 3))
+        outcome = Entry(
+            key, environment, accuracy, winner, self.incumbent, measured, rejected, deferred, round(time(), 3)
+        )
         if self.before is None:
-            return found
-        return found._replace(
+            return outcome
+        return outcome._replace(
             incumbent=self.before.incumbent,
             ms={**self.before.ms, **measured},
             rejected={**self.before.rejected, **rejected},

@@ -27,25 +27,25 @@ if TYPE_CHECKING:
     import torch
 
     from ...engine.plan import Slot
-    from .race import Race
+    from .contest import Contest
     from .tuner import Tuner
 
 LONGEST_REASON = 300
 
 
-class Trial(Plan):
+class TrialPlan(Plan):
     """Runs the calls of one slot until the race is decided; then the slot gets the winner's plan."""
 
-    __slots__ = ("_decided", "_plans", "_race", "_ran", "_refused", "_slot", "_tuner", "_usual")
+    __slots__ = ("_contest", "_decided", "_plans", "_ran", "_refused", "_slot", "_tuner", "_usual")
 
-    def __init__(self, tuner: Tuner, race: Race, slot: Slot, usual: Plan, decided: Decision) -> None:
+    def __init__(self, tuner: Tuner, contest: Contest, slot: Slot, usual: Plan, decided: Decision) -> None:
         """
         Args:
             slot: where this plan will be.
             usual: the incumbent's plan.
             decided: what `auto` takes.
         """
-        self._tuner, self._race, self._slot, self._usual, self._decided = tuner, race, slot, usual, decided
+        self._tuner, self._contest, self._slot, self._usual, self._decided = tuner, contest, slot, usual, decided
         self.kind, self.strict, self.function, self.hosted = usual.kind, usual.strict, usual.function, usual.hosted
         self._ran = usual
         """The plan that computed the latest call."""
@@ -71,19 +71,19 @@ class Trial(Plan):
         Raises:
             KernelOutputError: as in `Plan.compute`, and whatever the incumbent's kernel raises.
         """
-        tuner, race = self._tuner, self._race
-        if not race.is_open:
+        tuner, contest = self._tuner, self._contest
+        if not contest.is_open:
             self._settle()
             return self._slot.plan.compute(call)
-        if race.request != self.request or self._is_refused() or _is_recorded(call):
+        if contest.request != self.request or self._is_refused() or _is_recorded(call):
             return self._usually(call)
         tuner.clock.collect()
         with tuner.store.lock:
-            name = race.next(tuner.share(race), self._refused) if race.is_open else None
+            name = contest.next(tuner.share(contest), self._refused) if contest.is_open else None
             if name is None or not self._can(name):
                 return self._usually(call)
-            is_first = race.begin(name)
-        if name == race.incumbent:
+            is_first = contest.begin(name)
+        if name == contest.incumbent:
             return self._usually(call, timed=True)
         output = self._tried(name, call, is_first)
         return self._usually(call) if output is None else output
@@ -95,24 +95,24 @@ class Trial(Plan):
 
     def _usually(self, call: AttentionCall, *, timed: bool = False) -> torch.Tensor:
         """Let the incumbent compute the call."""
-        race, self._ran = self._race, self._usual
+        contest, self._ran = self._contest, self._usual
         kernel = self._usual.kernel
         if timed and isinstance(kernel, Watch) and kernel.may_check:  # its check is no part of the work
             timed = False
             with self._tuner.store.lock:
-                race.untimed(race.incumbent)
-        compute = self._timed(race.incumbent, self._usual.compute) if timed else self._usual.compute
+                contest.untimed(contest.incumbent)
+        compute = self._timed(contest.incumbent, self._usual.compute) if timed else self._usual.compute
         try:
             return compute(call)
         except Exception as error:
             if not isinstance(error, GuardAlarm | CheckError) and not is_out_of_memory(error):
-                race.ended = f"{race.incumbent} failed while it was measured"
-                self._tuner.store.races.pop(race.place, None)  # in this run; the next one may try again
+                contest.ended = f"{contest.incumbent} failed while it was measured"
+                self._tuner.store.contests.pop(contest.location, None)  # in this run; the next one may try again
             raise
 
     def _tried(self, name: str, call: AttentionCall, is_first: bool) -> torch.Tensor | None:
         """Let a candidate compute the call; None where it is out and the call is still to be computed."""
-        tuner, race, self._ran = self._tuner, self._race, self._plans[name]
+        tuner, contest, self._ran = self._tuner, self._contest, self._plans[name]
         call.owned = False  # one that fails must leave the tensors for the incumbent
         run = self._timed(name, self._ran.kernel)
         guard, router = tuner.guard, tuner.session.router
@@ -132,11 +132,11 @@ class Trial(Plan):
         except Exception as error:
             failed = failure(error)
             if is_cuda_fault(error):
-                tuner.fault(race, name, failed)
+                tuner.fault(contest, name, failed)
                 raise  # the session says which kernel it was
             reason = "out of memory in a trial" if is_out_of_memory(error) else failed
         tuner.judge.refused.clear()
-        tuner.reject(race, name, reason)
+        tuner.reject(contest, name, reason)
         if call.query.is_cuda:
             import torch
 
@@ -145,23 +145,23 @@ class Trial(Plan):
 
     def _timed(self, name: str, kernel: Kernel) -> Kernel:
         """The kernel with its times sent to the race."""
-        tuner, race = self._tuner, self._race
+        tuner, contest = self._tuner, self._contest
 
         def run(call: AttentionCall) -> torch.Tensor:
             token = tuner.clock.start(call.query.device)
             output = kernel(call)
             if token is None:
                 with tuner.store.lock:
-                    race.untimed(name)
+                    contest.untimed(name)
             else:
-                tuner.clock.stop(token, lambda ms: tuner.took(race, name, ms))
+                tuner.clock.stop(token, lambda ms: tuner.record_time(contest, name, ms))
             return output
 
         return run
 
     def _can(self, name: str) -> bool:
         """Whether a candidate can run this plan's calls; makes its row and its kernel the first time."""
-        if name == self._race.incumbent or name in self._plans:
+        if name == self._contest.incumbent or name in self._plans:
             return True
         session, usual, platform = self._tuner.session, self._usual, self._tuner.session.router.platform
         if session.router.reasons_against(name, self.request, session.failed):
@@ -185,15 +185,15 @@ class Trial(Plan):
 
     def _settle(self) -> None:
         """The race is over: the slot gets the plan of its winner."""
-        tuner, slot, race = self._tuner, self._slot, self._race
+        tuner, slot, contest = self._tuner, self._slot, self._contest
         slot.plan = self._usual
         if self._is_refused():
             return
-        tuner.session.run_report.tuning.kinds[race.place[2]] = NOT_TUNED if race.entry is None else DECIDED
-        backend, words = self._usual.decision.backend, str(race.ended)
-        if race.entry is not None:
-            backend, words = tuner.found(race.entry, self.request, backend)
-        slot.plan = tuner.plain(self.kind, self._decided, backend, words)
+        tuner.session.run_report.tuning.kinds[contest.location[2]] = NOT_TUNED if contest.entry is None else DECIDED
+        backend, why = self._usual.decision.backend, str(contest.ended)
+        if contest.entry is not None:
+            backend, why = tuner.winner_for(contest.entry, self.request, backend)
+        slot.plan = tuner.plain(self.kind, self._decided, backend, why)
         tuner.session.tell_changed(slot)
 
 
