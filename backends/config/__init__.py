@@ -144,22 +144,13 @@ class AttentionConfig:
         parent = CATEGORY_PARENT.get(category)
         return None if parent == "self" and not self.joint_is_self else parent
 
-    def lookup(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
-        """The entry for `role` and its source as text; None when this configuration says nothing about it."""
-        found = self.of_role(role, category)
-        if found is None and not self.default.is_auto:
-            return self.default, f"{self.source}.default"
-        return found
-
     def of_role(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
-        """As `lookup`, of the entries for roles alone."""
-        exact = self.per_role.get(role)
-        if exact is not None and not exact.is_auto:
-            return exact, f"{self.source}.per_role[{role!r}]"
+        """The entry for a role, or for what it falls back to, and its source as text; None where neither has one."""
+        if role in self.per_role:
+            return self.per_role[role], f"{self.source}.per_role[{role!r}]"
         parent: str | None = category
         while parent:
-            spec = self.per_role.get(parent)
-            if parent != role and spec is not None and not spec.is_auto:
-                return spec, f"{self.source}.per_role[{parent!r}] (category of {role!r})"
+            if parent in self.per_role:
+                return self.per_role[parent], f"{self.source}.per_role[{parent!r}] (category of {role!r})"
             parent = self.parent_of(parent)
         return None

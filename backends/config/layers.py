@@ -21,15 +21,15 @@ def joint_note(layers: tuple[AttentionConfig, ...], role: str, category: str) ->
     """What to say where an entry for `self` would have decided for joint attention, had it not come from text."""
     for layer in layers:
         spec = layer.per_role.get("self")
+        if layer.of_role(role, category) is not None:
+            return None
         if spec is not None and layer.parent_of(category) is None and CATEGORY_PARENT.get(category) == "self":
-            found = layer.lookup(role, category)
-            if found is None or found[1] == f"{layer.source}.default":
-                return (
-                    f"{layer.source}.per_role['self'] ({spec.backend}) does not cover role {role!r}: {category} is a "
-                    f"role of its own in the systems that configurations come from; joint_is_self: true makes self "
-                    f"cover it, per_role.{category} names its backend"
-                )
-        if layer.lookup(role, category) is not None:
+            return (
+                f"{layer.source}.per_role['self'] ({spec.backend}) does not cover role {role!r}: {category} is a "
+                f"role of its own in the systems that configurations come from; joint_is_self: true makes self "
+                f"cover it, per_role.{category} names its backend"
+            )
+        if not layer.default.is_auto:
             return None
     return None
 
@@ -106,12 +106,12 @@ def resolve(
     record = None
     for layer in layers:
         found = (scheduled(layer) if scheduled is not None else None) or layer.of_role(role, category)
-        record = record or (layer.record if found is None else None)
-        found = found or layer.lookup(role, category)
         if found is not None:
             spec, source = found
-            from_default = source == f"{layer.source}.default"
-            return Choice(spec.backend, source, spec.extra, from_default=from_default, record=record)
+            return Choice(spec.backend, source, spec.extra, record=record)
+        record, spec = record or layer.record, layer.default
+        if not spec.is_auto:
+            return Choice(spec.backend, f"{layer.source}.default", spec.extra, from_default=True, record=record)
     return Choice(None, PLATFORM_ROUTE, from_default=True, record=record)
 
 

@@ -13,7 +13,7 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.config.layers import settings_of  # noqa: E402
+from attention_backends.backends.config.layers import resolve, settings_of  # noqa: E402
 from attention_backends.backends.config.names import RefusedBackendError, UnknownBackendError  # noqa: E402
 from hook_side import counts, last_run, nodes_module, plain_comfyui, selected, with_role  # noqa: E402
 from test_bad_input import without_names  # noqa: E402
@@ -83,8 +83,7 @@ def test_a_name_of_another_system_prints_its_line_in_the_other_nodes_too(
 
 def test_self_covers_joint_where_a_node_says_it_and_not_where_a_text_does(model: Any) -> None:
     def joint(patched: Any) -> str | None:
-        found = layers(patched)[0].lookup("flux.double", "joint")
-        return found[0].backend if found else None
+        return resolve(layers(patched)[:1], "flux.double", "joint").asked
 
     by_node = with_role(selected(model, "sdpa_math"), "self", "sdpa_flash")
     assert joint(by_node) == "sdpa_flash"
