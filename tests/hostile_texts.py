@@ -354,6 +354,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "flags: variables inside one another": lambda: "ATTENTION_BACKENDS_CONFIG=" * 1200 + "fa",
     "flags: commas": lambda: "extra=" + "a," * 16_000,
     "flags: brackets": lambda: "-dac " + "[" * 32_000,
+    "flags: backslashes behind an open quote": lambda: 'default="' + "\\" * 16_000,
+    "flags: an open quote in brackets": lambda: "-dac {" + '"\\' * 15_000,
     "flags: comments": lambda: "default=fa\n" + "#\n" * 15_000 + "x",
     "flags: many": lambda: "vllm serve x " + " ".join(f"--x{number} y" for number in range(3000)),
     "flags: pairs": lambda: "\n".join(f"a{number}=b" for number in range(4000)),

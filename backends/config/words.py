@@ -14,11 +14,11 @@ from ..values.errors import ConfigError
 _NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
 _ASSIGNED = re.compile(r"[A-Za-z_][\w.-]*")
 _CLOSES = {"{": "}", "[": "]"}
-_MARK = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]]', re.DOTALL)
-"""What counts inside brackets: a text of JSON, and brackets."""
+_MARK = re.compile(r'"(?:\\.?|[^"\\])*(?:"|\Z)|[{}\[\]]', re.DOTALL)
+"""What counts inside brackets: a text of JSON, to the end where it is not closed, and brackets."""
 _GAP = re.compile(r"(?:\s|[\\^`](?=[\r\n])|(?:(?<=\s)|\A)#.*)+")
 """Between words: white space, a line that is continued as in a shell of any system, a comment."""
-_QUOTED = re.compile(r""""((?:\\["\\]|[^"])*)"|'([^']*)'""")
+_QUOTED = re.compile(r""""((?:\\["\\]|\\(?!["\\])|[^"\\])*)"|'([^']*)'""")
 _ESCAPED = re.compile(r'\\(["\\])')
 _PLAIN = re.compile(r"""[=,]|(?:(?![\\^`][\r\n])[^\s{\["'=,])+|["']""")
 """Of a word: up to where a quote or a bracket may open."""
