@@ -312,7 +312,7 @@ sys.path[:0] = [{tests!r}]
 import conftest, random
 from pathlib import Path
 from attention_backends.backends.observe.autotune.store import Store
-from measured_machines import INCUMBENT, Machine, noisy, ran, small_call
+from measured_machines import INCUMBENT, Machine, noisy, small_call
 me = int(sys.argv[1])
 source = random.Random(me)
 machine = Machine(Store(Path(sys.argv[2])), {{INCUMBENT: noisy(3, source), "sdpa_math": noisy(2, source)}})
