@@ -269,7 +269,7 @@ def _explain(options: argparse.Namespace) -> int:
         decision = with_store(decision, request, options.role, category, accuracy, router, store)
     answer = {
         "backend": decision.backend,
-        "member": router.backends[decision.backend].member(request, router.platform),
+        "member": router.backends[decision.backend].kernel_name(request, router.platform),
         "role": options.role,
         "category": category,
         "category_derived": options.category is None and options.role not in CATEGORIES,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.config.record_reader import is_record, read
-from ..backends.config.recorded import MARK, Held, Recorded, differences
+from ..backends.config.recorded import MARK, ChoiceTimeline, Recorded, differences
 from ..backends.engine.router import Router
 from ..backends.values.bounded import MOST_JSON, read_file, shortened
 from ..backends.values.data import load_json
@@ -109,7 +109,7 @@ def report_of(record: Recorded, router: Router) -> dict[str, Any]:
                 "differences": differences(run.machine, router.platform, version),
                 "decisions": [
                     _decision(entry, timeline, router, refused)
-                    for entry, timeline in zip(recorded_run["decisions"], run.held, strict=True)
+                    for entry, timeline in zip(recorded_run["decisions"], run.timelines, strict=True)
                 ],
             }
             for recorded_run, run in zip(data["runs"], record.runs, strict=True)
@@ -122,11 +122,11 @@ Refused = dict[tuple[str, str, AttentionRequest], tuple[str, ...]]
 """Backend, options and call, and why that cannot run here: the parts of a record are mostly of the same few."""
 
 
-def _decision(entry: Mapping[str, Any], held: Held, router: Router, known: Refused) -> dict[str, Any]:
+def _decision(entry: Mapping[str, Any], timeline: ChoiceTimeline, router: Router, known: Refused) -> dict[str, Any]:
     """An entry with `cannot_run` in each part: why not here, for any of its calls; empty where it can."""
     requests = [AttentionRequest(**call) for call in entry["calls"]]
     parts = []
-    for ran, choice in zip(entry["ran"], held.choices, strict=True):
+    for ran, choice in zip(entry["ran"], timeline.choices, strict=True):
         name, options = choice.asked or "", repr(sorted(choice.extra.items()))
         reasons: dict[str, None] = {}
         for request in requests:

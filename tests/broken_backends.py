@@ -37,7 +37,7 @@ class Wrong(Backend):
     def load(self, platform: Platform) -> Kernel:
         return self._kernel
 
-    def member(self, request: object, platform: Platform) -> str | None:
+    def kernel_name(self, request: object, platform: Platform) -> str | None:
         return self._member
 
 

@@ -39,7 +39,7 @@ def sdpa(call: AttentionCall) -> torch.Tensor:
 class Clock:
     """Milliseconds that pass when a kernel says so. `delay`: times come only when they are collected, as on a GPU."""
 
-    of_the_work = True
+    measures_device_time = True
 
     def __init__(self, delay: bool = False) -> None:
         self.now = 0.0

@@ -16,7 +16,7 @@ from ..values.fields import LONGEST_TEXT, Fields
 from ..values.request import DTYPES, MASK_KINDS, AttentionRequest
 from . import AttentionSpec
 from .layers import Choice
-from .recorded import FORMAT, MARK, Held, Recorded, RecordedRun, normal
+from .recorded import FORMAT, MARK, ChoiceTimeline, Recorded, RecordedRun, normal
 
 FIELDS = (MARK, "made_by", "runs", "not_recorded")
 MOST_BLOCKS = 10_000
@@ -75,17 +75,17 @@ class _Reader:
     def run(self, run: Fields) -> RecordedRun:
         model = run.text("model", "")
         _listed(run, "changes")
-        exact: dict[tuple[str, str, AttentionRequest], Held] = {}
-        near: dict[tuple[str, TuningKey], Held] = {}
-        all_held: list[Held] = []
+        exact: dict[tuple[str, str, AttentionRequest], ChoiceTimeline] = {}
+        near: dict[tuple[str, TuningKey], ChoiceTimeline] = {}
+        timelines: list[ChoiceTimeline] = []
         for number, entry in enumerate(run.items("decisions")):
             decision = self.fields(entry, f"{run.where}.decisions[{number}]")
             role = decision.text("role")
             calls, ran = decision.items("calls"), decision.items("ran")
             blocks = self.blocks(decision)
             self.count_up(sum(len(numbers) for _, numbers in blocks), len(calls), len(ran), decision)
-            held = self.held(ran, decision, f"record of {model or 'a model'} ({self.source})")
-            all_held.append(held)
+            timeline = self.timeline(ran, decision, f"record of {model or 'a model'} ({self.source})")
+            timelines.append(timeline)
             requests = [
                 self.request(self.fields(call, f"{decision.where}.calls[{index}]")) for index, call in enumerate(calls)
             ]
@@ -93,8 +93,8 @@ class _Reader:
             for prefix, numbers in blocks:
                 for block in (f"{prefix}{one}" for one in numbers):
                     for request, key in known:
-                        exact[role, block, request] = held
-                        near.setdefault((block, key), held)
+                        exact[role, block, request] = timeline
+                        near.setdefault((block, key), timeline)
         for name in ("settings", "steps", "steady", "guard_alarms", "first_alarm"):  # shown, and decide nothing
             shown = run.data.get(name)
             _texts(run.inner(name) if isinstance(shown, Mapping) else self.fields({name: shown}, run.where))
@@ -108,9 +108,9 @@ class _Reader:
             run.whole("model_calls", 0),
             machine.data,
             tuple(_listed(run, "not_repeated")),
-            tuple(sorted(set().union(*(held.changes() for held in all_held)))),
+            tuple(sorted(set().union(*(timeline.changes() for timeline in timelines)))),
             exact,
-            tuple(all_held),
+            tuple(timelines),
             near,
         )
 
@@ -121,7 +121,7 @@ class _Reader:
         if max(self._calls, self._ran) > MOST_CALLS:
             raise decision.wrong("", f"blocks, calls and what ran them stand for more than {MOST_CALLS} calls")
 
-    def held(self, entries: list[Any], decision: Fields, source: str) -> Held:
+    def timeline(self, entries: list[Any], decision: Fields, source: str) -> ChoiceTimeline:
         found: list[tuple[int, Choice]] = []
         for index, entry in enumerate(entries):
             ran = self.fields(entry, f"{decision.where}.ran[{index}]")
@@ -132,7 +132,7 @@ class _Reader:
         if not found:
             raise decision.wrong("ran", "expected what ran, and it is empty")
         starts, choices = zip(*found, strict=True)
-        return Held(starts, choices)
+        return ChoiceTimeline(starts, choices)
 
     def choice(self, ran: Fields, source: str) -> Choice:
         name, member = ran.text("backend", least=1), ran.text("member", "")

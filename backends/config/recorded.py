@@ -35,7 +35,7 @@ def normal(request: AttentionRequest) -> AttentionRequest:
     )
 
 
-class Held:
+class ChoiceTimeline:
     """What ran calls of one kind: the first model call of each part of the run, and its choice."""
 
     def __init__(self, starts: tuple[int, ...], choices: tuple[Choice, ...]) -> None:
@@ -63,10 +63,10 @@ class RecordedRun:
     not_repeated: tuple[str, ...]
     starts: tuple[int, ...]
     """Model calls with which a kernel changed, in rising order: between two of them every choice stays what it is."""
-    exact: Mapping[tuple[str, str, AttentionRequest], Held]
-    held: tuple[Held, ...]
+    exact: Mapping[tuple[str, str, AttentionRequest], ChoiceTimeline]
+    timelines: tuple[ChoiceTimeline, ...]
     """One for each decision of the record, in its order."""
-    near: Mapping[tuple[str, TuningKey], Held]
+    near: Mapping[tuple[str, TuningKey], ChoiceTimeline]
     """For calls of other lengths: by block, and by the key in which lengths are in buckets."""
 
     def part(self, model_call: int) -> int:
@@ -76,8 +76,8 @@ class RecordedRun:
     def choice(self, role: str, block: str, request: AttentionRequest, model_call: int) -> Choice | None:
         """What ran a call with these facts; None where the record does not know."""
         request = normal(request)
-        held = self.exact.get((role, block, request)) or self.near.get((block, key_of(role, request)))
-        return None if held is None else held.at(model_call)
+        timeline = self.exact.get((role, block, request)) or self.near.get((block, key_of(role, request)))
+        return None if timeline is None else timeline.at(model_call)
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ class Timetable:
                 parts.append(f"{high} and below" if ends else f"{high} down to above {low}")
         return "sigma " + ", ".join(parts) if parts else "none of this run"
 
-    def take_over(self, before: Timetable) -> None:
+    def continue_from(self, before: Timetable) -> None:
         """Go on with what another sampler's timetable of the same run has found."""
         self.held, self.used = before.held, before.used
         self._doubtful, self._divided = before._doubtful, before._divided

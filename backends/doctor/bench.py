@@ -150,7 +150,7 @@ def _run_case(
             case.rows.append(KernelResult(name, router.backends[name].accuracy, refused[name] or lost))
             continue
         backend = router.backends[name]
-        member = host_name if backend.hosted else backend.member(case.request, router.platform)
+        member = host_name if backend.hosted else backend.kernel_name(case.request, router.platform)
         row = KernelResult(name, backend.accuracy, member=member)
         try:
             _measure(row, router, problem, device)

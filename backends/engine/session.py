@@ -276,7 +276,7 @@ class Session:
             kind.role, kind.block, label or decision.backend, decision.source, kind.mask or request.mask,
             reason or decision.reason, label or decision.asked,
         )  # fmt: skip
-        row.member = None if label else backend.member(request, self.router.platform)
+        row.member = None if label else backend.kernel_name(request, self.router.platform)
         kernel = self.kernel(decision, kind) if kernel is None else kernel
         platform = self.router.platform
         wrappers = [observer.wrapper(kind, backend, row, platform) for observer in self.observers]

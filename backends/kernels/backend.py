@@ -142,7 +142,7 @@ class Backend:
         """The only CUDA compute capabilities that it has kernels for; None for any from `min_capability`."""
         return None
 
-    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+    def kernel_name(self, request: AttentionRequest, platform: Platform) -> str | None:
         """Which of several kernels would run `request`, for reports; None where the backend is one kernel."""
         return None
 

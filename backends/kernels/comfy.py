@@ -63,7 +63,7 @@ class HostFunction(Comfy):
         """False if the model forbids low precision and this function has it."""
         return not request.exact_only or self.accuracy == "exact"
 
-    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+    def kernel_name(self, request: AttentionRequest, platform: Platform) -> str | None:
         """The function's name where it is another kernel than PyTorch's; None else."""
         return None if self.id == Comfy.id else self.id
 

@@ -86,8 +86,8 @@ class FlashAttn2(FlashAttention):
             reasons += [Reason("package.needed", reason=reason, by=platform.sm)] if reason else []
         return reasons
 
-    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
-        return f"{self.id} (Triton, reported)" if _rdna(platform) else super().member(request, platform)
+    def kernel_name(self, request: AttentionRequest, platform: Platform) -> str | None:
+        return f"{self.id} (Triton, reported)" if _rdna(platform) else super().kernel_name(request, platform)
 
 
 def _rdna(platform: Platform) -> bool:

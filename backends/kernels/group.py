@@ -89,9 +89,9 @@ class BackendGroup(Backend):
                 return kernel
         raise ImportError("; ".join(broken))
 
-    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+    def kernel_name(self, request: AttentionRequest, platform: Platform) -> str | None:
         chosen = self._chosen(platform)
-        return (chosen.member(request, platform) or chosen.id) if chosen else None
+        return (chosen.kernel_name(request, platform) or chosen.id) if chosen else None
 
     def arithmetic_on(self, platform: Platform) -> str:
         chosen = self._chosen(platform)

@@ -116,7 +116,7 @@ class SageAttn(sage.SageBackend):
         """That of the kernel that it runs; version 1 keeps values in a half type."""
         return kernel_of(platform).arithmetic if sage.is_sage2(platform) else self.arithmetic
 
-    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+    def kernel_name(self, request: AttentionRequest, platform: Platform) -> str | None:
         if not sage.is_sage2(platform):
             return f"sageattention {sage.installed(platform).public}"
         kernel = kernel_of(platform)

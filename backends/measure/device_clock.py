@@ -72,7 +72,7 @@ class DeviceClock:
         if new_event is None and kind in EVENTS:
             self._use_torch(EVENTS[kind])
         self.has_events = self._new_event is not None
-        self.of_the_work = kind == "cpu" or self.has_events
+        self.measures_device_time = kind == "cpu" or self.has_events
         """Whether the times are those of the work itself."""
 
     def _use_torch(self, name: str) -> None:

@@ -123,7 +123,7 @@ class RunReport:
         if self.mode == "off":
             return None
         clock = DeviceClock(kind)
-        if not clock.of_the_work:
+        if not clock.measures_device_time:
             return None
         clock.paused = self._is_left_out(self.timeline.model_calls + 1)
         self.clocks.append(clock)

@@ -37,7 +37,7 @@ class Capturing(Override):
                 model_call.attention_module = marked
         return super().__call__(func, *args, **kwargs)
 
-    def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run_owned(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A call in containers, which are emptied: the copies need the tensors anyway."""
         return self(compiled.comfys_attention(), *(container.take() for container in args[:3]), *args[3:], **kwargs)
 

@@ -31,7 +31,7 @@ ADD_ANY_MASK = ("attention_basic", "attention_split", "attention_sub_quad", "att
 """ComfyUI's functions that add number masks of any dtype; others end in SDPA, which takes the query's or float32."""
 
 
-def route(
+def run_hook_call(
     model_call: ModelCall,
     func: Callable[..., torch.Tensor],
     args: tuple[Any, ...],

@@ -42,7 +42,7 @@ class Views:
         self.known: dict[tuple[int, ...], Geometry] = {}
         """By the strides of the caller's tensor."""
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def new_view(self, tensor: torch.Tensor) -> torch.Tensor:
         """The view of a tensor whose strides were not seen before, or its copy."""
         view = tensor.reshape(self.split).transpose(1, 2)
         if self.one_step and view.data_ptr() == tensor.data_ptr():
@@ -76,11 +76,11 @@ class Layout:
         if not self.skip_reshape:
             of_query, of_key, of_value = self.views
             known = of_query.known.get(query.stride())
-            query = query.as_strided(*known) if known is not None else of_query.of(query)
+            query = query.as_strided(*known) if known is not None else of_query.new_view(query)
             known = of_key.known.get(key.stride())
-            key = key.as_strided(*known) if known is not None else of_key.of(key)
+            key = key.as_strided(*known) if known is not None else of_key.new_view(key)
             known = of_value.known.get(value.stride())
-            value = value.as_strided(*known) if known is not None else of_value.of(value)
+            value = value.as_strided(*known) if known is not None else of_value.new_view(value)
         if mask is not None:
             mask = as_4d(mask)
         call = AttentionCall.__new__(AttentionCall)  # all of `__init__` here, without its 0.1 us

@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from ...backends.config import AttentionConfig
 from . import attention_modules, compiled, operators, stand_ins
 from .attention_modules import current
-from .hook_calls import count_passed_on, route
+from .hook_calls import count_passed_on, run_hook_call
 from .masks import COMPILED
 from .model_call import ModelCall
 from .run import KEY, RUN_KEY, Run
@@ -61,16 +61,16 @@ class Override:
         Only where no other pack's override is composed: that one would get no function to call.
         """
         if name == "container_function" and self.__dict__.get("foreign") is None:
-            return self.take_over
+            return self.run_owned
         raise AttributeError(name)
 
-    def take_over(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run_owned(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a call whose query, key and value come in containers: a kernel that can frees them before its end."""
         func = compiled.comfys_attention()
         if not is_dynamo_compiling():
             model_call = getattr(current, "model_call", None)
             if model_call is not None and model_call.override is self:
-                return route(model_call, func, args, kwargs, owned=True)
+                return run_hook_call(model_call, func, args, kwargs, owned=True)
         return self(func, *(container.take() for container in args[:3]), *args[3:], **kwargs)
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Override:
         model_call: Any = getattr(current, "model_call", None)  # one of ours where `ours`, which mypy does not follow
         ours = model_call is not None and model_call.override is self
         if ours and self.foreign is None:
-            return route(model_call, func, args, kwargs)
+            return run_hook_call(model_call, func, args, kwargs)
         if len(args) < 3:
             args = compiled.positional(args, kwargs)
         return self._composed(model_call, func, *args, **kwargs) if ours else self._outside(func, *args, **kwargs)
@@ -91,12 +91,12 @@ class Override:
         """Let the other pack's override run with our routing in place of ComfyUI's function."""
         foreign = self.foreign
         if foreign is None:
-            return route(model_call, func, args, kwargs)
+            return run_hook_call(model_call, func, args, kwargs)
         before, ordinal = model_call.routed + model_call.elsewhere, model_call.ordinal
 
         def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
             model_call.ordinal = ordinal  # however often the other pack calls, it is one call of the model
-            return route(model_call, func, args, kwargs)
+            return run_hook_call(model_call, func, args, kwargs)
 
         routed.__name__ = name_of(func)
         routed.__dict__[KEY] = self
@@ -158,7 +158,7 @@ class Override:
                     "the compiled model still holds another pack's override; restart ComfyUI to be rid of it"
                 )
             kwargs = {**kwargs, "transformer_options": model_call.options}
-            return route(model_call, func, args, kwargs) if composed else self(func, *args, **kwargs)
+            return run_hook_call(model_call, func, args, kwargs) if composed else self(func, *args, **kwargs)
 
     def count_compiled(
         self,

@@ -151,7 +151,7 @@ class Run:
             attention_modules.blocks_of(model.diffusion_model),
         )
         if before is not None:  # another sampler in the same run
-            found.take_over(before[1])
+            found.continue_from(before[1])
         self._timetables[place] = sigmas, found
         return found
 

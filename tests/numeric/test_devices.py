@@ -177,7 +177,7 @@ def test_aiter_is_the_flash_attention_of_amd() -> None:
     def member(gfx: str, *packages: tuple[str, str]) -> str | None:
         described = Platform("rocm", gfx=gfx, torch="2.11.0", packages=packages, described=True)
         assert Router(described).unavailable("flash_attn") == ()
-        return family.member(None, described)  # type: ignore[arg-type]
+        return family.kernel_name(None, described)  # type: ignore[arg-type]
 
     amd, flash = ("amd-aiter", "0.1.7"), ("flash-attn", "2.8.3")
     assert member("gfx942", amd, flash) == "aiter"

@@ -157,8 +157,10 @@ def test_an_output_of_several_tensors_is_looked_at(kind: type) -> None:
     run_once(made, some_call(random.Random(0)))
     good = kind((None, torch.zeros(2), "text", torch.ones(2, dtype=torch.int64)))
     bad = kind((torch.zeros(2), torch.tensor([1.0, float("nan")])))
-    assert made.guard.model_call(object(), lambda: good, lambda: bad) is good
-    assert made.guard.model_call(object(), lambda: bad, lambda: good) is good
+    guard = made.registered(Guard)
+    assert guard is not None
+    assert guard.model_call(object(), lambda: good, lambda: bad) is good
+    assert guard.model_call(object(), lambda: bad, lambda: good) is good
     assert len(made.run_report.notes) == 1
 
 
@@ -398,13 +400,13 @@ def test_the_rows_are_those_of_the_definition(
     if mask == "bool":
         call.attn_mask[:, :, -1] = False  # a row without a key
     places = guard_rows.Places.of(call, random.Random(0))
-    expected, twin = guard_rows.exact_rows(call, places)
+    expected, unmasked_rows = guard_rows.exact_rows(call, places)
     wide = cast(call, torch.float64)
     assert (expected - guard_rows.take(reference_attention(wide), places.rows)).abs().max() < 1e-5
-    assert (twin is None) == (mask == "none")
-    if twin is not None:
+    assert (unmasked_rows is None) == (mask == "none")
+    if unmasked_rows is not None:
         plain = reference_attention(AttentionCall(wide.query, wide.key, wide.value, enable_gqa=True))
-        assert (twin - guard_rows.take(plain, places.rows)).abs().max() < 1e-5
+        assert (unmasked_rows - guard_rows.take(plain, places.rows)).abs().max() < 1e-5
 
 
 def test_memory_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:

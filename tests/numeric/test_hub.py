@@ -73,7 +73,7 @@ def test_allowed_it_runs_from_a_pinned_repository_and_says_so(
     origin = f"Hub: {repository} v{version}"
     slot = Session(router).plan(CallKind(CALL, "self", "self"))
     assert slot.plan.decision.backend in ("flash_attn", "cudnn_attn", "torch_sdpa", backend)
-    assert BACKENDS[backend].member(CALL, router.platform) == f"{backend} ({origin})"
+    assert BACKENDS[backend].kernel_name(CALL, router.platform) == f"{backend} ({origin})"
     (row,) = examine(router, HERE, [backend])
     assert (row.available, row.version, row.file, row.advice) == (True, origin, None, None)
     assert row.symbols.problem == ""
@@ -143,7 +143,7 @@ def test_an_installed_package_comes_first(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fake, "FORBIDDEN", True)
     router = on_platform(monkeypatch, card((8, 6), ("flash-attn", "2.8.3"), KERNELS))
     assert router.unavailable("flash_attn_2") == ()
-    assert BACKENDS["flash_attn_2"].member(CALL, router.platform) is None
+    assert BACKENDS["flash_attn_2"].kernel_name(CALL, router.platform) is None
     (row,) = examine(router, HERE, ["flash_attn_2"])
     assert row.version == "flash-attn 2.8.3"
 
@@ -196,7 +196,7 @@ def test_what_fails_to_load_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake, "OFFLINE", True)
     router = on_platform(monkeypatch, card((9, 0), ("flash-attn", "2.8.3"), KERNELS))
     assert router.unavailable("flash_attn") == ()
-    assert router.backends["flash_attn"].member(CALL, router.platform) == "flash_attn_2"
+    assert router.backends["flash_attn"].kernel_name(CALL, router.platform) == "flash_attn_2"
     assert router.backends["flash_attn"].origin(router.platform) is None
 
 
@@ -271,7 +271,7 @@ def test_aiter_from_the_hub_has_the_limits_of_its_build(
     assert router.backends["aiter"].origin(router.platform) == "Hub: kernels-community/aiter-flash-attn-ck v1"
     assert router.reasons_against("aiter", CALL._replace(dtype="float16")) == snapshot
     assert router.reasons_against("aiter", CALL._replace(head_dim=96)) == snapshot
-    assert str(router.backends["flash_attn"].member(CALL, router.platform)).startswith("aiter (Hub")
+    assert str(router.backends["flash_attn"].kernel_name(CALL, router.platform)).startswith("aiter (Hub")
     installed = replace(AMD, packages=(KERNELS, ("amd-aiter", "0.1.7")))
     assert BACKENDS["aiter"].origin(installed) is None
     assert on_platform(monkeypatch, installed).reasons_against("aiter", CALL._replace(dtype="float16")) == ()
@@ -297,7 +297,7 @@ def test_sage_3_from_the_hub(monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
     key = call.key.clone()
     assert error(router.kernel("sage_attn_3")(call), truth(call)).within(allowed(call, "fp4"))
     assert bool((call.key == key).all())  # the Hub's build writes into it too
-    assert router.backends["sage_attn_3"].member(CALL, router.platform) == (
+    assert router.backends["sage_attn_3"].kernel_name(CALL, router.platform) == (
         "sage_attn_3 (Hub: kernels-community/sage-blackwell v1)"
     )
     # The Hub has no build for other Blackwell cards.

@@ -186,8 +186,8 @@ class TestSage2Cuda:
         assert right(ran(router, "sage_attn", call), call, "int8")
         assert arithmetic.CALLS == ["sageattn_qk_int8_pv_fp16_triton"]
         backend = router.backends["sage_attn"]
-        assert backend.member(call.request(), router.platform) == "sage_fp16_triton"
-        assert backend.member(PLAIN, router.platform) == "sage_fp16_cuda"
+        assert backend.kernel_name(call.request(), router.platform) == "sage_fp16_triton"
+        assert backend.kernel_name(PLAIN, router.platform) == "sage_fp16_cuda"
 
     def test_long_sequences_are_noise_on_sm12x(self, monkeypatch):
         router = machine(monkeypatch, SAGE_2, (12, 0))
@@ -264,7 +264,7 @@ class TestOneNameTwoLibraries:
         for (packages, capability), (member, function) in expected.items():
             router = machine(monkeypatch, packages, capability)
             ran(router, "sage_attn", call_for(PLAIN))
-            assert router.backends["sage_attn"].member(PLAIN, router.platform) == member
+            assert router.backends["sage_attn"].kernel_name(PLAIN, router.platform) == member
             assert arithmetic.CALLS[-1] == function
 
 
@@ -414,7 +414,7 @@ class TestFamily:
         call = call_for(PLAIN)
         assert right(ran(router, "flash_attn", call), call, "exact")
         backend = router.backends["flash_attn"]
-        assert backend.member(PLAIN, router.platform) == member
+        assert backend.kernel_name(PLAIN, router.platform) == member
         assert backend.limits_on(router.platform) == router.backends[member].limits_on(router.platform)
 
     def test_a_broken_member_gives_way(self, monkeypatch):
@@ -422,7 +422,7 @@ class TestFamily:
         monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
         call = call_for(PLAIN)
         assert right(ran(router, "flash_attn", call), call, "exact")
-        assert router.backends["flash_attn"].member(PLAIN, router.platform) == "flash_attn_4"
+        assert router.backends["flash_attn"].kernel_name(PLAIN, router.platform) == "flash_attn_4"
         assert router.unavailable("flash_attn_3")[0].startswith("loading failed: ModuleNotFoundError")
 
     def test_all_broken_says_each_reason(self, monkeypatch):

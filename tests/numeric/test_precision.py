@@ -170,8 +170,8 @@ def test_the_rows_of_the_guard_are_float32(switch: str) -> None:
         call = call_for(REQUESTS["boolean"])
         places = guard_rows.Places.of(call, random.Random(0))
         with SWITCHES[switch]():
-            rows, twin = guard_rows.exact_rows(call, places)
+            rows, unmasked_rows = guard_rows.exact_rows(call, places)
         expected = guard_rows.take(truth(cast(call, torch.float64)), places.rows)
         assert rows.dtype == torch.float32
-        assert twin is not None
+        assert unmasked_rows is not None
         assert error(rows, expected[places.samples]).total < 1e-5

@@ -497,7 +497,7 @@ def test_a_checkpoints_preference_counts_as_over_auto(store: Store) -> None:
 
 def test_without_a_clock_of_the_work_nothing_is_tried(store: Store) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
-    machine.clock.of_the_work = False
+    machine.clock.measures_device_time = False
     assert ran(machine.run(small_call())) == {INCUMBENT: 240}
     assert store.entries() == []
 

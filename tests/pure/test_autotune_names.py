@@ -94,7 +94,7 @@ def test_a_record(tmp_path: Path) -> None:
                 ran["asked"] = word
         record = parse_config(data).record
         assert record is not None
-        found.append([(held.starts, held.choices) for run in record.runs for held in run.held])
+        found.append([(timeline.starts, timeline.choices) for run in record.runs for timeline in run.timelines])
     assert found[0] == found[1]
 
 

@@ -174,7 +174,7 @@ def test_without_events_the_time_is_the_hosts_and_comes_at_once(kind):
     clock.stop(clock.start(), times.append)
     assert len(times) == 1
     assert 0 < times[0] < 1000
-    assert clock.of_the_work == (kind == "cpu")
+    assert clock.measures_device_time == (kind == "cpu")
     clock.collect(wait=True)
     assert clock.pending == 0
 

@@ -27,7 +27,7 @@ def test_it_runs_where_the_variable_is_set_and_is_marked_as_reported(gfx: str) -
     router = Router(card(gfx, True))
     for name in ("flash_attn", "flash_attn_2"):
         assert router.unavailable(name) == ()
-        assert router.backends[name].member(CALL, router.platform) == "flash_attn_2 (Triton, reported)"
+        assert router.backends[name].kernel_name(CALL, router.platform) == "flash_attn_2 (Triton, reported)"
         assert router.reasons_against(name, CALL._replace(mask="bool"))
         assert router.reasons_against(name, CALL._replace(head_dim=512))
 
@@ -57,7 +57,7 @@ def test_mi300_is_as_it_was() -> None:
     for variable in (False, True):
         router = Router(card("gfx942", variable))
         assert router.unavailable("flash_attn_2") == ()
-        assert router.backends["flash_attn_2"].member(CALL, router.platform) is None
+        assert router.backends["flash_attn_2"].kernel_name(CALL, router.platform) is None
 
 
 def test_doctor_says_what_would_help(snapshot: SnapshotAssertion) -> None:

@@ -112,6 +112,6 @@ class FromHub(Backend):
         hub = self.from_hub(platform)
         return f"Hub: {hub.name}" if hub else None
 
-    def member(self, request: AttentionRequest, platform: Platform) -> str | None:
+    def kernel_name(self, request: AttentionRequest, platform: Platform) -> str | None:
         origin = self.origin(platform)
         return f"{self.id} ({origin})" if origin else None

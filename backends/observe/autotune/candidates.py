@@ -42,7 +42,7 @@ def may_win(router: Router, name: str, accuracy: str) -> bool:
 
 
 def _member(router: Router, name: str, request: AttentionRequest) -> str:
-    member = router.backends[name].member(request, router.platform)
+    member = router.backends[name].kernel_name(request, router.platform)
     return member if member is not None and member in router.backends else name
 
 

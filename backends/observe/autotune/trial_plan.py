@@ -171,7 +171,7 @@ class TrialPlan(Plan):
         row = session.run_report.row(
             self.kind.role, self.kind.block, name, decision.source, usual.row.mask, None, decision.asked
         )
-        row.member = backend.member(self.request, platform)
+        row.member = backend.kernel_name(self.request, platform)
         kernel = session.kernel(decision, self.kind)
         if session.device_clock is not None:
             kernel = timed_kernel(kernel, session.device_clock, row)

@@ -47,7 +47,7 @@ first step still loads and compiles."""
 class Clock(Protocol):
     """What is needed of a `DeviceClock`."""
 
-    of_the_work: bool
+    measures_device_time: bool
 
     def start(self, device: torch.device | None = None) -> Any: ...
 
@@ -76,7 +76,7 @@ class Tuner(Chooser, Observer):
         """Why nothing is tried; what the store knows is used all the same."""
         if record_of(session.layers) is not None:
             self.paused = "a recorded run is repeated"
-        elif not self.clock.of_the_work:
+        elif not self.clock.measures_device_time:
             self.paused = f"work on {platform.kind} cannot be timed"
         self.judge = Guard("enforce", RunReport(mode="off"), everything=True)
         """Looks at the first call of each candidate; what it finds is no business of the run's own guard."""

@@ -131,7 +131,7 @@ class Guard(Observer):
             # In mode enforce the whole of them, to put them back: the exact kernel needs what the first one got.
             inputs = [call.query, call.key, call.value]
             before = [tensor.clone() for tensor in inputs] if self.enforces else places.inputs(call)
-            expected, twin = guard_rows.exact_rows(call, places, None if self.enforces else before[0])
+            expected, unmasked_rows = guard_rows.exact_rows(call, places, None if self.enforces else before[0])
         try:
             output = watch.kernel(call)
             check_output(output, call)  # an index beyond its end would be a fault of the device
@@ -142,7 +142,7 @@ class Guard(Observer):
         with torch.no_grad():
             changed = guard_rows.differ(before, inputs if self.enforces else places.inputs(call))
             rows = guard_rows.take(output[places.samples], places.rows)
-            figures = guard_rows.compared(rows, expected, twin, changed)
+            figures = guard_rows.compared(rows, expected, unmasked_rows, changed)
             if self.enforces:
                 found = guard_rows.Figures(*figures.tolist())
                 reason = self._judged(watch, found, number)

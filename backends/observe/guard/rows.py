@@ -175,7 +175,7 @@ def _hide(
 
 
 def compared(
-    output: torch.Tensor, expected: torch.Tensor, twin: torch.Tensor | None, changed: torch.Tensor
+    output: torch.Tensor, expected: torch.Tensor, unmasked_rows: torch.Tensor | None, changed: torch.Tensor
 ) -> torch.Tensor:
     """`Figures` as a tensor on the device, from the rows of an output and what they should be."""
     found = output.float()
@@ -188,8 +188,8 @@ def compared(
     sizes = (found.square().sum(dim=(-2, -1)) * energy).mul_(expected.shape[2]).sqrt()
     cosine = torch.where(energy > 1e-30, both / sizes.clamp(min=1e-30), 1.0)
     unmasked = torch.zeros((), device=error.device)
-    if twin is not None:
-        effect = twin - expected
+    if unmasked_rows is not None:
+        effect = unmasked_rows - expected
         size = effect.square().sum()
         telling = size * error.numel() > SPREAD**2 * (error.square().sum() - size).clamp(min=0)
         unmasked = torch.where(telling & (size > 0), (error * effect).sum() / size.clamp(min=1e-30), 0.0)

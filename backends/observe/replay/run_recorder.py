@@ -102,7 +102,7 @@ class RunRecorder(Observer):
         host = plan.function if backend.hosted else None
         ran = KernelUsed(
             decision.backend,
-            plan.row.member if host is None else host.member(plan.request, router.platform),
+            plan.row.member if host is None else host.kernel_name(plan.request, router.platform),
             tuple(sorted(decision.options.items())),
             (host or backend).accuracy,
             decision.source,
