@@ -99,14 +99,14 @@ def arithmetics() -> dict[str, tuple[str, torch.dtype, Callable[[Any], torch.Ten
 
 def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
     """The guard's worst figures over every call of whole runs, and the pictures."""
-    from attention_backends.backends.observe.guard import Budget, Guard, Watch
+    from attention_backends.backends.observe.guard import Budget, Guard, GuardedKernel
     from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
     table = {}
     for name, (accuracy, dtype, kernel) in arithmetics().items():
         guard, row = Guard("watch", RunReport()), Row("", "", name, "", "none")
-        watch = Watch(guard, lambda call, kernel=kernel: kernel(call).to(call.query.dtype), Budget(9, 9), row)
+        watch = GuardedKernel(guard, lambda call, kernel=kernel: kernel(call).to(call.query.dtype), Budget(9, 9), row)
 
         def attention(
             query: torch.Tensor,
@@ -114,7 +114,7 @@ def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, d
             value: torch.Tensor,
             dtype: torch.dtype = dtype,
             guard: Guard = guard,
-            watch: Watch = watch,
+            watch: GuardedKernel = watch,
             **_: Any,
         ) -> torch.Tensor:
             call = AttentionCall(query.to(dtype), key.to(dtype), value.to(dtype))
@@ -140,7 +140,7 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
 
     A check is timed separately from its call: its share of the call is below the noise of a loaded machine.
     """
-    from attention_backends.backends.observe.guard import Guard, Watch
+    from attention_backends.backends.observe.guard import Guard, GuardedKernel
     from attention_backends.backends.report import Row, RunReport
     from attention_backends.backends.values.request import AttentionCall
 
@@ -149,7 +149,7 @@ def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
     output = exact(call.query, call.key, call.value)
     guard = Guard("watch", RunReport())
     checks = checks_of(calls)
-    watch = Watch(guard, lambda call: output, _budget(), Row("", "", "", "", ""))
+    watch = GuardedKernel(guard, lambda call: output, _budget(), Row("", "", "", "", ""))
     attention = min(_timed(lambda: exact(call.query, call.key, call.value)) for _ in range(rounds))
     check = min(_timed(lambda: guard.check(watch, call, 0)) for _ in range(rounds * 4))
     watch.due_call = watch.due_step = 1 << 60
@@ -173,7 +173,7 @@ def checks_of(steps: int, blocks: int = 80) -> float:
     from attention_backends.backends.report import Row, RunReport
 
     guard, seen = Guard("watch", RunReport()), []
-    guard.check = lambda watch, call, number: seen.append(watch.place)
+    guard.check = lambda watch, call, number: seen.append(watch.role_and_block)
     rows = [Row("self", str(block), "", "", "") for block in range(blocks)]
     watches: list[Any] = []
 

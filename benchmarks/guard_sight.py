@@ -142,7 +142,7 @@ def checks_of(steps: int) -> list[tuple[int, int]]:
     nothing = AttentionCall(*[torch.zeros(1)] * 3)
     guard = Guard("watch", RunReport(), everything=False)
     found: list[tuple[int, int]] = []
-    guard.check = lambda watch, call, number: found.append((guard.turns.step, int(watch.place[1])))  # type: ignore
+    guard.check = lambda watch, call, number: found.append((guard.turns.step, int(watch.role_and_block[1])))  # type: ignore
     watches: list[Any] = []
 
     def model() -> list[Any]:

@@ -16,7 +16,7 @@ class Advice(Protocol):
         """Which calls these are."""
 
     @property
-    def said(self) -> str:
+    def source_of_choice(self) -> str:
         """The source of the choice, as the run report names it."""
 
     def applies_to(self, asked: str | None, accuracy: str) -> bool:

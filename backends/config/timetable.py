@@ -62,7 +62,7 @@ class Timetable:
             for layer in layers
             for index, entry in enumerate(layer.schedule)
         ]
-        held += [(layers[0], advisory.said, advisory.where, True) for advisory in advisories_of(layers)]
+        held += [(layers[0], advisory.source_of_choice, advisory.where, True) for advisory in advisories_of(layers)]
         for layer, source, entry, recommended in held:
             steps = {step for part in entry.steps for step in part.among(range(self.count))}
             spans = entry.sigmas

@@ -44,7 +44,7 @@ class SageFP16Cuda(sage.SageCuda):
         sage.SMOOTH_V,
     )
 
-    def capabilities(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Capabilities:
         return sage.build(platform).fp16_cuda
 
     def limits_on(self, platform: Platform) -> Limits:

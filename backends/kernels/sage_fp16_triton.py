@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .support.varlen import VarlenKernel
 
-CARDS: sage.Cards = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0))
+CARDS: sage.Capabilities = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0))
 """Triton compiles for every card; SageAttention's own sources call this kernel unusable on sm12x."""
 
 LOG2_E = 1 / log(2)
@@ -61,7 +61,7 @@ class SageFP16Triton(sage.SageBackend):
     )
     limits = sage.SAGE2_LIMITS
 
-    def capabilities(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Capabilities:
         return CARDS
 
     def limits_on(self, platform: Platform) -> Limits:
@@ -73,7 +73,7 @@ class SageFP16Triton(sage.SageBackend):
 
         kernel = sage.import_sage2().sageattn_qk_int8_pv_fp16_triton
         settings = {"smooth_k": smooth_k, "quantization_backend": quantization_backend}
-        chosen = sage.taken(kernel, platform, self.options, settings)
+        chosen = sage.supported_kwargs(kernel, platform, self.options, settings)
         # A build of 2.2.0 from before August 2025 has no such parameter, and drops a mask in **kwargs.
         takes_masks = "attn_mask" in signature(kernel).parameters
 

@@ -47,7 +47,7 @@ class SageFP8Cuda(sage.SageCuda):
         sage.SMOOTH_V,
     )
 
-    def capabilities(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Capabilities:
         return sage.build(platform).fp8_cuda
 
     def limits_on(self, platform: Platform) -> Limits:

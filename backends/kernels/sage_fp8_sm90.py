@@ -42,7 +42,7 @@ class SageFP8SM90(sage.SageCuda):
         sage.SMOOTH_K,
     )
 
-    def capabilities(self, platform: Platform) -> sage.Cards:
+    def capabilities(self, platform: Platform) -> sage.Capabilities:
         return ((9, 0),)
 
     def limits_on(self, platform: Platform) -> Limits:

@@ -1,7 +1,7 @@
 """How long work takes on a device, without waiting for it: a pair of events in its stream, read once they have passed.
 
 Where a device has no events to time with, the times are the host's: right on the CPU, and on other devices only the
-time that it takes to ask for the work (`of_the_work` is False there).
+time that it takes to ask for the work (`measures_device_time` is False there).
 
 Boundary: it knows of torch's streams and events, and nothing of attention.
 """

@@ -49,7 +49,7 @@ class Advisory:
     source: str
 
     @property
-    def said(self) -> str:
+    def source_of_choice(self) -> str:
         """The source of its calls' rows in a run report."""
         return f"{RECOMMENDED}{self.title}: {self.what}"
 

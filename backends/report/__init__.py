@@ -74,7 +74,7 @@ class Row:
         """Whether another pack computed these calls; `member` is its name."""
         return self.backend == BY_ANOTHER
 
-    def took(self, milliseconds: float) -> None:
+    def add_time(self, milliseconds: float) -> None:
         """Take the time of one launch."""
         self.nanoseconds += int(milliseconds * 1e6)
         self.timed += 1

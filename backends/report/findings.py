@@ -78,7 +78,7 @@ def worst_first(rows: Iterable[Row]) -> list[dict[str, Any]]:
         for row in rows
         if row.guard is not None
     ]
-    return sorted(found, key=_badness, reverse=True)
+    return sorted(found, key=_severity, reverse=True)
 
 
 def _worst(value: float) -> float:
@@ -100,7 +100,7 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """The guard's part of a report's text, from what `worst_first` gives: worst blocks first, then what is unseen."""
     if not found:
         return []
-    found = sorted(found, key=_badness, reverse=True)
+    found = sorted(found, key=_severity, reverse=True)
     calls, checked, alarms = (sum(entry[name] for entry in found) for name in ("calls", "checked", "alarms"))
     text = [
         f"guard: {checked} calls checked on {ROWS} query rows per head, {alarms} bad; {calls} ran; worst blocks first"
@@ -128,5 +128,5 @@ def _heads(entry: Mapping[str, Any]) -> str:
     return f"; head {head} is the worst, all together {all_heads:.2g}" + (f" (limit {limit:g})" if limit else "")
 
 
-def _badness(entry: Mapping[str, Any]) -> tuple[int, float]:
+def _severity(entry: Mapping[str, Any]) -> tuple[int, float]:
     return entry["alarms"], math.inf if entry["relative_l2"] is None else entry["relative_l2"]

@@ -24,13 +24,13 @@ def timed_kernel(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
 
 
 def _by_events(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
-    start, stop, took = clock.start, clock.stop, row.took
+    start, stop, add_time = clock.start, clock.stop, row.add_time
 
     def run(call: AttentionCall) -> torch.Tensor:
         token = start(call.query.device)
         output = kernel(call)
         row.launches += 1
-        stop(token, took)
+        stop(token, add_time)
         return output
 
     return run

@@ -184,7 +184,7 @@ def test_each_step_of_a_real_run_has_checks(
     check = Guard.check
 
     def counted(self: Guard, watch: Any, call: Any, number: int) -> torch.Tensor:
-        seen.append((sites.current_model_call().step, *watch.place))
+        seen.append((sites.current_model_call().step, *watch.role_and_block))
         return check(self, watch, call, number)
 
     monkeypatch.setattr(Guard, "check", counted)

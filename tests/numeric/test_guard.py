@@ -21,7 +21,7 @@ from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.observe import observe  # noqa: E402
-from attention_backends.backends.observe.guard import BUDGETS, VARIABLE, Guard, GuardAlarm, Watch  # noqa: E402
+from attention_backends.backends.observe.guard import BUDGETS, VARIABLE, Guard, GuardAlarm, GuardedKernel  # noqa: E402
 from attention_backends.backends.observe.guard import rows as guard_rows  # noqa: E402
 from attention_backends.backends.observe.guard.turns import period  # noqa: E402
 from attention_backends.backends.report import Row, RunReport  # noqa: E402
@@ -59,7 +59,7 @@ def run_once(made: Session, call: AttentionCall, block: str = "0") -> torch.Tens
     return made.attention(made.plan(CallKind(call.request(), "self", "self", block)), call)
 
 
-def watch_of(guard: Guard, kernel: Any, accuracy: str = "quantized") -> tuple[Watch, Row]:
+def watch_of(guard: Guard, kernel: Any, accuracy: str = "quantized") -> tuple[GuardedKernel, Row]:
     row = Row("self", "0", LOSSY, "test", "none")
     return guard.watched(kernel, accuracy, row), row
 
@@ -382,9 +382,9 @@ def test_a_large_batch_is_looked_at_in_eight_samples() -> None:
     call = AttentionCall(*(torch.randn(50, 1, 20, 8) for _ in range(3)))
     met = set()
     for seed in range(50):
-        places = guard_rows.Places.of(call, random.Random(seed))
-        met.update(range(50)[places.samples])
-        assert 7 <= len(range(50)[places.samples]) <= 8
+        sampled = guard_rows.SampledRows.draw(call, random.Random(seed))
+        met.update(range(50)[sampled.samples])
+        assert 7 <= len(range(50)[sampled.samples]) <= 8
     assert met == set(range(50))
 
 
@@ -399,14 +399,14 @@ def test_the_rows_are_those_of_the_definition(
     call = call_for(request._replace(is_causal=mask == "causal"))
     if mask == "bool":
         call.attn_mask[:, :, -1] = False  # a row without a key
-    places = guard_rows.Places.of(call, random.Random(0))
-    expected, unmasked_rows = guard_rows.exact_rows(call, places)
+    sampled = guard_rows.SampledRows.draw(call, random.Random(0))
+    expected, unmasked_rows = guard_rows.exact_rows(call, sampled)
     wide = cast(call, torch.float64)
-    assert (expected - guard_rows.take(reference_attention(wide), places.rows)).abs().max() < 1e-5
+    assert (expected - guard_rows.take(reference_attention(wide), sampled.rows)).abs().max() < 1e-5
     assert (unmasked_rows is None) == (mask == "none")
     if unmasked_rows is not None:
         plain = reference_attention(AttentionCall(wide.query, wide.key, wide.value, enable_gqa=True))
-        assert (unmasked_rows - guard_rows.take(plain, places.rows)).abs().max() < 1e-5
+        assert (unmasked_rows - guard_rows.take(plain, sampled.rows)).abs().max() < 1e-5
 
 
 def test_memory_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +423,7 @@ def test_memory_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
             return output
 
     with Sizes():
-        guard_rows.exact_rows(call, guard_rows.Places.of(call, random.Random(0)))
+        guard_rows.exact_rows(call, guard_rows.SampledRows.draw(call, random.Random(0)))
     assert 0 < largest <= guard_rows.WORKSPACE
 
 

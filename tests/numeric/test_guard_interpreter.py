@@ -18,7 +18,7 @@ from attention_backends.backends.values.request import AttentionCall, AttentionR
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.engine.router import Router  # noqa: E402
-from attention_backends.backends.observe.guard import Guard, Watch  # noqa: E402
+from attention_backends.backends.observe.guard import Guard, GuardedKernel  # noqa: E402
 from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_calls import call_for, copied  # noqa: E402
 from test_sage_interpreter import SaysCuda, inference, sageattention  # noqa: E402, F401  # fixtures
@@ -37,7 +37,7 @@ def watched(kernel: Callable[[AttentionCall], Any]) -> tuple[Callable[[Attention
     """A function that runs one call and looks at it, and the row that the figures go to."""
     guard, row = Guard("watch", RunReport(), everything=False), Row("self", "0", "sage_attn", "test", "none")
     watch = guard.watched(lambda call: kernel(on_a_card(call)).as_subclass(torch.Tensor), "quantized", row)
-    assert isinstance(watch, Watch)
+    assert isinstance(watch, GuardedKernel)
     return lambda call: guard.check(watch, call, 0), row
 
 

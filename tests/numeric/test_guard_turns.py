@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends.observe.guard import BUDGETS, Guard, GuardAlarm, Watch  # noqa: E402
+from attention_backends.backends.observe.guard import BUDGETS, Guard, GuardAlarm, GuardedKernel  # noqa: E402
 from attention_backends.backends.observe.guard.turns import FEW_STEPS, LONGEST_GAP, LONGEST_PERIOD, Step, period  # noqa: E402
 from attention_backends.backends.report import Row, RunReport  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
@@ -51,10 +51,10 @@ class Simulated:
         self.step = self.call = 0
         self.seen: list[tuple[int, tuple[str, str], int]] = []
         """Step, place and number of the call in its step, of each check."""
-        self.watches: dict[Any, Watch] = {}
+        self.watches: dict[Any, GuardedKernel] = {}
 
-    def _check(self, watch: Watch, call: Any, number: int) -> Any:
-        self.seen.append((self.step, watch.place, self.call))
+    def _check(self, watch: GuardedKernel, call: Any, number: int) -> Any:
+        self.seen.append((self.step, watch.role_and_block, self.call))
 
     def run(
         self,
@@ -120,8 +120,8 @@ def test_every_step_has_checks_and_every_block_is_checked_again_in_time(family: 
         assert {step for step, _, _ in run.seen} == set(range(steps)), steps
         bound = min(period(steps), len(FAMILIES[family]))
         for watch in run.watches.values():
-            assert max(run.gaps(watch.place, steps)) <= bound, (steps, watch.place)
-            assert run.steps_of(watch.place), "each role and block in each run"
+            assert max(run.gaps(watch.role_and_block, steps)) <= bound, (steps, watch.role_and_block)
+            assert run.steps_of(watch.role_and_block), "each role and block in each run"
 
 
 def test_the_stated_period() -> None:
@@ -162,7 +162,7 @@ def test_of_several_calls_in_a_step_each_is_looked_at(calls: int, evaluations: i
         assert {step for step, _, _ in run.seen} == set(range(steps)), steps
         for watch in run.watches.values():
             # One step more: a call that was waited for and did not come.
-            assert max(run.gaps(watch.place, steps)) <= period(steps) + 1, (steps, watch.place)
+            assert max(run.gaps(watch.role_and_block, steps)) <= period(steps) + 1, (steps, watch.role_and_block)
         each = calls * evaluations
         looked_at = [sum(at == call for _, _, at in run.seen) for call in range(each)]
         if steps >= 8:
@@ -188,7 +188,7 @@ def test_a_solver_that_ends_with_one_call_is_checked_in_its_last_step() -> None:
     """Heun's method evaluates the model twice in a step but in the last one."""
     for steps in (2, 4, 8):
         run = Simulated().run(steps, evaluations=2, in_last_step=1)
-        assert {where for _, where, _ in run.seen} == {watch.place for watch in run.watches.values()}
+        assert {where for _, where, _ in run.seen} == {watch.role_and_block for watch in run.watches.values()}
 
 
 def test_a_window_that_is_shorter_than_the_period_is_checked_whole() -> None:
@@ -204,7 +204,7 @@ def test_a_window_that_is_shorter_than_the_period_is_checked_whole() -> None:
 
         run = Simulated().run(20, kind=kind, unchanged=unchanged)
         inside = [where for step, where, _ in run.seen if first <= step <= last]
-        assert {watch.place for watch in run.watches.values()} == set(inside), (first, last)
+        assert {watch.role_and_block for watch in run.watches.values()} == set(inside), (first, last)
         assert {step for step, _, _ in run.seen} >= set(range(first, last + 1))
         assert len(inside) <= len(run.roles) * max(1, (last - first + 1) / period(20)) + len(run.roles) / 8
 
@@ -221,7 +221,7 @@ def test_calls_that_were_skipped_are_checked_when_they_are_made_again() -> None:
     skipped = {step for step in range(50) if source.random() < 0.5}
     run = Simulated().run(50, ran=lambda step, place: step not in skipped)
     for watch in run.watches.values():
-        at = run.steps_of(watch.place)
+        at = run.steps_of(watch.role_and_block)
         made = [step for step in range(50) if step not in skipped]
         for last, after in itertools.pairwise(at):
             assert not [step for step in made if last + period(50) <= step < after], (last, after)
@@ -230,7 +230,7 @@ def test_calls_that_were_skipped_are_checked_when_they_are_made_again() -> None:
 def test_another_sampler_in_the_same_run_goes_on() -> None:
     run = Simulated().run(20, index=lambda step: step % 10)
     for watch in run.watches.values():
-        assert max(run.gaps(watch.place, 20)) <= period(20)
+        assert max(run.gaps(watch.role_and_block, 20)) <= period(20)
 
 
 @pytest.mark.parametrize("index", [lambda step: step, lambda step: None], ids=["told", "counted"])
@@ -238,8 +238,8 @@ def test_without_a_number_of_steps(index: Any) -> None:
     run = Simulated().run(40, known=False, index=index)
     assert {step for step, _, _ in run.seen} == set(range(40))
     for watch in run.watches.values():
-        assert run.steps_of(watch.place)[0] == 0, "at its first call, since nobody knows how long this goes on"
-        assert max(run.gaps(watch.place, 40)) <= FEW_STEPS
+        assert run.steps_of(watch.role_and_block)[0] == 0, "at its first call, since nobody knows how long this goes on"
+        assert max(run.gaps(watch.role_and_block, 40)) <= FEW_STEPS
 
 
 def test_without_steps_the_gap_between_checks_has_a_limit() -> None:

@@ -168,10 +168,10 @@ def test_the_rows_of_the_guard_are_float32(switch: str) -> None:
 
     with as_comfyui_runs():
         call = call_for(REQUESTS["boolean"])
-        places = guard_rows.Places.of(call, random.Random(0))
+        sampled = guard_rows.SampledRows.draw(call, random.Random(0))
         with SWITCHES[switch]():
-            rows, unmasked_rows = guard_rows.exact_rows(call, places)
-        expected = guard_rows.take(truth(cast(call, torch.float64)), places.rows)
+            rows, unmasked_rows = guard_rows.exact_rows(call, sampled)
+        expected = guard_rows.take(truth(cast(call, torch.float64)), sampled.rows)
         assert rows.dtype == torch.float32
         assert unmasked_rows is not None
-        assert error(rows, expected[places.samples]).total < 1e-5
+        assert error(rows, expected[sampled.samples]).total < 1e-5

@@ -31,7 +31,7 @@ def run(clock: DeviceClock | None, model_calls: int) -> RunReport:
                 row.calls += 1
                 row.launches += 1
                 if clock is not None:
-                    row.took(1.0)
+                    row.add_time(1.0)
         run_report.end_of_model_call(clock)
     run_report.end_of_run()
     return run_report
@@ -71,7 +71,7 @@ def test_a_row_that_never_ran_is_counted_by_nobody() -> None:
     run_report.row("self", "0", "sage_attn", "default", "none", None, None)  # planned, then its kernel failed
     ran = run_report.row("self", "0", "torch_sdpa", "default", "none", "failed", None)
     ran.calls = ran.launches = 1
-    ran.took(2.0)
+    ran.add_time(2.0)
     run_report.end_of_model_call(DeviceClock("cpu"))
     assert run_report.as_dict()["rows"][0]["backend"] == "torch_sdpa"
     assert run_report.windows()[0]["cells"] == [[0, 1, 2.0]]
@@ -112,7 +112,7 @@ def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() 
     for number in range(1, 6):
         token = clock.start()
         gpu.work(number)
-        clock.stop(token, row.took)
+        clock.stop(token, row.add_time)
         row.calls += 1
         row.launches += 1
         gpu.done = sum(range(number - 1))
@@ -131,7 +131,7 @@ def test_a_row_of_which_some_calls_were_timed_says_how_many() -> None:
     row = rows_of(run_report, 1)[0]
     row.calls, row.launches = 30, 60  # a mask divides each call into two
     for _ in range(20):
-        row.took(1.5)
+        row.add_time(1.5)
     told = run_report.as_dict()["rows"][0]
     assert (told["timed"], told["ms"]) == (10, 90.0)
 
@@ -144,7 +144,7 @@ def test_each_window_has_its_steps() -> None:
         for sigma in (SIGMAS[step], (SIGMAS[step] + SIGMAS[step + 1]) / 2):
             row.calls += 1
             row.launches += 1
-            row.took(1.0)
+            row.add_time(1.0)
             run_report.end_of_model_call(DeviceClock("cpu"), None, sigma.repeat(2), SIGMAS)
     windows = run_report.windows()
     assert [window["steps"] for window in windows] == [[step, step] for step in range(10) for _ in range(2)]
@@ -159,7 +159,7 @@ def test_long_windows_have_more_than_one_step() -> None:
     for sigma in schedule[:-1]:
         row.calls += 1
         row.launches += 1
-        row.took(1.0)  # else they would become one window
+        row.add_time(1.0)  # else they would become one window
         run_report.end_of_model_call(DeviceClock("cpu"), None, sigma[None], schedule)
     steps = [step for window in run_report.windows() for step in window["steps"]]
     assert (steps[0], steps[-1]) == (0, 199)
@@ -200,7 +200,7 @@ def test_on_a_card_sigmas_are_read_without_waiting() -> None:
             token = clock.start(matrix.device)
             for _ in range(20):
                 matrix @ matrix
-            clock.stop(token, row.took)
+            clock.stop(token, row.add_time)
             row.calls += 1
             row.launches += 1
             run_report.end_of_model_call(clock, matrix.device, schedule[step] * torch.ones(2, device="cuda"), schedule)
@@ -218,7 +218,7 @@ def test_the_end_of_a_model_call_makes_no_call_for_each_row() -> None:
     for row in rows:
         row.calls += 1
         row.launches += 1
-        row.took(1.0)
+        row.add_time(1.0)
     calls = 0
 
     def count(frame: Any, event: str, argument: Any) -> None:

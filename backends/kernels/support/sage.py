@@ -90,7 +90,7 @@ heads are grid dimensions."""
 WIDE_LIMITS = SAGE2_LIMITS.but(HeadDim(max=256), Elements(padded=(64, 128, 256)))
 """woct0rdho's wheels from post5 on: `pad_qkv` of sageattention/core.py pads to 256 too, but for the sm90 kernel."""
 
-Cards = tuple[tuple[int, int], ...]
+Capabilities = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Build:
     Triton kernel has a parameter for them. `asks_cuda`: whether `sageattn` takes another accumulator below CUDA 12.8.
     """
 
-    attn: Cards
-    fp16_cuda: Cards
-    fp8_cuda: Cards
-    triton_on: Cards = ((8, 6),)
+    attn: Capabilities
+    fp16_cuda: Capabilities
+    fp8_cuda: Capabilities
+    triton_on: Capabilities = ((8, 6),)
     masks: bool = False
     wide: bool = False
     asks_cuda: bool = False
@@ -115,10 +115,10 @@ class Build:
         return WIDE_LIMITS if self.wide else SAGE2_LIMITS
 
 
-_RELEASED: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
-_UPSTREAM: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
-_CUDA: Cards = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
-_FP8: Cards = ((8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+_RELEASED: Capabilities = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+_UPSTREAM: Capabilities = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1))
+_CUDA: Capabilities = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+_FP8: Capabilities = ((8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
 _POST_1 = Build(
     attn=((7, 5), *_RELEASED),
     fp16_cuda=((8, 0), (8, 6), (8, 9)),
@@ -212,7 +212,7 @@ def build(platform: Platform) -> Build:
     return replace(found, attn=attn, fp16_cuda=fp16, fp8_cuda=fp8)
 
 
-def _without_blackwell(cards: Cards) -> Cards:
+def _without_blackwell(cards: Capabilities) -> Capabilities:
     """What a compiler before CUDA 12.8 can build."""
     return tuple(card for card in cards if card < (10, 0))
 
@@ -274,7 +274,7 @@ def check_built(module: ModuleType, flag: str) -> None:
         raise ImportError(f"sageattention was built without the kernel for this card ({flag} is false)")
 
 
-def taken(
+def supported_kwargs(
     function: Callable[..., Any], platform: Platform, options: tuple[Option, ...], settings: dict[str, object]
 ) -> dict[str, object]:
     """The settings that `function` has parameters for; it silently drops others in **kwargs.
@@ -393,7 +393,7 @@ class SageCuda(SageBackend):
         function = getattr(module, self.function)
         if settings.get("qk_quant_gran") == AS_PACKAGE:
             settings["qk_quant_gran"] = granularity(platform)
-        settings = taken(function, platform, self.options, settings)
+        settings = supported_kwargs(function, platform, self.options, settings)
 
         def run(call: AttentionCall) -> torch.Tensor:
             query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))

@@ -21,7 +21,7 @@ from ...report.timed_kernel import timed_kernel
 from ...report.tuning import DECIDED, NOT_TUNED
 from ...values.faults import check_output, is_cuda_fault, is_out_of_memory
 from ...values.request import AttentionCall
-from ..guard import GuardAlarm, Watch
+from ..guard import GuardAlarm, GuardedKernel
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ class TrialPlan(Plan):
         """Let the incumbent compute the call."""
         contest, self._ran = self._contest, self._usual
         kernel = self._usual.kernel
-        if timed and isinstance(kernel, Watch) and kernel.may_check:  # its check is no part of the work
+        if timed and isinstance(kernel, GuardedKernel) and kernel.may_check:  # its check is no part of the work
             timed = False
             with self._tuner.store.lock:
                 contest.untimed(contest.incumbent)
@@ -123,8 +123,8 @@ class TrialPlan(Plan):
                 check_output(output, call)
                 return output
             budget = backend.tolerance_on(router.platform)
-            watch = Watch(tuner.judge, run, budget, Row(self.kind.role, self.kind.block, name, "", ""))
-            return tuner.judge.check(watch, call, 0)
+            guarded = GuardedKernel(tuner.judge, run, budget, Row(self.kind.role, self.kind.block, name, "", ""))
+            return tuner.judge.check(guarded, call, 0)
         except GuardAlarm as alarm:
             reason = str(alarm).removeprefix("guard: ").removesuffix(" in call 1 of the block")
         except CheckError:

@@ -76,7 +76,7 @@ class Guard(Observer):
         """Those of the watched kernels."""
         self._caught: set[str] = set()
         """Backends with an alarm, in mode `enforce`."""
-        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._guarded_kernels: weakref.WeakSet[GuardedKernel] = weakref.WeakSet()
         self._pending: list[tuple[Callable[[list[float]], None], torch.Tensor]] = []
         self._step: object = None
         self._model_calls = 0
@@ -89,12 +89,12 @@ class Guard(Observer):
     def watched(self, kernel: Kernel, accuracy: str, row: Row, budget: Budget | None = None) -> Kernel:
         """The kernel with checks of some of its calls, whose figures go to `row`; without a budget, of its class."""
         self._watched += 1
-        watch = Watch(self, kernel, budget or BUDGETS[accuracy], row)
+        guarded = GuardedKernel(self, kernel, budget or BUDGETS[accuracy], row)
         if row.backend not in self._backends or row.backend in self._caught:
             self._backends.add(row.backend)
-            watch.check_next()
-        self._watches.add(watch)
-        return watch
+            guarded.check_next()
+        self._guarded_kernels.add(guarded)
+        return guarded
 
     def wrapper(
         self, kind: CallKind, backend: Backend, row: Row, platform: Platform
@@ -115,7 +115,7 @@ class Guard(Observer):
         """Why only exact kernels may run in this role and block; None where others may."""
         return self.refused_everywhere or self.refused.get((role, block), (None, None))[1]
 
-    def check(self, watch: Watch, call: AttentionCall, number: int) -> torch.Tensor:
+    def check(self, guarded: GuardedKernel, call: AttentionCall, number: int) -> torch.Tensor:
         """Run one call and look at it.
 
         Raises:
@@ -126,43 +126,43 @@ class Guard(Observer):
         from . import rows as guard_rows
 
         call.owned = False  # the inputs are compared after the kernel: it may not give them up
-        places = guard_rows.Places.of(call, self._source)
+        sampled = guard_rows.SampledRows.draw(call, self._source)
         with torch.no_grad():
             # In mode enforce the whole of them, to put them back: the exact kernel needs what the first one got.
             inputs = [call.query, call.key, call.value]
-            before = [tensor.clone() for tensor in inputs] if self.enforces else places.inputs(call)
-            expected, unmasked_rows = guard_rows.exact_rows(call, places, None if self.enforces else before[0])
+            before = [tensor.clone() for tensor in inputs] if self.enforces else sampled.inputs(call)
+            expected, unmasked_rows = guard_rows.exact_rows(call, sampled, None if self.enforces else before[0])
         try:
-            output = watch.kernel(call)
+            output = guarded.kernel(call)
             check_output(output, call)  # an index beyond its end would be a fault of the device
         except Exception as error:
             if self.enforces and not is_cuda_fault(error):  # after which nothing can be read
                 _put_back(inputs, before)
             raise
         with torch.no_grad():
-            changed = guard_rows.differ(before, inputs if self.enforces else places.inputs(call))
-            rows = guard_rows.take(output[places.samples], places.rows)
+            changed = guard_rows.differ(before, inputs if self.enforces else sampled.inputs(call))
+            rows = guard_rows.take(output[sampled.samples], sampled.rows)
             figures = guard_rows.compared(rows, expected, unmasked_rows, changed)
             if self.enforces:
                 found = guard_rows.Figures(*figures.tolist())
-                reason = self._judged(watch, found, number)
+                reason = self._judged(guarded, found, number)
                 if reason is not None:
                     if found.changed:
                         _put_back(inputs, before)
-                    self.refused[watch.place] = (watch.row.backend, reason)
-                    self._suspect(watch.row.backend)
+                    self.refused[guarded.role_and_block] = (guarded.row.backend, reason)
+                    self._suspect(guarded.row.backend)
                     raise GuardAlarm(reason)
             else:
-                self._later(lambda values: self._warn(watch, guard_rows.Figures(*values), number), figures)
+                self._later(lambda values: self._warn(guarded, guard_rows.Figures(*values), number), figures)
         return output
 
     def _suspect(self, backend: str) -> None:
         """At the first alarm of a backend, have each of its kernels checked at its next call."""
         if backend not in self._caught:
             self._caught.add(backend)
-            for watch in self._watches:
-                if watch.row.backend == backend:
-                    watch.check_next()
+            for guarded in self._guarded_kernels:
+                if guarded.row.backend == backend:
+                    guarded.check_next()
 
     def _later(self, read: Callable[[list[float]], None], figures: torch.Tensor) -> None:
         self._pending.append((read, figures))
@@ -185,16 +185,16 @@ class Guard(Observer):
             read(values[: len(figures)])
             del values[: len(figures)]
 
-    def _judged(self, watch: Watch, found: Figures, number: int) -> str | None:
+    def _judged(self, guarded: GuardedKernel, found: Figures, number: int) -> str | None:
         """Enter the figures of one check; why it was bad, or None."""
-        findings = watch.row.guard
+        findings = guarded.row.guard
         if findings is None:
-            findings = watch.row.guard = Findings(*watch.budget, watch.budget.call_l2)
+            findings = guarded.row.guard = Findings(*guarded.budget, guarded.budget.call_l2)
         if not found.finite and not found.changed:  # the inputs were not: not this kernel's doing
             findings.checked += 1
             return None
         findings.add(found.relative_l2, found.row_error, found.cosine, found.call_l2, int(found.head))
-        reason = _reason(found, watch.budget)
+        reason = _reason(found, guarded.budget)
         if reason is None:
             return None
         reason = f"guard: {reason} in call {number + 1} of the block"
@@ -202,11 +202,13 @@ class Guard(Observer):
         findings.first_alarm = findings.first_alarm or reason.removeprefix("guard: ")
         return reason
 
-    def _warn(self, watch: Watch, found: Figures, number: int) -> None:
-        reason = self._judged(watch, found, number)
-        if reason is not None and watch.row.backend not in self._logged:
-            self._logged.add(watch.row.backend)
-            log.warning("%s in %s %s: %s; further ones are in the report", watch.row.backend, *watch.place, reason)
+    def _warn(self, guarded: GuardedKernel, found: Figures, number: int) -> None:
+        reason = self._judged(guarded, found, number)
+        if reason is not None and guarded.row.backend not in self._logged:
+            self._logged.add(guarded.row.backend)
+            log.warning(
+                "%s in %s %s: %s; further ones are in the report", guarded.row.backend, *guarded.role_and_block, reason
+            )
 
     def model_call(self, step: object, run: Callable[[], Any], again: Callable[[], Any], at: Step | None = None) -> Any:
         """Run one model call and look whether its output is finite.
@@ -257,19 +259,19 @@ class Guard(Observer):
             log.warning("%s", text)
 
 
-class Watch:
+class GuardedKernel:
     """One kernel for the calls of one kind in one place, counted."""
 
     __slots__ = (
         "__weakref__", "_began", "_checks", "_is_waiting", "_last", "_number",
-        "budget", "calls", "due_call", "due_step", "gap", "guard", "kernel", "place", "row", "turns",
+        "budget", "calls", "due_call", "due_step", "gap", "guard", "kernel", "role_and_block", "row", "turns",
     )  # fmt: skip
 
     def __init__(self, guard: Guard, kernel: Kernel, budget: Budget, row: Row) -> None:
         self.guard, self.kernel, self.budget, self.row = guard, kernel, budget, row
-        self.place = (row.role, row.block)
+        self.role_and_block = (row.role, row.block)
         self.turns = guard.turns
-        self._number = self.turns.number(*self.place)
+        self._number = self.turns.number(*self.role_and_block)
         self._began = max(self.turns.step, 0)
         self._last = self._checks = 0
         """The step of the last check, and how many there were."""
@@ -283,7 +285,7 @@ class Watch:
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         guard = self.guard
-        if guard.enforces and (reason := guard.refusal(*self.place)) is not None:
+        if guard.enforces and (reason := guard.refusal(*self.role_and_block)) is not None:
             raise GuardAlarm(reason)
         number = self.calls
         self.calls = number + 1

@@ -58,7 +58,7 @@ def spread(length: int, source: random.Random, count: int = ROWS) -> list[int]:
     return rows + list(range(others, length))
 
 
-class Places(NamedTuple):
+class SampledRows(NamedTuple):
     """The sampled indices of one check: samples of the batch, rows of the query, rows of key and value."""
 
     samples: slice
@@ -66,7 +66,7 @@ class Places(NamedTuple):
     keys: list[int]
 
     @classmethod
-    def of(cls, call: AttentionCall, source: random.Random) -> Places:
+    def draw(cls, call: AttentionCall, source: random.Random) -> SampledRows:
         """Drawn for one call."""
         step = -(-call.query.shape[0] // MOST_SAMPLES)
         samples = slice(source.randrange(step) if step > 1 else 0, None, step)
@@ -109,7 +109,7 @@ class _Sums:
 
 
 def exact_rows(
-    call: AttentionCall, places: Places, query_rows: torch.Tensor | None = None
+    call: AttentionCall, sampled: SampledRows, query_rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of these rows in float32, (samples, num_heads, rows, v_head_dim), and the same without any mask.
 
@@ -117,23 +117,23 @@ def exact_rows(
     query, where they were taken already.
     """
     with torch.autocast(call.query.device.type, enabled=False):  # which would multiply them in half types
-        return _exact_rows(call, places, query_rows)
+        return _exact_rows(call, sampled, query_rows)
 
 
 def _exact_rows(
-    call: AttentionCall, places: Places, query_rows: torch.Tensor | None
+    call: AttentionCall, sampled: SampledRows, query_rows: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    query, key, value = (tensor[places.samples] for tensor in (call.query, call.key, call.value))
+    query, key, value = (tensor[sampled.samples] for tensor in (call.query, call.key, call.value))
     batch, heads, _, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     scale = head_dim**-0.5 if call.scale is None else call.scale
-    count = len(places.rows)
-    chosen = (take(query, places.rows) if query_rows is None else query_rows).float() * scale
+    count = len(sampled.rows)
+    chosen = (take(query, sampled.rows) if query_rows is None else query_rows).float() * scale
     chosen = chosen.reshape(batch, kv_heads, heads // kv_heads * count, head_dim)  # grouped heads share their keys
-    mask = _mask_rows(call, places)
+    mask = _mask_rows(call, sampled)
     positions = None
     if call.is_causal:  # filled on the device, one by one: a list would have to be sent there
-        positions = torch.cat([torch.full((1, 1), row, device=query.device) for row in places.rows])
+        positions = torch.cat([torch.full((1, 1), row, device=query.device) for row in sampled.rows])
     is_masked = mask is not None or positions is not None
     per_key = 4 * batch * (kv_heads * (head_dim + value.shape[3]) + heads * count * (2 if is_masked else 1))
     step = max(64, (WORKSPACE if query.device.type == "cpu" else WORKSPACE_ELSEWHERE) // per_key)
@@ -150,13 +150,13 @@ def _exact_rows(
     return sums.result().view(shape), plain.result().view(shape) if is_masked else None
 
 
-def _mask_rows(call: AttentionCall, places: Places) -> torch.Tensor | None:
+def _mask_rows(call: AttentionCall, sampled: SampledRows) -> torch.Tensor | None:
     mask = call.attn_mask
     if mask is None:
         return None
     if mask.shape[0] > 1:
-        mask = mask[places.samples]
-    return take(mask, places.rows) if mask.shape[2] > 1 else mask
+        mask = mask[sampled.samples]
+    return take(mask, sampled.rows) if mask.shape[2] > 1 else mask
 
 
 def _hide(
