@@ -17,6 +17,7 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels.sage_fp8_cuda import accumulator  # noqa: E402
@@ -145,11 +146,11 @@ def test_what_the_version_lacks_is_refused_with_its_name(monkeypatch, backend, p
         config = AttentionConfig(default=AttentionSpec(backend, options), strict=strict)
         return Session(machine(monkeypatch, packages, capability), (config,))
 
-    decision = session(strict=False).plan(PLAIN, "self", "self").decision
+    decision = session(strict=False).plan(CallKind(PLAIN, "self", "self")).plan.decision
     assert decision.backend != backend
     assert words in str(decision.reason)
     with pytest.raises(NoBackendError, match=re.escape(words)):
-        session(strict=True).plan(PLAIN, "self", "self")
+        session(strict=True).plan(CallKind(PLAIN, "self", "self"))
     assert session(strict=False).router.reasons_against(backend, PLAIN) == ()  # without the option it runs
 
 
