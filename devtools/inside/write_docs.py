@@ -6,9 +6,9 @@ what people read whose language has no page. So English stands in both.
 
 from pathlib import Path
 
-from attention_backends.backends.config.systems import systems_page
-from attention_backends.backends.doctor.support import support_page
-from attention_backends.backends.observe.advisories import recommended_page
+from attention_backends.devtools.pages.backends import support_page
+from attention_backends.devtools.pages.recommended import recommended_page
+from attention_backends.devtools.pages.systems import systems_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"backends.md": support_page, "systems.md": systems_page, "recommended.md": recommended_page}

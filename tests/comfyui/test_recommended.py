@@ -32,7 +32,6 @@ from attention_backends.backends.observe.advisories import (  # noqa: E402
     NOT_USED,
     QUANTIZED,
     for_family,
-    recommended_page,
     unused_advisories,
 )
 from attention_backends.backends.report import RunReport  # noqa: E402
@@ -40,6 +39,7 @@ from attention_backends.backends.report.audit import AS_ASKED, asked_and_ran  # 
 from attention_backends.backends.values.errors import ConfigError  # noqa: E402
 from attention_backends.backends.values.platform import parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, parse_request  # noqa: E402
+from attention_backends.devtools.pages.recommended import recommended_page  # noqa: E402
 from hook_side import (  # noqa: E402
     Kernel,
     host,

@@ -124,13 +124,13 @@ from attention_backends.backends.kernels.registry import detect
 from attention_backends.backends.doctor.doctor import examine
 from attention_backends.backends.doctor.install import Interpreter, how_to_get
 from attention_backends.backends.doctor.probe import judge
-from attention_backends.backends.doctor.support import support_page
+from attention_backends.devtools.pages.backends import support_page
 from attention_backends.backends.observe.autotune.candidates import candidates
 from attention_backends.backends.config.names import CHOICES, canonical
 from attention_backends.backends.values.platform import parse_platform
 from attention_backends.backends.values.request import AttentionRequest
 from attention_backends.backends.engine.router import Router
-from attention_backends.backends.config.systems import systems_page
+from attention_backends.devtools.pages.systems import systems_page
 from attention_backends.comparison.bench_run import Asked, choose_backends, measure
 
 platform = detect(torch.device("cpu"))

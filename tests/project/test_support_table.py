@@ -10,8 +10,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from attention_backends.backends.doctor import support, support_limits
-from attention_backends.backends.doctor.support import support_page
 from attention_backends.backends.engine.priorities import PRIORITIES
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
@@ -22,6 +20,9 @@ from attention_backends.backends.values.options import Option
 from attention_backends.backends.values.platform import Platform
 from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest
 from attention_backends.devtools import commands
+from attention_backends.devtools.pages import backends as support
+from attention_backends.devtools.pages import limits as support_limits
+from attention_backends.devtools.pages.backends import support_page
 from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +72,7 @@ def test_routes_and_options_are_all_there() -> None:
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'devtools/inside'); import with_package;"
-        "with_package.load(); from attention_backends.backends.doctor.support import support_page;"
+        "with_package.load(); from attention_backends.devtools.pages.backends import support_page;"
         "print(len(support_page()))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

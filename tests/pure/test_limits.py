@@ -8,7 +8,6 @@ import pickle
 from itertools import product
 
 import pytest
-from attention_backends.backends.doctor.support_limits import MACHINES, equipped
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend
 from attention_backends.backends.values.limits import (
@@ -29,6 +28,7 @@ from attention_backends.backends.values.limits import (
 )
 from attention_backends.backends.values.reasons import TEMPLATES, Reason, template
 from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest
+from attention_backends.devtools.pages.limits import MACHINES, equipped
 
 CALL = AttentionRequest(1, 8, 256, 256, 64, "bfloat16")
 

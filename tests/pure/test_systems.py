@@ -25,7 +25,7 @@ from attention_backends.backends.config.names import (
 )
 from attention_backends.backends.config.print import to_json
 from attention_backends.backends.config.schedule import ScheduleEntry
-from attention_backends.backends.config.systems import key_of, line_of, systems, systems_page
+from attention_backends.backends.config.systems import key_of, line_of, systems
 from attention_backends.backends.config.text import from_environment, parse_config
 from attention_backends.backends.config.timetable import Timetable
 from attention_backends.backends.engine.router import Router
@@ -34,6 +34,7 @@ from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.values.errors import ConfigError, NoBackendError
 from attention_backends.backends.values.platform import parse_platform
 from attention_backends.backends.values.request import parse_request
+from attention_backends.devtools.pages.systems import systems_page
 from syrupy.assertion import SnapshotAssertion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +145,7 @@ def test_a_refusal_speaks_of_the_system_that_the_name_came_from(snapshot: Snapsh
 
 def test_the_page_of_names_is_generated() -> None:
     page = (ROOT / "docs" / "systems.md").read_text(encoding="utf-8")
-    assert page == systems_page(), "stale: write backends.systems.systems_page() to docs/systems.md"
+    assert page == systems_page(), "stale: python3 dev.py docs"
     for _, row in ROWS:
         assert f"| `{row.name}` | " in page
 

@@ -1,4 +1,4 @@
-"""The limits of each backend on each kind of machine, as rows of a table: data for `support.py`.
+"""The limits of each backend on each kind of machine, as rows of a table: data for `backends.py`.
 
 Each backend is asked about every machine of `MACHINES`, with each package that is known to serve it.
 """
@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from ..kernels import BACKENDS
-from ..kernels.backend import Backend
-from ..values.limits import FURTHER, Limits
-from ..values.package import Package
-from ..values.platform import KINDS, Platform
+from ...backends.kernels import BACKENDS
+from ...backends.kernels.backend import Backend
+from ...backends.values.limits import FURTHER, Limits
+from ...backends.values.package import Package
+from ...backends.values.platform import KINDS, Platform
 
 CARDS = ((5, 0), (7, 0), (7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
 """The CUDA cards that backends are asked about."""

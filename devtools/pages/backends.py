@@ -10,15 +10,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..config.systems import systems
-from ..engine.priorities import PRIORITIES, Priority
-from ..kernels import BACKENDS
-from ..kernels.backend import Backend
-from ..kernels.group import BackendGroup
-from ..values.limits import COLUMNS
-from ..values.options import KIND_NAMES, Option
-from ..values.reasons import Reason
-from .support_limits import CARDS, MACHINES, card_name, limit_rows, lse_on, runs_on
+from ...backends.config.systems import systems
+from ...backends.engine.priorities import PRIORITIES, Priority
+from ...backends.kernels import BACKENDS
+from ...backends.kernels.backend import Backend
+from ...backends.kernels.group import BackendGroup
+from ...backends.values.limits import COLUMNS
+from ...backends.values.options import KIND_NAMES, Option
+from ...backends.values.reasons import Reason
+from .limits import CARDS, MACHINES, card_name, limit_rows, lse_on, runs_on
 
 INTRO = """# Backends
 
