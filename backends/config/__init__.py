@@ -43,7 +43,7 @@ Not where `AttentionConfig.joint_is_self` is false, as in text: the systems whos
 
 def frozen(options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     """Options as a hashable key."""
-    return tuple(sorted((name, repr(value)) for name, value in options.items()))
+    return tuple(sorted((name, repr(value)) for name, value in options.items())) if options else ()
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ class AttentionConfig:
 
     def of_role(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
         """The entry for a role, or for what it falls back to, and its source as text; None where neither has one."""
+        if not self.per_role:
+            return None
         if role in self.per_role:
             return self.per_role[role], f"{self.source}.per_role[{role!r}]"
         parent: str | None = category

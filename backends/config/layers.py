@@ -110,7 +110,7 @@ def resolve(
             spec, source = found
             return Choice(spec.backend, source, spec.extra, record=record)
         record, spec = record or layer.record, layer.default
-        if not spec.is_auto:
+        if spec.backend != AUTO:
             return Choice(spec.backend, f"{layer.source}.default", spec.extra, from_default=True, record=record)
     return Choice(None, PLATFORM_ROUTE, from_default=True, record=record)
 

@@ -81,7 +81,7 @@ class Decision:
     @property
     def reason(self) -> str | None:
         """Why something else runs than what was asked for."""
-        return str(self.rejected[0]) if self.is_fallback and self.rejected else None
+        return str(self.rejected[0]) if self.rejected and self.is_fallback else None
 
 
 def forbidden(accuracy: str) -> str:
@@ -148,11 +148,14 @@ class Router:
             NoBackendError: it is not available, or the machine was only described.
             Exception: whatever a package raises while it loads with these options.
         """
-        if self.unavailable(backend_id):
-            raise NoBackendError(f"{backend_id}: {'; '.join(self.unavailable(backend_id))}")
+        reasons = self._unavailable.get(backend_id)
+        if reasons is None:
+            reasons = self.unavailable(backend_id)
+        if reasons:
+            raise NoBackendError(f"{backend_id}: {'; '.join(reasons)}")
         if self.platform.described:
             raise NoBackendError(f"{backend_id}: this machine was described, nothing can run on it")
-        key = (backend_id, frozen(options))
+        key = (backend_id, frozen(options) if options else ())
         if key not in self._kernels:
             load: Callable[..., Kernel] = self.backends[backend_id].load
             self._kernels[key] = load(self.platform, **options)
@@ -250,7 +253,7 @@ class Router:
             reasons = self.reasons_against(choice.asked, request, failed, choice.extra)
             if not reasons:
                 against = self.backends[choice.asked].avoid_reasons(request, self.platform)
-                notes = tuple(f"{choice.asked}: {reason}" for reason in against)
+                notes = tuple(f"{choice.asked}: {reason}" for reason in against) if against else ()
                 extra = choice.extra
                 return Decision(choice.asked, choice.source, choice.asked, (), extra, extra, notes)
             rejected.append(Rejection(choice.asked, reasons))

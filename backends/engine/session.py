@@ -164,10 +164,12 @@ class Session:
         """
         request, strict = kind.request, self.settings.strict
         self.run_report.categories[kind.role] = kind.category
-        choice = self.asked(kind, self._resolved(kind) if choice is None else choice)
+        choice = self._resolved(kind) if choice is None else choice
+        if self.choosers:
+            choice = self.asked(kind, choice)
         refused, label = None, None
         """`label`: what the run report calls the host's own function, where a checkpoint asked for it."""
-        if choice.nobody_named_a_backend and preferred is not None:
+        if preferred is not None and choice.nobody_named_a_backend:
             strict = False  # a checkpoint's preference is no order
             if function is None or function.may_run(request):
                 choice, label = preferred, None if function is None else function.id
@@ -177,19 +179,19 @@ class Session:
         decision = self.select(kind, choice, strict=strict)
         if refused is not None:
             decision = replace(decision, asked=refused.backend, rejected=(refused, *decision.rejected))
-        elif not self.router.backends[decision.backend].hosted:
-            label = None
-        function = last_resort or function if label is None and decision.asked != COMFY else function
         if decision.options:
             decision = self._loaded(decision, kind, choice, strict)
+        backend = self.router.backends[decision.backend]
+        label = label if backend.hosted else None
+        function = last_resort or function if label is None and decision.asked != COMFY else function
         slot, reason, plan = Slot(), None, None
-        veto = self._veto(kind, self._backend(decision, function).accuracy)
+        veto = self._veto(kind, function.accuracy if function is not None and backend.hosted else backend.accuracy)
         if veto is not None:
             reason = f"{label or decision.backend}: {veto.reason}"
             decision, label = self._exact(decision, kind, veto), None
         else:
-            chosen = (chooser.plan(slot, kind, decision) for chooser in self.choosers)
-            plan = next((found for found in chosen if found is not None), None)
+            for chooser in self.choosers:
+                plan = plan or chooser.plan(slot, kind, decision)
         self._log_decision(decision if plan is None else plan.decision, kind, label)
         slot.plan = plan or self.plan_of(kind, decision, strict=strict, reason=reason, function=function, label=label)
         for observer in self.observers:
@@ -222,8 +224,11 @@ class Session:
         return timetable.resolve(timetable.at(None), kind.role, kind.category, kind.block, masked)[0]
 
     def _veto(self, kind: CallKind, accuracy: str) -> Veto | None:
-        vetoes = (observer.veto(kind, accuracy) for observer in self.observers)
-        return next((veto for veto in vetoes if veto is not None), None)
+        for observer in self.observers:
+            veto = observer.veto(kind, accuracy)
+            if veto is not None:
+                return veto
+        return None
 
     def _backend(self, decision: Decision, function: HostFunction | None) -> Backend:
         """What a decision runs; of the host's own attention the very function, where it is known."""
@@ -274,16 +279,19 @@ class Session:
         request, backend = kind.request, self._backend(decision, function)
         row = self.run_report.row(
             kind.role, kind.block, label or decision.backend, decision.source, kind.mask or request.mask,
-            reason or decision.reason, label or decision.asked,
+            reason or (decision.reason if decision.rejected else None), label or decision.asked,
         )  # fmt: skip
         row.member = None if label else backend.kernel_name(request, self.router.platform)
         kernel = self.kernel(decision, kind) if kernel is None else kernel
-        platform = self.router.platform
-        wrappers = [observer.wrapper(kind, backend, row, platform) for observer in self.observers]
+        wrappers = []
+        for observer in self.observers:
+            wrapper = observer.wrapper(kind, backend, row, self.router.platform)
+            if wrapper is not None:
+                wrappers.append(wrapper)
         clock = self.device_clock
-        if clock is not None and (clock.has_events or any(wrappers) or self.checks):  # the kernel's time alone
+        if clock is not None and (clock.has_events or wrappers or self.checks):  # the kernel's time alone
             kernel, clock = timed_kernel(kernel, clock, row), None
-        for wrap in filter(None, wrappers):
+        for wrap in wrappers:
             kernel = wrap(kernel)
         return Plan(
             kind, decision, checked(kernel) if self.checks else kernel, row,
@@ -300,7 +308,7 @@ class Session:
         kernel = self.router.kernel(decision.backend, decision.options)
         kernel = on_copies(kernel) if backend.changes_inputs else kernel
         # The host's own function gets the arguments that its program called with.
-        return kernel if backend.hosted else for_scale(kernel, request.scale)
+        return kernel if backend.hosted or request.scale is None else for_scale(kernel, request.scale)
 
     def recover(self, slot: Slot, call: AttentionCall, error: Exception, host: Host | None = None) -> torch.Tensor:
         """Run the remaining backends, one after the other, until one computes the call; `slot` gets its plan.
@@ -389,7 +397,7 @@ class Session:
             if note not in self._logged:  # once, however many kinds of call there are
                 self._logged.add(note)
                 self.run_report.note(note)
-        if decision.reason and (role, decision.reason) not in self._logged:
+        if decision.rejected and decision.reason and (role, decision.reason) not in self._logged:
             self._logged.add((role, decision.reason))
             log.warning("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)
 

@@ -45,8 +45,10 @@ class _ByArithmetic:
     """The accuracy class of a backend, from its arithmetic; a backend that sets `accuracy` overrides it."""
 
     def __get__(self, backend: Backend | None, of: type[Backend]) -> str:
-        asked = of if backend is None else backend
-        return accuracy(asked.arithmetic, sparse=asked.sparse)
+        if backend is None:
+            return accuracy(of.arithmetic, sparse=of.sparse)
+        found: str = backend.__dict__.setdefault("accuracy", accuracy(backend.arithmetic, sparse=backend.sparse))
+        return found
 
 
 class Backend:

@@ -347,7 +347,12 @@ class Limits:
 
     def reasons(self, request: AttentionRequest) -> list[Reason]:
         """Why `request` is outside these limits; empty when it is inside."""
-        return [reason for rule in self.rules if (reason := rule.reason(request)) is not None]
+        reasons = []
+        for rule in self.rules:
+            reason = rule.reason(request)
+            if reason is not None:
+                reasons.append(reason)
+        return reasons
 
     def but(self, *rules: Rule) -> Limits:
         """These limits with other rules of these kinds."""

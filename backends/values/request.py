@@ -227,7 +227,7 @@ class AttentionCall:
             dtype=str(self.query.dtype).removeprefix("torch."),
             num_kv_heads=self.key.shape[1],
             v_head_dim=self.value.shape[3],
-            mask=mask_kind(self.attn_mask),
+            mask="none" if self.attn_mask is None else mask_kind(self.attn_mask),
             is_causal=self.is_causal,
             scale=self.scale,
             exact_only=exact_only,

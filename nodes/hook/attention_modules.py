@@ -81,8 +81,11 @@ class AttentionModule:
             return getattr(module, HOLDER, None)
         if module is None or hasattr(module, HOLDER):
             return getattr(module, HOLDER, None)
-        within = [getattr(one, HOLDER) for one in module.modules() if hasattr(one, HOLDER)]
-        holders = [holder for holder in within if getattr(holder, "function", None) is not None]
+        holders = []
+        for one in module.modules():
+            holder = getattr(one, HOLDER, None)
+            if getattr(holder, "function", None) is not None:
+                holders.append(holder)
         return holders[min(ordinal, len(holders) - 1)] if holders else None
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,11 +236,6 @@ class ForwardPatch:
 
 _marks: dict[torch.nn.Module, ForwardPatch] = {}
 _marks_lock = threading.Lock()
-
-
-def role_at(attention_module: AttentionModule | None, ordinal: int, q_len: int, kv_len: int) -> Role:
-    """The role of the current call; guessed where no marked module is running."""
-    return attention_module.role(ordinal, q_len, kv_len) if attention_module is not None else guess("", q_len, kv_len)
 
 
 def current_model_call() -> Any:

@@ -249,11 +249,11 @@ _CALLS = ("_call_impl", "_wrapped_call_impl", "__call__")
 def caller() -> Caller:
     """Which module makes the attention call that is running on this thread's stack. For planning only: it is slow."""
     frames = _frames()
-    wrapper = next((index for index, frame in enumerate(frames) if _asks_the_hook(frame.f_code)), None)
     preferred = None
-    if wrapper is not None:
-        preferred = _local(frames[wrapper], "preferred_attention")
-        frames = frames[wrapper + 1 :]
+    for index, frame in enumerate(frames):
+        if frame.f_code.co_name.startswith(HOOKED_NAME) or HOOK_KEY in frame.f_code.co_consts:
+            preferred, frames = _local(frame, "preferred_attention"), frames[index + 1 :]
+            break
     module, method, packages = None, "", set()
     for frame in frames:
         code = frame.f_code
@@ -263,7 +263,7 @@ def caller() -> Caller:
                 break
             module, method = first, "forward" if code.co_name in _CALLS else code.co_name
         if module is None:
-            packages.add(_package_of(frame))
+            packages.add(str(frame.f_globals.get("__name__", "")).partition(".")[0])
     if module is None or not packages <= {type(module).__module__.partition(".")[0], "comfy", "torch"}:
         return NO_CALLER._replace(preferred=preferred)
     return Caller(module, method, preferred)
@@ -281,10 +281,6 @@ def _frames() -> list[types.FrameType]:
             frames.append(frame)
         frame = frame.f_back
     return frames
-
-
-def _package_of(frame: types.FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _local(frame: types.FrameType, name: str) -> Any:

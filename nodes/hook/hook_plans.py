@@ -124,18 +124,23 @@ def _planned(
     asked = choice.asked if choice.record is None else session.asked(kind, choice, planned=False).asked
     host = _host_functions(model_call, ordinal, kind.request, choice, asked, func, holder)
 
-    def planned(part: AttentionCall, mask_text: str = "") -> Slot:
+    def planned(request: AttentionRequest, mask_text: str = "") -> Slot:
         return session.plan(
-            kind._replace(request=part.request(exact_only=exact_only), mask=mask_text), choice=choice,
+            kind._replace(request=request, mask=mask_text), choice=choice,
             preferred=host.preferred, function=host.function, last_resort=host.last_resort,
         )  # fmt: skip
 
+    def planned_sub_call(part: AttentionCall, mask_text: str) -> Slot:
+        return planned(part.request(exact_only=exact_only), mask_text)
+
     calls = [] if mask_plan is None or host.runs else calls_of(session, mask_plan, call, asked)
     if mask_plan is not None and calls:
-        hook_plan = HookPlan(layout, plan_sub_calls(session, mask_plan, call, calls, planned), preferred=host.wish)
+        hook_plan = HookPlan(
+            layout, plan_sub_calls(session, mask_plan, call, calls, planned_sub_call), preferred=host.wish
+        )
     else:
         pattern = mask_plan.pattern if mask_plan is not None and not host.runs else ""
-        slot = planned(call, f"{kind.request.mask}, {pattern}" if pattern else "")
+        slot = planned(kind.request, f"{kind.request.mask}, {pattern}" if pattern else "")
         # PyTorch's own function compares dtypes and devices; the operators below it, and packages, need not.
         compares = slot.plan.decision.backend == LAST_RESORT and session.router.platform.kind == "cpu"
         hook_plan = HookPlan(layout, slot, preferred=host.wish, checks_tensors=not compares)

@@ -66,7 +66,7 @@ class Layout:
         else:
             splits = splits_of(query, key, value, kwargs)
             self.heads, self.kv_heads = splits[0][2], splits[1][2]
-            self.views = tuple(Views(*pair) for pair in zip((query, key, value), splits, strict=True))
+            self.views = Views(query, splits[0]), Views(key, splits[1]), Views(value, splits[2])
         self.enable_gqa = self.heads != self.kv_heads
 
     def call(

@@ -16,7 +16,7 @@ from ...backends.config.schedule import step_of
 from . import attention_modules
 from .foreign_code import ForeignCode, in_a_call
 from .masks import COMPOSED, FOREIGN, PATCHED, Masks
-from .roles import Role
+from .roles import Role, guess
 
 if TYPE_CHECKING:
     from .run import DeviceSession, Run
@@ -147,7 +147,8 @@ class ModelCall:
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` of the module that is running; guessed where none is marked."""
-        role = attention_modules.role_at(self.attention_module, ordinal, q_len, kv_len)
+        module = self.attention_module
+        role = module.role(ordinal, q_len, kv_len) if module is not None else guess("", q_len, kv_len)
         self.run.run_report.categories[role.name] = role.category
         return role
 

@@ -60,6 +60,7 @@ class RunRecorder(Observer):
         self.not_repeated: dict[str, None] = {}
         """Events that a replay cannot reproduce."""
         self._model_call = 1
+        self._router: Router | None = None
         self._windows: list[tuple[int, int]] = []
         self._events: dict[_Place, list[tuple[int, KernelUsed]]] = {}
         self._slots: dict[int, tuple[Slot, _Place]] = {}
@@ -79,7 +80,9 @@ class RunRecorder(Observer):
         place = _Place(RecordedKind(kind.role, kind.block, kind.request), window)
         self._slots[id(slot)] = slot, place
         self.categories[kind.role] = kind.category
-        self.platforms[router.platform] = None
+        if router is not self._router:
+            self._router = router
+            self.platforms[router.platform] = None
         self._note(slot, place, router)
 
     def changed(self, slot: Slot, router: Router) -> None:
@@ -116,7 +119,8 @@ class RunRecorder(Observer):
         events = self._events.setdefault(place, [])
         if not events or events[-1][1] != ran:
             events.append((self._model_call, ran))
-        if any(not ran.same_kernel(other) for other in tuple(now.values())):  # devices share it, each has a thread
+        # A copy, since devices share it and each has a thread.
+        if len(now) > 1 and any(not ran.same_kernel(other) for other in tuple(now.values())):
             where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
             self.not_repeated[f"{where}: from model call {self._model_call} on, equal calls ran different kernels"] = (
                 None
