@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.router import Router
 from ..kernels.backend import on_copies
-from ..kernels.registry import detect
-from ..measure.bench_inputs import Problem, device_of, lacking_memory, make_inputs
+from ..measure.bench_inputs import Problem, lacking_memory, make_inputs
 from ..measure.device_clock import timed
 from ..measure.error import cosine, exact_rows, relative_l2
 from ..measure.presets import Preset
@@ -236,24 +235,3 @@ def _why(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"out of memory: {line}"[:200]
     return f"failed: {type(error).__name__}: {line}"
-
-
-def compare_kernels() -> str:
-    """A table of backends on a small problem, for people who have no ComfyUI yet: those that start at once here."""
-    router = Router(detect())
-    request = AttentionRequest(batch=1, num_heads=8, q_len=1024, kv_len=1024, head_dim=64, dtype="float32")
-    case = Case("", request)
-    backends = [
-        name
-        for name, backend in router.backends.items()
-        if not backend.hosted and not backend.avoid_reasons(request, router.platform)
-    ]
-    ended = run_cases([case], backends, router, device_of(router.platform))
-    lines = [f"call: {request.describe()}", f"{'backend':18} {'ms':>9} {'relative L2':>12}"]
-    ran = [row for row in case.rows if row.status == "ok"]
-    lines += [f"{row.backend:18} {row.ms:9.2f} {row.relative_l2:12.1e}" for row in ran]
-    lines.append(
-        f"median of {TIMED} calls; relative L2 against float64 on {case.checked_rows} query rows; "
-        f"{len(router.backends) - len(ran)} more backends cannot run here or are not made for such a call"
-    )
-    return "\n".join([*lines, ended] if ended else lines)
