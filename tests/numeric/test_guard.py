@@ -151,6 +151,12 @@ def test_nan_from_step_2_on_with_enforce_gives_the_exact_result() -> None:
         assert calls == (3 * BLOCKS if again else 5 * BLOCKS - 3), "two steps, and the one that was run again"
 
 
+def test_where_nothing_is_watched_no_output_is_looked_at() -> None:
+    guard = Guard("enforce", RunReport(), everything=False)
+    bad = torch.tensor([float("nan")])
+    assert guard.model_call(object(), lambda: bad, lambda: pytest.fail("computed again")) is bad
+
+
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_an_output_of_several_tensors_is_looked_at(kind: type) -> None:
     made = session(sdpa, "enforce")
@@ -428,6 +434,19 @@ def test_memory_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # When it looks
+
+
+def test_a_call_that_is_checked_was_announced() -> None:
+    guard, output = Guard("watch", RunReport(), everything=False), torch.zeros(1, 1, 4, 4)
+    call = AttentionCall(*(torch.zeros(1, 1, 4, 4) for _ in range(3)))
+    watch, row = watch_of(guard, lambda call: output)
+    announced = []
+    for _ in range(100):
+        before, may = (row.guard.checked if row.guard else 0), watch.may_check
+        watch(call)
+        announced += [may] if row.guard.checked > before else []
+    assert announced
+    assert all(announced)
 
 
 def test_checks_become_rare_and_blocks_take_turns() -> None:

@@ -147,6 +147,12 @@ def test_a_percent_sign_at_the_end_is_for_both_numbers(text: str) -> None:
     assert parse_percent(text) == parse_percent("0.05-0.2")
 
 
+@pytest.mark.parametrize("text", ["20%-20%", "0.2-0.2", "0-0"])
+def test_a_share_of_the_run_is_not_empty(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_percent(text)
+
+
 @pytest.mark.parametrize("form", [list, lambda parts: ",".join(map(str, parts))])
 def test_a_window_has_at_most_so_many_parts(form: Any) -> None:
     steps = range(0, 2 * MOST_PARTS, 2)
