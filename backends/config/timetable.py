@@ -37,10 +37,26 @@ class _Placed(NamedTuple):
         )
 
 
+Entries = frozenset[int]
+"""Some entries of a timetable, by their numbers."""
+
+
+class Window(NamedTuple):
+    """What decides at a model call beside the call itself: plans are kept for each of them."""
+
+    entries: Entries = frozenset()
+    """The entries of the schedules that are active."""
+    segment: int = 0
+    """The part of a recorded run that is repeated."""
+
+
+ALWAYS = Window()
+
+
 class Timetable:
     """The entries of every configuration of a run, on its sigmas and the blocks of its model.
 
-    Entries are numbered through all configurations; a set of them is an int, one bit each.
+    Entries are numbered through all configurations.
     """
 
     def __init__(
@@ -70,21 +86,23 @@ class Timetable:
                 spans = tuple(_as_sigmas(span, percent_to_sigma) for span in entry.percent)
             named = _blocks_of(entry.blocks, series)
             self._entries.append(_Placed(layer, source, entry, frozenset(steps), spans, named, recommended))
-        self._always = sum(
-            1 << bit
-            for bit, placed in enumerate(self._entries)
+        self._always: Entries = frozenset(
+            number
+            for number, placed in enumerate(self._entries)
             if not any(getattr(placed.entry, name) for name in TIMES)
         )
-        self.timed = self._always != (1 << len(self._entries)) - 1
+        self.all: Entries = frozenset(range(len(self._entries)))
+        self.timed = self._always != self.all
         """True when it matters where in the run a call is."""
-        self.held, self.used = 0, 0
+        self.held: set[int] = set()
+        self.used: set[int] = set()
         """Entries that held at a model call so far, and those that decided a call or lost one to a later entry."""
         self._doubtful: list[int] = []
         self._divided: dict[str, list[int]] = {}
         self._last: tuple[int, object, bool] = -1, None, False
         """Of the last model call without a known step: the step by sigma, its evaluation, whether that is in doubt."""
 
-    def at(self, sigma: float | None, step: int | None = None) -> int:
+    def at(self, sigma: float | None, step: int | None = None) -> Entries:
         """The entries that hold at a model call.
 
         Args:
@@ -95,16 +113,16 @@ class Timetable:
         self.held |= active
         return active
 
-    def _active(self, sigma: float | None, step: int | None) -> int:
-        active = self._always
+    def _active(self, sigma: float | None, step: int | None) -> Entries:
         if sigma is None:
-            return active
+            return self._always
         if step is None:
             step = self.step(sigma)
-        for bit, placed in enumerate(self._entries):
-            if step in placed.steps or any(_inside(sigma, span) for span in placed.spans):
-                active |= 1 << bit
-        return active
+        return self._always.union(
+            number
+            for number, placed in enumerate(self._entries)
+            if step in placed.steps or any(_inside(sigma, span) for span in placed.spans)
+        )
 
     def step(self, sigma: float) -> int:
         """The step that sigmas alone give a model call; -1 where no sampler runs."""
@@ -126,9 +144,8 @@ class Timetable:
         """
         if step is not None:  # windows over percent or sigmas go by the sigma of each model call
             other = self._active(sigma, step) ^ self._active(self.sigmas[step], step)
-            for bit, placed in enumerate(self._entries):
-                if other >> bit & 1:
-                    self._divided.setdefault(placed.source, []).append(number)
+            for index in sorted(other):
+                self._divided.setdefault(self._entries[index].source, []).append(number)
             return
         if not self.count or not any(placed.entry.steps for placed in self._entries):
             return
@@ -143,24 +160,25 @@ class Timetable:
     def _is_own(self, sigma: float) -> bool:
         return any(abs(sigma - value) <= ROUNDING * value for value in self.sigmas)
 
-    def resolve(self, active: int, role: str, category: str, block: str, masked: bool = False) -> tuple[Choice, str]:
+    def resolve(
+        self, active: Entries, role: str, category: str, block: str, masked: bool = False
+    ) -> tuple[Choice, str]:
         """What is asked for a call where the entries `active` hold, and a note where several of them meet, or ""."""
         note = ""
 
         def scheduled(layer: AttentionConfig) -> tuple[AttentionSpec, str] | None:
             nonlocal note
             found = [
-                (bit, placed)
-                for bit, placed in enumerate(self._entries)
-                if active >> bit & 1
+                (number, placed)
+                for number, placed in enumerate(self._entries)
+                if number in active
                 and not placed.recommended
                 and placed.layer is layer
                 and placed.takes(role, category, block, masked)
             ]
             if not found:
                 return None
-            for bit, _ in found:
-                self.used |= 1 << bit
+            self.used.update(number for number, _ in found)
             *earlier, (_, last) = found
             lost = [placed.source for _, placed in earlier if placed.entry.spec != last.entry.spec]
             if lost and not note:
@@ -172,11 +190,11 @@ class Timetable:
             choice = Choice(None, source, accuracy="exact", record=choice.record)
         return choice, note
 
-    def advisory(self, active: int, role: str, category: str, block: str, masked: bool) -> str:
+    def advisory(self, active: Entries, role: str, category: str, block: str, masked: bool) -> str:
         """The source of the precaution that makes such calls exact where nothing was said of them, or ""."""
-        for bit, placed in enumerate(self._entries):
-            if active >> bit & 1 and placed.recommended and placed.takes(role, category, block, masked):
-                self.used |= 1 << bit
+        for number, placed in enumerate(self._entries):
+            if number in active and placed.recommended and placed.takes(role, category, block, masked):
+                self.used.add(number)
                 return placed.source
         return ""
 
@@ -223,12 +241,12 @@ class Timetable:
     def unused(self, roles: Iterable[str]) -> list[str]:
         """After a whole run: a note for each entry that decided nothing, with the reason."""
         notes = []
-        for bit, placed in enumerate(self._entries):
-            if self.used >> bit & 1:
+        for number, placed in enumerate(self._entries):
+            if number in self.used:
                 continue
             if placed.recommended:
                 notes.append(f"{placed.source}: no call of this run was concerned")
-            elif not self.held >> bit & 1:
+            elif number not in self.held:
                 had = f"it had {self.count} steps, sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}" if self.count \
                     else "no sampler ran"  # fmt: skip
                 notes.append(f"{placed.source} never held in this run: {had}")

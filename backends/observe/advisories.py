@@ -175,15 +175,15 @@ def unused_advisories(family: str, run_report: RunReport) -> list[str]:
         if any(
             row.backend in advisory.backends
             and row.source.partition(f": {AUTOTUNE} (")[0] in defaults
-            and trial.advisory(ALL, row.role, run_report.categories.get(row.role, row.role), row.block, _is_masked(row))
+            and trial.advisory(  # of any window
+                trial.all, row.role, run_report.categories.get(row.role, row.role), row.block, _is_masked(row)
+            )
             for row in rows
         ):
             found.append(f"recommended for {advisory.title}: {advisory.what} ({advisory.reason}); {NOT_USED}")
     return found
 
 
-ALL = -1
-"""As a set of entries: every one, so that no window is too late."""
 NOT_USED = "not used: switch it on in Attention Backend Selector"
 """The end of the note about an advisory that was off."""
 

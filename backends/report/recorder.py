@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol
 
 
@@ -11,5 +12,5 @@ class Recorder(Protocol):
     not_repeated: dict[str, None]
     """What ran and cannot be told by the decisions: a replay does not repeat it."""
 
-    def begin_model_call(self, number: int, window: int) -> None:
+    def begin_model_call(self, number: int, window: Hashable) -> None:
         """A model call begins, while these windows of the schedules hold."""

@@ -13,6 +13,7 @@ import torch
 
 from ...backends.config.layers import Choice, resolve
 from ...backends.config.schedule import step_of
+from ...backends.config.timetable import ALWAYS, Entries, Window
 from . import attention_modules
 from .foreign_code import ForeignCode, in_a_call
 from .masks import COMPOSED, FOREIGN, PATCHED, Masks
@@ -71,13 +72,9 @@ class ModelCall:
         self.mask_source: torch.Tensor | None = None
         """What the running module makes its mask from, where it makes one of its own."""
         self.masks = Masks(self.run, self._masks_not_kept if in_model_call else None)
-        self.window = self._window()
-        """The entries of the schedules that hold at this model call, as `Timetable.at` has them; 0 without any.
-
-        From `Run.parts_from` on it has which part of a recorded run this is.
-        """
-        if in_model_call:
-            self.window = self.run.begin_model_call(self.window)
+        entries = self._entries()
+        self.window = self.run.begin_model_call(entries) if in_model_call else Window(entries) if entries else ALWAYS
+        """The active entries of the schedules, and the segment of a recorded run."""
 
     def place(self) -> tuple[Any, ...]:
         """Where this model call is now: everything that it holds, for `give_back`."""
@@ -117,10 +114,10 @@ class ModelCall:
             found = self.code.found()
         return FOREIGN.format(found) if found else ""
 
-    def _window(self) -> int:
+    def _entries(self) -> Entries:
         timetable = self.timetable
         if timetable is None:
-            return 0
+            return ALWAYS.entries
         sigma = self.options.get("sigmas") if timetable.timed else None
         if sigma is None:
             return timetable.at(None)
@@ -137,7 +134,7 @@ class ModelCall:
         if timetable is None:
             return resolve(self.session.layers, role, category)
         block = self.attention_module.block if self.attention_module is not None else ""
-        choice, note = timetable.resolve(self.window, role, category, block, masked)
+        choice, note = timetable.resolve(self.window.entries, role, category, block, masked)
         self._say_once(note)
         return choice
 

@@ -17,7 +17,7 @@ import torch
 
 from ...backends.config.layers import asks_for_autotune, names_backends, record_of, settings_of
 from ...backends.config.schedule import is_scheduled
-from ...backends.config.timetable import Timetable
+from ...backends.config.timetable import ALWAYS, Entries, Timetable, Window
 from ...backends.engine.router import Router
 from ...backends.engine.session import Session
 from ...backends.kernels.registry import detect
@@ -88,12 +88,10 @@ class Run:
         """What its kernels take for each sample beyond ComfyUI's estimate."""
         self.timeless = Timetable(override.layers) if is_scheduled(override.layers) else None
         """The schedules as they are outside a model call; None where there is none."""
-        self.parts_from = sum(len(layer.schedule) + len(layer.recommended) for layer in override.layers)
-        """The bit of `ModelCall.window` from which on it has the part of a record: all entries of schedules are
-        below."""
         self.record = record_of(override.layers)
         """The recorded run that is repeated; None where there is none."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
+        self._windows: dict[Window, Window] = {}
         self.step: int | None = None
         """The sampler's step of the present evaluation of the model, where its loop tells it: `sampler_loop.py`."""
         self._code: dict[int, ForeignCode] = {}
@@ -238,16 +236,17 @@ class Run:
                     self.note(text)
         return found
 
-    def begin_model_call(self, window: int) -> int:
-        """Note what holds at this model call: the entries of the schedules, and beside them the part of a record."""
+    def begin_model_call(self, entries: Entries) -> Window:
+        """The window of the model call that begins: the active entries of the schedules, the segment of a record."""
         number = self.run_report.timeline.model_calls + 1
-        if self.record is not None:
-            window += self.record.run_of(self.run_report.node_id).part(number) << self.parts_from
+        segment = 0 if self.record is None else self.record.run_of(self.run_report.node_id).part(number)
+        window = Window(entries, segment) if entries or segment else ALWAYS
+        window = self._windows.setdefault(window, window)  # equal ones are the same object, which a key compares first
         if self.run_report.recorder is not None:
             self.run_report.recorder.begin_model_call(number, window)
         return window
 
-    def begin_again(self, window: int) -> None:
+    def begin_again(self, window: Window) -> None:
         """After a model call inside another one, which goes on under the next number."""
         if self.run_report.recorder is not None:
             self.run_report.recorder.begin_model_call(self.run_report.timeline.model_calls + 1, window)

@@ -7,7 +7,7 @@ a kernel fails. So each decision is kept with its first model call; model calls 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...engine.observer import Observer
@@ -45,7 +45,7 @@ class RecordedKind(NamedTuple):
 
 class _Place(NamedTuple):
     kind: RecordedKind
-    window: int
+    window: Hashable
     """The active schedule windows when the call was planned."""
 
 
@@ -61,13 +61,13 @@ class RunRecorder(Observer):
         """Events that a replay cannot reproduce."""
         self._model_call = 1
         self._router: Router | None = None
-        self._windows: list[tuple[int, int]] = []
+        self._windows: list[tuple[int, Hashable]] = []
         self._events: dict[_Place, list[tuple[int, KernelUsed]]] = {}
         self._slots: dict[int, tuple[Slot, _Place]] = {}
         self._now: dict[_Place, dict[int, KernelUsed]] = {}
         """What each slot of a place runs: several where a block has several modules of one role."""
 
-    def begin_model_call(self, number: int, window: int) -> None:
+    def begin_model_call(self, number: int, window: Hashable) -> None:
         """A model call begins; `window` are the active schedule windows."""
         self._model_call = number
         if not self._windows or self._windows[-1][1] != window:
@@ -75,7 +75,7 @@ class RunRecorder(Observer):
 
     def planned(self, slot: Slot, router: Router) -> None:
         """A new kind of call was decided."""
-        window = self._windows[-1][1] if self._windows else 0
+        window = self._windows[-1][1] if self._windows else None
         kind = slot.plan.kind
         place = _Place(RecordedKind(kind.role, kind.block, kind.request), window)
         self._slots[id(slot)] = slot, place
@@ -129,10 +129,10 @@ class RunRecorder(Observer):
     def decisions(self) -> Iterator[tuple[RecordedKind, tuple[tuple[int, KernelUsed], ...]]]:
         """Each kind of call, and what ran it, as (first model call, what ran); the first is model call 1."""
         kinds = dict.fromkeys(place.kind for place in self._events)
-        starts = self._windows or [(1, 0)]
+        starts = self._windows or [(1, None)]
         for kind in kinds:
             found: list[tuple[int, KernelUsed]] = []
-            for (first, window), (end, _) in zip(starts, [*starts[1:], (1 << 62, 0)], strict=True):
+            for (first, window), (end, _) in zip(starts, [*starts[1:], (1 << 62, None)], strict=True):
                 events = self._events.get(_Place(kind, window), [])
                 before = [ran for number, ran in events if number <= first]
                 held = [(first, before[-1])] if before else []
