@@ -184,7 +184,7 @@ def force_backend(backend: object, *, device: torch.device | None = None) -> Ite
         yield
 
 
-def checks(on: bool = True) -> AbstractContextManager[object]:
+def checks(on: bool = True) -> AbstractContextManager[None]:
     """Look over every call inside the block before it runs, or not: in place of what the environment says.
 
     What is looked at is in `engine/call_checks.py`.

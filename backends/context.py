@@ -158,12 +158,12 @@ def read_environment() -> Context:
 
 
 @contextmanager
-def entered(block: Block) -> Iterator[Block]:
+def entered(block: Block) -> Iterator[None]:
     """Have `block` in force inside the `with`."""
     before = current()
     _context.set(Context((*before.blocks, block)))
     try:
-        yield block
+        yield
     finally:
         block.is_open = False
         # Only this block is taken away: blocks that were opened since, and are still open, stay.
