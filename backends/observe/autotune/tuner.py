@@ -1,8 +1,8 @@
 """Measured choice: which backend is fastest for a kind of call is tried in a real run, kept, and used from then on.
 
-A session whose configuration says `autotune` has a `Tuner`. Where the store knows the winner, a call's plan is the
-plain plan of that backend. Where it does not, the plan's kernel is a `Trial` (`trial_plan.py`), which lets the candidates of
-a `Race` compute some of the calls.
+A session whose configuration says `autotune` has a `Tuner`. Where the store knows the winner, a call's plan is that of
+the winner's backend. Where it does not, the plan is a `TrialPlan` (`trial_plan.py`), which lets the candidates of a
+`Contest` compute some of the calls.
 
 Boundary: sessions and clocks; the arithmetic of the race is in `race.py`, what is kept in `store.py`. It knows nothing
 of ComfyUI.
