@@ -4,8 +4,8 @@ A session whose configuration says `autotune` has a `Tuner`. Where the store kno
 the winner's backend. Where it does not, the plan is a `TrialPlan` (`trial_plan.py`), which lets the candidates of a
 `Contest` compute some of the calls.
 
-Boundary: sessions and clocks; the arithmetic of a contest is in `contest.py`, what is kept in `store.py`. It knows nothing
-of ComfyUI.
+Boundary: sessions and clocks; the arithmetic of a contest is in `contest.py`, what is kept in `store.py`. It knows
+nothing of ComfyUI.
 """
 
 from __future__ import annotations
