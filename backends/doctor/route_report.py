@@ -14,13 +14,13 @@ from ..engine.router import Router
 
 def route_report(router: Router) -> dict[str, Any]:
     """The route of the router's machine as plain data."""
-    route = router.route
+    priority = router.priority
     first = router.default_backend()
     return {
         "platform": router.platform.describe(),
-        **row_of(route),
-        "exact": [_state(router, backend_id) for backend_id in route.order],
-        "lossy": [_state(router, backend_id) for backend_id in route.lossy],
+        **row_of(priority),
+        "exact": [_state(router, backend_id) for backend_id in priority.order],
+        "lossy": [_state(router, backend_id) for backend_id in priority.lossy],
         "auto": first,
         "log": default_line(router.platform, first),
     }
@@ -28,18 +28,20 @@ def route_report(router: Router) -> dict[str, Any]:
 
 def all_routes() -> list[dict[str, Any]]:
     """Every row of `PRIORITIES` as plain data, in the order in which they are tried."""
-    return [{**row_of(route), "exact": list(route.order), "lossy": list(route.lossy)} for route in PRIORITIES]
+    return [
+        {**row_of(priority), "exact": list(priority.order), "lossy": list(priority.lossy)} for priority in PRIORITIES
+    ]
 
 
-def row_of(route: Priority) -> dict[str, Any]:
+def row_of(priority: Priority) -> dict[str, Any]:
     """What a row says of itself."""
-    lowest, highest = route.capabilities or (None, None)
+    lowest, highest = priority.capabilities or (None, None)
     return {
-        "title": route.title,
-        "kinds": list(route.kinds),
+        "title": priority.title,
+        "kinds": list(priority.kinds),
         "capabilities": None if lowest is None or highest is None else [_dotted(lowest), _dotted(highest)],
-        "evidence": route.evidence,
-        "source": route.source,
+        "evidence": priority.evidence,
+        "source": priority.source,
     }
 
 

@@ -1,8 +1,8 @@
-"""Checks mode: every attention call is looked over before a kernel sees it, and refused in words.
+"""Checks mode: validates every attention call before its kernel runs; an error names what was given and the remedy.
 
-Off by default: kernels refuse most of this themselves, in their own words. `DIFFUSERS_ATTN_CHECKS` (1, on, yes or
-true, in any case) switches it on, as in Diffusers; so does `with checks():` for calls through `api.py`. Only shapes,
-types and devices are read, never values, so a check costs no synchronisation.
+Off by default: kernels refuse most of this themselves. `DIFFUSERS_ATTN_CHECKS` (1, on, yes or
+true, in any case) switches it on, as in Diffusers; so does `with checks():` for calls through `api.py`. Checks read
+shapes, dtypes and devices, no values, so they cost no synchronisation.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ ON = ("1", "on", "yes", "true")
 
 
 class CheckError(ValueError):
-    """A call that no kernel could answer rightly; the message says what was given and what to do."""
+    """An invalid call; the message says what was given and what to do."""
 
 
 class DifferingTensorsError(CheckError):
-    """A call of a host whose tensors have different dtypes or devices: only the host's own function can answer it."""
+    """A host's call whose tensors have different dtypes or devices: only the host's own function may take it."""
 
 
 def differing(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> str:
-    """Which dtypes or devices the tensors of a call have; empty where they agree, the mask on its device alone."""
+    """Text of the dtypes or devices that differ; empty where they agree. The mask's dtype may differ."""
     if not query.dtype == key.dtype == value.dtype:
         return "dtypes differ: " + ", ".join(str(each.dtype).removeprefix("torch.") for each in (query, key, value))
     if not query.device == key.device == value.device:
@@ -48,14 +48,13 @@ def checks_from_environment(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def check(call: AttentionCall, *, only_shapes: bool = False) -> None:
-    """Refuse a call whose tensors do not fit together; which memory layout they have does not matter.
+    """Refuse a call whose tensors do not fit together, in any memory layout.
 
-    `only_shapes` leaves out types, devices and the mask, and takes four dimensions for granted. Shapes are worth asking
-    once for each kind of call in any case: PyTorch's CPU kernels do not compare the lengths of key and value, and read
-    memory that belongs to something else.
+    `only_shapes` checks shapes only, of tensors with four dimensions. Shapes are checked for each kind of call even
+    with checks off: PyTorch's CPU kernels read beyond the shorter one of key and value.
 
     Raises:
-        CheckError: with everything that is wrong, the shapes, types and devices, and what to do about each.
+        CheckError: lists every problem with its remedy, and the shapes, dtypes and devices.
     """
     problems = list(_shapes(call) if only_shapes else _problems(call))
     if not problems:
@@ -83,7 +82,7 @@ def checked(kernel: Kernel) -> Kernel:
 
 
 def _problems(call: AttentionCall) -> Iterator[tuple[str, str]]:
-    """What is wrong, each with its remedy."""
+    """(problem, remedy) pairs."""
     query, key, value, mask = call.query, call.key, call.value, call.attn_mask
     tensors = {"query": query, "key": key, "value": value}
     flat = [f"{name} has {tensor.ndim} dimensions, not 4" for name, tensor in tensors.items() if tensor.ndim != 4]

@@ -1,12 +1,12 @@
-"""What a mask hides, and the cheapest exact way to honour it: fewer keys where that says the same.
+"""Reads a mask and returns the cheapest exact `MaskPlan`: trimmed or gathered keys, sub-calls, or the mask unchanged.
 
-A mask that hides keys from every query is honoured by leaving those keys out: attention over fewer keys is faster, and
-kernels that take no masks become eligible. `inspect` reads a mask's values once, with one read-back from the device;
-`MaskPlan` (`values/mask_plan.py`) applies the result to a call.
+Keys that are hidden from every query are left out: attention over fewer keys is faster, and kernels without masks
+become eligible. `inspect` reads a mask with one read-back from the device; `MaskPlan` (`values/mask_plan.py`) applies
+the result to a call.
 
 A key is hidden by False, -inf, or a number of at most half the dtype's most negative one, in rows that keep a visible
-key; other numbers are a bias. Rows that False or -inf leaves without a key give zeros, as in SDPA; rows of finite most
-negative numbers give what SDPA gives, so a mask with such a row is left as it is. No kernel gets a call without keys.
+key; other numbers are a bias. Rows that False or -inf leaves without a key give zeros, as in SDPA. A mask with a row of
+finite most negative numbers is not changed, so that SDPA's result for it stays. No kernel gets a call without keys.
 """
 
 from __future__ import annotations
@@ -21,64 +21,63 @@ if TYPE_CHECKING:
     import torch
 
 MOST_BLOCKS = 16
-"""Diagonal blocks up to which a block-diagonal mask becomes one call for each block. On the CPU more would pay, too: 64
-are 8 to 34 times as fast as the mask (benchmarks/results/mask-limits-cpu.json). Where each call is a launch is not
-measured."""
+"""Most blocks of a block-diagonal mask that run as one sub-call each. On the CPU more would pay: 64 are 8 to 34 times
+as fast as the mask (benchmarks/results/mask-limits-cpu.json). Not measured on accelerators, where each is a launch."""
 
 
 CPU_KEPT = 15 / 16
-"""On the CPU, whose kernels all take masks, keys are gathered only if no more stay: with one key in 16 hidden a call is
-7 to 9 % faster, with one in 32 3 to 6 % (benchmarks/results/mask-limits-cpu.json, one thread)."""
+"""On the CPU, whose kernels all take masks, keys are gathered only up to this visible share: with one key in 16 hidden
+a call is 7 to 9 % faster, with one in 32 3 to 6 % (benchmarks/results/mask-limits-cpu.json, one thread)."""
 
 
 def inspect(mask: torch.Tensor, kv_len: int) -> MaskPlan:
-    """Read a four-dimensional mask, broadcastable to (batch, num_heads, q_len, kv_len), and plan for it.
+    """The plan for a mask (batch, num_heads, q_len, kv_len), with 1 where it is broadcast.
 
-    Costs a few passes over the mask and one read-back from its device.
+    Costs a few passes over the mask and one read-back. A mask of another dtype or length is passed on.
     """
     import torch
 
     small = _without_copies(mask)
     if small.shape[3] != kv_len or mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
         return passed_on(mask)
-    if not small.numel():  # nothing to read, and no first key or sample to speak of
+    if not small.numel():  # of size 0
         return passed_on(mask)
-    found = _read(small)
-    if found.not_a_number or found.finite_row_without_key:
+    facts = _read(small)
+    if facts.not_a_number or facts.finite_row_without_key:
         return passed_on(mask)
-    if found.uniform:
-        return _uniform(small, found)
-    return _varied(small, found)
+    if facts.uniform:
+        return _uniform(small, facts)
+    return _varied(small, facts)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What one read-back tells of a mask of shape (b, h, q, k)."""
+class _MaskFacts:
+    """Facts of a mask of shape (b, h, q, k), from one read-back."""
 
     not_a_number: bool
     biased: bool
     """A visible key has a number other than 0."""
     finite_row_without_key: bool
     uniform: bool
-    """Every head and every query of a sample sees the same keys."""
+    """All heads and queries of a sample see the same keys."""
     same_samples: bool
     spans: list[tuple[int, int, int]]
-    """For each sample the first and last key that anything sees, and how many there are; (0, 0, 0) for none."""
+    """Per sample: first visible key, last visible key, number of visible keys; (0, 0, 0) for none."""
     rows: list[tuple[int, int, int]]
-    """The same for each query, where all samples and heads see alike; else empty."""
+    """The same per query, where all samples and heads see the same keys; else empty."""
     seen: torch.Tensor
-    """(b, k), the keys that some query sees."""
+    """(b, k): keys that at least one query sees."""
 
 
 def _without_copies(mask: torch.Tensor) -> torch.Tensor:
-    """The mask with dimensions that repeat the same memory cut to one."""
+    """The mask with broadcast dimensions (stride 0) cut to size 1."""
     for dimension in range(3):
         if mask.shape[dimension] > 1 and mask.stride(dimension) == 0:
             mask = mask.narrow(dimension, 0, 1)
     return mask
 
 
-def _read(mask: torch.Tensor) -> _Found:
+def _read(mask: torch.Tensor) -> _MaskFacts:
     import torch
 
     device = mask.device
@@ -91,17 +90,17 @@ def _read(mask: torch.Tensor) -> _Found:
         biased = (visible & (mask != 0)).any()
         finite = (~visible.any(3, keepdim=True) & (mask != float("-inf"))).any()
     seen = visible.flatten(1, 2).any(1)
-    one = visible[:1, :1]
+    first_head = visible[:1, :1]
     flags = [nan, biased, finite, (visible == seen[:, None, None]).all(), (seen == seen[:1]).all()]
-    flags.append((visible == one).all())
+    flags.append((visible == first_head).all())
     numbers = [torch.stack(flags).long(), _spans(seen).flatten()]
     if visible.shape[2] > 1:
-        numbers.append(_spans(one[0, 0]).flatten())
-    values = torch.cat(numbers).tolist()  # the one read-back
+        numbers.append(_spans(first_head[0, 0]).flatten())
+    values = torch.cat(numbers).tolist()  # the only read-back
     not_a_number, is_biased, finite_row, uniform, same_samples, same = map(bool, values[:6])
     spans = [(values[at], values[at + 1], values[at + 2]) for at in range(6, len(values), 3)]
     samples, rows = spans[: len(seen)], spans[len(seen) :] if same else []
-    return _Found(not_a_number, is_biased, finite_row, uniform, same_samples, samples, rows, seen)
+    return _MaskFacts(not_a_number, is_biased, finite_row, uniform, same_samples, samples, rows, seen)
 
 
 def _spans(visible: torch.Tensor) -> torch.Tensor:
@@ -115,7 +114,7 @@ def _spans(visible: torch.Tensor) -> torch.Tensor:
 
 
 def _keys(span: tuple[int, int, int], kv_len: int, seen: torch.Tensor) -> torch.Tensor | slice | None:
-    """How to take the visible keys: a view where they lie together."""
+    """Index of the visible keys: a slice where they are contiguous; None for no key."""
     first, last, count = span
     if count == 0:
         return None
@@ -132,40 +131,40 @@ def _cut(mask: torch.Tensor, keys: torch.Tensor | slice | None) -> torch.Tensor:
     return mask if keys is None else mask.index_select(3, keys)
 
 
-def _uniform(mask: torch.Tensor, found: _Found) -> MaskPlan:
+def _uniform(mask: torch.Tensor, facts: _MaskFacts) -> MaskPlan:
     kv_len = mask.shape[3]
-    if found.same_samples:
-        count = found.spans[0][2]
-        keys = _keys(found.spans[0], kv_len, found.seen[0])
+    if facts.same_samples:
+        count = facts.spans[0][2]
+        keys = _keys(facts.spans[0], kv_len, facts.seen[0])
         scattered = not isinstance(keys, slice)
         if (
             keys is None
-            or (keys == ALL and found.biased)
+            or (keys == ALL and facts.biased)
             or (scattered and mask.device.type == "cpu" and count > CPU_KEPT * kv_len)
         ):
-            return passed_on(mask, only_hides=_only_hides(mask, found))
-        left = _cut(mask, keys) if found.biased else None
-        return plan_of(_word(keys), [SubCall(ALL, ALL, keys, left)])
+            return passed_on(mask, only_hides=_only_hides(mask, facts))
+        left = _cut(mask, keys) if facts.biased else None
+        return plan_of(_strategy(keys), [SubCall(ALL, ALL, keys, left)])
     parts = []
-    for sample, span in enumerate(found.spans):
-        keys = _keys(span, kv_len, found.seen[sample])
-        left = _cut(mask[sample : sample + 1], keys) if found.biased else None
+    for sample, span in enumerate(facts.spans):
+        keys = _keys(span, kv_len, facts.seen[sample])
+        left = _cut(mask[sample : sample + 1], keys) if facts.biased else None
         parts.append(SubCall(slice(sample, sample + 1), ALL, keys, left))
     return plan_of("per sample", parts)
 
 
-def _word(keys: torch.Tensor | slice) -> str:
+def _strategy(keys: torch.Tensor | slice) -> str:
     if isinstance(keys, slice):
         return NOTHING_HIDDEN if keys == ALL else "trimmed"
     return "gathered"
 
 
-def _varied(mask: torch.Tensor, found: _Found) -> MaskPlan:
-    """Queries, heads or samples see different keys: what no query sees is cut off, the rest is a pattern or a mask."""
+def _varied(mask: torch.Tensor, facts: _MaskFacts) -> MaskPlan:
+    """Queries, heads or samples see different keys: unseen keys are trimmed, the rest is a pattern or a mask."""
     kv_len = mask.shape[3]
-    some = [span for span in found.spans if span[2]]
+    some = [span for span in facts.spans if span[2]]
     first, last = min(span[0] for span in some), max(span[1] for span in some)
-    rows = [] if found.biased else found.rows
+    rows = [] if facts.biased else facts.rows
     together = all(last - first + 1 == count for first, last, count in rows if count)
     pattern = _pattern(rows, first, last) if rows and together else ""
     if pattern == "causal":
@@ -179,19 +178,19 @@ def _varied(mask: torch.Tensor, found: _Found) -> MaskPlan:
                 for span, (first, last, count) in blocks
             ]
             return plan_of("per block", parts)
-    only_hides = _only_hides(mask, found)
+    only_hides = _only_hides(mask, facts)
     if last - first + 1 == kv_len:
         return passed_on(mask, pattern, only_hides=only_hides)
     keys = slice(first, last + 1)
     return plan_of("trimmed", [SubCall(ALL, ALL, keys, _cut(mask, keys))], pattern, only_hides)
 
 
-def _only_hides(mask: torch.Tensor, found: _Found) -> bool:
-    return mask.dtype.is_floating_point and not found.biased
+def _only_hides(mask: torch.Tensor, facts: _MaskFacts) -> bool:
+    return mask.dtype.is_floating_point and not facts.biased
 
 
 def _pattern(rows: list[tuple[int, int, int]], first: int, last: int) -> str:
-    """The name of what the queries see, each a run of keys; empty for no pattern with a name."""
+    """The name of the pattern where each query sees a contiguous run of keys; empty for none."""
     kept, queries = last - first + 1, len(rows)
     ends = [row[1] - first - at for at, row in enumerate(rows)]
     if all(row[2] for row in rows) and all(row[0] == first for row in rows) and len(set(ends)) == 1:
@@ -208,7 +207,7 @@ def _pattern(rows: list[tuple[int, int, int]], first: int, last: int) -> str:
 
 
 def _blocks(rows: list[tuple[int, int, int]]) -> list[tuple[slice, tuple[int, int, int]]]:
-    """Neighbouring queries that see the same run of keys, as one block each."""
+    """Neighbouring queries that see the same run of keys, merged to blocks."""
     blocks: list[tuple[slice, tuple[int, int, int]]] = []
     for at, row in enumerate(rows):
         if blocks and blocks[-1][1] == row:

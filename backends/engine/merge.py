@@ -1,5 +1,4 @@
-"""Partial results of one attention call, each over some of its keys, joined into the whole: ring attention, or keys
-that were attended to elsewhere.
+"""Merges partial results of one attention call over disjoint sets of keys, as in ring attention.
 
 Softmax over all keys is a mean of the softmaxes over the parts, weighted by exp(LSE): FlashAttention
 (arXiv:2205.14135), section 3.1.
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join (output, log-sum-exp) pairs over disjoint sets of keys, as `attention(..., return_lse=True)` gives them.
+    """Merge (output, LSE) pairs over disjoint sets of keys, as `attention(..., return_lse=True)` returns them.
 
     Args:
         parts: each an output (batch, num_heads, q_len, v_head_dim) and its LSE (batch, num_heads, q_len), the natural
@@ -25,7 +24,7 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
         The output, in the dtype of the first part's, and the LSE over all keys, in float32 (float64 if a part is); a
         row that sees no key in any part has zeros and -inf.
 
-    A float32 LSE limits what float64 outputs join to: to 1e-6 of their size.
+    With a float32 LSE the result of float64 outputs has a relative error of up to 1e-6.
 
     Raises:
         ValueError: there is no part, or their shapes disagree.
@@ -47,6 +46,6 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     weights = weights / total.masked_fill(total == 0, 1.0)
     whole = torch.zeros_like(outputs[0], dtype=wide)
     for output, weight in zip(outputs, weights, strict=True):
-        # What a row without a key holds is not looked at: nothing times NaN would be NaN.
+        # Rows of weight 0 may have NaN, and 0 * NaN is NaN.
         whole += output.to(wide).masked_fill((weight == 0)[..., None], 0.0) * weight[..., None]
     return whole.to(outputs[0].dtype), highest + total.log()

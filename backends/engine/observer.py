@@ -1,6 +1,6 @@
-"""What registers with a session: choosers decide before a plan is made, observers see plans and wrap their kernels.
+"""Base classes for extensions of a session: a `Chooser` decides before a plan is made, an `Observer` wraps its kernel.
 
-The session knows these two types alone; the guard, autotune, replay and the recorder derive from them.
+The session imports only these; the guard, autotune, replay and the recorder derive from them and register.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ if TYPE_CHECKING:
 
 
 class Veto(NamedTuple):
-    """Only exact kernels may run somewhere, since a backend was caught there."""
+    """Only exact kernels may run in a role and block."""
 
     reason: str
     backend: str | None = None
-    """The one that was caught; None where all are meant."""
+    """The backend that is refused; None: every inexact one."""
 
 
-class KernelVetoed(Exception):  # the session answers it, it is not an error of the program
-    """An observer's wrapper refuses a kernel's result: an exact backend runs instead. The inputs are as they were."""
+class KernelVetoed(Exception):  # no Error in the name: the session handles it
+    """Raised by an observer's wrapper to reject a result; the inputs are unchanged, an exact backend runs instead."""
 
 
 class Chooser:
-    """Asked before a plan is made; the first one registered is asked first."""
+    """Decides before a plan is made. Choosers are called in the order of registration."""
 
     def choice(self, kind: CallKind, choice: Choice, *, planned: bool) -> Choice:
-        """What is asked for, before a backend is selected; the given choice where there is nothing to change.
+        """The choice to select a backend for; returns `choice` to leave it unchanged.
 
-        `planned`: a plan follows; else a host asks what would be.
+        `planned`: False where no plan follows, as for `explain`.
         """
         return choice
 
     def plan(self, slot: Slot, kind: CallKind, decision: Decision) -> Plan | None:
-        """The plan of `kind`, of which `decision` is the router's answer; None to leave it at that."""
+        """A plan of its own for `kind`; None: the session plans the router's `decision`."""
         return None
 
 
 class Observer:
-    """Told of plans, and may wrap their kernels."""
+    """Notified of plans and of failures; may wrap kernels and veto backends."""
 
     def wrapper(
         self, kind: CallKind, backend: Backend, row: Row, platform: Platform
     ) -> Callable[[Kernel], Kernel] | None:
-        """What wraps the kernel of a new plan; None for nothing. Its time is not counted as the kernel's."""
+        """A decorator for the kernel of a new plan, or None. Its time is not counted as the kernel's."""
         return None
 
     def veto(self, kind: CallKind, accuracy: str) -> Veto | None:
-        """Why a backend of this accuracy may not run there; None where it may."""
+        """Why a backend of this accuracy may not run calls of `kind`; None: it may."""
         return None
 
     def planned(self, slot: Slot, router: Router) -> None:
-        """A slot has its first plan."""
+        """Called when a slot gets its first plan."""
 
     def changed(self, slot: Slot, router: Router) -> None:
-        """A slot has another plan from this call on."""
+        """Called when a slot gets another plan, which runs from the current call on."""
 
     def failed(self, plan: Plan, error: Exception) -> None:
-        """A kernel raised an error."""
+        """Called when a kernel raised `error`, before the fallback."""

@@ -1,4 +1,4 @@
-"""How calls of one kind run, once that is decided: an immutable `Plan`, and the `Slot` in which a host keeps it.
+"""How calls of one kind run: an immutable `Plan`, and the `Slot` in which a host keeps it.
 
 `Plan.compute` is the warm path. A session (`session.py`) makes plans, and puts another one into a slot when a kernel
 fails or an observer refuses it.
@@ -27,14 +27,14 @@ CPU = -1
 
 
 class CallKind(NamedTuple):
-    """Calls that run alike: their facts, and where in the model they are made."""
+    """Key of calls that share a plan: their facts, and where in the model they are made."""
 
     request: AttentionRequest
     role: str
     category: str
     block: str = ""
     mask: str = ""
-    """How the mask is honoured, for the run report; empty for the kind of the mask alone."""
+    """How the mask is honoured, for the run report; empty: only the kind of the mask is reported."""
 
 
 class Plan:
@@ -60,10 +60,10 @@ class Plan:
     ) -> None:
         """
         Args:
-            clock: times the kernel on the host, unless the kernel does that itself.
+            clock: times the kernel on the host; None where a wrapper of the kernel does.
             function: the host's own attention function for these calls, where it is known.
-            hosted: the kernel is the host's function: it takes a `HostedCall`.
-            device_index: of the device of the calls; None to ask each call.
+            hosted: the kernel is the host's function and takes a `HostedCall`.
+            device_index: of the device of the calls; None: read from each call.
         """
         import torch
 
@@ -77,7 +77,7 @@ class Plan:
         self.function = function
         self.hosted = hosted
         self.shape = (request.batch, request.num_heads, request.q_len, request.v_head_dim or request.head_dim)
-        """Of the output."""
+        """Shape of the output, (batch, num_heads, q_len, v_head_dim)."""
         self.dtype: torch.dtype = getattr(torch, request.dtype)
         self.device_index = device_index
 
@@ -88,17 +88,20 @@ class Plan:
 
     @property
     def is_trial(self) -> bool:
-        """Several kernels take turns, and are timed."""
+        """True while autotune times several kernels in this slot (`TrialPlan`)."""
         return False
 
     def compute(self, call: AttentionCall) -> torch.Tensor:
-        """Run the kernel, and time it if there is a `clock`.
+        """Run the kernel, time it if there is a `clock`, and check its output.
 
-        The timing is here and not in a function around the kernel, as in `timed_kernel`: each plan would have such a
-        function, and fetching it from memory between the operations of a model costs more than this shared code.
+        The timing is inlined: a wrapper for each plan (`timed_kernel`) would not stay in the CPU's cache between the
+        operations of a model, this shared code does.
+
+        Returns:
+            (batch, num_heads, q_len, v_head_dim).
 
         Raises:
-            KernelOutputError: the kernel returned something that is not the output of such a call.
+            KernelOutputError: shape, dtype or device of the output is wrong.
         """
         clock = self.clock
         if clock is None:
@@ -128,22 +131,22 @@ class Plan:
 
 
 class Slot:
-    """Where a host keeps how calls of one kind run: one plan, or for a mask that is split one for each sub-call."""
+    """Mutable holder of the plan of one kind of call, or of one plan for each sub-call of its mask."""
 
     __slots__ = ("plan", "split")
 
     plan: Plan
-    """Of the whole call, or of the first sub-call that has keys."""
+    """The plan of the whole call, or of the first sub-call that has keys."""
 
     def __init__(self, split: SplitPlan | None = None) -> None:
-        """`split`: how the sub-calls of a mask run; without it a session sets `plan`."""
+        """`split`: plans of the sub-calls; None: a session sets `plan`."""
         self.split = split
         if split is not None:
             self.plan = next(slot.plan for slot in split.slots if slot is not None)
 
 
 class SplitPlan:
-    """How the sub-calls of one kind of mask run."""
+    """The plans of the sub-calls of one kind of mask."""
 
     __slots__ = ("as_booleans", "copied", "slots", "varlen")
 
@@ -151,10 +154,10 @@ class SplitPlan:
         self, slots: tuple[Slot | None, ...], varlen: Slot | None = None, copied: int = 0, as_booleans: bool = False
     ) -> None:
         self.slots = slots
-        """One for each sub-call of the mask's plan, None for one without keys."""
+        """One slot for each sub-call of the mask plan; None for a sub-call without keys."""
         self.copied = copied
-        """Most bytes that are copied at once: gathered or packed keys and values, the output of a sub-call."""
+        """Peak bytes of copies: gathered or packed keys and values, and the output of a sub-call."""
         self.as_booleans = as_booleans
-        """The kernel takes boolean masks only, so `MaskPlan.booleans` runs instead of numbers."""
+        """True: `MaskPlan.booleans` runs, for a kernel that takes boolean masks only."""
         self.varlen = varlen
-        """All sub-calls as one varlen call; None where the backend has no such kernel, or it failed."""
+        """Slot of one varlen call for all sub-calls; None where the backend has no varlen kernel, or it failed."""

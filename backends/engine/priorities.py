@@ -1,7 +1,7 @@
-"""Which exact backends a platform tries, and in which order: data, with where each row comes from.
+"""The ordered backends that `auto` tries on a platform: a table, each row with its source.
 
-Capability lives beside each kernel; a backend in a row that cannot run there or cannot run the call is passed
-over with its reasons. Every row ends in `torch_sdpa`, which runs everywhere.
+Limits are declared in each kernel's file: a backend of a row that is unavailable or refuses the call is rejected with
+its reasons. Every row ends in `torch_sdpa`, which runs everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..values.platform import Platform
 
 
 class Priority(NamedTuple):
-    """One row: the machines it is for, the order, and how well it is founded."""
+    """One row: its machines, the order, and the evidence for it."""
 
     title: str
     kinds: tuple[str, ...]
@@ -25,11 +25,11 @@ class Priority(NamedTuple):
     """`measured` by this project, `reported` by others, or `assumed`."""
     source: str
     lossy: tuple[str, ...] = ()
-    """Tried before `order` where a person allows more than exact; most of them refuse masks, and say so."""
+    """Tried before `order` where inexact backends are allowed."""
 
 
 LAST_RESORT = "torch_sdpa"
-"""What runs everywhere, and ends every row."""
+"""Runs everywhere; the last of every row."""
 
 PRIORITIES: tuple[Priority, ...] = (
     Priority(
@@ -79,19 +79,19 @@ PRIORITIES: tuple[Priority, ...] = (
 
 def priority_for(platform: Platform) -> Priority:
     """The first row that fits `platform`; a row with capabilities fits only a card whose capability is known."""
-    for route in PRIORITIES:
-        if platform.kind not in route.kinds:
+    for row in PRIORITIES:
+        if platform.kind not in row.kinds:
             continue
-        if route.capabilities is None:
-            return route
-        lowest, highest = route.capabilities
+        if row.capabilities is None:
+            return row
+        lowest, highest = row.capabilities
         if platform.capability is not None and lowest <= platform.capability <= highest:
-            return route
+            return row
     raise AssertionError(f"no priority for platform kind {platform.kind!r}")  # PRIORITIES covers every kind
 
 
 def default_line(platform: Platform, backend: str) -> str:
-    """The log line that says which backend `auto` starts with, in vLLM-Omni's words."""
+    """The log line about the default backend, worded as vLLM-Omni's."""
     if backend == LAST_RESORT:
         return "Defaulting to diffusion attention backend SDPA"
     card = " ".join(filter(None, (platform.architecture, platform.sm or platform.gfx)))

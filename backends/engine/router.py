@@ -1,7 +1,6 @@
-"""From a request to a decision: which backend runs, on whose word, and why the others do not.
+"""Selects a backend for a request; returns a `Decision` with its source and every rejection.
 
-Selection is pure: facts in, decision out, every refusal with its reasons. The only state is what was learnt about
-this process: which packages turned out to be broken.
+Selection is pure. The only state is per process: which backends loaded, and which packages turned out to be broken.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ log = logging.getLogger("attention_backends")
 FAILED = "failed before on this call: "
 
 Failed = tuple[str, tuple[tuple[str, str], ...], AttentionRequest]
-"""A backend with its options, frozen, on one kind of call."""
+"""Backend, its options as a hashable key, request."""
 Failures = Mapping[Failed, str]
-"""What raised before, and the error in words. With other options the same backend may be sound."""
+"""Text of the error that each raised before. With other options the same backend may work."""
 NO_FAILURES: Failures = {}
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
 NOTHING_MEASURES = "autotune: no times are kept for such calls, and none are taken here, so it is what auto takes"
-"""A note where `autotune` was asked for: selection alone knows no times, see `observe/autotune/tuner.py`."""
+"""Note of a decision for `autotune`: the router has no times, `observe/autotune/tuner.py` has."""
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A backend that was considered and refused."""
+    """A backend that was considered and rejected, with its reasons."""
 
     backend: str
     reasons: tuple[str, ...]
@@ -62,16 +61,16 @@ class Decision:
     source: str
     """Where the choice came from, e.g. `per_role['cross'] (category of 'ltx2.audio_to_video')`."""
     asked: str | None = None
-    """The backend that was asked for by name; None when the route decided."""
+    """The backend that was asked for by name; None when the platform's priorities decided."""
     rejected: tuple[Rejection, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
-    """Options of the backend that was asked for; empty where another one runs."""
+    """Options that the backend runs with; empty for a fallback."""
     asked_options: Mapping[str, object] = field(default_factory=dict)
-    """What was asked for with it, whatever runs."""
+    """Options that were asked for, kept for a fallback too."""
     notes: tuple[str, ...] = ()
-    """What a person who named this backend should know: why a route would have passed over it."""
+    """Why the priorities would have avoided a backend that was named (`Backend.avoid_reasons`)."""
     accuracy: str | None = None
-    """The least exact class that was allowed for this call, where that is not what holds for the run."""
+    """The least exact class allowed for this call; None: the run's."""
 
     @property
     def is_fallback(self) -> bool:
@@ -90,23 +89,23 @@ def forbidden(accuracy: str) -> str:
 
 
 class Router:
-    """Selects backends on one platform. Safe to share between threads: what it learns is only ever added."""
+    """Selects backends on one platform. Safe to share between threads: entries of its caches are only added."""
 
     def __init__(
         self, platform: Platform, backends: Mapping[str, Backend] = BACKENDS, *, use_probe_results: bool = True
     ) -> None:
-        """`use_probe_results`: what crashed or was wrong in an earlier `doctor --probe` counts as unavailable."""
+        """`use_probe_results`: a backend that crashed or was wrong in `doctor --probe` counts as unavailable."""
         self.platform = platform
         self.use_probe_results = use_probe_results
         self.backends = backends
-        self.route = priority_for(platform)
+        self.priority = priority_for(platform)
         self._unavailable: dict[str, tuple[str, ...]] = {}
         self._kernels: dict[tuple[str, tuple[tuple[str, str], ...]], Kernel] = {}
         self._varlen: dict[tuple[str, tuple[tuple[str, str], ...]], VarlenKernel | None] = {}
         self._lse: dict[tuple[str, tuple[tuple[str, str], ...]], LseKernel | str] = {}
 
     def unavailable(self, backend_id: str) -> tuple[str, ...]:
-        """Why a backend cannot run on this platform; empty when it can. On a real machine this loads it, once."""
+        """Why a backend cannot run on this platform; empty when it can. On a real machine it is loaded, once."""
         known = self._unavailable.get(backend_id)
         if known is not None:
             return known
@@ -121,15 +120,15 @@ class Router:
         return self._unavailable[backend_id]
 
     def _probe_result(self, backend_id: str) -> list[str]:
-        # The last resort is never taken away: what crashes PyTorch's own attention leaves nothing to turn to.
+        # The last resort stays available: without PyTorch's own attention there is no fallback.
         if not self.use_probe_results or backend_id == LAST_RESORT:
             return []
         ids, backend = [backend_id], self.backends[backend_id]
-        if isinstance(backend, BackendGroup):  # it would take the first that is installed
+        if isinstance(backend, BackendGroup):  # it loads the first member that is installed
             able = (member.id for member in backend.members(self.platform) if self._installed(member))
             ids += [next(able, backend_id)]
-        said = (remembered.refusal(name, self.platform) for name in ids)
-        return [reason for reason in said if reason][:1]
+        refusals = (remembered.refusal(name, self.platform) for name in ids)
+        return [reason for reason in refusals if reason][:1]
 
     def _installed(self, backend: Backend) -> bool:
         return not backend.unavailable_reasons(self.platform)
@@ -137,7 +136,7 @@ class Router:
     def _loading(self, backend_id: str, backend: Backend) -> list[str]:
         try:
             self._kernels[backend_id, ()] = backend.load(self.platform)
-        except (Exception, SystemExit) as error:  # whatever a broken package raises is the reason, never a crash
+        except (Exception, SystemExit) as error:  # a broken package must not end the process
             return [f"loading failed: {type(error).__name__}: {error}"]
         return []
 
@@ -145,8 +144,8 @@ class Router:
         """The loaded kernel of an available backend, with options that its declaration allows.
 
         Raises:
-            NoBackendError: it is not available, or the machine was only described.
-            Exception: whatever a package raises while it loads with these options.
+            NoBackendError: it is unavailable, or the machine is only described.
+            Exception: raised by the package while it loads with these options.
         """
         reasons = self._unavailable.get(backend_id)
         if reasons is None:
@@ -162,7 +161,7 @@ class Router:
         return self._kernels[key]
 
     def varlen(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> VarlenKernel | None:
-        """The kernel over packed tokens of a loaded backend; None where it has none, or the package lacks it."""
+        """The varlen kernel of a loaded backend; None where it declares none, or the package lacks it."""
         key = (backend_id, frozen(options))
         if key not in self._varlen:
             load: Callable[..., VarlenKernel] = self.backends[backend_id].load_varlen
@@ -177,19 +176,19 @@ class Router:
         """The kernel of an available backend that also gives the log-sum-exp, where it has one (`reasons_against`).
 
         Raises:
-            NoBackendError: the package lacks it; tried once.
+            NoBackendError: the package lacks it. Loading is tried once.
         """
         key = (backend_id, frozen(options))
         if key not in self._lse:
             load: Callable[..., LseKernel] = self.backends[backend_id].load_lse
             try:
                 self._lse[key] = load(self.platform, **options)
-            except (Exception, SystemExit) as error:  # whatever a broken package raises
+            except (Exception, SystemExit) as error:  # of a broken package
                 self._lse[key] = f"loading its log-sum-exp failed: {type(error).__name__}: {error}"
-        found = self._lse[key]
-        if isinstance(found, str):
-            raise NoBackendError(found)
-        return found
+        loaded = self._lse[key]
+        if isinstance(loaded, str):
+            raise NoBackendError(loaded)
+        return loaded
 
     def _without_lse(
         self, backend_id: str, request: AttentionRequest, options: Mapping[str, object]
@@ -221,8 +220,8 @@ class Router:
         backend = self.backends[backend_id]
         if options and (wrong := backend.option_reasons(self.platform, options)):
             return tuple(wrong)
-        if failed and (said := failed.get((backend_id, frozen(options), request))):
-            return (f"{FAILED}{said}",)
+        if failed and (error := failed.get((backend_id, frozen(options), request))):
+            return (f"{FAILED}{error}",)
         if request.exact_only and backend.accuracy != "exact":
             return (forbidden(backend.accuracy),)
         reasons = tuple(backend.unsupported_reasons(request, self.platform))
@@ -239,14 +238,13 @@ class Router:
     ) -> Decision:
         """Choose the backend for `request`.
 
-        A named backend runs if it can. Otherwise, and for `auto`, the platform's route is walked, taking only
-        classes up to the choice's own accuracy, or else `accuracy`; where lossy ones are allowed, the route's lossy
-        backends come first; `autotune` is walked as `auto` is, with a note. `failed` holds what raised before in the
-        same session.
+        A named backend runs if it can. Otherwise, and for `auto` and `autotune`, the first of the platform's
+        priorities without a reason against it runs, within the accuracy of `choice`, else `accuracy`; lossy backends
+        come first where they are allowed. `failed` has the backends that raised in the same session.
 
         Raises:
-            NoBackendError: `strict`, and the named backend cannot run the call for a reason that is not the
-                model's own wish; the message lists the request and every refusal.
+            NoBackendError: `strict`, and the named backend cannot run the call, except where the model forbids low
+                precision (`request.exact_only`); or no backend can. The message has the request and every rejection.
         """
         rejected: list[Rejection] = []
         if choice.asked not in (None, AUTOTUNE):
@@ -262,8 +260,8 @@ class Router:
                 raise NoBackendError(self.explain_refusal(request, choice, rejected, strict=True))
         accuracy = choice.accuracy or accuracy
         allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
-        lossy = () if accuracy == "exact" else self.route.lossy
-        for backend_id in (*lossy, *self.route.order):
+        lossy = () if accuracy == "exact" else self.priority.lossy
+        for backend_id in (*lossy, *self.priority.order):
             if backend_id == choice.asked:
                 continue
             reasons = self.reasons_against(backend_id, request, failed)
@@ -290,12 +288,13 @@ class Router:
         self, request: AttentionRequest, layers: tuple[AttentionConfig, ...], role: str, category: str
     ) -> Decision:
         """Resolve the role in `layers`, then select."""
-        said = settings_of(layers)
-        return self.select(request, resolve(layers, role, category), accuracy=said.accuracy, strict=said.strict)
+        settings = settings_of(layers)
+        choice = resolve(layers, role, category)
+        return self.select(request, choice, accuracy=settings.accuracy, strict=settings.strict)
 
     def default_backend(self) -> str:
-        """The first available backend of the route: what `auto` starts with before any call is known."""
-        return next((backend_id for backend_id in self.route.order if not self.unavailable(backend_id)), LAST_RESORT)
+        """The first available backend of the priorities, before any call is known."""
+        return next((backend_id for backend_id in self.priority.order if not self.unavailable(backend_id)), LAST_RESORT)
 
     def explain_refusal(
         self, request: AttentionRequest, choice: Choice, rejected: list[Rejection], *, strict: bool = False

@@ -1,8 +1,7 @@
 """One configuration in use on one device: plans each kind of call once, runs it, and falls back when a kernel fails.
 
 A host keeps the `Slot` of a kind of call (`plan.py`) and runs later calls of that kind through it; that is the warm
-path. What decides or watches beside the router registers here (`observer.py`). Errors that end a run are in
-`values/faults.py`.
+path. Choosers and observers register here (`observer.py`). Errors that end a run are in `values/faults.py`.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Session:
         """
         Args:
             checks: validate each call before its kernel runs; None reads that from the environment, now.
-            device: where the calls are, with its index; without it each call is asked.
+            device: of all calls, with its index; None: read from each call.
         """
         self.router = router
         self.layers = layers
@@ -69,30 +68,30 @@ class Session:
         kind = router.platform.kind if device is None else device.type
         self.device_index = CPU if kind == "cpu" else device.index if device is not None else None
         self.failed: dict[Failed, str] = {}
-        """Quarantine, for the life of this session: an error may be due to one run's inputs."""
+        """Rejected for the life of this session only: an error may be due to one run's inputs."""
         self.choosers: list[Chooser] = []
         self.observers: list[Observer] = []
         self._logged: set[object] = set()
 
     def register(self, *members: Chooser | Observer) -> None:
-        """Have these asked (`Chooser`) or told (`Observer`) from now on, in the order in which they register."""
+        """Add choosers and observers, which are called in this order."""
         self.choosers += [member for member in members if isinstance(member, Chooser)]
         self.observers += [member for member in members if isinstance(member, Observer)]
 
     def registered(self, kind: type[Registered]) -> Registered | None:
         """The first registered member of a class; None where there is none."""
-        return next((one for one in (*self.observers, *self.choosers) if isinstance(one, kind)), None)
+        return next((member for member in (*self.observers, *self.choosers) if isinstance(member, kind)), None)
 
     def attention(
         self, slot: Slot, call: AttentionCall, mask_plan: MaskPlan | None = None, host: Host | None = None
     ) -> torch.Tensor:
-        """Run one call as its slot says; every host's calls come here.
+        """Run one call by its slot's plan; the entry point of every host.
 
-        On failure the next backend runs it: the platform's, then the host's own, each once.
+        If the kernel fails, the remaining priorities run it, then the host's own function, each once.
 
         Args:
-            mask_plan: of this call's mask; it has the facts that the slot was planned for.
-            host: what the host would have run on the call, or on each of its sub-calls where the slot has a `split`.
+            mask_plan: of this call's mask, with the facts that the slot was planned for.
+            host: runs the host's own function on the call, or on a sub-call where the slot has a `split`.
 
         Returns:
             (batch, num_heads, q_len, v_head_dim).
@@ -100,8 +99,8 @@ class Session:
         Raises:
             KernelFaultError: the device is unusable; the message names the kernel and the call.
             torch.OutOfMemoryError: never retried with another kernel.
-            KernelOutputError: the kernel freed the call's tensors, and what it returned is not their output.
-            DifferingTensorsError: in a host, and the tensors' dtypes or devices differ.
+            KernelOutputError: the output is wrong, and the kernel has freed the inputs of an owned call.
+            DifferingTensorsError: there is a `host`, and the tensors' dtypes or devices differ.
             NoBackendError: strict, and the named backend failed; or every backend failed.
         """
         if mask_plan is not None:
@@ -120,7 +119,7 @@ class Session:
         return output
 
     def attention_varlen(self, slot: Slot, call: AttentionCall, mask_plan: MaskPlan) -> torch.Tensor | None:
-        """Run all sub-calls of a mask as one varlen call; None where that failed and they are to run one by one.
+        """One varlen call for all sub-calls, under their common decision; None if it failed: they run one by one then.
 
         Raises:
             KernelFaultError, torch.OutOfMemoryError: as in `attention`.
@@ -129,7 +128,7 @@ class Session:
         try:
             output = plan.compute(SplitCall(call, mask_plan))
         except KernelVetoed:
-            return None  # the sub-calls are watched too, and run exactly from now on
+            return None  # the sub-calls are guarded too, and fall back to exact kernels
         except Exception as error:
             reraise_if_fatal(plan, error)
             text = (
@@ -154,8 +153,8 @@ class Session:
         """Decide how calls of one kind run.
 
         Args:
-            choice: what was asked for, where the host resolved it: a schedule depends on more than the role.
-            preferred: what the checkpoint asks for; it counts only where no person named a backend.
+            choice: default: resolved from `layers`. A host with a schedule resolves it itself.
+            preferred: the checkpoint's preference; it applies only where no person named a backend.
             function: the host's own function for these calls: the preferred one, if there is one.
             last_resort: the host's function for when every kernel fails; default: `function`.
 
@@ -168,9 +167,9 @@ class Session:
         if self.choosers:
             choice = self.asked(kind, choice)
         refused, label = None, None
-        """`label`: what the run report calls the host's own function, where a checkpoint asked for it."""
+        """`label`: the name of the host's function in the run report, where a checkpoint prefers it."""
         if preferred is not None and choice.nobody_named_a_backend:
-            strict = False  # a checkpoint's preference is no order
+            strict = False  # a preference may fall back
             if function is None or function.may_run(request):
                 choice, label = preferred, None if function is None else function.id
             else:
@@ -199,13 +198,13 @@ class Session:
         return slot
 
     def asked(self, kind: CallKind, choice: Choice, *, planned: bool = True) -> Choice:
-        """What the choosers make of a choice; see `Chooser.choice`."""
+        """The choice after every chooser; see `Chooser.choice`."""
         for chooser in self.choosers:
             choice = chooser.choice(kind, choice, planned=planned)
         return choice
 
     def select(self, kind: CallKind, choice: Choice, *, strict: bool) -> Decision:
-        """The router's decision under this session's settings, without what failed in it.
+        """The router's decision under this session's settings; what failed in this session is rejected.
 
         Raises:
             NoBackendError: strict, and the named backend cannot run.
@@ -214,7 +213,7 @@ class Session:
         return self.router.select(kind.request, choice, accuracy=accuracy, strict=strict, failed=self.failed)
 
     def _resolved(self, kind: CallKind) -> Choice:
-        """What is asked for outside a sampler: of a schedule only entries that do not depend on time hold."""
+        """The choice outside a sampler, where only schedule entries without a time window apply."""
         if not is_scheduled(self.layers):
             return resolve(self.layers, kind.role, kind.category)
         timetable = Timetable(self.layers, blocks=(kind.block,))
@@ -231,12 +230,12 @@ class Session:
         return None
 
     def _backend(self, decision: Decision, function: HostFunction | None) -> Backend:
-        """What a decision runs; of the host's own attention the very function, where it is known."""
+        """The backend of a decision; for the host's own attention the known function, if there is one."""
         backend = self.router.backends[decision.backend]
         return function if function is not None and backend.hosted else backend
 
     def _exact(self, decision: Decision, kind: CallKind, veto: Veto) -> Decision:
-        """The platform's exact backend instead of one that an observer refuses; strict does not forbid that."""
+        """The platform's exact backend instead of one that an observer vetoes; strict allows that."""
         caught = {decision.backend, veto.backend} - {None}
         failed = {**self.failed, **{(str(name), frozen(NO_OPTIONS), kind.request): veto.reason for name in caught}}
         return replace(
@@ -247,10 +246,10 @@ class Session:
         )
 
     def _loaded(self, decision: Decision, kind: CallKind, choice: Choice, strict: bool) -> Decision:
-        """The decision; another one where the installed package refuses its options."""
+        """The decision, or a fallback where loading with its options fails."""
         try:
             self.router.kernel(decision.backend, decision.options)
-        except Exception as error:  # whatever a package raises about an option that it lacks
+        except Exception as error:  # of a package without such an option
             if is_out_of_memory(error) or is_cuda_fault(error):
                 raise
             self.failed[decision.backend, frozen(decision.options), kind.request] = f"{type(error).__name__}: {error}"
@@ -268,13 +267,13 @@ class Session:
         function: HostFunction | None = None,
         label: str | None = None,
     ) -> Plan:
-        """The plan of a decision.
+        """Make the plan of a decision: load the kernel, wrap it, find its row.
 
         Args:
             strict: default: the session's.
-            reason: why the backend that was asked for does not run; default: the decision's.
-            kernel: default: the one of the decision's backend.
-            label: what the run report calls the host's own function, where a checkpoint asked for it.
+            reason: of the fallback; default: the decision's.
+            kernel: default: the kernel of the decision's backend.
+            label: the name of the host's function in the run report, where a checkpoint prefers it.
         """
         request, backend = kind.request, self._backend(decision, function)
         row = self.run_report.row(
@@ -289,7 +288,7 @@ class Session:
             if wrapper is not None:
                 wrappers.append(wrapper)
         clock = self.device_clock
-        if clock is not None and (clock.has_events or wrappers or self.checks):  # the kernel's time alone
+        if clock is not None and (clock.has_events or wrappers or self.checks):  # to time the kernel only
             kernel, clock = timed_kernel(kernel, clock, row), None
         for wrap in wrappers:
             kernel = wrap(kernel)
@@ -300,18 +299,18 @@ class Session:
         )  # fmt: skip
 
     def kernel(self, decision: Decision, kind: CallKind) -> Kernel:
-        """The kernel of a decision, as calls of this kind need it."""
+        """The kernel of a decision, with copies of inputs, scale and LSE as the request needs."""
         backend, request = self.router.backends[decision.backend], kind.request
         if request.lse:
             with_lse = self.router.lse(decision.backend, decision.options)
             return kept(for_scale(on_copies(with_lse) if backend.changes_inputs else with_lse, request.scale))
         kernel = self.router.kernel(decision.backend, decision.options)
         kernel = on_copies(kernel) if backend.changes_inputs else kernel
-        # The host's own function gets the arguments that its program called with.
+        # The host's function gets the program's own arguments, with their scale.
         return kernel if backend.hosted or request.scale is None else for_scale(kernel, request.scale)
 
     def recover(self, slot: Slot, call: AttentionCall, error: Exception, host: Host | None = None) -> torch.Tensor:
-        """Run the remaining backends, one after the other, until one computes the call; `slot` gets its plan.
+        """Try the remaining backends until one computes the call, and put its plan into `slot`.
 
         Raises:
             Exception: as in `attention`.
@@ -322,7 +321,7 @@ class Session:
                 raise DifferingTensorsError(text) from error
         while True:
             if isinstance(error, NoBackendError):
-                raise error  # of another configuration below the host's own function
+                raise error  # from another configuration, called by the host's function
             if isinstance(error, KernelVetoed):
                 self._replace_vetoed(slot, str(error))
             else:
@@ -337,10 +336,10 @@ class Session:
                 error = another
 
     def _replace_failed(self, slot: Slot, error: Exception) -> None:
-        """Quarantine the backend for this kind of call and put the plan of the next one into the slot.
+        """Reject the backend for this kind of call in this session, and put the next one's plan into the slot.
 
         Raises:
-            Exception: `error`, which leaves nothing to try (`reraise_if_fatal`), or no backend is left.
+            Exception: `error` is fatal (`reraise_if_fatal`), or no backend is left.
         """
         plan = slot.plan
         if not isinstance(error, CheckError):
@@ -364,7 +363,7 @@ class Session:
         self._replace(slot, decision, f"{earlier}{failed}: failed: {text}")
 
     def _replace_vetoed(self, slot: Slot, refusal: str) -> None:
-        """Have an exact backend run this kind of call from now on."""
+        """Put the plan of an exact backend into the slot."""
         plan, row = slot.plan, slot.plan.row
         veto = self._veto(plan.kind, self._backend(plan.decision, plan.function).accuracy)
         decision = self._exact(plan.decision, plan.kind, Veto(refusal, None if veto is None else veto.backend))
@@ -377,15 +376,15 @@ class Session:
     def _replace(self, slot: Slot, decision: Decision, reason: str) -> None:
         before = slot.plan
         slot.plan = self.plan_of(before.kind, decision, strict=before.strict, reason=reason, function=before.function)
-        self.tell_changed(slot)
+        self.notify_changed(slot)
 
-    def tell_changed(self, slot: Slot) -> None:
-        """Tell the observers that the slot has another plan."""
+    def notify_changed(self, slot: Slot) -> None:
+        """Notify the observers that the slot has another plan."""
         for observer in self.observers:
             observer.changed(slot, self.router)
 
     def _log_decision(self, decision: Decision, kind: CallKind, label: str | None) -> None:
-        """Log once per role what it resolved to, and once per reason why something else runs."""
+        """Log each role's decision once, and each reason for a fallback once."""
         role, category, backend = kind.role, kind.category, label or decision.backend
         key = (role, backend, decision.source)
         if key not in self._logged:
@@ -394,7 +393,7 @@ class Session:
             log.info("Resolved diffusion attention backend %r for role=%r%s via %s", backend.upper(), role, of,
                      decision.source)  # fmt: skip
         for note in decision.notes:
-            if note not in self._logged:  # once, however many kinds of call there are
+            if note not in self._logged:  # once per run
                 self._logged.add(note)
                 self.run_report.note(note)
         if decision.rejected and decision.reason and (role, decision.reason) not in self._logged:
@@ -403,7 +402,7 @@ class Session:
 
 
 def reraise_if_fatal(plan: Plan, error: Exception) -> None:
-    """Raise where no other kernel may be tried after `error`."""
+    """Raise where no other kernel may be tried: a refused call, out of memory, a fault of the device."""
     failed = plan.decision.backend
     if isinstance(error, CheckError) or is_out_of_memory(error):
         raise error

@@ -1,4 +1,4 @@
-"""One masked call as its mask plan says: in sub-calls, or as one varlen call where the backend has a kernel for it."""
+"""Plans and runs a masked call as the sub-calls of its mask plan, or as one varlen call where the backend has one."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ Calls = list[AttentionCall | None]
 
 
 def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: str | None) -> Calls:
-    """The sub-calls that replace a masked call; empty where it runs whole.
+    """The sub-calls that replace a masked call; empty: the call runs whole.
 
     Args:
         asked: the backend that a person named.
     """
-    # Neither error may depend on what a mask hides: a call that is causal too goes to its kernel whole, as does one
-    # whose mask does not fit.
+    # Causal with a mask, or a mask that does not fit, is an error of the call: its kernel raises it, whatever the mask
+    # hides.
     if mask_plan.strategy == "none" or call.is_causal or not fits(call):
         return []
     calls = [] if mask_plan.strategy == PASSED_ON else mask_plan.calls(call)
     if asked is None:
         return calls
-    refused = partial(session.router.reasons_against, asked)
+    reasons_against = partial(session.router.reasons_against, asked)
 
     def takes(some: Calls) -> bool:
-        return all(part is None or not refused(part.request()) for part in some)
+        return all(part is None or not reasons_against(part.request()) for part in some)
 
-    if not refused(call.request()):
-        return calls if takes(calls) else []  # it takes the mask, and not what that was read as, such as causal
+    if not reasons_against(call.request()):
+        return calls if takes(calls) else []  # it takes the mask, but not e.g. is_causal
     if mask_plan.only_hides and not (calls and takes(calls)):
         booleans = mask_plan.booleans.calls(call)
         return booleans if takes(booleans) else calls
@@ -49,9 +49,9 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
 
 
 def fits(call: AttentionCall) -> bool:
-    """Whether the mask can be broadcast to the scores. If not the kernel refuses it; sub-calls would hide that.
+    """Whether the mask can be broadcast to (batch, num_heads, q_len, kv_len).
 
-    They would leave out samples and queries that the mask does not have.
+    Sub-calls of one that cannot would silently leave out samples and queries.
     """
     mask = call.attn_mask
     scores = (*call.query.shape[:3], call.key.shape[2])
@@ -70,20 +70,20 @@ def plan_sub_calls(
     Args:
         call: the whole call, with its mask.
         calls: what `calls_of` returned for it, not empty.
-        planned: plans one sub-call; the text says in the run report how the mask is honoured.
+        planned: plans one sub-call; its text is `CallKind.mask`.
     """
     as_booleans = mask_plan.only_hides and any(
         part is not None and part.attn_mask is not None and not part.attn_mask.dtype.is_floating_point for part in calls
     )
     mask_plan = mask_plan.booleans if as_booleans else mask_plan
-    words = f"{call.request().mask}, {mask_plan.strategy}"
-    slots = tuple(None if part is None else planned(part, words) for part in calls)
+    mask_text = f"{call.request().mask}, {mask_plan.strategy}"
+    slots = tuple(None if part is None else planned(part, mask_text) for part in calls)
     whole = _varlen(session, mask_plan, call, [slot for slot in slots if slot is not None])
     return Slot(SplitPlan(slots, whole, _copied(mask_plan, calls, whole is not None), as_booleans))
 
 
 def _copied(mask_plan: MaskPlan, calls: Calls, packed: bool) -> int:
-    """`SplitPlan.copied` of these calls."""
+    """`SplitPlan.copied` of these calls, in bytes."""
     made = [(part, call) for part, call in zip(mask_plan.sub_calls, calls, strict=True) if call is not None]
     if packed:
         return sum(call.key.nbytes + call.value.nbytes for _, call in made)
@@ -97,9 +97,9 @@ def _copied(mask_plan: MaskPlan, calls: Calls, packed: bool) -> int:
 
 
 def _varlen(session: Session, mask_plan: MaskPlan, call: AttentionCall, slots: list[Slot]) -> Slot | None:
-    """The plan of one varlen call: only where every sub-call has the same decision, from the same source.
+    """One varlen call for all sub-calls, reusing their common decision.
 
-    None too while sub-calls are measured, one by one.
+    None where decisions differ, the backend has no varlen kernel or refuses, or autotune times the sub-calls.
     """
     plans = [slot.plan for slot in slots]
     if not varlen.packs(mask_plan) or len(plans) < 2 or plans[0].is_trial:
@@ -124,13 +124,13 @@ def _varlen(session: Session, mask_plan: MaskPlan, call: AttentionCall, slots: l
 
 
 def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
-    """Whether all sub-calls as one sample exceed the limits; each alone was accepted."""
+    """Whether the packed call exceeds the limits of varlen; each sequence's own request was accepted before."""
     whole = requests[0]._replace(
         batch=1,
-        q_len=sum(one.batch * one.q_len for one in requests),
-        kv_len=sum(one.batch * one.kv_len for one in requests),
+        q_len=sum(each.batch * each.q_len for each in requests),
+        kv_len=sum(each.batch * each.kv_len for each in requests),
     )
-    sequences = sum(one.batch for one in requests)
+    sequences = sum(each.batch for each in requests)
     most = limits.get(Batch)
     return bool(limits.reasons(whole)) or (most is not None and sequences > most.max)
 
@@ -138,11 +138,14 @@ def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
 def run_sub_calls(
     session: Session, split: SplitPlan, mask_plan: MaskPlan, call: AttentionCall, host: Host | None = None
 ) -> torch.Tensor:
-    """Run a call that was planned by `plan_sub_calls`; each sub-call can fall back alone.
+    """Run a call that `plan_sub_calls` planned; each sub-call can fall back alone.
 
     Args:
-        mask_plan: of this very call's mask; its facts are those that were planned for.
-        host: runs what the host would have run on one sub-call.
+        mask_plan: of this call's mask, with the facts that were planned for.
+        host: runs the host's own function on one sub-call.
+
+    Returns:
+        (batch, num_heads, q_len, v_head_dim); rows that see no key are zeros.
     """
     if split.as_booleans:
         mask_plan = mask_plan.booleans
@@ -151,25 +154,25 @@ def run_sub_calls(
         output = session.attention_varlen(split.varlen, call, mask_plan)
         if output is not None:
             return output
-        split.varlen, call.owned = None, owned  # not tried again in this session
+        split.varlen, call.owned = None, owned  # no second try in this session
     last = max((at for at, slot in enumerate(split.slots) if slot is not None), default=0)
     whole = mask_plan.empty_output(call)
     rows: list[Row] = []
     for at, (part, slot) in enumerate(zip(mask_plan.sub_calls, split.slots, strict=True)):
         if slot is None:
             continue
-        one = call_of(part, call)  # made when its turn comes: of gathered keys there is one copy at a time
+        sub_call = call_of(part, call)  # made here, so that one copy of gathered keys exists at a time
         if call.owned and at == last:
-            one.owned = True
-            call.query = call.key = call.value = None  # type: ignore[assignment]  # the sub-call has what it needs
+            sub_call.owned = True
+            call.query = call.key = call.value = None  # type: ignore[assignment]  # the sub-call has them
         if slot.plan.hosted:
-            one = hosted(one, host)
+            sub_call = hosted(sub_call, host)
         try:
-            output = slot.plan.compute(one)
+            output = slot.plan.compute(sub_call)
         except Exception as error:
-            output = session.recover(slot, one, error, host)
+            output = session.recover(slot, sub_call, error, host)
         whole = write_part(output, part, whole)
-        if not any(slot.plan.row is row for row in rows):  # the model made one call, however many sub-calls it has
+        if not any(slot.plan.row is row for row in rows):  # once per row: the model made one call
             rows.append(slot.plan.row)
             slot.plan.row.calls += 1
     if whole is None:

@@ -1,8 +1,7 @@
-"""Known trouble of inexact kernels by model family, and where to run exactly instead.
+"""Known trouble of inexact kernels by model family, with the calls that should run exactly instead.
 
-Data with the source of each row, and the rules by which it applies. An advisory is applied only if a person switches it
-on: it beats a default, never what a person set for a role or in a schedule (`Timetable.resolve`). Families
-are named as in `nodes/hook/roles.py`.
+A table, each row with the source of its claim. An advisory applies only if it is switched on; it beats a default, and
+loses to roles and schedule entries (`Timetable.resolve`). Families are named as in `nodes/hook/roles.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 QUANTIZED = tuple(backend.id for backend in BACKENDS.values() if backend.accuracy == "quantized")
 FP4 = tuple(name for name in QUANTIZED if BACKENDS[name].arithmetic == "fp4")
-INT8_AS_IT_IS = tuple(name for name in QUANTIZED if name not in FP4 and not BACKENDS[name].rotates)
+UNROTATED_INT8 = tuple(name for name in QUANTIZED if name not in FP4 and not BACKENDS[name].rotates)
 """Kernels that round query and key to INT8 without rotating their channels first (`Backend.rotates`)."""
 
 
@@ -34,13 +33,13 @@ class Advisory:
 
     families: tuple[str, ...]
     title: str
-    """The families as people know them."""
+    """Display name of the families."""
     what: str
-    """What runs exactly then, in a few words."""
+    """What runs exactly, as text."""
     where: ScheduleEntry
-    """The same as windows. Its backend is `auto`, which takes exact kernels only there."""
+    """The same as a schedule entry with backend `auto`, exact only."""
     kernels: str
-    """Those that it is about, in words."""
+    """The kernels that it warns of, as text."""
     backends: tuple[str, ...]
     """Their ids; with any other backend the advisory does not apply."""
     reason: str
@@ -50,7 +49,7 @@ class Advisory:
 
     @property
     def source_of_choice(self) -> str:
-        """The source of its calls' rows in a run report."""
+        """The source of its decisions in a run report."""
         return f"{RECOMMENDED}{self.title}: {self.what}"
 
     def applies_to(self, asked: str | None, accuracy: str) -> bool:
@@ -59,7 +58,7 @@ class Advisory:
             return asked in self.backends
         if accuracy == "exact":
             return False
-        return asked is not None or any(set(self.backends) & set(route.lossy) for route in PRIORITIES)
+        return asked is not None or any(set(self.backends) & set(priority.lossy) for priority in PRIORITIES)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as plain data."""
@@ -117,7 +116,7 @@ ADVISORIES: tuple[Advisory, ...] = (
         "the last 3 blocks exact",
         _where(blocks="blocks.last 3"),
         "INT8 kernels but `comfy_kitchen_int8`, which rotates channels before it rounds",
-        INT8_AS_IT_IS,
+        UNROTATED_INT8,
         "morphing near the end of a clip and garbled text: in the last blocks few channels of the keys are strong, and "
         "SageAttention's error is 5 % in block 49 of 50 against 2 % in block 44",
         "reported",
@@ -146,23 +145,23 @@ def for_family(family: str) -> tuple[Advisory, ...]:
 
 
 def lines_for(family: str, asked: str | None, accuracy: str) -> list[str]:
-    """What is recommended for a family, in words, and whether it matters with this default."""
+    """Text of a family's advisories, and whether each applies to this default."""
     if not for_family(family):
         known = ", ".join(name for advisory in ADVISORIES for name in advisory.families)
         return [f"nothing is recommended for family {family!r}; there is something for: {known}"]
     lines = []
-    for found in for_family(family):
+    for advisory in for_family(family):
         default = f"{asked or AUTO} with accuracy {accuracy}"
-        matters = f"applies to {default}" if found.applies_to(asked, accuracy) else f"changes nothing for {default}"
+        matters = f"applies to {default}" if advisory.applies_to(asked, accuracy) else f"changes nothing for {default}"
         lines.append(
-            f"recommended for {found.title}: {found.what}, instead of {found.kernels} ({found.reason}; "
-            f"{found.evidence}: {found.source}); {matters}"
+            f"recommended for {advisory.title}: {advisory.what}, instead of {advisory.kernels} ({advisory.reason}; "
+            f"{advisory.evidence}: {advisory.source}); {matters}"
         )
     return lines
 
 
 def unused_advisories(family: str, run_report: RunReport) -> list[str]:
-    """After a run: a note for each advisory that was off and would have changed a call of this run."""
+    """Notes after a run: each advisory that was off and would have changed a call."""
     layers = run_report.layers
     if not layers or any(layer.recommended for layer in layers):
         return []
@@ -193,7 +192,7 @@ def _is_masked(row: Row) -> bool:
 
 
 def note_without_advisory(family: str, layers: tuple[AttentionConfig, ...]) -> str:
-    """The note where advisories are on and the family has none; empty where kernels are exact anyway."""
+    """The note where advisories are on and the family has none; empty if kernels are exact anyway."""
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
     if (BACKENDS[asked].accuracy if asked is not None and asked in BACKENDS else accuracy) == "exact":
         return ""

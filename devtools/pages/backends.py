@@ -69,7 +69,7 @@ def support_page() -> str:
         "where a person allows more than exact.",
         _table(
             ("machine", "cards", "exact", "where quantized is allowed", "evidence", "source"),
-            [_route(route) for route in PRIORITIES],
+            [_priority_row(priority) for priority in PRIORITIES],
         ),
     ]
     parts += [
@@ -176,13 +176,13 @@ def _option(backend: Backend, option: Option) -> tuple[str, ...]:
     )
 
 
-def _route(route: Priority) -> tuple[str, ...]:
-    kinds = ", ".join(kind.upper() if kind != "rocm" else "ROCm" for kind in route.kinds)
-    if route.capabilities:
-        low, high = (".".join(map(str, card)) for card in route.capabilities)
-        kinds += f" {low} to {high}" if route.capabilities[0] > (0, 0) else f" to {high}"
-    lossy = _codes(route.lossy) if route.lossy else "the same"
-    return route.title, kinds, _codes(route.order), lossy, route.evidence, route.source
+def _priority_row(priority: Priority) -> tuple[str, ...]:
+    kinds = ", ".join(kind.upper() if kind != "rocm" else "ROCm" for kind in priority.kinds)
+    if priority.capabilities:
+        low, high = (".".join(map(str, card)) for card in priority.capabilities)
+        kinds += f" {low} to {high}" if priority.capabilities[0] > (0, 0) else f" to {high}"
+    lossy = _codes(priority.lossy) if priority.lossy else "the same"
+    return priority.title, kinds, _codes(priority.order), lossy, priority.evidence, priority.source
 
 
 def _names() -> Iterable[tuple[str, ...]]:

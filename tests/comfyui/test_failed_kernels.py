@@ -49,10 +49,10 @@ class Machine:
             name: self._backend(name, kernels.get(name, right)) for name in ("sdpa_math", "reference", "torch_sdpa")
         }
         self.router = Router(detect(CPU), {**BACKENDS, **mine})
-        self.router.route = self.router.route._replace(order=("reference", "torch_sdpa"))
+        self.router.priority = self.router.priority._replace(order=("reference", "torch_sdpa"))
         monkeypatch.setattr(sampling, "router_for", lambda device: self.router)
         outside = Router(detect(CPU), {**self.router.backends, "comfy": calls._Outside()})
-        outside.route = self.router.route
+        outside.priority = self.router.priority
         monkeypatch.setattr(calls, "router_for", lambda device=None: outside)
         monkeypatch.setattr(calls, "_thread", threading.local())  # sessions that nobody has used
         self.comfy: Callable[..., Any] = exact

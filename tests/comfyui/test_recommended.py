@@ -28,9 +28,9 @@ from attention_backends.backends.observe import observe  # noqa: E402
 from attention_backends.backends.observe.advisories import (  # noqa: E402
     ADVISORIES,
     FP4,
-    INT8_AS_IT_IS,
     NOT_USED,
     QUANTIZED,
+    UNROTATED_INT8,
     for_family,
     unused_advisories,
 )
@@ -88,7 +88,7 @@ def test_the_families_of_the_issue_have_a_row_each() -> None:
         "lumina2": ("masked calls", QUANTIZED),
         "ltx2": ("role cross", QUANTIZED),
         "ltxv": ("role cross", QUANTIZED),
-        "minimax_h3": ("blocks blocks.last 3", INT8_AS_IT_IS),
+        "minimax_h3": ("blocks blocks.last 3", UNROTATED_INT8),
         "wan": ("steps first 1,last 1", FP4),
     }
 
@@ -199,7 +199,7 @@ def test_after_a_kernel_has_failed_the_next_one_is_exact_too() -> None:
         raise RuntimeError("no")
 
     router = Router(detect(torch.device("cpu")), {**BACKENDS, EXACT: Kernel(EXACT, broken)})
-    router.route = router.route._replace(lossy=(INT8,), order=(EXACT, "sdpa_math"))
+    router.priority = router.priority._replace(lossy=(INT8,), order=(EXACT, "sdpa_math"))
     session = observe(Session(router, layers(default="auto", accuracy="quantized")))
     query = torch.randn(1, 2, 8, 16)
     call = AttentionCall(query, query, query)

@@ -245,4 +245,4 @@ class TestTRTLLM:
         assert "read back" in check(router.kernel("trtllm_attn"), call_for(self.REQUEST))
 
     def test_no_route_takes_it_by_itself(self, router):
-        assert "trtllm_attn" not in (*router.route.order, *router.route.lossy)
+        assert "trtllm_attn" not in (*router.priority.order, *router.priority.lossy)

@@ -29,7 +29,8 @@ from attention_backends.backends.doctor.probe import judge  # noqa: E402
 from attention_backends.backends.doctor.problems import problems, tensors  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
-from attention_backends.backends.observe.advisories import FP4, INT8_AS_IT_IS, QUANTIZED  # noqa: E402
+from attention_backends.backends.observe import observe  # noqa: E402
+from attention_backends.backends.observe.advisories import FP4, QUANTIZED, UNROTATED_INT8  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for, copied  # noqa: E402
 from tolerance import _fp4, _int8, _int8_fp8, error, truth  # noqa: E402
@@ -75,10 +76,8 @@ def test_an_error_is_judged_the_same_under_any_id_and_by_all(
     backend = Off(backend_id, arithmetic, share)
     with as_comfyui_runs():
         assert (judge(backend_id, CPU, {backend_id: backend}).status == "ok") is good, "probe"
-        session = Session(
-            Router(CPU, {**BACKENDS, backend_id: backend}, use_probe_results=False),
-            (AttentionConfig(AttentionSpec(backend_id), guard="watch"),),
-        )
+        router = Router(CPU, {**BACKENDS, backend_id: backend}, use_probe_results=False)
+        session = observe(Session(router, (AttentionConfig(AttentionSpec(backend_id), guard="watch"),)))
         call = call_for(AttentionRequest(1, 4, 130, 200, 64, "bfloat16"))
         slot = session.plan(CallKind(call.request(), "self", "self"))
         session.attention(slot, copied(call))
@@ -90,9 +89,9 @@ def test_an_error_is_judged_the_same_under_any_id_and_by_all(
 
 def test_a_trial_of_measured_has_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget that a candidate's first call is judged by is that of its arithmetic."""
-    from attention_backends.backends.observe.autotune import trial
+    from attention_backends.backends.observe.autotune import trial_plan
 
-    source = ast.parse(Path(trial.__file__).read_text(encoding="utf-8"))
+    source = ast.parse(Path(trial_plan.__file__).read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
     calls = [node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute)]
     assert "BUDGETS" not in names
@@ -183,8 +182,8 @@ def test_the_table_is_in_order_and_sees_an_empty_row() -> None:
 
 def test_recommendations_follow_from_arithmetic() -> None:
     assert FP4 == ("sage_attn_3",)
-    assert set(QUANTIZED) == {*FP4, *INT8_AS_IT_IS, "comfy_kitchen_int8"}
-    assert "emulated_int8" in INT8_AS_IT_IS
+    assert set(QUANTIZED) == {*FP4, *UNROTATED_INT8, "comfy_kitchen_int8"}
+    assert "emulated_int8" in UNROTATED_INT8
 
 
 def test_there_is_no_other_table() -> None:

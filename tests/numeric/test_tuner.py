@@ -343,7 +343,7 @@ def test_a_bad_lossy_trial_under_enforce_leaves_its_block_free(store: Store, sna
 def test_an_incumbent_that_is_not_exact_is_watched_while_it_is_measured(store: Store) -> None:
     lossy = Costed("sage_attn", None, lambda: 3.0, worse, "quantized")  # type: ignore[arg-type]
     machine = Machine(store, steady(torch_sdpa=4.0), accuracy="quantized", guard="enforce", others=[lossy])
-    machine.router.route = machine.router.route._replace(order=("sage_attn", INCUMBENT))
+    machine.router.priority = machine.router.priority._replace(order=("sage_attn", INCUMBENT))
     session, call = machine.begin(), small_call()
     slot = session.plan(CallKind(call.request(), "self", "self", "blocks.0"))
     assert (slot.plan.decision.backend, slot.plan.is_trial) == ("sage_attn", True)
@@ -419,7 +419,7 @@ def test_a_kernel_that_is_new_here_is_tried(store: Store) -> None:
 
 def test_one_kernel_under_two_names_is_tried_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(store, steady(torch_sdpa=3.0, flash_attn=2.0, flash_attn_2=2.0))
-    monkeypatch.setattr(machine.backends["flash_attn"], "member", lambda request, platform: "flash_attn_2")
+    monkeypatch.setattr(machine.backends["flash_attn"], "kernel_name", lambda request, platform: "flash_attn_2")
     machine.run(small_call())
     assert only_entry(store)["winner"] == "flash_attn"
     assert machine.backends["flash_attn_2"].calls == 0

@@ -92,7 +92,9 @@ def test_explain_lists_who_was_refused_and_why(capsys: pytest.CaptureFixture[str
 def test_explain_names_the_member_of_a_family(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
 ) -> None:
-    monkeypatch.setattr(type(BACKENDS["torch_sdpa"]), "member", lambda backend, request, platform: "one of several")
+    monkeypatch.setattr(
+        type(BACKENDS["torch_sdpa"]), "kernel_name", lambda backend, request, platform: "one of several"
+    )
     assert explain(capsys, "--platform", "cpu")["member"] == "one of several"
     assert main(["explain", "--platform", "cpu"]) == 0
     assert next(line for line in capsys.readouterr().out.splitlines() if "(one of several)" in line) == snapshot

@@ -241,7 +241,7 @@ def test_auto_is_exact_and_able_on_every_machine(machine: str, packages: str) ->
         decision = here.select(request, AUTO)
         assert BACKENDS[decision.backend].accuracy == "exact"
         assert here.reasons_against(decision.backend, request) == ()
-        assert decision.backend in here.route.order
+        assert decision.backend in here.priority.order
 
 
 # Layers of configuration

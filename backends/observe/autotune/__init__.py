@@ -1,1 +1,1 @@
-"""Measured choice: which backend is fastest for a kind of call, found out in real runs and kept."""
+"""Autotune: times backends in real runs and keeps the fastest for each kind of call."""

@@ -1,7 +1,4 @@
-"""Which backends autotune tries for a kind of call: those that `auto` may pick, each kernel once.
-
-Boundary: a router and facts in, names out.
-"""
+"""The candidates of autotune for a kind of call: backends that `auto` may pick, each kernel once."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from ...values.request import AttentionRequest
 from ...values.tolerance import ACCURACY
 
 MOST_SCORE_BYTES = 2**30
-"""On an accelerator, kernels that keep all scores are no candidates beyond this size: too slow, and they may evict
-models from the card."""
+"""On an accelerator, kernels that materialise all scores are no candidates beyond this size: too slow, and they may
+evict models from the card."""
 
 
 def candidates(
     router: Router, request: AttentionRequest, incumbent: str, accuracy: str, failed: Failures
 ) -> tuple[str, ...]:
-    """The incumbent, then the other backends that may run this call; one per kernel."""
+    """The incumbent, then the other backends that may run this call, each kernel once."""
     names = [incumbent]
     members = {_member(router, incumbent, request)}
     for name, backend in router.backends.items():

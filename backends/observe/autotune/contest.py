@@ -1,9 +1,9 @@
-"""A race of backends for one kind of call: whose turn it is, who is out and why, and who has won.
+"""Compares candidate backends for one kind of call: which one runs the next call, rejections, and the winner.
 
-Times come from outside, and may come late: on a GPU they are read after the work is done. A call that is tried has to
-be computed anyway, so what a trial costs is how much slower a candidate is than the incumbent, which `auto` would take.
+Times are passed in, on a GPU after the work is done. A trial computes a call that is needed anyway, so its cost is the
+difference to the incumbent, the backend that `auto` would take.
 
-Boundary: names and milliseconds; it runs nothing and knows no clock. Who calls it is `tuner.py`.
+Only names and milliseconds: `tuner.py` runs kernels and clocks.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from ...values.request import AttentionRequest
 from .entry import Entry
 
 BUDGET = 12.0
-"""What trials of one candidate may take, in calls of the incumbent; its first call counts, which may compile."""
+"""Time for trials of one candidate, in calls of the incumbent; includes its first call, which may compile."""
 SMALLEST_MS = 1.0
-"""Calls that take less are not tuned: there is nothing to gain."""
+"""Calls below this are not tuned."""
 TOO_SMALL = f"under {SMALLEST_MS:g} ms, not tuned"
 GAIN = 0.02
-"""The incumbent stays unless another is faster by more than this."""
+"""A candidate must be faster than the incumbent by more than this share."""
 TOO_SLOW = 2.0
-"""A candidate is dropped when three calls, the first among them, each take this many times the incumbent's time."""
+"""A candidate is rejected when three calls, its first included, each exceed this many times the incumbent's time."""
 PLAINLY_SLOW = 4.0
-"""Two calls that agree are enough up to this many times the incumbent's time: more may be compiling or a hold-up."""
+"""Two calls that agree suffice up to this many times the incumbent's time; above, they may be outliers or compiling."""
 SAME = 1.1
-"""Two calls agree if their times differ by no more than this factor: one that compiled hardly agrees with the next."""
+"""Two calls agree within this factor; a call that compiled rarely agrees with the next."""
 CLOSE = 1.25
-"""A candidate's time is known when two calls after the first are within this factor of each other."""
+"""A candidate's time is known once two calls after the first are within this factor."""
 HOPELESS = 1.25
-"""A candidate whose median is so much above the best one's, after `FEWEST` calls each, is not tried further."""
+"""A candidate whose median is this many times the best, after `FEWEST` calls each, gets no more trials."""
 FEWEST = 5
-"""Times whose median counts. Of fewer, and the first call, the lower middle does: one outlier must not decide."""
+"""Times needed for a median. Of fewer, with the first call, the lower median is used: one outlier must not decide."""
 BASELINE = 3
-"""Times of the incumbent, after its first call, before anything is tried."""
+"""Times of the incumbent, after its first call, before the first trial."""
 MOST_WAITING = 8
-"""Times of the incumbent that may be on their way at once, before the first one is there."""
+"""Most pending times of the incumbent before the first one arrives."""
 MOST_TRIALS = 32
-"""Times of a candidate, however fast it is."""
+"""Max timed calls per candidate."""
 MOST_TIMES = 60
-"""Times of the incumbent that are kept."""
+"""Max timed calls of the incumbent."""
 MOST_DEFERRALS = 3
-"""A candidate whose time is not known when its budget is spent is tried again in a later run, until it was put off so
-often: once for compiling, once for a hold-up."""
+"""A candidate whose time is unknown when its budget is spent is deferred to a later run, at most this often: compiling
+and an outlier can each cost one."""
 
 
 class CandidateTimes:
-    """One backend in the race."""
+    """Times of one backend in a contest."""
 
     __slots__ = ("deferred", "first", "out", "spent", "started", "times", "waiting")
 
@@ -60,25 +60,25 @@ class CandidateTimes:
         self.times: list[float] = []
         self.spent = 0.0
         self.waiting = 0
-        """Calls whose times are on their way."""
+        """Calls whose times are pending."""
         self.out: str | None = None
         """Why it is rejected."""
         self.deferred = False
 
     @property
     def figure(self) -> float | None:
-        """What a call of it takes, in milliseconds, as far as that is known."""
+        """Estimate of its milliseconds per call; None without a time."""
         if len(self.times) >= FEWEST or not self.times:
             return median(self.times) if self.times else None
         return median_low([*self.times] if self.first is None else [self.first, *self.times])
 
     @property
     def is_known(self) -> bool:
-        """Whether two calls after the first, which may compile, bear each other out: one may have been held up."""
+        """Whether two calls after the first agree; a single time may be an outlier."""
         return len(self.times) > 1 and sorted(self.times)[1] <= CLOSE * min(self.times)
 
     def is_too_slow(self, usual: float) -> bool:
-        """Whether neither compiling nor one hold-up explains its times; a call of the incumbent takes `usual`."""
+        """Whether it is too slow beyond compiling and one outlier; `usual`: milliseconds of the incumbent."""
         times = self.times if self.first is None else [self.first, *self.times]
         if min(times) <= TOO_SLOW * usual:
             return False
@@ -86,7 +86,7 @@ class CandidateTimes:
 
 
 class Contest:
-    """Candidates for one kind of call. Not safe to share between threads: `tuner.py` holds a lock."""
+    """Candidates for one kind of call. Not thread-safe: `tuner.py` uses the store's lock."""
 
     def __init__(
         self,
@@ -98,10 +98,10 @@ class Contest:
     ) -> None:
         """
         Args:
-            place: environment, accuracy allowed and key, see `Entry.place`.
-            request: the calls that are timed: others in the same bucket take another time.
+            location: environment, allowed accuracy and key, see `Entry.location`.
+            request: only calls with these facts are timed: others in the bucket take another time.
             candidates: without the incumbent.
-            before: what an earlier run found, where only candidates that it put off are left to try.
+            before: the stored entry, if this contest retries its deferred candidates.
         """
         self.location = location
         self.request = request
@@ -109,33 +109,33 @@ class Contest:
         self.candidate_times = {name: CandidateTimes() for name in (incumbent, *candidates)}
         self.before = before
         self.owner: object = None
-        """Who began it: in that run, trials are spread over a few steps."""
+        """The tuner that began it: in its run, trials are spread over a few steps."""
         self.entry: Entry | None = None
-        """The outcome; None while it goes on."""
+        """The outcome; None while it is open."""
         self.ended: str | None = None
-        """Why it ended without an outcome; None where it did not."""
+        """Why it ended without an outcome; None otherwise."""
         self._baseline: list[float] = []
         self._turns: list[str] = []
         self._rounds = 0
 
     @property
     def is_open(self) -> bool:
-        """Whether there is still something to find out."""
+        """Whether it has neither an outcome nor ended without one."""
         return self.entry is None and self.ended is None
 
     @property
     def typical(self) -> float | None:
-        """What a call of the incumbent takes, in milliseconds; None while that is not known."""
+        """Median milliseconds of the incumbent; None while unknown."""
         times = self.candidate_times[self.incumbent].times
         if len(times) >= BASELINE:
             return median(times)
         return median([*self._baseline, *times]) if len(self._baseline) >= BASELINE else None
 
     def next(self, share: float, refused: Collection[str] = ()) -> str | None:
-        """Who is to compute and to be timed on this call; None where the incumbent computes it untimed.
+        """The backend that runs and times the next call; None: the incumbent runs it untimed.
 
         Args:
-            share: how much of the budget may be used by now, 0 to 1.
+            share: of the budget that may be used by now, 0 to 1.
             refused: candidates that cannot run this very call.
         """
         usual = self.typical
@@ -144,7 +144,7 @@ class Contest:
         if share <= 0:
             return None
         able = [name for name in self._live(usual) if self._may(name, usual, share) and name not in refused]
-        if not able:  # the incumbent computes these calls anyway, and more of its times cost nothing
+        if not able:  # more times of the incumbent cost nothing
             mine = self.candidate_times[self.incumbent]
             return self.incumbent if len(mine.times) + mine.waiting < MOST_TIMES else None
         for _ in range(2):
@@ -156,7 +156,7 @@ class Contest:
         return None
 
     def _new_round(self, able: list[str]) -> list[str]:
-        """Everybody once; who comes first changes from round to round, and so does the direction."""
+        """Each backend once; start and direction change from round to round, against drift."""
         names = [self.incumbent, *able]
         turn = self._rounds // 2 % len(names)
         names = names[turn:] + names[:turn]
@@ -164,7 +164,7 @@ class Contest:
         return names if self._rounds % 2 else names[::-1]
 
     def _live(self, usual: float) -> list[str]:
-        """Candidates that are still to be tried."""
+        """Candidates that still need trials."""
         live = [
             name
             for name, candidate in self.candidate_times.items()
@@ -176,7 +176,7 @@ class Contest:
         return [] if len(live) == 1 and self._is_ahead(live[0]) else live
 
     def _is_ahead(self, name: str) -> bool:
-        """Whether this one has won already, by far."""
+        """Whether it leads every other by `HOPELESS`, after 2 * `FEWEST` calls."""
         mine = self.candidate_times[name]
         others = [
             one.times for other, one in self.candidate_times.items() if other != name and one.out is None and one.times
@@ -194,24 +194,24 @@ class Contest:
 
     def _may(self, name: str, usual: float, share: float) -> bool:
         candidate = self.candidate_times[name]
-        if candidate.waiting and not candidate.times:  # it may be very slow: one call at a time
+        if candidate.waiting and not candidate.times:  # until its first time is known, one call at a time
             return False
         each = candidate.figure or usual
         return candidate.spent + (candidate.waiting + 1) * each <= share * BUDGET * usual
 
     def begin(self, name: str) -> bool:
-        """A timed call of this one begins; true where it is its first."""
+        """Count a timed call that begins; True if it is the first of this backend."""
         candidate = self.candidate_times[name]
         candidate.waiting += 1
         first, candidate.started = not candidate.started, True
         return first
 
     def untimed(self, name: str) -> None:
-        """A call that began gives no time."""
+        """Withdraw a call that began and has no time."""
         self.candidate_times[name].waiting = max(0, self.candidate_times[name].waiting - 1)
 
     def record_time(self, name: str, ms: float) -> None:
-        """The time of one call that began."""
+        """Add the milliseconds of a call that began."""
         candidate = self.candidate_times[name]
         self.untimed(name)
         if not self.is_open or candidate.out is not None:
@@ -235,12 +235,12 @@ class Contest:
         self._end_if_done()
 
     def reject(self, name: str, reason: str) -> None:
-        """A candidate is out."""
+        """Reject a candidate."""
         self.candidate_times[name].out = reason
         self._end_if_done()
 
     def forget_waiting(self) -> None:
-        """At the end of a run: times that have not come will not come."""
+        """At the end of a run: drop pending times."""
         for candidate in self.candidate_times.values():
             candidate.waiting = 0
 
@@ -253,7 +253,7 @@ class Contest:
         self.entry = self._outcome(usual)
 
     def end(self) -> None:
-        """End it now; who was not measured yet is put off."""
+        """End it now; candidates without a known time are deferred."""
         if (usual := self.typical) is not None:
             self.entry = self._outcome(usual)
 
@@ -269,7 +269,7 @@ class Contest:
         for name in [name for name, count in deferred.items() if count >= MOST_DEFERRALS]:
             candidate = self.candidate_times[name]
             if candidate.times and candidate.first is not None:
-                measured[name] = min(candidate.first, *candidate.times)
+                measured[name] = min(candidate.first, *candidate.times)  # one outlier must not reject a kernel
             else:
                 took = f"{candidate.spent:.3g} ms > {BUDGET:g} x {usual:.3g} ms of {self.incumbent}"
                 rejected[name] = f"its first calls took {took}"
@@ -289,13 +289,13 @@ class Contest:
 
 
 def _winner(ms: Mapping[str, float], incumbent: str) -> str:
-    """The fastest, or the incumbent where that is hardly slower."""
+    """The fastest, or the incumbent where the gain is at most `GAIN`."""
     best = min(ms, key=ms.__getitem__)
     return best if ms[best] < (1 - GAIN) * ms.get(incumbent, float("inf")) else incumbent
 
 
 def without_winner(entry: Entry, reason: str) -> Entry:
-    """The entry after its winner failed in a run: it is out, and the next best wins."""
+    """The entry without its winner, which failed in a run; the next fastest wins."""
     ms = {name: each for name, each in entry.ms.items() if name != entry.winner}
     rejected = {**entry.rejected, entry.winner: reason}
     return entry._replace(winner=_winner(ms, entry.incumbent), ms=ms, rejected=rejected, written=round(time(), 3))

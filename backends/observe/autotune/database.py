@@ -1,7 +1,6 @@
-"""The SQLite file of measured choices: its one table, a transaction for each access, and what becomes of a bad file.
+"""The SQLite file of autotune: one table, one transaction per access; a damaged file is renamed and replaced.
 
-Boundary: it knows SQLite and text; what the text says is in `entry.py`, and what happens where the file cannot be used
-is for `store.py` to say.
+Rows are text; `entry.py` reads them, `store.py` handles errors.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from pathlib import Path
 
 SCHEMA = 1
 MOST = 1000
-"""Entries kept; the oldest go first. All of them make a document of less than 4 MiB."""
+"""Entries kept; the oldest are deleted first. A document of all of them is below 4 MiB."""
 BUSY_SECONDS = 2.0
-"""How long one access waits for another process."""
+"""Seconds that one access waits for another process's lock."""
 
 TABLE = (
     "CREATE TABLE measured (environment TEXT NOT NULL, accuracy TEXT NOT NULL, key TEXT NOT NULL, "
     "written REAL NOT NULL, entry TEXT NOT NULL, PRIMARY KEY (environment, accuracy, key))"
 )
 MOST_BYTES = 32 << 20
-"""Of the file; a full one has less than a tenth of it."""
+"""Of the file; with all entries it has less than a tenth of this."""
 LONGEST_ENTRY = 512 << 10
-"""Characters of one entry; the longest that `entry.py` allows has half of it."""
+"""Characters of one entry; twice what `entry.py` allows."""
 SELECT = (
     f"SELECT CASE WHEN typeof(entry) = 'text' AND length(entry) <= {LONGEST_ENTRY} THEN entry ELSE '' END "  # noqa: S608
     "FROM measured"
@@ -33,23 +32,23 @@ UPSERT = "INSERT OR REPLACE INTO measured VALUES (?, ?, ?, ?, ?)"
 PRUNE = f"DELETE FROM measured WHERE rowid NOT IN (SELECT rowid FROM measured ORDER BY written DESC LIMIT {MOST})"  # noqa: S608
 
 Row = tuple[str, str, str, float, str]
-"""Environment, accuracy, key, when it was written, and the whole entry."""
+"""Environment, accuracy, key, time written (seconds since 1970), entry as JSON."""
 
 
 class OtherVersionError(Exception):
-    """The file is not of this version's schema; the version stands in the message."""
+    """The file has another schema version, which the message names."""
 
 
 class Database:
-    """One file; each access opens it anew."""
+    """One file, opened at each access."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """`say` is told what became of a file that could not be read."""
+        """`say` gets a message if a file cannot be read and is set aside."""
         self.path = path
         self._say = say
 
     def read(self, where: str, values: tuple[str, ...]) -> list[str]:
-        """The entries that fit, newest first; none where there is no file. What is no text, or too long, is empty."""
+        """Entries that match `where`, newest first; an entry that is no text, or too long, is an empty text."""
         if not self.path.exists():
             return []
         with self._opened(write=False) as file:
@@ -57,7 +56,7 @@ class Database:
             return [text for (text,) in rows]
 
     def write(self, rows: list[Row]) -> None:
-        """Keep rows, each in place of any other of its kind; the oldest go where there are too many."""
+        """Insert or replace rows; the oldest are deleted above `MOST`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._opened(write=True) as file:
             file.executemany(UPSERT, rows)
@@ -71,13 +70,13 @@ class Database:
             self._shrink()
 
     def _shrink(self) -> None:
-        """Give the disk back what a cleared file took; where another process reads it now, that is for next time."""
+        """Shrink a cleared file; skipped while another process reads it."""
         with suppress(sqlite3.Error), closing(self._connect()) as file:
             file.execute("VACUUM")
 
     @contextmanager
     def _opened(self, *, write: bool) -> Iterator[sqlite3.Connection]:
-        """One transaction on the file; a file that is damaged or of another version is set aside first."""
+        """One transaction; a file that is damaged or of another version is set aside first."""
         try:
             file = self._connected(write)
         except (sqlite3.DatabaseError, OtherVersionError) as error:
@@ -96,7 +95,7 @@ class Database:
             file.close()
 
     def _connect(self) -> sqlite3.Connection:
-        # No WAL: on a network's file system it is not safe, and so little is written that nobody waits long.
+        # No WAL: it is unsafe on network file systems, and writes are few.
         file = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         file.text_factory = lambda text: text.decode(errors="replace")
         return file
@@ -114,17 +113,17 @@ class Database:
             objects = "SELECT name, sql FROM sqlite_master WHERE type != 'index' AND name NOT LIKE 'sqlite_%'"
             made = dict(file.execute(objects).fetchall())
             if version == 0 and not made:
-                if not write:  # two processes that both go on from reading to writing would wait for each other
+                if not write:  # upgrading a read lock could deadlock two processes
                     file.close()
                     return self._connected(write=True)
                 file.execute(TABLE)
                 file.execute(f"PRAGMA user_version = {SCHEMA}")
             elif version != SCHEMA:
                 raise OtherVersionError(f"schema {version} is not {SCHEMA}")
-            elif made != {"measured": TABLE}:  # another column would fail at each access, a trigger change what is kept
+            elif made != {"measured": TABLE}:  # another column or a trigger would break each access
                 raise sqlite3.DatabaseError(f"it has {', '.join(made) or 'nothing'} and not the one table of this pack")
             else:
-                (verdict,) = file.execute("PRAGMA quick_check(1)").fetchone()  # it reads every page: milliseconds
+                (verdict,) = file.execute("PRAGMA quick_check(1)").fetchone()  # reads every page: milliseconds
                 if verdict != "ok":
                     raise sqlite3.DatabaseError(verdict)
         except BaseException:
@@ -133,16 +132,16 @@ class Database:
         return file
 
     def _set_aside(self, error: Exception) -> None:
-        """Rename a file that cannot be understood, with its journal, so that a new one can take its place."""
+        """Rename an unreadable file and its journals, so that a new one can be made."""
         kind = "other-version" if isinstance(error, OtherVersionError) else "damaged"
         try:
             self._connected(write=False).close()
         except sqlite3.OperationalError:
-            raise  # locked, by one who makes a new one
+            raise  # locked by a process that makes a new one
         except (sqlite3.DatabaseError, OtherVersionError):
             pass
         else:
-            return  # another process was faster, and the file is a new one
+            return  # another process has replaced it already
         number, aside = 1, self.path.with_name(f"{self.path.name}.{kind}")
         while aside.exists():
             number += 1

@@ -1,7 +1,4 @@
-"""One measured choice as plain data: what was measured, what was refused and why, and the documents that carry it.
-
-Boundary: values and their checks; files are in `database.py`.
-"""
+"""One result of autotune as plain data: times, rejections, winner; and documents of many, for import and export."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ Value = TypeVar("Value")
 FORMAT = "attention_backends.measured"
 VERSION = 1
 MOST_BYTES, MOST_VALUES = 4 << 20, 200_000
-"""Of a document, and of the values in it: the most choices that a store keeps, each with long reasons."""
+"""Limits of a document: a full store, each entry with long reasons."""
 MOST_NAMES = 64
 LEAST_MS = 1e-4
-"""Times are kept to this."""
+"""Resolution of stored times."""
 KEY_TYPES: dict[str, type] = {
     name: str if name in ("role", "dtype", "mask") else bool if name in ("is_causal", "exact_only") else int
     for name in TuningKey._fields
@@ -38,16 +35,16 @@ class Entry(NamedTuple):
     key: TuningKey
     environment: str
     accuracy: str
-    """The least exact class that was allowed."""
+    """The least exact class allowed."""
     winner: str
     incumbent: str
-    """What `auto` would take."""
+    """The backend that `auto` would take."""
     ms: dict[str, float]
     """Median milliseconds of each candidate that was measured."""
     rejected: dict[str, str]
-    """Candidates that are out, each with its reason."""
+    """Rejected candidates, each with the reason."""
     deferred: dict[str, int]
-    """Candidates that were too slow to start; a later run tries them again. How often that happened."""
+    """Candidates whose budget ended before their time was known, each with how often; a later run tries them again."""
     written: float
     """Seconds since 1970."""
     origin: str = "run"
@@ -55,16 +52,16 @@ class Entry(NamedTuple):
 
     @property
     def location(self) -> tuple[str, str, TuningKey]:
-        """What it is found by."""
+        """The key of the store."""
         return self.environment, self.accuracy, self.key
 
     @property
     def known(self) -> set[str]:
-        """Every candidate that it says something about."""
+        """Every candidate that it has a time, a rejection or a deferral of."""
         return {*self.ms, *self.rejected, *self.deferred}
 
     def summary(self) -> str:
-        """What was found, for reports: `3.1 ms, 12 % faster than torch_sdpa, 4 candidates`."""
+        """The result for reports: `3.1 ms, 12 % faster than torch_sdpa, 4 candidates`."""
         ms = self.ms[self.winner]
         count = f"{len(self.known)} candidate{'s' if len(self.known) != 1 else ''}"
         before = self.ms.get(self.incumbent)
@@ -73,7 +70,7 @@ class Entry(NamedTuple):
         return f"{ms:.3g} ms, {100 * (1 - ms / before):.0f} % faster than {self.incumbent}, {count}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; the fields of the key stand beside the others."""
+        """Plain data, with the fields of the key among the others."""
         return {
             **self.key._asdict(),
             "environment": self.environment,
@@ -97,7 +94,7 @@ def read_document(data: object, most: int) -> list[Entry]:
     """The entries of a document.
 
     Raises:
-        ValueError: it is not as `document` writes it; the message says where.
+        ValueError: it differs from what `document` writes; the message says where.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"not a document of measured choices: format must be {FORMAT!r}")
@@ -116,10 +113,10 @@ def read_document(data: object, most: int) -> list[Entry]:
 
 
 def read(data: object) -> Entry:
-    """One entry from plain data; what else stands there is left out.
+    """One entry from plain data; unknown fields are ignored.
 
     Raises:
-        ValueError: a field is missing or of another kind; the message names it.
+        ValueError: a field is missing or of the wrong type; the message names it.
     """
     fields = Fields(data)
     readers: dict[type, Callable[[str], Any]] = {
@@ -142,7 +139,7 @@ def read(data: object) -> Entry:
     fields.one_of("mask", MASK_KINDS)
     if entry.winner not in entry.ms:
         raise fields.wrong("winner", f"{entry.winner!r} has no time in ms")
-    try:  # JSON's escapes can make half of a character; SQLite takes none
+    try:  # JSON escapes can make lone surrogates, which SQLite refuses
         json.dumps(entry.as_dict(), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise fields.wrong("", f"a text has half of a character: {error.reason}") from error

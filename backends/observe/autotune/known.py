@@ -1,7 +1,4 @@
-"""What the store would choose, without a run; for the command `explain`.
-
-Boundary: a store and facts in, a decision out; in a run `Tuner.plan` reads the store.
-"""
+"""What the store would choose, without running (`explain`); in a run `Tuner.plan` reads the store."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 def with_store(
     decision: Decision, request: AttentionRequest, role: str, category: str, accuracy: str, router: Router, store: Store
 ) -> Decision:
-    """The decision of a run: `decision` (what `auto` takes), or the stored winner if there is one that can run."""
+    """The decision for the stored winner if it can run, else `decision`, which is `auto`'s."""
     if decision.asked != AUTOTUNE or router.platform.described:
         return decision
     for name in (role, category):

@@ -1,11 +1,9 @@
-"""Which backend was measured fastest for which kind of call: one small SQLite file, kept over runs and shared.
+"""The store of autotune: the fastest backend for each kind of call, in one SQLite file that processes share.
 
-An entry belongs to one environment (card, driver, torch and kernel packages, our version), one accuracy that was
-allowed and one `TuningKey`. Reading and writing never fail: where the file cannot be used, a message says so once,
-what is new stays in memory, and goes into the file as soon as that works again. What a person asks for by hand
-(`save`, `clear`, `import_`) raises instead.
-
-Boundary: what is kept, and when the file is tried; SQLite is in `database.py`, who measures, and when, in `tuner.py`.
+An entry belongs to one environment (card, driver, torch and kernel packages, our version), one allowed accuracy and one
+`TuningKey`. Reading and writing during a run never raise: if the file cannot be used, that is logged once, and new
+entries stay in memory until it can. `save`, `clear` and `import_`, which a person calls, raise. SQLite is in
+`database.py`, trials are in `tuner.py`.
 """
 
 from __future__ import annotations
@@ -35,61 +33,61 @@ if TYPE_CHECKING:
 __all__ = ["FILE", "VARIABLE", "Store", "default_path", "environment_of", "path_in", "shared_store"]
 
 VARIABLE = "ATTENTION_BACKENDS_AUTOTUNE"
-"""Names another file than the usual one."""
+"""Path of another file than the default."""
 OLD_VARIABLE = "ATTENTION_BACKENDS_MEASURED"
-"""Its older name; `VARIABLE` wins where both are set."""
+"""Older name of `VARIABLE`, which wins if both are set."""
 FILE = "measured.sqlite3"
 
 log = logging.getLogger("attention_backends")
 
 REST_SECONDS = 30.0
-"""After a failure the file is left alone for so long, so that a locked one does not hold up a run at each call."""
+"""Pause after a failure, so that a locked file does not delay every call of a run."""
 
 Result = TypeVar("Result")
 
 
 class Store:
-    """The entries of one file. Safe to share between threads; each access opens the file anew."""
+    """The entries of one file. Thread-safe; each access opens the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
         self._database = Database(self.path, self._say)
         self.lock = RLock()
         self.contests: dict[tuple[str, str, TuningKey], Contest] = {}
-        """What this process is measuring; `tuner.py` keeps it here because every run shares it."""
+        """Open contests of this process, which runs share."""
         self.here: set[str] = set()
         """Environments of this process."""
         self.problem: str | None = None
-        """Why the file cannot be used, or what became of a damaged one; None where all is well."""
+        """Why the file cannot be used, or that a damaged one was set aside; None otherwise."""
         self._unsaved: dict[tuple[str, str, TuningKey], Entry] = {}
         self._said: set[str] = set()
         self._rests: dict[bool, float] = {}
-        """Until when the file is left alone after it could not be read (False) or written (True)."""
+        """End of the pause after a failed read (False) or write (True), by the monotonic clock."""
 
     def get(self, key: TuningKey, environment: str, accuracy: str) -> Entry | None:
-        """The entry for calls of this kind, or None."""
+        """The entry of a key, or None."""
         with self.lock:
             unsaved = self._unsaved.get((environment, accuracy, key))
         if unsaved is not None:
             return unsaved
         where = "WHERE environment = ? AND accuracy = ? AND key = ?"
-        found = self._read(where, (environment, accuracy, json.dumps(key)))
-        return found[0] if found else None
+        entries = self._read(where, (environment, accuracy, json.dumps(key)))
+        return entries[0] if entries else None
 
     def put(self, entry: Entry) -> None:
-        """Keep an entry in place of any other of its kind."""
+        """Store an entry, replacing the one of its location."""
         with self.lock:
             self._unsaved[entry.location] = entry
             self.flush()
 
     def flush(self) -> None:
-        """Write what could not be written before."""
+        """Write entries that could not be written before."""
         with self.lock:
             if self._unsaved and not self._is_resting(write=True):
                 self._trying(lambda: self._write(list(self._unsaved.values())), write=True)
 
     def save(self) -> None:
-        """Have a file, with all that is known, for a person who waits for that.
+        """Write all entries now.
 
         Raises:
             OSError, sqlite3.Error: the file cannot be written.
@@ -98,7 +96,7 @@ class Store:
             self._write(list(self._unsaved.values()))
 
     def entries(self) -> list[dict[str, Any]]:
-        """Every entry as plain data, newest first; `here` is true where it holds for this process."""
+        """Every entry as plain data, newest first; `here`: it is of this process's environment."""
         here = self._environments()
         return [{**entry.as_dict(), "here": entry.environment in here} for entry in self._all()]
 
@@ -117,7 +115,7 @@ class Store:
 
     @contextmanager
     def _by_hand(self) -> Iterator[None]:
-        """What a person asked for: it does not wait until the file is tried again, and ends what was wrong before."""
+        """For what a person asks for: ignores the pause, and clears an earlier problem on success."""
         with self.lock:
             self._rests = dict.fromkeys(self._rests, 0.0)
             before = self.problem
@@ -128,14 +126,14 @@ class Store:
                 self.problem = None
 
     def export(self) -> dict[str, Any]:
-        """Every entry in one document that `import_` takes, here or elsewhere."""
+        """Every entry as a document for `import_`."""
         return measured_entry.document(self._all())
 
     def import_(self, document: object) -> int:
-        """Take over the entries of an exported document; returns how many. Entries of other machines are kept too.
+        """Add the entries of an exported document, those of other machines too; returns how many.
 
         Raises:
-            ValueError: something in it is not as an export has it; then nothing is changed.
+            ValueError: the document is invalid; then nothing is changed.
             OSError, sqlite3.Error: the file cannot be written; then nothing is changed.
         """
         entries = measured_entry.read_document(document, MOST)
@@ -144,7 +142,7 @@ class Store:
         return len(entries)
 
     def summary(self) -> dict[str, Any]:
-        """The file's name, entries in all and for this process, size in bytes, and what is wrong with it or None."""
+        """Name of the file, bytes, number of entries in all and of this environment, and the problem or None."""
         entries, here = self._all(), self._environments()
         return {
             "path_name": self.path.name,
@@ -162,24 +160,24 @@ class Store:
         return self.here
 
     def _all(self) -> list[Entry]:
-        """What is in the file and what is not there yet, newest first."""
+        """Entries of the file and unsaved ones, newest first."""
         with self.lock:
             self.flush()
-            found = {entry.location: entry for entry in self._read("", ())}
-            found.update(self._unsaved)
-            return sorted(found.values(), key=lambda entry: -entry.written)
+            entries = {entry.location: entry for entry in self._read("", ())}
+            entries.update(self._unsaved)
+            return sorted(entries.values(), key=lambda entry: -entry.written)
 
     def _read(self, where: str, values: tuple[str, ...]) -> list[Entry]:
         with self.lock:
             resting = self._is_resting(write=False)
             texts = None if resting else self._trying(lambda: self._database.read(where, values), write=False)
-        found = []
+        entries = []
         for text in texts or ():
             try:
-                found.append(measured_entry.read(json.loads(text)))
+                entries.append(measured_entry.read(json.loads(text)))
             except (ValueError, RecursionError) as error:
                 self._say(f"an entry of {self.path.name} cannot be understood and is left out: {error}")
-        return found
+        return entries
 
     def _write(self, entries: list[Entry]) -> None:
         self._database.write(
@@ -188,11 +186,11 @@ class Store:
         self._unsaved.clear()
 
     def _is_resting(self, *, write: bool) -> bool:
-        """Whether it is too early to try; a file that is read-only or full can still be read."""
+        """Whether the pause after a failure lasts; a read-only file can still be read."""
         return monotonic() < max(self._rests.get(False, 0.0), self._rests.get(True, 0.0) if write else 0.0)
 
     def _trying(self, work: Callable[[], Result], *, write: bool) -> Result | None:
-        """Do it; where the file cannot be used say why, once, and give None."""
+        """The result of `work`; if the file cannot be used, log that once and return None."""
         try:
             done = work()
         except (sqlite3.Error, OSError) as error:
@@ -203,7 +201,7 @@ class Store:
             )
             return None
         if self._rests:
-            self._rests.pop(False, None)  # what can be written can be read
+            self._rests.pop(False, None)  # reading works again
             if write:
                 self._rests.clear()
             if not self._rests:
@@ -222,7 +220,7 @@ _stores_lock = RLock()
 
 
 def shared_store(path: Path) -> Store:
-    """The store of a file, one for the whole process."""
+    """The store of a file, one per process."""
     path = Path(os.path.abspath(path))
     with _stores_lock:
         if path not in _stores:
@@ -231,7 +229,7 @@ def shared_store(path: Path) -> Store:
 
 
 def default_path() -> Path:
-    """The file of programs other than ComfyUI: as the variables say, else in the user's cache folder."""
+    """The file outside ComfyUI: as the variables say, else in the user's cache folder."""
     return _given() or remembered.path().with_name(FILE)
 
 
@@ -241,6 +239,6 @@ def path_in(user_directory: str | Path) -> Path:
 
 
 def _given() -> Path | None:
-    """The file that one of the variables names; None where neither is set."""
+    """The file that a variable names; None if neither is set."""
     given = os.environ.get(VARIABLE, "").strip() or os.environ.get(OLD_VARIABLE, "").strip()
-    return Path(os.path.expanduser(given)) if given else None  # a home that is not there stays as it is written
+    return Path(os.path.expanduser(given)) if given else None  # an unknown ~user is left unchanged

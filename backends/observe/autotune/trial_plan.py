@@ -1,10 +1,8 @@
-"""The plan of a kind of call that is being measured: candidates take turns, each call is computed once.
+"""The plan of a kind of call whose kernel is still being chosen: candidates take turns, each call is computed once.
 
-The row and the decision of the plan are those of the candidate that computed the latest call, so that the run report
-counts it there. A candidate that fails, runs out of memory or is too inexact is out, and the incumbent computes the
-call from the same tensors.
-
-Boundary: one slot, its calls and its race; `tuner.py` says when trials are made.
+`TrialPlan.decision` and `row` are those of the kernel that ran the latest call, so that counts go to it. A candidate
+that fails, runs out of memory or exceeds its error budget is rejected, and the incumbent computes the call from the
+same tensors. `tuner.py` decides when a slot gets such a plan.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ LONGEST_REASON = 300
 
 
 class TrialPlan(Plan):
-    """Runs the calls of one slot until the race is decided; then the slot gets the winner's plan."""
+    """Runs the calls of one slot until the contest is decided; then the slot gets the winner's plan."""
 
     __slots__ = ("_contest", "_decided", "_plans", "_ran", "_refused", "_slot", "_tuner", "_usual")
 
@@ -89,7 +87,7 @@ class TrialPlan(Plan):
         return self._usually(call) if output is None else output
 
     def _is_refused(self) -> bool:
-        """Whether the guard has taken this block from kernels that are not exact."""
+        """Whether the guard refuses inexact kernels in this role and block."""
         guard = self._tuner.guard
         return guard is not None and guard.refusal(self.kind.role, self.kind.block) is not None
 
@@ -107,13 +105,13 @@ class TrialPlan(Plan):
         except Exception as error:
             if not isinstance(error, GuardAlarm | CheckError) and not is_out_of_memory(error):
                 contest.ended = f"{contest.incumbent} failed while it was measured"
-                self._tuner.store.contests.pop(contest.location, None)  # in this run; the next one may try again
+                self._tuner.store.contests.pop(contest.location, None)  # for this run; the next one may try again
             raise
 
     def _tried(self, name: str, call: AttentionCall, is_first: bool) -> torch.Tensor | None:
-        """Let a candidate compute the call; None where it is out and the call is still to be computed."""
+        """Run the call with a candidate; None: it was rejected, and the incumbent must run the call."""
         tuner, contest, self._ran = self._tuner, self._contest, self._plans[name]
-        call.owned = False  # one that fails must leave the tensors for the incumbent
+        call.owned = False  # if it fails, the incumbent needs the tensors
         run = self._timed(name, self._ran.kernel)
         guard, router = tuner.guard, tuner.session.router
         backend = router.backends[name]
@@ -133,18 +131,18 @@ class TrialPlan(Plan):
             failed = failure(error)
             if is_cuda_fault(error):
                 tuner.fault(contest, name, failed)
-                raise  # the session says which kernel it was
+                raise  # the session names the kernel
             reason = "out of memory in a trial" if is_out_of_memory(error) else failed
         tuner.judge.refused.clear()
         tuner.reject(contest, name, reason)
         if call.query.is_cuda:
             import torch
 
-            torch.cuda.empty_cache()  # what it left behind must not be missing elsewhere
+            torch.cuda.empty_cache()  # memory that the candidate cached
         return None
 
     def _timed(self, name: str, kernel: Kernel) -> Kernel:
-        """The kernel with its times sent to the race."""
+        """The kernel, with its times recorded in the contest."""
         tuner, contest = self._tuner, self._contest
 
         def run(call: AttentionCall) -> torch.Tensor:
@@ -160,7 +158,7 @@ class TrialPlan(Plan):
         return run
 
     def _can(self, name: str) -> bool:
-        """Whether a candidate can run this plan's calls; makes its row and its kernel the first time."""
+        """Whether a candidate can run this plan's calls; makes its row and kernel once."""
         if name == self._contest.incumbent or name in self._plans:
             return True
         session, usual, platform = self._tuner.session, self._usual, self._tuner.session.router.platform
@@ -177,14 +175,14 @@ class TrialPlan(Plan):
             kernel = timed_kernel(kernel, session.device_clock, row)
         guard = self._tuner.guard
         if guard is not None and guard.covers(backend.accuracy):
-            # From now on it checks the model's outputs; the candidate's own output is checked here.
+            # So that the run's guard checks the model's outputs; the candidate's own output is checked in `_tried`.
             guard.watched(kernel, backend.accuracy, row, backend.tolerance_on(platform))
         kernel = checked(kernel) if session.checks else kernel
         self._plans[name] = Plan(self.kind, decision, kernel, row, self.strict)
         return True
 
     def _settle(self) -> None:
-        """The race is over: the slot gets the plan of its winner."""
+        """Put the winner's plan into the slot."""
         tuner, slot, contest = self._tuner, self._slot, self._contest
         slot.plan = self._usual
         if self._is_refused():
@@ -194,16 +192,16 @@ class TrialPlan(Plan):
         if contest.entry is not None:
             backend, why = tuner.winner_for(contest.entry, self.request, backend)
         slot.plan = tuner.plain(self.kind, self._decided, backend, why)
-        tuner.session.tell_changed(slot)
+        tuner.session.notify_changed(slot)
 
 
 def failure(error: Exception) -> str:
-    """Why a kernel is out that raised this."""
+    """The reason against a kernel that raised `error`."""
     return f"failed: {type(error).__name__}: {error}"[:LONGEST_REASON]
 
 
 def _is_recorded(call: AttentionCall) -> bool:
-    """Whether a compiler traces this call or a CUDA graph records it: neither may hold a trial."""
+    """Whether a compiler traces this call or a CUDA graph captures it: a trial must not be part of either."""
     import torch
 
     if torch.compiler.is_compiling():

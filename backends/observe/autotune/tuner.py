@@ -1,11 +1,8 @@
-"""Measured choice: which backend is fastest for a kind of call is tried in a real run, kept, and used from then on.
+"""Autotune: times the candidate backends for a kind of call in a real run, stores the fastest, and uses it afterwards.
 
-A session whose configuration says `autotune` has a `Tuner`. Where the store knows the winner, a call's plan is that of
-the winner's backend. Where it does not, the plan is a `TrialPlan` (`trial_plan.py`), which lets the candidates of a
-`Contest` compute some of the calls.
-
-Boundary: sessions and clocks; the arithmetic of a contest is in `contest.py`, what is kept in `store.py`. It knows
-nothing of ComfyUI.
+A session whose configuration says `autotune` has a `Tuner`. With a stored winner, a call gets the ordinary plan of that
+backend; without one a `TrialPlan` (`trial_plan.py`), in which the candidates of a `Contest` (`contest.py`) compute some
+of the calls. `store.py` keeps the results.
 """
 
 from __future__ import annotations
@@ -40,12 +37,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 FIRST_STEP, LAST_STEP = 2, 4
-"""Steps of a run over which trials are spread; a run with few calls in a step goes on with them after the last. The
-first step still loads and compiles."""
+"""Steps over which trials are spread: the first step loads and compiles. With few calls per step trials go on after the
+last."""
 
 
 class Clock(Protocol):
-    """What is needed of a `DeviceClock`."""
+    """What a tuner needs of a `DeviceClock`."""
 
     measures_device_time: bool
 
@@ -57,13 +54,13 @@ class Clock(Protocol):
 
 
 class Tuner(Chooser, Observer):
-    """Measured choice for one session; what is found is shared through the store. Not shared between threads."""
+    """Autotune for one session; results are shared through the store. Not shared between threads."""
 
     def __init__(self, session: Session, store: Store, clock: Clock | None = None, *, anew: bool = False) -> None:
         """
         Args:
-            clock: in place of the device's own.
-            anew: for the command `tune`, which measures also what is in the store.
+            clock: default: of the device.
+            anew: measure also what is stored, for the command `tune`.
         """
         platform = session.router.platform
         self.session = session
@@ -73,13 +70,13 @@ class Tuner(Chooser, Observer):
         self.anew = anew
         self.environment = environment_of(platform)
         self.paused: str | None = None
-        """Why nothing is tried; what the store knows is used all the same."""
+        """Why there are no trials; stored winners are still used."""
         if record_of(session.layers) is not None:
             self.paused = "a recorded run is repeated"
         elif not self.clock.measures_device_time:
             self.paused = f"work on {platform.kind} cannot be timed"
         self.judge = Guard("enforce", RunReport(mode="off"), everything=True)
-        """Looks at the first call of each candidate; what it finds is no business of the run's own guard."""
+        """Checks the first call of each candidate, apart from the run's own guard."""
         self.steps = 0
         self._step: object = None
         self._entries: dict[tuple[str, TuningKey], Entry | None] = {}
@@ -95,7 +92,7 @@ class Tuner(Chooser, Observer):
         self.clock.collect()
 
     def close(self) -> None:
-        """At the end of a run: take in the times that are there, and say in the account what was tried."""
+        """End the run: collect times, reject winners with a guard alarm, and note trials in the run report."""
         self.clock.collect()
         with self.store.lock:
             for contest in self._contests:
@@ -113,10 +110,10 @@ class Tuner(Chooser, Observer):
                 run_report.recorder.not_repeated[f"{text}: some calls ran other kernels, to be timed"] = None
 
     def plan(self, slot: Slot, kind: CallKind, decision: Decision) -> Plan | None:
-        """How calls run for which `autotune` was asked; None for others.
+        """The plan of calls that ask for `autotune`; None for others.
 
         Args:
-            decision: what `auto` would take, from the source that asks for `autotune`.
+            decision: `auto`'s, with the source that asks for `autotune`.
         """
         if decision.asked != AUTOTUNE:
             return None
@@ -132,7 +129,7 @@ class Tuner(Chooser, Observer):
 
         incumbent, *others = self.candidates(request, decision.backend, accuracy)
         entry = self._known(accuracy, key, incumbent, others)
-        if entry is None and kind.category != role:  # what was measured from presets has only categories
+        if entry is None and kind.category != role:  # entries of presets have categories for roles
             entry = self._known(accuracy, key._replace(role=kind.category), incumbent, others)
         deferred = [] if entry is None or self.paused else [name for name in others if name in entry.deferred]
         if entry is not None and not deferred:
@@ -142,7 +139,7 @@ class Tuner(Chooser, Observer):
             return plain(incumbent, NOT_TUNED, f"no other backend can run this call with accuracy {accuracy}")
         if self.paused:
             return plain(incumbent, NOT_TUNED, f"nothing is tried: {self.paused}")
-        if entry is not None:  # what it put off is tried against its winner
+        if entry is not None:  # retry deferred candidates against the stored winner
             incumbent, others = self.winner_for(entry, request, incumbent)[0], deferred
         contest = self._contest((self.environment, accuracy, key), request, incumbent, tuple(others), entry)
         if contest.ended is not None:
@@ -150,24 +147,24 @@ class Tuner(Chooser, Observer):
         return TrialPlan(self, contest, slot, plain(incumbent, OPEN, "tuning"), decision)
 
     def plain(self, kind: CallKind, decision: Decision, backend: str, why: str) -> Plan:
-        """The plan of one backend; `why` says in the run report why it is that one."""
+        """The ordinary plan of one backend; `why` explains the choice in the run report."""
         rejected = decision.rejected if backend == decision.backend else ()
         source = f"{decision.source}: {AUTOTUNE} ({why})"
         chosen = replace(decision, backend=backend, source=source, rejected=rejected, notes=())
         return self.session.plan_of(kind, chosen)
 
     def winner_for(self, entry: Entry, request: AttentionRequest, incumbent: str) -> tuple[str, str]:
-        """The winner, or `auto`'s choice where the winner cannot run this very call of the bucket; and why."""
+        """(backend, why): the winner, or the incumbent where the winner cannot run this call of the bucket."""
         router, winner = self.session.router, entry.winner
         refused = router.reasons_against(winner, request, self.session.failed)
-        if not refused and winner != incumbent:  # as of candidates: of lengths in one bucket it may be wrong for some
+        if not refused and winner != incumbent:  # a bucket may hold lengths that it should avoid
             refused = tuple(router.backends[winner].avoid_reasons(request, router.platform))
         return (incumbent, f"{entry.winner} is out: {refused[0]}") if refused else (entry.winner, entry.summary())
 
     def _known(self, accuracy: str, key: TuningKey, incumbent: str, others: list[str]) -> Entry | None:
-        """What the store has for this key, unless there is a candidate by now that it says nothing about.
+        """The stored entry for this key; None if a candidate of today is not in it, or its winner may not run here.
 
-        Its word is not taken for what may run: entries can come from a document that anybody wrote.
+        Entries may be imported from anywhere, so accuracy and limits are checked again.
         """
         if (accuracy, key) not in self._entries:
             found = None if self.anew else self.store.get(key, self.environment, accuracy)
@@ -186,15 +183,15 @@ class Tuner(Chooser, Observer):
         others: tuple[str, ...],
         entry: Entry | None,
     ) -> Contest:
-        """The race for calls of this kind, begun where there is none."""
+        """The contest for calls of this kind, begun if there is none."""
         with self.store.lock:
             contest = self.store.contests.get(location)
-            joined = any(contest is one for one in self._contests)
+            joined = any(contest is own for own in self._contests)
             fits = (
                 contest is not None and contest.entry is None and set(contest.candidate_times) == {incumbent, *others}
             )
             if contest is None or not fits or (contest.request != request and not joined):
-                # In a new run whose lengths are others of the same bucket, times of the old ones mean nothing.
+                # A new run with other lengths of the bucket: its times cannot be compared with the old ones.
                 contest = self.store.contests[location] = Contest(location, request, incumbent, others, entry)
                 contest.owner, joined = self, False
             if not joined:
@@ -202,7 +199,7 @@ class Tuner(Chooser, Observer):
             return contest
 
     def candidates(self, request: AttentionRequest, incumbent: str, accuracy: str) -> tuple[str, ...]:
-        """The incumbent, then what else may run this call; of backends that are the same kernel, one."""
+        """The incumbent, then the other backends that may run this call, each kernel once."""
         known = self._candidates.get((request, incumbent, accuracy))
         if known is not None:
             return known
@@ -210,22 +207,22 @@ class Tuner(Chooser, Observer):
         return self._candidates.setdefault((request, incumbent, accuracy), found)
 
     def share(self, contest: Contest) -> float:
-        """How much of the trials' budget may be used by now."""
+        """Share of the trial budget that may be used by now, 0 to 1."""
         if contest.owner is not self or not self.steps:
-            return 1.0  # a later run, which goes on where the first was too short; or a program without steps
+            return 1.0  # a later run continues a contest; or a program without steps
         if self.steps < FIRST_STEP:
             return 0.0
         return min((self.steps - FIRST_STEP + 1) / (LAST_STEP - FIRST_STEP + 1), 1.0)
 
     def record_time(self, contest: Contest, name: str, ms: float) -> None:
-        """The time of a call has come."""
+        """Record the milliseconds of a timed call."""
         with self.store.lock:
             if contest.is_open:
                 contest.record_time(name, ms)
                 self._keep_outcome(contest)
 
     def reject(self, contest: Contest, name: str, reason: str) -> None:
-        """A candidate is out."""
+        """Reject a candidate."""
         log.info("autotune: %s is out for %s: %s", name, contest.request.describe(), reason)
         with self.store.lock:
             contest.untimed(name)
@@ -234,27 +231,27 @@ class Tuner(Chooser, Observer):
                 self._keep_outcome(contest)
 
     def failed(self, plan: Plan, error: Exception) -> None:
-        """A kernel raised an error in a run: where the store has it as winner, another one wins from now on."""
+        """Reject a kernel that raised in a run wherever it is the stored winner."""
         if plan.decision.asked == AUTOTUNE:
             keys = {key_of(name, plan.request) for name in self._names(plan.row.role)}
             self._dismiss(plan.decision.backend, lambda key: key in keys, failure(error))
 
     def _names(self, role: str) -> set[str]:
-        """The roles under which the store may have calls of a role."""
+        """The names under which the store may have calls of a role: itself and its category."""
         return {role, self.session.run_report.categories.get(role, role)}
 
-    def _dismiss(self, winner: str, concerns: Callable[[TuningKey], bool], reason: str) -> None:
-        """Have the next best one win wherever this one did."""
+    def _dismiss(self, winner: str, applies_to: Callable[[TuningKey], bool], reason: str) -> None:
+        """Make the next fastest candidate win where `winner` did, for keys that `applies_to` accepts."""
         for location, entry in self._entries.items():
-            if entry is None or entry.winner != winner or winner == entry.incumbent or not concerns(entry.key):
+            if entry is None or entry.winner != winner or winner == entry.incumbent or not applies_to(entry.key):
                 continue
             if entry.ms.keys() <= {winner}:
-                continue  # of a document by hand: nothing is left to win
+                continue  # imported entry without another candidate
             entry = self._entries[location] = without_winner(entry, reason)
             self.store.put(entry)
 
     def fault(self, contest: Contest, name: str, reason: str) -> None:
-        """A candidate left the device unusable, so nothing more can be found out: keep that it must not be tried."""
+        """A candidate left the device unusable: store its rejection and end the contest."""
         with self.store.lock:
             if contest.is_open:
                 contest.candidate_times[name].out = reason
@@ -262,7 +259,7 @@ class Tuner(Chooser, Observer):
                 self._keep_outcome(contest)
 
     def _keep_outcome(self, contest: Contest) -> None:
-        """Keep the outcome of a race that has just ended."""
+        """Store the outcome of a contest that has just ended."""
         if contest.entry is None:
             return
         _, accuracy, key = contest.location

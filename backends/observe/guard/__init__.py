@@ -1,12 +1,12 @@
-"""The guard: a lossy kernel's output is compared now and then, on a few query rows, with attention from the definition.
+"""The guard: compares sampled query rows of an inexact kernel's output with exact attention.
 
-Roles and blocks take turns over the steps of a run (`turns.py`). In mode `enforce` a backend's first alarm has its
-kernels in all other roles and blocks checked at their next call. The rows of the reference are computed before the
-kernel runs, so a kernel that changes its inputs is seen and cannot spoil them. Figures stay on the device and are read
-once per step; on the CPU, and in mode `enforce`, at once. What it cannot see is in docs/guard.md.
+Roles and blocks take turns over the steps of a run (`turns.py`). In mode `enforce` the first alarm of a backend makes
+its kernels in all other roles and blocks check their next call. The exact rows are computed before the kernel runs, so
+that a kernel which changes its inputs is detected. Figures stay on the device and are read once per step; on the CPU,
+and in mode `enforce`, at once. What the guard cannot see is in docs/guard.md.
 
-Boundary: kernels in, watched kernels out; it knows nothing of ComfyUI, and of a session only that an alarm in mode
-`enforce` is an error that the session answers with an exact backend.
+It knows nothing of ComfyUI. In mode `enforce` an alarm is a `KernelVetoed`, after which the session runs an exact
+backend.
 """
 
 from __future__ import annotations
@@ -38,44 +38,44 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 VARIABLE = "ATTENTION_BACKENDS_GUARD"
-"""`all` in this variable has exact kernels checked too, where a guard is on."""
+"""`all`: exact kernels are checked too, where a guard is on."""
 MOST_PENDING = 256
-"""Checks whose figures may wait on a device; a program without steps reads them then."""
+"""Checks whose figures wait on a device before they are read; matters for programs without steps."""
 
 
 Budget = Tolerance
-"""The errors up to which a check is good: of the worst head, of the worst row, and of the whole call."""
+"""Largest relative L2 of the worst head, of the worst row, and of the whole call that a check accepts."""
 
 BUDGETS: Mapping[str, Budget] = {
     "exact": tolerance("half"),
     "quantized": tolerance("int8"),
     "sparse": tolerance("half", sparse=True),
 }
-"""The least that each accuracy class is allowed; a backend's own is `Backend.tolerance_on`."""
+"""By accuracy class, for a kernel without a budget of its backend (`Backend.tolerance_on`)."""
 
 
 class GuardAlarm(KernelVetoed):
-    """A kernel is not to be trusted with this call; its inputs are as they were before it ran."""
+    """A check in mode `enforce` failed; the inputs of the call are restored."""
 
 
 class Guard(Observer):
-    """Watches the kernels of one session in mode `watch` or `enforce`. Not shared between threads."""
+    """Checks the kernels of one session in mode `watch` or `enforce`. Not shared between threads."""
 
     def __init__(self, mode: str, run_report: RunReport, *, everything: bool | None = None, seed: int = 0) -> None:
-        """`everything`: exact kernels too; None leaves it to the environment. `seed` draws rows, nothing else."""
+        """`everything`: check exact kernels too; None: as the environment says. `seed`: for the choice of rows."""
         self.enforces = mode == "enforce"
         self.run_report = run_report
         self.everything = os.environ.get(VARIABLE, "").strip().lower() == "all" if everything is None else everything
         self.refused: dict[tuple[str, str], tuple[str, str]] = {}
-        """Role and block -> the backend that was caught there, and why."""
+        """(role, block) -> the backend that failed a check there, and the reason."""
         self.refused_everywhere: str | None = None
-        self._source = random.Random(seed)  # noqa: S311  # of its own, so that no seed of a run is touched
+        self._source = random.Random(seed)  # noqa: S311  # leaves the global generator alone
         self.turns = Turns()
         self._watched = 0
         self._backends: set[str] = set()
-        """Those of the watched kernels."""
+        """Backends of the guarded kernels."""
         self._caught: set[str] = set()
-        """Backends with an alarm, in mode `enforce`."""
+        """Backends with an alarm in mode `enforce`."""
         self._guarded_kernels: weakref.WeakSet[GuardedKernel] = weakref.WeakSet()
         self._pending: list[tuple[Callable[[list[float]], None], torch.Tensor]] = []
         self._step: object = None
@@ -83,11 +83,11 @@ class Guard(Observer):
         self._logged: set[str] = set()
 
     def covers(self, accuracy: str) -> bool:
-        """Whether kernels of this class are watched."""
+        """Whether kernels of this accuracy class are checked."""
         return self.everything or accuracy != "exact"
 
     def watched(self, kernel: Kernel, accuracy: str, row: Row, budget: Budget | None = None) -> Kernel:
-        """The kernel with checks of some of its calls, whose figures go to `row`; without a budget, of its class."""
+        """The kernel with sampled checks, whose figures go to `row`. `budget`: default: of the accuracy class."""
         self._watched += 1
         guarded = GuardedKernel(self, kernel, budget or BUDGETS[accuracy], row)
         if row.backend not in self._backends or row.backend in self._caught:
@@ -99,56 +99,59 @@ class Guard(Observer):
     def wrapper(
         self, kind: CallKind, backend: Backend, row: Row, platform: Platform
     ) -> Callable[[Kernel], Kernel] | None:
-        """Checks of the kernel's calls, where it is not exact and not refused already."""
+        """Sampled checks for an inexact kernel, unless its role and block are refused already."""
         if not self.covers(backend.accuracy) or self.refusal(kind.role, kind.block) is not None:
             return None
         return partial(self.watched, accuracy=backend.accuracy, row=row, budget=backend.tolerance_on(platform))
 
     def veto(self, kind: CallKind, accuracy: str) -> Veto | None:
-        """Why only exact kernels may run there, for a backend that is not."""
+        """The veto of an inexact backend where only exact kernels may run."""
         reason = self.refusal(kind.role, kind.block)
         if reason is None or not self.covers(accuracy):
             return None
         return Veto(reason, self.refused.get((kind.role, kind.block), (None, None))[0])
 
     def refusal(self, role: str, block: str) -> str | None:
-        """Why only exact kernels may run in this role and block; None where others may."""
+        """Why only exact kernels may run in this role and block; None: any may."""
         return self.refused_everywhere or self.refused.get((role, block), (None, None))[1]
 
     def check(self, guarded: GuardedKernel, call: AttentionCall, number: int) -> torch.Tensor:
-        """Run one call and look at it.
+        """Run one call and compare sampled rows of its output.
+
+        Args:
+            number: of the call in its role and block, from 0.
 
         Raises:
-            GuardAlarm: in mode `enforce`, and it was bad.
+            GuardAlarm: mode `enforce`, and the error exceeds the budget or an input changed.
         """
         import torch
 
         from . import rows as guard_rows
 
-        call.owned = False  # the inputs are compared after the kernel: it may not give them up
+        call.owned = False  # the kernel may not free its inputs: they are compared afterwards
         sampled = guard_rows.SampledRows.draw(call, self._source)
         with torch.no_grad():
-            # In mode enforce the whole of them, to put them back: the exact kernel needs what the first one got.
+            # In mode enforce whole copies, to restore the inputs for the exact kernel.
             inputs = [call.query, call.key, call.value]
             before = [tensor.clone() for tensor in inputs] if self.enforces else sampled.inputs(call)
             expected, unmasked_rows = guard_rows.exact_rows(call, sampled, None if self.enforces else before[0])
         try:
             output = guarded.kernel(call)
-            check_output(output, call)  # an index beyond its end would be a fault of the device
+            check_output(output, call)  # else indexing could fault the device
         except Exception as error:
-            if self.enforces and not is_cuda_fault(error):  # after which nothing can be read
-                _put_back(inputs, before)
+            if self.enforces and not is_cuda_fault(error):  # the context is unusable after one
+                _restore(inputs, before)
             raise
         with torch.no_grad():
             changed = guard_rows.differ(before, inputs if self.enforces else sampled.inputs(call))
             rows = guard_rows.take(output[sampled.samples], sampled.rows)
             figures = guard_rows.compared(rows, expected, unmasked_rows, changed)
             if self.enforces:
-                found = guard_rows.Figures(*figures.tolist())
-                reason = self._judged(guarded, found, number)
+                on_host = guard_rows.Figures(*figures.tolist())
+                reason = self._judged(guarded, on_host, number)
                 if reason is not None:
-                    if found.changed:
-                        _put_back(inputs, before)
+                    if on_host.changed:
+                        _restore(inputs, before)
                     self.refused[guarded.role_and_block] = (guarded.row.backend, reason)
                     self._suspect(guarded.row.backend)
                     raise GuardAlarm(reason)
@@ -157,7 +160,7 @@ class Guard(Observer):
         return output
 
     def _suspect(self, backend: str) -> None:
-        """At the first alarm of a backend, have each of its kernels checked at its next call."""
+        """At a backend's first alarm, check the next call of each of its kernels."""
         if backend not in self._caught:
             self._caught.add(backend)
             for guarded in self._guarded_kernels:
@@ -170,7 +173,7 @@ class Guard(Observer):
             self.flush()
 
     def flush(self) -> None:
-        """Read what waits on the device, with one synchronisation; nothing waits on the CPU."""
+        """Read the pending figures with one synchronisation; on the CPU none are pending."""
         import torch
 
         pending, self._pending = self._pending, []
@@ -178,23 +181,23 @@ class Guard(Observer):
             return
         try:
             values = torch.cat([figures for _, figures in pending]).tolist()
-        except RuntimeError as error:  # a fault of the device: what raised first says more
+        except RuntimeError as error:  # a device fault that an earlier error reports
             log.debug("the guard's figures could not be read: %s", error)
             return
         for read, figures in pending:
             read(values[: len(figures)])
             del values[: len(figures)]
 
-    def _judged(self, guarded: GuardedKernel, found: Figures, number: int) -> str | None:
-        """Enter the figures of one check; why it was bad, or None."""
+    def _judged(self, guarded: GuardedKernel, figures: Figures, number: int) -> str | None:
+        """Add the figures of one check to its row; the reason of an alarm, or None."""
         findings = guarded.row.guard
         if findings is None:
             findings = guarded.row.guard = Findings(*guarded.budget, guarded.budget.call_l2)
-        if not found.finite and not found.changed:  # the inputs were not: not this kernel's doing
+        if not figures.finite and not figures.changed:  # the inputs were not finite
             findings.checked += 1
             return None
-        findings.add(found.relative_l2, found.row_error, found.cosine, found.call_l2, int(found.head))
-        reason = _reason(found, guarded.budget)
+        findings.add(figures.relative_l2, figures.row_error, figures.cosine, figures.call_l2, int(figures.head))
+        reason = _reason(figures, guarded.budget)
         if reason is None:
             return None
         reason = f"guard: {reason} in call {number + 1} of the block"
@@ -202,8 +205,8 @@ class Guard(Observer):
         findings.first_alarm = findings.first_alarm or reason.removeprefix("guard: ")
         return reason
 
-    def _warn(self, guarded: GuardedKernel, found: Figures, number: int) -> None:
-        reason = self._judged(guarded, found, number)
+    def _warn(self, guarded: GuardedKernel, figures: Figures, number: int) -> None:
+        reason = self._judged(guarded, figures, number)
         if reason is not None and guarded.row.backend not in self._logged:
             self._logged.add(guarded.row.backend)
             log.warning(
@@ -211,14 +214,13 @@ class Guard(Observer):
             )
 
     def model_call(self, step: object, run: Callable[[], Any], again: Callable[[], Any], at: Step | None = None) -> Any:
-        """Run one model call and look whether its output is finite.
+        """Run one model call and check that its output is finite.
 
         Args:
-            step: an object that is the same for all model calls of one evaluation of the model, and another for the
-                next evaluation.
+            step: identity of the evaluation of the model: one object for all model calls of it.
             run: the model call.
-            again: the same once more, from the same inputs; used in mode `enforce`.
-            at: where in the run it is; without it evaluations are counted as steps.
+            again: repeats it from the same inputs; used in mode `enforce`.
+            at: where in the run it is; None: evaluations are counted as steps.
         """
         import torch
 
@@ -260,7 +262,7 @@ class Guard(Observer):
 
 
 class GuardedKernel:
-    """One kernel for the calls of one kind in one place, counted."""
+    """A kernel in one role and block, some of whose calls are checked."""
 
     __slots__ = (
         "__weakref__", "_began", "_checks", "_is_waiting", "_last", "_number",
@@ -274,13 +276,13 @@ class GuardedKernel:
         self._number = self.turns.number(*self.role_and_block)
         self._began = max(self.turns.step, 0)
         self._last = self._checks = 0
-        """The step of the last check, and how many there were."""
+        """Step of the last check, and number of checks."""
         self._is_waiting = False
-        """Its turn has come, for its call number `due_call`."""
+        """True: its turn has come, and call `due_call` is checked."""
         self.calls = 0
         self.due_call = 0 if self.turns.step < 0 else NEVER
         self.due_step = self.turns.first(self._number)
-        """Before both of these, no call is checked."""
+        """No call is checked before either of these is reached."""
         self.gap = FIRST_GAP + guard._watched % FIRST_GAP
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
@@ -296,7 +298,7 @@ class GuardedKernel:
         return guard.check(self, call, number) if self._takes_its_turn(number) else self.kernel(call)
 
     def check_next(self) -> None:
-        """Have the next call checked, whoever's turn it is."""
+        """Check the next call, out of turn."""
         self.due_call, self._is_waiting = self.calls, True
 
     @property
@@ -305,7 +307,7 @@ class GuardedKernel:
         return self.calls >= self.due_call or self.turns.step >= self.due_step
 
     def _takes_its_turn(self, number: int) -> bool:
-        """Whether call `number` is to be checked; sets when that is asked again."""
+        """Whether call `number` is checked; sets the next due call and step."""
         turns, step = self.turns, self.turns.step
         if step < 0:
             self._is_waiting = False
@@ -318,14 +320,14 @@ class GuardedKernel:
             if self._checks and due > step and step - self._last < length:
                 self.due_call, self.due_step = NEVER, due
                 return False
-            # Of several calls in a step another one each time: both prompts, both halves of a solver's step.
+            # Rotate over the calls of a step: both prompts, both halves of a solver's step.
             each = round(number / (step - self._began)) if step > self._began else 1
             if each > 1 and not turns.is_last and (later := (self._number + self._checks) % each):
                 self.due_call, self.due_step, self._is_waiting = number + later, step + 1, True
                 return False
         self._is_waiting = False
         self._last, self._checks = step, self._checks + 1
-        # In the first step it is not known yet how many take turns.
+        # In the first step the number of roles and blocks is not known yet.
         self.due_call, self.due_step = (
             NEVER,
             step + 1 if step == self._began else following(self._number, step + 1, length),
@@ -333,8 +335,8 @@ class GuardedKernel:
         return True
 
 
-def _put_back(inputs: list[torch.Tensor], before: list[torch.Tensor]) -> None:
-    """Give query, key and value the numbers that they had; what has changed alone, as repeated memory takes none."""
+def _restore(inputs: list[torch.Tensor], before: list[torch.Tensor]) -> None:
+    """Copy query, key and value back, changed tensors only: expanded memory cannot be written."""
     import torch
 
     from .rows import differ
@@ -345,32 +347,32 @@ def _put_back(inputs: list[torch.Tensor], before: list[torch.Tensor]) -> None:
                 tensor.copy_(kept)
 
 
-def _reason(found: Figures, budget: Budget) -> str | None:
-    """What is wrong with a check: value and limit; None for nothing."""
-    if found.changed:
+def _reason(figures: Figures, budget: Budget) -> str | None:
+    """Value and limit of what is wrong; None where the check is good."""
+    if figures.changed:
         return "the kernel changed query, key or value"
-    if found.unmasked > 0.5:
+    if figures.unmasked > 0.5:
         return "the output is nearer to the result without the mask"
-    if found.relative_l2 != found.relative_l2:
+    if figures.relative_l2 != figures.relative_l2:
         return "output is not finite"
-    if found.relative_l2 > budget.relative_l2:
-        return f"relative L2 {found.relative_l2:.3g} of a head > {budget.relative_l2:g}"
-    if found.call_l2 > budget.call_l2:
-        return f"relative L2 {found.call_l2:.3g} of the whole call > {budget.call_l2:g}"
-    if found.row_error > budget.row_error:
-        return f"error {found.row_error:.3g} of a row > {budget.row_error:g}"
+    if figures.relative_l2 > budget.relative_l2:
+        return f"relative L2 {figures.relative_l2:.3g} of a head > {budget.relative_l2:g}"
+    if figures.call_l2 > budget.call_l2:
+        return f"relative L2 {figures.call_l2:.3g} of the whole call > {budget.call_l2:g}"
+    if figures.row_error > budget.row_error:
+        return f"error {figures.row_error:.3g} of a row > {budget.row_error:g}"
     return None
 
 
 def _is_capturing() -> bool:
-    """Whether a CUDA graph is being recorded, which nothing may be read from."""
+    """Whether a CUDA graph is captured now: no value may be read then."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, which is one or several."""
+    """The tensors of a model's output: a tensor, or a tuple or list with tensors."""
     import torch
 
     if isinstance(output, torch.Tensor):

@@ -1,7 +1,6 @@
-"""The guard's arithmetic: which rows, their attention in float32 from the definition, and how far an output is off.
+"""The guard's arithmetic: draws rows, computes their exact attention in float32, and the error of an output.
 
-Boundary: torch and calls; no budgets and no state. Nothing here waits for a device: row indices are on the host, and
-the figures stay on the device.
+No state and no synchronisation: row indices are on the host, figures stay on the device.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from ...report.findings import ROWS
 from ...values.request import AttentionCall
 
 LAST = 2
-"""How many of the checked rows are the last ones: errors are likeliest in a kernel's partial last block."""
+"""Checked rows at the end: errors are likeliest in a kernel's partial last block."""
 MOST_SAMPLES = 8
 """Most samples of a batch that are checked, evenly spread."""
 WORKSPACE = 4 * 2**20
-"""Bytes of keys, values and scores in float32 at a time, on the CPU."""
+"""Bytes of a chunk's keys, values and scores in float32, on the CPU."""
 WORKSPACE_ELSEWHERE = 32 * 2**20
-"""The same on an accelerator, where each chunk costs a dozen launches."""
+"""The same on an accelerator, where a chunk is a dozen launches."""
 SMALL_HEAD = 0.1
 """Floor for a head's norm, as a share of the call's mean norm, when computing relative error."""
 SPREAD = 12.0
@@ -30,26 +29,26 @@ SPREAD = 12.0
 
 
 class Figures(NamedTuple):
-    """What one check found; as a tensor of these numbers until it is read."""
+    """The figures of one check; a tensor of these numbers while on the device."""
 
     relative_l2: float
-    """Of the worst head of a sample."""
+    """||error|| / ||expected|| of the worst head of a sample."""
     row_error: float
     cosine: float
     unmasked: float
     """0: the output is the masked result; 1: the result without the mask; 0 if the effect is too small to judge."""
     changed: float
-    """1 where the kernel changed query, key or value."""
+    """1: the kernel changed query, key or value."""
     finite: float
-    """1 where the reference is finite; else the inputs were not, and the check decides nothing."""
+    """1: the exact rows are finite; 0: the inputs were not, and the check is ignored."""
     call_l2: float
     """Relative L2 of all heads and samples together."""
     head: float
-    """The number of the worst head."""
+    """Index of the worst head."""
 
 
 def spread(length: int, source: random.Random, count: int = ROWS) -> list[int]:
-    """`count` different rows in order: the last ones, and one at random from each equal part of the others."""
+    """`count` distinct rows in rising order: the last ones, and a random one from each equal part of the others."""
     if length <= count:
         return list(range(length))
     others = length - LAST
@@ -67,32 +66,32 @@ class SampledRows(NamedTuple):
 
     @classmethod
     def draw(cls, call: AttentionCall, source: random.Random) -> SampledRows:
-        """Drawn for one call."""
+        """Draw the indices for one call."""
         step = -(-call.query.shape[0] // MOST_SAMPLES)
         samples = slice(source.randrange(step) if step > 1 else 0, None, step)
         return cls(samples, spread(call.query.shape[2], source), spread(call.key.shape[2], source))
 
     def inputs(self, call: AttentionCall) -> list[torch.Tensor]:
-        """Copies of these rows of query, key and value."""
+        """Copies of the sampled rows of query, key and value, each (samples, heads, rows, head_dim)."""
         tensors = ((call.query, self.rows), (call.key, self.keys), (call.value, self.keys))
         return [take(tensor[self.samples], rows) for tensor, rows in tensors]
 
 
 def take(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """A copy of these rows of dimension 2. Slices, because an index tensor would be copied to the device."""
-    with torch.autocast(tensor.device.type, enabled=False):  # which may refuse to concatenate rows of this dtype
+    """A copy of these rows of dimension 2, by slices: an index tensor would be copied to the device."""
+    with torch.autocast(tensor.device.type, enabled=False):  # it may refuse to concatenate this dtype
         return torch.cat([tensor[:, :, row : row + 1] for row in rows], dim=2)
 
 
 class _Sums:
-    """A softmax-weighted sum of values that grows by chunks of keys (Milakov and Gimelshein, arXiv:1805.02867)."""
+    """Online softmax over chunks of keys (Milakov and Gimelshein, arXiv:1805.02867)."""
 
     def __init__(self) -> None:
         self.most: torch.Tensor | None = None
         self.size = self.total = torch.zeros(())
 
     def add(self, scores: torch.Tensor, value: torch.Tensor) -> None:
-        """Take in scores (..., rows, keys), which are overwritten, and values (..., keys, head_dim)."""
+        """Add scores (..., rows, keys), which are overwritten, and values (..., keys, head_dim)."""
         lowest = torch.finfo(scores.dtype).min  # not -inf: a row without a key would become NaN
         most = scores.amax(dim=-1, keepdim=True).clamp_(min=lowest)
         if self.most is not None:
@@ -111,12 +110,16 @@ class _Sums:
 def exact_rows(
     call: AttentionCall, sampled: SampledRows, query_rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of these rows in float32, (samples, num_heads, rows, v_head_dim), and the same without any mask.
+    """Exact attention of the sampled rows in float32, and the same rows without the mask.
 
-    The second is None where nothing is masked. Rows without a visible key give zeros. `query_rows` are those of the
-    query, where they were taken already.
+    Args:
+        query_rows: (samples, num_heads, rows, head_dim), if they were copied already.
+
+    Returns:
+        Two tensors (samples, num_heads, rows, v_head_dim); the second is None without a mask. Rows without a visible
+        key are zeros.
     """
-    with torch.autocast(call.query.device.type, enabled=False):  # which would multiply them in half types
+    with torch.autocast(call.query.device.type, enabled=False):  # it would compute in half precision
         return _exact_rows(call, sampled, query_rows)
 
 
@@ -129,10 +132,12 @@ def _exact_rows(
     scale = head_dim**-0.5 if call.scale is None else call.scale
     count = len(sampled.rows)
     chosen = (take(query, sampled.rows) if query_rows is None else query_rows).float() * scale
-    chosen = chosen.reshape(batch, kv_heads, heads // kv_heads * count, head_dim)  # grouped heads share their keys
+    chosen = chosen.reshape(
+        batch, kv_heads, heads // kv_heads * count, head_dim
+    )  # query heads of a group share their keys
     mask = _mask_rows(call, sampled)
     positions = None
-    if call.is_causal:  # filled on the device, one by one: a list would have to be sent there
+    if call.is_causal:  # filled on the device: a list would be copied to it
         positions = torch.cat([torch.full((1, 1), row, device=query.device) for row in sampled.rows])
     is_masked = mask is not None or positions is not None
     per_key = 4 * batch * (kv_heads * (head_dim + value.shape[3]) + heads * count * (2 if is_masked else 1))
@@ -162,7 +167,7 @@ def _mask_rows(call: AttentionCall, sampled: SampledRows) -> torch.Tensor | None
 def _hide(
     scores: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, first: int, last: int
 ) -> None:
-    """Apply the mask of the keys `first` to `last` to scores (samples, heads, rows, keys), in place."""
+    """Apply the mask of keys `first` to `last` to scores (samples, heads, rows, keys), in place."""
     if mask is not None:
         part = mask[..., first:last] if mask.shape[3] > 1 else mask
         if part.dtype == torch.bool:
@@ -177,15 +182,15 @@ def _hide(
 def compared(
     output: torch.Tensor, expected: torch.Tensor, unmasked_rows: torch.Tensor | None, changed: torch.Tensor
 ) -> torch.Tensor:
-    """`Figures` as a tensor on the device, from the rows of an output and what they should be."""
-    found = output.float()
-    error = found - expected
+    """`Figures` as a tensor on the device, from output and exact rows (samples, num_heads, rows, v_head_dim)."""
+    output = output.float()
+    error = output - expected
     row_errors = error.square().sum(dim=-1)
     energy = expected.square().sum(dim=-1).mean(dim=-1)
     mean_energy = energy.mean()
     typical = torch.maximum(energy, SMALL_HEAD**2 * mean_energy).clamp_(min=1e-30)
-    both = (found * expected).sum(dim=(-2, -1))
-    sizes = (found.square().sum(dim=(-2, -1)) * energy).mul_(expected.shape[2]).sqrt()
+    both = (output * expected).sum(dim=(-2, -1))
+    sizes = (output.square().sum(dim=(-2, -1)) * energy).mul_(expected.shape[2]).sqrt()
     cosine = torch.where(energy > 1e-30, both / sizes.clamp(min=1e-30), 1.0)
     unmasked = torch.zeros((), device=error.device)
     if unmasked_rows is not None:
@@ -210,7 +215,7 @@ def compared(
 
 
 def differ(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tensor:
-    """Whether any bit of these tensors differs: one flag on the device. NaN equals NaN."""
+    """Whether any bit of these tensors differs, as a flag on the device. NaN equals NaN."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flags = [
         (one.view(kinds[one.element_size()]) != two.view(kinds[two.element_size()])).any()

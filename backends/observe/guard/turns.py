@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
 
 def period(steps: int | None) -> int:
-    """Steps from one check of a role and block to the next, in a run of so many steps.
+    """Steps between checks of a role and block, in a run of `steps` steps.
 
     All steps of a run of up to 8; 8 up to 16 steps; half the run up to 34 steps; 17 in longer ones. So a run of up to
     50 steps has no more checks than one whose blocks are checked at their first call and then ever more rarely.
@@ -45,11 +45,11 @@ def period(steps: int | None) -> int:
 
 
 class Turns:
-    """Whose turn it is, for the watched kernels of one session."""
+    """The order of checks over the steps of a run, for the guarded kernels of one session."""
 
     def __init__(self) -> None:
         self.step = -1
-        """The present step, continued over several samplers of the run; -1 if unknown."""
+        """The current step, counted on over several samplers of the run; -1 if unknown."""
         self.is_last = False
         self._index = -1
         self._count: int | None = None
@@ -73,31 +73,31 @@ class Turns:
             self._until = self.step + min(rest, rest if at.unchanged is None else at.unchanged)
 
     def number(self, role: str, block: str) -> int:
-        """The number of a role and block."""
+        """The index of a role and block, in order of appearance."""
         return self._numbers.setdefault((role, block), len(self._numbers))
 
     @property
     def period(self) -> int:
-        """Steps from one check of a role and block to the next: fewer where there are few, as each step has a check."""
+        """Steps between checks of a role and block; at most the number of them, so that each step has a check."""
         return max(min(period(self._count), len(self._numbers)), 1)
 
     def first(self, number: int) -> int:
-        """The step in which a kind of call that is new now is checked for the first time."""
+        """The step of the first check of a kind of call that is new now."""
         now = max(self.step, 0)
         if self.step < 0 or self._count is None or now != self._since:
-            return now  # a kind of call that begins within a window may end before its turn
+            return now  # calls that begin within a window may end before their turn
         due = following(number, now, period(self._count))
         return due if due < self._until else now + slot(number, self._until - now)
 
 
 def slot(number: int, length: int) -> int:
-    """The step, modulo `length`, that is a number's turn.
+    """The step, modulo `length`, in which index `number` is checked.
 
-    Each further row of `length` numbers is shifted, so that with two or three roles each role is checked in every step.
+    Each further group of `length` indices is shifted, so that with two or three roles each step checks every role.
     """
     return (number + number // length * ((length - 1) % 6)) % length
 
 
 def following(number: int, step: int, length: int) -> int:
-    """The first step from `step` on that is a number's turn."""
+    """The first step from `step` on in which index `number` is checked."""
     return step + (slot(number, length) - step) % length

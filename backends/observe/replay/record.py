@@ -1,8 +1,7 @@
-"""A run's decisions as plain data, to be kept beside a picture, so that the same seed gives the same picture later.
+"""The record of a run as plain data for a picture's metadata, so that a later run can use the same kernels.
 
-A record says for each kind of call and block which kernel ran, with its options, and on what machine. It holds no
-paths and nothing of the graph. `run_recorder.py` collects what is in it, `config/recorded.py` makes a configuration
-of it.
+For each kind of call and block it has the kernel with its options, and the machine; no paths, and nothing of the graph.
+`run_recorder.py` collects it, `config/recorded.py` reads it as a configuration.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,5})")
 
 
 def of_run(run_report: RunReport) -> dict[str, Any] | None:
-    """One sampling run as plain data; None where its decisions were not kept."""
+    """One sampling run as plain data; None if it was not recorded."""
     recorder = run_report.recorder
     if not isinstance(recorder, RunRecorder):
         return None
@@ -58,7 +57,7 @@ def as_record(
     Args:
         made_by: programs and their versions.
         not_recorded: samplers whose decisions are unknown, each with a reason.
-        before: what stands in the same picture's metadata already, from another branch of the graph.
+        before: the record already in the picture's metadata, from another branch of the graph.
     """
     kept, missing = list(runs), list(not_recorded)
     if isinstance(before, Mapping) and before.get(MARK) == FORMAT:
@@ -75,7 +74,7 @@ def _are_mappings(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
 
 
 def facts_of(request: AttentionRequest) -> dict[str, Any]:
-    """A request as plain data, without what it has by default."""
+    """A request as plain data, without default values."""
     defaults = {
         **AttentionRequest._field_defaults,
         "num_kv_heads": request.num_heads,
@@ -86,7 +85,7 @@ def facts_of(request: AttentionRequest) -> dict[str, Any]:
 
 
 def ranges(blocks: Iterable[str]) -> list[str]:
-    """Blocks with neighbours in one text: `blocks.0-3`, in the order in which each series begins."""
+    """Blocks with consecutive ones joined, such as `blocks.0-3`, in order of first appearance."""
     series: dict[str, list[int]] = {}
     for block in blocks:
         match = _NUMBERED.fullmatch(block)
@@ -102,7 +101,7 @@ def ranges(blocks: Iterable[str]) -> list[str]:
 
 
 def _decisions(recorder: RunRecorder) -> list[dict[str, Any]]:
-    """Blocks and kinds of call with equal decisions in one entry."""
+    """Decisions as plain data; blocks and kinds of call with equal decisions share an entry."""
     blocks: dict[tuple[str, AttentionRequest, str], list[str]] = {}
     ran_of: dict[str, tuple[tuple[int, KernelUsed], ...]] = {}
     for kind, ran in recorder.decisions():

@@ -1,4 +1,7 @@
-"""Repeats a recorded run: each kind of call asks for the backend that the record has for it."""
+"""Repeats a recorded run: the record's backend becomes the choice for each kind of call.
+
+Precedence: a record beats the default, and loses to roles and windows of later nodes.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ log = logging.getLogger("attention_backends")
 
 
 class Replay(Chooser):
-    """The choices of a record, at the model call that is running."""
+    """Chooses the recorded backend at the current model call."""
 
     def __init__(self, run_report: RunReport) -> None:
         self.run_report = run_report
         self._known: dict[str, set[bool]] = {}
-        """Role -> whether the record knows its calls: True, False, or both for different calls."""
+        """Role -> {True}, {False} or both: whether the record has its calls."""
 
     def choice(self, kind: CallKind, choice: Choice, *, planned: bool) -> Choice:
-        """What the record has for such a call now; where it has none, `choice` without the record."""
+        """The recorded choice; `choice` without the record where it has none."""
         if choice.record is None:
             return choice
         run = choice.record.run_of(self.run_report.node_id)
@@ -39,7 +42,7 @@ class Replay(Chooser):
         return replace(choice, record=None) if recorded is None else recorded
 
     def _note_unknown(self, kind: CallKind, choice: Choice, how_many: str) -> None:
-        """Note in the run report that the record lacks calls of a role: any so far, or some."""
+        """Note in the run report that the record has none, or only some, of a role's calls."""
 
         def text(how_many: str) -> str:
             decides = f"{choice.asked or 'auto'} via {choice.source} decides"

@@ -1,8 +1,8 @@
-"""What a run decided, for each kind of call and block: written where calls are planned, never at an attention call.
+"""Records the decisions of a run for each kind of call and block, when plans are made, not at attention calls.
 
-A kind of call can change its kernel in the middle of a run: a schedule's window begins, the guard takes a kernel away,
-a kernel fails. So each decision is kept with its first model call; model calls are numbered from 1, as in
-`report/timeline.py`. `record.py` makes plain data of it.
+The kernel of a kind of call can change during a run: a schedule window begins, the guard vetoes a kernel, a kernel
+fails. So each decision has its first model call; model calls are numbered from 1, as in `report/timeline.py`.
+`record.py` makes plain data of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class KernelUsed(NamedTuple):
-    """What ran calls of one kind."""
+    """The kernel that ran calls of one kind, with its options."""
 
     backend: str
     member: str | None
@@ -31,12 +31,12 @@ class KernelUsed(NamedTuple):
     reason: str | None
 
     def same_kernel(self, other: KernelUsed) -> bool:
-        """True when both give the same numbers."""
+        """Whether both compute the same numbers."""
         return self[:3] == other[:3]
 
 
 class RecordedKind(NamedTuple):
-    """Calls that are decided alike: their role, their block, their facts."""
+    """Key of calls that share decisions: role, block, facts."""
 
     role: str
     block: str
@@ -46,7 +46,7 @@ class RecordedKind(NamedTuple):
 class _Place(NamedTuple):
     kind: RecordedKind
     window: Hashable
-    """The active schedule windows when the call was planned."""
+    """The active schedule entries and the record's segment when the call was planned."""
 
 
 class RunRecorder(Observer):
@@ -56,7 +56,7 @@ class RunRecorder(Observer):
         self.categories: dict[str, str] = {}
         self.platforms: dict[Platform, None] = {}
         self.changes: dict[str, None] = {}
-        """Kernels that were changed for another reason than the schedule's; a replay repeats them."""
+        """Changes of kernel that the schedule did not cause; a replay repeats them."""
         self.not_repeated: dict[str, None] = {}
         """Events that a replay cannot reproduce."""
         self._model_call = 1
@@ -65,16 +65,16 @@ class RunRecorder(Observer):
         self._events: dict[_Place, list[tuple[int, KernelUsed]]] = {}
         self._slots: dict[int, tuple[Slot, _Place]] = {}
         self._now: dict[_Place, dict[int, KernelUsed]] = {}
-        """What each slot of a place runs: several where a block has several modules of one role."""
+        """Kernel of each slot by role and block: several where a block has several modules of one role."""
 
     def begin_model_call(self, number: int, window: Hashable) -> None:
-        """A model call begins; `window` are the active schedule windows."""
+        """A model call begins; `window`: the active schedule entries and the record's segment."""
         self._model_call = number
         if not self._windows or self._windows[-1][1] != window:
             self._windows.append((number, window))
 
     def planned(self, slot: Slot, router: Router) -> None:
-        """A new kind of call was decided."""
+        """Record the first plan of a slot."""
         window = self._windows[-1][1] if self._windows else None
         kind = slot.plan.kind
         place = _Place(RecordedKind(kind.role, kind.block, kind.request), window)
@@ -86,10 +86,10 @@ class RunRecorder(Observer):
         self._note(slot, place, router)
 
     def changed(self, slot: Slot, router: Router) -> None:
-        """A slot has another plan from this model call on."""
+        """Record that a slot has another plan from this model call on."""
         _, place = self._slots.get(id(slot), (slot, None))
         if place is None:
-            return  # made before this recorder
+            return  # planned before this recorder existed
         before = self._now[place][id(slot)]
         self._note(slot, place, router)
         after = self._now[place][id(slot)]
@@ -119,7 +119,7 @@ class RunRecorder(Observer):
         events = self._events.setdefault(place, [])
         if not events or events[-1][1] != ran:
             events.append((self._model_call, ran))
-        # A copy, since devices share it and each has a thread.
+        # A copy: threads of other devices add to it.
         if len(now) > 1 and any(not ran.same_kernel(other) for other in tuple(now.values())):
             where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
             self.not_repeated[f"{where}: from model call {self._model_call} on, equal calls ran different kernels"] = (
@@ -127,7 +127,7 @@ class RunRecorder(Observer):
             )
 
     def decisions(self) -> Iterator[tuple[RecordedKind, tuple[tuple[int, KernelUsed], ...]]]:
-        """Each kind of call, and what ran it, as (first model call, what ran); the first is model call 1."""
+        """Each kind of call with its (first model call, kernel) pairs; the first is model call 1."""
         kinds = dict.fromkeys(place.kind for place in self._events)
         starts = self._windows or [(1, None)]
         for kind in kinds:
@@ -138,7 +138,7 @@ class RunRecorder(Observer):
                 held = [(first, before[-1])] if before else []
                 held += [(number, ran) for number, ran in events if first < number < end]
                 for number, ran in held:
-                    if found and found[-1][0] == number:  # changed in the very model call in which it was decided
+                    if found and found[-1][0] == number:  # changed in the model call in which it was planned
                         found.pop()
                     if not found or found[-1][1] != ran:
                         found.append((number, ran))
