@@ -37,17 +37,16 @@ class Lossy(Backend):
     kinds = KINDS
     limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))
 
-    def __init__(self, kernel: Kernel, changes_inputs: bool = False) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.changes_inputs = changes_inputs  # type: ignore[misc]
 
     def load(self, platform: Platform) -> Kernel:
         return self.kernel
 
 
-def session(kernel: Kernel, mode: str, seed: int = 0, changes_inputs: bool = False) -> Session:
+def session(kernel: Kernel, mode: str, seed: int = 0) -> Session:
     """A session in which LOSSY is this kernel and was asked for; `seed` draws the guard's rows."""
-    router = Router(detect(torch.device("cpu")), {**BACKENDS, LOSSY: Lossy(kernel, changes_inputs)})
+    router = Router(detect(torch.device("cpu")), {**BACKENDS, LOSSY: Lossy(kernel)})
     made = Session(router, (AttentionConfig(AttentionSpec(LOSSY), guard=mode),))
     if mode != "off":
         made.register(Guard(mode, made.run_report, everything=False, seed=seed))

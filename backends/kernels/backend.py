@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .support.varlen import VarlenKernel
 
-__all__ = ["ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "LseKernel", "on_copies", "package_reason"]
+__all__ = ["ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "LseKernel", "package_reason"]
 
 Kernel = Callable[[AttentionCall], "torch.Tensor"]
 """Computes one call; returns (batch, num_heads, q_len, v_head_dim)."""
@@ -104,8 +104,6 @@ class Backend:
     """ComfyUI's own function of the same kernel, by its name in comfy/ldm/modules/attention.py."""
     holds_scores: ClassVar[bool] = False
     """It keeps the whole matrix of scores in memory: `workspace_bytes` then decides where it may run at all."""
-    changes_inputs: ClassVar[bool] = False
-    """The kernel writes into query, key or value; callers that keep them hand it copies."""
     varlen: ClassVar[bool] = False
     """It has a kernel over packed tokens too: sequences of different lengths in one call (`load_varlen`)."""
     lse: ClassVar[bool] = False
@@ -195,6 +193,7 @@ class Backend:
     def load(self, platform: Platform) -> Kernel:
         """Import what the kernel needs and return it. Called where it is available, once for each set of options.
 
+        A kernel does not write into query, key or value: a fallback computes the call from them.
         Options are keyword arguments: `def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel`.
 
         Raises:
@@ -228,15 +227,6 @@ class Backend:
             Exception: what the package raises; then calls that ask for the log-sum-exp are refused.
         """
         raise NotImplementedError
-
-
-def on_copies(kernel: Callable[[AttentionCall], Computed]) -> Callable[[AttentionCall], Computed]:
-    """Wrap a kernel that writes into its inputs: it gets copies, so that a fallback can use the originals."""
-
-    def run(call: AttentionCall) -> Computed:
-        return kernel(call.changed(query=call.query.clone(), key=call.key.clone(), value=call.value.clone()))
-
-    return run
 
 
 def for_scale(kernel: Callable[[AttentionCall], Computed], scale: float | None) -> Callable[[AttentionCall], Computed]:

@@ -20,7 +20,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.api import attention, attention_backend  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
-from attention_backends.backends.kernels.backend import on_copies  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expanded, without_gaps  # noqa: E402
@@ -91,9 +90,6 @@ def test_the_ways_of_making_a_call_from_another_one_lose_nothing() -> None:
     assert differences(call, expanded(call)) <= {*tensors, "enable_gqa"}
     gaps = call.changed(query=torch.randn(1, 2, 4, 2 * SIZE)[..., ::2])
     assert differences(gaps, without_gaps(gaps)) <= tensors
-    seen: list[AttentionCall] = []
-    on_copies(lambda given: seen.append(given) or given.query)(call)
-    assert differences(call, seen[0]) == tensors
     part = SubCall(slice(0, 1), slice(0, 2), slice(0, 3), torch.zeros(1, 1, 2, 3), False, {})
     made = call_of(part, call)
     assert differences(call, made) <= {*tensors, "attn_mask", "memo", "parts", "owned"}

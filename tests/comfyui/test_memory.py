@@ -17,15 +17,12 @@ from attention_backends.backends.engine import mask_reader as mask_plan  # noqa:
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.workspace import (  # noqa: E402
-    extra_bytes,
-    inputs_bytes,
     item_bytes,
     output_size,
 )
 from attention_backends.backends.values.request import AttentionRequest  # noqa: E402
 from attention_calls import as_comfyui_runs, call_for  # noqa: E402
 from hook_side import (  # noqa: E402
-    Kernel,
     exact,
     host,
     last_run,
@@ -77,13 +74,6 @@ def test_a_kernel_takes_what_it_says(name: str, kind: str, in_half: bool, math_i
     said = backend.workspace_bytes(request, CPU)
     assert taken <= said + 65_536, f"{taken} > {said}"
     assert taken > 0.6 * said, f"{taken} is far less than {said}"
-
-
-def test_what_changes_its_inputs_needs_copies_of_them() -> None:
-    backend = Kernel("changing", lambda call: call.query)
-    assert extra_bytes(backend, LONG, CPU) == 0
-    backend.changes_inputs = True  # type: ignore[misc]
-    assert extra_bytes(backend, LONG, CPU) == inputs_bytes(LONG) == 4 * 64 * 2 * 4 * (384 + 512 + 512)
 
 
 def test_every_backend_can_be_asked_for_every_kind_of_call() -> None:

@@ -353,10 +353,6 @@ def test_the_verdict_on_an_exact_kernel(kernel: Kernel, status: str, error: str,
     assert not error or f"{outcome.relative_l2:.1e}".startswith(error)
 
 
-def test_a_kernel_that_says_that_it_changes_its_inputs_may() -> None:
-    assert verdict(mean_taken_from_keys, changes_inputs=True).status == "ok"
-
-
 def noisy(relative: float) -> Kernel:
     """Right but for noise of this relative size."""
 

@@ -1,8 +1,8 @@
 """How much memory a backend takes for one call, in bytes: reported to a host that plans memory.
 
 Only what goes beyond query, key, value, mask and output counts, as these are there whichever kernel runs. Each
-backend declares it (`Backend.workspace_bytes`) from what its kernel allocates; `extra_bytes` adds the copies that a
-kernel needs which writes into its inputs. Everything follows from the facts of a call: no tensor is looked at.
+backend declares it (`Backend.workspace_bytes`) from what its kernel allocates. Everything follows from the facts of a
+call: no tensor is looked at.
 """
 
 from __future__ import annotations
@@ -78,6 +78,5 @@ def rounded_bytes(request: AttentionRequest) -> int:
 
 
 def extra_bytes(backend: Backend, request: AttentionRequest, platform: Platform) -> int:
-    """What one call of `backend` takes beyond its tensors, with the copies that it gets where it changes its inputs."""
-    copies = inputs_bytes(request) if backend.changes_inputs else 0
-    return backend.workspace_bytes(request, platform) + copies
+    """What one call of `backend` takes beyond its tensors."""
+    return backend.workspace_bytes(request, platform)
