@@ -115,7 +115,7 @@ def main() -> None:
     with contextlib.suppress(Exception):  # load what the first case would load
         ours("backends.config.text").parse_config("a: {b: [x]}\n")
         ours("cli").main(["explain", "--platform", "cpu", "--request", "x"])
-    for name in ("comparison.replay_command", "nodes.http.machine_settings", "nodes.privacy"):
+    for name in ("comparison.replay_command", "nodes.http.machine_settings", "backends.values.privacy"):
         ours(name)
     limit()
     for name, work in CASES.items():

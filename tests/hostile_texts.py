@@ -433,8 +433,10 @@ PLAIN: dict[str, Callable[[Path], Any]] = {
         ["explain", "--platform", "cpu", "--request", call_of("9" * 90_000)]
     ),
     "explain: a long request": lambda folder: command_line(["explain", "--platform", "cpu", "--request", "x" * 90_000]),
-    "privacy: an open quote": lambda folder: ours("nodes.privacy").without_paths('"/' + "a" * 100_000 + "\n"),
-    "privacy: separators": lambda folder: ours("nodes.privacy").without_paths("'" + "/a" * 50_000 + "C:\\" * 30_000),
+    "privacy: an open quote": lambda folder: ours("backends.values.privacy").without_paths('"/' + "a" * 100_000 + "\n"),
+    "privacy: separators": lambda folder: ours("backends.values.privacy").without_paths(
+        "'" + "/a" * 50_000 + "C:\\" * 30_000
+    ),
 }
 if hasattr(os, "mkfifo"):
     PLAIN |= {

@@ -16,8 +16,8 @@ from ...backends.kernels.registry import detect
 from ...backends.measure.environment import driver_of, own_version
 from ...backends.report import audit
 from ...backends.values.platform import Platform
+from ...backends.values.privacy import clean, without_paths
 from ..history import runs
-from ..privacy import clean, without_paths
 
 
 class Machine:

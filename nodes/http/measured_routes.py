@@ -22,7 +22,7 @@ from aiohttp import web
 from ...backends.kernels.registry import detect
 from ...backends.observe.autotune.entry import MOST_BYTES
 from ...backends.values.bounded import shortened
-from ..privacy import clean
+from ...backends.values.privacy import clean
 from .answers import PREFIX, RefusedError, posted
 
 if TYPE_CHECKING:

@@ -29,10 +29,10 @@ from ...backends.config import GUARD_MODES
 from ...backends.config.names import CHOICES, canonical
 from ...backends.kernels import BACKENDS
 from ...backends.report import MODES
+from ...backends.values.privacy import clean
 from ...backends.values.tolerance import ACCURACY
 from ..configure.selector import AttentionBackendSelector
 from ..history import queued_by, runs
-from ..privacy import clean
 from . import machine, measured_routes, recommended_routes
 from .answers import PREFIX, RefusedError, posted, refused
 from .machine_settings import LEVELS, MachineSettings, checked

@@ -12,10 +12,10 @@ import comfyui_version
 from comfy_api.latest import io
 
 from ...backends.observe.replay.record import as_record
+from ...backends.values.privacy import clean
 from ..configure.selector import CATEGORY
 from ..history import graph, runs
 from ..inputs import wrong_link
-from ..privacy import clean
 from .report import find_stages
 
 log = logging.getLogger("attention_backends")

@@ -250,6 +250,6 @@ def test_a_damaged_file_is_as_none(tmp_path: Any) -> None:
     ],
 )  # fmt: skip
 def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
-    without_paths = nodes_module("privacy").without_paths
+    from attention_backends.backends.values.privacy import without_paths
 
     assert without_paths(text) == shown

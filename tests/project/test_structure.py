@@ -26,7 +26,7 @@ FLOORS = {
     "nodes": ("history", "hook", "configure", "report", "compare", "http"),
 }
 """Folders from the lowest up; files beside them may import all of these. Each imports what stands before it alone."""
-FILES_BELOW = {"nodes": ("inputs", "privacy")}
+FILES_BELOW = {"nodes": ("inputs",)}
 """Files beside the folders that every folder may import; they import none of the folders."""
 
 
