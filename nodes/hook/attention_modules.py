@@ -371,11 +371,11 @@ def maker(model_call: Any) -> tuple[AttentionModule | None, Any]:
         model_call.attention_module is not None and model_call.attention_module.is_of(caller.module)
     ):
         return model_call.attention_module, caller.preferred
-    found = next(
-        (attention_module for marks in model_call.run.marks() if (attention_module := marks.learn(caller)) is not None),
-        None,
-    )
-    return found or model_call.attention_module, caller.preferred
+    for patches in model_call.run.forward_patches():
+        attention_module = patches.learn(caller)
+        if attention_module is not None:
+            return attention_module, caller.preferred
+    return model_call.attention_module, caller.preferred
 
 
 def _site_of(module: torch.nn.Module, path: str, family: Family | None) -> AttentionModule:

@@ -38,7 +38,7 @@ def run_hook_call(
     kwargs: dict[str, Any],
     owned: bool = False,
 ) -> torch.Tensor:
-    """Route one call; `func` is what ComfyUI would have run, with `args` and `kwargs`, which are used up.
+    """Run one call; `func` is what ComfyUI would have run, with `args` and `kwargs` (consumed).
 
     `owned`: query, key and value come in containers, which hold the only references to the tensors.
     """
@@ -72,7 +72,7 @@ def run_hook_call(
                 mask = _in_a_dtype_to_add(mask, query, func)
                 if mask is not given:
                     if model_call.session.checks:
-                        check(Layout(query, key, value, kwargs).call(query, key, value, given))  # refuses it, in words
+                        check(Layout(query, key, value, kwargs).call(query, key, value, given))  # raises
                     source = given if source is None else source
                     mask_dtype = None if mask is None else mask.dtype
             if mask is None or not 2 <= len(mask_shape) <= 4:
@@ -103,7 +103,7 @@ def run_hook_call(
             tensors = query, key, value
             hook_plan = new_hook_plan(model_call, plan_key, ordinal, tensors, mask, mask_plan, kwargs, func)
             del tensors
-        # Owned ones are compared always: once a kernel has refused them, nothing is left to pass on.
+        # Owned ones are always compared: after a kernel has refused them, their tensors may be gone.
         elif (hook_plan.checks_tensors or owned) and not (
             key.dtype is value.dtype is dtype
             and query.get_device() == key.get_device() == value.get_device()
@@ -125,7 +125,7 @@ def run_hook_call(
             if hosted:
                 call = HostedCall(call, host)
         if call.owned:
-            del query, key, value  # only the call, or its containers, hold the tensors now
+            del query, key, value  # only the call, or its containers, reference the tensors now
         output = model_call.session.attention(slot, call, mask_plan, host)
     except (OnlyComfyUIError, DifferingTensorsError) as error:  # the second where the kernel compares tensors itself
         if owned and isinstance(error, DifferingTensorsError):
@@ -144,7 +144,7 @@ def _takes_containers(func: Any) -> bool:
 def _in_a_dtype_to_add(
     mask: torch.Tensor, query: torch.Tensor, func: Callable[..., torch.Tensor]
 ) -> torch.Tensor | None:
-    """The mask in a dtype that kernels take, where ComfyUI's function would run it; None where that is to decide."""
+    """The mask in a dtype that kernels take, if ComfyUI's function would run it; None to leave it to that function."""
     dtype = mask.dtype
     if dtype is query.dtype or dtype is torch.bool:
         return mask
@@ -156,7 +156,7 @@ def _in_a_dtype_to_add(
 def _host_sub_call(
     func: Callable[..., torch.Tensor], part: AttentionCall, *, options: Any, kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """Run what ComfyUI would have run on one part of a call; BHSD in and out."""
+    """Run what ComfyUI would have run, on one sub-call; BHSD in and out."""
     layout = {"heads": part.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
     mask = part.attn_mask
     if part.is_causal:  # read from the mask; ComfyUI's functions have no such argument
@@ -170,7 +170,7 @@ def _host_call(
 ) -> torch.Tensor:  # fmt: skip
     """Run what ComfyUI would have run, on the caller's own tensors or containers; return it as BHSD."""
     if not isinstance(query, torch.Tensor):
-        if call.owned:  # nothing but the containers holds them: freed as ComfyUI frees them
+        if call.owned:  # only the containers reference them: freed when ComfyUI frees them
             call.query = call.key = call.value = None  # type: ignore[assignment]  # read no more
         else:  # the guard needs them afterwards
             query, key, value = query.peek(), key.peek(), value.peek()
@@ -208,7 +208,7 @@ def _pass_on(
     kwargs: dict[str, Any],
     text: str,
 ) -> torch.Tensor:
-    """A call that ComfyUI's own function alone can answer goes there as it is, and is counted; `text` says why.
+    """Run a call that only ComfyUI's own function can answer, unchanged, and count it; `text` says why.
 
     Raises:
         NoBackendError: a backend was named for this role, strictly, and there is something to compute.

@@ -141,7 +141,7 @@ def _planned(
     else:
         pattern = mask_plan.pattern if mask_plan is not None and not host.runs else ""
         slot = planned(kind.request, f"{kind.request.mask}, {pattern}" if pattern else "")
-        # PyTorch's own function compares dtypes and devices; the operators below it, and packages, need not.
+        # PyTorch's own function compares dtypes and devices; its operators, and packages, need not.
         compares = slot.plan.decision.backend == LAST_RESORT and session.router.platform.kind == "cpu"
         hook_plan = HookPlan(layout, slot, preferred=host.wish, checks_tensors=not compares)
     _note_changes(model_call, hook_plan, choice, host.preferred, func)

@@ -54,7 +54,7 @@ Shape = tuple[float, ...]
 _known: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[Shape, frozenset[Kind]]] = weakref.WeakKeyDictionary()
 
 
-class Place(NamedTuple):
+class MemoryKey(NamedTuple):
     """The key under which a run's calls are remembered."""
 
     model: weakref.ref[torch.nn.Module]
@@ -62,22 +62,22 @@ class Place(NamedTuple):
     """Of the latent, without its batch."""
 
 
-def place_of(model: Any, noise_shape: Any) -> Place:
-    """The place of a run of a `BaseModel` on a latent of this shape."""
+def key_of(model: Any, noise_shape: Any) -> MemoryKey:
+    """The key of a run of a `BaseModel` on a latent of this shape."""
     diffusion_model = model.diffusion_model
-    return Place(weakref.ref(getattr(diffusion_model, "_orig_mod", diffusion_model)), tuple(noise_shape[1:]))
+    return MemoryKey(weakref.ref(getattr(diffusion_model, "_orig_mod", diffusion_model)), tuple(noise_shape[1:]))
 
 
-def expected(place: Place, model: Any, conds: Any) -> frozenset[Kind]:
+def expected(key: MemoryKey, model: Any, conds: Any) -> frozenset[Kind]:
     """The calls of a run: those of the last run like it, else a guess."""
-    diffusion_model = place.model()
+    diffusion_model = key.model()
     if diffusion_model is None:
         return frozenset()
     shapes = _known.get(diffusion_model)
-    known = None if shapes is None else shapes.get(place.shape)
+    known = None if shapes is None else shapes.get(key.shape)
     if known is not None:
         return known
-    guessed = expected_requests(diffusion_model, model, place.shape, conds)
+    guessed = expected_requests(diffusion_model, model, key.shape, conds)
     return frozenset(Kind(role, request) for role, request in guessed)
 
 
@@ -90,13 +90,13 @@ def learn(run: Run) -> None:
 
 
 def _learn(run: Run) -> None:
-    diffusion_model = run.place.model() if run.place is not None else None
+    diffusion_model = run.memory_key.model() if run.memory_key is not None else None
     kinds = frozenset(_kinds(run))
-    if run.place is None or diffusion_model is None or not kinds:
+    if run.memory_key is None or diffusion_model is None or not kinds:
         return
     shapes = _known.setdefault(diffusion_model, OrderedDict())
-    shapes.pop(run.place.shape, None)
-    shapes[run.place.shape] = kinds
+    shapes.pop(run.memory_key.shape, None)
+    shapes[run.memory_key.shape] = kinds
     if len(shapes) > MOST_SHAPES:
         shapes.popitem(last=False)
 
@@ -181,11 +181,11 @@ def _adjusted_shape(override: Any, run: Run | None, model: Any, noise_shape: Any
     """The latent shape that makes ComfyUI reserve what this run takes; the run stores the reported bytes."""
     windowed = _window_of(windows, noise_shape)
     shape = noise_shape if windowed is None else windowed[0]
-    place = place_of(model.model, shape)
+    key = key_of(model.model, shape)
     samples = int(shape[0])
-    extra = needed(override.layers, expected(place, model.model, conds), samples, model.load_device)
+    extra = needed(override.layers, expected(key, model.model, conds), samples, model.load_device)
     if run is not None:
-        run.place, run.extra_bytes = place, extra / samples
+        run.memory_key, run.extra_bytes = key, extra / samples
     if not extra:
         return shape
     cut_last = windowed is not None and windowed[1] == len(shape) - 1

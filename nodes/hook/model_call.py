@@ -1,7 +1,7 @@
-"""Where in the model the current model call is: what the hook asks at each call.
+"""Where in the model the current model call is; each attention call reads it.
 
-A `ModelCall` belongs to one run and one device (`run.py`). The wrapper around the model call (`wrappers.py`)
-begins it, makes it current for its thread and takes it away again.
+A `ModelCall` belongs to one run and one device (`run.py`). The wrapper around the model call (`wrappers.py`) begins it,
+makes it current for its thread, and restores the previous one.
 """
 
 from __future__ import annotations
@@ -49,39 +49,39 @@ class ModelCall:
         self.override = run.override
         self.session = session
         self.plans = session.plans
-        self.timetable = run.timeless
+        self.timetable = run.outside_sampler
         """The schedules for this model call and its sampler; set before `begin`."""
         self.code: ForeignCode | None = None
-        """Finds what of the running model is another pack's; set before `begin`."""
+        """Finds code of other packs in the running model; set before `begin`."""
         self.begin({})
 
     def begin(self, options: dict[str, Any], *, in_model_call: bool = False) -> None:
         """Start a model call with these transformer options, or a single call outside any.
 
-        Every attribute gets another object, none is changed, so that `give_back` brings all of the former ones back.
+        Attributes are replaced, never changed in place, so that `restore` can bring back the former ones.
         """
         if not in_model_call:
-            self.timetable, self.code = self.run.timeless, None
+            self.timetable, self.code = self.run.outside_sampler, None
         self.in_model_call = in_model_call
         self.options = options
         self.attention_module: attention_modules.AttentionModule | None = None
         self.ordinal = 0
         self.routed = 0
         self.elsewhere = 0
-        """Calls of this model call that others computed."""
+        """Calls of this model call that other packs computed."""
         self.mask_source: torch.Tensor | None = None
-        """What the running module makes its mask from, where it makes one of its own."""
+        """Source tensor of a mask that the running module rebuilds in each block (Qwen-Image)."""
         self.masks = Masks(self.run, self._masks_not_kept if in_model_call else None)
         entries = self._entries()
         self.window = self.run.begin_model_call(entries) if in_model_call else Window(entries) if entries else ALWAYS
         """The active entries of the schedules, and the segment of a recorded run."""
 
-    def place(self) -> tuple[Any, ...]:
-        """Where this model call is now: everything that it holds, for `give_back`."""
+    def state(self) -> tuple[Any, ...]:
+        """The values of all attributes, for `restore`."""
         return _everything(self)
 
-    def give_back(self, place: tuple[Any, ...]) -> None:
-        """Be again where it was: at the end of a model call or of a call outside any, which can be inside another."""
+    def restore(self, place: tuple[Any, ...]) -> None:
+        """Return to an earlier state: at the end of a nested model call, or of a call outside any."""
         (  # in the order of the slots; a loop over them takes 1 us more in each model call
             self.attention_module,
             self.code,
@@ -100,10 +100,10 @@ class ModelCall:
             self.window,
         ) = place
         if self.in_model_call:
-            self.run.begin_again(self.window)
+            self.run.resume_model_call(self.window)
 
     def _masks_not_kept(self) -> str:
-        """Why masks may change between the blocks of this model call; empty where nobody else has a hand in."""
+        """Why masks may change between the blocks of this model call; empty if only ComfyUI and the model run."""
         if self.run.override.foreign is not None or self.run.others.on_top is not None:
             return COMPOSED
         options = self.options

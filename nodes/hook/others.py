@@ -91,7 +91,7 @@ class Others:
         functions = [self._run.function_wrapper]
         for kind in ("apply_model", "diffusion_model"):
             functions += [one for name, several in (wrappers.get(kind) or {}).items() if name != KEY for one in several]
-        for root in (marks.model for marks in self._run.marks()):
+        for root in (marks.model for marks in self._run.forward_patches()):
             functions += [one for one in vars(root).values() if isinstance(one, types.FunctionType | types.MethodType)]
         return next((one for one in functions if one is not None and whose.is_foreign(one, "comfy")), None)
 
@@ -146,7 +146,7 @@ class Others:
         if isinstance(other, OnTop):
             return  # it counts its calls
         if other is self._run.override or KEY not in options:
-            homes = (type(marks.model).__module__ for marks in self._run.marks())
+            homes = (type(marks.model).__module__ for marks in self._run.forward_patches())
             other = _replaced_function(attention_module) if any(map(attention_module.is_at_home, homes)) else None
             if other is None:
                 return  # the module has a branch without attention, or calls ComfyUI's function without options

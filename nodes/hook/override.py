@@ -1,9 +1,8 @@
-"""ComfyUI's attention hook: the object that it asks at each attention call of a patched model.
+"""ComfyUI's attention hook: the object that it calls for each attention call of a patched model.
 
-ComfyUI calls `transformer_options["optimized_attention_override"](func, q, k, v, heads, ...)` for each attention
-call of a patched model. `Override` is that object. It holds the configuration and nothing of a run; a run's state
-is a `Run`, and the part that belongs to one model call a `ModelCall`, which the wrapper around the model call sets for
-its thread and clears again. What becomes of one call is in `hook_calls.py`.
+ComfyUI calls `transformer_options["optimized_attention_override"](func, q, k, v, heads, ...)`, and `Override` is that
+object. It has the configuration and no state of a run. The state is a `Run`, and of one model call a `ModelCall`, which
+the wrapper around the model call makes current for its thread. `hook_calls.py` runs one call.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from .whose import name_of
 log = logging.getLogger("attention_backends")
 
 MOST_OUTSIDE = 8
-"""Overrides whose runs outside model calls are kept, so that what such a run has to say is said once."""
+"""Overrides whose runs outside model calls are kept, so that their notes are logged once."""
 
 MOST_PLANS = 1024
-"""Kinds of call that such a run knows; then it plans anew. Each takes about 4.5 KB."""
+"""Kinds of call that such a run remembers before it starts again. Each takes about 4.5 KB."""
 
 _outside_runs: OrderedDict[Override, Run] = OrderedDict()
 
 
 class Override:
-    """What stands in `transformer_options`: a configuration, and the override that was there before, if any."""
+    """The entry in `transformer_options`: a configuration, and the override that was there before, if any."""
 
     def __init__(
         self,
@@ -52,20 +51,20 @@ class Override:
         self.handle = compiled.overrides.new(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Override:
-        """Itself: it never changes, and a run knows its override by identity."""
+        """Itself: it never changes, and a run identifies its override by identity."""
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """`container_function`, by which ComfyUI hands over tensors that nobody else holds (0.33 and newer).
+        """`container_function`, to which ComfyUI passes tensors without other references (0.33 and newer).
 
-        Only where no other pack's override is composed: that one would get no function to call.
+        Not with another pack's override composed: that one would get no function to call.
         """
         if name == "container_function" and self.__dict__.get("foreign") is None:
             return self.run_owned
         raise AttributeError(name)
 
     def run_owned(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run a call whose query, key and value come in containers: a kernel that can frees them before its end."""
+        """Run a call whose query, key and value come in containers: a kernel may free them before its end."""
         func = compiled.comfys_attention()
         if not is_dynamo_compiling():
             model_call = getattr(current, "model_call", None)
@@ -77,7 +76,7 @@ class Override:
         """Run one attention call of ComfyUI's hook."""
         if is_dynamo_compiling():
             return compiled.traced(self, func, compiled.positional(args, kwargs) if len(args) < 3 else args, kwargs)
-        model_call: Any = getattr(current, "model_call", None)  # one of ours where `ours`, which mypy does not follow
+        model_call: Any = getattr(current, "model_call", None)  # a ModelCall if `ours`, which mypy does not follow
         ours = model_call is not None and model_call.override is self
         if ours and self.foreign is None:
             return run_hook_call(model_call, func, args, kwargs)
@@ -88,7 +87,7 @@ class Override:
     def _composed(
         self, model_call: ModelCall, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Let the other pack's override run with our routing in place of ComfyUI's function."""
+        """Run the other pack's override with our dispatch as the function that it calls."""
         foreign = self.foreign
         if foreign is None:
             return run_hook_call(model_call, func, args, kwargs)
@@ -108,21 +107,21 @@ class Override:
         return output
 
     def _outside(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A call outside any model call, e.g. another pack that runs the diffusion model by itself."""
-        if KEY in getattr(func, "__dict__", {}):  # another pack kept us below it; our later override decides
+        """A call outside any model call, e.g. of another pack that calls the diffusion model directly."""
+        if KEY in getattr(func, "__dict__", {}):  # another pack calls us inside our later override, which decides
             return func(*args, **kwargs)
         device = getattr(args[0], "tensor", args[0]).device
         model_call = self._model_call_outside(device, kwargs.get("transformer_options") or {})
-        previous, place = attention_modules.set_model_call(model_call), model_call.place()
+        previous, place = attention_modules.set_model_call(model_call), model_call.state()
         try:
             model_call.begin({})
             return self(func, *args, **kwargs)
         finally:
             attention_modules.set_model_call(previous)
-            model_call.give_back(place)
+            model_call.restore(place)
 
     def _model_call_outside(self, device: torch.device, options: dict[str, Any]) -> ModelCall:
-        """What stands for a call outside any model call; a model call may be going on in it, further up the stack."""
+        """The model call object for a call outside any model call; it may be in use further up the stack."""
         sampled: Run | None = options.get(RUN_KEY)
         if sampled is not None and sampled.override is self and not sampled.over:
             return sampled.model_call(device)
@@ -147,9 +146,9 @@ class Override:
         """Run one attention call from inside a compiled graph.
 
         Args:
-            attention_module: the module that calls; None leaves it at the one that is marked as running.
+            attention_module: the module that calls; None for the one that is marked as running.
             ordinal: which call of the module's forward this is, where `attention_module` is given.
-            composed: another pack's override has had its turn, in the graph.
+            composed: another pack's override has already run, in the graph.
         """
         with self._at(attention_module, ordinal, args[0].device) as model_call:
             model_call.masks.not_kept = COMPILED
@@ -168,7 +167,7 @@ class Override:
         key: torch.Tensor,
         by_other: bool,
     ) -> None:
-        """Account for a call in a compiled graph that did not come to us; see `answered_by_other` and `_pass_on`."""
+        """Count a call in a compiled graph that did not reach us; see `answered_by_other` and `_pass_on`."""
         with self._at(attention_module, ordinal, query.device) as model_call:
             model_call.run.reached = True
             role = model_call.role(max(ordinal, 0), query.shape[-2], key.shape[-2])
@@ -185,7 +184,7 @@ class Override:
         current = attention_modules.current_model_call()
         if current is None or current.run.override is not self:
             model_call = self._model_call_outside(device, {})
-            place = model_call.place()
+            place = model_call.state()
             model_call.begin({})
         else:
             model_call, place = current, None
@@ -198,8 +197,8 @@ class Override:
         finally:
             attention_modules.set_model_call(current)
             if place is not None:
-                model_call.give_back(place)
-            else:  # the model call goes on, with this call counted
+                model_call.restore(place)
+            else:  # the model call continues, with this call counted
                 if attention_module is not None:
                     model_call.attention_module, model_call.ordinal = before[:2]
                 model_call.masks.not_kept = before[2]

@@ -1,8 +1,8 @@
 """The state of a sampling run, with a session for each device it is on.
 
-The hook's object (`host.Override`) holds the configuration and nothing of a run. A `Run` is made around each sampling
-run (`wrappers.py`) and travels in that run's own transformer options; the part that belongs to one model call is a
-`ModelCall` (`model_call.py`).
+The hook's object (`override.py`) has the configuration and no state of a run. `wrappers.py` makes a `Run` around each
+sampling run and passes it on in that run's transformer options; the state of one model call is a `ModelCall`
+(`model_call.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .roles import bypass_of
 if TYPE_CHECKING:
     from .hook_plans import HookPlan
     from .layouts import Layout
-    from .memory import Place
+    from .memory import MemoryKey
     from .override import Override
 
 log = logging.getLogger("attention_backends")
@@ -53,7 +53,7 @@ RUN_KEY = "attention_backends_run"
 def router_for(device: torch.device) -> Router:
     """The router of a device, kept for the life of the process: it remembers which packages are broken.
 
-    Another one where a library has switched cuDNN's attention off or on since: each run asks anew.
+    A library may have switched cuDNN's attention off or on since: then the platform is another one, and so the router.
     """
     return _router(detect(device))
 
@@ -64,7 +64,7 @@ def _router(platform: Platform) -> Router:
 
 
 class Run:
-    """One sampling run of one patched model: its trace, a session per device, and the marks on the model."""
+    """One sampling run of one patched model: its run report, a session per device, and the patched forwards."""
 
     def __init__(self, override: Override) -> None:
         self.override = override
@@ -72,31 +72,31 @@ class Run:
         self.reached = False
         self.others = Others(self)
         self.roots: set[int] = set()
-        """Ids of the diffusion models that are marked."""
+        """Ids of the diffusion models whose forwards are patched."""
         self.over = False
-        """Its sampler has ended: model calls that still carry it have a run of their own."""
+        """Its sampler has ended: model calls whose options still contain it get another run."""
         self.family = ""
-        """Of the model, as `roles.py` names it; empty where that does not know it."""
-        self._scopes: dict[torch.device, ModelCall] = {}
-        self._marks: dict[int, attention_modules.ForwardPatches] = {}
+        """The model family, by its name in `roles.py`; empty if unknown."""
+        self._model_calls: dict[torch.device, ModelCall] = {}
+        self._patches: dict[int, attention_modules.ForwardPatches] = {}
         self._started: float | None = None
         self.samples = 0
-        """Most samples in one model call so far: prompts that ComfyUI batches count each."""
-        self.place: Place | None = None
-        """What the calls of this run are remembered under; None where no sampler prepared it."""
+        """Most samples in one model call so far; each of the prompts that ComfyUI batches counts."""
+        self.memory_key: MemoryKey | None = None
+        """The key under which the calls of this run are remembered; None without a sampler."""
         self.extra_bytes = 0.0
-        """What its kernels take for each sample beyond ComfyUI's estimate."""
-        self.timeless = Timetable(override.layers) if is_scheduled(override.layers) else None
-        """The schedules as they are outside a model call; None where there is none."""
+        """Bytes that its kernels take for each sample beyond ComfyUI's estimate."""
+        self.outside_sampler = Timetable(override.layers) if is_scheduled(override.layers) else None
+        """The schedules outside a model call; None without a schedule."""
         self.record = record_of(override.layers)
-        """The recorded run that is repeated; None where there is none."""
+        """The recorded run to repeat; None without one."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         self._windows: dict[Window, Window] = {}
         self.step: int | None = None
-        """The sampler's step of the present evaluation of the model, where its loop tells it: `sampler_loop.py`."""
+        """The sampler's step of the current evaluation of the model, from its loop (`sampler_loop.py`), or None."""
         self._code: dict[int, ForeignCode] = {}
         self.around_model_calls = ""
-        """What of another pack calls the model in ComfyUI's place; empty where nothing does."""
+        """The name of another pack's function that calls the model instead of ComfyUI; empty without one."""
         self.function_wrapper: Any = None
         """That function."""
         self.is_sampled = False
@@ -107,20 +107,20 @@ class Run:
             self.run_report.note(text)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
-        """Itself: packs copy the options of a model call, and its calls are of this run all the same."""
+        """Itself: packs copy the options of a model call, whose calls still belong to this run."""
         return self
 
     def note(self, text: str) -> None:
-        """Put a note into the account; log it the first time."""
+        """Put a note into the run report; log it the first time."""
         if self.run_report.note(text):
             log.warning("%s", text)
 
-    def mark(self, model: Any, options: dict[str, Any]) -> None:
-        """Mark the attention modules of a model, once per run; again those that others have changed since."""
-        if id(model) in self._marks:
-            self._marks[id(model)].renew()
+    def patch_modules(self, model: Any, options: dict[str, Any]) -> None:
+        """Patch the forwards of a model's attention modules, once per run; again those that changed since."""
+        if id(model) in self._patches:
+            self._patches[id(model)].renew()
         else:
-            self._marks[id(model)] = attention_modules.patch_forwards(model.diffusion_model)
+            self._patches[id(model)] = attention_modules.patch_forwards(model.diffusion_model)
             self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
             self.run_report.model = type(model).__name__
             family = attention_modules.family_of_model(model.diffusion_model)
@@ -135,7 +135,7 @@ class Run:
 
         The sigmas are read from the device once per sampler.
         """
-        if self.timeless is None:
+        if self.outside_sampler is None:
             return None
         sigmas = options.get("sample_sigmas")
         place = id(model.diffusion_model)
@@ -154,16 +154,16 @@ class Run:
         return found
 
     def foreign_code(self, diffusion_model: torch.nn.Module) -> ForeignCode:
-        """What finds other packs' code in a model; it looks through the model once in a run."""
+        """Finds other packs' code in a model; the model is searched once in a run."""
         found = self._code.get(id(diffusion_model))
         if found is None:
             found = self._code[id(diffusion_model)] = ForeignCode(diffusion_model)
         return found
 
     def note_unmatched_roles(self) -> None:
-        """At the end of a whole run: say which configured roles and windows no attention call of the model had."""
+        """At the end of a whole run: note the configured roles and windows that matched no attention call."""
         if not self.run_report.categories:
-            return  # nothing reached us, which has a note of its own
+            return  # no call reached us: another note says so
         timetables = [timetable for _, timetable in self._timetables.values()]
         if timetables:
             for other in timetables[1:]:  # copies of the model on other devices
@@ -181,14 +181,14 @@ class Run:
                 self.note(text)
 
     def offer(self) -> None:
-        """At the end of a whole run: say what is recommended for this model and was not switched on."""
+        """At the end of a whole run: note the advisories for this model that were not switched on."""
         for text in unused_advisories(self.family, self.run_report):
             if self.run_report.note(text):
                 log.info("%s", text)
 
     def unexplained(self) -> UnexplainedError | None:
-        """After a whole run: the error to end with where strict was asked for and something else ran unexplained."""
-        if not any(model_call.session.settings.strict for model_call in self._scopes.values()):
+        """After a whole run: the error to end with if strict was asked for and something else ran unexplained."""
+        if not any(model_call.session.settings.strict for model_call in self._model_calls.values()):
             return None
         text = unexplained(asked_and_ran(self.run_report))
         return None if text is None else UnexplainedError(text)
@@ -196,41 +196,41 @@ class Run:
     def stop_clock(self) -> None:
         """At the end of a whole run: wait for the devices and note how long it took."""
         if self._started is not None:
-            for device in self._scopes:
+            for device in self._model_calls:
                 synchronise(device)
             self.run_report.seconds = round(perf_counter() - self._started, 6)
             self.run_report.end_of_run()
 
     def close(self) -> None:
-        """Take every mark off again, and read what the guard still has on a device."""
+        """Restore every patched forward, and read the guard's figures that are still on a device."""
         try:
-            for model_call in self._scopes.values():
+            for model_call in self._model_calls.values():
                 if model_call.session.guard is not None:
                     model_call.session.guard.flush()
                 if model_call.session.tuner is not None:
                     model_call.session.tuner.close()
-            self.run_report.collect()  # of a run that was cancelled; else they all are there
+            self.run_report.collect()  # times of a cancelled run; of others all are there
         finally:
-            for marks in self._marks.values():
+            for marks in self._patches.values():
                 for mark in marks:
                     mark.remove()
-            self._marks.clear()
+            self._patches.clear()
             self._code.clear()
 
-    def marks(self) -> list[attention_modules.ForwardPatches]:
-        """The marks of each model that this run has called so far."""
-        return list(self._marks.values())
+    def forward_patches(self) -> list[attention_modules.ForwardPatches]:
+        """The patched forwards of each model that this run has called so far."""
+        return list(self._patches.values())
 
     def model_calls(self) -> list[ModelCall]:
-        """The scopes of all devices so far."""
-        return list(self._scopes.values())
+        """The model calls of all devices so far."""
+        return list(self._model_calls.values())
 
     def model_call(self, device: torch.device) -> ModelCall:
         """The model call of a device, made on first use."""
-        found = self._scopes.get(device)
+        found = self._model_calls.get(device)
         if found is None:
             self.run_report.device = device.type
-            found = self._scopes[device] = ModelCall(self, DeviceSession(self, device))
+            found = self._model_calls[device] = ModelCall(self, DeviceSession(self, device))
             if self.record is not None:
                 for text in self.record.remarks(self.run_report.node_id, found.session.router.platform):
                     self.note(text)
@@ -246,16 +246,16 @@ class Run:
             self.run_report.recorder.begin_model_call(number, window)
         return window
 
-    def begin_again(self, window: Window) -> None:
-        """After a model call inside another one, which goes on under the next number."""
+    def resume_model_call(self, window: Window) -> None:
+        """After a nested model call: the outer one continues under the next number."""
         if self.run_report.recorder is not None:
             self.run_report.recorder.begin_model_call(self.run_report.timeline.model_calls + 1, window)
 
     def check_reached(self, model_call: ModelCall, options: dict[str, Any]) -> None:
-        """After a model call: say so when no attention call of the run is known so far, ours or another's.
+        """After a model call: note it if no attention call of the run is known so far, ours or another's.
 
         Raises:
-            NoBackendError: and a backend was asked for strictly.
+            NoBackendError: it is so, and a backend was asked for strictly.
         """
         self.reached = self.reached or model_call.routed > 0
         if self.reached:
@@ -264,10 +264,10 @@ class Run:
             self._not_reached(options)
 
     def check_called(self, options: dict[str, Any]) -> None:
-        """After a whole run: say so when the sampler's model calls went past us.
+        """After a whole run: note it if none of the sampler's model calls reached us.
 
         Raises:
-            NoBackendError: and a backend was asked for strictly.
+            NoBackendError: it is so, and a backend was asked for strictly.
         """
         if self.is_evaluated and not self.reached and not self.run_report.timeline.model_calls:
             self._not_reached(options)
@@ -299,13 +299,13 @@ class DeviceSession(Session):
         self.layouts: dict[tuple[Any, ...], Layout] = {}
 
     def forget(self) -> None:
-        """Plan every kind of call anew; what failed or was caught stays known, and the account goes on."""
+        """Drop all plans; quarantined and vetoed kernels stay known, and the run report continues."""
         self.plans.clear()
         self.layouts.clear()
 
 
 def _tuner_of(session: Session) -> Tuner | None:
-    """What decides where `autotune` is asked for, with the store of this ComfyUI's user; None where nobody does."""
+    """Autotune with the store of this ComfyUI's user; None where no configuration asks for it."""
     if not asks_for_autotune(session.layers):
         return None
     import folder_paths

@@ -77,7 +77,7 @@ def calc_cond_batch_wrapper(
     outer, attention_modules.current.run = getattr(attention_modules.current, "run", None), run
     run.is_evaluated = True
     if not run.over and hasattr(model, "diffusion_model"):
-        run.mark(model, options)  # here, since another pack may call the model without the wrapper below
+        run.patch_modules(model, options)  # here, since another pack may call the model without the wrapper below
     try:
         return executor(memory.with_estimate(model, run), conds, x_in, timestep, model_options)
     finally:
@@ -108,10 +108,10 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run, own_run = Run(override), True  # a program that calls the model without a sampler
     else:
         run, own_run = sampled, False
-    run.mark(executor.class_obj, options)
+    run.patch_modules(executor.class_obj, options)
     run.samples = max(run.samples, args[0].shape[0])
     model_call = run.model_call(args[0].device)
-    previous, place, on_top = attention_modules.set_model_call(model_call), model_call.place(), run.others.on_top
+    previous, place, on_top = attention_modules.set_model_call(model_call), model_call.state(), run.others.on_top
     inside = run.step is None and (run.is_sampled or own_run)
     replaced: dict[str, Any] = {}
     try:
@@ -134,7 +134,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             run.step = None
         options.update(replaced)
         attention_modules.set_model_call(previous)
-        model_call.give_back(place)
+        model_call.restore(place)
         if model_call.in_model_call:  # one inside another, which goes on where it was
             run.others.on_top = on_top
         if own_run:

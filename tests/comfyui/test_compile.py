@@ -463,7 +463,7 @@ def test_what_the_model_says_reaches_the_kernel(flags: dict[str, Any]) -> None:
 
 
 def _plans(outcome: Outcome) -> list[Any]:
-    (scope,) = outcome.run._scopes.values()
+    (scope,) = outcome.run._model_calls.values()
     return list(scope.session.plans.values())
 
 

@@ -318,7 +318,7 @@ def test_somebody_elses_forward_is_put_back_or_left_alone() -> None:
     earlier, later = (lambda calls: "earlier"), (lambda calls: "later")
     self_attn.forward = earlier
     run = sampling.Run(override())
-    run.mark(model, {})
+    run.patch_modules(model, {})
     assert self_attn([]) == "earlier"
     cross_attn.forward = later
     run.close()

@@ -284,7 +284,7 @@ def test_nothing_is_guessed_of_a_latent_that_does_not_tell(comfy: Any) -> None:
     if reason := comfy.unavailable("minimax_h3"):
         pytest.skip(reason)
     model = comfy.build("minimax_h3")
-    place = memory.place_of(model.model, (1, 1, 999))
+    place = memory.key_of(model.model, (1, 1, 999))
     assert memory.expected(place, model.model, {}) == frozenset()
     comfy.sample(selected(model, "torch_sdpa"), "minimax_h3", steps=1)
     (kinds,) = memory._known[model.model.diffusion_model].values()
@@ -339,7 +339,7 @@ def test_context_windows_are_what_the_model_sees(comfy: Any, dim: int) -> None:
 
 
 @pytest.mark.comfy
-@pytest.mark.parametrize("broken", ["expected_requests", "_shape_for", "place_of", "_kinds"])
+@pytest.mark.parametrize("broken", ["expected_requests", "_shape_for", "key_of", "_kinds"])
 def test_an_estimate_that_fails_costs_no_run(comfy: Any, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model, a latent or a prompt of a kind that nobody thought of."""
 
@@ -368,7 +368,7 @@ def test_few_shapes_are_remembered(comfy: Any) -> None:
     monkey = pytest.MonkeyPatch()
     monkey.setattr(memory, "_kinds", lambda run: kinds)
     for frames in range(20):
-        run.place = memory.place_of(model.model, (1, 16, frames, 8, 12))
+        run.memory_key = memory.key_of(model.model, (1, 16, frames, 8, 12))
         memory.learn(run)
     monkey.undo()
     shapes = list(memory._known[model.model.diffusion_model])

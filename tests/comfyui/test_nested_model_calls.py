@@ -112,7 +112,7 @@ def nested(outer: Outer, **more: Any) -> Callable[[Any], None]:
 
         def body() -> None:
             assert sites.current_model_call() is scope
-            assert (scope.window == window) == (outer.run.timeless is None)
+            assert (scope.window == window) == (outer.run.outside_sampler is None)
             outer.attend(options)
 
         model_call(outer.model, options, body)
@@ -242,13 +242,13 @@ def test_a_new_attribute_of_a_scope_is_given_back_too(monkeypatch: pytest.Monkey
     outer = Outer(override("torch_sdpa"))
 
     def happens(scope: Any) -> None:
-        place = scope.place()
+        place = scope.state()
         assert dict(zip(ModelCall.__slots__, place, strict=True)) == everything(scope)
         marks = [object() for _ in place]
         kept = everything(scope)
         for name, mark in zip(ModelCall.__slots__, marks, strict=True):
             setattr(scope, name, mark)
-        scope_module.ModelCall.give_back(scope, place)
+        scope_module.ModelCall.restore(scope, place)
         assert everything(scope) == kept
 
     outer(happens)
