@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -214,22 +214,14 @@ class Variants:
     """
 
     def __init__(self, most: int = MAX_VARIANTS) -> None:
-        self.most = most
         self.made = 0
-        self._compiled: OrderedDict[object, Compiled] = OrderedDict()
+        self._function = lru_cache(maxsize=most)(lambda kind: self._new())
         self._lock = threading.Lock()
 
     def of(self, given: Arguments) -> Compiled:
         """The function for calls like this one, by what `arguments` made of it: shapes, strides, types, device."""
-        kind = kind_of(given)
         with self._lock:
-            if kind in self._compiled:
-                self._compiled.move_to_end(kind)
-            else:
-                if len(self._compiled) >= self.most:
-                    self._compiled.popitem(last=False)
-                self._compiled[kind] = self._new()
-            return self._compiled[kind]
+            return self._function(kind_of(given))
 
     def _new(self) -> Compiled:
         import torch

@@ -19,6 +19,9 @@ from .backend import Backend, Kernel, Limits, LseKernel
 if TYPE_CHECKING:
     from .support.varlen import VarlenKernel
 
+NOTHING = Backend()
+"""Stands for the member of a group where none can run."""
+
 
 class BackendGroup(Backend):
     """Tries its members in an order that depends on the card, and then is the one that could be loaded.
@@ -91,48 +94,38 @@ class BackendGroup(Backend):
 
     def kernel_name(self, request: AttentionRequest, platform: Platform) -> str | None:
         chosen = self._chosen(platform)
-        return (chosen.kernel_name(request, platform) or chosen.id) if chosen else None
+        return None if chosen is NOTHING else chosen.kernel_name(request, platform) or chosen.id
 
     def arithmetic_on(self, platform: Platform) -> str:
-        chosen = self._chosen(platform)
-        return chosen.arithmetic_on(platform) if chosen else self.arithmetic
+        return self._chosen(platform).arithmetic_on(platform)
 
     def origin(self, platform: Platform) -> str | None:
-        chosen = self._chosen(platform)
-        return chosen.origin(platform) if chosen else None
+        return self._chosen(platform).origin(platform)
 
     def limits_on(self, platform: Platform) -> Limits:
-        chosen = self._chosen(platform)
-        return chosen.limits_on(platform) if chosen else self.limits
+        return self._chosen(platform).limits_on(platform)
 
     def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         chosen = self._chosen(platform)
-        if chosen is None:
+        if chosen is NOTHING:
             return [Reason("unavailable", why=why) for why in self.unavailable_reasons(platform)]
         return chosen.unsupported_reasons(request, platform)
 
     def varlen_limits(self, platform: Platform) -> Limits | None:
-        chosen = self._chosen(platform)
-        return chosen.varlen_limits(platform) if chosen else None
+        return self._chosen(platform).varlen_limits(platform)
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
-        chosen = self._chosen(platform)
-        if chosen is None:
-            raise ImportError("; ".join(self.unavailable_reasons(platform)))
-        return chosen.load_varlen(platform)
+        return self._chosen(platform).load_varlen(platform)
 
     def lse_limits(self, platform: Platform) -> Limits | None:
-        chosen = self._chosen(platform)
-        return chosen.lse_limits(platform) if chosen else None
+        return self._chosen(platform).lse_limits(platform)
 
     def load_lse(self, platform: Platform) -> LseKernel:
-        chosen = self._chosen(platform)
-        if chosen is None:
-            raise ImportError("; ".join(self.unavailable_reasons(platform)))
-        return chosen.load_lse(platform)
+        return self._chosen(platform).load_lse(platform)
 
-    def _chosen(self, platform: Platform) -> Backend | None:
+    def _chosen(self, platform: Platform) -> Backend:
+        """The member that was loaded, else the first that can run here, else `NOTHING`."""
         if platform in self._loaded:
             return self._loaded[platform]
         able = (member for member in self.members(platform) if not member.unavailable_reasons(platform))
-        return next(able, None)
+        return next(able, NOTHING)

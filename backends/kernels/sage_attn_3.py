@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..values.aliases import DIFFUSERS, HUB, PEOPLE, SGLANG, VLLM_OMNI, Alias
@@ -102,8 +101,7 @@ class SageAttn3(sage.SageBackend):
         return (query + key) * item_bytes(request) + correction + (query + key + value_size(request)) // 2
 
     def load(self, platform: Platform) -> Kernel:
-        hub = self.from_hub(platform)
-        sageattn3_blackwell = (hub.load(platform) if hub else import_module("sageattn3")).sageattn3_blackwell
+        sageattn3_blackwell = self.imported(platform, "sageattn3").sageattn3_blackwell
 
         def run(call: AttentionCall) -> torch.Tensor:
             with on_device_of(call.query):

@@ -6,13 +6,12 @@ from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import Causal, Dtypes, HeadDim, HeadDimMultiple, ValueHeadDim
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
-from .backend import HALF, Limits, LseKernel
-from .support.lse import checked
-from .support.sdpa import PinnedSDPA, pinned_with_lse, without_gaps
+from .backend import HALF, Limits
+from .support.lse import PinnedWithLse
 from .support.workspace import expanded_bytes
 
 
-class SDPAEfficient(PinnedSDPA):
+class SDPAEfficient(PinnedWithLse):
     """Limits as in ATen/native/transformers/cuda/sdp_utils.cpp: head sizes fill 16-byte vectors."""
 
     id = "sdpa_efficient"
@@ -21,7 +20,6 @@ class SDPAEfficient(PinnedSDPA):
     kinds = ("cuda", "rocm")
     min_capability = (5, 0)
     pin = "EFFICIENT_ATTENTION"
-    lse = True
     limits = Limits(
         Dtypes(("float16", "bfloat16", "float32")),
         HeadDim(),
@@ -38,14 +36,6 @@ class SDPAEfficient(PinnedSDPA):
     def limits_on(self, platform: Platform) -> Limits:
         old = platform.capability is not None and platform.capability < (8, 0)
         return self.old_limits if old else self.limits
-
-    def lse_limits(self, platform: Platform) -> Limits | None:
-        """None on ROCm: whether its kernels return natural or base-2 logarithms was not checked."""
-        return None if platform.kind == "rocm" else super().lse_limits(platform)
-
-    def load_lse(self, platform: Platform) -> LseKernel:
-        kernel = pinned_with_lse(self.pin, platform)
-        return checked(lambda call: kernel(without_gaps(call)))
 
 
 BACKENDS = (SDPAEfficient(),)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import NO_MASK, Dtypes, GroupedHeads, HeadDim, Scale
 from ..values.platform import Platform
-from .backend import FLOATING, Limits, LseKernel, package_reason
+from .backend import FLOATING, Limits, package_reason
 from .support.layout import on_device_of
-from .support.lse import checked
-from .support.sdpa import PinnedSDPA, pinned_with_lse, without_gaps
+from .support.lse import PinnedWithLse
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from .support.varlen import VarlenCall, VarlenKernel
 
 
-class SDPAFlash(PinnedSDPA):
+class SDPAFlash(PinnedWithLse):
     """Limits as in ATen/native/transformers/cuda/sdp_utils.cpp; the CPU kernel has other limits."""
 
     id = "sdpa_flash"
@@ -32,7 +31,6 @@ class SDPAFlash(PinnedSDPA):
     limits = Limits(HeadDim(max=256), NO_MASK)
     cpu_limits = Limits(Dtypes(FLOATING))
     varlen = True
-    lse = True
 
     def limits_on(self, platform: Platform) -> Limits:
         return self.cpu_limits if platform.kind == "cpu" else self.limits
@@ -75,14 +73,6 @@ class SDPAFlash(PinnedSDPA):
             return output
 
         return run
-
-    def lse_limits(self, platform: Platform) -> Limits | None:
-        """None on ROCm: whether its kernels return natural or base-2 logarithms was not checked."""
-        return None if platform.kind == "rocm" else super().lse_limits(platform)
-
-    def load_lse(self, platform: Platform) -> LseKernel:
-        kernel = pinned_with_lse(self.pin, platform)
-        return checked(lambda call: kernel(without_gaps(call)))
 
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = super().unavailable_reasons(platform)

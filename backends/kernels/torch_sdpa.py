@@ -11,9 +11,8 @@ from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import FLOATING, Backend, Kernel, Limits, LseKernel
 from .support.lse import checked
-from .support.precision import wide_dtype
 from .support.sdpa import CHECKS, WITH_LSE, expanded, facts_for_torch, implementation, plain_sdpa, without_gaps
-from .support.textbook import attention_with_lse
+from .support.textbook import in_full_precision
 from .support.workspace import expanded_bytes
 
 if TYPE_CHECKING:
@@ -87,9 +86,7 @@ def _with_lse(platform: Platform) -> LseKernel:
                 return kernel(call)  # type: ignore[return-value]  # WITH_LSE
             if call.enable_gqa and platform.kind == "cuda":  # the efficient kernel has no grouped form
                 call = expanded(call)
-        device = call.query.device.type
-        with torch.autocast(device, enabled=False):
-            return attention_with_lse(call, wide_dtype(call.query.dtype, device))
+        return in_full_precision(call)
 
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,9 +33,7 @@ class FlashAttention(FromHub):
 
     def load(self, platform: Platform) -> Kernel:
         # Packages of this family share the folder `flash_attn`: that it can be imported is no proof.
-        hub = self.from_hub(platform)
-        module = hub.load(platform) if hub else import_module(self.module)
-        flash_attn_func = module.flash_attn_func
+        flash_attn_func = self.imported(platform, self.module).flash_attn_func
 
         def run(call: AttentionCall) -> torch.Tensor:
             query, key, value = (indexable(to_bshd(tensor)) for tensor in (call.query, call.key, call.value))
@@ -50,9 +47,7 @@ class FlashAttention(FromHub):
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
         """`flash_attn_varlen_func` of the same module; betas of version 4 take no longest lengths."""
-        hub = self.from_hub(platform)
-        module = hub.load(platform) if hub else import_module(self.module)
-        flash_attn_varlen_func = module.flash_attn_varlen_func
+        flash_attn_varlen_func = self.imported(platform, self.module).flash_attn_varlen_func
         takes_longest = "max_seqlen_q" in signature(flash_attn_varlen_func).parameters
 
         def run(call: VarlenCall) -> torch.Tensor:
@@ -82,9 +77,7 @@ class FlashAttention(FromHub):
         Version 2 and 3 call the argument return_attn_probs, and need no probabilities for it while nothing is dropped;
         version 4 calls it return_lse. Betas of version 3 have none, and always return the pair.
         """
-        hub = self.from_hub(platform)
-        module = hub.load(platform) if hub else import_module(self.module)
-        flash_attn_func = module.flash_attn_func
+        flash_attn_func = self.imported(platform, self.module).flash_attn_func
         known = signature(flash_attn_func).parameters
         lse_arguments = {name: True for name in ("return_lse", "return_attn_probs") if name in known}
 

@@ -108,6 +108,11 @@ class FromHub(Backend):
         usable = hub is not None and hub.fits(platform) and hub.obstacle(platform) is None
         return hub if usable and self._lacking(platform) else None
 
+    def imported(self, platform: Platform, module: str) -> ModuleType:
+        """`module` of the installed package, or the Hub's build where that is missing and downloads are allowed."""
+        hub = self.from_hub(platform)
+        return hub.load(platform) if hub else import_module(module)
+
     def origin(self, platform: Platform) -> str | None:
         hub = self.from_hub(platform)
         return f"Hub: {hub.name}" if hub else None

@@ -7,13 +7,14 @@ kernel through `checked`, which handles all of this; the base of the logarithm i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ...values.faults import KernelOutputError
 from ...values.masks import without_keys
+from ...values.platform import Platform
 from ...values.request import AttentionCall, LseCall
-from ..backend import Kernel, LseKernel
-from .sdpa import computes, nothing
+from ..backend import Kernel, Limits, LseKernel
+from .sdpa import WITH_LSE, PinnedSDPA, computes, nothing, pinned, without_gaps
 
 if TYPE_CHECKING:
     import torch
@@ -58,3 +59,17 @@ def kept(kernel: LseKernel) -> Kernel:
         return output
 
     return run
+
+
+class PinnedWithLse(PinnedSDPA):
+    """FLASH_ATTENTION or EFFICIENT_ATTENTION, whose operators also return the log-sum-exp."""
+
+    lse = True
+
+    def lse_limits(self, platform: Platform) -> Limits | None:
+        """None on ROCm: whether its kernels return natural or base-2 logarithms was not checked."""
+        return None if platform.kind == "rocm" else super().lse_limits(platform)
+
+    def load_lse(self, platform: Platform) -> LseKernel:
+        kernel = cast("LseKernel", pinned(self.pin, platform, WITH_LSE))
+        return checked(lambda call: kernel(without_gaps(call)))

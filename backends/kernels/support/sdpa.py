@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...values.platform import Platform
 from ...values.request import AttentionCall
-from ..backend import Backend, Kernel, LseKernel, package_reason
+from ..backend import Backend, Kernel, package_reason
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +79,6 @@ Take = Callable[[Any], Any]
 OUTPUT: Take = itemgetter(0)
 WITH_LSE: Take = itemgetter(0, 1)
 """Output and log-sum-exp: the natural logarithm, float32 or float64; what an empty row has there is not said."""
-
-
-def pinned_with_lse(pin: str, platform: Platform) -> LseKernel:
-    """As `pinned`, of FLASH_ATTENTION or EFFICIENT_ATTENTION, for `lse.checked`, which has to stand before it."""
-    return cast("LseKernel", pinned(pin, platform, WITH_LSE))
 
 
 def pinned(pin: str, platform: Platform, take: Take = OUTPUT) -> Kernel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...values.request import AttentionCall
+from .precision import wide_dtype
 from .sdpa import expand_kv
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ def attention_with_lse(call: AttentionCall, wide: torch.dtype) -> tuple[torch.Te
     key, value = expand_kv(call)
     scores = _scores(call, key, wide)
     return _weighted(scores, value, call), scores.logsumexp(dim=-1)
+
+
+def in_full_precision(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_with_lse` in float32, or float64 where torch may compute float32 less exactly."""
+    import torch
+
+    device = call.query.device.type
+    with torch.autocast(device, enabled=False):
+        return attention_with_lse(call, wide_dtype(call.query.dtype, device))
 
 
 def _scores(call: AttentionCall, key: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
