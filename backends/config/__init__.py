@@ -1,7 +1,7 @@
-"""What a person asked for: a backend per role, what accuracy is allowed, and what to do when it cannot run.
+"""The configuration: a backend per role, the allowed accuracy, strictness, schedule and guard.
 
-`parse_config` (in `text.py`) reads every accepted text form into these types. Here is what they mean, and how one
-configuration finds its entry for a role, always with the source as text; several at once are in `layers.py`.
+`parse_config` (`text.py`) reads every accepted text form into these types. A configuration finds its entry for a role,
+with the source as text; `layers.py` resolves several configurations.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 GUARD_MODES = ("off", "watch", "enforce")
 PLATFORM_ROUTE = "platform route"
-"""The source of a choice that nobody made."""
+"""The source of a choice that no configuration made."""
 RECOMMENDED = "recommended for "
-"""How the source of a choice begins that a precaution made."""
+"""Prefix of the source of a choice that an advisory made."""
 
 LONGEST_ROLE = 200
-"""Characters of a role's name; the longest of ours has 30."""
+"""Characters of a role's name; the longest known one has 30."""
 
 CATEGORY_PARENT: Mapping[str, str] = MappingProxyType({"joint": "self"})
-"""Joint attention over text and picture falls in category `self` where nothing is said about `joint`.
+"""Category -> the category whose entry it uses if it has none: joint attention over text and picture uses `self`.
 
-Not where `AttentionConfig.joint_is_self` is false, as in text: the systems whose configurations are pasted have
-`joint` as a role of its own.
+Not if `AttentionConfig.joint_is_self` is false, as for text: in the systems that configurations come from, `joint` is a
+separate role.
 """
 
 
@@ -48,7 +48,12 @@ def frozen(options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One backend with its options. The name is any accepted spelling and is stored as the canonical id."""
+    """One backend with its options. `backend` accepts every spelling and is stored as the canonical id.
+
+    Raises:
+        UnknownBackendError: no backend has the name.
+        ConfigError: an option is unknown or its value is wrong.
+    """
 
     backend: str = AUTO
     extra: Mapping[str, object] = field(default_factory=dict)
@@ -70,7 +75,7 @@ class AttentionSpec:
         declared = {option.name for option in backend.options}
         foreign = [name for name in self.extra if name in FOREIGN_OPTIONS and name not in declared]
         wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
-        # A planned backend falls back, and so do its options.
+        # A planned backend falls back, so its options are not refused.
         wrong += foreign_problems(foreign) if backend.built else []
         if wrong:
             raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
@@ -83,7 +88,7 @@ class AttentionSpec:
 
     @property
     def is_auto(self) -> bool:
-        """True when this entry says nothing: the next source decides."""
+        """Whether the backend is `auto`: the next configuration decides."""
         return self.backend == AUTO
 
 
@@ -91,28 +96,28 @@ class AttentionSpec:
 class AttentionConfig:
     """Default and per-role specs. A role is a dotted string such as `self`, `cross` or `ltx2.audio_to_video`.
 
-    A setting that is None was not said here: the next configuration's counts, and at the end `DEFAULT_SETTINGS`.
+    A setting that is None is unset: the next configuration's applies, and at the end `DEFAULT_SETTINGS`.
     """
 
     default: AttentionSpec = field(default_factory=AttentionSpec)
     per_role: Mapping[str, AttentionSpec] = field(default_factory=dict)
-    """Entries that say `auto` say nothing, and are left out."""
+    """Role -> spec; entries for `auto` are dropped."""
     accuracy: str | None = None
-    """The least exact class that `auto` may pick: one of `tolerance.ACCURACY`, each including those before it."""
+    """The least exact class that `auto` may pick, one of `tolerance.ACCURACY`; it includes those before it."""
     strict: bool | None = None
     guard: str | None = None
     source: str = "config"
-    """Where this came from, for messages: a node, a file, an environment variable."""
+    """Origin for messages: a node, a file, an environment variable."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What the person should know about how it was read: names that mean something else here, parts without effect."""
+    """Notes of the reader: names that mean something else here, parts without effect."""
     schedule: tuple[ScheduleEntry, ...] = ()
-    """Windows of the run with a backend of their own, above the default and the roles; a later one wins."""
+    """Windows of the run with another backend, above the roles and the default; a later one wins."""
     recommended: tuple[Advice, ...] = ()
-    """What is recommended for this model family and was switched on: above every default, below all else."""
+    """Advisories for this model family that were switched on: above every default, below all else."""
     joint_is_self: bool = True
-    """The entry for `self` covers `joint` too. Text says so itself where it means that (`mapping.py`)."""
+    """Whether the entry for `self` covers `joint` too; false by default for text (`mapping.py`)."""
     record: Recorded | None = None
-    """A run to repeat: below the roles and the schedule, above what is recommended and the default."""
+    """A run to repeat: below roles and schedule, above advisories and default."""
 
     def __post_init__(self) -> None:
         if self.accuracy is not None and self.accuracy not in ACCURACY:
@@ -127,7 +132,9 @@ class AttentionConfig:
         object.__setattr__(self, "per_role", MappingProxyType(said))
         object.__setattr__(self, "schedule", tuple(entry for entry in self.schedule if not entry.spec.is_auto))
         if not self.names_self:
-            object.__setattr__(self, "joint_is_self", True)  # it says nothing then
+            object.__setattr__(
+                self, "joint_is_self", True
+            )  # irrelevant without an entry for self; normalise for equality
 
     def __hash__(self) -> int:
         per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
@@ -136,16 +143,16 @@ class AttentionConfig:
 
     @property
     def names_self(self) -> bool:
-        """True when an entry is for `self`, so that `joint_is_self` matters."""
+        """Whether an entry is for `self`, so that `joint_is_self` matters."""
         return "self" in self.per_role or any(entry.role == "self" for entry in self.schedule)
 
     def parent_of(self, category: str) -> str | None:
-        """The category that counts where nothing is said about `category`."""
+        """The category whose entry is used where `category` has none."""
         parent = CATEGORY_PARENT.get(category)
         return None if parent == "self" and not self.joint_is_self else parent
 
     def of_role(self, role: str, category: str) -> tuple[AttentionSpec, str] | None:
-        """The entry for a role, or for what it falls back to, and its source as text; None where neither has one."""
+        """(spec, source) of the role, else of its category, else of the category's parent; None without any."""
         if not self.per_role:
             return None
         if role in self.per_role:

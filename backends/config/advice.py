@@ -1,4 +1,4 @@
-"""What a configuration needs to know of an advisory; `observe/advisories.py` has the table of them."""
+"""The protocol of an advisory, as configurations use it; `observe/advisories.py` has the table."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
 
 
 class Advice(Protocol):
-    """Calls of a model family that are better run by an exact kernel, once a person has switched that on."""
+    """Calls of a model family that an exact kernel runs, if a person switched that on."""
 
     @property
     def where(self) -> ScheduleEntry:
-        """Which calls these are."""
+        """The calls, as a schedule entry."""
 
     @property
     def source_of_choice(self) -> str:
-        """The source of the choice, as the run report names it."""
+        """The source of the choice in a run report."""
 
     def applies_to(self, asked: str | None, accuracy: str) -> bool:
-        """Whether it matters with the default `asked` (None: the priority of the platform) and this `accuracy`."""
+        """Whether it applies with the default backend `asked` (None: the platform's priorities) and this `accuracy`."""

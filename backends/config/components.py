@@ -1,8 +1,7 @@
-"""SGLang's map from components of a pipeline to backends, and the part of it that concerns one diffusion model.
+"""SGLang's map from pipeline components to backends: reads the entries of one diffusion model.
 
 A ComfyUI MODEL is the diffusion model: `transformer`, or `transformer_2` for a second expert (Wan 2.2's low-noise
-model). Text encoders and autoencoders are other objects there, and nothing here routes them: their entries are
-recognised, checked, and change nothing.
+model). Entries of text encoders and autoencoders are checked and have no effect.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from .names import RefusedBackendError
 
 KNOWN = ("transformer", "unet", "text_encoder", "image_encoder", "vae", "audio_vae", "video_vae")
 MOST = 64
-"""Entries of a map; a pipeline has a dozen components."""
+"""Most entries of a map; a pipeline has a dozen components."""
 _DIFFUSION_MODEL = re.compile(r"transformer(_\d+)?")
 
 Read = Callable[[object, str], AttentionSpec]
 
 
 def component_name(name: str) -> str:
-    """A component's name as SGLang compares it: `_` for `-`; a U-Net is the diffusion model too."""
+    """A component's name as SGLang compares it: `_` for `-`; `unet` is the diffusion model too."""
     return re.sub(r"^unet(?=(_\d+)?$)", "transformer", str(name).strip().replace("-", "_"))
 
 
 def component_entries(
     value: object, component: str, read: Read, where: str
 ) -> tuple[AttentionSpec, dict[str, AttentionSpec], list[str]]:
-    """What a component map says about `component`: its backend, its roles' backends, and notes about the rest.
+    """(backend, backends by role, notes about other components) of `component`.
 
-    `x_2` takes what stands under `x` where nothing stands under its own name.
+    `x_2` uses the entries of `x` where it has none.
 
     Raises:
-        ConfigError: it is no map, or a name is nearly that of a component.
+        ConfigError: it is no map, or a name is a misspelt component.
     """
     wanted = component_name(component)
     names = [wanted.rpartition("_")[0], wanted] if re.fullmatch(r".+_\d+", wanted) else [wanted]
@@ -63,7 +62,7 @@ def component_entries(
 
 
 def _flat(value: Mapping[object, object], where: str) -> dict[tuple[str, str], object]:
-    """Entries by component and role; a role may stand in a dotted name or in a mapping."""
+    """Entries by (component, role), from dotted names or nested mappings."""
     entries: dict[tuple[str, str], object] = {}
     for key, entry in value.items():
         name, _, role = str(key).partition(".")
@@ -89,9 +88,9 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _elsewhere(of: str, role: str, entry: object, wanted: str, read: Read) -> str:
-    """The note about an entry for another component; a wrong name in it is still an error."""
+    """The note about an entry for another component. An unknown backend in it raises."""
     name = f"{of}.{role}" if role else of
-    with contextlib.suppress(RefusedBackendError):  # it would not run here either way
+    with contextlib.suppress(RefusedBackendError):  # has no effect here anyway
         read(entry, name)
     if _DIFFUSION_MODEL.fullmatch(of):
         return f"component {name}: for another diffusion model than {wanted}; choose component {of} on that model"

@@ -1,6 +1,6 @@
-"""Command lines, flags and `name=value` pairs to a nested mapping.
+"""Parses command lines, flags and `name=value` pairs to a nested mapping.
 
-Their words are in `words.py`; what the mapping means is in `mapping.py`.
+`words.py` splits them; `mapping.py` reads the mapping.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
 COMPONENT_FLAG = "component_attention_backends"
 COMMAND_FLAGS = (*CONFIG_FLAGS, "diffusion_attention_backend", "attention_backend", "attention_backend_config",
                  "diffusion_attention_schedule", COMPONENT_FLAG)  # fmt: skip
-"""What is taken from a whole command line; its other flags are the program's own."""
+"""Flags that are read from a whole command line; others are the program's."""
 COMPONENT_NAME = re.compile(
     r"(transformer|unet|text_encoder|image_encoder|vision_encoder|vae|audio_vae|video_vae|vocoder|connectors)(_\d+)?"
 )
@@ -41,7 +41,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "sglang_diffusion_aiter_fp8_attn": "runs AITER's FP8 kernels in SGLang; here aiter is half precision only",
     }
 )
-"""What flags and variables of other systems do to attention there; here they have no effect."""
+"""Flags and variables that change attention in other systems, and have no effect here."""
 
 _ASSIGNMENT = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 _PROGRAM = re.compile(
@@ -51,17 +51,17 @@ _FLAGS = re.compile(rf"(\$\s+)?(export\s|--?[A-Za-z]|[A-Za-z_][\w.-]*\s*=|({_PRO
 
 
 class Flags(NamedTuple):
-    """What a text of flags says."""
+    """A parsed text of flags."""
 
     nested: dict[str, Any]
     environment: dict[str, str]
-    """Variables that stand before the command."""
+    """Environment variables before the command."""
     skipped: tuple[str, ...]
-    """Flags of a command line that have no effect here: not about attention, or in `ELSEWHERE`."""
+    """Flags without effect here: not about attention, or in `ELSEWHERE`."""
 
 
 def notes_on(skipped: Sequence[str]) -> list[str]:
-    """One note for each skipped flag that changes attention where it comes from, one for all others."""
+    """A note for each skipped flag that changes attention in its own system, one note for all others."""
     about = {flag: flag.lstrip("-").replace("-", "_").lower() for flag in skipped}
     known = [
         f"{flag}: there it {ELSEWHERE[name]}; without effect here" for flag, name in about.items() if name in ELSEWHERE
@@ -71,7 +71,7 @@ def notes_on(skipped: Sequence[str]) -> list[str]:
 
 
 def looks_like_flags(text: str) -> bool:
-    """True where the first line that says something is a flag, an assignment or a command."""
+    """Whether the first line that is neither empty nor a comment is a flag, an assignment or a command."""
     lines = (line.strip() for line in text.splitlines())
     first = next((line for line in lines if line and not line.startswith("#")), "")
     return _FLAGS.match(first) is not None
@@ -81,7 +81,7 @@ def parse_flags(text: str, source: str) -> Flags:
     """Read flags, pairs, or a whole command line.
 
     Raises:
-        ConfigError: a word is not understood; the message has the word.
+        ConfigError: a word is not understood; the message quotes it.
     """
     words = with_assignments(words_of(text, source))
     environment: dict[str, str] = {}
@@ -119,7 +119,7 @@ def parse_pairs(text: str, source: str) -> dict[str, Any]:
 
 
 def _pairs(text: str, rest: list[str], source: str) -> list[tuple[str, object]]:
-    """The settings of one word; a flag without `=` takes the next word as its value."""
+    """(name, value) pairs of one word; a flag without `=` uses the next word as value."""
     if text.startswith("-"):
         name, equals, value = text.lstrip("-").partition("=")
         if not equals:
@@ -143,7 +143,7 @@ def _pairs(text: str, rest: list[str], source: str) -> list[tuple[str, object]]:
 
 
 def _take(nested: dict[str, Any], name: str, value: object, source: str) -> None:
-    """Put one setting into `nested`; SGLang's map, as pairs or JSON, one component at a time, so that flags join it."""
+    """Put one setting into `nested`; SGLang's map by component, so that several flags are merged."""
     inner: dict[str, Any] = {}
     if name.replace("-", "_") == COMPONENT_FLAG:
         if isinstance(value, dict):
@@ -160,7 +160,7 @@ def _put(nested: dict[str, Any], name: str, value: object, source: str) -> None:
     """Put `a.b.c` into nested dicts; names of components keep their dots.
 
     Raises:
-        ConfigError: an earlier setting stands in its way, or it is nested too deeply.
+        ConfigError: it conflicts with an earlier setting, or is nested too deeply.
     """
     conflict = f"{source}: {name!r} conflicts with an earlier entry"
     head, _, tail = name.partition(".")
@@ -191,10 +191,10 @@ def _is_attention(word: str) -> bool:
 
 
 def _refuse_near(word: str, source: str) -> None:
-    """A flag of a command line that speaks of attention, or attn, and is not known must not be passed over.
+    """Refuse an unknown flag of a command line that has attention or attn in its name.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it has.
     """
     head = _head(word)
     if word.startswith("--") and re.search("attention|attn", head) and head not in ELSEWHERE:

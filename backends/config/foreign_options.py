@@ -1,7 +1,7 @@
-"""Options of other systems that belong to no backend here: recognised, and refused as not implemented.
+"""Options of other systems that no backend here has: recognised, and refused as not implemented.
 
-vLLM-Omni 0.30 writes them beside `backend`, Smart-Diffusion's documents under `attn_config`. A backend that declares
-an option of the same name takes it, and then nothing here is asked. Their values are not looked at.
+vLLM-Omni 0.30 writes them beside `backend`, Smart-Diffusion under `attn_config`. An option of the same name that a
+backend declares has precedence. Values are not checked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BESIDE_BACKEND: tuple[str, ...] = (
     *("skip_softmax", "quant", "block_sparse", "fastvideo_vsa_topk", "fastvideo_vsa_provider"),
     "fastvideo_vsa_precision",
 )
-"""Names that vLLM-Omni 0.30, and 0.32, writes beside `backend`; read as if they stood under `extra`."""
+"""Names that vLLM-Omni 0.30 and 0.32 write beside `backend`; read like entries of `extra`."""
 
 FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -31,9 +31,9 @@ FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
         "block_size": "Smart-Diffusion and vLLM-Omni, whose documents name it and whose code does not",
     }
 )
-"""By name: the system that it is an option of, and what it is there."""
+"""Name -> its system and its meaning there."""
 
 
 def foreign_problems(given: Iterable[str]) -> list[str]:
-    """Why each of these options is refused beside a backend that can run."""
+    """The reason against each of these options, for a backend that is implemented."""
     return [f"{name} is an option of {FOREIGN_OPTIONS[name]}; not implemented here" for name in given]

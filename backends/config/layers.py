@@ -1,6 +1,6 @@
-"""Several configurations at once, highest first: what they come to, for all roles and for one.
+"""Resolves several configurations, highest first, to settings for all roles and to a `Choice` for one.
 
-Such layers are what the nodes on a model say, then what the environment says; or the `with` blocks around a call.
+Layers are the nodes on a model, then the environment; or the `with` blocks around a call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def joint_note(layers: tuple[AttentionConfig, ...], role: str, category: str) -> str | None:
-    """What to say where an entry for `self` would have decided for joint attention, had it not come from text."""
+    """The note where an entry for `self` from text does not cover joint attention, which other systems separate."""
     for layer in layers:
         spec = layer.per_role.get("self")
         if layer.of_role(role, category) is not None:
@@ -35,7 +35,7 @@ def joint_note(layers: tuple[AttentionConfig, ...], role: str, category: str) ->
 
 
 class Settings(NamedTuple):
-    """What holds for every role of a run."""
+    """Settings for every role of a run."""
 
     accuracy: str
     strict: bool
@@ -46,50 +46,50 @@ DEFAULT_SETTINGS = Settings(accuracy="exact", strict=False, guard="watch")
 
 
 def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
-    """Each setting as the highest configuration that says anything about it has it."""
+    """Each setting from the highest configuration that sets it, else from `DEFAULT_SETTINGS`."""
 
-    def said(name: str) -> object:
+    def highest(name: str) -> object:
         values = (getattr(layer, name) for layer in layers)
         return next((value for value in values if value is not None), getattr(DEFAULT_SETTINGS, name))
 
-    return Settings(*map(said, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
+    return Settings(*map(highest, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
 
 
 def record_of(layers: tuple[AttentionConfig, ...]) -> Recorded | None:
-    """The run to repeat; None where no configuration has one."""
+    """The record to repeat; None without one."""
     return next((layer.record for layer in layers if layer.record is not None), None)
 
 
 def default_of(layers: tuple[AttentionConfig, ...]) -> str | None:
-    """The backend that holds where nothing is said of a role; None where the platform's route decides."""
+    """The default backend; None: the platform's priorities decide."""
     return next((layer.default.backend for layer in layers if not layer.default.is_auto), None)
 
 
 def advisories_of(layers: tuple[AttentionConfig, ...]) -> tuple[Advice, ...]:
-    """What was switched on of what is recommended, and matters with the default that holds."""
+    """Advisories that were switched on and apply with the resolved default."""
     if not any(layer.recommended for layer in layers):
         return ()
     asked, accuracy = default_of(layers), settings_of(layers).accuracy
-    return tuple(one for layer in layers for one in layer.recommended if one.applies_to(asked, accuracy))
+    return tuple(advisory for layer in layers for advisory in layer.recommended if advisory.applies_to(asked, accuracy))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for one role: a canonical id, or None where the platform's route decides."""
+    """What was asked for one role: a canonical id, or None where the platform's priorities decide."""
 
     asked: str | None
     source: str
     extra: Mapping[str, object] = field(default_factory=dict)
     accuracy: str | None = None
-    """The least exact class that the route may take for it; None for what holds for the whole run."""
+    """The least exact class allowed for it; None: the run's."""
     from_default: bool = field(default=False, compare=False)
-    """True where nothing was said of the role, nor of this place in the run."""
+    """Whether it is a default: no role entry and no schedule window applied."""
     record: Recorded | None = None
-    """Decides instead of all this for calls that it knows (`Session.recorded`): more than the role tells them apart."""
+    """If set, overrides the fields above for every call found in it (`observe/replay/replay.py`)."""
 
     @property
     def nobody_named_a_backend(self) -> bool:
-        """True where nobody named a backend or an accuracy, so that a checkpoint's own preference counts."""
+        """Whether no backend or accuracy was named, so that a checkpoint's preference applies."""
         return self.asked in (None, AUTOTUNE) and self.accuracy is None
 
 
@@ -99,9 +99,9 @@ def resolve(
     category: str,
     scheduled: Callable[[AttentionConfig], tuple[AttentionSpec, str] | None] | None = None,
 ) -> Choice:
-    """Ask each configuration in turn, highest first; the first that says anything about the role decides.
+    """The choice of the highest configuration with an entry for the role, a schedule window or a default.
 
-    `scheduled` gives what the schedule of a configuration says at this place of the run, which stands above its roles.
+    `scheduled` returns the (spec, source) of a configuration's active schedule window, which beats its roles.
     """
     record = None
     for layer in layers:
@@ -123,10 +123,10 @@ def _specs(layers: tuple[AttentionConfig, ...]) -> Iterator[AttentionSpec]:
 
 
 def asks_for_autotune(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether anything says `autotune`."""
+    """Whether any entry is `autotune`."""
     return any(spec.backend == AUTOTUNE for spec in _specs(layers))
 
 
 def names_backends(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether anything names a backend, and not only a way to choose."""
+    """Whether any entry names a backend, other than `auto` and `autotune`."""
     return any(spec.backend not in (AUTO, AUTOTUNE) for spec in _specs(layers))

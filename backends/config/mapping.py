@@ -1,7 +1,7 @@
-"""A mapping to an `AttentionConfig`: our own entries, and those of vLLM-Omni, SGLang diffusion and Smart-Diffusion.
+"""Reads a mapping as an `AttentionConfig`: our entries, and those of vLLM-Omni, SGLang diffusion and Smart-Diffusion.
 
-Every text form becomes a mapping first (`text.py`, `flags.py`). Components of a pipeline are in `components.py`. The
-caller's mapping is never changed.
+Every text form becomes a mapping first (`text.py`, `flags.py`). `components.py` reads SGLang's map. The caller's
+mapping is not changed.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ SHORTHANDS = {
     "attention_backend": "sglang",
     "attn_type": "smart_diffusion",
 }
-"""Names for the default backend alone, and the system that each comes from."""
+"""Names of the entry for the default backend, and the system of each."""
 MOST_BESIDES = 200
-"""Entries that another system's configuration may have for purposes of its own; vLLM's has some eighty."""
+"""Most other entries of another system's configuration; vLLM's has about eighty."""
 OPTION_FIELDS = ("attention_backend_config", "attn_config")
-"""Options of the backend that is named, as SGLang and Smart-Diffusion's documents write them."""
+"""Entries with the options of the named backend, in SGLang and Smart-Diffusion."""
 
 
 @dataclass
 class Reading:
-    """How one configuration is read, and what there is to say about it."""
+    """State of reading one configuration: its source, its notes."""
 
     source: str
     component: str = "transformer"
     options_text: Callable[[str, str], dict[str, Any]] | None = None
-    """Reads options that are written as text."""
+    """Parses options given as text."""
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -61,7 +61,7 @@ def from_mapping(value: Mapping[Any, Any], reading: Reading) -> AttentionConfig:
 
     Raises:
         ConfigError: an entry is not understood.
-        UnknownBackendError: a backend's name is not known, or is known and refused.
+        UnknownBackendError: a backend's name is unknown or refused.
     """
     source = reading.source
     keys = [str(key).replace("-", "_") for key in value]
@@ -83,7 +83,7 @@ def from_mapping(value: Mapping[Any, Any], reading: Reading) -> AttentionConfig:
             default = _with_options(name, entries[name], default, per_role, reading)
     schedule = _schedule(entries, reading, system)
     settings = {name: entries[name] for name in SETTINGS if entries.get(name) is not None}
-    settings.setdefault("joint_is_self", False)  # a role of its own in the systems that configurations come from
+    settings.setdefault("joint_is_self", False)  # a separate role in the systems that configurations come from
     if settings.get("guard") is False:
         settings["guard"] = "off"  # YAML reads a bare `off` as false
     try:
@@ -98,7 +98,7 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
     """One backend with its options: a name, a mapping, or an AttentionSpec.
 
     Raises:
-        ConfigError, UnknownBackendError: as `from_mapping`, with `where` in front.
+        ConfigError, UnknownBackendError: as `from_mapping`, prefixed with `where`.
     """
     if value is None:
         return AttentionSpec()
@@ -132,7 +132,7 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
 
 
 def _besides(keys: list[str], unknown: list[str]) -> list[str]:
-    """Of the unknown entries, those that another system's configuration has for purposes of its own."""
+    """The unknown entries that belong to another system's configuration and are ignored."""
     if not set(keys) & set(COMMAND_FLAGS) or set(keys) & set(FIELDS):
         return []
     if len(unknown) > MOST_BESIDES:
@@ -142,7 +142,7 @@ def _besides(keys: list[str], unknown: list[str]) -> list[str]:
 
 
 def _entries(value: Mapping[Any, Any], source: str) -> dict[str, Any]:
-    """The entries by name, with those of other systems' wrappers put among them and `-` read as `_`."""
+    """Entries by name, with `-` read as `_` and the wrappers of other systems flattened."""
     entries: dict[str, Any] = {}
     for key, entry in value.items():
         name = str(key).replace("-", "_")
@@ -162,10 +162,10 @@ def _mapping(value: object, where: str) -> Mapping[Any, Any]:
 
 
 def _join(entries: dict[str, Any], more: Mapping[Any, Any], where: str) -> None:
-    """Put `more` into `entries`, joining mappings.
+    """Merge `more` into `entries`, mapping by mapping.
 
     Raises:
-        ConfigError: both say something about the same entry.
+        ConfigError: both have the same entry.
     """
     for key, entry in more.items():
         if key not in entries:
@@ -178,7 +178,7 @@ def _join(entries: dict[str, Any], more: Mapping[Any, Any], where: str) -> None:
 
 
 def _default(entries: Mapping[str, Any], reading: Reading, system: str) -> AttentionSpec:
-    """The default from its one place."""
+    """The default backend, from the only entry that may give it."""
     given = [name for name in SHORTHANDS if entries.get(name) is not None]
     given += ["default"] if entries.get("default") is not None else []
     specs = {}
@@ -195,7 +195,7 @@ def _default(entries: Mapping[str, Any], reading: Reading, system: str) -> Atten
 
 
 def _roles(value: Mapping[Any, Any], reading: Reading, system: str, prefix: str = "") -> dict[str, AttentionSpec]:
-    """Entries by dotted role; nested mappings (`ltx2: {audio_self: ...}`) are joined."""
+    """Specs by dotted role; nested mappings (`ltx2: {audio_self: ...}`) are flattened."""
     roles: dict[str, AttentionSpec] = {}
     for key, entry in value.items():
         if not isinstance(key, str) or not key.strip():
@@ -218,7 +218,7 @@ def _roles(value: Mapping[Any, Any], reading: Reading, system: str, prefix: str 
 
 
 def _schedule(entries: Mapping[str, Any], reading: Reading, system: str) -> tuple[ScheduleEntry, ...]:
-    """The windows of the run, ours or vLLM-Omni's."""
+    """The schedule, in our form or vLLM-Omni's."""
     if entries.get(FOREIGN_SCHEDULE) is None:
         where = f"{reading.source}.schedule"
         return schedule_of(entries.get("schedule") or [], where, lambda value, at: spec_of(value, at, reading, system))
@@ -239,7 +239,7 @@ def _schedule(entries: Mapping[str, Any], reading: Reading, system: str) -> tupl
 def _with_components(
     entries: Mapping[str, Any], default: AttentionSpec, per_role: dict[str, AttentionSpec], reading: Reading
 ) -> AttentionSpec:
-    """SGLang's overrides of a component stand above its global backend, those of a role in it above both."""
+    """Apply SGLang's component map: roles of a component beat the component, which beats the global backend."""
 
     def read(value: object, name: str) -> AttentionSpec:
         return spec_of(value, f"{reading.source}.{COMPONENT_FLAG}.{name}", reading, "sglang")
@@ -268,7 +268,7 @@ def _with_components(
 def _with_options(
     name: str, value: Any, default: AttentionSpec, per_role: dict[str, AttentionSpec], reading: Reading
 ) -> AttentionSpec:
-    """Give options that stand apart to every named backend that has them, else to the default, which refuses them."""
+    """Give separate options to every named backend that declares them, else to the default, which refuses them."""
     where = f"{reading.source}.{name}"
     if isinstance(value, str):
         value = reading.options_text(value, where) if reading.options_text else {}

@@ -1,8 +1,7 @@
-"""The names a person may write for a backend, and the one id each of them means.
+"""Resolves every accepted name of a backend to its id.
 
-The ids are public for ever: workflows and configuration files hold them. The aliases are the spellings of
-vLLM-Omni, SGLang diffusion, Diffusers and Smart-Diffusion, which each backend declares, so that a configuration
-written for one of them pastes unchanged. Only names live here; what each backend can do is in `kernels/`.
+Ids never change: workflows and configuration files contain them. Aliases are the names of vLLM-Omni, SGLang diffusion,
+Diffusers and Smart-Diffusion, declared by each backend, so that their configurations paste unchanged.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from ..values.bounded import nearest, shortened
 from .systems import key_of, rows_of, systems
 
 AUTO = "auto"
-"""Take the first exact backend of the platform's route that can run the call."""
+"""The first backend of the platform's priorities that can run the call."""
 
 AUTOTUNE = "autotune"
-"""Take the backend that was measured fastest on this machine for this kind of call."""
+"""The backend that was measured fastest on this machine for this kind of call."""
 
 MEASURED = "measured"
-"""The older name of `AUTOTUNE`. It is accepted wherever a backend is named, and is stored as `autotune`."""
+"""Older name of `AUTOTUNE`, accepted everywhere and stored as `autotune`."""
 
 COMFY = "comfy"
-"""Run what ComfyUI would have run by itself."""
+"""ComfyUI's own attention function."""
 
 MENU: tuple[str, ...] = (
     "torch_sdpa",
@@ -61,21 +60,21 @@ MENU: tuple[str, ...] = (
     "reference",
     "trtllm_attn",
 )
-"""The order in which menus show backends. It is kept; one that is not here stands at the end."""
+"""Order of menus, which never changes; further backends follow at the end."""
 
 BACKEND_IDS: tuple[str, ...] = (*MENU, *(backend_id for backend_id in registry.MODULES if backend_id not in MENU))
-"""Every backend that can be named, in the order in which menus show them."""
+"""The id of every backend, in the order of menus."""
 
 NAMES: tuple[str, ...] = (AUTO, AUTOTUNE, *BACKEND_IDS)
-"""The canonical names: the two ways to let the pack choose, then each backend."""
+"""The canonical names: `auto`, `autotune`, then the ids."""
 
 CHOICES: tuple[str, ...] = (AUTO, AUTOTUNE, MEASURED, *BACKEND_IDS)
-"""What a menu offers: `NAMES`, and `measured`, because saved graphs hold it and ComfyUI validates a combo's value."""
+"""Options of a menu: `NAMES`, and `measured`, because saved graphs contain it and ComfyUI validates a combo's value."""
 
 
 @lru_cache(maxsize=1)
 def aliases() -> dict[str, str]:
-    """Every accepted spelling that is no id itself, and the id it means."""
+    """Alias -> id, without the ids themselves."""
     published = {key_of(row.name): row.means for system in systems() for row in system.names if row.means}
     written = {
         key_of(alias.name): backend.id
@@ -87,37 +86,37 @@ def aliases() -> dict[str, str]:
 
 
 def __getattr__(name: str) -> object:
-    """`ALIASES`, made when it is asked for: it takes the declarations of all backends."""
+    """`ALIASES`, computed on access because it imports every backend's declaration."""
     if name != "ALIASES":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return aliases()
 
 
 class UnknownBackendError(ValueError):
-    """A name that no backend and no alias has. A message that quotes a long text is shortened in its middle."""
+    """A name that is no id and no alias. A long message is shortened in its middle."""
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(message))
 
 
 class RefusedBackendError(UnknownBackendError):
-    """A name that another system publishes and that means nothing here; the message says why."""
+    """A name that another system publishes and that has no equivalent here; the message says why."""
 
 
 def is_known(name: str) -> bool:
-    """Whether `canonical` would return an id."""
+    """Whether `canonical` accepts the name."""
     key = key_of(name)
     return key in NAMES or key in aliases()
 
 
 def canonical(name: str, system: str = "") -> str:
-    """Return the id that `name` means; case, surrounding space and `-` for `_` do not matter.
+    """The id of a name; case, surrounding space and `-` for `_` do not matter.
 
-    `system` is the id of the system that it comes from, where that is known: a refusal speaks of that one.
+    `system`: id of the system that the name comes from, if known; for the text of a refusal.
 
     Raises:
-        RefusedBackendError: another system publishes the name, and nothing here is the same; the message says why.
-        UnknownBackendError: nothing has that name; the message gives the nearest names and the whole list.
+        RefusedBackendError: another system publishes the name, without an equivalent here; the message says why.
+        UnknownBackendError: unknown; the message has the nearest names and the whole list.
     """
     key = key_of(name)
     if key in NAMES:

@@ -1,4 +1,4 @@
-"""An `AttentionConfig` back to the forms that people write; what is printed reads to the same configuration."""
+"""Prints an `AttentionConfig` as plain data, JSON, YAML or flags; `parse_config` reads each back to an equal one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN_VALUE = re.compile(r"[\w.+/:-]+", re.ASCII)
 
 
 def to_dict(config: AttentionConfig) -> dict[str, Any]:
-    """As plain data; what was not said is left out, and so are its source and notes."""
+    """As plain data, without unset fields, source and notes."""
     found: dict[str, Any] = {} if config.record is None else config.record.data
     if not config.default.is_auto:
         found["default"] = _spec(config.default)
@@ -29,12 +29,12 @@ def to_dict(config: AttentionConfig) -> dict[str, Any]:
         found["schedule"] = [entry_to_dict(entry) for entry in config.schedule]
     settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
     if config.joint_is_self and config.names_self:
-        settings["joint_is_self"] = True  # read from text it would be false
+        settings["joint_is_self"] = True  # its default for text is false
     return {**found, **{name: value for name, value in settings.items() if value is not None}}
 
 
 def to_json(config: AttentionConfig) -> str:
-    """As JSON of several lines."""
+    """As indented JSON."""
     return json.dumps(to_dict(config), indent=2)
 
 
@@ -44,9 +44,9 @@ def to_yaml(config: AttentionConfig) -> str:
 
 
 def to_flags(config: AttentionConfig) -> str:
-    """As `name=value` pairs in one line, with quotes where a shell and our reader need them.
+    """As `name=value` pairs in one line, quoted for a shell and for `flags.py`.
 
-    Roles that cannot stand in a dotted name (one is the beginning of another, say) are written as JSON together.
+    Roles that cannot be dotted names, such as a role that is a prefix of another, are written as JSON.
     """
     data = to_dict(config)
     if config.schedule:

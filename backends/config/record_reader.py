@@ -1,4 +1,4 @@
-"""Reading a record: from plain data, which may come from anywhere, to what `recorded.py` asks."""
+"""Reads and validates a record: untrusted plain data to `recorded.Recorded`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .recorded import FORMAT, MARK, ChoiceTimeline, Recorded, RecordedRun, norma
 
 FIELDS = (MARK, "made_by", "runs", "not_recorded")
 MOST_BLOCKS = 10_000
-"""Of one decision."""
+"""Most blocks of one decision."""
 MOST_CALLS = 50_000
-"""Of a whole record: the blocks of each decision times the calls of each block; and its calls times what ran them. A
-run of 60 blocks, 6 roles and 20 kinds of call has 7200."""
+"""Limit of a record, for the sums over its decisions of blocks * calls and of calls * kernels. A run of 60 blocks, 6
+roles and 20 kinds of call has 7200."""
 _RANGE = re.compile(r"(.*?)(0|[1-9]\d{0,5})-(0|[1-9]\d{0,5})")
 
 
 def is_record(value: object) -> bool:
-    """True for a mapping that says of itself that it is a record."""
+    """Whether it is a mapping with the entry `MARK`."""
     return isinstance(value, Mapping) and MARK in value
 
 
 def read(value: Mapping[str, Any], source: str, component: str = "transformer") -> Recorded:
-    """Read a record; entries that are not of a record are left to the caller.
+    """Read a record; other entries of the mapping are ignored.
 
     Raises:
-        ConfigError: it is of another format, or damaged; the message says where.
+        ConfigError: another format, or invalid; the message says where.
     """
     reader = _Reader(source)
     check_data(value, source)
@@ -62,12 +62,12 @@ def read(value: Mapping[str, Any], source: str, component: str = "transformer") 
 
 
 class _Reader:
-    """Reads the parts of a record and says where something is wrong."""
+    """Reads the parts of a record; errors have the path of the field."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self._calls = self._ran = 0
-        """What the decisions so far stand for: blocks times calls, and calls times what ran them."""
+        """Sums over the decisions so far: blocks * calls, and calls * kernels."""
 
     def fields(self, value: object, where: str = "") -> Fields:
         return Fields(value, where, lambda text: ConfigError(f"{self.source}: this record is damaged: {text}"))
@@ -95,7 +95,7 @@ class _Reader:
                     for request, key in known:
                         exact[role, block, request] = timeline
                         near.setdefault((block, key), timeline)
-        for name in ("settings", "steps", "steady", "guard_alarms", "first_alarm"):  # shown, and decide nothing
+        for name in ("settings", "steps", "steady", "guard_alarms", "first_alarm"):  # for display only
             shown = run.data.get(name)
             _texts(run.inner(name) if isinstance(shown, Mapping) else self.fields({name: shown}, run.where))
         machine = run.inner("machine", {})
@@ -115,31 +115,31 @@ class _Reader:
         )
 
     def count_up(self, blocks: int, calls: int, ran: int, decision: Fields) -> None:
-        """Look at what a decision stands for before anything is made of it."""
+        """Check `MOST_CALLS` before a decision is expanded."""
         self._calls += blocks * calls
         self._ran += ran * calls
         if max(self._calls, self._ran) > MOST_CALLS:
             raise decision.wrong("", f"blocks, calls and what ran them stand for more than {MOST_CALLS} calls")
 
     def timeline(self, entries: list[Any], decision: Fields, source: str) -> ChoiceTimeline:
-        found: list[tuple[int, Choice]] = []
+        choices_by_start: list[tuple[int, Choice]] = []
         for index, entry in enumerate(entries):
             ran = self.fields(entry, f"{decision.where}.ran[{index}]")
             start = ran.whole("from_model_call", 1)
-            if found and start <= found[-1][0]:
-                raise ran.wrong("", f"from_model_call {start} is not after {found[-1][0]}")
-            found.append((start, self.choice(ran, source)))
-        if not found:
+            if choices_by_start and start <= choices_by_start[-1][0]:
+                raise ran.wrong("", f"from_model_call {start} is not after {choices_by_start[-1][0]}")
+            choices_by_start.append((start, self.choice(ran, source)))
+        if not choices_by_start:
             raise decision.wrong("ran", "expected what ran, and it is empty")
-        starts, choices = zip(*found, strict=True)
+        starts, choices = zip(*choices_by_start, strict=True)
         return ChoiceTimeline(starts, choices)
 
     def choice(self, ran: Fields, source: str) -> Choice:
         name, member = ran.text("backend", least=1), ran.text("member", "")
         if isinstance(BACKENDS.get(name), BackendGroup) and member in BACKENDS:
-            name = member  # the group might take another one here
+            name = member  # the group might load another member here
         options = dict(ran.inner("options", {}).data)
-        if name in BACKENDS:  # a later version's backend falls back as one that is not there
+        if name in BACKENDS:  # an unknown one, of a later version, falls back
             try:
                 AttentionSpec(name, options)
             except ConfigError as error:
@@ -163,8 +163,8 @@ class _Reader:
         return normal(AttentionRequest(**facts.data))
 
     def blocks(self, decision: Fields) -> list[tuple[str, Sequence[int | str]]]:
-        """The blocks of a decision, each text as what stands before the numbers, and the numbers; or one empty one."""
-        found: list[tuple[str, Sequence[int | str]]] = []
+        """(prefix, numbers) for each text of a decision's blocks, such as `blocks.0-3`; one empty pair without any."""
+        pairs: list[tuple[str, Sequence[int | str]]] = []
         total = 0
         for name in _listed(decision, "blocks", required=True):
             match = _RANGE.fullmatch(name)
@@ -172,12 +172,12 @@ class _Reader:
             total += len(numbers)
             if total > MOST_BLOCKS or not numbers:
                 raise decision.wrong("blocks", f"{name!r}: expected at most {MOST_BLOCKS} blocks, and at least one")
-            found.append((prefix, numbers))
-        return found
+            pairs.append((prefix, numbers))
+        return pairs
 
 
 def _texts(fields: Fields, but: str = "") -> None:
-    """Look at texts, such as programs and their versions; a number or nothing in place of one does no harm."""
+    """Check the length of texts such as versions; numbers and null are accepted."""
     for name, one in fields.data.items():
         if name != but and (not isinstance(one, str | int | float | None) or len(str(one)) > LONGEST_TEXT):
             raise fields.wrong(str(name), f"expected a text of at most {LONGEST_TEXT} characters")
@@ -185,7 +185,7 @@ def _texts(fields: Fields, but: str = "") -> None:
 
 def _listed(fields: Fields, name: str, required: bool = False) -> list[str]:
     """A list of texts."""
-    found = fields.items(name, None if required else [])
-    if not all(isinstance(one, str) and len(one) <= LONGEST_TEXT for one in found):
+    texts = fields.items(name, None if required else [])
+    if not all(isinstance(text, str) and len(text) <= LONGEST_TEXT for text in texts):
         raise fields.wrong(name, f"expected texts of at most {LONGEST_TEXT} characters")
-    return found
+    return texts

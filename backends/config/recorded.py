@@ -1,8 +1,7 @@
-"""A record of a run as a configuration again: the kernels that ran become choices that a person made.
+"""A record of a run, as part of a configuration: the kernels that ran become choices.
 
-A record is the most special thing that a configuration can say of a call: it knows role, block, facts and model call.
-So it stands above the default of its configuration; what later nodes add for a role or a window stands above it. What
-it does not know is decided as if it were not there, and the account says so.
+Precedence: a record beats the default, and loses to roles and windows of later nodes. Calls that it does not have are
+resolved without it, and the run report notes that.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from ..values.platform import Platform
 
 MARK = "attention_backends_record"
-"""The entry by which a mapping is known as a record; its value is the format."""
+"""The entry that marks a mapping as a record; its value is the format."""
 FORMAT = 1
 
 
@@ -36,19 +35,19 @@ def normal(request: AttentionRequest) -> AttentionRequest:
 
 
 class ChoiceTimeline:
-    """What ran calls of one kind: the first model call of each part of the run, and its choice."""
+    """The choices for one kind of call over a run, each with its first model call."""
 
     def __init__(self, starts: tuple[int, ...], choices: tuple[Choice, ...]) -> None:
         self.starts = starts
         self.choices = choices
 
     def changes(self) -> set[int]:
-        """Model calls from which another choice holds than before."""
+        """Model calls at which the choice changes."""
         pairs = zip(self.choices, self.choices[1:], self.starts[1:], strict=False)
         return {start for before, after, start in pairs if before != after}
 
     def at(self, model_call: int) -> Choice:
-        """The choice that holds at a model call."""
+        """The choice at a model call."""
         return self.choices[max(bisect_right(self.starts, model_call) - 1, 0)]
 
 
@@ -62,19 +61,19 @@ class RecordedRun:
     machine: Mapping[str, Any]
     not_repeated: tuple[str, ...]
     starts: tuple[int, ...]
-    """Model calls with which a kernel changed, in rising order: between two of them every choice stays what it is."""
+    """Model calls at which any choice changes, in rising order: the starts of the run's segments."""
     exact: Mapping[tuple[str, str, AttentionRequest], ChoiceTimeline]
     timelines: tuple[ChoiceTimeline, ...]
-    """One for each decision of the record, in its order."""
+    """One per decision of the record, in its order."""
     near: Mapping[tuple[str, TuningKey], ChoiceTimeline]
-    """For calls of other lengths: by block, and by the key in which lengths are in buckets."""
+    """For calls of other lengths: by block and `TuningKey`, which has lengths in buckets."""
 
     def part(self, model_call: int) -> int:
         """The number of the part of the run that a model call is in."""
         return bisect_right(self.starts, model_call)
 
     def choice(self, role: str, block: str, request: AttentionRequest, model_call: int) -> Choice | None:
-        """What ran a call with these facts; None where the record does not know."""
+        """The choice for a call with these facts; None if the record does not have it."""
         request = normal(request)
         timeline = self.exact.get((role, block, request)) or self.near.get((block, key_of(role, request)))
         return None if timeline is None else timeline.at(model_call)
@@ -82,51 +81,51 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A record in use."""
+    """A record as part of a configuration."""
 
     text: str
-    """As JSON: what makes two of them equal."""
+    """As JSON; compared for equality."""
     source: str
     component: str
     runs: tuple[RecordedRun, ...] = field(compare=False)
 
     @property
     def data(self) -> dict[str, Any]:
-        """The record itself."""
+        """The record as plain data."""
         data: dict[str, Any] = json.loads(self.text)
         return data
 
     def run_of(self, node_id: str) -> RecordedRun:
-        """The run that a sampler repeats: the one of the node with its id, else the one that its component counts to.
+        """The run that a sampler repeats: of the node with its id, else by the component's number.
 
-        `transformer` is the first, `transformer_2` the second.
+        `transformer` is the first run, `transformer_2` the second.
         """
         own = [run for run in self.runs if node_id and run.node_id == node_id]
-        return own[0] if own else self.runs[min(self._place, len(self.runs) - 1)]
+        return own[0] if own else self.runs[min(self._index, len(self.runs) - 1)]
 
     @property
-    def _place(self) -> int:
+    def _index(self) -> int:
         number = re.search(r"_(\d{1,3})$", self.component)
         return max(int(number[1]) - 1, 0) if number else 0
 
     def remarks(self, node_id: str, platform: Platform) -> list[str]:
-        """What a person should know before this sampler runs on this machine."""
+        """Notes before this sampler runs here: another node, other versions, events that are not repeated."""
         run = self.run_of(node_id)
-        said = []
+        notes = []
         if len(self.runs) > 1 and run.node_id != node_id:
-            said.append(
+            notes.append(
                 f"the record has {len(self.runs)} runs and none of this sampler: that of node {run.node_id or '?'} "
                 f"({run.model}) is used"
             )
-        elif len([one for one in self.runs if one.node_id == run.node_id]) > 1:
-            said.append(f"the record has several runs of node {run.node_id}: the first is used")
+        elif len([other for other in self.runs if other.node_id == run.node_id]) > 1:
+            notes.append(f"the record has several runs of node {run.node_id}: the first is used")
         other = differences(run.machine, platform, str(self.data["made_by"].get("attention_backends", "")))
         if other:
-            said.append(f"the same seed may give another picture: {'; '.join(other)}")
-        return said + [f"the record does not repeat everything: {text}" for text in run.not_repeated]
+            notes.append(f"the same seed may give another picture: {'; '.join(other)}")
+        return notes + [f"the record does not repeat everything: {text}" for text in run.not_repeated]
 
     def after(self, node_id: str, model_calls: int) -> list[str]:
-        """What a person should know after a whole run of so many model calls."""
+        """Notes after a whole run: another number of model calls."""
         run = self.run_of(node_id)
         if run.model_calls == model_calls:
             return []
@@ -139,18 +138,18 @@ def differences(then: Mapping[str, Any], platform: Platform, version: str = "") 
     """Where this machine differs from the recorded one: `torch 2.11.0 -> 2.13.0`.
 
     Args:
-        version: of our own that made the record; empty where that does not matter.
+        version: ours when the record was made; empty: not compared.
     """
     recorded = _flat(then)
     now = _flat(machine_of(platform, BACKENDS))
-    found = [
+    changes = [
         f"{name} {recorded.get(name) or 'none'} -> {now.get(name) or 'none'}"
         for name in recorded
         if recorded[name] != now.get(name)
     ]
     if version and version != own_version():
-        found.append(f"attention-backends {version} -> {own_version()}")
-    return found
+        changes.append(f"attention-backends {version} -> {own_version()}")
+    return changes
 
 
 def _flat(machine: Mapping[str, Any]) -> dict[str, str]:

@@ -1,9 +1,8 @@
-"""Schedules: another backend for some steps, sigmas or blocks of a run, on top of what a role resolves to.
+"""Schedule entries: another backend for some steps, sigmas or blocks of a run, above the roles.
 
-A `ScheduleEntry` is what a person writes. A `Timetable` (`timetable.py`) is the entries of every configuration of a run
-put on that run's own sigmas and the model's own blocks; it says which entries hold at a model call, as one number, and
-what they make of a role. Nothing here knows a sampler: a host that knows the step of a model call says it, else sigmas
-tell it; calls are never counted, so they may be skipped, doubled or resumed.
+A `ScheduleEntry` is what a person writes; `Timetable` (`timetable.py`) resolves the entries of a run for its sigmas and
+blocks. The step of a model call comes from the host, else from its sigma; model calls are not counted, so they may be
+skipped, doubled or resumed.
 """
 
 from __future__ import annotations
@@ -17,19 +16,22 @@ from .layers import advisories_of
 from .windows import Numbers, Span, parse_flag, parse_numbers, parse_percent, parse_sigmas
 
 ROUNDING = 1e-4
-"""Two sigmas that differ by less than this part of them are one: samplers compute with float32, some by a detour."""
+"""Relative difference up to which two sigmas are equal: samplers compute in float32."""
 
 OUTSIDE_A_SAMPLER = "a schedule over steps, percent or sigmas has no effect here: no sampler of ComfyUI runs"
 
 TIMES = ("steps", "percent", "sigmas")
-"""What a window can be over; an entry has one of them at most."""
+"""Units of time windows; an entry has at most one of them."""
 
 
 @dataclass(frozen=True)
 class ScheduleEntry:
-    """A backend, and where it holds: steps, percent or sigmas; blocks; role; masks. What is not said is everywhere.
+    """A backend, and where it applies: steps, percent or sigmas; blocks; role; masks. Unset: everywhere.
 
-    Windows are given as text and kept parsed. A role is matched by its name or its category.
+    Windows are given as text and stored parsed. `role` matches a role's name or category.
+
+    Raises:
+        ConfigError: a window is malformed, or there are two time windows.
     """
 
     spec: AttentionSpec
@@ -39,7 +41,7 @@ class ScheduleEntry:
     blocks: tuple[Numbers, ...] = ()
     role: str = ""
     masked: bool = False
-    """Only calls with a mask that hides or weighs something, also where hidden keys are left out before the kernel."""
+    """Only calls with a mask that hides or weighs keys, even if they are trimmed before the kernel runs."""
 
     def __post_init__(self) -> None:
         readers: Mapping[str, Callable[[object], object]] = {
@@ -69,18 +71,18 @@ class ScheduleEntry:
             )
 
     def windows(self) -> dict[str, str]:
-        """What was said about where it holds, as text that reads to the same."""
+        """The windows as text; reading it gives the same entry."""
         said = {name: ",".join(map(str, getattr(self, name))) for name in (*TIMES, "blocks")}
         said |= {"role": self.role, "masked": "true" if self.masked else ""}
         return {name: text for name, text in said.items() if text}
 
     def describe(self) -> str:
-        """Where it holds, in one line."""
+        """Where it applies, in one line."""
         parts = (f"{name} {text}" for name, text in self.windows().items() if name != "masked")
         return ", ".join([*parts, "masked calls"] if self.masked else parts)
 
     def takes(self, role: str, category: str, parent_of: Callable[[str], str | None] = CATEGORY_PARENT.get) -> bool:
-        """True when it is for this role; `parent_of` is the one of its configuration."""
+        """Whether it applies to this role; `parent_of`: of its configuration."""
         parent: str | None = category
         while self.role and parent and self.role not in (role, parent):
             parent = parent_of(parent)
@@ -88,14 +90,11 @@ class ScheduleEntry:
 
 
 def step_of(sigma: float, schedule: Sequence[float]) -> int:
-    """The step, from 0, that a model call belongs to, by sigmas alone: calls can be skipped, doubled or resumed.
-
-    It is the last entry of the sampler's sigmas that is not below the current one, within 1e-4.
-    """
+    """The step of a model call, from 0, by its sigma: the last of the sampler's sigmas not below it, within 1e-4."""
     bound = sigma * (1 - ROUNDING)
     return max((i for i, value in enumerate(schedule) if value >= bound), default=0)
 
 
 def is_scheduled(layers: tuple[AttentionConfig, ...]) -> bool:
-    """True when a choice can depend on more than the role."""
+    """Whether a choice can depend on more than the role."""
     return any(layer.schedule for layer in layers) or bool(advisories_of(layers))

@@ -1,4 +1,4 @@
-"""The entries of a schedule from plain data: our own list, and vLLM-Omni's profiles with ranges or sigma windows.
+"""Reads schedules from plain data: our list of entries, and vLLM-Omni's profiles with step ranges or sigma windows.
 
 Ours is a list of mappings such as `{"backend": "torch_sdpa", "steps": "0-3,last 2"}`. vLLM-Omni's
 `diffusion_attention_schedule` names whole configurations and gives each a half-open range of steps (`end` null is the
@@ -19,7 +19,7 @@ from .schedule import ScheduleEntry
 FOREIGN_SCHEDULE = "diffusion_attention_schedule"
 """vLLM-Omni's name, as a flag or an entry of a stage."""
 MOST_ENTRIES = 256
-"""Of a schedule; each is looked at in every model call."""
+"""Most entries of a schedule; each is evaluated in every model call."""
 ENTRY_FIELDS = ("backend", "extra", "steps", "percent", "sigmas", "blocks", "role", "masked")
 
 ReadSpec = Callable[[object, str], AttentionSpec]
@@ -27,7 +27,7 @@ ReadConfig = Callable[[Mapping[Any, Any], str], AttentionConfig]
 
 
 def schedule_of(value: object, where: str, read: ReadSpec) -> tuple[ScheduleEntry, ...]:
-    """Our own form: one entry, a list of them, or a mapping numbered from 0, as dotted flags give it.
+    """Our form: one entry, a list of entries, or a mapping numbered from 0, as dotted flags give it.
 
     Raises:
         ConfigError, UnknownBackendError: an entry is not understood; the message says which.
@@ -77,16 +77,16 @@ def _made(where: str, spec: AttentionSpec, said: Mapping[str, Any]) -> ScheduleE
 
 
 def entry_to_dict(entry: ScheduleEntry) -> dict[str, Any]:
-    """An entry as plain data that reads to the same."""
+    """An entry as plain data; reading it gives an equal entry."""
     extra = {"extra": dict(entry.spec.extra)} if entry.spec.extra else {}
     return {"backend": entry.spec.backend, **extra, **entry.windows()}
 
 
 def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple[ScheduleEntry, ...], list[str]]:
-    """vLLM-Omni's form, and what there is to say about it.
+    """(entries, notes) of vLLM-Omni's form.
 
     Raises:
-        ConfigError, UnknownBackendError: it is not understood, or says what a schedule here cannot do.
+        ConfigError, UnknownBackendError: it is malformed, or has what a schedule here cannot do.
     """
     value = load_json(value, where) if isinstance(value, str) else value
     fields = Fields(value, where, ConfigError).only(("profiles", "default", "sigma"))
@@ -119,7 +119,7 @@ def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple
 
 
 def _by_role(config: AttentionConfig) -> Iterator[tuple[str, AttentionSpec]]:
-    """The least special first, since the last one wins."""
+    """(role, spec), the default first and specific roles last, since the last one wins."""
     if not config.default.is_auto:
         yield "", config.default
     order = {"self": 0, "cross": 0, **dict.fromkeys(CATEGORY_PARENT, 1)}

@@ -1,8 +1,8 @@
 """The names that other systems publish for attention backends: one table for each system.
 
-Each row is a published name, the id that it means here (or None, where it is refused) and one line: for a refused
-name the true reason, for another what is different here and why. A name that means a backend is declared by that
-backend (`values/aliases.py`); the others are data here. `names.py` resolves names by these tables, and
+A row has the published name, its id here (None: refused), and a line: the reason for a refusal, or the difference.
+Names of backends are declared by the backend (`values/aliases.py`), refused ones are listed here. `names.py` resolves
+names by these tables, and
 `docs/systems.md` is generated from them. A name is compared without regard to case.
 """
 
@@ -17,13 +17,13 @@ from ..values.aliases import DIFFUSERS, LISTED, SGLANG, SMART_DIFFUSION, VLLM_OM
 
 
 class Published(NamedTuple):
-    """One name as its system publishes it."""
+    """One published name."""
 
     name: str
     means: str | None
-    """The id here; None where the name is recognised and refused."""
+    """The id here; None: the name is refused."""
     line: str = ""
-    """Why it is refused, or what differs here; empty where it means the same."""
+    """Reason of the refusal, or difference; empty: the same."""
 
 
 class System(NamedTuple):
@@ -32,7 +32,7 @@ class System(NamedTuple):
     id: str
     title: str
     about: str
-    """What a person who comes from this system should know before anything else."""
+    """Introduction for users of this system."""
     names: tuple[Published, ...]
 
 
@@ -120,12 +120,12 @@ _SYSTEMS: tuple[System, ...] = (
         ),
     ),
 )
-"""The systems, with the names that mean no backend here: those that are refused, and `auto`."""
+"""The systems, with their refused names and `auto`."""
 
 
 @lru_cache(maxsize=1)
 def systems() -> tuple[System, ...]:
-    """The systems with all their names: those that backends declare, in the order of backends, then the others."""
+    """The systems with all their names: declared ones in the order of backends, then the others."""
     declared: dict[str, list[Published]] = {}
     for backend in registry.BACKENDS.values():
         for alias in backend.aliases:
@@ -134,18 +134,18 @@ def systems() -> tuple[System, ...]:
 
 
 def key_of(name: str) -> str:
-    """The form in which names are compared: lower case, no space around, `_` for `-`."""
+    """A name in its form for comparison: lower case, stripped, `_` for `-`."""
     return name.strip().lower().replace("-", "_")
 
 
 def rows_of(name: str, system: str = "") -> Iterator[tuple[System, Published]]:
-    """Every row of a name, those of `system` (its id) first."""
+    """The rows of a name, those of `system` (an id) first."""
     yield from sorted(_rows().get(key_of(name), ()), key=lambda found: found[0].id != system)
 
 
 @lru_cache(maxsize=1)
 def _rows() -> dict[str, list[tuple[System, Published]]]:
-    """Every row by the form in which names are compared."""
+    """Rows by `key_of` their name."""
     found: dict[str, list[tuple[System, Published]]] = {}
     for one in systems():
         for row in one.names:
@@ -154,10 +154,9 @@ def _rows() -> dict[str, list[tuple[System, Published]]]:
 
 
 def line_of(name: str, system: str = "") -> str:
-    """The line of an accepted name for messages, or an empty text; `system` (its id) is where the name comes from.
+    """The line of an accepted name for messages, or an empty text.
 
-    Where its system is not known, the first of them that has something to say about the name says it. A system that
-    has the name and nothing to say means the same by it.
+    `system`: id of the system that the name comes from; if unknown, the first system with a line for the name is used.
     """
     for one, row in rows_of(name, system):
         if row.means is not None and row.line:

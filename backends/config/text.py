@@ -1,7 +1,6 @@
-"""Reading a configuration from the forms people write: dict, JSON, YAML, files, command lines, key=value pairs.
+"""Reads a configuration from a dict, JSON, YAML, a file, a command line or key=value pairs.
 
-All forms become one `AttentionConfig`; what it means is in `__init__.py`, which entries there are in `mapping.py`, how
-flags are read in `flags.py`, and the way back in `print.py`.
+`mapping.py` reads the entries, `flags.py` flags; `print.py` writes a configuration.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ log = logging.getLogger("attention_backends")
 
 FILE_ENDINGS = (".json", ".yaml", ".yml")
 BYTE_ORDER_MARK = chr(0xFEFF)
-"""Windows editors begin a file with it, and so may what is pasted from one."""
+"""Windows editors write it at the start of a file, so pasted text may have it."""
 
 LONGER = "; a longer configuration can be written as JSON"
 MOST_INSIDE = 3
-"""Texts that may stand inside one another, each as the variable of a command line."""
+"""Most levels of texts within a variable of a command line."""
 _SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 
 CONFIG_VARIABLE = "ATTENTION_BACKENDS_CONFIG"
@@ -52,9 +51,9 @@ def parse_config(
             `-dac '{...}'`), SGLang (`--attention-backend X`, `--component-attention-backends transformer=fa`) or
             Smart-Diffusion (`infer.attn_type=sage`), alone or in a whole command line; or `key=value` pairs
             separated by commas or spaces.
-        source: how messages name it.
-        component: which diffusion model of a pipeline it is for, where SGLang's component map tells them apart.
-        read_files: False for text from somebody who must not name files of this machine.
+        source: its name in messages.
+        component: the diffusion model that it is for; selects entries of SGLang's component map.
+        read_files: False for untrusted text, which must not name files of this machine.
 
     Raises:
         ConfigError: something in it is not understood; the message says what and what is accepted.
@@ -64,7 +63,7 @@ def parse_config(
 
 
 def _parsed(value: object, source: str, component: str, read_files: bool, inside: int = 0) -> AttentionConfig:
-    """As `parse_config`; `inside` is in how many texts the value stands, as the value of a variable."""
+    """As `parse_config`; `inside`: levels of texts around the value, each as the value of a variable."""
     if isinstance(value, AttentionConfig):
         return value
     try:
@@ -79,12 +78,12 @@ def _parsed(value: object, source: str, component: str, read_files: bool, inside
 def from_environment(
     environ: Mapping[str, str] | None = None, above: tuple[AttentionConfig, ...] = ()
 ) -> tuple[AttentionConfig, ...]:
-    """The configurations that environment variables give, highest first, below those in `above`.
+    """The configurations of environment variables, highest first, below those in `above`.
 
-    A variable that cannot be read is passed over, with a warning, where a default above it decides every role anyway.
+    An invalid variable is only a warning if a default above it decides every role.
 
     Raises:
-        ConfigError, UnknownBackendError: a variable that could decide something cannot be read.
+        ConfigError, UnknownBackendError: a variable that matters is invalid.
     """
     return _layers(os.environ if environ is None else environ, above)
 
@@ -96,7 +95,7 @@ def _layers(
     read_files: bool = True,
     inside: int = 0,
 ) -> tuple[AttentionConfig, ...]:
-    """As `from_environment`; the rest is for `_parsed`."""
+    """As `from_environment`; further arguments are for `_parsed`."""
     layers: list[AttentionConfig] = []
     for variable in (CONFIG_VARIABLE, *DEFAULT_VARIABLES):
         text = environ.get(variable, "").strip()
@@ -116,10 +115,10 @@ def _layers(
 
 
 def parse_extra(text: str) -> dict[str, Any]:
-    """Options of one backend, as JSON or as `name=value` pairs; an empty text gives none.
+    """Options of one backend from JSON or `name=value` pairs; an empty text has none.
 
     Raises:
-        ConfigError: the text has neither form.
+        ConfigError: it is neither.
     """
     return _options(text, "extra")
 
@@ -154,7 +153,7 @@ def _warn_once(text: str) -> None:
 
 
 class _Reader:
-    """One reading: where it comes from and what it may open."""
+    """Reads one value: knows its source, and whether files may be opened."""
 
     def __init__(self, source: str, component: str, read_files: bool, inside: int) -> None:
         if not isinstance(component, str) or not component.strip():
@@ -177,13 +176,13 @@ class _Reader:
         source = source or self.source
         if not is_record(value):
             return from_mapping(value, Reading(source, self.component, self.options))
-        # Beside a record may stand whatever a configuration has, such as strict.
+        # A record may be combined with settings, such as strict.
         rest = {name: entry for name, entry in value.items() if name not in RECORD_FIELDS}
         config = from_mapping(rest, Reading(source, self.component, self.options))
         return replace(config, record=read(value, source, self.component))
 
     def text(self, text: str) -> AttentionConfig:
-        whole, text = text, text.strip()  # the whole for what counts lines
+        whole, text = text, text.strip()  # unstripped for line numbers
         if not text:
             return AttentionConfig(source=self.source)
         if text.startswith("{"):
@@ -252,7 +251,7 @@ class _Reader:
         return self.data(loaded, source)
 
     def options(self, text: str, where: str) -> dict[str, Any]:
-        """Options or a component map that is written as text: pairs, JSON, or the path of a file."""
+        """Options or a component map given as text: pairs, JSON, or the path of a file."""
         if "=" not in text and text.strip().lower().endswith(FILE_ENDINGS):
             path = Path(text.strip())
             loaded = _loaded(self._content(path, where), path, where)
@@ -264,14 +263,14 @@ class _Reader:
     def _is_file(self, text: str) -> bool:
         try:
             return self.read_files and Path(text).expanduser().is_file()
-        except (OSError, RuntimeError, ValueError):  # no name of a file: too long, or of a home that is not there
+        except (OSError, RuntimeError, ValueError):  # no file name: too long, or an unknown ~user
             return False
 
     def _content(self, path: Path, source: str) -> str:
         if not self.read_files:
             raise ConfigError(f"{source}: files are not opened from text here: {path}; choose it as a file instead")
         try:
-            # Windows editors begin a file with a mark.
+            # Windows editors write a byte order mark.
             return read_file(path.expanduser(), MOST_JSON).decode("utf-8-sig")
         except (OSError, RuntimeError) as error:
             said = getattr(error, "strerror", None) or error
@@ -285,10 +284,7 @@ def _loaded(text: str, path: Path, source: str) -> object:
 
 
 def _settings_of_yaml(loaded: object) -> object:
-    """What was read from YAML, with `yes`, `no`, `on` and `off` of the switches as YAML 1.1 means them.
-
-    Everywhere else these words are text, as in JSON.
-    """
+    """YAML data with `yes`, `no`, `on` and `off` of boolean settings as booleans (YAML 1.1); else they are text."""
     if not isinstance(loaded, dict):
         return loaded
     said = {name: loaded.get(name) for name in ("strict", "joint_is_self")}

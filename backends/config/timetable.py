@@ -1,6 +1,6 @@
-"""Schedules on one sampler's sigmas and one model's blocks: which entries hold at a model call, and for which role.
+"""Resolves schedules for one sampler's sigmas and one model's blocks: the active entries at a model call.
 
-Boundary: numbers and names; who asks has read the sigmas from their device.
+Numbers and names only: callers read sigmas from the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .windows import Numbers, Span
 
 
 class _Placed(NamedTuple):
-    """An entry in a run: its place in its configuration, and its windows as what that run has."""
+    """An entry resolved for a run: its windows as the run's steps, sigmas and blocks."""
 
     layer: AttentionConfig
     source: str
@@ -26,10 +26,10 @@ class _Placed(NamedTuple):
     spans: tuple[Span, ...]
     blocks: frozenset[str]
     recommended: bool = False
-    """A precaution: it stands above the default alone."""
+    """An advisory: it beats only the default."""
 
     def takes(self, role: str, category: str, block: str, masked: bool) -> bool:
-        """True when it is for such calls, whenever they are made."""
+        """Whether it applies to such calls, apart from time."""
         return (
             self.entry.takes(role, category, self.layer.parent_of)
             and (not self.entry.blocks or block in self.blocks)
@@ -66,20 +66,20 @@ class Timetable:
         percent_to_sigma: Callable[[float], float] | None = None,
         blocks: Iterable[str] = (),
     ) -> None:
-        """`sigmas`: this sampler's, one more than it has steps; empty where no sampler runs."""
+        """`sigmas`: of the sampler, one more than its steps; empty outside a sampler."""
         self.layers = layers
         self.sigmas = tuple(sigmas)
         self.count = max(len(self.sigmas) - 1, 0)
         self.blocks = tuple(blocks)
         series = _by_series(self.blocks)
         self._entries: list[_Placed] = []
-        held = [
+        sources = [
             (layer, f"{layer.source}.schedule[{index}] ({entry.describe()})", entry, False)
             for layer in layers
             for index, entry in enumerate(layer.schedule)
         ]
-        held += [(layers[0], advisory.source_of_choice, advisory.where, True) for advisory in advisories_of(layers)]
-        for layer, source, entry, recommended in held:
+        sources += [(layers[0], advisory.source_of_choice, advisory.where, True) for advisory in advisories_of(layers)]
+        for layer, source, entry, recommended in sources:
             steps = {step for part in entry.steps for step in part.among(range(self.count))}
             spans = entry.sigmas
             if entry.percent and percent_to_sigma is not None:
@@ -93,21 +93,21 @@ class Timetable:
         )
         self.all: Entries = frozenset(range(len(self._entries)))
         self.timed = self._always != self.all
-        """True when it matters where in the run a call is."""
+        """Whether any entry has a time window."""
         self.held: set[int] = set()
         self.used: set[int] = set()
-        """Entries that held at a model call so far, and those that decided a call or lost one to a later entry."""
+        """held: entries that were active at a model call; used: entries that matched at least one call."""
         self._doubtful: list[int] = []
         self._divided: dict[str, list[int]] = {}
         self._last: tuple[int, object, bool] = -1, None, False
-        """Of the last model call without a known step: the step by sigma, its evaluation, whether that is in doubt."""
+        """Of the last model call without a known step: step by sigma, evaluation, whether the step is in doubt."""
 
     def at(self, sigma: float | None, step: int | None = None) -> Entries:
-        """The entries that hold at a model call.
+        """The active entries at a model call.
 
         Args:
-            sigma: of the model call; None where there is none, outside a sampler.
-            step: that the sampler is in; None where only sigmas tell it.
+            sigma: of the model call; None outside a sampler.
+            step: of the sampler; None: derived from `sigma`.
         """
         active = self._active(sigma, step)
         self.held |= active
@@ -125,24 +125,24 @@ class Timetable:
         )
 
     def step(self, sigma: float) -> int:
-        """The step that sigmas alone give a model call; -1 where no sampler runs."""
+        """The step by sigma (`schedule.step_of`); -1 outside a sampler."""
         return min(step_of(sigma, self.sigmas), self.count - 1) if self.count else -1
 
     def unchanged(self, step: int) -> int:
-        """For how many steps, from this one on, the same entries hold at the sigma that a step begins with."""
+        """Number of steps from this one on with the same active entries at the start of each."""
         now = self._active(self.sigmas[step], step)
         following = range(step + 1, self.count)
         return next((at for at in following if self._active(self.sigmas[at], at) != now), self.count) - step
 
     def watch(self, number: int, sigma: float, step: int | None, evaluation: object) -> None:
-        """Remember where a model call is not in the windows of its step, or where its step is in doubt.
+        """Record model calls outside the windows of their step, or whose step is in doubt.
 
         Args:
             number: of the model call, from 1.
             step: as in `at`.
-            evaluation: an object that is the same for all model calls of one evaluation of the model.
+            evaluation: identity of the evaluation of the model: one object for all model calls of it.
         """
-        if step is not None:  # windows over percent or sigmas go by the sigma of each model call
+        if step is not None:  # time windows in percent or sigmas use each model call's sigma
             other = self._active(sigma, step) ^ self._active(self.sigmas[step], step)
             for index in sorted(other):
                 self._divided.setdefault(self._entries[index].source, []).append(number)
@@ -163,12 +163,12 @@ class Timetable:
     def resolve(
         self, active: Entries, role: str, category: str, block: str, masked: bool = False
     ) -> tuple[Choice, str]:
-        """What is asked for a call where the entries `active` hold, and a note where several of them meet, or ""."""
+        """(choice, note) for a call with these active entries; the note, or "", is about windows that overlap."""
         note = ""
 
         def scheduled(layer: AttentionConfig) -> tuple[AttentionSpec, str] | None:
             nonlocal note
-            found = [
+            matching = [
                 (number, placed)
                 for number, placed in enumerate(self._entries)
                 if number in active
@@ -176,10 +176,10 @@ class Timetable:
                 and placed.layer is layer
                 and placed.takes(role, category, block, masked)
             ]
-            if not found:
+            if not matching:
                 return None
-            self.used.update(number for number, _ in found)
-            *earlier, (_, last) = found
+            self.used.update(number for number, _ in matching)
+            *earlier, (_, last) = matching
             lost = [placed.source for _, placed in earlier if placed.entry.spec != last.entry.spec]
             if lost and not note:
                 note = f"windows of the schedule overlap: {last.source} wins over {', '.join(lost)}"
@@ -191,7 +191,7 @@ class Timetable:
         return choice, note
 
     def advisory(self, active: Entries, role: str, category: str, block: str, masked: bool) -> str:
-        """The source of the precaution that makes such calls exact where nothing was said of them, or ""."""
+        """The source of the advisory that makes such calls exact, or ""."""
         for number, placed in enumerate(self._entries):
             if number in active and placed.recommended and placed.takes(role, category, block, masked):
                 self.used.add(number)
@@ -199,7 +199,7 @@ class Timetable:
         return ""
 
     def between(self, sigma: float) -> str:
-        """The note about a sampler that goes by sigmas of its own, where a model call is at one; else ""."""
+        """The note about a model call at a sigma that is not in the sampler's schedule; else ""."""
         stepped = [placed for placed in self._entries if placed.entry.steps]
         if not stepped or self._is_own(sigma):
             return ""
@@ -207,7 +207,7 @@ class Timetable:
         return f"this sampler also calls the model at sigmas between its steps, so steps became sigma windows: {said}"
 
     def _in_sigmas(self, steps: frozenset[int]) -> str:
-        """A set of steps as the sigmas that the step rule puts into them; right where sigmas fall."""
+        """Steps as sigma ranges, for falling sigmas."""
         parts = []
         for first in sorted(step for step in steps if step - 1 not in steps):
             last = next(step for step in range(first, self.count) if step + 1 not in steps)
@@ -220,12 +220,12 @@ class Timetable:
         return "sigma " + ", ".join(parts) if parts else "none of this run"
 
     def continue_from(self, before: Timetable) -> None:
-        """Go on with what another sampler's timetable of the same run has found."""
+        """Take over the records of another sampler's timetable of the same run."""
         self.held, self.used = before.held, before.used
         self._doubtful, self._divided = before._doubtful, before._divided
 
     def remarks(self) -> list[str]:
-        """After a run: which model calls were not in the windows of their step, or may not have been."""
+        """Notes after a run: model calls that were, or may have been, outside the windows of their step."""
         notes = [
             f"{source} goes by the sigma of each model call, and this sampler has several in a step: "
             f"model calls {_listed(numbers)} were not in the window of their step"
@@ -239,7 +239,7 @@ class Timetable:
         return notes
 
     def unused(self, roles: Iterable[str]) -> list[str]:
-        """After a whole run: a note for each entry that decided nothing, with the reason."""
+        """Notes after a whole run: each unused entry, with the reason."""
         notes = []
         for number, placed in enumerate(self._entries):
             if number in self.used:
@@ -257,7 +257,7 @@ class Timetable:
 
 
 def _as_sigmas(span: Span, percent_to_sigma: Callable[[float], float]) -> Span:
-    # What noise a sampler adds to the first sigma is still the beginning of the run.
+    # A sigma above the first, from added noise, is still the start of the run.
     return Span(float(percent_to_sigma(span.first)) if span.first > 0 else math.inf, float(percent_to_sigma(span.last)))
 
 

@@ -1,7 +1,6 @@
-"""Windows as people write them: `0-3`, `last 2`, `0-1,38,last 2`, `20%-80%`, `1-0.85`.
+"""Parses windows: `0-3`, `last 2`, `0-1,38,last 2`, `20%-80%`, `1-0.85`.
 
-Over steps and blocks they are whole numbers, from 0, both ends included; over percent and sigmas they are spans.
-What they are over is in `schedule.py`.
+Steps and blocks are whole numbers from 0, both ends included; percent and sigmas are spans (`schedule.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from ..values.errors import ConfigError
 
 MOST_PARTS, LONGEST = 64, 1000
-"""Parts and characters of one window."""
+"""Most parts, and characters, of one window."""
 _COUNT = r"(?P<end>first|last) *(?P<count>\d{1,6})"
 _RANGE = r"(?P<low>\d{1,6})( *(?P<dash>-) *(?P<high>\d{1,6})?)?"
 _NUMBERS = re.compile(rf"{_COUNT}|{_RANGE}")
@@ -29,11 +28,11 @@ class Numbers(NamedTuple):
 
     low: int
     high: int | None
-    """The last one, included; None is the end."""
+    """The last one, included; None: to the end."""
     end: str = ""
-    """`first` or `last`: then `low` is how many."""
+    """`first` or `last`: `low` is the count then."""
     series: str = ""
-    """The blocks that are meant, as `double_blocks` in `double_blocks.3`; empty for every series."""
+    """Series of blocks, such as `double_blocks` in `double_blocks.3`; empty: every series."""
 
     def __str__(self) -> str:
         text = f"{self.end} {self.low}" if self.end else f"{self.low}" if self.low == self.high else self._range()
@@ -43,14 +42,14 @@ class Numbers(NamedTuple):
         return f"{self.low}-{'' if self.high is None else self.high}"
 
     def among(self, present: Sequence[int]) -> set[int]:
-        """Those of `present`, in rising order, that are meant."""
+        """The elements of `present`, in rising order, within this part."""
         if self.end:
             return set(present[: self.low] if self.end == "first" else present[max(len(present) - self.low, 0) :])
         return {number for number in present if self.low <= number and (self.high is None or number <= self.high)}
 
 
 class Span(NamedTuple):
-    """One part of a window over percent (0 to 1, as the run goes) or sigmas (as they fall); both ends included."""
+    """One part of a window over percent (0 to 1, rising) or sigmas (falling); both ends included."""
 
     first: float
     last: float
@@ -92,7 +91,7 @@ def parse_numbers(value: object, what: str) -> tuple[Numbers, ...]:
 
 
 def parse_percent(value: object) -> tuple[Span, ...]:
-    """A window over the part of the run that is done: `0-0.2`, `20%-80%`, `last 10%`.
+    """A window over the progress of the run: `0-0.2`, `20%-80%`, `last 10%`.
 
     Raises:
         ConfigError: a part is not of these forms, or not between 0 and 1.
@@ -132,7 +131,7 @@ def parse_sigmas(value: object) -> tuple[Span, ...]:
 
 
 def parse_flag(value: object, what: str) -> bool:
-    """True or false, as such or as text.
+    """A boolean, given as such or as text.
 
     Raises:
         ConfigError: it is neither.

@@ -1,7 +1,7 @@
-"""The words of a command line or of `name=value` pairs, and the value that a word stands for.
+"""Splits a command line or `name=value` pairs into words, and reads the value of a word.
 
-Not `shlex`: it takes the backslashes out of Windows paths, opens a quote inside a word such as `don't`, begins a
-comment inside a word, and knows no brackets, and JSON stands here without quotes around it.
+Not `shlex`, which removes backslashes of Windows paths, opens a quote inside a word such as `don't`, starts a comment
+inside a word, and does not know brackets: JSON may be unquoted here.
 """
 
 from __future__ import annotations
