@@ -456,6 +456,8 @@ def test_checks_become_rare_and_blocks_take_turns() -> None:
         assert checked[0] == 0
         assert len([number for number in checked if number < 20]) == 2
         assert len(checked) <= 5
+        gaps = [later - earlier for earlier, later in itertools.pairwise(checked)]
+        assert gaps == [min(gaps[0] << doubled, 128) for doubled in range(len(gaps))]
         seconds.append(checked[1])
     assert sorted(set(seconds)) == list(range(8, 16))
 
