@@ -1,7 +1,6 @@
-"""Routing of attention calls to kernels: what can run, what should run, and what did run.
+"""Dispatches attention calls to kernels; `attention` and `attention_backend` are the entry points.
 
-Nothing in this package imports ComfyUI, and importing it imports neither torch nor any kernel package. Programs call
-what is named here, such as `attention` and `attention_backend`.
+Nothing in this package imports ComfyUI, and importing it imports neither torch nor any kernel package.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import what programs call only when it is asked for."""
+    """Import public names on access."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import api

@@ -1,14 +1,13 @@
-"""The library as functions: attention for any program, on the backend that a `with` block, the environment or the
-machine's route chooses.
+"""The Python API: attention for any program, on the backend that a `with` block, the environment or the platform's
+priorities select.
 
     from attention_backends.backends import attention, attention_backend
 
     with attention_backend("cudnn_attn", strict=True):
         output = attention(query, key, value)
 
-A call asks, highest first: `force_backend`, the `backend` argument, the blocks around it from the inside out, the
-environment variables, the platform's route. Importing this module imports no torch; the first call does. What becomes
-of one call is in `calls.py`.
+Precedence, highest first: `force_backend`, the `backend` argument, the blocks around the call from the inside out, the
+environment variables, the platform's priorities. Importing this module does not import torch. `calls.py` runs a call.
 """
 
 from __future__ import annotations
@@ -90,39 +89,36 @@ def attention(
     layout: str = "BHSD",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention on the backend that is in force here.
+    """Scaled dot-product attention on the configured backend.
 
     Args:
         query: (batch, num_heads, q_len, head_dim), or with layout BSHD (batch, q_len, num_heads, head_dim).
         key, value: the same with num_kv_heads and kv_len; all on one device, in one dtype.
-        attn_mask: (batch, num_heads, q_len, kv_len) with 1 where it is the same for all, or (q_len or 1, kv_len), or
-            (kv_len,); boolean (True: visible), or numbers that are added to the scores, integers among them. Together
-            with `is_causal` only `reference` takes one.
-        scale: what scores are multiplied by; None stands for head_dim ** -0.5.
+        attn_mask: (batch, num_heads, q_len, kv_len), any of them 1 to broadcast, or (q_len or 1, kv_len), or
+            (kv_len,); boolean (True: visible), or numbers, integers too, that are added to the scores. Only `reference`
+            accepts one with `is_causal`.
+        scale: factor of the scores; None: head_dim ** -0.5.
         enable_gqa: several query heads share one key head.
-        backend: for this call, in place of what blocks around it say: a name, or a configuration in any form that
-            `config.text.parse_config` reads; nothing overrides `force_backend`.
-        role: which attention of a model it is: `self`, `cross`, `joint`, or a dotted name such as
-            `ltx2.audio_to_video`; per-role entries are found by it.
-
-        return_lse: the log-sum-exp of each row's scores too, from a backend that gives it. The mask is then handed over
-            as it is.
+        backend: for this call, above the blocks around it and below `force_backend`: a name, or a configuration in any
+            form that `config.text.parse_config` reads.
+        role: `self`, `cross`, `joint`, or a dotted name such as `ltx2.audio_to_video`; selects per-role entries.
+        return_lse: return the log-sum-exp of each row too, from a backend that has it. The mask is passed unchanged.
 
     Returns:
         A tensor like `query`, in the same layout, with the head size of `value`. With `return_lse` a pair: that, and
-        the log-sum-exp, natural logarithm, float32, (batch, num_heads, q_len) in either layout, -inf for a row without
-        a visible key; scale and mask are in it, and it has no gradient. `engine/merge.py` joins such pairs.
+        the log-sum-exp of scaled and masked scores: natural logarithm, float32, (batch, num_heads, q_len) in either
+        layout, -inf for a row without a visible key, without gradient. `engine/merge.py` merges such pairs.
 
     Raises:
-        NoBackendError: a backend was asked for strictly and cannot run this call, or every backend failed.
-        CheckError: the layout is unknown or the shapes do not fit together; with checks on, also types, devices or the
+        NoBackendError: strict and the named backend cannot run this call, or every backend failed.
+        CheckError: the layout is unknown or the shapes do not fit together; with checks on, also dtypes, devices or the
             mask.
 
-    A mask that only hides keys is honoured with fewer keys where it is read: on the CPU at every call; on an
-    accelerator, where reading waits for the device, only for a backend that was named, refuses the mask and takes the
-    call without it. Elsewhere the mask is handed over as it is.
+    A mask that only hides keys may be read and replaced by fewer keys: on the CPU at every call; on an accelerator,
+    where reading synchronises, only for a named backend that refuses the mask and accepts the call without it. Else the
+    mask is passed unchanged.
 
-    Under `torch.compile` the call is left out of the graph: what is in force may differ when the graph runs.
+    `torch.compile` breaks the graph here: the configuration may differ when the graph runs.
     """
     import torch
 
@@ -140,19 +136,19 @@ def attention_backend(
     accuracy: str | None = None,
     device: torch.device | None = None,
 ) -> Iterator[None]:
-    """Have attention calls inside the block ask for `backend`.
+    """Configure attention calls inside the block.
 
-    Blocks nest: the inner one is asked first, and what it says nothing about (a role, strictness) is left to the outer.
+    Blocks nest: the inner one has precedence; what it does not set (a role, strictness) comes from the outer one.
 
     Args:
         backend: a name, or a configuration in any form that `config.text.parse_config` reads.
-        strict: an asked-for backend that cannot run raises, instead of falling back; None leaves it as it is.
-        accuracy: the least exact class that `auto` may take: exact, quantized or sparse.
-        device: where the calls will be, for the check on entering; default: the first accelerator, else the CPU.
+        strict: raise if the named backend cannot run, instead of falling back; None: unset.
+        accuracy: the least exact class that `auto` may pick: exact, quantized or sparse.
+        device: of the calls, for the check on entry; default: the first accelerator, else the CPU.
 
     Raises:
-        UnknownBackendError, ConfigError: it cannot be understood. Nothing was changed.
-        NoBackendError: strict, and a backend of it cannot run on the device. Nothing was changed.
+        UnknownBackendError, ConfigError: invalid; nothing was changed.
+        NoBackendError: strict, and a backend of it cannot run on the device; nothing was changed.
     """
     config = parse_config(backend, "attention_backend")
     given = {name: value for name, value in (("strict", strict), ("accuracy", accuracy)) if value is not None}
@@ -165,14 +161,13 @@ def attention_backend(
 
 @contextmanager
 def force_backend(backend: object, *, device: torch.device | None = None) -> Iterator[None]:
-    """Have every attention call inside the block run on `backend`, whatever else says, or raise.
+    """Run every attention call inside the block on `backend`, or raise.
 
-    Arguments `backend=`, blocks, per-role entries and the environment count for nothing inside. A force inside a
-    force holds until it ends.
+    Overrides `backend=`, other blocks, per-role entries and the environment. The innermost `force_backend` wins.
 
     Raises:
-        UnknownBackendError, ConfigError: it cannot be understood, or names no backend. Nothing was changed.
-        NoBackendError: it cannot run on `device`. Nothing was changed.
+        UnknownBackendError, ConfigError: invalid, or names no backend; nothing was changed.
+        NoBackendError: it cannot run on `device`; nothing was changed.
     """
     config = replace(parse_config(backend, "force_backend"), strict=True)
     if config.default.backend in (AUTO, AUTOTUNE):
@@ -185,20 +180,16 @@ def force_backend(backend: object, *, device: torch.device | None = None) -> Ite
 
 
 def checks(on: bool = True) -> AbstractContextManager[None]:
-    """Look over every call inside the block before it runs, or not: in place of what the environment says.
-
-    What is looked at is in `engine/call_checks.py`.
-    """
+    """Validate every call inside the block, or not, above the environment variable (`engine/call_checks.py`)."""
     return entered(Block(checks=on))
 
 
 @contextmanager
 def account() -> Iterator[RunReport]:
-    """Keep account of the calls inside the block: which backend ran for each role, how often, and why not another.
+    """A run report of the calls inside the block: backend, calls and reasons for each role.
 
-    Calls of other threads that run in this context are added when the block ends. Accounts nest. Nothing waits for an
-    accelerator: the times of what it has not done by the end of the block come with `RunReport.end_of_run`, which
-    waits.
+    Calls of other threads in this context are added when the block ends. Blocks nest. Leaving the block does not
+    synchronise: `RunReport.end_of_run` does, and adds pending times.
     """
     outer = current().reporting
     block = Block(reports=True)

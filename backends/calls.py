@@ -1,6 +1,6 @@
-"""One call of the library's `attention`: from what is in force around it to a plan, its kernel, and back.
+"""Runs one call of `attention`: resolves its context, plans it once, runs its plan.
 
-What is in force is in `context.py`. A thread keeps a session for each set of configurations, and in it the plans.
+`context.py` has the configurations. A thread has one session per set of configurations, which has the plans.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class _Outside(Comfy):
 
 
 def router_for(device: torch.device | None = None) -> Router:
-    """The router of a device (default: the first accelerator, else the CPU), kept for the life of the process.
+    """The router of a device (default: the first accelerator, else the CPU), one per process.
 
-    Another one where a library has switched cuDNN's attention off or on since.
+    A new one after a library has switched cuDNN's attention on or off.
     """
     return _router(detect(device))
 
@@ -58,7 +58,7 @@ def _router(platform: Platform) -> Router:
 
 
 def category_of(role: str) -> str:
-    """The category that a role's name suggests; only a model's own table knows it."""
+    """The category of a role, guessed from its name."""
     if role in CATEGORIES:
         return role
     if role.endswith((".single", ".double")):  # FLUX, HunyuanVideo: text and picture together
@@ -79,7 +79,7 @@ def run_attention(
     layout: str,
     return_lse: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention` outside any graph; the path of every call."""
+    """`attention` outside of graphs: the path of every call."""
     if backend is not None and not isinstance(backend, (str, AttentionConfig)):
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
     context = current()
@@ -88,7 +88,7 @@ def run_attention(
     try:
         session_key = (context.number, query.device, backend)
         mask_facts = None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.stride())
-        # Everything that can change a decision; shapes include the layout's sizes.
+        # Everything that can change a decision.
         sizes = (query.shape, key.shape, value.shape, query.dtype)
     except AttributeError:
         _only_tensors(query, key, value, attn_mask)
@@ -115,14 +115,14 @@ def run_attention(
     if known is None:
         check(call, only_shapes=True)
         known = session.keep(plan_key, CallKind(call.request(lse=return_lse), role, category_of(role)))
-    slot, call.enable_gqa = known  # kernels are told of grouping only where there is some
+    slot, call.enable_gqa = known  # only set for grouped heads
     mask_plan = None
     try:
         if slot is None:
             slot, mask_plan = session.slot_by_mask(plan_key, call, role)
         output = session.attention(slot, call, mask_plan)
     except Exception:
-        # Either strict, or every backend failed, and then it is the tensors: neither says anything about later calls.
+        # Strict, or every backend failed on these tensors: later calls start with a new session.
         own.sessions.pop(session_key, None)
         raise
     if layout == "BSHD":
@@ -136,9 +136,9 @@ _thread = threading.local()
 
 
 def _new_thread() -> ThreadSessions:
-    """This thread's sessions outside a block with a run report: sessions are not shared between threads."""
+    """This thread's sessions outside of blocks with a run report; sessions are not shared between threads."""
     own: ThreadSessions
-    own = _thread.own = ThreadSessions(RunReport(mode="off"))  # which is not read
+    own = _thread.own = ThreadSessions(RunReport(mode="off"))  # not read
     return own
 
 
@@ -155,7 +155,7 @@ def _session(
 
 
 class CallSession(Session):
-    """A session with the slots of its calls, keyed by everything that can change a decision."""
+    """A session with the slots of its calls, by everything that can change a decision."""
 
     def __init__(
         self, router: Router, layers: tuple[AttentionConfig, ...], device: torch.device, check_calls: bool,
@@ -164,13 +164,13 @@ class CallSession(Session):
         super().__init__(router, layers, run_report, checks=False, device=device)
         observe(self)
         self.check_calls = check_calls
-        """The caller validates each call, before it is planned."""
+        """Whether each call is validated before it is planned."""
         self.slots: dict[tuple[object, ...], tuple[Slot | None, bool]] = {}
-        """Each kind of call: its slot, None where the values of its mask decide; and whether it is grouped."""
+        """Call key -> (slot, grouped); the slot is None if the mask must be read first."""
         self.by_mask: dict[tuple[object, ...], Slot] = {}
 
     def keep(self, key: tuple[object, ...], kind: CallKind) -> tuple[Slot | None, bool]:
-        """Plan a kind of call and remember it."""
+        """Plan a kind of call and store it under `key`."""
         if len(self.slots) >= KEPT:
             self.slots.clear()
         slot = None if self.reads_mask(kind) else self.plan(kind)
@@ -180,11 +180,11 @@ class CallSession(Session):
     def reads_mask(self, kind: CallKind) -> bool:
         """Whether the values of a mask are read before the call runs.
 
-        On the CPU always: it costs little, and fewer keys are less work. On an accelerator reading waits for all work
-        that was queued, so only where a backend was named that refuses the mask and would take the call without it.
+        On the CPU always: it is cheap, and fewer keys are less work. On an accelerator reading synchronises, so only
+        for a named backend that refuses the mask and accepts the call without it.
         """
         request = kind.request
-        if request.lse:  # a sub-call's log-sum-exp is that of its own keys
+        if request.lse:  # sub-calls would give the LSE of their own keys
             return False
         if request.mask == "none" or self.device_index == CPU:
             return request.mask != "none"
@@ -194,7 +194,7 @@ class CallSession(Session):
         return not self.router.reasons_against(asked, request._replace(mask="none"))
 
     def slot_by_mask(self, key: tuple[object, ...], call: AttentionCall, role: str) -> tuple[Slot, MaskPlan]:
-        """Read the mask of a call; the slot for what it says (fewer keys, or the call whole), and the mask's plan."""
+        """Read the mask of a call; returns its slot and mask plan."""
         mask_plan = inspect(call.attn_mask, call.key.shape[2]) if call.attn_mask is not None else passed_on(None)
         key = (*key, mask_plan.facts)
         slot = self.by_mask.get(key)
@@ -217,7 +217,7 @@ class CallSession(Session):
 def _understood(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, layout: str
 ) -> None:
-    """Refuse what would be read in another way than it was meant; asked once for each kind of call."""
+    """Refuse an unknown layout or shapes that do not fit; called once per kind of call."""
     _only_tensors(query, key, value, mask)
     if layout not in LAYOUTS:
         raise CheckError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")

@@ -1,8 +1,7 @@
-"""What is in force where a call is made: the `with` blocks of `api.py` around it, in a ContextVar.
+"""The configuration at a call: the `with` blocks of `api.py` around it, in a ContextVar.
 
-Leaving a block takes away that block wherever it is in the stack, so that blocks of generators and tasks may end in any
-order, and marks it closed, so that it also ends in the tasks and threads that it was handed down to. Nothing of torch
-is touched, and a thread that was not handed a context sees nothing.
+Leaving a block removes it wherever it is in the stack, so that blocks of generators and tasks may end in any order, and
+closes it in tasks and threads that copied the context. A thread without a copied context has no blocks.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
     from .calls import CallSession
 
 KEPT = 4096
-"""Kinds of call, and configurations, that a thread remembers before it starts again."""
+"""Most kinds of call, and sets of configurations, in a thread's caches, which are cleared then."""
 
 _numbers = count()
 
 
 @lru_cache(maxsize=KEPT)
 def _number(layers: tuple[AttentionConfig, ...], forced: bool, checks: bool) -> int:
-    """One number for each set of configurations, so that it is a key without comparing them."""
+    """A number for each set of configurations: a cheap key."""
     return next(_numbers)
 
 
 class ThreadSessions:
-    """The sessions of one thread, and the run report of their calls."""
+    """The sessions of one thread, with their run report."""
 
     __slots__ = ("run_report", "sessions")
 
@@ -46,7 +45,7 @@ class ThreadSessions:
 
 
 class Block:
-    """One `with` block: what it sets (the rest stays None), and what the environment said when it was entered."""
+    """One `with` block: what it sets, else None; and the environment's configurations when it was entered."""
 
     __slots__ = ("checks", "config", "environment", "forced", "is_open", "threads")
 
@@ -58,7 +57,7 @@ class Block:
         checks: bool | None = None,
         reports: bool = False,
     ) -> None:
-        """`reports`: the block keeps a run report of its calls, and so sessions of its own for each thread."""
+        """`reports`: the block has a run report, and separate sessions for each thread."""
         self.config = config
         self.forced = forced
         self.checks = checks
@@ -68,7 +67,7 @@ class Block:
 
     @property
     def run_report(self) -> RunReport:
-        """Of the thread that entered the block, and after `collect` of all."""
+        """Of the thread that entered the block; after `collect` of all threads."""
         if self.threads is None:
             raise ValueError("this block keeps no run report")
         return next(iter(self.threads.values())).run_report
@@ -84,7 +83,7 @@ class Block:
         return found
 
     def collect(self) -> None:
-        """Add what other threads did to the run report, with the times that are there by now."""
+        """Add the reports of other threads, with the times that are ready."""
         total = self.run_report
         for one in list((self.threads or {}).values()):
             one.run_report.collect()
@@ -108,14 +107,14 @@ def add_up(total: RunReport, more: RunReport) -> None:
 
 
 class Context:
-    """The open blocks around a place in a program, outermost first, and what they come to."""
+    """The open blocks around a call, outermost first, resolved to layers."""
 
     __slots__ = ("blocks", "checks", "forced", "layers", "number", "reporting")
 
     def __init__(
         self, blocks: tuple[Block, ...], environment: tuple[tuple[AttentionConfig, ...], bool] | None = None
     ) -> None:
-        """`environment`: default: as the innermost block found it."""
+        """`environment`: default: of the innermost block."""
         inner = blocks[::-1]
         layers, checks = environment or inner[0].environment
         self.blocks = blocks
@@ -131,11 +130,11 @@ class Context:
 
 _context: ContextVar[Context | None] = ContextVar("attention_backends", default=None)
 _outside: list[Context] = []
-"""What holds outside every block: the environment as it was at the first call, as in Diffusers."""
+"""The context outside of blocks: the environment at the first call, as in Diffusers."""
 
 
 def current() -> Context:
-    """What is in force here. Every call asks."""
+    """The context of the caller; evaluated at every call."""
     context = _context.get()
     if context is None:
         return _outside[0] if _outside else read_environment()
@@ -152,20 +151,20 @@ def _without_closed(context: Context) -> Context:
 
 
 def read_environment() -> Context:
-    """Read the environment variables again for calls outside every block; a block reads them when it is entered."""
+    """Read the environment variables again for calls outside of blocks; a block reads them when it is entered."""
     _outside[:] = [Context((), (from_environment(), checks_from_environment()))]
     return _outside[0]
 
 
 @contextmanager
 def entered(block: Block) -> Iterator[None]:
-    """Have `block` in force inside the `with`."""
+    """Apply `block` inside the `with`."""
     before = current()
     _context.set(Context((*before.blocks, block)))
     try:
         yield
     finally:
         block.is_open = False
-        # Only this block is taken away: blocks that were opened since, and are still open, stay.
+        # Remove only this block: later blocks that are still open stay.
         if current().blocks == before.blocks and before.blocks:
             _context.set(before)

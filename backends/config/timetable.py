@@ -96,7 +96,7 @@ class Timetable:
         """Whether any entry has a time window."""
         self.held: set[int] = set()
         self.used: set[int] = set()
-        """held: entries that were active at a model call; used: entries that matched at least one call."""
+        """Two sets of entries: active at a model call so far; matched by at least one call."""
         self._doubtful: list[int] = []
         self._divided: dict[str, list[int]] = {}
         self._last: tuple[int, object, bool] = -1, None, False

@@ -89,7 +89,7 @@ def at_commas(text: str) -> list[str]:
 
 
 def scalar(text: str) -> object:
-    """A value as it is written: true, false, a number, JSON (a list, a mapping, a quoted text), else the text."""
+    """Parse a value: true, false, a number, JSON (a list, a mapping, a quoted text), else the text."""
     text = text.strip()
     if text.lower() in ("true", "false"):
         return text.lower() == "true"

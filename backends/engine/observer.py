@@ -41,7 +41,7 @@ class Chooser:
         return choice
 
     def plan(self, slot: Slot, kind: CallKind, decision: Decision) -> Plan | None:
-        """A plan of its own for `kind`; None: the session plans the router's `decision`."""
+        """The plan for `kind`; None: the session plans the router's `decision`."""
         return None
 
 

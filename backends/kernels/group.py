@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .support.varlen import VarlenKernel
 
 NOTHING = Backend()
-"""Stands for the member of a group where none can run."""
+"""The member of a group none of whose members can run."""
 
 
 class BackendGroup(Backend):

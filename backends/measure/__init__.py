@@ -1,1 +1,1 @@
-"""What is measured and in which environment: inputs, presets, device clocks, kept results of probes."""
+"""Measuring: exact rows and errors, device clocks, benchmark inputs and presets, environments, stored probe results."""

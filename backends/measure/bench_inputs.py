@@ -1,7 +1,4 @@
-"""What the benchmark hands to kernels, and what their answers are held against.
-
-Boundary: tensors in and out; it times nothing.
-"""
+"""Inputs of the benchmark, and the exact rows that outputs are compared with."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST_CACHE = 256 * 2**20
-"""Bytes that all sets of inputs together go beyond, unless there is a set for every call: no card caches more."""
+"""Total bytes that the sets of inputs exceed, unless there is one per call: no card has a larger cache."""
 
 
 @dataclass
 class Problem:
-    """Sets of inputs for one kind of call, and the exact result of some query rows of the first."""
+    """Sets of inputs for one kind of call, and exact results of some query rows of the first."""
 
     calls: list[AttentionCall]
     rows: torch.Tensor
@@ -33,14 +30,14 @@ class Problem:
 
 
 def device_of(platform: Platform) -> torch.device:
-    """torch's device of a platform; ROCm answers to the name cuda."""
+    """torch's device of a platform; `cuda` for ROCm."""
     return device_named("cuda" if platform.kind == "rocm" else platform.kind)
 
 
 def random_call(request: AttentionRequest, device: torch.device, seed: int, hidden: int | None = None) -> AttentionCall:
     """Normal noise of the request's shapes and dtype; a mask hides the last `hidden` keys (default: a quarter).
 
-    The numbers are made on the CPU, so that a seed means the same ones everywhere.
+    Drawn on the CPU, so that a seed gives the same numbers on every device.
     """
     import torch
 
@@ -65,10 +62,10 @@ def random_call(request: AttentionRequest, device: torch.device, seed: int, hidd
 def make_inputs(
     request: AttentionRequest, hidden: int, device: torch.device, seed: int, most: int
 ) -> list[AttentionCall]:
-    """Two to `most` sets of inputs, as many as it takes to go beyond any cache.
+    """Two to `most` sets of inputs, enough to exceed `LARGEST_CACHE`.
 
-    The first is noise from the seed, the others are the first with its tokens moved on. One mask, of the kind that the
-    request says, hides the last `hidden` keys in all sets.
+    The first is noise from the seed, the others are the first with its tokens rolled. All share one mask of the
+    request's kind, which hides the last `hidden` keys.
     """
     first = random_call(request, device, seed, hidden)
     tensors = (first.query, first.key, first.value)
@@ -79,7 +76,7 @@ def make_inputs(
 
 
 def make_mask(request: AttentionRequest, hidden: int, device: torch.device) -> torch.Tensor | None:
-    """(batch, 1, 1 or q_len, kv_len): key_padding in its smallest form, bool and bias with a row for each query."""
+    """(batch, 1, 1 or q_len, kv_len): key_padding has one row, bool and bias have a row for each query."""
     import torch
 
     if request.mask == "none":
@@ -95,9 +92,9 @@ def make_mask(request: AttentionRequest, hidden: int, device: torch.device) -> t
 
 
 def lacking_memory(backend: Backend, request: AttentionRequest, platform: Platform) -> str | None:
-    """Why a backend's scores do not fit into a computer's memory; None when they do, or where nothing is known.
+    """The reason if a backend's scores exceed the computer's free memory; None if they fit or it is unknown.
 
-    Only for the CPU: there, asking for too much ends the process instead of raising an error.
+    Only for the CPU, where the system kills the process instead of raising an error.
     """
     if platform.kind != "cpu" or not backend.holds_scores:
         return None

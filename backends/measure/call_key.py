@@ -1,6 +1,6 @@
-"""Which attention calls count as the same for a measured choice: their facts, with lengths in buckets.
+"""`TuningKey`: facts of a call with lengths in buckets.
 
-The key of what was measured (`observe/autotune/store.py`) and of what a run recorded (`observe/replay/record.py`).
+The key of autotune's store (`observe/autotune/store.py`) and of recorded runs (`observe/replay/record.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ..values.request import AttentionRequest
 
 
 class TuningKey(NamedTuple):
-    """Facts of a call that its time depends on. Lengths are the upper ends of their buckets, see `bucket`."""
+    """Facts of a call that its time depends on; lengths are rounded up by `bucket`."""
 
     role: str
     dtype: str
@@ -28,16 +28,16 @@ class TuningKey(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """The upper end of a length's bucket: the next of 4, 5, 6, 7, 8, 10, 12, 14, 16, 20 and so on; 1 to 3 as they are.
+    """A length rounded up to 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20 and so on.
 
-    Each is at most a quarter above the one before, so that the calls of one bucket differ little in time.
+    From 4 on each is at most a quarter above the one before, so that calls of one bucket take similar times.
     """
     step = 1 << max(0, (length - 1).bit_length() - 3)
     return -(-length // step) * step
 
 
 def key_of(role: str, request: AttentionRequest) -> TuningKey:
-    """The key of a call of this role; defaults of the request are written out."""
+    """The key of a call of this role, with the request's defaults filled in."""
     return TuningKey(
         role,
         request.dtype,

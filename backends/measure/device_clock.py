@@ -1,9 +1,7 @@
-"""How long work takes on a device, without waiting for it: a pair of events in its stream, read once they have passed.
+"""Device time of work without synchronisation: a pair of events in its stream, read once they have passed.
 
-Where a device has no events to time with, the times are the host's: right on the CPU, and on other devices only the
-time that it takes to ask for the work (`measures_device_time` is False there).
-
-Boundary: it knows of torch's streams and events, and nothing of attention.
+Without timing events the times are the host's: correct on the CPU, elsewhere only the launch time
+(`measures_device_time` is False).
 """
 
 from __future__ import annotations
@@ -22,17 +20,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 EVENTS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
-"""Kinds of device that have events which are timed, and torch's module for them."""
+"""Kind of device with timing events -> torch's module."""
 MOST_PENDING = 4096
-"""Pieces of work whose times may wait to be read; past that, work goes untimed."""
+"""Most pending times; further work is not timed."""
 
 Result = TypeVar("Result")
 Sink = Callable[[float], None]
-"""Takes the milliseconds of one piece of work."""
+"""Called with the milliseconds of one piece of work."""
 
 
 def timed(device: torch.device, work: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
-    """What `work(*arguments)` gives, and the milliseconds until the device had done it; waits before and after."""
+    """(result, milliseconds) of `work(*arguments)`, synchronised before and after."""
     synchronise(device)
     start = perf_counter_ns()
     result = work(*arguments)
@@ -43,8 +41,8 @@ def timed(device: torch.device, work: Callable[..., Result], *arguments: Any) ->
 class DeviceClock:
     """Times work on devices of one kind. Not shared between threads.
 
-    Between `start` and `stop` work is put into the current stream. Times are delivered in the order of `stop`, by
-    `collect`; on the CPU at once. No event is recorded while a CUDA graph is, or while torch.compile traces.
+    Work between `start` and `stop` must be in the current stream. `collect` delivers times in the order of `stop`; on
+    the CPU `stop` does. Nothing is timed during CUDA graph capture or tracing by torch.compile.
     """
 
     def __init__(
@@ -56,11 +54,11 @@ class DeviceClock:
         is_capturing: Callable[[], bool] | None = None,
         most_pending: int = MOST_PENDING,
     ) -> None:
-        """`kind` as in `platform.KINDS`. `new_event`, `current_stream`, `is_capturing`: in place of torch's own."""
+        """`kind`: of `platform.KINDS`. `new_event`, `current_stream`, `is_capturing`: default: torch's."""
         self.paused = False
-        """While True nothing is timed: `start` gives None."""
+        """While True nothing is timed: `start` returns None."""
         self.untimed = 0
-        """Pieces of work without a time: too many were waiting, a graph was recorded, or the device would not say."""
+        """Pieces of work without a time: too many pending, graph capture, or an error of the device."""
         self._most_pending = most_pending
         self._broken = False
         self._pending: deque[tuple[Any, Any, torch.device | None, Callable[..., None]]] = deque()
@@ -73,7 +71,7 @@ class DeviceClock:
             self._use_torch(EVENTS[kind])
         self.has_events = self._new_event is not None
         self.measures_device_time = kind == "cpu" or self.has_events
-        """Whether the times are those of the work itself."""
+        """False if only launch time can be measured."""
 
     def _use_torch(self, name: str) -> None:
         import torch
@@ -88,11 +86,11 @@ class DeviceClock:
 
     @property
     def pending(self) -> int:
-        """Times and marks that were not delivered yet."""
+        """Number of times and marks that are not delivered yet."""
         return len(self._pending)
 
     def start(self, device: torch.device | None = None) -> Any:
-        """Begin to time work in the current stream of `device`, or of the current device. Returns what `stop` takes."""
+        """Begin timing in the current stream of `device` (default: the current one). Returns a token for `stop`."""
         if self.paused:
             return None
         if self._new_event is None:
@@ -104,7 +102,7 @@ class DeviceClock:
         if self._broken or len(self._pending) >= self._most_pending:
             self.untimed += 1
             return None
-        free = self._free.setdefault(device, [])  # an event belongs to the device where it was used first
+        free = self._free.setdefault(device, [])  # an event belongs to one device
         try:
             if self._is_capturing():
                 self.untimed += 1
@@ -113,14 +111,14 @@ class DeviceClock:
             behind = free.pop() if free else self._new_event()
             stream = self._current_stream(device)
             before.record(stream)
-        except Exception as error:  # whatever a driver or a build of torch raises: a time is not worth a run
+        except Exception as error:  # a failed time must not end the run
             self.untimed += 1
-            self._give_up(error)
+            self._stop_timing(error)
             return None
         return before, behind, stream, device
 
     def stop(self, token: Any, sink: Sink) -> None:
-        """The work is asked for: `sink` gets its milliseconds, later. Nothing happens where `start` timed nothing."""
+        """End timing: `sink` gets the milliseconds later. Does nothing for the token None."""
         if token is None:
             return
         if self._new_event is None:
@@ -131,14 +129,14 @@ class DeviceClock:
             behind.record(stream)
         except Exception as error:  # as in `start`
             self.untimed += 1
-            self._give_up(error)
+            self._stop_timing(error)
             return
         self._pending.append((before, behind, device, sink))
 
     def mark(self, reached: Callable[[], None], device: torch.device | None = None) -> None:
-        """Have `reached` called, by `collect`, once all work asked for so far is done and its times are delivered.
+        """Have `collect` call `reached` once all earlier work is done and its times are delivered.
 
-        At once where there are no events; never where the device will not say.
+        Called at once without events; not called after an error of the device.
         """
         if self._new_event is None:
             reached()
@@ -152,12 +150,12 @@ class DeviceClock:
             behind = free.pop() if free else self._new_event()
             behind.record(self._current_stream(device))
         except Exception as error:  # as in `start`
-            self._give_up(error)
+            self._stop_timing(error)
             return
         self._pending.append((None, behind, device, reached))
 
     def collect(self, wait: bool = False) -> None:
-        """Deliver the times of work that is done. `wait`: of all of it; for the end of a run."""
+        """Deliver the times of finished work. `wait`: synchronise and deliver all, at the end of a run."""
         pending = self._pending
         while pending:
             before, behind, device, sink = pending[0]
@@ -168,7 +166,7 @@ class DeviceClock:
                     return
                 milliseconds = None if before is None else before.elapsed_time(behind)
             except Exception as error:  # as in `start`
-                self._give_up(error)
+                self._stop_timing(error)
                 return
             pending.popleft()
             free = self._free.setdefault(device, [])
@@ -179,8 +177,8 @@ class DeviceClock:
                 free.append(before)
                 sink(milliseconds)
 
-    def _give_up(self, error: Exception) -> None:
-        """Time nothing any more. A fault of the device shows itself to who asked for the work, too."""
+    def _stop_timing(self, error: Exception) -> None:
+        """Time nothing any more; the work itself raises a device fault too."""
         log.debug("the device's times cannot be read: %s: %s", type(error).__name__, error)
         self._broken = True
         self.untimed += sum(before is not None for before, *_ in self._pending)

@@ -1,6 +1,6 @@
-"""The machine and the versions that a result belongs to: measured times, the outcome of a probe, a recorded run.
+"""Texts of the environment that a result belongs to: measured times, a probe's outcome, a recorded run.
 
-Stored keys and records are made of these texts: another wording would orphan what people have stored.
+Stored keys contain these texts: rewording them would orphan stored results.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..kernels.registry import MODULES, any_compiled, distributions, environment
 from ..values.platform import Platform
 
 COMPILERS = ("triton", "triton-windows")
-"""Packages with which torch compiles kernels, such as flex_attn."""
+"""Packages with which torch compiles kernels such as flex_attn."""
 
 
 def environment_of(platform: Platform) -> str:
-    """What measured times depend on beside the call."""
+    """The environment that measured times depend on."""
     card = f"cpu {python_platform.machine()}, {os.cpu_count()} cores" if platform.kind == "cpu" else ""
     return _key(
         *_head(platform, card),
@@ -35,7 +35,7 @@ def environment_of(platform: Platform) -> str:
 
 
 def probe_key(backend_id: str, platform: Platform) -> str:
-    """What the outcome of a probe depends on: the backend first, then what it ran on."""
+    """The key of a probe's outcome: the backend, then the environment."""
     return _key(
         backend_id,
         *_head(platform),
@@ -47,7 +47,7 @@ def probe_key(backend_id: str, platform: Platform) -> str:
 
 
 def machine_of(platform: Platform, backends: Iterable[str]) -> dict[str, Any]:
-    """What of a machine can change the numbers that these backends compute, as plain data."""
+    """Facts of a machine that can change the results of these backends, as plain data."""
     names = set(distributions(backends))
     names.update(COMPILERS if names or any_compiled(backends) else ())
     facts = {
@@ -75,7 +75,7 @@ def in_words(platform: Platform) -> str:
 
 
 def versions(platform: Platform) -> dict[str, str]:
-    """Version of each thing that computes: Python, torch, this pack, the card's libraries, the kernel packages."""
+    """Versions of Python, torch, this pack, the card's libraries and the kernel packages."""
     import torch
 
     return {
@@ -89,13 +89,13 @@ def versions(platform: Platform) -> dict[str, str]:
 
 
 def driver_of(platform: Platform) -> str:
-    """The version of a card's graphics driver; empty where there is none, or where it is not known."""
+    """The version of a card's graphics driver; empty if unknown."""
     return driver() if platform.kind in ("cuda", "rocm") and not platform.described else ""
 
 
 @lru_cache(maxsize=1)
 def driver() -> str:
-    """The version of the graphics driver where Linux shows it as a file, else an empty string."""
+    """The version of the graphics driver from its file on Linux, else an empty string."""
     for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         try:
             text = Path(file).read_text(encoding="utf-8", errors="replace")
@@ -108,7 +108,7 @@ def driver() -> str:
 
 @lru_cache(maxsize=1)
 def own_version() -> str:
-    """Our version: from pyproject.toml where the pack lies as a folder, else from what pip installed."""
+    """Our version, from pyproject.toml in the folder, else from the installed distribution."""
     try:
         text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     except OSError:
@@ -152,7 +152,7 @@ def _processor() -> str:
 
 
 def _instructions() -> str:
-    """The vector instructions that torch computes with on this CPU, such as AVX2."""
+    """The vector instructions that torch uses on this CPU, such as AVX2."""
     import torch
 
     return str(torch.backends.cpu.get_cpu_capability())

@@ -1,6 +1,6 @@
-"""What an output should be, and how far it is off: for probes, the benchmark and comparisons.
+"""Exact rows and errors of outputs, for probes, the benchmark and comparisons.
 
-The guard has its own (`observe/guard/rows.py`): in float32, by head, and without waiting for the device.
+The guard computes them in `observe/guard/rows.py`: in float32, by head, without synchronisation.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device without it."""
+    """float64, or float32 on devices without float64."""
     import torch
 
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def exact_rows(call: AttentionCall, most: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up to `most` query rows, spread evenly with the last among them, and their result by definition.
+    """Up to `most` query rows, evenly spread and with the last one, and their exact attention.
 
-    All rows of a causal call, where a row's place matters. Computed head by head, because all scores of a video's
-    attention would fill any memory, in the widest type of `device` (default: that of the call).
+    All rows of a causal call. Computed head by head, to bound memory, in the widest dtype of `device` (default: of the
+    call).
 
     Returns:
         rows (rows,) on the CPU, and (batch, num_heads, rows, v_head_dim).

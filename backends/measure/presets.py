@@ -1,7 +1,7 @@
-"""The attention calls that the benchmark times: shapes of real models, as data, each with its source.
+"""Presets of the benchmark: shapes of attention calls of real models, each with its source.
 
-Sizes are those of one call: query (batch, num_heads, q_len, head_dim), key and value with kv_len. `padded` keys at the
-end are hidden in the masked case; where a model's padding stands elsewhere the work is the same.
+Sizes are of one call: query (batch, num_heads, q_len, head_dim), key and value with kv_len. In the masked case the last
+`padded` keys are hidden; padding elsewhere is the same amount of work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STUDY = "shapes that vLLM-Omni's pull requests report for the model at 480p or 1
 LTX2 = "vLLM-Omni's report on LTX-2; head sizes from ComfyUI, comfy/ldm/lightricks/av_model.py"
 
 MASK_KINDS = ("key_padding", "bool", "bias")
-"""What a masked case hands to kernels: (B, 1, 1, K) booleans, or (B, 1, Q, K) of booleans or of numbers to add."""
+"""Masks of masked cases: (B, 1, 1, K) bool, (B, 1, Q, K) bool, (B, 1, Q, K) additive."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,13 @@ class Preset:
     source: str
     head_dim: int = 128
     padded: int = 0
-    """Keys at the end that are hidden in the masked case; 0: the model has no mask, so there is no such case."""
+    """Hidden keys at the end in the masked case; 0: the model has no mask, so there is no such case."""
     batch: int = 1
     full: tuple[int, int, int] | None = None
-    """(q_len, kv_len, padded) before scaling; None where nothing was scaled."""
+    """(q_len, kv_len, padded) before scaling; None if not scaled."""
 
     def scaled(self, tokens: int) -> Preset:
-        """The same call with its longest side at `tokens` and the others in proportion, each at least 1.
-
-        Never longer than it was; 0 stands for the full size.
-        """
+        """The call scaled so that its longest length is `tokens`, never up; lengths are at least 1. 0: full size."""
         longest = max(self.q_len, self.kv_len)
         if not tokens or tokens >= longest:
             return self
@@ -75,8 +72,8 @@ PRESETS: dict[str, Preset] = {
         Preset("wan22_14b_cross", "Wan 2.2 14B, cross-attention", 40, 14040, 512, STUDY),
         Preset("flux2", "FLUX.2 dev", 48, 4608, 4608, STUDY, padded=512),
         Preset("z_image", "Z-Image", 30, 4352, 4352, STUDY, padded=256),
-        # 24 heads of 128 are the defaults of QwenImageTransformer2DModel, which ComfyUI's model_detection leaves as
-        # they are. 1024x1024 is a latent of 128x128 and, at patch size 2, 64 * 64 = 4096 picture tokens. Before them
+        # 24 heads of 128 are the defaults of QwenImageTransformer2DModel, which ComfyUI's model_detection leaves
+        # unchanged. 1024x1024 is a latent of 128x128 and, at patch size 2, 64 * 64 = 4096 picture tokens. Before them
         # stand the text's: ComfyUI drops the 34 of its template, so that "A dog running across a field of golden
         # wheat." is 15. Text is not padded and a mask that hides nothing is dropped, so there is no masked case.
         Preset(
@@ -85,17 +82,17 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset("ltx2_video", "LTX-2, video self-attention", 32, 5070, 5070, LTX2),
         Preset("ltx2_audio", "LTX-2, audio self-attention", 32, 100, 100, LTX2, head_dim=64),
-        # The source calls these v2a; in ComfyUI video queries with audio keys are audio_to_video_attn.
+        # The source names these v2a; in ComfyUI video queries with audio keys are audio_to_video_attn.
         Preset("ltx2_audio_to_video", "LTX-2, video queries on audio keys", 32, 5070, 100, LTX2, head_dim=64),
     )
 }  # fmt: skip
 
 
 def parse_presets(text: str) -> list[Preset]:
-    """The presets that are named, in the order in which they are given; `all` or nothing for every one.
+    """The named presets, in this order; every one for `all` or an empty text.
 
     Raises:
-        ValueError: a name that no preset has; the message lists them.
+        ValueError: an unknown name; the message lists the presets.
     """
     names = list(dict.fromkeys(filter(None, (name.strip().lower() for name in text.split(",")))))
     unknown = [name for name in names if name not in (*PRESETS, "all")]
@@ -105,7 +102,7 @@ def parse_presets(text: str) -> list[Preset]:
 
 
 def largest(presets: Sequence[Preset]) -> int:
-    """Elements of query, key and value of the largest of these calls together."""
+    """Elements of query, key and value of the largest of these calls."""
     return max(
         preset.batch * preset.num_heads * preset.head_dim * (preset.q_len + 2 * preset.kv_len) for preset in presets
     )

@@ -1,8 +1,7 @@
-"""What probes found, kept between processes: which kernels ran right on this machine, which crashed or were wrong.
+"""Stored outcomes of probes: kernels that were correct, wrong, or crashed on this machine.
 
-One small JSON file in the user's cache folder, read at most once per process. An outcome belongs to one environment:
-card, driver, torch, package versions, interpreter and our own version; where any of these changes it no longer counts.
-Nothing is ever written but by `doctor --probe` and `doctor --forget`.
+A JSON file in the user's cache folder, read at most once per process. An outcome is valid for one environment: card,
+driver, torch, package versions, interpreter and our version. Only `doctor --probe` and `doctor --forget` write it.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ CACHE_VARIABLE = "ATTENTION_BACKENDS_CACHE"
 FILE = "probes.json"
 FORMAT = 1
 MOST = 500
-"""Outcomes kept; the oldest go first."""
+"""Outcomes kept; the oldest are dropped first."""
 MOST_BYTES, MOST_VALUES = 4 << 20, 100_000
-"""Of the file, and of the values in it."""
+"""Limits of the file, and of the values in it."""
 
 LASTING = ("ok", "failed", "crashed", "hung")
-"""Statuses that say something about the kernel; others, such as `unavailable`, are not kept."""
+"""Statuses that are stored; others, such as `unavailable`, do not depend on the kernel."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one kernel on a tiny problem."""
+    """The outcome of one kernel on a tiny problem."""
 
     status: str
-    """`ok`; `failed`: raised, or gave wrong numbers; `crashed`; `hung`; `unavailable`; `untested`: no fault of its."""
+    """`ok`; `failed`: raised, or wrong numbers; `crashed`; `hung`; `unavailable`; `untested`: for another reason."""
     reason: str = ""
     relative_l2: float | None = None
     ms: float | None = None
     """Wall time of the first call, compilation included."""
     stderr: tuple[str, ...] = ()
-    """The last lines that the process wrote there."""
+    """Last lines of the process's stderr."""
 
     @property
     def words(self) -> str:
@@ -59,7 +58,7 @@ class Outcome:
 
 
 def refusal(backend_id: str, platform: Platform) -> str | None:
-    """Why a backend that crashed, hung or was wrong in a probe is not used, and how to change that; else None."""
+    """The reason against a backend that crashed, hung or was wrong in a probe, with the remedy; else None."""
     outcome = recall(backend_id, platform)
     if outcome is None or outcome.status == "ok":
         return None
@@ -70,7 +69,7 @@ def refusal(backend_id: str, platform: Platform) -> str | None:
 
 
 def recall(backend_id: str, platform: Platform) -> Outcome | None:
-    """The outcome that is remembered for this environment. None for a described machine: no probe ran there."""
+    """The stored outcome for this environment; None for a described machine."""
     if platform.described:
         return None
     known = _outcomes(path())
@@ -78,7 +77,7 @@ def recall(backend_id: str, platform: Platform) -> Outcome | None:
 
 
 def remember(found: Mapping[str, Outcome], platform: Platform) -> None:
-    """Keep the outcomes of these backends, for this process and, where the file can be written, for later ones."""
+    """Store the outcomes of these backends; only for this process if the file cannot be written."""
     file = path()
     _outcomes.cache_clear()  # other processes may have written since
     known = _outcomes(file)
@@ -92,7 +91,7 @@ def remember(found: Mapping[str, Outcome], platform: Platform) -> None:
 
 
 def forget(ids: Iterable[str] = ()) -> int:
-    """Drop the outcomes of these backends, or of all, in every environment; returns how many there were."""
+    """Delete the outcomes of these backends, or of all, in every environment; returns how many."""
     file = path()
     _outcomes.cache_clear()
     known = _outcomes(file)
@@ -106,7 +105,7 @@ def forget(ids: Iterable[str] = ()) -> int:
 
 
 def path() -> Path:
-    """The file. ATTENTION_BACKENDS_CACHE names another folder than the platform's own for caches."""
+    """The file; ATTENTION_BACKENDS_CACHE is its folder instead of the platform's cache folder."""
     override = os.environ.get(CACHE_VARIABLE, "").strip()
     if override:
         return Path(os.path.expanduser(override)) / FILE
@@ -117,13 +116,13 @@ def path() -> Path:
         folder = home / "Library" / "Caches"
     else:
         given = Path(os.environ.get("XDG_CACHE_HOME") or "")
-        folder = given if given.is_absolute() else home / ".cache"  # relative ones are to be ignored, says XDG
+        folder = given if given.is_absolute() else home / ".cache"  # XDG: ignore relative paths
     return folder / "attention-backends" / FILE
 
 
 @lru_cache(maxsize=4)
 def _outcomes(file: Path) -> dict[str, Outcome]:
-    """The file's outcomes; empty where there is none. One that cannot be understood is set aside."""
+    """The outcomes of the file; an invalid file is set aside."""
     try:
         text = read_file(file, MOST_BYTES).decode("utf-8")
         return _parsed(text)
@@ -163,7 +162,7 @@ def _set_aside(file: Path, error: Exception) -> dict[str, Outcome]:
 
 
 def _write(file: Path, known: Mapping[str, Outcome]) -> None:
-    """Replace the file as a whole, so that no reader ever sees half of it."""
+    """Replace the file atomically."""
     data = {"format": FORMAT, "outcomes": {entry: asdict(outcome) for entry, outcome in known.items()}}
     partial = None
     try:

@@ -1,4 +1,4 @@
-"""The account of one run: what ran for each role and block, how often, how long, and why not something else."""
+"""`RunReport`: for each role and block of a run the backend, calls, time, and the reason of a fallback."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ log = logging.getLogger("attention_backends")
 
 VARIABLE = "ATTENTION_BACKENDS_TRACE"
 MODES = ("full", "sampled", "off")
-"""`full`: every call is timed. `sampled`: those of some model calls. `off`: no times and no timeline; which kernel ran,
-how often and why not another one is in the account all the same."""
+"""`full`: every call is timed. `sampled`: calls of some model calls. `off`: no times and no timeline. Every report has
+kernels, calls and reasons."""
 SAMPLED_EACH = 7
-"""Model calls from one that is timed to the next, beginning with the second: the first one loads kernels. Samplers make
-one to four of them per step, so that none of these is always left out."""
+"""Distance of timed model calls, beginning with the second, since the first loads kernels. Coprime with the one to four
+model calls per step of samplers, so that each of them is timed."""
 
 
 def trace_mode(environ: Mapping[str, str] = os.environ) -> str:
-    """What a run that begins now keeps of times, by the environment; one of `MODES`."""
+    """The mode of a run that begins now, by the environment; one of `MODES`."""
     said = environ.get(VARIABLE, "").strip().lower()
     if said in MODES or not said:
         return said or MODES[0]
@@ -45,37 +45,36 @@ def trace_mode(environ: Mapping[str, str] = os.environ) -> str:
 
 @dataclass(slots=True)
 class Row:
-    """Calls of one role in one block that took the same path. Counted by `engine/session.py`, timed by
-    `timed_kernel.py`."""
+    """Calls of one role and block with one decision. Counted by `engine/session.py`, timed by `timed_kernel.py`."""
 
     role: str
     block: str
     backend: str
     source: str
     mask: str
-    """The kind of mask, and how it was honoured: `none`; `bool`, passed on; `key_padding, trimmed`; and so on."""
+    """Kind of mask, and the strategy of its plan: `none`; `bool`; `key_padding, trimmed`."""
     reason: str | None = None
-    """Why this backend ran instead of the one that was asked for; None when it was the one."""
+    """Reason of a fallback; None: the backend that was asked for ran."""
     asked: str | None = None
     member: str | None = None
-    """Which kernel of a backend group ran; None where the backend is one kernel."""
+    """The kernel of a backend group; None where the backend is one kernel."""
     calls: int = 0
     launches: int = 0
-    """Calls of the kernel: more than `calls` where a mask divides them."""
+    """Calls of the kernel; more than `calls` with sub-calls."""
     timed: int = 0
-    """Launches whose time is known by now."""
+    """Launches with a known time."""
     nanoseconds: int = 0
-    """What the timed launches took on their device; without the guard and the choice of the kernel."""
+    """Device time of the timed launches, without the guard and planning."""
     guard: Findings | None = None
-    """What the guard found; None where it looked at no call."""
+    """The guard's figures; None if no call was checked."""
 
     @property
     def by_another(self) -> bool:
-        """Whether another pack computed these calls; `member` is its name."""
+        """Whether another pack computed these calls; `member`: its name."""
         return self.backend == BY_ANOTHER
 
     def add_time(self, milliseconds: float) -> None:
-        """Take the time of one launch."""
+        """Add the device time of one launch."""
         self.nanoseconds += int(milliseconds * 1e6)
         self.timed += 1
 
@@ -88,38 +87,38 @@ class RunReport:
     device: str = "cpu"
     steps: int = 0
     seconds: float | None = None
-    """From the first model call to the end of the run, the device synchronised; loading and decoding left out."""
+    """Wall time from the first model call to the end of the run, synchronised; without loading and decoding."""
     bypass: str = ""
-    """Attention of this model family that never reaches the hook, so that nothing here can count it."""
+    """Attention of this model family that does not reach the hook and is not counted."""
     rows: dict[tuple[str, str, str, str, str | None, str], Row] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
-    """What else a person should know, each with how often it happened."""
+    """Note -> how often it occurred."""
     layers: tuple[AttentionConfig, ...] = ()
-    """The configurations that held for the whole of it, highest first; empty where they changed."""
+    """The configurations of the whole run, highest first; empty if they changed."""
     categories: dict[str, str] = field(default_factory=dict)
-    """The category of each role that was called, whoever computed it."""
+    """Role -> category, of every role that was called."""
     timeline: Timeline = field(default_factory=Timeline)
     another: dict[str, str] = field(default_factory=dict)
-    """Who else computed calls, each with where it stands: `after this node`, `before this node`, or empty."""
+    """Other pack that computed calls -> `after this node`, `before this node`, or empty."""
     unseen: dict[str, None] = field(default_factory=dict)
-    """Who else ran in a compiled model, where it is not seen whether they computed attention."""
+    """Other packs that ran in a compiled model and may have computed attention."""
     unused: str = ""
-    """Why no attention call of this run is known; empty where one is."""
+    """Why no attention call of this run was counted; empty if any was."""
     stopped: outcome.Outcome | None = None
-    """How it ended before its end, or that it still goes on; None for a run that is over and whole."""
+    """Why it did not finish, or that it is not over; None for a finished run."""
     tuning: Tuning = field(default_factory=Tuning)
-    """What became of the calls for which `autotune` was asked for."""
+    """States of the kinds of call that asked for `autotune`."""
     node_id: str = ""
-    """The node of the graph that samples; empty where there is none, or it is not known."""
+    """Id of the sampling node of the graph; empty if unknown."""
     recorder: Recorder | None = None
-    """The decisions, kind of call by kind of call; None where nobody records them."""
+    """Records the decisions; None if they are not recorded."""
     mode: str = field(default_factory=trace_mode)
-    """One of `MODES`, for the whole of it."""
+    """One of `MODES`, for the whole run."""
     clocks: list[DeviceClock] = field(default_factory=list)
-    """One for each session that times calls."""
+    """One per session that times calls."""
 
     def new_clock(self, kind: str) -> DeviceClock | None:
-        """The clock of a session on a kind of device; None where nothing is timed."""
+        """A clock for a session on this kind of device; None if nothing is timed."""
         if self.mode == "off":
             return None
         clock = DeviceClock(kind)
@@ -135,7 +134,7 @@ class RunReport:
     def row(
         self, role: str, block: str, backend: str, source: str, mask: str, reason: str | None, asked: str | None
     ) -> Row:
-        """The row for this path, made when it is new."""
+        """The row of this decision, created if new."""
         key = (role, block, backend, mask, reason, source)
         row = self.rows.get(key)
         if row is None:
@@ -143,7 +142,7 @@ class RunReport:
         return row
 
     def note(self, text: str) -> bool:
-        """Count a note; True when it is new, so that the caller can log it once."""
+        """Count a note; True if it is new, so that the caller logs it once."""
         self.notes[text] = self.notes.get(text, 0) + 1
         return self.notes[text] == 1
 
@@ -155,14 +154,14 @@ class RunReport:
         schedule: torch.Tensor | None = None,
         step: int | None = None,
     ) -> None:
-        """Note in the timeline what was counted since the last model call; nothing waits for the device.
+        """Add the counts since the last model call to the timeline, without synchronisation.
 
         Args:
             clock: of the session that ran it, on `device`.
-            sigma, schedule: that of the model call, one for each sample, and those of its sampler.
-            step: of the model call, where the host knows it; else it is told by the sigmas.
+            sigma: of the model call, (batch,); `schedule`: the sampler's sigmas, (steps + 1,).
+            step: of the model call; None: derived from the sigmas.
         """
-        # A copy: of several devices each has a thread, and another one may make a row meanwhile.
+        # A copy: threads of other devices may add a row.
         timeline, rows = self.timeline, list(self.rows.values())
         if self.mode == "off":
             timeline.model_calls += 1
@@ -172,7 +171,7 @@ class RunReport:
         timeline.steps.add(number, sigma, schedule, step)
         if clock is not None and clock.has_events:
             if window is not None:
-                clock.mark(partial(self._come_to, window), device)
+                clock.mark(partial(self._reach, window), device)
             clock.collect()
         elif clock is not None and window is not None:
             window.add_times(rows)
@@ -180,36 +179,35 @@ class RunReport:
             for one in self.clocks:
                 one.paused = self._is_left_out(number + 1)
 
-    def _come_to(self, window: Window) -> None:
-        """The device has done everything up to the end of a window."""
+    def _reach(self, window: Window) -> None:
+        """The device has finished all work up to the end of `window`."""
         window.add_times(list(self.rows.values()))
         self.timeline.steps.settle(window.last)
 
     def collect(self) -> None:
-        """Take the times that are there by now, without waiting for others."""
+        """Add the times that are ready, without waiting."""
         for clock in self.clocks:
             clock.collect()
 
     def end_of_run(self) -> None:
-        """The devices have come to rest: read what is still on them."""
+        """Add all pending times; waits for the devices."""
         for clock in self.clocks:
             clock.collect(wait=True)
         self.timeline.steps.settle(self.timeline.model_calls, at_rest=True)
 
     def windows(self) -> list[dict[str, object]]:
-        """The timeline as plain data; see `Timeline.as_list`. Empty with the trace off."""
+        """The timeline as plain data (`Timeline.as_list`); empty in mode `off`."""
         return [] if self.mode == "off" else self.timeline.as_list(list(self.rows.values()))
 
     @property
     def calls(self) -> int:
-        """Attention calls that were routed."""
+        """Number of routed attention calls."""
         return sum(row.calls for row in self.rows.values())
 
     def as_dict(self) -> dict[str, object]:
         """The run as plain data.
 
-        `ms` is what all calls of a row took on their device, by those that were timed: `timed` of `calls`. It is None
-        where none was: in model calls that are not sampled, on devices without events, with the trace off.
+        `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed.
         """
         rows = [
             {

@@ -1,7 +1,7 @@
-"""The audit of a run: for each role, what was asked for against what ran, and a reason for every divergence.
+"""The audit of a run: for each role the backend that was asked for, those that ran, and the reasons of differences.
 
-It reads the run report alone, so it also finds a fallback without a recorded reason. A divergence without a reason is a
-defect of this package; a strict run ends with an error for it.
+It reads only the run report, so it also finds a fallback without a recorded reason: a defect of this package, for which
+a strict run ends with an error.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ BY_ANOTHER = "by another"
 
 
 class UnexplainedError(RuntimeError):
-    """Strict was asked for, and something else ran without a recorded reason."""
+    """Strict, and another backend ran without a recorded reason."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One role as one source asked for it."""
+    """The finding of one role and one source."""
 
     role: str
     asked: str
@@ -41,9 +41,9 @@ class Finding:
     ran: Mapping[str, int]
     """Backend -> calls."""
     reasons: tuple[str, ...]
-    """Why something else ran, each once."""
+    """Reasons of fallbacks, each once."""
     verdict: str
-    """`as asked`, `explained`, `unexplained`, `role never called`; `not reached` where the run gives no evidence."""
+    """`as asked`, `explained`, `unexplained`, `role never called`; `not reached`: no evidence in the run."""
 
     def as_dict(self) -> dict[str, Any]:
         """The finding as plain data."""
@@ -58,7 +58,7 @@ class Finding:
 
 
 def asked_and_ran(run_report: RunReport) -> tuple[Finding, ...]:
-    """The findings of a run: one for each role and source that had calls, then configured roles that had none."""
+    """The findings of a run: each role and source with calls, then configured roles without."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in run_report.rows.values():
         if row.calls:
@@ -74,7 +74,7 @@ def asked_and_ran(run_report: RunReport) -> tuple[Finding, ...]:
 
 
 def unexplained(findings: Iterable[Finding]) -> str | None:
-    """The text of an error over divergences without a reason; None when there are none."""
+    """The text of an error about differences without a reason; None without any."""
     bad = [finding for finding in findings if finding.verdict == UNEXPLAINED]
     if not bad:
         return None
@@ -85,9 +85,9 @@ def unexplained(findings: Iterable[Finding]) -> str | None:
 
 
 def merged(audits: Iterable[Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Audits of several stages, as plain data, in one: calls added up, the worst verdict kept.
+    """Merge the audits of several stages, as plain data: calls are summed, the worst verdict is kept.
 
-    A role that one stage called is not reported as never called for another.
+    `role never called` is dropped for roles that another stage called.
     """
     worst = (NEVER_CALLED, NOT_REACHED, AS_ASKED, EXPLAINED, UNEXPLAINED)
     total: dict[tuple[str, str], dict[str, Any]] = {}
@@ -113,7 +113,7 @@ def line(audit: Iterable[Mapping[str, Any]]) -> str:
 
 def _asked(run_report: RunReport, row: Row) -> tuple[str, str]:
     """(asked, source) of a row's calls: from the row, else from the configuration."""
-    if row.asked == AUTOTUNE:  # the source ends with what autotune found, which changes during a run
+    if row.asked == AUTOTUNE:  # the source ends with autotune's result, which changes during a run
         return AUTOTUNE, row.source.partition(f": {AUTOTUNE}")[0]
     if row.asked is not None:
         return row.asked, row.source
@@ -139,7 +139,7 @@ def _names(run_report: RunReport, role: str) -> bool:
 
 
 def _elsewhere(run_report: RunReport, role: str) -> Finding:
-    """A role whose calls reached the model but were all answered by something else, as a note says."""
+    """The finding of a role whose calls all were computed by another pack."""
     choice = resolve(run_report.layers, role, run_report.categories[role])
     if (why := _why_not_reached(run_report)) is not None:
         return Finding(role, choice.asked or AUTO, choice.source, {}, (why,), NOT_REACHED)
@@ -148,21 +148,21 @@ def _elsewhere(run_report: RunReport, role: str) -> Finding:
 
 
 def _why_not_reached(run_report: RunReport) -> str | None:
-    """Why nothing can be said of a role that had no calls; None for a whole run whose calls are known."""
+    """Why a role without calls is `not reached`; None for a whole run with known calls."""
     if run_report.stopped is not None:
         return run_report.stopped.text or "the run goes on"
     return run_report.unused or None
 
 
 def unseen(run_report: RunReport) -> str:
-    """Which other packs ran in a compiled model and may have computed calls there; empty if none did."""
+    """Text about other packs that ran in a compiled model and may have computed attention; empty if none."""
     if not run_report.unseen:
         return ""
     return f"{' and '.join(run_report.unseen)} ran in the compiled model and may have computed attention by itself"
 
 
 def _never_called(run_report: RunReport) -> list[Finding]:
-    """Entries for roles that no call had, neither by name nor by category."""
+    """Findings of configured roles that no call had, by name or category."""
     why = _why_not_reached(run_report) or unseen(run_report) or None
     known = {row.role for row in run_report.rows.values() if row.calls}
     known.update(run_report.categories, run_report.categories.values())
@@ -198,7 +198,7 @@ def _part(finding: Mapping[str, Any]) -> str:
 
 
 def _counted(ran: Mapping[str, int]) -> str:
-    """`torch_sdpa`, or with calls where there are several."""
+    """Backends as text, with calls if there are several."""
     if len(ran) == 1:
         return next(iter(ran))
     return ", ".join(f"{backend} {calls} calls" for backend, calls in ran.items())

@@ -1,6 +1,6 @@
-"""What the guard found, as plain data and as text, and how likely it is to see what it looks for.
+"""`Findings`: the guard's figures of a row, as plain data and text; and the probability of detecting an error.
 
-Boundary: no torch; the guard (`observe/guard/__init__.py`) fills it in, a `RunReport` keeps it in its rows.
+No torch. `observe/guard/` adds the figures.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ if TYPE_CHECKING:
     from . import Row
 
 ROWS = 16
-"""Query rows that are looked at in each head of a checked call."""
+"""Compared query rows per head of a checked call."""
 SHOWN = 8
-"""Blocks that the report's text lists."""
+"""Most blocks in the report's text."""
 
 
 @dataclass(slots=True)
 class Findings:
-    """The guard's figures over the checked calls of one row of a run report; the worst of each."""
+    """The worst figures of the checked calls of one row of a run report."""
 
     relative_l2_limit: float | None = None
     row_error_limit: float | None = None
     call_l2_limit: float | None = None
-    """Above these a check is bad."""
+    """A check above any of these limits is an alarm."""
     checked: int = 0
     relative_l2: float = 0.0
-    """Of the worst head of a sample: error of its rows over their size."""
+    """||error|| / ||exact|| of the worst head of a sample."""
     row_error: float = 0.0
-    """Of the worst row: its error over the root mean square size of its head's rows."""
+    """Of the worst row: ||error|| over the root mean square norm of its head's rows."""
     cosine: float = 1.0
     call_l2: float = 0.0
-    """Of all heads and samples of a call together: the size of their rows' error over that of the rows."""
+    """||error|| / ||exact|| over all heads and samples of a call."""
     head: int | None = None
-    """The number of the worst head; `relative_l2` is its error."""
+    """Index of the worst head."""
     alarms: int = 0
-    """Checked calls that were bad."""
+    """Number of checks above a limit."""
     first_alarm: str = ""
-    """Why the first of them was, with the number of the call."""
+    """Text of the first alarm, with the number of the call."""
 
     def add(
         self, relative_l2: float, row_error: float, cosine: float, call_l2: float = 0.0, head: int | None = None
     ) -> None:
-        """Count a checked call. NaN, from an output that is not finite, counts as infinite."""
+        """Add a checked call; NaN, of an output that is not finite, counts as infinite."""
         self.checked += 1
         if _worst(relative_l2) > self.relative_l2:
             self.relative_l2, self.head = _worst(relative_l2), head
@@ -54,7 +54,7 @@ class Findings:
         self.cosine = min(self.cosine, -_worst(-cosine))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; a figure that is not finite becomes None, since JSON has no number for it."""
+        """Plain data; infinite figures are None, for JSON."""
         figures = {name: getattr(self, name) for name in ("relative_l2", "row_error", "cosine", "call_l2")}
         return {
             "checked": self.checked,
@@ -69,9 +69,9 @@ class Findings:
 
 
 def worst_first(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """What the guard found in a run report's rows, as plain data: most alarms first, then by error.
+    """The findings of a run report's rows as plain data, most alarms first, then by error.
 
-    `calls` are those that the kernel answered; one whose output was thrown away is checked, and not among them.
+    `calls` excludes calls whose output was rejected; `checked` includes them.
     """
     found = [
         {"role": row.role, "block": row.block, "backend": row.backend, "calls": row.calls, **row.guard.as_dict()}
@@ -86,18 +86,17 @@ def _worst(value: float) -> float:
 
 
 def chance(row_share: float, checks: int, *, call_share: float = 1.0, rows: int = ROWS) -> float:
-    """The probability that `checks` checked calls show an error that is rare and random.
+    """The probability that `checks` checks detect a rare random error.
 
-    It spoils each call with probability `call_share`, and in a spoiled call each query row with probability
-    `row_share`, whole rows in every head; `rows` is how many different ones are looked at. An error that takes heads
-    too at random is seen more often.
+    The error affects a call with probability `call_share`, and each query row of such a call, in every head, with
+    probability `row_share`. `rows`: compared rows per check.
     """
     in_a_call = 1 - (1 - row_share) ** rows
     return float(1 - (1 - call_share * in_a_call) ** checks)
 
 
 def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The guard's part of a report's text, from what `worst_first` gives: worst blocks first, then what is unseen."""
+    """The guard's part of a report's text, from `worst_first`: worst blocks, then the detection limits."""
     if not found:
         return []
     found = sorted(found, key=_severity, reverse=True)
@@ -121,7 +120,7 @@ def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _heads(entry: Mapping[str, Any]) -> str:
-    """The worst head beside the whole call: `; head 3 is the worst, all together 0.014 (limit 0.075)`."""
+    """The worst head, and the whole call: `; head 3 is the worst, all together 0.014 (limit 0.075)`."""
     head, all_heads, limit = (entry.get(name) for name in ("head", "call_l2", "call_l2_limit"))
     if head is None or all_heads is None:
         return ""

@@ -1,6 +1,6 @@
-"""The outcome of a run in one sentence, which node, tab, report, HTTP and log share.
+"""The outcome of a run as one sentence, shared by node, tab, report, HTTP and log.
 
-A sentence is a kind and a cause. The kinds' words are here in English and, for the page, in locales/.
+A sentence has a kind and a cause. The texts of kinds are here in English, and in locales/ for the page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from . import RunReport
 
 UNFINISHED = "the run did not finish"
-"""How the note of a run that was cancelled or failed begins."""
+"""Prefix of the note about a cancelled or failed run."""
 RUNNING, DONE = "running", "done"
 CANCELLED, REFUSED, OUT_OF_MEMORY, FAILED = "cancelled", "refused", "out_of_memory", "failed"
 NOT_USED, PARTLY = "not_used", "partly"
@@ -32,7 +32,7 @@ WORDS = {
     PARTLY: "Partly used: {cause}",
 }
 REASONS = 3
-"""The line of a refusal that has the named backend's reasons, after what was asked, the call and the machine."""
+"""Index of the line of a refusal with the named backend's reasons."""
 STOPPED = (CANCELLED, REFUSED, OUT_OF_MEMORY, FAILED)
 """Kinds of a run that did not finish."""
 
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        """The sentence; empty where there is nothing to say beside the figures."""
+        """The sentence; may be empty."""
         return WORDS[self.kind].format(cause=self.cause)
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Outcome:
 
 
 def of_error(error: BaseException, *, strict: bool, cancelled: bool = False) -> Outcome:
-    """The outcome of a run that ended with an error; `strict` where a backend was asked for strictly."""
+    """The outcome of a run that ended with `error`; `strict`: of its settings."""
     if cancelled:
         return Outcome(CANCELLED)
     if is_out_of_memory(error):
@@ -66,14 +66,14 @@ def of_error(error: BaseException, *, strict: bool, cancelled: bool = False) -> 
 
 
 def _refusal(error: BaseException) -> str:
-    """The first line of a refusal, and the named backend's own reasons where `Router.explain_refusal` gives them."""
+    """The first line of a refusal, with the named backend's reasons if `Router.explain_refusal` made it."""
     lines = str(error).splitlines()
     listed = len(lines) > REASONS and lines[1].startswith("  call: ")
     return f"{lines[0]}: {lines[REASONS].strip()}" if listed else first_line(error)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says anything."""
+    """The first line of an error's text that is not empty."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), "an error without a message")
 
@@ -99,7 +99,7 @@ def of_run_report(run_report: RunReport) -> Outcome:
 
 
 def merged(outcomes: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """The outcome of several stages: the one that says most."""
+    """The most important outcome of several stages."""
     order = list(WORDS)
     rank = {kind: (order.index(kind) if kind not in STOPPED else len(order)) for kind in order}
     return dict(max(outcomes, key=lambda one: rank[one["kind"]]))

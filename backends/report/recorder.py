@@ -1,4 +1,4 @@
-"""What a run tells of its decisions, so that they can be repeated; `observe/replay/run_recorder.py` keeps them."""
+"""The protocol of a recorder of decisions; `observe/replay/run_recorder.py` implements it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol
 
 
 class Recorder(Protocol):
-    """What a run report needs of it; a session needs that it is an `engine/observer.Observer` too."""
+    """What a run report uses of a recorder; it is an `engine/observer.Observer` too."""
 
     not_repeated: dict[str, None]
-    """What ran and cannot be told by the decisions: a replay does not repeat it."""
+    """Events that a replay cannot reproduce."""
 
     def begin_model_call(self, number: int, window: Hashable) -> None:
         """A model call begins, while these windows of the schedules hold."""

@@ -1,7 +1,7 @@
-"""The sampler's step of each model call: as the host knows it, else by sigmas, read without waiting for the device.
+"""The sampler's step of each model call: from the host, else from its sigma, without synchronisation.
 
-A sigma is copied to the host asynchronously and read once the device has finished the copy. Where that
-cannot be queried, it stays on the device until the end of the run. What makes a step of a sigma is `schedule.step_of`.
+A sigma is copied asynchronously and read once the copy has finished; where that cannot be queried, at the end of the
+run. `schedule.step_of` maps a sigma to a step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 MOST_WAITING = 4096
-"""Most sigmas that wait on a device; the steps of later model calls stay unknown."""
+"""Most pending sigmas on a device; steps of further model calls stay unknown."""
 
 
 class _Schedule:
-    """The sigmas of one sampler, and the steps found from them."""
+    """The sigmas of one sampler, and their steps."""
 
     __slots__ = ("given", "steps", "values")
 
@@ -32,7 +32,7 @@ class _Schedule:
         self.steps: dict[float, int] = {}
 
     def step(self, sigma: float) -> int | None:
-        """The step at a sigma; None while these sigmas are on the device."""
+        """The step at a sigma; None while the schedule is on the device."""
         if not isinstance(self.values, list):
             return None
         if sigma not in self.steps:
@@ -41,23 +41,23 @@ class _Schedule:
 
 
 def on_host(values: torch.Tensor) -> list[float] | torch.Tensor:
-    """The numbers of a tensor on the CPU; else a copy that is on its way there, or the tensor itself."""
+    """The numbers of a CPU tensor; else an asynchronous copy, or the tensor."""
     if values.device.type == "cpu":
         return [float(value) for value in values.tolist()]
     if not values.is_cuda:
         return values
     import torch
 
-    # Into pinned memory, or the host would wait.
+    # Pinned memory, or the copy would block.
     return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
 
 
 class Steps:
-    """The steps of the model calls of one run, counted from 0; model calls are numbered from 1."""
+    """The steps of the model calls of one run: steps from 0, model calls from 1."""
 
     def __init__(self) -> None:
         self._sigmas: dict[int, tuple[float | torch.Tensor, _Schedule]] = {}
-        """Those on the CPU are read on request."""
+        """Model call -> its sigma and schedule; sigmas on the CPU are resolved on request."""
         self._known: dict[int, int] = {}
         self._waiting: deque[tuple[int, torch.Tensor, _Schedule]] = deque()
         self._schedule: _Schedule | None = None
@@ -65,7 +65,7 @@ class Steps:
     def add(
         self, model_call: int, sigma: torch.Tensor | None, schedule: torch.Tensor | None, step: int | None = None
     ) -> None:
-        """Note where a model call was: its sigma, one for each sample, all sigmas of its sampler, its step if known."""
+        """Add a model call: sigma (batch,), the sampler's sigmas (steps + 1,), and the step if known."""
         if step is not None:
             self._known[model_call] = step
             return
@@ -85,10 +85,10 @@ class Steps:
             self._waiting.append((model_call, copied, self._schedule))
 
     def settle(self, model_call: int, *, at_rest: bool = False) -> None:
-        """The device has done everything up to this model call: read what was copied until then.
+        """Read the sigmas copied up to this model call, which the device has finished.
 
         Args:
-            at_rest: nothing comes after it, so that what was not copied can be read too.
+            at_rest: the device is idle, so that uncopied sigmas can be read too.
         """
         waiting = self._waiting
         try:
@@ -100,12 +100,12 @@ class Steps:
                 if not isinstance(schedule.values, list):
                     schedule.values = schedule.values.tolist()
                 self._sigmas[number] = float(sigma.max()), schedule
-        except RuntimeError as error:  # a device fault: the first error says more
+        except RuntimeError as error:  # a device fault that an earlier error reports
             log.debug("the sigmas of a run could not be read: %s", error)
             waiting.clear()
 
     def between(self, first: int, last: int) -> list[int] | None:
-        """The first and the last step of these model calls, as far as they are known; None where none is."""
+        """[first, last] known step of these model calls; None without any."""
         found = []
         for model_call in range(first, last + 1):
             if model_call in self._known:

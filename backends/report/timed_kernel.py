@@ -1,7 +1,4 @@
-"""Wraps a kernel so that its device time is added to a row of the run report.
-
-Boundary: kernels in, kernels out; the clock and the owner of the run report decide when times are read.
-"""
+"""Wraps a kernel so that its calls and device time are added to a row of the run report."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def timed_kernel(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
-    """The kernel itself, its calls counted in `row.launches`, and those that are timed in `timed` and `nanoseconds`."""
+    """The kernel, which adds to `row.launches`, and for timed calls to `timed` and `nanoseconds`."""
     return _by_events(kernel, clock, row) if clock.has_events else _by_the_host(kernel, clock, row)
 
 
@@ -37,7 +34,7 @@ def _by_events(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
 
 
 def _by_the_host(kernel: Kernel, clock: DeviceClock, row: Row) -> Kernel:
-    """As `_by_events` where the clock delivers at once; written out, since a call on the CPU can be short."""
+    """As `_by_events`, for a clock that delivers at once; inlined, since calls on the CPU can be short."""
 
     def run(call: AttentionCall) -> torch.Tensor:
         start = perf_counter_ns()

@@ -1,7 +1,7 @@
-"""Which rows of a run report had calls in which model calls, in at most `MOST` windows.
+"""The calls of each row over the model calls of a run, in at most `MOST` windows.
 
-Written once per model call, never per attention call. Model calls are numbered from 1; a sampler makes one or more of
-them per step. A window holds what the rows had counted at its end; its content is computed on request.
+Updated once per model call. Model calls are numbered from 1; a sampler makes one or more per step. A window has the
+rows' cumulative counts at its end.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from . import Row
 
 MOST = 64
-"""Windows that are kept; past that every two neighbours become one."""
+"""Most windows; beyond, neighbours are merged in pairs."""
 
 
 class Window:
-    """What each row had counted when model call number `last` was over, rows in the order in which they were made."""
+    """Cumulative counts of each row after model call `last`, rows in order of creation."""
 
     __slots__ = ("counts", "last", "times")
 
@@ -28,10 +28,10 @@ class Window:
         self.last = last
         self.counts = [(row.calls, row.launches) for row in rows]
         self.times: list[tuple[int, int]] | None = None
-        """`timed` and `nanoseconds` of each row; None until the device has reached the window's end."""
+        """(timed, nanoseconds) of each row; None until the device has finished the window."""
 
     def add_times(self, rows: Collection[Row]) -> None:
-        """The device has reached the window's end: store its times."""
+        """Store the times; the device has finished the window."""
         self.times = [(row.timed, row.nanoseconds) for row in rows]
 
 
@@ -45,12 +45,12 @@ class Timeline:
     def __init__(self) -> None:
         self.windows: list[Window] = []
         self.model_calls = 0
-        """How many ended so far."""
+        """Number of finished model calls."""
         self.steps = Steps()
         self._per_window = 1
 
     def end_of_model_call(self, rows: Collection[Row]) -> Window | None:
-        """Count a model call. Returns the window that it ends, whose times are to be added; else None."""
+        """Count a model call. Returns the window that it ends, for `add_times`, or None."""
         self.model_calls += 1
         if self.model_calls % self._per_window:
             return None
@@ -64,7 +64,7 @@ class Timeline:
     def as_list(self, rows: Collection[Row]) -> list[dict[str, Any]]:
         """`[{"first", "last", "steps": [first, last] or None, "cells": [[row, calls, ms or None], ...]}]`.
 
-        Rows as in `RunReport.as_dict`; steps from 0. Neighbours without any time in them that are alike become one.
+        Rows as in `RunReport.as_dict`; steps from 0. Equal neighbours without times are merged.
         """
         windows, model_calls = list(self.windows), self.model_calls
         if model_calls > (windows[-1].last if windows else 0):
@@ -90,9 +90,9 @@ class Timeline:
 
 
 def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]]:
-    """What each row that had calls did between the ends of two windows: row, calls, milliseconds."""
+    """(row, calls, milliseconds or None) of each row with calls between the ends of two windows."""
     found = []
-    # A row may have been made after the window before, or after the device reached this one's end.
+    # Rows may be newer than the earlier window, or than the device's end of this one.
     earlier = chain(before.counts, repeat((0, 0)))
     for row, ((calls, launches), (earlier_calls, earlier_launches)) in enumerate(
         zip(window.counts, earlier, strict=False)
@@ -112,12 +112,12 @@ def _at(times: list[tuple[int, int]], row: int) -> tuple[int, int]:
 
 
 def milliseconds(nanoseconds: int, timed: int, launches: int) -> float | None:
-    """The time of all `launches` of a kernel, of which `timed` took `nanoseconds`; None where none was timed."""
+    """Milliseconds of all `launches`, extrapolated from `timed` ones that took `nanoseconds`; None without any."""
     return round(nanoseconds / 1e6 * max(launches / timed, 1), 3) if timed else None
 
 
 def _alike(window: dict[str, Any], first: int, last: int, cells: list[list[Any]]) -> bool:
-    """Whether what follows a window has the same calls in each model call; never where there are times."""
+    """Whether the next window has the same calls per model call, and neither has times."""
     length, length_before = last - first + 1, window["last"] - window["first"] + 1
     return [row for row, *_ in cells] == [row for row, *_ in window["cells"]] and all(
         ms is None and ms_before is None and calls * length_before == calls_before * length

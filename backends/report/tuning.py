@@ -1,27 +1,24 @@
-"""How many kinds of call of a run autotune decided, tries or left: counts for the run report.
-
-Boundary: text and numbers; `observe/autotune/tuner.py` decides.
-"""
+"""Counts of the kinds of call that autotune decided, is trying, or did not tune, for the run report."""
 
 from __future__ import annotations
 
 from ..measure.call_key import TuningKey
 
 OPEN, DECIDED = "tuning", "decided"
-"""Kinds of call that are tried, and those that were decided in this very run."""
+"""States: under trial; decided in this run."""
 FROM_STORE = "store"
 NOT_TUNED = "not tuned"
-"""Under a millisecond, or there is nothing to choose between."""
+"""State: under a millisecond, or only one backend can run it."""
 
 
 class Tuning:
-    """Kinds of call, each with its state now."""
+    """Kinds of call with their states."""
 
     def __init__(self) -> None:
         self.kinds: dict[TuningKey, str] = {}
 
     def as_dict(self) -> dict[str, object]:
-        """`state` is None where `autotune` was not asked for, `tuning` where this run tries, else `measured`."""
+        """Plain data; `state`: None without `autotune`, `tuning` during trials, else `measured`."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
         return {
@@ -34,7 +31,7 @@ class Tuning:
         }
 
     def note(self) -> str | None:
-        """The run report's note of a run that tried kernels; None for another."""
+        """The run report's note about trials; None without any."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
         return f"autotune: tuning ({tried} kinds of call; later runs use what was found)" if tried else None

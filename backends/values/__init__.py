@@ -1,1 +1,1 @@
-"""Facts without torch: what a call, a machine and a mask are, and what a backend takes."""
+"""Values without torch: requests, platforms, mask plans, limits, options, packages, errors."""

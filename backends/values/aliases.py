@@ -1,11 +1,11 @@
-"""A name by which another system, or people, know a backend: a value for a backend's declaration."""
+"""`Alias`: another system's name of a backend, for the backend's declaration."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 PEOPLE = ""
-"""Used instead of a system's id for a spelling that people write."""
+"""Instead of a system's id: a common spelling."""
 
 VLLM_OMNI, SGLANG, DIFFUSERS, SMART_DIFFUSION = "vllm_omni", "sglang", "diffusers", "smart_diffusion"
 """The systems' ids (`config/systems.py`)."""
@@ -16,10 +16,10 @@ LISTED = "listed in Smart-Diffusion's schema, but its start-up check stops on it
 
 
 class Alias(NamedTuple):
-    """One name as its system publishes it, of the backend that declares it."""
+    """One published name of the backend that declares it."""
 
     system: str
     """The system's id, or `PEOPLE`."""
     name: str
     line: str = ""
-    """What differs here; empty where it means the same."""
+    """The difference here; empty: the same."""

@@ -1,7 +1,4 @@
-"""Input within bounds: files up to a size, the nearest of known names, and messages of bounded length.
-
-Needs the standard library alone, so that every part may use it.
-"""
+"""Bounded input: files up to a size, nearest names, messages of limited length. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,17 +10,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MOST_JSON = 1_000_000
-"""Bytes of a configuration or a record as JSON."""
+"""Most bytes of a configuration or a record as JSON."""
 MOST_TEXT = 32 * 1024
-"""Bytes of a configuration in any other form: YAML, flags, pairs."""
+"""Most bytes of a configuration in any other form: YAML, flags, pairs."""
 MOST_MESSAGE = 2000
-"""Characters of an error message; it may quote a text of a megabyte."""
+"""Most characters of an error message, which may quote a text of a megabyte."""
 _TAIL = 700
 _LONGEST_NAME = 80
 
 
 def shortened(text: str, most: int = MOST_MESSAGE) -> str:
-    """The text itself, or its beginning and its end with the number of characters that are left out between them."""
+    """The text; if longer than `most` characters its beginning and end, with the number of characters left out."""
     if len(text) <= most:
         return text
     tail = min(_TAIL, most // 3)
@@ -32,13 +29,13 @@ def shortened(text: str, most: int = MOST_MESSAGE) -> str:
 
 
 def read_file(path: str | Path, most: int) -> bytes:
-    """The bytes of an ordinary file of at most `most` bytes; a longer one is not read to its end.
+    """The bytes of a regular file of at most `most` bytes; a longer one is not read to its end.
 
     Raises:
         OSError: it cannot be read, is a folder, a device or a pipe, or is longer; `strerror` says which.
     """
     try:
-        mode = os.stat(path).st_mode  # before opening: opening a pipe waits for its other end
+        mode = os.stat(path).st_mode  # first: opening a pipe would block
     except ValueError as error:  # a NUL character in the name
         raise OSError(errno.EINVAL, str(error)) from error
     if not stat.S_ISREG(mode):
@@ -53,9 +50,9 @@ def read_file(path: str | Path, most: int) -> bytes:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The known names that are most like `name`, best first; none for a name longer than any of ours.
+    """The `count` known names most similar to `name`, best first; none for a name longer than every known one.
 
-    Comparing two names takes time with the product of their lengths.
+    Comparing takes time in the product of the lengths.
     """
     if len(name) > _LONGEST_NAME:
         return []

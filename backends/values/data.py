@@ -1,9 +1,8 @@
-"""JSON and YAML text to plain data and back, with errors that name the line, and bounds for text from anywhere.
+"""Reads and writes JSON and YAML as plain data, with line numbers in errors and limits for untrusted text.
 
-The bounds are looked at before anything is built: the size of the text, then the number of its entries and how deep
-they are nested, which a pass over the text counts. YAML is read for its notation alone: its values are those of JSON
-(text, numbers, true, false, null), a key is text and stands once, and there are no merge keys, tags, dates, octal or
-base 60 numbers. An alias counts as much as what it stands for.
+Limits of size, entries and depth are checked before objects are built. YAML values are those of JSON (text, numbers,
+true, false, null); keys are unique texts; merge keys, tags, dates, octal and base 60 numbers are refused. An alias
+counts as its expansion.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from .errors import ConfigError
 from .options import MOST_BITS
 
 MAX_ENTRIES, MAX_DEPTH = 10_000, 40
-"""More than any configuration needs."""
+"""Most entries and levels; more than any configuration needs."""
 MAX_DIGITS = 40
-"""Of a whole number; no count of anything has more."""
+"""Most digits of a whole number."""
 
 _JSON_MARK = re.compile(r'[\[\]{},"]')
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", re.ASCII)
@@ -34,7 +33,7 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
     **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
 }
-"""What a plain scalar of YAML may say beside numbers and text: JSON's words, as YAML spells them."""
+"""Plain scalars of YAML that are not text: JSON's constants, in YAML's spellings."""
 
 
 def load_json(
@@ -47,7 +46,7 @@ def load_json(
 ) -> Any:
     """Read JSON.
 
-    constants: NaN and Infinity are read too, which Python writes and JSON does not have.
+    constants: accept NaN and Infinity, which Python writes and JSON does not have.
 
     Raises:
         ConfigError: with line and column; or it is too large, or nested too deeply.
@@ -104,7 +103,7 @@ def dump_yaml(data: Any) -> str:
 
 
 def check_size(text: str, source: str, most: int, advice: str = "") -> None:
-    """Look at the length of a text before it is read.
+    """Check the length of a text.
 
     Raises:
         ConfigError: it has more than `most` bytes as UTF-8.
@@ -117,10 +116,10 @@ def check_size(text: str, source: str, most: int, advice: str = "") -> None:
 
 
 def check_data(data: object, source: str) -> None:
-    """Look at plain data that a program made, before it is walked.
+    """Check entries and depth of plain data from a program.
 
     Raises:
-        ConfigError: it has too many entries or is nested too deeply, as data that contains itself is.
+        ConfigError: too many entries, or nested too deeply, as data that contains itself.
     """
     count = 0
     pending: list[tuple[object, int]] = [(data, 0)]
@@ -148,9 +147,9 @@ def _too_many(most: int) -> str:
 
 
 def _check_json(text: str, source: str, most: int) -> None:
-    """Count what is in a text of JSON, without building it: a text of a megabyte may stand for a hundred of them."""
+    """Count entries and depth of JSON text without building it: objects may take a hundred times its size."""
     depth, entries, place = 0, 1, 0
-    with suppress(json.JSONDecodeError):  # the parser says so better, and stops there too
+    with suppress(json.JSONDecodeError):  # the parser reports it better
         while (found := _JSON_MARK.search(text, place)) is not None:
             mark, place = found[0], found.end()
             if mark == '"':
@@ -192,7 +191,7 @@ def _whole(text: str) -> int:
 
 
 def _checked_texts(data: Any, source: str) -> Any:
-    """The data itself, if every text in it can be written as UTF-8: JSON's escapes can make halves of characters."""
+    """The data, if every text is valid UTF-8: JSON escapes can make lone surrogates."""
     pending = [data]
     while pending:
         value = pending.pop()
@@ -214,10 +213,10 @@ def _checked_texts(data: Any, source: str) -> Any:
 
 
 def _read_yaml(text: str) -> Any:
-    """Read one document of YAML to plain data; aliases are expanded within the bounds.
+    """Read one YAML document as plain data; aliases are expanded within the limits.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or has what is not read here.
+        yaml.YAMLError: invalid YAML, or a refused part of it.
         ValueError: it is too large, or nested too deeply.
     """
     import yaml
@@ -265,7 +264,7 @@ def _loader() -> Any:
                     None, None, f"tags such as {event.tag} are not read", event.start_mark
                 )
             if not isinstance(event, yaml.AliasEvent):
-                self.anchors.pop(event.anchor, None)  # the last one of a name counts
+                self.anchors.pop(event.anchor, None)  # the last anchor of a name wins
             return super().compose_node(parent, index)
 
     return Loader
@@ -273,7 +272,7 @@ def _loader() -> Any:
 
 def _scalar(node: Any) -> object:
     text: str = node.value
-    if node.style is not None:  # in quotes, or a block of text
+    if node.style is not None:  # quoted, or a block scalar
         return text
     if text in _WORDS:
         return _WORDS[text]

@@ -1,7 +1,7 @@
-"""Devices: those that a package beside torch brings (Ascend NPUs, XLA devices), and waiting for any of them.
+"""Devices of packages beside torch (Ascend NPUs, XLA), and synchronisation of any device.
 
-torch knows an NPU only once torch_npu is imported, and an XLA device only through torch_xla. They are imported where
-they are installed and torch itself sees no accelerator, or where a person names such a device; never otherwise.
+torch has NPUs only once torch_npu is imported, and XLA devices only through torch_xla. These are imported only if
+installed and torch sees no accelerator, or if such a device is named.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 BROUGHT_BY = {"npu": ("torch-npu", "torch_npu"), "xla": ("torch-xla", "torch_xla")}
-"""The kind of device, and the distribution and the module that it takes."""
+"""Kind of device -> (distribution, module)."""
 
 
 def brought(kind: str) -> bool:
-    """Whether a device of this kind is there; imports its package where that is installed."""
+    """Whether there is a device of this kind; imports its package if installed."""
     distribution, module = BROUGHT_BY[kind]
     try:
         metadata.version(distribution)
-    except Exception:  # not installed, or damaged metadata
+    except Exception:  # not installed, or invalid metadata
         return False
     try:
         import_module(module)
         return _npu_is_there() if kind == "npu" else _xla_is_there()
-    except (Exception, SystemExit) as error:  # a build for another torch, a missing driver: no such device then
+    except (Exception, SystemExit) as error:  # e.g. built for another torch, missing driver
         log.warning("%s is installed and cannot be used: %s: %s", distribution, type(error).__name__, error)
         return False
 
@@ -48,12 +48,12 @@ def _xla_is_there() -> bool:
 
 
 def kind_beside_torch() -> str | None:
-    """`npu` or `xla`, the first that is there; None for neither."""
+    """`npu` or `xla`, the first with a device; None without."""
     return next((kind for kind in BROUGHT_BY if brought(kind)), None)
 
 
 def device_named(text: str) -> torch.device:
-    """torch's device of a name such as `cpu`, `cuda:1` or `npu`; what it takes is imported first.
+    """torch's device of a name such as `cpu`, `cuda:1` or `npu`; imports its package.
 
     Raises:
         RuntimeError: torch knows no such device.
@@ -73,7 +73,7 @@ def synchronise(device: torch.device) -> None:
     if device.type == "xla":
         _synchronise_xla()
     elif device.type == "mps":
-        torch.mps.synchronize()  # one device, which takes no name
+        torch.mps.synchronize()  # takes no device
     elif device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 
@@ -89,10 +89,7 @@ def release(device: torch.device) -> None:
 
 
 def _synchronise_xla() -> None:
-    """XLA computes only when its graph is cut, and cutting it alone does not wait.
-
-    `torch_xla.sync` does both since 2.7; before it, `mark_step` and `wait_device_ops` of xla_model.
-    """
+    """Run XLA's pending graph and wait: `torch_xla.sync` since 2.7, else `mark_step` and `wait_device_ops`."""
     package = import_module("torch_xla")
     if hasattr(package, "sync"):
         package.sync(wait=True)

@@ -1,4 +1,4 @@
-"""Errors that a configuration or a strict request ends with; raised by several floors."""
+"""Errors of configurations and of strict requests, which several folders raise."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from .bounded import shortened
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be understood; the message says which part and what is accepted.
-
-    A message that quotes a long text is shortened in its middle.
-    """
+    """An invalid configuration; the message has the part and what is accepted. Long messages are shortened."""
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(message))
 
 
 class NoBackendError(RuntimeError):
-    """Strict was asked for, and the named backend cannot run the call."""
+    """No backend may run the call: strict and the named one cannot, or every one failed."""

@@ -1,4 +1,4 @@
-"""Errors of kernels: which of them allow no retry, in the call or in the whole process."""
+"""Classifies errors of kernels: out of memory, device faults, wrong outputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CUDA_FAULTS = (
     "unspecified launch failure",
     "hardware stack error",
 )
-"""Words of errors after which a GPU's context is unusable: nothing can be retried in this process."""
+"""Texts of errors after which a GPU's context is unusable in this process."""
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""Words of out-of-memory errors that reach Python as another type than torch.OutOfMemoryError."""
+"""Texts of out-of-memory errors of other types than torch.OutOfMemoryError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for an error that says so by its type or in words, of the device or of the computer."""
+    """Whether the device or the computer is out of memory, by type or text of the error."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
@@ -34,32 +34,31 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_cuda_fault(error: BaseException) -> bool:
-    """True for an error after which the GPU's context is unusable."""
+    """Whether the GPU's context is unusable after this error."""
     return any(words in str(error).lower() for words in CUDA_FAULTS)
 
 
 class KernelFaultError(RuntimeError):
-    """A kernel left the device in a state in which nothing further can run."""
+    """A kernel left the device unusable."""
 
 
 class KernelOutputError(RuntimeError):
-    """A kernel returned something else than the output of its call: that kernel failed, and another one may run."""
+    """The output of a kernel has a wrong type, shape, dtype or device; another kernel may run the call."""
 
 
 def check_output(output: object, call: AttentionCall) -> None:
-    """`check_output_is` with what `call` must give; the call must still hold its tensors."""
+    """`check_output_is` for `call`, which must still have its tensors."""
     query = call.query
     check_output_is(output, (*query.shape[:3], call.value.shape[3]), query.dtype, query.get_device())
 
 
 def check_output_is(output: object, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> None:
-    """Refuse what is no tensor of this shape, dtype and device. Reads no values, so it costs no synchronisation.
+    """Check type, shape, dtype and device of an output, without synchronisation.
 
-    `index` is that of the device, -1 for the CPU. Under autocast its dtype is right too, as PyTorch's own attention
-    returns it there.
+    `index`: of the device, -1 for the CPU. Under autocast its dtype is accepted too, as PyTorch's attention returns it.
 
     Raises:
-        KernelOutputError: with what was returned and what was expected.
+        KernelOutputError: has the actual and the expected.
     """
     import torch
 
@@ -80,7 +79,7 @@ def _autocasts(kind: str) -> bool:
 
     try:
         return torch.is_autocast_enabled(kind)
-    except (RuntimeError, TypeError):  # a device without autocast; torch before 2.4 asks without a device
+    except (RuntimeError, TypeError):  # a device without autocast; torch before 2.4 takes no device
         return False
 
 

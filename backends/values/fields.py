@@ -1,4 +1,4 @@
-"""Plain data from outside, field by field: an error names the field by its path, and what was expected of it."""
+"""Reads and checks fields of untrusted plain data; an error has the path of the field and what was expected."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ MOST_NUMBER = 1e300
 
 
 class Fields:
-    """The fields of one mapping. A default is used for a missing field; without one the field is required.
+    """The fields of one mapping. A field without a default is required.
 
-    Raises, as all its methods: what `error` makes of a message.
+    Raises:
+        Exception: `error(message)`, from every method.
     """
 
     def __init__(self, data: object, where: str = "", error: Callable[[str], Exception] = ValueError) -> None:
-        """`where` is the path of the mapping itself."""
+        """`where`: path of the mapping."""
         self.where, self._error = where, error
         self.data: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
         if self.data is not data:
             raise self.wrong("", f"expected a mapping, not {type(data).__name__}")
 
     def wrong(self, name: str, problem: str) -> Exception:
-        """The error to raise about a field; about the mapping itself where the name is empty."""
+        """The error to raise about a field; with an empty name about the mapping."""
         return self._error(": ".join(filter(None, (".".join(filter(None, (self.where, name))), problem))))
 
     def only(self, known: tuple[str, ...]) -> Fields:
-        """These fields, none of which is another one than the known ones."""
+        """These fields; other names than the known ones raise."""
         unknown = [str(name) for name in self.data if name not in known]
         if unknown:
             raise self.wrong("", f"unknown entry {', '.join(unknown)}; known: {', '.join(known)}")
@@ -46,7 +47,7 @@ class Fields:
         return value
 
     def whole(self, name: str, least: int, default: int | None = None, below: int = MOST_SIZE) -> int:
-        """A whole number from `least` on."""
+        """A whole number, `least` <= number < `below`."""
         value = self.data.get(name, default)
         if type(value) is not int or not least <= value < below:
             raise self.wrong(name, f"expected a whole number from {least}, not {shortened(repr(value), 80)}")

@@ -1,7 +1,7 @@
-"""The requests that a kernel accepts: rules that refuse with a reason and describe themselves.
+"""`Limits`: the requests that a kernel accepts, as rules that refuse with a reason and describe themselves.
 
-A `Limits` is a set of rules. A rule of one kernel only is in that kernel's file: a frozen dataclass made from
-`Rule`. The support table is made of what the rules say (`Limits.described`).
+A rule of a single kernel is defined in its file, as a frozen dataclass derived from `Rule`. The support table is
+generated from `Limits.described`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ def _sizes(request: AttentionRequest) -> tuple[int, int]:
 
 
 class Rule:
-    """One thing that a kernel asks of a request. A subclass is a frozen dataclass."""
+    """One requirement on a request. Subclasses are frozen dataclasses."""
 
     column: ClassVar[str] = FURTHER
-    """The column of the support table that it is described in."""
+    """Its column of the support table."""
     order: ClassVar[int] = 100
-    """Its position among the rules, in reasons and in its column."""
+    """Its position in lists of reasons and in its column."""
 
     def reason(self, request: AttentionRequest) -> Reason | None:
         """Why `request` breaks this rule, with the value and the limit; None if it is satisfied."""
         raise NotImplementedError
 
     def describe(self) -> str:
-        """The rule in words, for the support table; empty where there is nothing to say."""
+        """Text for the support table; may be empty."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Dtypes(Rule):
-    """The dtypes of query, key and value."""
+    """Allowed dtypes of query, key and value."""
 
     names: tuple[str, ...] = HALF
 
@@ -69,7 +69,7 @@ class Dtypes(Rule):
 
 @dataclass(frozen=True)
 class HeadDim(Rule):
-    """Bounds of head_dim; `max` None for any size."""
+    """Bounds of head_dim; `max` None: unlimited."""
 
     max: int | None = None
     min: int = 1
@@ -93,7 +93,7 @@ class HeadDim(Rule):
 
 @dataclass(frozen=True)
 class HeadDimIn(Rule):
-    """The only head sizes of query and key."""
+    """Allowed head sizes of query and key."""
 
     sizes: tuple[int, ...]
 
@@ -111,11 +111,11 @@ class HeadDimIn(Rule):
 
 @dataclass(frozen=True)
 class HeadDimMultiple(Rule):
-    """Head sizes are a multiple of `of`, in some dtypes or in all."""
+    """Head sizes must be a multiple of `of`, in some dtypes or in all."""
 
     of: int
     dtypes: tuple[str, ...] = ()
-    """Empty for all."""
+    """Empty: all."""
 
     column = HEAD_DIM
     order = 12
@@ -155,7 +155,7 @@ class ValueHeadDim(Rule):
 
 @dataclass(frozen=True)
 class Masks(Rule):
-    """The kinds of masks (`request.MASK_KINDS`)."""
+    """Allowed kinds of masks (`request.MASK_KINDS`)."""
 
     kinds: tuple[str, ...] = ANY_MASK
 
@@ -196,7 +196,7 @@ class GroupedHeads(Rule):
 
 @dataclass(frozen=True)
 class Causal(Rule):
-    """`is_causal`: not at all (`no`), with q_len == kv_len (`equal`), or with `any` lengths, top-left as in SDPA."""
+    """`is_causal`: `no`, for q_len == kv_len (`equal`), or for `any` lengths, aligned top-left as in SDPA."""
 
     lengths: str = "equal"
 
@@ -243,7 +243,7 @@ class MaskWithCausal(Rule):
 
 @dataclass(frozen=True)
 class Scale(Rule):
-    """Whether it takes a scale; without it only head_dim ** -0.5, the default of every kernel."""
+    """Whether the kernel has a scale argument; if not, only head_dim ** -0.5 is allowed."""
 
     taken: bool = True
 
@@ -261,7 +261,7 @@ class Scale(Rule):
 
 @dataclass(frozen=True)
 class KeyLength(Rule):
-    """How many keys there may be; `max` None for any number."""
+    """Bounds of kv_len; `max` None: unlimited."""
 
     max: int | None = None
     min: int = 1
@@ -283,7 +283,7 @@ class KeyLength(Rule):
 
 @dataclass(frozen=True)
 class Batch(Rule):
-    """The most samples."""
+    """Largest batch."""
 
     max: int
 
@@ -300,7 +300,7 @@ class Batch(Rule):
 
 @dataclass(frozen=True)
 class Heads(Rule):
-    """The most query heads."""
+    """Largest num_heads."""
 
     max: int
 
@@ -325,18 +325,14 @@ LAST_RESORT: tuple[Rule, ...] = (
     Scale(),
     KeyLength(),
 )
-"""The rules of limits that give no other one of their kind."""
+"""Default rules, which other rules of the same class replace."""
 
 Kind = TypeVar("Kind", bound=Rule)
 
 
 @dataclass(frozen=True, init=False)
 class Limits:
-    """What one kernel takes: rules, each of which a request has to keep. Of a kind that is not given, that of
-    `LAST_RESORT`.
-
-    `Limits(HeadDim(max=128), NO_MASK)`
-    """
+    """The rules of one kernel; missing ones are those of `LAST_RESORT`: `Limits(HeadDim(max=128), NO_MASK)`."""
 
     rules: tuple[Rule, ...]
 
@@ -346,7 +342,7 @@ class Limits:
         object.__setattr__(self, "rules", tuple(sorted(every, key=lambda rule: rule.order)))
 
     def reasons(self, request: AttentionRequest) -> list[Reason]:
-        """Why `request` is outside these limits; empty when it is inside."""
+        """The reasons against `request`; empty: accepted."""
         reasons = []
         for rule in self.rules:
             reason = rule.reason(request)
@@ -355,23 +351,23 @@ class Limits:
         return reasons
 
     def but(self, *rules: Rule) -> Limits:
-        """These limits with other rules of these kinds."""
+        """A copy in which these rules replace those of the same class."""
         kinds = {type(rule) for rule in rules}
         return Limits(*(rule for rule in self.rules if type(rule) not in kinds), *rules)
 
     def without(self, *kinds: type[Rule]) -> Limits:
-        """These limits without the rules of these kinds, so with those of `LAST_RESORT`."""
+        """A copy with the rules of `LAST_RESORT` for these classes."""
         return Limits(*(rule for rule in self.rules if type(rule) not in kinds))
 
     def get(self, kind: type[Kind]) -> Kind | None:
-        """The rule of a kind; None where there is none."""
+        """The rule of a class; None without one."""
         return next((rule for rule in self.rules if isinstance(rule, kind)), None)
 
     def __getitem__(self, kind: type[Kind]) -> Kind:
-        """The rule of a kind that all limits have (`LAST_RESORT`).
+        """The rule of a class in `LAST_RESORT`, which all limits have.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no rule of this class.
         """
         found = self.get(kind)
         if found is None:
@@ -379,9 +375,9 @@ class Limits:
         return found
 
     def described(self) -> dict[str, str]:
-        """The rules in words, by column of the support table."""
+        """Column of the support table -> text of its rules."""
         texts: dict[str, list[str]] = {column: [] for column in COLUMNS}
-        listed = self.get(HeadDimIn) is not None  # the list says more than the bounds, which values have to keep too
+        listed = self.get(HeadDimIn) is not None  # the list replaces the bounds in the text; values keep them too
         for rule in self.rules:
             if not (listed and isinstance(rule, HeadDim)):
                 texts[rule.column] += filter(None, [rule.describe()])

@@ -1,8 +1,7 @@
-"""How the calls with one mask run: in parts, each with the keys that it sees and what is left of the mask.
+"""`MaskPlan`: the sub-calls of calls with one mask, each with its visible keys and remaining mask.
 
-`mask_plan.inspect` makes such a plan from a mask's values; here is what it means for a call. Under
-torch.inference_mode a tensor has no version, so a plan is good for one model call and no longer; who keeps it must keep
-the mask too. No kernel gets a call without keys.
+`engine/mask_reader.inspect` makes a plan from a mask's values. A cached plan is valid for one model call, since tensors
+have no version under torch.inference_mode, and only while the mask is alive. No kernel gets a call without keys.
 """
 
 from __future__ import annotations
@@ -18,48 +17,47 @@ if TYPE_CHECKING:
     import torch
 
 NOTHING_HIDDEN = "nothing hidden"
-"""The treatment of a mask that says nothing."""
+"""Strategy of a mask that hides nothing: it is dropped."""
 PASSED_ON = "passed on"
-"""The treatment of a mask that is left as it is."""
+"""Strategy of a mask that the kernel gets unchanged."""
 AS_BOOLEANS = "as booleans"
-"""How a mask of numbers that only hides is honoured where a kernel takes booleans alone."""
+"""Strategy: a float mask that only hides, converted to bool for kernels that take boolean masks only."""
 ALL = slice(None)
 
 
 class SubCall(NamedTuple):
-    """A call that computes a part of the output: `samples` and `rows` of it, with these keys and this mask."""
+    """Computes the rows `rows` of the samples `samples` of the output, with these keys and this mask."""
 
     samples: slice
     rows: slice
     keys: torch.Tensor | slice | None
-    """A slice of the keys, indices of those to gather, or None where no key is visible and the output is zero."""
+    """A slice, indices to gather, or None: no key is visible and the output is zero."""
     mask: torch.Tensor | None = None
-    """What is left of the mask, four-dimensional, already cut to the part."""
+    """The remaining mask, four-dimensional, cut to the sub-call."""
     is_causal: bool = False
     memo: dict[object, object] | None = None
-    """What kernels make of `mask`, for as long as the plan lives."""
+    """Cache of kernels for values derived from `mask`; lives as long as the plan."""
 
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """How the calls with one mask run."""
+    """The sub-calls of calls with one mask."""
 
     strategy: str
     """For reports: `none`, `nothing hidden`, `trimmed`, `gathered`, `per sample`, `causal`, `per block`,
     `passed on`; with `as booleans` after it, or alone, from `booleans`."""
     sub_calls: tuple[SubCall, ...]
     facts: tuple[object, ...] = field(default=())
-    """Equal for masks whose calls have the same shapes: what a decision may be kept under."""
+    """Hashable key: equal for masks whose sub-calls have equal shapes."""
     pattern: str = ""
-    """What the mask is, where that is more than the treatment says: `sliding window`, `causal, bottom right`."""
+    """Name of a recognised pattern, such as `sliding window` or `causal, bottom right`; else empty."""
 
     only_hides: bool = False
-    """What is left of the mask is numbers that say no more than booleans could; none of its rows is without keys but
-    by -inf."""
+    """The remaining mask is a float mask that only hides keys; its rows without keys are all -inf."""
 
     @cached_property
     def booleans(self) -> MaskPlan:
-        """The same plan with booleans for such numbers; made when first asked for, and kept with the plan."""
+        """The same plan with boolean masks; made once."""
         if not self.only_hides:
             raise ValueError(f"the plan {self.strategy!r} has a mask that does more than hide, or none")
         parts = tuple(
@@ -70,20 +68,20 @@ class MaskPlan:
         return MaskPlan(before + AS_BOOLEANS, parts, (AS_BOOLEANS, *self.facts), self.pattern)
 
     def calls(self, call: AttentionCall) -> list[AttentionCall | None]:
-        """The call of each part; None for a part whose output is zero. Views, except for gathered keys."""
+        """The call of each sub-call; None where the output is zero. Tensors are views, except gathered keys."""
         return [None if part.keys is None else call_of(part, call) for part in self.sub_calls]
 
     def empty_output(self, call: AttentionCall) -> torch.Tensor | None:
-        """Zeros that the outputs of the sub-calls are written into; None where the only one gives the whole output."""
+        """Zeros for the outputs of the sub-calls, (batch, num_heads, q_len, v_head_dim); None for a single sub-call."""
         if len(self.sub_calls) == 1 and self.sub_calls[0].keys is not None:
             return None
         batch, heads, q_len, _ = call.query.shape
         whole: torch.Tensor = call.query.new_zeros(batch, q_len, heads, call.value.shape[3])
-        return whole.transpose(1, 2)  # as models want it
+        return whole.transpose(1, 2)  # BSHD in memory, as models reshape it
 
 
 def write_part(output: torch.Tensor, part: SubCall, whole: torch.Tensor | None) -> torch.Tensor:
-    """The whole output with that of one sub-call in it; `whole` is from `MaskPlan.empty_output`."""
+    """Write the output of one sub-call into `whole` (`MaskPlan.empty_output`), and return it."""
     if whole is None:
         return output
     whole[part.samples, :, part.rows] = output
@@ -91,14 +89,12 @@ def write_part(output: torch.Tensor, part: SubCall, whole: torch.Tensor | None) 
 
 
 def call_of(part: SubCall, call: AttentionCall) -> AttentionCall:
-    """The call of a part that sees keys. Views of the whole call's tensors, except for gathered keys.
+    """The call of one sub-call with keys: views of the whole call's tensors, except gathered keys.
 
-    Whatever the whole call asks for holds for its part. Its tensors are the part's to give up only where nothing else
-    needs them, so whoever knows that sets `owned`.
+    `owned` is False: the caller sets it where no later sub-call needs the tensors.
 
     Raises:
-        ValueError: the part has no keys, and there is nothing to compute; or the whole call is causal, which counts
-            its own rows and keys and cannot be had from a part of them.
+        ValueError: the sub-call has no keys; or the whole call is causal, which depends on positions in the whole.
     """
     if part.keys is None:
         raise ValueError("this part sees no key")
@@ -127,12 +123,12 @@ def call_of(part: SubCall, call: AttentionCall) -> AttentionCall:
 
 
 def passed_on(mask: torch.Tensor | None, pattern: str = "", *, only_hides: bool = False) -> MaskPlan:
-    """The plan that changes nothing; for masks that are not inspected too."""
+    """The plan that passes the mask on unchanged."""
     return plan_of(PASSED_ON if mask is not None else "none", [SubCall(ALL, ALL, ALL, mask)], pattern, only_hides)
 
 
 def plan_of(strategy: str, parts: list[SubCall], pattern: str = "", only_hides: bool = False) -> MaskPlan:
-    """A plan of these parts, with its facts."""
+    """A plan of these sub-calls, with its facts."""
     facts = tuple(
         (
             part.samples.start,

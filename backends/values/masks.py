@@ -1,7 +1,7 @@
-"""What kind of mask a call carries, and exact rewrites of a mask from one form to another.
+"""The kind of a mask, and exact conversions between forms of masks, without synchronisation.
 
-A mask reaches kernels with four dimensions, each of which may be 1. It means the same everywhere: a boolean one shows
-(True) or hides a key, and numbers, integers among them, are added to scores. Nothing here waits for a mask's values.
+Kernels get masks with four dimensions, each of which may be 1. Boolean: True shows a key; numbers, integers too, are
+added to scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def mask_kind(mask: torch.Tensor | None) -> str:
-    """Name the kind of a four-dimensional mask, one of `request.MASK_KINDS`, from its type and layout alone."""
+    """The kind of a four-dimensional mask, one of `request.MASK_KINDS`, by dtype, shape and strides."""
     if mask is None:
         return "none"
     if _is_bool(mask):
@@ -30,10 +30,10 @@ def _is_bool(mask: torch.Tensor) -> bool:
 
 
 def for_kernels(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask in a type that kernels take with a query of `dtype`: boolean, `dtype`, on the CPU float32 for halves too.
+    """The mask in a dtype that kernels accept with a query of `dtype`: bool, `dtype`, or float32 on the CPU for halves.
 
-    Integers are numbers that are added to scores, as in ComfyUI's `attention_sub_quad` and `attention_split`; they and
-    floating-point numbers of another type are cast to `dtype`, where those beyond its range become its largest ones.
+    Integers are added to scores, as in ComfyUI's `attention_sub_quad` and `attention_split`. Integers and other float
+    dtypes are cast to `dtype`, clamped to its range.
     PyTorch's CUDA kernels refuse float32 with half-precision queries ("invalid dtype for bias"), and its CPU kernel
     reads a float32 mask of float64 queries as if it were float64 (torch 2.13).
     """
@@ -51,7 +51,7 @@ def for_kernels(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def as_4d(mask: torch.Tensor) -> torch.Tensor:
-    """Give a mask four dimensions: one of (Lk,), (Lq or 1, Lk), (B, Lq or 1, Lk) or (B, H, Lq, Lk).
+    """The mask with four dimensions, from (kv_len,), (q_len or 1, kv_len), (batch, q_len or 1, kv_len) or all four.
 
     Raises:
         ValueError: the mask has another number of dimensions.
@@ -68,7 +68,7 @@ def as_4d(mask: torch.Tensor) -> torch.Tensor:
 
 
 def without_keys(mask: torch.Tensor) -> torch.Tensor:
-    """True for the query rows that see no key, (..., q_len or 1, 1): False or -inf throughout.
+    """(..., q_len or 1, 1): True for query rows without a visible key, all False or -inf.
 
     SDPA gives zeros there; a kernel that adds a finite number to hidden scores gives a mean of hidden values.
     """
@@ -77,10 +77,10 @@ def without_keys(mask: torch.Tensor) -> torch.Tensor:
 
 
 def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a boolean mask (True: visible) into one that is added to scores; numbers are returned as they are.
+    """A boolean mask (True: visible) as an additive one; a numeric mask is returned unchanged.
 
-    Hidden keys get half of the dtype's most negative number: their weight underflows to exactly 0, and neither
-    the sum with a score nor a row without any visible key becomes infinite or NaN.
+    Hidden keys get half of the dtype's most negative number: the weight underflows to 0, and neither the sum with a
+    score nor a row without a visible key becomes infinite or NaN.
     """
     import torch
 
@@ -91,7 +91,7 @@ def as_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def visible_keys(mask: torch.Tensor) -> torch.Tensor:
-    """True where a mask shows a key, whatever its bias."""
+    """Boolean mask of visible keys, of the same shape."""
     import torch
 
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -1,7 +1,7 @@
-"""The options of a backend: each with its type and limits, so that a wrong one is refused when it is read.
+"""`Option`: the declaration of a backend's option, with type and limits, checked when a configuration is read.
 
-A backend declares them in `Backend.options` and takes them as keyword arguments of `load`. Names that other systems
-use for parts that are not built are declared too (`Planned`), type-checked, and refused for that reason.
+Backends declare them in `Backend.options` and get them as keyword arguments of `load`. Those of planned
+backends (`kernels/planned.py`) are declared and checked too.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from math import isfinite
 from .bounded import nearest
 
 MOST_PROBLEMS = 10
-"""What is said at once of the options of one backend."""
+"""Most problems in one message."""
 
 MOST_BITS = 160
-"""Of a whole number."""
+"""Most bits of a whole number."""
 
 KIND_NAMES = {
     bool: "true or false",
@@ -30,7 +30,7 @@ KIND_NAMES = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option: what it may be and what it is when nobody says."""
+    """One option: type, default, allowed values."""
 
     name: str
     kind: type
@@ -38,19 +38,19 @@ class Option:
     default: object
     summary: str
     choices: tuple[object, ...] = ()
-    """The only values there are; empty for any of the kind."""
+    """The allowed values; empty: any of the type."""
     minimum: float | None = None
     maximum: float | None = None
     also: tuple[object, ...] = ()
-    """Values, or types of values, that are allowed beside those of the kind, such as "auto" for a number."""
+    """Further values, or types, such as "auto" for a number."""
     fields: tuple[Option, ...] = ()
-    """What a mapping may hold; empty for anything."""
+    """Entries of a mapping; empty: any."""
 
     def problem(self, value: object) -> str | None:
-        """What is wrong with `value`, or None. A whole number stands for a number, true and false for neither."""
+        """What is wrong with `value`, or None. An int is accepted as float, a bool as neither."""
         if type(value) in self.also or (not isinstance(value, bool | dict | list) and value in self.also):
             return None
-        if isinstance(value, int) and value.bit_length() > MOST_BITS:  # Python itself may refuse to write it out
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:  # Python may refuse to print it
             return f"{self.name}: a number of {value.bit_length()} bits is out of range"
         wanted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and self.kind is not bool):
@@ -69,7 +69,7 @@ class Option:
 
 
 def problems(declared: tuple[Option, ...], given: Mapping[str, object]) -> list[str]:
-    """What is wrong with the options in `given`, in words that name the known ones; empty when nothing is."""
+    """Problems of the options in `given`; empty: none."""
     known = {option.name: option for option in declared}
     found: list[str] = []
     for name, value in given.items():

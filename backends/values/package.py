@@ -1,7 +1,7 @@
-"""The packages behind a kernel: which, from where, and the names used of them.
+"""`Package`, `Symbols`, `Setting`: the packages of a kernel, for a backend's declaration.
 
-Values for a backend's declaration, without torch. `doctor/install.py` makes advice from them, `doctor/symbols.py` finds
-the names. Versions and declared needs were read from each package's metadata in November 2026.
+`doctor/install.py` makes installation advice from them, `doctor/symbols.py` checks the names. Versions and requirements
+are from each package's metadata of November 2026.
 """
 
 from __future__ import annotations
@@ -14,46 +14,45 @@ from .platform import Platform
 
 
 class Setting(NamedTuple):
-    """What a person can set, without installing anything, so that a package runs on a machine."""
+    """A setting that makes a package run on a machine, without installation."""
 
     text: str
     """What to do, e.g. `set X=TRUE before the program starts`."""
     note: str
     on: Callable[[Platform], Platform]
-    """The same machine where it is set."""
+    """The platform with the setting applied."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package that backends are made of. `version` is the one that `arguments` and the notes are about."""
+    """A package that backends use. `arguments` and notes are for `version`."""
 
     distribution: str
     module: str
     version: str
     page: str
     how: str = "take a wheel for {tags} from {page}, then: {pip} --no-deps WHEEL"
-    """What to do where `arguments` gives no command; may use {page}, {tags}, {pip} and {torch}."""
+    """Advice where `arguments` is empty; may use {page}, {tags}, {pip} and {torch}."""
     note: str = ""
     systems: tuple[str, ...] = ("linux", "win32")
     arguments: Callable[[Platform, str], tuple[str, ...]] = lambda platform, machine: ()
-    """What follows `pip install` on a platform whose wheels are tagged so; empty where no command is known to work."""
+    """Arguments of `pip install` on a platform with these wheel tags; empty: no command is known to work."""
     note_on: Callable[[Platform], str] = lambda platform: ""
     """A further note for some machines."""
     setting: Setting | None = None
     environment: Callable[[Platform], str] = lambda platform: ""
-    """What decides, beside versions, what it computes on a platform: part of what measured and probed outcomes are kept
-    under. Empty for nothing."""
+    """What else changes its results on a platform, beside versions; part of the key of stored results. May be empty."""
     needs_triton: bool = False
     declares_torch: bool = True
-    """Whether it, or what it needs, declares torch: then a command of pip needs --no-deps, or a pin of torch."""
+    """Whether it, or a dependency, requires torch: pip then needs --no-deps, or a pin of torch."""
 
 
 class Symbols(NamedTuple):
-    """Names that a kernel takes from a module of its package."""
+    """Names that a kernel uses of a module of its package."""
 
     module: str
     names: tuple[str, ...]
     when: str = ""
-    """The requirement under which this holds, e.g. `sageattention>=2`; empty for always."""
+    """Requirement under which this applies, e.g. `sageattention>=2`; empty: always."""
     foreign: tuple[str, ...] = ()
-    """Names that it must not have: with them it is another release than its metadata says."""
+    """Names that must be absent: they identify another release than the metadata says."""

@@ -1,7 +1,7 @@
-"""The machine as a value: a frozen snapshot that selection takes as an argument, real or described.
+"""`Platform`: an immutable description of a machine, detected or described.
 
-`detect` reads the running machine, `parse_platform` a description such as `cuda:12.0,cudnn=91002`, so that a
-laptop can ask what any other machine would choose. Which backend comes first where is in `engine/priorities.py`.
+`detect` reads the running machine; `parse_platform` a description such as `cuda:12.0,cudnn=91002`, for which selection
+can be explained on another machine.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 OS_NAMES = {"linux": "linux", "windows": "win32", "win32": "win32", "darwin": "darwin", "macos": "darwin"}
-"""What a description may call an operating system, and sys.platform's name for it."""
+"""Name of an operating system in a description -> sys.platform."""
 
 KINDS = ("cpu", "cuda", "rocm", "xpu", "mps", "npu", "xla")
 
 FLASH_TRITON_VARIABLE = "FLASH_ATTENTION_TRITON_AMD_ENABLE"
-"""flash-attn's own variable: TRUE, so written, has its Triton backend run on AMD cards; it is read at its import."""
+"""flash-attn's variable, read at import: exactly TRUE enables its Triton backend on AMD cards."""
 
 HUB_VARIABLE = "ATTENTION_BACKENDS_HUB"
-"""Set to 1, this environment variable allows downloads of kernels from Hugging Face's Hub."""
+"""Environment variable; 1 allows downloads of kernels from Hugging Face's Hub."""
 
 
 @dataclass(frozen=True)
 class Platform:
-    """The facts about a machine that selection uses. `kind` is one of `KINDS`; everything else may be unknown."""
+    """Facts about a machine. `kind` is one of `KINDS`; everything else may be unknown."""
 
     kind: str
     capability: tuple[int, int] | None = None
@@ -47,17 +47,17 @@ class Platform:
     """torch's version, without its local part."""
     cuda: str | None = None
     cudnn: int | None = None
-    """cuDNN's version as cuDNN numbers it, e.g. 91002 for 9.10.2."""
+    """cuDNN's version number, e.g. 91002 for 9.10.2."""
     packages: tuple[tuple[str, str], ...] = ()
     os: str = field(default=sys.platform)
     cudnn_sdp_enabled: bool = True
-    """False when something in this process called torch.backends.cuda.enable_cudnn_sdp(False)."""
+    """False after torch.backends.cuda.enable_cudnn_sdp(False) in this process."""
     hub: bool = False
-    """The person allows kernels to be downloaded from Hugging Face's Hub (`kernels/support/hub.py`)."""
+    """Downloads from Hugging Face's Hub are allowed (`kernels/support/hub.py`)."""
     flash_triton: bool = False
-    """flash-attn runs its Triton backend on AMD cards, by its own environment variable."""
+    """`FLASH_TRITON_VARIABLE` is set."""
     described: bool = False
-    """True for a described machine: its packages are assumed to work and are not imported."""
+    """True for a described machine: packages are assumed to work and not imported."""
 
     def version(self, package: str) -> str | None:
         """The installed version of a distribution, or None."""
@@ -88,7 +88,7 @@ class Platform:
 
 
 def installed_packages(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Name and version of each of these that is installed, from metadata: nothing is imported."""
+    """(name, version) of each installed distribution, from metadata, without importing it."""
     from importlib import metadata
 
     found = []
@@ -97,23 +97,23 @@ def installed_packages(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
             found.append((name, metadata.version(name)))
         except metadata.PackageNotFoundError:
             continue
-        except Exception as error:  # a damaged installation is a row in the report, not a crash
+        except Exception as error:  # a damaged installation is reported, and must not raise
             found.append((name, f"unreadable ({error})"))
     return tuple(found)
 
 
 def hub_allowed() -> bool:
-    """Whether the environment allows downloads from the Hub; anything but a clear yes is a no."""
+    """Whether the environment allows downloads from the Hub."""
     return os.environ.get(HUB_VARIABLE, "").strip().lower() in ("1", "on", "true", "yes")
 
 
 def detect(device: torch.device | None, distributions: tuple[str, ...]) -> Platform:
     """Read the machine, for `device` (default: the first accelerator, else the CPU). Imports torch.
 
-    Read once per process, except two switches: the Hub's, which a person changes, and cuDNN's, which libraries change.
+    Read once per process, except the switches of the Hub and of cuDNN, which can change.
 
     Args:
-        distributions: the packages to look for; `detect` of `kernels/registry.py` gives those that backends declare.
+        distributions: packages to look for; `kernels/registry.detect` passes those that backends declare.
     """
     platform = _machine(device, distributions)
     if platform.hub != hub_allowed():
@@ -168,14 +168,14 @@ def _default_device_type() -> str:
 
 
 def parse_platform(text: str) -> Platform:
-    """Read a described machine: `KIND[:CARD]`, then `name=value` pairs, separated by commas.
+    """Parse the description of a machine: `KIND[:CARD]`, then `name=value` pairs, separated by commas.
 
     CARD is a compute capability for cuda (`12.0`) and an architecture for rocm (`gfx942`). The names are
     `torch`, `cuda`, `cudnn`, `name`, `os` (linux, windows, darwin), `cudnn_sdp`, `hub` and `flash_triton`
     (on, off), and `packages`, a list such as `flash-attn==2.8.3;flashinfer-python==0.7.2`.
 
     Raises:
-        ValueError: the text has another form; the message says which part.
+        ValueError: malformed; the message has the part.
     """
     head, *pairs = (part.strip() for part in text.split(","))
     kind, _, card = head.partition(":")
@@ -231,7 +231,7 @@ WITHOUT_A_DOT = (
     "50", "52", "53", "60", "61", "62", "70", "72", "75", "80", "86", "87", "88", "89", "90", "100", "101", "103",
     "110", "120", "121",
 )  # fmt: skip
-"""Compute capabilities of NVIDIA's list, as in `sm_90`; another number could be split in several ways."""
+"""NVIDIA's compute capabilities, to split numbers such as `sm_120`, which is ambiguous otherwise."""
 
 
 def _parse_capability(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Why a machine or a request is refused: an id and values; the English text is made here."""
+"""`Reason`: why a machine or a request is refused, as an id with values and as English text."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TEMPLATES: dict[str, str] = {
     "scale": "scale {scale} is not head_dim ** -0.5",
     "unavailable": "{why}",
 }
-"""The words of each id, with values in braces. A kernel adds its own in its file (`template`)."""
+"""Id -> text with values in braces. Kernels add theirs with `template`."""
 
 
 def template(reason_id: str, words: str) -> str:
-    """Add the words of an id, beside the rule that refuses with it; returns the id.
+    """Register the text of an id; returns the id.
 
     Raises:
-        ValueError: the id has other words.
+        ValueError: the id has another text.
     """
     if TEMPLATES.setdefault(reason_id, words) != words:
         raise ValueError(f"the reason {reason_id} is {TEMPLATES[reason_id]!r}, not {words!r}")
@@ -44,20 +44,19 @@ def template(reason_id: str, words: str) -> str:
 
 
 class Reason(str):
-    """Why something is refused: an id and values, which a test or a translation can use, as a text in English.
+    """An English text with its id and values, for tests and translations.
 
-    A value may be another reason, or a tuple of them. `needs` is a requirement that would help, for the support table,
-    where `package` does not say it.
+    A value may be another reason, or a tuple of reasons. `needs`: a requirement that would help, for the support table.
     """
 
     id: str
     values: Mapping[str, object]
 
     def __new__(cls, reason_id: str, /, **values: object) -> Reason:
-        """Texts in a tuple are joined by commas, reasons by semicolons.
+        """Tuples of texts are joined by commas, tuples of reasons by semicolons.
 
         Raises:
-            KeyError: no template has this id.
+            KeyError: the id has no text.
         """
         words = TEMPLATES[reason_id]
         return _made(words.format(**{name: _shown(value) for name, value in values.items()}), reason_id, values)
@@ -66,9 +65,9 @@ class Reason(str):
         return _made, (str(self), self.id, dict(self.values))
 
     def causes(self) -> Iterator[Reason]:
-        """The reasons within this one that hold no others; itself where it holds none."""
-        held = [one for value in self.values.values() for one in (value if isinstance(value, tuple) else (value,))]
-        inner = [one for one in held if isinstance(one, Reason)]
+        """The innermost reasons among its values; itself without any."""
+        values = [each for value in self.values.values() for each in (value if isinstance(value, tuple) else (value,))]
+        inner = [value for value in values if isinstance(value, Reason)]
         for one in inner:
             yield from one.causes()
         if not inner:
@@ -82,7 +81,7 @@ def _made(text: str, reason_id: str, values: Mapping[str, object]) -> Reason:
 
 
 def reason_id(reason: str) -> str:
-    """The id of a reason; empty for a text that has none."""
+    """The id of a reason; empty for plain text."""
     return reason.id if isinstance(reason, Reason) else ""
 
 

@@ -1,7 +1,7 @@
-"""What one attention call is: its facts (`AttentionRequest`) and its tensors (`AttentionCall`).
+"""`AttentionRequest`: the facts of an attention call; `AttentionCall`: its tensors.
 
-Selection sees only the facts. They are hashable and need no torch, so the same object is the cache key, the
-text of an error, the input of `explain` and the input of a test.
+Selection uses only the request, which is hashable and needs no torch: it is the cache key, the text in errors, and the
+input of `explain` and of tests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MASK_KINDS = ("none", "key_padding", "bool", "bias")
 """`none`; `key_padding`: boolean, the same for every head and query; `bool`: boolean; `bias`: added to scores."""
 
 MOST_SIZE = 2**48
-"""No batch and no length is as large; numbers from files and command lines are held to it."""
+"""Upper bound for batches and lengths from files and command lines."""
 
 DTYPES = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 
@@ -36,26 +36,26 @@ class AttentionRequest(NamedTuple):
     head_dim: int
     dtype: str
     num_kv_heads: int = 0
-    """0 stands for `num_heads`: no grouping of query heads."""
+    """0: `num_heads`, no grouping of query heads."""
     v_head_dim: int = 0
-    """0 stands for `head_dim`."""
+    """0: `head_dim`."""
     mask: str = "none"
-    """One of `MASK_KINDS`, read from the mask's type and shape, never from its values."""
+    """One of `MASK_KINDS`, by dtype, shape and strides of the mask."""
     is_causal: bool = False
     scale: float | None = None
-    """What scores are multiplied by; None stands for head_dim ** -0.5."""
+    """Factor of the scores; None: head_dim ** -0.5."""
     exact_only: bool = False
     """The model forbids reduced precision for this call (`low_precision_attention=False`)."""
     lse: bool = False
-    """The log-sum-exp of each row's scores is asked for with the output."""
+    """The log-sum-exp of each row is requested with the output."""
 
     @property
     def grouped(self) -> bool:
-        """True when several query heads share one key head (GQA, MQA)."""
+        """Whether several query heads share a key head (GQA, MQA)."""
         return self.num_kv_heads not in (0, self.num_heads)
 
     def describe(self) -> str:
-        """The facts in one line, as they stand in errors and logs."""
+        """The facts in one line, for errors and logs."""
         kv_heads = self.num_kv_heads or self.num_heads
         parts = [
             f"batch {self.batch}",
@@ -79,12 +79,12 @@ class AttentionRequest(NamedTuple):
 
 
 def parse_request(text: str) -> AttentionRequest:
-    """Read a request from `name=value` pairs, e.g. `batch=1,num_heads=24,q_len=4096,head_dim=128`.
+    """Parse a request from `name=value` pairs, e.g. `batch=1,num_heads=24,q_len=4096,head_dim=128`.
 
     `kv_len` defaults to `q_len`, `batch` to 1 and `dtype` to bfloat16.
 
     Raises:
-        ValueError: an unknown name, a value of the wrong kind, or a missing size; the message says which.
+        ValueError: an unknown name, an invalid value, or a missing size; the message says which.
     """
     values: dict[str, object] = {"batch": 1, "dtype": "bfloat16"}
     for pair in filter(None, (part.strip() for part in text.split(","))):
@@ -142,17 +142,17 @@ def _parse_value(name: str, raw: str) -> object:
 
 
 _SAME: Any = object()
-"""An argument of `AttentionCall.changed` that was not given."""
+"""Default of the arguments of `AttentionCall.changed`."""
 
 
 class AttentionCall:
-    """The tensors of one call, in BHSD layout, as views of what the caller gave; what a kernel receives.
+    """The tensors of one call, in BHSD layout: the argument of a kernel.
 
     `query` is (batch, num_heads, q_len, head_dim), `key` and `value` (batch, num_kv_heads, kv_len, ...);
     `attn_mask` is None or four-dimensional and broadcastable to (batch, num_heads, q_len, kv_len).
-    `memo` caches what kernels compute from the mask, such as packed bits, for other calls with the same mask; None
-    where the mask's lifetime is unknown.
-    `owned`: no caller reads query, key and value again. A kernel may set them to None to free their memory early.
+    `memo`: cache of kernels for values derived from the mask, such as packed bits; None if the mask's lifetime is
+    unknown.
+    `owned`: the caller does not read query, key and value again; a kernel may set them to None to free their memory.
     """
 
     __slots__ = ("attn_mask", "enable_gqa", "is_causal", "key", "memo", "owned", "query", "scale", "value")
@@ -193,11 +193,10 @@ class AttentionCall:
         memo: Any = _SAME,
         owned: Any = _SAME,
     ) -> AttentionCall:
-        """A copy of this call with other values of some attributes.
+        """A copy with some attributes replaced; a new mask drops `memo` unless a new one is given.
 
-        Every call that derives from another one is made here, so that no fact gets lost; a test holds that. A new mask
-        drops `memo` unless a new one is given. Written out because each masked call runs it: a loop over the names
-        takes ten times as long.
+        Every derived call is made here, so that no attribute gets lost. Written out because each masked call runs it: a
+        loop over the names takes ten times as long.
         """
         made = AttentionCall.__new__(AttentionCall)
         made.query = self.query if query is _SAME else query
@@ -214,7 +213,7 @@ class AttentionCall:
         return made
 
     def request(self, *, exact_only: bool = False, lse: bool = False) -> AttentionRequest:
-        """The facts of this call. Reads shapes and types, never values, so it costs no synchronisation."""
+        """The facts of this call, by shapes and dtypes, without synchronisation."""
         from .masks import mask_kind
 
         batch, num_heads, q_len, head_dim = self.query.shape
@@ -236,9 +235,9 @@ class AttentionCall:
 
 
 class LseCall(AttentionCall):
-    """A call whose log-sum-exp is asked for: a plan with `AttentionRequest.lse` stores it in `lse`.
+    """A call whose plan, with `AttentionRequest.lse`, stores the log-sum-exp in `lse`.
 
-    It is float32, (batch, num_heads, q_len). `changed` returns a plain call.
+    `lse`: (batch, num_heads, q_len), float32, natural logarithm. `changed` returns a plain `AttentionCall`.
     """
 
     __slots__ = ("lse",)
@@ -247,7 +246,7 @@ class LseCall(AttentionCall):
 
 
 class _Copy(AttentionCall):
-    """A copy of a call, for subclasses that add one attribute."""
+    """A copy of a call; subclasses add one attribute."""
 
     __slots__ = ()
 
@@ -259,11 +258,11 @@ class _Copy(AttentionCall):
 
 
 Host = Callable[[AttentionCall], "torch.Tensor"]
-"""Computes a call with the attention function that the host program would have used; returns BHSD."""
+"""Computes a call with the host program's own attention function; returns BHSD."""
 
 
 class HostedCall(_Copy):
-    """A call for the backend `comfy`, with the host's own function."""
+    """A call with the host's own function, for the backend `comfy`."""
 
     __slots__ = ("host",)
 
@@ -273,12 +272,12 @@ class HostedCall(_Copy):
 
 
 def hosted(call: AttentionCall, host: Host | None) -> AttentionCall:
-    """The call for `comfy`; the call itself outside a host."""
+    """The call with its host's function; unchanged without a host."""
     return call if host is None or isinstance(call, HostedCall) else HostedCall(call, host)
 
 
 class SplitCall(_Copy):
-    """A whole masked call with the plan of its mask, for a kernel that runs all sub-calls as one varlen call."""
+    """A masked call with its mask plan, for a varlen kernel that runs all sub-calls at once."""
 
     __slots__ = ("mask_plan",)
 

@@ -1,7 +1,6 @@
-"""How far a kernel may be off, by its arithmetic: the one table for tests, probes, the guard, autotune and benchmarks.
+"""Error budgets by arithmetic: one table for tests, probes, the guard, autotune and benchmarks.
 
-A kernel declares its arithmetic (`Backend.arithmetic`), and whether it skips work (`Backend.sparse`). The id of a
-backend does not matter: an FP4 error is judged the same under any id. No torch.
+A kernel declares `Backend.arithmetic` and `Backend.sparse`; its budget follows from these, not from its id.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ ACCURACY = ("exact", "quantized", "sparse")
 """`exact`: differs from SDPA by rounding only. `quantized`: INT8, FP8, FP4 arithmetic. `sparse`: skips work."""
 
 WHOLE_CALL = 0.75
-"""All heads together may be off by this share of what the worst one may: they differ less from call to call. The worst
-of 100 calls of random numbers with outlier channels: INT8 scores 0.049, FP8 values and weights on top 0.055, both
+"""Budget of all heads together, as a share of the worst head's: it varies less from call to call. The worst of 100
+calls of random numbers with outlier channels: INT8 scores 0.049, FP8 values and weights on top 0.055, both
 against 0.075 (benchmarks/results/guard-sight-cpu.json)."""
 
 
 class Tolerance(NamedTuple):
-    """The errors up to which an output is good, relative to attention from the definition."""
+    """Largest accepted errors of an output, relative to exact attention."""
 
     relative_l2: float
-    """Of each head of a call: the error's size over the size of the result."""
+    """Of each head: ||error|| / ||exact||."""
     row_error: float
-    """Of one query row: its error over the typical size of a row of its head. An empty row has 1."""
+    """Of one query row: ||error|| over the root mean square norm of its head's rows. A row of zeros has about 1."""
 
     @property
     def call_l2(self) -> float:
-        """Of all heads of a call together."""
+        """Of all heads together: ||error|| / ||exact||."""
         return WHOLE_CALL * self.relative_l2
 
 
@@ -57,25 +56,24 @@ the limit, as it should be. What an error means for a picture is in docs/guard.m
 """
 
 SPARSE = Tolerance(0.3, 1.2)
-"""The least that a kernel which skips work is allowed: set by pictures alone (docs/guard.md). On random numbers, where
-everything that is skipped matters, none of it can be judged."""
+"""Minimum budget of sparse kernels, set by pictures (docs/guard.md): on random numbers every skipped key matters."""
 
 EARNED: Mapping[str, float] = MappingProxyType({"fp32": 3.0, "half": 3.0, "int8": 2.0, "fp8": 2.0, "fp4": 2.0})
-"""Where the same arithmetic can be done beside a kernel, step by step on the very tensors of its call: how many times
-that error the kernel may make. Order of sums and rounding between steps differ; FlashAttention's own tests allow 2."""
+"""Factor of the error that an emulation of the same arithmetic makes on the same tensors: what a kernel may err by in
+tests. Order of sums and rounding differ; FlashAttention's own tests allow 2."""
 
 EXACT = ("fp32", "half")
-"""What differs from attention by rounding only."""
+"""Arithmetic of class `exact`: rounding only."""
 
 
 def tolerance(arithmetic: str, *, sparse: bool = False) -> Tolerance:
-    """The limits of one kind of kernel; of a sparse one the larger of two: its arithmetic's, and those of skipping."""
+    """The budget of an arithmetic; of a sparse kernel the larger one of it and `SPARSE`."""
     found = TOLERANCES[arithmetic]
     return Tolerance(*map(max, found, SPARSE)) if sparse else found
 
 
 def accuracy(arithmetic: str, *, sparse: bool = False) -> str:
-    """The accuracy class that a person allows (`ACCURACY`)."""
+    """The accuracy class, one of `ACCURACY`."""
     if sparse:
         return "sparse"
     return "exact" if arithmetic in EXACT else "quantized"

@@ -1,4 +1,4 @@
-"""How versions are compared: the one place that reads version numbers.
+"""Compares versions.
 
 A pre-release counts as its release. `2.7.0a0+ecf3bae40a.nv25.02` in a vendor's container, or `2.9.0.dev20260701`, is
 built from sources that have most of that release's features; PEP 440 orders both before it, and every requirement such
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read(version: str) -> Version | None:
-    """The version as PEP 440 reads it, its pre-release part left out; None where it is no version."""
+    """The version by PEP 440, without its pre-release part; None if invalid."""
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -25,7 +25,7 @@ def read(version: str) -> Version | None:
 
 
 def meets(version: str, specifier: str) -> bool:
-    """Whether `version` meets e.g. `>=2.6.3,!=2.7.0`; an unreadable version meets nothing."""
+    """Whether `version` meets e.g. `>=2.6.3,!=2.7.0`; an invalid version meets nothing."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion, Version
 

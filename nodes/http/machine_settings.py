@@ -1,6 +1,6 @@
-"""Settings of the whole machine, kept in one small file in ComfyUI's user folder: Hub downloads, the log, the trace.
+"""Settings of the machine, in a file in ComfyUI's user folder: Hub downloads, log level, timing of runs.
 
-A person's own defaults for new nodes are no business of the server: the front end keeps them with its other settings.
+Defaults for new nodes are settings of the front end.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ log = logging.getLogger("attention_backends")
 
 FILE = "attention_backends.json"
 MOST_BYTES = 32 * 1024
-"""Of the file; it has some seventy."""
+"""Most bytes of the file; it has about seventy."""
 LEVELS = ("", "DEBUG", "INFO", "WARNING", "ERROR")
-"""An empty level: as ComfyUI's own log."""
+"""Empty: the level of ComfyUI's log."""
 UNSET: dict[str, Any] = {"hub": False, "log_level": "", "trace": MODES[0]}
 
 
 class MachineSettings:
-    """The file's settings, in force from `apply` on. A variable that the person set before the start wins."""
+    """The settings of the file; `apply` makes them effective. Environment variables from before the start win."""
 
     def __init__(self, folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
         self.file = folder / FILE
@@ -50,10 +50,10 @@ class MachineSettings:
             return {}
 
     def apply(self) -> None:
-        """Put them in force, the trace's from the next run on.
+        """Make the settings effective; timing from the next run on.
 
-        The Hub's switch goes through the environment because probes run in processes of their own, the trace's because
-        `backends` knows nothing of this file.
+        Hub and timing are set as environment variables: probes run in other processes, and `backends` does not read
+        this file.
         """
         if not self.hub_is_given:
             if self.stored["hub"]:
@@ -68,14 +68,14 @@ class MachineSettings:
         log.setLevel(self.stored["log_level"] or logging.NOTSET)
 
     def change(self, changes: Mapping[str, Any]) -> None:
-        """Take over checked changes, keep them in the file, and put them in force.
+        """Store checked changes in the file and apply them.
 
         Raises:
-            PermissionError: a setting is held by an environment variable.
+            PermissionError: an environment variable sets it.
             OSError: the file cannot be written; then nothing is changed.
         """
-        held = {"hub": (self.hub_is_given, HUB_VARIABLE), "trace": (self.trace_is_given, TRACE_VARIABLE)}
-        for name, (is_given, variable) in held.items():
+        variables = {"hub": (self.hub_is_given, HUB_VARIABLE), "trace": (self.trace_is_given, TRACE_VARIABLE)}
+        for name, (is_given, variable) in variables.items():
             if name in changes and is_given:
                 raise PermissionError(f"{name} is set by the environment variable {variable}; change it there")
         stored = {**self.stored, **changes}
@@ -87,7 +87,7 @@ class MachineSettings:
         self.apply()
 
     def as_dict(self) -> dict[str, Any]:
-        """Each setting with its value now and the variable that holds it, if one does."""
+        """Each setting with its value, and the environment variable that sets it, if any."""
         return {
             "hub": {"value": hub_allowed(), "variable": HUB_VARIABLE if self.hub_is_given else None},
             "log_level": {"value": self.stored["log_level"], "variable": None},
@@ -98,16 +98,16 @@ class MachineSettings:
         }
 
     def defaults_from_environment(self) -> dict[str, str]:
-        """Variables that decide where a node says auto, with their texts."""
+        """Environment variables that decide where a node has auto, with their values."""
         found = {name: self.environ.get(name, "").strip() for name in (CONFIG_VARIABLE, *DEFAULT_VARIABLES)}
         return {name: text for name, text in found.items() if text}
 
 
 def checked(changes: object) -> dict[str, Any]:
-    """Changes to the settings.
+    """The changes, validated.
 
     Raises:
-        ValueError: a setting is not known, or its value is of another kind.
+        ValueError: an unknown setting, or a value of the wrong type.
     """
     if not isinstance(changes, dict) or not changes:
         raise ValueError(f"expected an object with one or more of: {', '.join(UNSET)}")
