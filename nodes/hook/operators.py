@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .attention_modules import current
+from .hook_calls import run_hook_call
 
 
 @contextmanager
@@ -122,8 +123,6 @@ _filling: set[Any] = set()
 _FILLING = ("copy_", "fill_", "zero_")
 _NO_ATTENTION = frozenset({"mm", "gemm", "linear", "quantize", "dequantize", "rope", "norm", "layernorm", "rmsnorm"})
 """Words in the names of packages' operators for weights of few bits, positions and norms."""
-_OURS = (f"{__package__}.hook_calls", "route")
-"""The function that every call of our hook goes through."""
 
 
 def _kind(func: Any) -> int:
@@ -148,7 +147,7 @@ def _kind(func: Any) -> int:
 def _is_ours(frame: Any) -> bool:
     """Whether an operator runs inside a call of our hook."""
     while frame is not None and frame.f_code not in WATCHES:
-        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _OURS:
+        if frame.f_code is run_hook_call.__code__:
             return True
         frame = frame.f_back
     return False

@@ -304,8 +304,8 @@ def test_a_named_backend_goes_before_the_checkpoints_preference(snapshot: Snapsh
 def test_overlapping_runs_leave_no_mark() -> None:
     model = SimpleNamespace(diffusion_model=stand_in(["WanModel"], PLACES))
     first, second = sampling.Run(override()), sampling.Run(override())
-    first.mark(model, {})
-    second.mark(model, {})
+    first.patch_modules(model, {})
+    second.patch_modules(model, {})
     first.close()
     assert marks_left(model.diffusion_model) == list(PLACES)
     second.close()
