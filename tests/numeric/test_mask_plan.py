@@ -187,6 +187,25 @@ def test_a_triangle_among_hidden_keys_is_causal_over_the_others(before: int, aft
     assert (plan.strategy, part.keys, part.is_causal) == ("causal", slice(before, before + 5), True)
 
 
+def test_numbers_that_hide_scattered_keys_are_known_to_hide_alone() -> None:
+    mask = torch.zeros(1, 1, 1, 64)
+    mask[..., [3, 40]] = float("-inf")
+    plan = inspect(mask, 64)
+    assert (plan.strategy, plan.only_hides) == ("passed on", True)
+    assert plan.booleans.sub_calls[0].mask.dtype is torch.bool
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_one_value_for_all_keys_is_read_for_each_of_them(visible: bool) -> None:
+    plan = inspect(torch.full((1, 1, 1, 1), visible).expand(2, 3, 4, 5), 5)
+    rows = torch.tensor([True, False, True, False])[:, None]
+    per_row = inspect(rows.expand(1, 1, 4, 5), 5)
+    assert plan.strategy == ("nothing hidden" if visible else "passed on")
+    assert [(part.rows, part.keys) for part in per_row.sub_calls] == [
+        (slice(row, row + 1), None if row % 2 else slice(0, 5)) for row in range(4)
+    ]
+
+
 def test_a_window_among_hidden_keys_is_recognised() -> None:
     rows = torch.arange(40)
     mask = torch.zeros(1, 1, 40, 45, dtype=torch.bool)
