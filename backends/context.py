@@ -61,21 +61,17 @@ class Block:
         self.config = config
         self.forced = forced
         self.checks = checks
-        self.threads = {threading.get_ident(): ThreadSessions(RunReport())} if reports else None
+        self.threads = {threading.get_ident(): ThreadSessions(RunReport())} if reports else {}
         self.environment = from_environment(), checks_from_environment()
         self.is_open = True
 
     @property
     def run_report(self) -> RunReport:
         """Of the thread that entered the block; after `collect` of all threads."""
-        if self.threads is None:
-            raise ValueError("this block keeps no run report")
         return next(iter(self.threads.values())).run_report
 
     def of_thread(self) -> ThreadSessions:
         """This thread's sessions in a block with a run report."""
-        if self.threads is None:
-            raise ValueError("this block keeps no run report")
         thread = threading.get_ident()
         found = self.threads.get(thread)
         if found is None:
@@ -85,7 +81,7 @@ class Block:
     def collect(self) -> None:
         """Add the reports of other threads, with the times that are ready."""
         total = self.run_report
-        for one in list((self.threads or {}).values()):
+        for one in list(self.threads.values()):
             one.run_report.collect()
             if one.run_report is not total:
                 add_up(total, one.run_report)
@@ -118,7 +114,7 @@ class Context:
         inner = blocks[::-1]
         layers, checks = environment or inner[0].environment
         self.blocks = blocks
-        self.reporting = next((block for block in inner if block.threads is not None), None)
+        self.reporting = next((block for block in inner if block.threads), None)
         """The innermost block with a run report."""
         force = next((block.config for block in inner if block.forced), None)
         self.forced = force is not None

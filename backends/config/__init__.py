@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..kernels import BACKENDS
 from ..values.errors import ConfigError
@@ -20,7 +20,6 @@ from .foreign_options import FOREIGN_OPTIONS, foreign_problems
 from .names import AUTO, canonical
 
 if TYPE_CHECKING:
-    from .advice import Advice
     from .recorded import Recorded
     from .schedule import ScheduleEntry
 
@@ -90,6 +89,21 @@ class AttentionSpec:
     def is_auto(self) -> bool:
         """Whether the backend is `auto`: the next configuration decides."""
         return self.backend == AUTO
+
+
+class Advice(Protocol):
+    """Calls of a model family that an exact kernel runs, if a person switched that on."""
+
+    @property
+    def where(self) -> ScheduleEntry:
+        """The calls, as a schedule entry."""
+
+    @property
+    def source_of_choice(self) -> str:
+        """The source of the choice in a run report."""
+
+    def applies_to(self, asked: str | None, accuracy: str) -> bool:
+        """Whether it applies with the default backend `asked` (None: the platform's priorities) and this `accuracy`."""
 
 
 @dataclass(frozen=True)

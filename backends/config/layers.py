@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import CATEGORY_PARENT, PLATFORM_ROUTE, AttentionConfig, AttentionSpec
+from . import CATEGORY_PARENT, PLATFORM_ROUTE, Advice, AttentionConfig, AttentionSpec
 from .names import AUTO, AUTOTUNE
 
 if TYPE_CHECKING:
-    from .advice import Advice
     from .recorded import Recorded
 
 

@@ -18,7 +18,7 @@ from ..kernels.group import BackendGroup
 from ..kernels.registry import detect, looked_for
 from ..measure import remembered
 from ..measure.remembered import Outcome
-from ..values.platform import KINDS, Platform, installed_packages
+from ..values.platform import KINDS, Platform, dotted, installed_packages
 from . import symbols
 from .install import Advice, Interpreter, how_to_get
 from .symbols import Finding
@@ -175,9 +175,8 @@ def cards_of(backend: Backend, platform: Platform) -> Cards:
     if isinstance(backend, BackendGroup):
         return Cards(backend.kinds, members=tuple(member.id for member in backend.every_member()))
     cards = backend.capabilities(platform)
-    dotted = None if cards is None else tuple(f"{major}.{minor}" for major, minor in cards)
-    least = f"{backend.min_capability[0]}.{backend.min_capability[1]}" if backend.min_capability else None
-    return Cards(backend.kinds, least, dotted, backend.architectures)
+    least = dotted(backend.min_capability) if backend.min_capability else None
+    return Cards(backend.kinds, least, None if cards is None else tuple(map(dotted, cards)), backend.architectures)
 
 
 def _names(backend: Backend, platform: Platform, probed: Outcome | None) -> Finding:

@@ -120,9 +120,10 @@ def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> A
     }
     notes = [package.note.format(**facts)]
     if package.needs_triton and platform.os == "win32" and platform.version("triton-windows") is None:
-        triton = _triton_windows(platform)
+        triton = TRITON_OF_TORCH.get(_minor(platform))
         if triton:
-            notes.append(f"it needs Triton too: {pip_install((triton,), platform, interpreter)}")
+            command = pip_install((f"triton-windows=={triton}.*",), platform, interpreter)
+            notes.append(f"it needs Triton too: {command}")
         else:
             page = "https://github.com/triton-lang/triton-windows"
             notes.append(f"it needs Triton too: {page} says which fits your torch")
@@ -168,8 +169,3 @@ TRITON_OF_TORCH = {
     "2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6", "2.12": "3.7",
 }  # fmt: skip
 """The Triton that each torch declares on Linux; triton-windows has the same versions."""
-
-
-def _triton_windows(platform: Platform) -> str:
-    triton = TRITON_OF_TORCH.get(_minor(platform))
-    return f"triton-windows=={triton}.*" if triton else ""

@@ -55,7 +55,7 @@ def probe(backend_id: str, timeout: float = TIMEOUT, source: str = "") -> Outcom
         stage, outcome = _read(answer)
         crash_site = _place(answer.with_name(STACK))
     if outcome is not None:
-        return outcome if outcome.status == "ok" else _with_tail(outcome, ended.tail)
+        return outcome if outcome.status == "ok" else replace(outcome, stderr=ended.tail)
     if ended.status is None:
         status, reason = "hung", f"no answer within {timeout:g} s {stage}"
     else:
@@ -64,10 +64,6 @@ def probe(backend_id: str, timeout: float = TIMEOUT, source: str = "") -> Outcom
     if stage == STARTING:  # Python or torch itself, before anything of the kernel
         status, reason = "untested", f"{status}: {reason}"
     return Outcome(status, reason, stderr=ended.tail)
-
-
-def _with_tail(outcome: Outcome, tail: tuple[str, ...]) -> Outcome:
-    return Outcome(outcome.status, outcome.reason, outcome.relative_l2, outcome.ms, tail)
 
 
 def _read(answer: Path) -> tuple[str, Outcome | None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..engine.priorities import PRIORITIES, Priority, default_line
 from ..engine.router import Router
+from ..values.platform import dotted
 
 
 def route_report(router: Router) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def row_of(priority: Priority) -> dict[str, Any]:
     return {
         "title": priority.title,
         "kinds": list(priority.kinds),
-        "capabilities": None if lowest is None or highest is None else [_dotted(lowest), _dotted(highest)],
+        "capabilities": None if lowest is None or highest is None else [dotted(lowest), dotted(highest)],
         "evidence": priority.evidence,
         "source": priority.source,
     }
@@ -87,7 +88,3 @@ def _lines(states: list[dict[str, Any]], first: str | None) -> list[str]:
         mark = "   <- auto starts here" if state["backend"] == first else ""
         lines.append(f"  {number} {state['backend']:{width}}  {status}{mark}")
     return lines
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"

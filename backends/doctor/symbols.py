@@ -53,15 +53,10 @@ def without_import(backend: Backend, platform: Platform, problem: str) -> Findin
 def find(backend: Backend, platform: Platform) -> Finding:
     """Import what a backend's package offers and look for the names."""
     needs = needs_of(backend, platform)
-    missing: list[str] = []
-    problems: list[str] = []
-    installed = True
-    for need in needs:
-        gone, problem, there = _look(backend, need, platform)
-        missing += gone
-        problems += [problem] if problem else []
-        installed = installed and there
-    return Finding(_names(needs), tuple(missing), "; ".join(problems), installed)
+    found = [_look(backend, need, platform) for need in needs]
+    missing = tuple(name for gone, _, _ in found for name in gone)
+    problem = "; ".join(problem for _, problem, _ in found if problem)
+    return Finding(_names(needs), missing, problem, all(there for _, _, there in found))
 
 
 def _names(needs: tuple[Symbols, ...]) -> tuple[str, ...]:

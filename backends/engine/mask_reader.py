@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..values.mask_plan import ALL, NOTHING_HIDDEN, MaskPlan, SubCall, passed_on, plan_of
-from ..values.masks import visible_keys
+from ..values.masks import stored_once, visible_keys
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def inspect(mask: torch.Tensor, kv_len: int) -> MaskPlan:
     """
     import torch
 
-    small = _without_copies(mask)
+    small = stored_once(mask)
     if small.shape[3] != kv_len or mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
         return passed_on(mask)
     if not small.numel():  # of size 0
@@ -67,14 +67,6 @@ class _MaskFacts:
     """The same per query, where all samples and heads see the same keys; else empty."""
     seen: torch.Tensor
     """(b, k): keys that at least one query sees."""
-
-
-def _without_copies(mask: torch.Tensor) -> torch.Tensor:
-    """The mask with broadcast dimensions (stride 0) cut to size 1."""
-    for dimension in range(3):
-        if mask.shape[dimension] > 1 and mask.stride(dimension) == 0:
-            mask = mask.narrow(dimension, 0, 1)
-    return mask
 
 
 def _read(mask: torch.Tensor) -> _MaskFacts:

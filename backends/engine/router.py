@@ -125,13 +125,11 @@ class Router:
             return []
         ids, backend = [backend_id], self.backends[backend_id]
         if isinstance(backend, BackendGroup):  # it loads the first member that is installed
-            able = (member.id for member in backend.members(self.platform) if self._installed(member))
+            members = backend.members(self.platform)
+            able = (member.id for member in members if not member.unavailable_reasons(self.platform))
             ids += [next(able, backend_id)]
         refusals = (remembered.refusal(name, self.platform) for name in ids)
         return [reason for reason in refusals if reason][:1]
-
-    def _installed(self, backend: Backend) -> bool:
-        return not backend.unavailable_reasons(self.platform)
 
     def _loading(self, backend_id: str, backend: Backend) -> list[str]:
         try:

@@ -14,7 +14,7 @@ from ..values.aliases import Alias
 from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
 from ..values.options import Option
 from ..values.package import Package, Symbols
-from ..values.platform import Platform
+from ..values.platform import Platform, dotted
 from ..values.reasons import Reason
 from ..values.request import AttentionCall, AttentionRequest
 from ..values.tolerance import EXACT, Tolerance, accuracy, tolerance
@@ -119,10 +119,10 @@ class Backend:
             if platform.capability is None:
                 reasons.append("compute capability unknown")
             elif self.min_capability and platform.capability < self.min_capability:
-                reasons.append(f"compute capability {_dotted(platform.capability)} < {_dotted(self.min_capability)}")
+                reasons.append(f"compute capability {dotted(platform.capability)} < {dotted(self.min_capability)}")
             elif cards is not None and platform.capability not in cards:
-                known = ", ".join(_dotted(card) for card in cards)
-                reasons.append(f"compute capability {_dotted(platform.capability)} not in ({known})")
+                known = ", ".join(dotted(card) for card in cards)
+                reasons.append(f"compute capability {dotted(platform.capability)} not in ({known})")
         if platform.kind == "rocm" and self.architectures is not None and platform.gfx not in self.architectures:
             reasons.append(Reason("architecture", gfx=platform.gfx or "unknown", taken=self.architectures))
         reasons += [reason for need in self.requires if (reason := package_reason(need, platform))]
@@ -229,6 +229,21 @@ class Backend:
         raise NotImplementedError
 
 
+class BrokenBackend(Backend):
+    """The placeholder for a backend whose file cannot be loaded: unavailable everywhere, with the reason."""
+
+    candidate = False
+    by_name_only = True
+    summary = "Its file cannot be loaded."
+
+    def __init__(self, backend_id: str, reason: str) -> None:
+        self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
+        self.reason = reason
+
+    def unavailable_reasons(self, platform: Platform) -> list[str]:
+        return [self.reason]
+
+
 def for_scale(kernel: Callable[[AttentionCall], Computed], scale: float | None) -> Callable[[AttentionCall], Computed]:
     """The kernel; for a scale <= 0, a kernel called with the query times 0 or -1 and a positive scale.
 
@@ -243,10 +258,6 @@ def for_scale(kernel: Callable[[AttentionCall], Computed], scale: float | None) 
         return kernel(call.changed(query=call.query * sign, scale=positive))
 
     return run
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
 
 
 def package_reason(requirement: str, platform: Platform) -> Reason | None:

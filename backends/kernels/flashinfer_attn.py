@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..values.aliases import LISTED, PEOPLE, SMART_DIFFUSION, VLLM_OMNI, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Masks, Rule
+from ..values.masks import stored_once
 from ..values.package import Symbols
 from ..values.platform import Platform
 from ..values.reasons import Reason, template
@@ -268,17 +269,12 @@ def packed_masks(call: AttentionCall, packbits: Any) -> Bits:
         cached: Bits = call.memo[key]  # type: ignore[assignment]  # nothing else is put under this key
         return cached
     bits: Bits = [
-        [packbits(head.expand(q_len, kv_len).reshape(-1).bool(), bitorder="little") for head in without_copies(sample)]
-        for sample in without_copies(mask)
+        [packbits(head.expand(q_len, kv_len).reshape(-1).bool(), bitorder="little") for head in stored_once(sample)]
+        for sample in stored_once(mask)
     ]
     if call.memo is not None:
         call.memo[key] = bits
     return bits
-
-
-def without_copies(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, its first dimension cut to one where that repeats the same memory."""
-    return tensor[:1] if tensor.stride(0) == 0 else tensor
 
 
 BACKENDS = (FlashInferAttn(),)

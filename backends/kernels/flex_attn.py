@@ -85,9 +85,7 @@ class HeadsOfAll(Rule):
 
     def reason(self, request: AttentionRequest) -> Reason | None:
         heads = request.batch * request.num_heads
-        if heads <= self.max:
-            return None
-        return Reason(HEADS_OF_ALL, heads=heads, max=self.max)
+        return None if heads <= self.max else Reason(HEADS_OF_ALL, heads=heads, max=self.max)
 
     def describe(self) -> str:
         return f"batch times heads to {self.max}"

@@ -82,7 +82,7 @@ def find(backend_id: str) -> Backend:
     except Exception as error:  # whatever a file raises costs only its own backend
         log.exception("the file of the attention backend %s cannot be loaded", backend_id)
         reason = f"{where} cannot be loaded: {type(error).__name__}: {error}"
-    from .broken import BrokenBackend
+    from .backend import BrokenBackend
 
     return BrokenBackend(backend_id, reason)
 

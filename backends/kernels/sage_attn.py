@@ -131,9 +131,7 @@ class SageAttn(sage.SageBackend):
         ]
 
     def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel:
-        if not sage.is_sage2(platform):
-            return _first(smooth_k)
-        return _second(platform)
+        return _second(platform) if sage.is_sage2(platform) else _first(smooth_k)
 
     def varlen_limits(self, platform: Platform) -> Limits | None:
         return sage.varlen_limits(platform)

@@ -38,9 +38,7 @@ class Correction(Rule):
     def reason(self, request: AttentionRequest) -> Reason | None:
         block = self.block
         elements = request.num_heads * -(-request.q_len // block) * -(-request.kv_len // block) * block
-        if elements <= INT32_ELEMENTS:
-            return None
-        return Reason(CORRECTION, elements=elements, max=INT32_ELEMENTS)
+        return None if elements <= INT32_ELEMENTS else Reason(CORRECTION, elements=elements, max=INT32_ELEMENTS)
 
     def describe(self) -> str:
         return f"heads x blocks of {self.block} queries x keys padded to {self.block} at most 2^31 - 1"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..config import AttentionConfig
 from ..measure.device_clock import DeviceClock
@@ -20,8 +20,6 @@ from .tuning import Tuning
 
 if TYPE_CHECKING:
     import torch
-
-    from .recorder import Recorder
 
 log = logging.getLogger("attention_backends")
 
@@ -77,6 +75,16 @@ class Row:
         """Add the device time of one launch."""
         self.nanoseconds += int(milliseconds * 1e6)
         self.timed += 1
+
+
+class Recorder(Protocol):
+    """What a run report uses of a recorder; it is an `engine/observer.Observer` too."""
+
+    not_repeated: dict[str, None]
+    """Events that a replay cannot reproduce."""
+
+    def begin_model_call(self, number: int, window: Hashable) -> None:
+        """A model call begins, while these windows of the schedules hold."""
 
 
 @dataclass

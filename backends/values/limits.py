@@ -59,9 +59,7 @@ class Dtypes(Rule):
     order = 0
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if request.dtype in self.names:
-            return None
-        return Reason("dtype", dtype=request.dtype, taken=self.names)
+        return None if request.dtype in self.names else Reason("dtype", dtype=request.dtype, taken=self.names)
 
     def describe(self) -> str:
         return ", ".join(SHORT.get(dtype, dtype) for dtype in self.names)
@@ -101,9 +99,11 @@ class HeadDimIn(Rule):
     order = 10
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if request.head_dim in self.sizes:
-            return None
-        return Reason("head_dim.in", head_dim=request.head_dim, taken=self.sizes)
+        return (
+            None
+            if request.head_dim in self.sizes
+            else Reason("head_dim.in", head_dim=request.head_dim, taken=self.sizes)
+        )
 
     def describe(self) -> str:
         return ", ".join(map(str, self.sizes))
@@ -163,9 +163,7 @@ class Masks(Rule):
     order = 30
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if request.mask in self.kinds:
-            return None
-        return Reason("mask", mask=request.mask, taken=self.kinds)
+        return None if request.mask in self.kinds else Reason("mask", mask=request.mask, taken=self.kinds)
 
     def describe(self) -> str:
         if set(self.kinds) == set(ANY_MASK):
@@ -186,9 +184,8 @@ class GroupedHeads(Rule):
     order = 31
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if self.taken or not request.grouped:
-            return None
-        return Reason("grouped", num_heads=request.num_heads, num_kv_heads=request.num_kv_heads)
+        taken = self.taken or not request.grouped
+        return None if taken else Reason("grouped", num_heads=request.num_heads, num_kv_heads=request.num_kv_heads)
 
     def describe(self) -> str:
         return "yes" if self.taken else "no"
@@ -207,12 +204,8 @@ class Causal(Rule):
     def taken(self) -> bool:
         return self.lengths != "no"
 
-    @property
-    def cross(self) -> bool:
-        return self.lengths == "any"
-
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if not request.is_causal or self.cross:
+        if not request.is_causal or self.lengths == "any":
             return None
         if not self.taken:
             return Reason("causal")
@@ -233,9 +226,8 @@ class MaskWithCausal(Rule):
     order = 33
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if self.taken or not request.is_causal or request.mask == "none":
-            return None
-        return Reason("causal.mask")
+        both = request.is_causal and request.mask != "none"
+        return Reason("causal.mask") if both and not self.taken else None
 
     def describe(self) -> str:
         return "a mask and causal together" if self.taken else ""
@@ -290,9 +282,7 @@ class Batch(Rule):
     order = 50
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if request.batch <= self.max:
-            return None
-        return Reason("batch", batch=request.batch, max=self.max)
+        return None if request.batch <= self.max else Reason("batch", batch=request.batch, max=self.max)
 
     def describe(self) -> str:
         return f"batch to {self.max}"
@@ -307,9 +297,7 @@ class Heads(Rule):
     order = 51
 
     def reason(self, request: AttentionRequest) -> Reason | None:
-        if request.num_heads <= self.max:
-            return None
-        return Reason("num_heads", num_heads=request.num_heads, max=self.max)
+        return None if request.num_heads <= self.max else Reason("num_heads", num_heads=request.num_heads, max=self.max)
 
     def describe(self) -> str:
         return f"heads to {self.max}"

@@ -50,6 +50,11 @@ def for_kernels(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(wide.isinf(), wide, wide.clamp(limits.min, limits.max)).to(dtype)
 
 
+def stored_once(tensor: torch.Tensor) -> torch.Tensor:
+    """A view without what the first three dimensions only repeat (stride 0): those have size 1."""
+    return tensor[tuple(slice(0, 1 if stride == 0 else None) for stride in tensor.stride()[:3])]
+
+
 def as_4d(mask: torch.Tensor) -> torch.Tensor:
     """The mask with four dimensions, from (kv_len,), (q_len or 1, kv_len), (batch, q_len or 1, kv_len) or all four.
 
@@ -58,13 +63,9 @@ def as_4d(mask: torch.Tensor) -> torch.Tensor:
     """
     if mask.ndim == 4:
         return mask
-    if mask.ndim == 3:
-        return mask.unsqueeze(1)
-    if mask.ndim == 2:
-        return mask.unsqueeze(0).unsqueeze(0)
-    if mask.ndim == 1:
-        return mask[None, None, None]
-    raise ValueError(f"attention mask of shape {tuple(mask.shape)}: expected 1 to 4 dimensions")
+    if not 1 <= mask.ndim <= 3:
+        raise ValueError(f"attention mask of shape {tuple(mask.shape)}: expected 1 to 4 dimensions")
+    return mask.unsqueeze(1) if mask.ndim == 3 else mask[(None,) * (4 - mask.ndim)]
 
 
 def without_keys(mask: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,11 @@ class Platform:
         return ", ".join(filter(None, parts))
 
 
+def dotted(capability: tuple[int, int]) -> str:
+    """A compute capability as text, e.g. `9.0`."""
+    return f"{capability[0]}.{capability[1]}"
+
+
 def installed_packages(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """(name, version) of each installed distribution, from metadata, without importing it."""
     from importlib import metadata

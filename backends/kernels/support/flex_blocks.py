@@ -11,6 +11,8 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from ...values.masks import stored_once
+
 if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
@@ -41,16 +43,11 @@ def filled(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
     if tensor.shape[2:] == (rows, columns):
         return tensor
-    once = tensor[repeated_once(tensor)]
+    once = stored_once(tensor)
     is_bool = once.dtype == torch.bool
     missing = 0 if once.shape[2] == 1 and tensor.stride(2) == 0 else rows - tensor.shape[2]
     once = pad(once.view(torch.uint8) if is_bool else once, (0, columns - tensor.shape[3], 0, missing))
     return (once.view(torch.bool) if is_bool else once).expand(*tensor.shape[:2], rows, columns)
-
-
-def repeated_once(tensor: torch.Tensor) -> tuple[slice, ...]:
-    """Slices of the first three dimensions that hold once what the tensor only repeats there."""
-    return tuple(slice(0, 1 if stride == 0 else None) for stride in tensor.stride()[:3])
 
 
 def masked_blocks(mask: torch.Tensor, q_len: int) -> BlockMask:
@@ -65,7 +62,7 @@ def masked_blocks(mask: torch.Tensor, q_len: int) -> BlockMask:
 
     import torch
 
-    once = mask[repeated_once(mask)].view(torch.uint8)
+    once = stored_once(mask).view(torch.uint8)
     repeats = once.shape[2] == 1
     batch, heads = once.shape[:2]
     # Queries first, as bytes: on the CPU a hundred times as fast as `any` along the keys.

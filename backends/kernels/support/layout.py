@@ -38,9 +38,7 @@ class Elements(Rule):
 
     def reason(self, request: AttentionRequest) -> Reason | None:
         elements = self.of(request)
-        if elements <= self.max:
-            return None
-        return Reason(ELEMENTS, elements=elements, max=self.max)
+        return None if elements <= self.max else Reason(ELEMENTS, elements=elements, max=self.max)
 
     def of(self, request: AttentionRequest) -> int:
         """Elements of the largest of query, key and value, as the kernel sees them."""

@@ -364,8 +364,4 @@ class PinnedSDPA(Backend):
 
     def load(self, platform: Platform) -> Kernel:
         kernel = pinned(self.pin, platform)
-
-        def run(call: AttentionCall) -> torch.Tensor:
-            return kernel(without_gaps(call))
-
-        return run
+        return lambda call: kernel(without_gaps(call))
