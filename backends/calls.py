@@ -102,7 +102,7 @@ def run_attention(
         session = own.sessions[session_key] = _session(context, query.device, backend, own)
     known = session.slots.get(plan_key)
     if known is None:
-        _understood(query, key, value, attn_mask, layout)
+        _check_meaning(query, key, value, attn_mask, layout)
     if layout == "BSHD":
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if attn_mask is not None and attn_mask.ndim != 4:
@@ -174,8 +174,8 @@ class CallSession(Session):
         if len(self.slots) >= KEPT:
             self.slots.clear()
         slot = None if self.reads_mask(kind) else self.plan(kind)
-        found = self.slots[key] = slot, kind.request.grouped
-        return found
+        planned = self.slots[key] = slot, kind.request.grouped
+        return planned
 
     def reads_mask(self, kind: CallKind) -> bool:
         """Whether the values of a mask are read before the call runs.
@@ -214,7 +214,7 @@ class CallSession(Session):
         return plan_sub_calls(self, mask_plan, call, calls, planned) if calls else planned(call)
 
 
-def _understood(
+def _check_meaning(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, layout: str
 ) -> None:
     """Refuse an unknown layout or shapes that do not fit; called once per kind of call."""
@@ -239,7 +239,7 @@ def _understood(
 def _only_tensors(*given: object) -> None:
     import torch
 
-    for one in given:
-        if one is not None and not isinstance(one, torch.Tensor):
-            kind = f"{type(one).__module__}.{type(one).__name__}"
+    for value in given:
+        if value is not None and not isinstance(value, torch.Tensor):
+            kind = f"{type(value).__module__}.{type(value).__name__}"
             raise CheckError(f"attention takes torch tensors, not {kind}; torch.as_tensor makes one of an array")

@@ -73,18 +73,18 @@ class Block:
     def of_thread(self) -> ThreadSessions:
         """This thread's sessions in a block with a run report."""
         thread = threading.get_ident()
-        found = self.threads.get(thread)
-        if found is None:
-            found = self.threads[thread] = ThreadSessions(RunReport())
-        return found
+        sessions = self.threads.get(thread)
+        if sessions is None:
+            sessions = self.threads[thread] = ThreadSessions(RunReport())
+        return sessions
 
     def collect(self) -> None:
         """Add the reports of other threads, with the times that are ready."""
         total = self.run_report
-        for one in list(self.threads.values()):
-            one.run_report.collect()
-            if one.run_report is not total:
-                add_up(total, one.run_report)
+        for sessions in list(self.threads.values()):
+            sessions.run_report.collect()
+            if sessions.run_report is not total:
+                add_up(total, sessions.run_report)
 
 
 def add_up(total: RunReport, more: RunReport) -> None:

@@ -86,9 +86,9 @@ def parse_flags(text: str, source: str) -> Flags:
     words = with_assignments(words_of(text, source))
     environment: dict[str, str] = {}
     while words and (words[0] in ("$", "export") or _ASSIGNMENT.fullmatch(words[0])):
-        found = _ASSIGNMENT.fullmatch(words.pop(0))
-        if found:
-            environment[found[1]] = found[2]
+        match = _ASSIGNMENT.fullmatch(words.pop(0))
+        if match:
+            environment[match[1]] = match[2]
     command = bool(words) and _PROGRAM.fullmatch(words[0]) is not None
     while command and words and not words[0].startswith("-") and not _is_attention(words[0]):
         words.pop(0)
@@ -133,13 +133,13 @@ def _pairs(text: str, rest: list[str], source: str) -> list[tuple[str, object]]:
             pieces.append(piece)
         else:  # a comma inside a value, as in dense_layers=0,1
             pieces[-1] += f",{piece}"
-    found: list[tuple[str, object]] = []
+    settings: list[tuple[str, object]] = []
     for piece in pieces:
         name, equals, value = piece.partition("=")
         if not equals or not name.strip():
             raise ConfigError(f"{source}: {piece!r} is not name=value")
-        found.append((name.strip(), scalar(value)))
-    return found
+        settings.append((name.strip(), scalar(value)))
+    return settings
 
 
 def _take(nested: dict[str, Any], name: str, value: object, source: str) -> None:

@@ -104,9 +104,9 @@ def resolve(
     """
     record = None
     for layer in layers:
-        found = (scheduled(layer) if scheduled is not None else None) or layer.of_role(role, category)
-        if found is not None:
-            spec, source = found
+        entry = (scheduled(layer) if scheduled is not None else None) or layer.of_role(role, category)
+        if entry is not None:
+            spec, source = entry
             return Choice(spec.backend, source, spec.extra, record=record)
         record, spec = record or layer.record, layer.default
         if spec.backend != AUTO:

@@ -207,13 +207,13 @@ def _roles(value: Mapping[Any, Any], reading: Reading, system: str, prefix: str 
         if isinstance(entry, Mapping) and not set(entry) & {*SPEC_FIELDS, *BESIDE_BACKEND}:
             if not entry:
                 raise ConfigError(f"{where}: empty entry")
-            found = _roles(entry, reading, system, f"{role}.")
+            specs = _roles(entry, reading, system, f"{role}.")
         else:
-            found = {role: spec_of(entry, where, reading, system)}
-        twice = [name for name in found if name in roles]
+            specs = {role: spec_of(entry, where, reading, system)}
+        twice = [name for name in specs if name in roles]
         if twice:
             raise ConfigError(f"{reading.source}.per_role[{twice[0]!r}]: given twice")
-        roles.update(found)
+        roles.update(specs)
     return roles
 
 
@@ -230,10 +230,10 @@ def _schedule(entries: Mapping[str, Any], reading: Reading, system: str) -> tupl
         inner = Reading(at, reading.component, reading.options_text, reading.notes)
         return from_mapping(value, inner)
 
-    found, notes = foreign_schedule(entries[FOREIGN_SCHEDULE], where, profile)
+    windows, notes = foreign_schedule(entries[FOREIGN_SCHEDULE], where, profile)
     for note in notes:
         reading.note(note)
-    return found
+    return windows
 
 
 def _with_components(

@@ -123,8 +123,8 @@ def canonical(name: str, system: str = "") -> str:
         return key
     if key in aliases():
         return aliases()[key]
-    for one, row in rows_of(key, system):
-        raise RefusedBackendError(f"attention backend {name!r} of {one.title} is not available here: {row.line}")
+    for publisher, row in rows_of(key, system):
+        raise RefusedBackendError(f"attention backend {name!r} of {publisher.title} is not available here: {row.line}")
     near = nearest(key, [*NAMES, *aliases()], count=3)
     hint = f" did you mean {' or '.join(near)}?" if near else ""
     raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(NAMES)}")

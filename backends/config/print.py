@@ -20,17 +20,17 @@ _PLAIN_VALUE = re.compile(r"[\w.+/:-]+", re.ASCII)
 
 def to_dict(config: AttentionConfig) -> dict[str, Any]:
     """As plain data, without unset fields, source and notes."""
-    found: dict[str, Any] = {} if config.record is None else config.record.data
+    data: dict[str, Any] = {} if config.record is None else config.record.data
     if not config.default.is_auto:
-        found["default"] = _spec(config.default)
+        data["default"] = _spec(config.default)
     if config.per_role:
-        found["per_role"] = {role: _spec(spec) for role, spec in config.per_role.items()}
+        data["per_role"] = {role: _spec(spec) for role, spec in config.per_role.items()}
     if config.schedule:
-        found["schedule"] = [entry_to_dict(entry) for entry in config.schedule]
+        data["schedule"] = [entry_to_dict(entry) for entry in config.schedule]
     settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
     if config.joint_is_self and config.names_self:
         settings["joint_is_self"] = True  # its default for text is false
-    return {**found, **{name: value for name, value in settings.items() if value is not None}}
+    return {**data, **{name: value for name, value in settings.items() if value is not None}}
 
 
 def to_json(config: AttentionConfig) -> str:

@@ -49,8 +49,8 @@ def read(value: Mapping[str, Any], source: str, component: str = "transformer") 
     data.setdefault("not_recorded", [])
     _texts(reader.fields({"made_by": data.setdefault("made_by", {})}).inner("made_by"))
     top = reader.fields(data)
-    for number, one in enumerate(top.items("not_recorded")):
-        _texts(reader.fields(one, f"not_recorded[{number}]"))
+    for number, missing in enumerate(top.items("not_recorded")):
+        _texts(reader.fields(missing, f"not_recorded[{number}]"))
     runs = tuple(reader.run(reader.fields(run, f"runs[{number}]")) for number, run in enumerate(top.items("runs")))
     if not runs:
         raise ConfigError(f"{source}: a record without a run: the Attention Record node found none; nothing to repeat")
@@ -178,8 +178,8 @@ class _Reader:
 
 def _texts(fields: Fields, but: str = "") -> None:
     """Check the length of texts such as versions; numbers and null are accepted."""
-    for name, one in fields.data.items():
-        if name != but and (not isinstance(one, str | int | float | None) or len(str(one)) > LONGEST_TEXT):
+    for name, value in fields.data.items():
+        if name != but and (not isinstance(value, str | int | float | None) or len(str(value)) > LONGEST_TEXT):
             raise fields.wrong(str(name), f"expected a text of at most {LONGEST_TEXT} characters")
 
 

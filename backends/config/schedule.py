@@ -72,9 +72,9 @@ class ScheduleEntry:
 
     def windows(self) -> dict[str, str]:
         """The windows as text; reading it gives the same entry."""
-        said = {name: ",".join(map(str, getattr(self, name))) for name in (*TIMES, "blocks")}
-        said |= {"role": self.role, "masked": "true" if self.masked else ""}
-        return {name: text for name, text in said.items() if text}
+        texts = {name: ",".join(map(str, getattr(self, name))) for name in (*TIMES, "blocks")}
+        texts |= {"role": self.role, "masked": "true" if self.masked else ""}
+        return {name: text for name, text in texts.items() if text}
 
     def describe(self) -> str:
         """Where it applies, in one line."""

@@ -69,9 +69,9 @@ def _entry(value: object, where: str, read: ReadSpec) -> ScheduleEntry:
     return _made(where, spec, given)
 
 
-def _made(where: str, spec: AttentionSpec, said: Mapping[str, Any]) -> ScheduleEntry:
+def _made(where: str, spec: AttentionSpec, windows: Mapping[str, Any]) -> ScheduleEntry:
     try:
-        return ScheduleEntry(spec, **said)
+        return ScheduleEntry(spec, **windows)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -92,9 +92,9 @@ def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple
     fields = Fields(value, where, ConfigError).only(("profiles", "default", "sigma"))
     profiles = {}
     for name, profile in Fields(fields.data.get("profiles") or {}, f"{where}.profiles", ConfigError).data.items():
-        place = f"{where}.profiles.{name}"
-        profiles[str(name)] = read(Fields(profile, place, ConfigError).data, place)
-        _check_profile(profiles[str(name)], place)
+        path = f"{where}.profiles.{name}"
+        profiles[str(name)] = read(Fields(profile, path, ConfigError).data, path)
+        _check_profile(profiles[str(name)], path)
     ranges, sigmas = fields.data.get("default") or [], fields.data.get("sigma") or []
     if ranges and sigmas:
         raise fields.wrong("", "both default (steps) and sigma; give one of them")
@@ -102,16 +102,16 @@ def foreign_schedule(value: object, where: str, read: ReadConfig) -> tuple[tuple
     notes: list[str] = []
     for field, given in (("default", ranges), ("sigma", sigmas)):
         for number, window in enumerate(_listed_windows(given, f"{where}.{field}")):
-            place = f"{where}.{field}[{number}]"
+            path = f"{where}.{field}[{number}]"
             ends, read_window = (("start", "end"), _steps) if field == "default" else (("low", "high"), _sigmas)
-            window_fields = Fields(window, place, ConfigError).only((*ends, "profile"))
+            window_fields = Fields(window, path, ConfigError).only((*ends, "profile"))
             profile = str(window_fields.data.get("profile"))
             if profile not in profiles:
                 known = ", ".join(profiles) or "none"
                 raise window_fields.wrong("", f"profile {profile!r} is not one of those given: {known}")
-            said = read_window(window_fields)
+            windows_of = read_window(window_fields)
             _check_count(len(entries) + len(profiles[profile].per_role), where)
-            entries += (_made(place, spec, {**said, "role": role}) for role, spec in _by_role(profiles[profile]))
+            entries += (_made(path, spec, {**windows_of, "role": role}) for role, spec in _by_role(profiles[profile]))
             if profiles[profile].default.is_auto:
                 note = f"{where}.profiles.{profile}: roles that it does not name stay as they are outside its windows"
                 notes += [note] if note not in notes else []

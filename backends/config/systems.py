@@ -140,17 +140,17 @@ def key_of(name: str) -> str:
 
 def rows_of(name: str, system: str = "") -> Iterator[tuple[System, Published]]:
     """The rows of a name, those of `system` (an id) first."""
-    yield from sorted(_rows().get(key_of(name), ()), key=lambda found: found[0].id != system)
+    yield from sorted(_rows().get(key_of(name), ()), key=lambda row: row[0].id != system)
 
 
 @lru_cache(maxsize=1)
 def _rows() -> dict[str, list[tuple[System, Published]]]:
     """Rows by `key_of` their name."""
-    found: dict[str, list[tuple[System, Published]]] = {}
-    for one in systems():
-        for row in one.names:
-            found.setdefault(key_of(row.name), []).append((one, row))
-    return found
+    rows: dict[str, list[tuple[System, Published]]] = {}
+    for publisher in systems():
+        for row in publisher.names:
+            rows.setdefault(key_of(row.name), []).append((publisher, row))
+    return rows
 
 
 def line_of(name: str, system: str = "") -> str:
@@ -158,9 +158,9 @@ def line_of(name: str, system: str = "") -> str:
 
     `system`: id of the system that the name comes from; if unknown, the first system with a line for the name is used.
     """
-    for one, row in rows_of(name, system):
+    for publisher, row in rows_of(name, system):
         if row.means is not None and row.line:
-            return f"{row.name} ({one.title}) means {row.means} here: {row.line}"
-        if one.id == system:
+            return f"{row.name} ({publisher.title}) means {row.means} here: {row.line}"
+        if publisher.id == system:
             return ""
     return ""

@@ -287,6 +287,6 @@ def _settings_of_yaml(loaded: object) -> object:
     """YAML data with `yes`, `no`, `on` and `off` of boolean settings as booleans (YAML 1.1); else they are text."""
     if not isinstance(loaded, dict):
         return loaded
-    said = {name: loaded.get(name) for name in ("strict", "joint_is_self")}
-    switches = {name: _SWITCHES.get(word.lower()) for name, word in said.items() if isinstance(word, str)}
+    words = {name: loaded.get(name) for name in ("strict", "joint_is_self")}
+    switches = {name: _SWITCHES.get(word.lower()) for name, word in words.items() if isinstance(word, str)}
     return {**loaded, **{name: switch for name, switch in switches.items() if switch is not None}}

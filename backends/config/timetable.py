@@ -203,8 +203,10 @@ class Timetable:
         stepped = [placed for placed in self._entries if placed.entry.steps]
         if not stepped or self._is_own(sigma):
             return ""
-        said = "; ".join(f"{placed.source}: {self._in_sigmas(placed.steps)}" for placed in stepped)
-        return f"this sampler also calls the model at sigmas between its steps, so steps became sigma windows: {said}"
+        windows = "; ".join(f"{placed.source}: {self._in_sigmas(placed.steps)}" for placed in stepped)
+        return (
+            f"this sampler also calls the model at sigmas between its steps, so steps became sigma windows: {windows}"
+        )
 
     def _in_sigmas(self, steps: frozenset[int]) -> str:
         """Steps as sigma ranges, for falling sigmas."""
@@ -272,12 +274,12 @@ def _inside(sigma: float, span: Span) -> bool:
 
 def _by_series(blocks: Iterable[str]) -> dict[str, dict[int, str]]:
     """Blocks as series -> number -> block: `double_blocks.3` is number 3 of `double_blocks`."""
-    found: dict[str, dict[int, str]] = {}
+    series: dict[str, dict[int, str]] = {}
     for block in blocks:
         match = re.fullmatch(r"(.*?)\.?(\d+)", block)
         if match:
-            found.setdefault(match[1], {})[int(match[2])] = block
-    return found
+            series.setdefault(match[1], {})[int(match[2])] = block
+    return series
 
 
 def _blocks_of(parts: tuple[Numbers, ...], series: dict[str, dict[int, str]]) -> frozenset[str]:

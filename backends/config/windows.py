@@ -64,7 +64,7 @@ def parse_numbers(value: object, what: str) -> tuple[Numbers, ...]:
     Raises:
         ConfigError: a part is not of these forms.
     """
-    found = []
+    numbers = []
     for part in _parts(value, what):
         series, text = "", part
         match = _NUMBERS.fullmatch(part.lower())
@@ -80,14 +80,14 @@ def parse_numbers(value: object, what: str) -> tuple[Numbers, ...]:
         if match["end"]:
             if int(match["count"]) == 0:
                 raise ConfigError(f"{what}: {part!r} is none at all; write how many, from 1")
-            found.append(Numbers(int(match["count"]), None, match["end"], series))
+            numbers.append(Numbers(int(match["count"]), None, match["end"], series))
             continue
         low = int(match["low"])
         high = low if not match["dash"] else int(match["high"]) if match["high"] else None
         if high is not None and high < low:
             raise ConfigError(f"{what}: {part!r} ends before it begins; write {high}-{low}")
-        found.append(Numbers(low, high, "", series))
-    return tuple(found)
+        numbers.append(Numbers(low, high, "", series))
+    return tuple(numbers)
 
 
 def parse_percent(value: object) -> tuple[Span, ...]:
@@ -96,20 +96,20 @@ def parse_percent(value: object) -> tuple[Span, ...]:
     Raises:
         ConfigError: a part is not of these forms, or not between 0 and 1.
     """
-    found = []
+    spans = []
     for part in _parts(value, "percent"):
         match, at_end = _SPAN.fullmatch(part), _PART.fullmatch(part.lower())
         if at_end:
             share = _share(at_end[2], True, part)
-            found.append(Span(0.0, share) if at_end[1] == "first" else Span(1.0 - share, 1.0))
+            spans.append(Span(0.0, share) if at_end[1] == "first" else Span(1.0 - share, 1.0))
             continue
         if match is None:
             raise ConfigError(f"percent: {part!r} is not one of the forms 0-0.2, 20%-80%, first 10% or last 10%")
         span = Span(_share(match[1], bool(match[2] or match[4]), part), _share(match[3], bool(match[4]), part))
         if span.last <= span.first:
             raise ConfigError(f"percent: {part!r} ends before it begins; the run goes from 0 to 1")
-        found.append(span)
-    return tuple(found)
+        spans.append(span)
+    return tuple(spans)
 
 
 def parse_sigmas(value: object) -> tuple[Span, ...]:
@@ -118,16 +118,16 @@ def parse_sigmas(value: object) -> tuple[Span, ...]:
     Raises:
         ConfigError: a part is not of this form.
     """
-    found = []
+    spans = []
     for part in _parts(value, "sigmas"):
         match = _SPAN.fullmatch(part)
         if match is None or match[2] or match[4]:
             raise ConfigError(f"sigmas: {part!r} is not of the form 1-0.85: two sigmas of this model")
-        one, other = float(match[1]), float(match[3])
-        if not isfinite(one + other):
+        first, second = float(match[1]), float(match[3])
+        if not isfinite(first + second):
             raise ConfigError(f"sigmas: {part!r} is larger than any sigma")
-        found.append(Span(max(one, other), min(one, other)))
-    return tuple(found)
+        spans.append(Span(max(first, second), min(first, second)))
+    return tuple(spans)
 
 
 def parse_flag(value: object, what: str) -> bool:
@@ -136,10 +136,10 @@ def parse_flag(value: object, what: str) -> bool:
     Raises:
         ConfigError: it is neither.
     """
-    said = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
-    if not isinstance(said, bool):
+    flag = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(flag, bool):
         raise ConfigError(f"{what} must be true or false, not {value!r}")
-    return said
+    return flag
 
 
 def _parts(value: object, what: str) -> list[str]:

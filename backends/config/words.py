@@ -31,38 +31,38 @@ def words_of(text: str, source: str) -> list[str]:
         ConfigError: a quote or a bracket is never closed.
     """
     words: list[str] = []
-    place, begins = 0, True
-    while place < len(text):
-        if gap := _GAP.match(text, place):
-            place, begins = gap.end(), True
+    position, begins = 0, True
+    while position < len(text):
+        if gap := _GAP.match(text, position):
+            position, begins = gap.end(), True
             continue
-        char, found = text[place], _PLAIN.match(text, place)
-        end, piece = (found.end(), found[0]) if found else (0, "")
+        char, match = text[position], _PLAIN.match(text, position)
+        end, piece = (match.end(), match[0]) if match else (0, "")
         if char in _CLOSES:
-            end = _end_of_brackets(text, place)
-            piece = text[place:end]
+            end = _end_of_brackets(text, position)
+            piece = text[position:end]
         elif char in "'\"" and (begins or words[-1].endswith(("=", ","))):
-            found = _QUOTED.match(text, place)
-            end, piece = (found.end(), found[2] or _ESCAPED.sub(r"\1", found[1] or "")) if found else (0, "")
+            match = _QUOTED.match(text, position)
+            end, piece = (match.end(), match[2] or _ESCAPED.sub(r"\1", match[1] or "")) if match else (0, "")
         if not end:
-            line, missing = text.count("\n", 0, place) + 1, _CLOSES.get(char, char)
+            line, missing = text.count("\n", 0, position) + 1, _CLOSES.get(char, char)
             raise ConfigError(f"{source}: {missing!r} is missing: what opens on line {line} is never closed")
         words += [""] if begins else []
         words[-1] += piece
-        place, begins = end, False
+        position, begins = end, False
     return words
 
 
-def _end_of_brackets(text: str, place: int) -> int:
+def _end_of_brackets(text: str, position: int) -> int:
     """Behind the bracket that closes the one at `place`; 0 where none does."""
     closing: list[str] = []
-    for found in _MARK.finditer(text, place):
-        if found[0] in _CLOSES:
-            closing.append(_CLOSES[found[0]])
-        elif found[0] == closing[-1]:
+    for match in _MARK.finditer(text, position):
+        if match[0] in _CLOSES:
+            closing.append(_CLOSES[match[0]])
+        elif match[0] == closing[-1]:
             closing.pop()
             if not closing:
-                return found.end()
+                return match.end()
     return 0
 
 
@@ -79,12 +79,12 @@ def with_assignments(words: list[str]) -> list[str]:
 
 def at_commas(text: str) -> list[str]:
     """Split at commas outside brackets."""
-    pieces, begin, place = list[str](), 0, 0
-    while place < len(text):
-        if text[place] == ",":
-            pieces.append(text[begin:place])
-            begin = place + 1
-        place = (_end_of_brackets(text, place) or len(text)) if text[place] in _CLOSES else place + 1
+    pieces, begin, position = list[str](), 0, 0
+    while position < len(text):
+        if text[position] == ",":
+            pieces.append(text[begin:position])
+            begin = position + 1
+        position = (_end_of_brackets(text, position) or len(text)) if text[position] in _CLOSES else position + 1
     return [piece for piece in (*pieces, text[begin:]) if piece.strip()]
 
 

@@ -112,8 +112,8 @@ def run_cases(
             try:
                 for number, case in enumerate(cases):
 
-                    def tell(place: int, case: Case = case, number: int = number) -> None:
-                        progress(f"{case.name}: {backends[place]}", number * steps + place, len(cases) * steps)
+                    def tell(position: int, case: Case = case, number: int = number) -> None:
+                        progress(f"{case.name}: {backends[position]}", number * steps + position, len(cases) * steps)
 
                     _run_case(case, backends, router, device, seed, host, host_name, tell)
                     release(device)

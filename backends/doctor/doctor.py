@@ -152,22 +152,22 @@ def probe_all(
 
     Nothing is loaded in this process: a package that crashes while it is imported does so in the probe's own process.
     """
-    found = {}
+    outcomes = {}
     for backend_id in tuple(ids) or tuple(router.backends):
         try:
             missing = router.backends[backend_id].unavailable_reasons(router.platform)
         except Exception as error:  # as in a row
             missing = [f"asking failed: {type(error).__name__}: {error}"]
         if missing:
-            found[backend_id] = Outcome("unavailable", "; ".join(missing))
+            outcomes[backend_id] = Outcome("unavailable", "; ".join(missing))
             continue
         if router.backends[backend_id].hosted:
-            found[backend_id] = Outcome("untested", "runs inside ComfyUI only")
+            outcomes[backend_id] = Outcome("untested", "runs inside ComfyUI only")
             continue
         say(f"probing {backend_id} ...")
-        found[backend_id] = probe(backend_id)
-        remembered.remember({backend_id: found[backend_id]}, router.platform)  # at once: it may be the last
-    return found
+        outcomes[backend_id] = probe(backend_id)
+        remembered.remember({backend_id: outcomes[backend_id]}, router.platform)  # at once: it may be the last
+    return outcomes
 
 
 def cards_of(backend: Backend, platform: Platform) -> Cards:

@@ -183,16 +183,16 @@ def _only_hides(mask: torch.Tensor, facts: _MaskFacts) -> bool:
 
 def _pattern(rows: list[tuple[int, int, int]], first: int, last: int) -> str:
     """The name of the pattern where each query sees a contiguous run of keys; empty for none."""
-    kept, queries = last - first + 1, len(rows)
+    length, queries = last - first + 1, len(rows)
     ends = [row[1] - first - at for at, row in enumerate(rows)]
     if all(row[2] for row in rows) and all(row[0] == first for row in rows) and len(set(ends)) == 1:
-        if kept == queries and ends[0] == 0:
+        if length == queries and ends[0] == 0:
             return "causal"
-        return "causal, bottom right" if ends[0] == kept - queries else ""
-    if kept == queries and all(row[2] for row in rows):
+        return "causal, bottom right" if ends[0] == length - queries else ""
+    if length == queries and all(row[2] for row in rows):
         before = max(at - row[0] + first for at, row in enumerate(rows))
         after = max(row[1] - first - at for at, row in enumerate(rows))
-        wanted = [(max(0, at - before) + first, min(kept - 1, at + after) + first) for at in range(queries)]
+        wanted = [(max(0, at - before) + first, min(length - 1, at + after) + first) for at in range(queries)]
         if before >= 0 and after >= 0 and all(row[:2] == span for row, span in zip(rows, wanted, strict=True)):
             return f"sliding window, {before} before and {after} after"
     return ""

@@ -103,7 +103,7 @@ def lacking_memory(backend: Backend, request: AttentionRequest, platform: Platfo
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
         return None
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
-    if found is None or need <= int(found[1]) * 1024:
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    if available is None or need <= int(available[1]) * 1024:
         return None
-    return f"its scores need {need / 1e9:.1f} GB > {int(found[1]) * 1024 / 1e9:.1f} GB of free memory"
+    return f"its scores need {need / 1e9:.1f} GB > {int(available[1]) * 1024 / 1e9:.1f} GB of free memory"

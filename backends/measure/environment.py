@@ -101,8 +101,8 @@ def driver() -> str:
             text = Path(file).read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        found = re.search(r"\d+(\.\d+)+", text)
-        return found[0] if found else ""
+        match = re.search(r"\d+(\.\d+)+", text)
+        return match[0] if match else ""
     return ""
 
 

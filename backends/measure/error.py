@@ -44,14 +44,14 @@ def exact_rows(call: AttentionCall, most: int, device: torch.device | None = Non
     heads = []
     for head in range(num_heads):
         of_query, of_key = slice(head, head + 1), slice(head // group, head // group + 1)
-        one = call.changed(
+        one_head = call.changed(
             query=call.query[:, of_query, drawn].to(at, wide),
             key=call.key[:, of_key].to(at, wide),
             value=call.value[:, of_key].to(at, wide),
             attn_mask=None if mask is None else mask[:, of_query, drawn].to(at),
             enable_gqa=False,
         )
-        heads.append(reference_attention(one))
+        heads.append(reference_attention(one_head))
     return rows, torch.cat(heads, dim=1)
 
 
@@ -66,10 +66,10 @@ def relative_l2(tensor: torch.Tensor, reference: torch.Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    found, wanted = _wide(tensor, reference)
-    if not finite(found, wanted):
+    wide, wanted = _wide(tensor, reference)
+    if not finite(wide, wanted):
         return math.nan
-    size, error = float(wanted.norm()), float((found - wanted).norm())
+    size, error = float(wanted.norm()), float((wide - wanted).norm())
     return error / size if size else math.inf if error else 0.0
 
 
@@ -79,9 +79,9 @@ def cosine(tensor: torch.Tensor, reference: torch.Tensor) -> float:
     Raises:
         ValueError: the shapes differ.
     """
-    found, wanted = _wide(tensor, reference)
-    sizes = float(found.norm() * wanted.norm())
-    return float(found.flatten() @ wanted.flatten()) / sizes if sizes and finite(found, wanted) else math.nan
+    wide, wanted = _wide(tensor, reference)
+    sizes = float(wide.norm() * wanted.norm())
+    return float(wide.flatten() @ wanted.flatten()) / sizes if sizes and finite(wide, wanted) else math.nan
 
 
 def _wide(tensor: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

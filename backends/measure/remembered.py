@@ -76,12 +76,12 @@ def recall(backend_id: str, platform: Platform) -> Outcome | None:
     return known.get(probe_key(backend_id, platform)) if known else None
 
 
-def remember(found: Mapping[str, Outcome], platform: Platform) -> None:
+def remember(outcomes: Mapping[str, Outcome], platform: Platform) -> None:
     """Store the outcomes of these backends; only for this process if the file cannot be written."""
     file = path()
     _outcomes.cache_clear()  # other processes may have written since
     known = _outcomes(file)
-    for backend_id, outcome in found.items():
+    for backend_id, outcome in outcomes.items():
         if outcome.status in LASTING:
             known.pop(probe_key(backend_id, platform), None)
             known[probe_key(backend_id, platform)] = outcome

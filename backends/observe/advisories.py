@@ -168,7 +168,7 @@ def unused_advisories(family: str, run_report: RunReport) -> list[str]:
     rows = [row for row in run_report.rows.values() if row.calls]
     blocks = tuple(dict.fromkeys(row.block for row in rows))
     defaults = {PLATFORM_ROUTE, *(f"{layer.source}.default" for layer in layers)}
-    found = []
+    notes = []
     for advisory in for_family(family):
         trial = Timetable((replace(layers[0], recommended=(advisory,)), *layers[1:]), blocks=blocks)
         if any(
@@ -179,8 +179,8 @@ def unused_advisories(family: str, run_report: RunReport) -> list[str]:
             )
             for row in rows
         ):
-            found.append(f"recommended for {advisory.title}: {advisory.what} ({advisory.reason}); {NOT_USED}")
-    return found
+            notes.append(f"recommended for {advisory.title}: {advisory.what} ({advisory.reason}); {NOT_USED}")
+    return notes
 
 
 NOT_USED = "not used: switch it on in Attention Backend Selector"

@@ -34,10 +34,10 @@ model calls per step of samplers, so that each of them is timed."""
 
 def trace_mode(environ: Mapping[str, str] = os.environ) -> str:
     """The mode of a run that begins now, by the environment; one of `MODES`."""
-    said = environ.get(VARIABLE, "").strip().lower()
-    if said in MODES or not said:
-        return said or MODES[0]
-    log.warning("%s=%s is not one of %s, so it is %s", VARIABLE, said[:40], ", ".join(MODES), MODES[0])
+    mode = environ.get(VARIABLE, "").strip().lower()
+    if mode in MODES or not mode:
+        return mode or MODES[0]
+    log.warning("%s=%s is not one of %s, so it is %s", VARIABLE, mode[:40], ", ".join(MODES), MODES[0])
     return MODES[0]
 
 
@@ -184,8 +184,8 @@ class RunReport:
         elif clock is not None and window is not None:
             window.add_times(rows)
         if self.mode == "sampled":
-            for one in self.clocks:
-                one.paused = self._is_left_out(number + 1)
+            for session_clock in self.clocks:
+                session_clock.paused = self._is_left_out(number + 1)
 
     def _reach(self, window: Window) -> None:
         """The device has finished all work up to the end of `window`."""
@@ -261,5 +261,7 @@ class RunReport:
                 fallbacks += row.calls if row.reason and not row.by_another else 0
         parts = [f"{role} {backend} {calls} calls" for (role, backend), calls in totals.items()]
         ended = [f"{fallbacks} fallbacks"] if fallbacks else []
-        said = outcome.of_run_report(self).text
-        return "; ".join([", ".join(parts or ["no attention call reached us"]), *ended, *([said] if said else [])])
+        sentence = outcome.of_run_report(self).text
+        return "; ".join(
+            [", ".join(parts or ["no attention call reached us"]), *ended, *([sentence] if sentence else [])]
+        )

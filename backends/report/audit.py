@@ -63,14 +63,14 @@ def asked_and_ran(run_report: RunReport) -> tuple[Finding, ...]:
     for row in run_report.rows.values():
         if row.calls:
             groups.setdefault((row.role, *_asked(run_report, row)), []).append(row)
-    found = [_finding(role, asked, source, rows) for (role, asked, source), rows in groups.items()]
+    findings = [_finding(role, asked, source, rows) for (role, asked, source), rows in groups.items()]
     called = {role for role, _, _ in groups}
-    found += [
+    findings += [
         _elsewhere(run_report, role)
         for role in run_report.categories
         if role not in called and _names(run_report, role)
     ]
-    return (*found, *_never_called(run_report))
+    return (*findings, *_never_called(run_report))
 
 
 def unexplained(findings: Iterable[Finding]) -> str | None:

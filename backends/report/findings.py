@@ -73,12 +73,12 @@ def worst_first(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     `calls` excludes calls whose output was rejected; `checked` includes them.
     """
-    found = [
+    findings = [
         {"role": row.role, "block": row.block, "backend": row.backend, "calls": row.calls, **row.guard.as_dict()}
         for row in rows
         if row.guard is not None
     ]
-    return sorted(found, key=_severity, reverse=True)
+    return sorted(findings, key=_severity, reverse=True)
 
 
 def _worst(value: float) -> float:
@@ -95,25 +95,25 @@ def chance(row_share: float, checks: int, *, call_share: float = 1.0, rows: int 
     return float(1 - (1 - call_share * in_a_call) ** checks)
 
 
-def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def lines(findings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The guard's part of a report's text, from `worst_first`: worst blocks, then the detection limits."""
-    if not found:
+    if not findings:
         return []
-    found = sorted(found, key=_severity, reverse=True)
-    calls, checked, alarms = (sum(entry[name] for entry in found) for name in ("calls", "checked", "alarms"))
+    findings = sorted(findings, key=_severity, reverse=True)
+    calls, checked, alarms = (sum(entry[name] for entry in findings) for name in ("calls", "checked", "alarms"))
     text = [
         f"guard: {checked} calls checked on {ROWS} query rows per head, {alarms} bad; {calls} ran; worst blocks first"
     ]
-    for entry in found[:SHOWN]:
+    for entry in findings[:SHOWN]:
         where = f"{entry['role']} {entry['block']}".strip()
         size = "not finite" if entry["relative_l2"] is None else f"{entry['relative_l2']:.2g}"
         bad = f"; BAD {entry['alarms']}: {entry['first_alarm']}" if entry["alarms"] else ""
         limit = entry["relative_l2_limit"]
         error = f"relative L2 {size}" + (f" (limit {limit:g})" if limit else "")
         text.append(f"guard: {where}, {entry['backend']}: {error}, {entry['checked']} checked{_heads(entry)}{bad}")
-    if len(found) > SHOWN:
-        text.append(f"guard: {len(found) - SHOWN} more in the report's data")
-    checks = min(entry["checked"] for entry in found)
+    if len(findings) > SHOWN:
+        text.append(f"guard: {len(findings) - SHOWN} more in the report's data")
+    checks = min(entry["checked"] for entry in findings)
     seen = ", ".join(f"{chance(1 / one_in, checks):.0%} if 1 row in {one_in:,} is bad" for one_in in (10, 100, 1000))
     text.append(f"guard: checks of each block: {checks}; chance to see an error that spoils rows at random: {seen}")
     return text

@@ -102,4 +102,4 @@ def merged(outcomes: list[Mapping[str, Any]]) -> dict[str, Any]:
     """The most important outcome of several stages."""
     order = list(WORDS)
     rank = {kind: (order.index(kind) if kind not in STOPPED else len(order)) for kind in order}
-    return dict(max(outcomes, key=lambda one: rank[one["kind"]]))
+    return dict(max(outcomes, key=lambda each: rank[each["kind"]]))

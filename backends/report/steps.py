@@ -106,15 +106,15 @@ class Steps:
 
     def between(self, first: int, last: int) -> list[int] | None:
         """[first, last] known step of these model calls; None without any."""
-        found = []
+        steps = []
         for model_call in range(first, last + 1):
             if model_call in self._known:
-                found.append(self._known[model_call])
+                steps.append(self._known[model_call])
                 continue
             sigma, schedule = self._sigmas.get(model_call, (0.0, None))
             if not isinstance(sigma, float):
                 sigma = max(map(float, sigma.flatten().tolist()))
             step = schedule.step(sigma) if schedule is not None else None
             if step is not None:
-                found.append(step)
-        return [min(found), max(found)] if found else None
+                steps.append(step)
+        return [min(steps), max(steps)] if steps else None

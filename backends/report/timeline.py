@@ -75,23 +75,23 @@ class Timeline:
             if row.calls:
                 numbers[index] = number
                 number += 1
-        found: list[dict[str, Any]] = []
+        merged: list[dict[str, Any]] = []
         for before, window in zip(chain((NOTHING,), windows), windows, strict=False):
             cells = [[numbers[row], calls, ms] for row, calls, ms in _cells(before, window) if row in numbers]
-            if found and _alike(found[-1], before.last + 1, window.last, cells):
-                for cell, (_, calls, _) in zip(found[-1]["cells"], cells, strict=True):
+            if merged and _alike(merged[-1], before.last + 1, window.last, cells):
+                for cell, (_, calls, _) in zip(merged[-1]["cells"], cells, strict=True):
                     cell[1] += calls
-                found[-1]["last"] = window.last
+                merged[-1]["last"] = window.last
             else:
-                found.append({"first": before.last + 1, "last": window.last, "steps": None, "cells": cells})
-        for one in found:
-            one["steps"] = self.steps.between(one["first"], one["last"])
-        return found
+                merged.append({"first": before.last + 1, "last": window.last, "steps": None, "cells": cells})
+        for entry in merged:
+            entry["steps"] = self.steps.between(entry["first"], entry["last"])
+        return merged
 
 
 def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]]:
     """(row, calls, milliseconds or None) of each row with calls between the ends of two windows."""
-    found = []
+    cells = []
     # Rows may be newer than the earlier window, or than the device's end of this one.
     earlier = chain(before.counts, repeat((0, 0)))
     for row, ((calls, launches), (earlier_calls, earlier_launches)) in enumerate(
@@ -103,8 +103,8 @@ def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]
         if window.times is not None and before.times is not None:
             (timed, nanoseconds), (earlier_timed, earlier_nanoseconds) = _at(window.times, row), _at(before.times, row)
             ms = milliseconds(nanoseconds - earlier_nanoseconds, timed - earlier_timed, launches - earlier_launches)
-        found.append((row, calls - earlier_calls, ms))
-    return found
+        cells.append((row, calls - earlier_calls, ms))
+    return cells
 
 
 def _at(times: list[tuple[int, int]], row: int) -> tuple[int, int]:

@@ -29,13 +29,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error).lower() for words in OUT_OF_MEMORY
+        phrase in str(error).lower() for phrase in OUT_OF_MEMORY
     )
 
 
 def is_cuda_fault(error: BaseException) -> bool:
     """Whether the GPU's context is unusable after this error."""
-    return any(words in str(error).lower() for words in CUDA_FAULTS)
+    return any(phrase in str(error).lower() for phrase in CUDA_FAULTS)
 
 
 class KernelFaultError(RuntimeError):

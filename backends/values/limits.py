@@ -357,10 +357,10 @@ class Limits:
         Raises:
             KeyError: no rule of this class.
         """
-        found = self.get(kind)
-        if found is None:
+        rule = self.get(kind)
+        if rule is None:
             raise KeyError(kind.__name__)
-        return found
+        return rule
 
     def described(self) -> dict[str, str]:
         """Column of the support table -> text of its rules."""
@@ -371,4 +371,4 @@ class Limits:
                 texts[rule.column] += filter(None, [rule.describe()])
         if not texts[HEAD_DIM]:
             texts[HEAD_DIM] = [HeadDim().describe()]
-        return {column: ("; " if column == FURTHER else ", ").join(found) for column, found in texts.items()}
+        return {column: ("; " if column == FURTHER else ", ").join(described) for column, described in texts.items()}

@@ -32,14 +32,14 @@ TEMPLATES: dict[str, str] = {
 """Id -> text with values in braces. Kernels add theirs with `template`."""
 
 
-def template(reason_id: str, words: str) -> str:
+def template(reason_id: str, text: str) -> str:
     """Register the text of an id; returns the id.
 
     Raises:
         ValueError: the id has another text.
     """
-    if TEMPLATES.setdefault(reason_id, words) != words:
-        raise ValueError(f"the reason {reason_id} is {TEMPLATES[reason_id]!r}, not {words!r}")
+    if TEMPLATES.setdefault(reason_id, text) != text:
+        raise ValueError(f"the reason {reason_id} is {TEMPLATES[reason_id]!r}, not {text!r}")
     return reason_id
 
 
@@ -68,8 +68,8 @@ class Reason(str):
         """The innermost reasons among its values; itself without any."""
         values = [each for value in self.values.values() for each in (value if isinstance(value, tuple) else (value,))]
         inner = [value for value in values if isinstance(value, Reason)]
-        for one in inner:
-            yield from one.causes()
+        for reason in inner:
+            yield from reason.causes()
         if not inner:
             yield self
 
@@ -86,8 +86,8 @@ def reason_id(reason: str) -> str:
 
 
 def _shown(value: object) -> object:
-    if isinstance(value, tuple) and value and all(isinstance(one, Reason) for one in value):
+    if isinstance(value, tuple) and value and all(isinstance(each, Reason) for each in value):
         return "; ".join(value)
-    if isinstance(value, tuple) and all(isinstance(one, str) for one in value):
+    if isinstance(value, tuple) and all(isinstance(each, str) for each in value):
         return f"({', '.join(value)})"
     return value

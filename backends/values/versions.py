@@ -30,13 +30,13 @@ def meets(version: str, specifier: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     try:
-        found = Version(version)
+        parsed = Version(version)
     except InvalidVersion:
         return False
-    release = _as_release(found)
-    for one in SpecifierSet(specifier):
-        as_given = one.operator in ("==", "===") or _names_a_pre_release(one.version)
-        if not one.contains(found if as_given else release, prereleases=True):
+    release = _as_release(parsed)
+    for requirement in SpecifierSet(specifier):
+        as_given = requirement.operator in ("==", "===") or _names_a_pre_release(requirement.version)
+        if not requirement.contains(parsed if as_given else release, prereleases=True):
             return False
     return True
 

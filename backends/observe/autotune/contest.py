@@ -179,7 +179,9 @@ class Contest:
         """Whether it leads every other by `HOPELESS`, after 2 * `FEWEST` calls."""
         mine = self.candidate_times[name]
         others = [
-            one.times for other, one in self.candidate_times.items() if other != name and one.out is None and one.times
+            times.times
+            for other, times in self.candidate_times.items()
+            if other != name and times.out is None and times.times
         ]
         if min(map(len, [mine.times, self.candidate_times[self.incumbent].times])) < 2 * FEWEST:
             return False
@@ -188,7 +190,11 @@ class Contest:
     def _is_done(self, candidate: CandidateTimes, usual: float) -> bool:
         if len(candidate.times) >= MOST_TRIALS or candidate.spent + (candidate.figure or usual) > BUDGET * usual:
             return True
-        best = min(median(one.times) for one in self.candidate_times.values() if one.times) if candidate.times else 0.0
+        best = (
+            min(median(other.times) for other in self.candidate_times.values() if other.times)
+            if candidate.times
+            else 0.0
+        )
         enough = len(candidate.times) >= FEWEST and len(self.candidate_times[self.incumbent].times) >= FEWEST
         return enough and median(candidate.times) > HOPELESS * best
 

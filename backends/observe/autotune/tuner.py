@@ -203,8 +203,8 @@ class Tuner(Chooser, Observer):
         known = self._candidates.get((request, incumbent, accuracy))
         if known is not None:
             return known
-        found = candidates(self.session.router, request, incumbent, accuracy, self.session.failed)
-        return self._candidates.setdefault((request, incumbent, accuracy), found)
+        names = candidates(self.session.router, request, incumbent, accuracy, self.session.failed)
+        return self._candidates.setdefault((request, incumbent, accuracy), names)
 
     def share(self, contest: Contest) -> float:
         """Share of the trial budget that may be used by now, 0 to 1."""

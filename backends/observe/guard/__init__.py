@@ -342,9 +342,9 @@ def _restore(inputs: list[torch.Tensor], before: list[torch.Tensor]) -> None:
     from .rows import differ
 
     with torch.no_grad():
-        for tensor, kept in zip(inputs, before, strict=True):
-            if differ([kept], [tensor]):
-                tensor.copy_(kept)
+        for tensor, original in zip(inputs, before, strict=True):
+            if differ([original], [tensor]):
+                tensor.copy_(original)
 
 
 def _reason(figures: Figures, budget: Budget) -> str | None:

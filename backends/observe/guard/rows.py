@@ -218,7 +218,7 @@ def differ(before: list[torch.Tensor], after: list[torch.Tensor]) -> torch.Tenso
     """Whether any bit of these tensors differs, as a flag on the device. NaN equals NaN."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flags = [
-        (one.view(kinds[one.element_size()]) != two.view(kinds[two.element_size()])).any()
-        for one, two in zip(before, after, strict=True)
+        (old.view(kinds[old.element_size()]) != new.view(kinds[new.element_size()])).any()
+        for old, new in zip(before, after, strict=True)
     ]
     return torch.stack(flags).any()

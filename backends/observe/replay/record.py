@@ -27,8 +27,8 @@ def of_run(run_report: RunReport) -> dict[str, Any] | None:
     recorder = run_report.recorder
     if not isinstance(recorder, RunRecorder):
         return None
-    found = _decisions(recorder)
-    used = {ran["backend"] for decision in found for ran in decision["ran"]}
+    decisions = _decisions(recorder)
+    used = {ran["backend"] for decision in decisions for ran in decision["ran"]}
     alarms = [row.guard for row in run_report.rows.values() if row.guard is not None and row.guard.alarms]
     return {
         "node_id": run_report.node_id,
@@ -42,7 +42,7 @@ def of_run(run_report: RunReport) -> dict[str, Any] | None:
         "not_repeated": list(recorder.not_repeated),
         "guard_alarms": sum(findings.alarms for findings in alarms),
         "first_alarm": alarms[0].first_alarm if alarms else None,
-        "decisions": found,
+        "decisions": decisions,
     }
 
 
@@ -59,18 +59,18 @@ def as_record(
         not_recorded: samplers whose decisions are unknown, each with a reason.
         before: the record already in the picture's metadata, from another branch of the graph.
     """
-    kept, missing = list(runs), list(not_recorded)
+    all_runs, missing = list(runs), list(not_recorded)
     if isinstance(before, Mapping) and before.get(MARK) == FORMAT:
         earlier, earlier_missing = before.get("runs"), before.get("not_recorded")
         if _are_mappings(earlier) and _are_mappings(earlier_missing):  # else another program's entry
-            kept = [*(run for run in earlier if run not in kept), *kept]
-            missing = [*(one for one in earlier_missing if one not in missing), *missing]
-    return {MARK: FORMAT, "made_by": {"attention_backends": own_version(), **made_by}, "runs": kept,
+            all_runs = [*(run for run in earlier if run not in all_runs), *all_runs]
+            missing = [*(entry for entry in earlier_missing if entry not in missing), *missing]
+    return {MARK: FORMAT, "made_by": {"attention_backends": own_version(), **made_by}, "runs": all_runs,
             "not_recorded": missing}  # fmt: skip
 
 
 def _are_mappings(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
-    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
+    return isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
 
 
 def facts_of(request: AttentionRequest) -> dict[str, Any]:
@@ -90,14 +90,14 @@ def ranges(blocks: Iterable[str]) -> list[str]:
     for block in blocks:
         match = _NUMBERED.fullmatch(block)
         series.setdefault(match[1] if match else block, []).extend([int(match[2])] if match else [])
-    found = []
+    texts = []
     for prefix, numbers in series.items():
-        found += [prefix] if not numbers else []
+        texts += [prefix] if not numbers else []
         rising = sorted(set(numbers))
         for first in (number for number in rising if number - 1 not in rising):
             last = next(number for number in range(first, rising[-1] + 1) if number + 1 not in rising)
-            found.append(f"{prefix}{first}" if first == last else f"{prefix}{first}-{last}")
-    return found
+            texts.append(f"{prefix}{first}" if first == last else f"{prefix}{first}-{last}")
+    return texts
 
 
 def _decisions(recorder: RunRecorder) -> list[dict[str, Any]]:

@@ -128,18 +128,18 @@ class RunRecorder(Observer):
 
     def decisions(self) -> Iterator[tuple[RecordedKind, tuple[tuple[int, KernelUsed], ...]]]:
         """Each kind of call with its (first model call, kernel) pairs; the first is model call 1."""
-        kinds = dict.fromkeys(place.kind for place in self._events)
+        kinds = dict.fromkeys(location.kind for location in self._events)
         starts = self._windows or [(1, None)]
         for kind in kinds:
-            found: list[tuple[int, KernelUsed]] = []
+            used: list[tuple[int, KernelUsed]] = []
             for (first, window), (end, _) in zip(starts, [*starts[1:], (1 << 62, None)], strict=True):
                 events = self._events.get(_Place(kind, window), [])
                 before = [ran for number, ran in events if number <= first]
-                held = [(first, before[-1])] if before else []
-                held += [(number, ran) for number, ran in events if first < number < end]
-                for number, ran in held:
-                    if found and found[-1][0] == number:  # changed in the model call in which it was planned
-                        found.pop()
-                    if not found or found[-1][1] != ran:
-                        found.append((number, ran))
-            yield kind, tuple((1 if index == 0 else number, ran) for index, (number, ran) in enumerate(found))
+                in_window = [(first, before[-1])] if before else []
+                in_window += [(number, ran) for number, ran in events if first < number < end]
+                for number, ran in in_window:
+                    if used and used[-1][0] == number:  # changed in the model call in which it was planned
+                        used.pop()
+                    if not used or used[-1][1] != ran:
+                        used.append((number, ran))
+            yield kind, tuple((1 if index == 0 else number, ran) for index, (number, ran) in enumerate(used))
