@@ -63,7 +63,7 @@ def check(call: AttentionCall, *, only_shapes: bool = False) -> None:
     if call.attn_mask is not None:
         given.append(("mask", call.attn_mask))
     lines = [f"attention checks: {len(problems)} wrong with this call"]
-    lines += [f"  {name}: {_described(tensor)}" for name, tensor in given]
+    lines += [f"  {name}: {tuple(tensor.shape)} {_name(tensor)} on {tensor.device}" for name, tensor in given]
     lines.append(
         f"  is_causal {call.is_causal}, enable_gqa {call.enable_gqa}; shapes are (batch, heads, length, head_dim)"
     )
@@ -134,10 +134,6 @@ def _mask(call: AttentionCall, mask: torch.Tensor) -> Iterator[tuple[str, str]]:
         yield f"mask {tuple(mask.shape)} cannot be broadcast to {full}", "give each dimension its size or 1"
     if call.is_causal:
         yield "is_causal together with a mask", "put the causal part into the mask, or leave one of them out"
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{tuple(tensor.shape)} {_name(tensor)} on {tensor.device}"
 
 
 def _name(tensor: torch.Tensor) -> str:

@@ -87,13 +87,10 @@ class SageFP8Cuda(sage.SageCuda):
 
 def accumulator(platform: Platform) -> str:
     """What `sageattn` takes for `pv_accum_dtype` on this card: fp32+fp16 from 2.2 on, some builds from CUDA 12.8 on."""
-    if sage.installed(platform).release >= (2, 2) and not (sage.build(platform).asks_cuda and _old_cuda(platform)):
+    old_cuda = sage.build(platform).asks_cuda and meets(platform.cuda or "", "<12.8")
+    if sage.installed(platform).release >= (2, 2) and not old_cuda:
         return "fp32+fp16"
     return "fp32" if platform.architecture == "Blackwell" else "fp32+fp32"
-
-
-def _old_cuda(platform: Platform) -> bool:
-    return meets(platform.cuda or "", "<12.8")
 
 
 BACKENDS = (SageFP8Cuda(),)

@@ -103,7 +103,7 @@ class XlaFlash(Backend):
     first_limits = limits.but(NO_MASK, LongKeys(BLOCK))
 
     def limits_on(self, platform: Platform) -> Limits:
-        return self.limits if _has_segments(platform) else self.first_limits
+        return self.first_limits if package_reason("torch-xla>=2.4", platform) else self.limits
 
     def load(self, platform: Platform) -> Kernel:
         from torch_xla import runtime
@@ -138,10 +138,6 @@ class XlaFlash(Backend):
             return output.masked_fill(visible.any(dim=-1).logical_not()[:, None, None, None], 0.0)
 
         return run
-
-
-def _has_segments(platform: Platform) -> bool:
-    return package_reason("torch-xla>=2.4", platform) is None
 
 
 def _padding(kv_len: int, *, masked: bool) -> int:

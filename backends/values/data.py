@@ -52,20 +52,21 @@ def load_json(
         ConfigError: with line and column; or it is too large, or nested too deeply.
     """
     check_size(text, source, most_bytes)
+    _check_json(text, source, most_entries)
     try:
-        _check_json(text, source, most_entries)
         constant = float if constants else _no_constant
         data = json.loads(text, object_pairs_hook=_once, parse_constant=constant, parse_float=_float, parse_int=_whole)
-        return _checked_texts(data, source)
+        json.dumps(data, ensure_ascii=False).encode()  # JSON's escapes can make half of a character
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{source}: a text with half of a character ({error.reason})") from error
     except json.JSONDecodeError as error:
         message = f"{source}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         raise ConfigError(message) from error
     except RecursionError as error:
         raise ConfigError(f"{source}: nested too deeply") from error
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from error
+    return data
 
 
 def load_yaml(text: str, source: str) -> Any:
@@ -188,25 +189,6 @@ def _whole(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a whole number of {len(text)} digits > {MAX_DIGITS}")
     return int(text)
-
-
-def _checked_texts(data: Any, source: str) -> Any:
-    """The data, if every text is valid UTF-8: JSON escapes can make lone surrogates."""
-    pending = [data]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, str):
-            if not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError as error:
-                    raise ConfigError(f"{source}: a text with half of a character ({error.reason})") from error
-        elif isinstance(value, dict):
-            pending += value.keys()
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return data
 
 
 # YAML

@@ -208,13 +208,11 @@ def build(platform: Platform) -> Build:
     found = BUILDS[max(key for key in BUILDS if key[:2] == ("woct0rdho", release) and key[2] <= post)]
     if int(wheel["cuda"]) >= 128:
         return found
-    attn, fp16, fp8 = (_without_blackwell(cards) for cards in (found.attn, found.fp16_cuda, found.fp8_cuda))
+    # What a compiler before CUDA 12.8 can build.
+    attn, fp16, fp8 = (
+        tuple(card for card in cards if card < (10, 0)) for cards in (found.attn, found.fp16_cuda, found.fp8_cuda)
+    )
     return replace(found, attn=attn, fp16_cuda=fp16, fp8_cuda=fp8)
-
-
-def _without_blackwell(cards: Capabilities) -> Capabilities:
-    """What a compiler before CUDA 12.8 can build."""
-    return tuple(card for card in cards if card < (10, 0))
 
 
 def triton_reasons(platform: Platform) -> list[str]:
@@ -262,16 +260,6 @@ def import_sage2() -> ModuleType:
     if not hasattr(module, SAGE2_ONLY):
         raise ImportError(f"metadata says sageattention 2.x, but {module.__file__} has no {SAGE2_ONLY}")
     return module
-
-
-def check_built(module: ModuleType, flag: str) -> None:
-    """Refuse a build without this kernel.
-
-    Raises:
-        ImportError: `flag` of sageattention.core is false.
-    """
-    if not getattr(module.core, flag, True):
-        raise ImportError(f"sageattention was built without the kernel for this card ({flag} is false)")
 
 
 def supported_kwargs(
@@ -379,7 +367,8 @@ class SageCuda(SageBackend):
         Raises:
             ImportError: with what is wrong.
         """
-        check_built(module, self.flag)
+        if not getattr(module.core, self.flag, True):
+            raise ImportError(f"sageattention was built without the kernel for this card ({self.flag} is false)")
 
     def kernel(self, platform: Platform, **settings: object) -> Kernel:
         """The function with these options as its keyword arguments.
