@@ -113,19 +113,23 @@ def run_hook_call(
         layout, slot = hook_plan.layout, hook_plan.slot
         call = layout.call(query, key, value, mask)
         func = hook_plan.preferred or func
-        hosted = slot.split is None and slot.plan.hosted
-        if owned:
-            call.owned = not hosted or _takes_containers(func)
-        if hook_plan.split_host or (call.owned and not hosted):
-            host = partial(_host_sub_call, func, options=options, kwargs=kwargs)
+        if not owned:
+            if hook_plan.split_host:
+                host = partial(_host_sub_call, func, options=options, kwargs=kwargs)
+            else:
+                host = partial(_host_call, layout, func, query, key, value, given, options, kwargs)
         else:
+            on_host = slot.split is None and slot.plan.hosted
+            call.owned = not on_host or _takes_containers(func)
+            if not on_host:
+                host = partial(_host_sub_call, func, options=options, kwargs=kwargs)
+            else:
+                if call.owned:
+                    query, key, value = container(query), container(key), container(value)
+                host = partial(_host_call, layout, func, query, key, value, given, options, kwargs)
+                call = HostedCall(call, host)  # here, so that no other call references the tensors
             if call.owned:
-                query, key, value = container(query), container(key), container(value)
-            host = partial(_host_call, layout, func, query, key, value, given, options, kwargs)
-            if hosted:
-                call = HostedCall(call, host)
-        if call.owned:
-            del query, key, value  # only the call, or its containers, reference the tensors now
+                del query, key, value  # only the call, or its containers, reference the tensors now
         output = model_call.session.attention(slot, call, mask_plan, host)
     except (OnlyComfyUIError, DifferingTensorsError) as error:  # the second where the kernel compares tensors itself
         if owned and isinstance(error, DifferingTensorsError):
