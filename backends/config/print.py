@@ -39,7 +39,6 @@ def to_json(config: AttentionConfig) -> str:
 
 
 def to_yaml(config: AttentionConfig) -> str:
-    """As YAML."""
     return dump_yaml(to_dict(config))
 
 

@@ -184,7 +184,6 @@ def _texts(fields: Fields, but: str = "") -> None:
 
 
 def _listed(fields: Fields, name: str, required: bool = False) -> list[str]:
-    """A list of texts."""
     texts = fields.items(name, None if required else [])
     if not all(isinstance(text, str) and len(text) <= LONGEST_TEXT for text in texts):
         raise fields.wrong(name, f"expected texts of at most {LONGEST_TEXT} characters")

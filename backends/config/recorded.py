@@ -53,8 +53,6 @@ class ChoiceTimeline:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One sampling run of a record."""
-
     node_id: str
     model: str
     model_calls: int

@@ -27,8 +27,6 @@ class Published(NamedTuple):
 
 
 class System(NamedTuple):
-    """One system and its names."""
-
     id: str
     title: str
     about: str

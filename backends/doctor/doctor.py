@@ -54,7 +54,6 @@ class Cards:
         return "; ".join(words.get(kind, kind.upper()) for kind in self.kinds) or "none"
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data."""
         lists = {"capabilities": self.capabilities, "architectures": self.architectures}
         return {
             "kinds": list(self.kinds),

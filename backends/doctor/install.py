@@ -42,7 +42,6 @@ class Advice(NamedTuple):
 
 
 def running_interpreter() -> Interpreter:
-    """The interpreter that runs this."""
     return Interpreter(
         path=sys.executable or "python",
         python=f"cp{sys.version_info.major}{sys.version_info.minor}",

@@ -35,7 +35,6 @@ def all_routes() -> list[dict[str, Any]]:
 
 
 def row_of(priority: Priority) -> dict[str, Any]:
-    """What a row says of itself."""
     lowest, highest = priority.capabilities or (None, None)
     return {
         "title": priority.title,
@@ -47,7 +46,6 @@ def row_of(priority: Priority) -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The route of one machine, to read."""
     lines = [
         f"Machine: {report['platform']}",
         f"Route:   {report['title']} ({report['evidence']}: {report['source']})",
@@ -63,7 +61,6 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def all_as_text(rows: list[dict[str, Any]]) -> str:
-    """Every row, to read."""
     lines = []
     for row in rows:
         cards = f" {row['capabilities'][0]} to {row['capabilities'][1]}" if row["capabilities"] else ""

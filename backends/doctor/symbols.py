@@ -28,7 +28,6 @@ class Finding:
     """False where there is no trace of the package, which the backend's reasons say already."""
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data."""
         return {"needed": list(self.needed), "missing": list(self.missing), "problem": self.problem or None}
 
     @property

@@ -83,7 +83,6 @@ class Plan:
 
     @property
     def request(self) -> AttentionRequest:
-        """The facts of the calls."""
         return self.kind.request
 
     @property

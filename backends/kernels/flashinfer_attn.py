@@ -216,7 +216,6 @@ class Shapes(NamedTuple):
 
     @classmethod
     def of(cls, call: AttentionCall) -> Shapes:
-        """The shapes of a call."""
         batch, num_heads, q_len, head_dim = call.query.shape
         kv_heads, kv_len = call.key.shape[1:3]
         query = call.query

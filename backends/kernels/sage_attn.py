@@ -150,7 +150,6 @@ def dispatched_kernel(platform: Platform) -> str:
 
 
 def kernel_of(platform: Platform) -> sage.SageBackend:
-    """The backend of that kernel."""
     return cast("sage.SageBackend", find(dispatched_kernel(platform)))
 
 

@@ -61,7 +61,6 @@ class Advisory:
         return asked is not None or any(set(self.backends) & set(priority.lossy) for priority in PRIORITIES)
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as plain data."""
         names = ("title", "what", "kernels", "reason", "evidence", "source")
         lists = {"families": list(self.families), "backends": list(self.backends)}
         return {**lists, **{name: getattr(self, name) for name in names}, "where": self.where.windows()}

@@ -46,7 +46,6 @@ class Finding:
     """`as asked`, `explained`, `unexplained`, `role never called`; `not reached`: no evidence in the run."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The finding as plain data."""
         return {
             "role": self.role,
             "asked": self.asked,

@@ -50,7 +50,6 @@ class Outcome:
         return WORDS[self.kind].format(cause=self.cause)
 
     def as_dict(self) -> dict[str, Any]:
-        """The outcome as plain data."""
         return {"kind": self.kind, "cause": self.cause, "text": self.text}
 
 

@@ -40,8 +40,6 @@ NOTHING.add_times(())
 
 
 class Timeline:
-    """The windows of one run."""
-
     def __init__(self) -> None:
         self.windows: list[Window] = []
         self.model_calls = 0

@@ -62,7 +62,6 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool | None = None) -> bool:
-        """True or false."""
         value = self.data.get(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, f"expected true or false, not {shortened(repr(value), 80)}")
@@ -76,12 +75,10 @@ class Fields:
         return str(value)
 
     def items(self, name: str, default: list[Any] | None = None) -> list[Any]:
-        """A list."""
         value = self.data.get(name, default)
         if not isinstance(value, list):
             raise self.wrong(name, f"expected a list, not {type(value).__name__}")
         return value
 
     def inner(self, name: str, default: Mapping[str, Any] | None = None) -> Fields:
-        """The fields of a mapping."""
         return Fields(self.data.get(name, default), ".".join(filter(None, (self.where, name))), self._error)

@@ -244,7 +244,6 @@ def granularity(platform: Platform) -> str:
 
 
 def scale_of(call: AttentionCall) -> float:
-    """The call's scale as a number."""
     return float(call.query.shape[-1] ** -0.5) if call.scale is None else call.scale
 
 

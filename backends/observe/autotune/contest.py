@@ -241,7 +241,6 @@ class Contest:
         self._end_if_done()
 
     def reject(self, name: str, reason: str) -> None:
-        """Reject a candidate."""
         self.candidate_times[name].out = reason
         self._end_if_done()
 

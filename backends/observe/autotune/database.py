@@ -63,7 +63,6 @@ class Database:
             file.execute(PRUNE)
 
     def clear(self) -> None:
-        """Remove every entry."""
         if self.path.exists():
             with self._opened(write=True) as file:
                 file.execute("DELETE FROM measured")

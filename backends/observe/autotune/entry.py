@@ -86,7 +86,6 @@ class Entry(NamedTuple):
 
 
 def document(entries: Iterable[Entry]) -> dict[str, Any]:
-    """A document that holds these entries."""
     return {"format": FORMAT, "version": VERSION, "entries": [entry.as_dict() for entry in entries]}
 
 
@@ -147,7 +146,6 @@ def read(data: object) -> Entry:
 
 
 def _of_backends(fields: Fields, read_one: Callable[[Fields, str], Value]) -> dict[str, Value]:
-    """A value for each backend."""
     names = list(fields.data)
     if len(names) > MOST_NAMES or not all(isinstance(name, str) and len(name) <= LONGEST_TEXT for name in names):
         raise fields.wrong("", f"expected at most {MOST_NAMES} names of backends")

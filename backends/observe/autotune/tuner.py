@@ -215,14 +215,12 @@ class Tuner(Chooser, Observer):
         return min((self.steps - FIRST_STEP + 1) / (LAST_STEP - FIRST_STEP + 1), 1.0)
 
     def record_time(self, contest: Contest, name: str, ms: float) -> None:
-        """Record the milliseconds of a timed call."""
         with self.store.lock:
             if contest.is_open:
                 contest.record_time(name, ms)
                 self._keep_outcome(contest)
 
     def reject(self, contest: Contest, name: str, reason: str) -> None:
-        """Reject a candidate."""
         log.info("autotune: %s is out for %s: %s", name, contest.request.describe(), reason)
         with self.store.lock:
             contest.untimed(name)

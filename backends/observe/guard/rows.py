@@ -66,7 +66,6 @@ class SampledRows(NamedTuple):
 
     @classmethod
     def draw(cls, call: AttentionCall, source: random.Random) -> SampledRows:
-        """Draw the indices for one call."""
         step = -(-call.query.shape[0] // MOST_SAMPLES)
         samples = slice(source.randrange(step) if step > 1 else 0, None, step)
         return cls(samples, spread(call.query.shape[2], source), spread(call.key.shape[2], source))
