@@ -166,7 +166,7 @@ class Router:
             try:
                 self._varlen[key] = load(self.platform, **options)
             except Exception as error:  # a build without it is no reason against the backend
-                log.info("%s has no kernel over packed tokens here: %s: %s", backend_id, type(error).__name__, error)
+                log.info("%s has no varlen kernel here: %s: %s", backend_id, type(error).__name__, error)
                 self._varlen[key] = None
         return self._varlen[key]
 

@@ -132,8 +132,8 @@ class Session:
         except Exception as error:
             reraise_if_fatal(plan, error)
             text = (
-                f"{plan.decision.backend}: its packed call failed ({type(error).__name__}: {error}); a call for each "
-                "part runs instead"
+                f"{plan.decision.backend}: its varlen call failed ({type(error).__name__}: {error}); its sub-calls "
+                "run instead"
             )
             if self.run_report.note(text):
                 log.warning("%s", text)
@@ -326,7 +326,7 @@ class Session:
                 self._replace_failed(slot, error)
                 if call.query is None:  # an owned call whose kernel has freed its tensors
                     if isinstance(error, KernelOutputError):
-                        raise KernelOutputError(f"{error}; no other kernel can run it: its tensors were given up")
+                        raise KernelOutputError(f"{error}; no other kernel can run it: its tensors were freed")
                     raise error
             try:
                 return slot.plan.compute(hosted(call, host) if slot.plan.hosted else call)

@@ -124,7 +124,7 @@ def _varlen(session: Session, mask_plan: MaskPlan, call: AttentionCall, slots: l
 
 
 def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
-    """Whether the packed call exceeds the limits of varlen; each sequence's own request was accepted before."""
+    """Whether the varlen call exceeds the limits of varlen; each sequence's own request was accepted before."""
     whole = requests[0]._replace(
         batch=1,
         q_len=sum(each.batch * each.q_len for each in requests),

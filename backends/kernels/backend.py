@@ -105,7 +105,7 @@ class Backend:
     holds_scores: ClassVar[bool] = False
     """It keeps the whole matrix of scores in memory: `workspace_bytes` then decides where it may run at all."""
     varlen: ClassVar[bool] = False
-    """It has a kernel over packed tokens too: sequences of different lengths in one call (`load_varlen`)."""
+    """It has a varlen kernel too: packed sequences of different lengths in one call (`load_varlen`)."""
     lse: ClassVar[bool] = False
     """It can give the log-sum-exp with the output (`load_lse`)."""
 
@@ -209,7 +209,7 @@ class Backend:
         return self.limits_on(platform) if self.varlen else None
 
     def load_varlen(self, platform: Platform) -> VarlenKernel:
-        """Import the kernel over packed tokens; asked only after `load`, with the same options.
+        """Import the varlen kernel; called only after `load`, with the same options.
 
         Raises:
             Exception: what the package raises; then one call runs for each sequence.

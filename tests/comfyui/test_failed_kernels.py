@@ -352,7 +352,7 @@ def test_a_wrong_output_for_tensors_that_nobody_else_holds(monkeypatch: pytest.M
     ours = override("sdpa_math")
     run = sampling.Run(ours)
     if gives_up:
-        words = r"returned \(1, 2, 9, 16\) float32 on cpu, not \(2, 2, 9, 16\).*given up"
+        words = r"returned \(1, 2, 9, 16\) float32 on cpu, not \(2, 2, 9, 16\).*freed"
         with pytest.raises(KernelOutputError, match=words):
             hook(machine, ours, owned=True, run=run)
         assert machine.ran == ["sdpa_math"]

@@ -1,4 +1,4 @@
-"""Calls over packed tokens: sequences of different lengths in one call (varlen).
+"""Varlen calls: packed sequences of different lengths in one call.
 
 A mask that leaves samples different keys, or blocks of queries their own ones, becomes several calls without a mask
 (`engine/mask_reader.py`). A backend with a varlen kernel runs them as one. Layout THD: (tokens of all sequences, heads,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VarlenCall:
-    """What a kernel for packed tokens receives. No sequence is without queries or keys; there is no mask."""
+    """The argument of a varlen kernel. Every sequence has queries and keys; there is no mask."""
 
     query: torch.Tensor
     """(q_tokens, num_heads, head_dim), float16 or bfloat16, the last dimension contiguous."""
@@ -86,7 +86,7 @@ def _taken(tensor: torch.Tensor, keys: torch.Tensor | slice) -> torch.Tensor:
 
 
 def unpack(output: torch.Tensor, call: AttentionCall, plan: MaskPlan) -> torch.Tensor:
-    """The output of a packed call as (batch, num_heads, q_len, v_head_dim); zeros for what had no keys."""
+    """The output of a varlen call as (batch, num_heads, q_len, v_head_dim); zeros for what had no keys."""
     batch, heads, q_len, _ = call.query.shape
     sequences = _sequences(call, plan)
     if _covers(call, sequences):
@@ -101,7 +101,7 @@ def unpack(output: torch.Tensor, call: AttentionCall, plan: MaskPlan) -> torch.T
 
 
 def as_kernel(kernel: VarlenKernel) -> Kernel:
-    """A kernel for a `SplitCall`, from one for packed tokens."""
+    """A kernel for a `SplitCall`, from a varlen kernel."""
 
     def run(call: AttentionCall) -> torch.Tensor:
         if not isinstance(call, SplitCall):
@@ -133,7 +133,7 @@ def _covers(call: AttentionCall, sequences: Sequence[_Sequence]) -> bool:
 
 
 def packs(plan: MaskPlan) -> bool:
-    """Whether the parts of a mask can be one packed call: several of them, none with a mask left."""
+    """Whether the parts of a mask can be one varlen call: several of them, none with a mask left."""
     some = [part for part in plan.sub_calls if part.keys is not None]
     return plan.strategy in ("per sample", "per block") and all(
         part.mask is None and not part.is_causal for part in some

@@ -221,7 +221,7 @@ class Tuner(Chooser, Observer):
                 self._keep_outcome(contest)
 
     def reject(self, contest: Contest, name: str, reason: str) -> None:
-        log.info("autotune: %s is out for %s: %s", name, contest.request.describe(), reason)
+        log.info("autotune: %s is rejected for %s: %s", name, contest.request.describe(), reason)
         with self.store.lock:
             contest.untimed(name)
             if contest.is_open:
