@@ -12,12 +12,12 @@ environment variables, the platform's priorities. Importing this module does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
-from .calls import router_for, run_attention
+from .calls import attention, router_for
 from .config import AttentionConfig
 from .config.layers import settings_of
 from .config.names import AUTO, AUTOTUNE
@@ -39,93 +39,6 @@ __all__ = [
     "force_backend",
     "read_environment",
 ]
-
-
-@overload
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    backend: object = None,
-    role: str = "self",
-    layout: str = "BHSD",
-    return_lse: Literal[False] = False,
-) -> torch.Tensor: ...
-
-
-@overload
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    backend: object = None,
-    role: str = "self",
-    layout: str = "BHSD",
-    return_lse: Literal[True],
-) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    backend: object = None,
-    role: str = "self",
-    layout: str = "BHSD",
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention on the configured backend.
-
-    Args:
-        query: (batch, num_heads, q_len, head_dim), or with layout BSHD (batch, q_len, num_heads, head_dim).
-        key, value: the same with num_kv_heads and kv_len; all on one device, in one dtype.
-        attn_mask: (batch, num_heads, q_len, kv_len), any of them 1 to broadcast, or (q_len or 1, kv_len), or
-            (kv_len,); boolean (True: visible), or numbers, integers too, that are added to the scores. Only `reference`
-            accepts one with `is_causal`.
-        scale: factor of the scores; None: head_dim ** -0.5.
-        enable_gqa: several query heads share one key head.
-        backend: for this call, above the blocks around it and below `force_backend`: a name, or a configuration in any
-            form that `config.text.parse_config` reads.
-        role: `self`, `cross`, `joint`, or a dotted name such as `ltx2.audio_to_video`; selects per-role entries.
-        return_lse: return the log-sum-exp of each row too, from a backend that has it. The mask is passed unchanged.
-
-    Returns:
-        A tensor like `query`, in the same layout, with the head size of `value`. With `return_lse` a pair: that, and
-        the log-sum-exp of scaled and masked scores: natural logarithm, float32, (batch, num_heads, q_len) in either
-        layout, -inf for a row without a visible key, without gradient. `engine/merge.py` merges such pairs.
-
-    Raises:
-        NoBackendError: strict and the named backend cannot run this call, or every backend failed.
-        CheckError: the layout is unknown or the shapes do not fit together; with checks on, also dtypes, devices or the
-            mask.
-
-    A mask that only hides keys may be read and replaced by fewer keys: on the CPU at every call; on an accelerator,
-    where reading synchronises, only for a named backend that refuses the mask and accepts the call without it. Else the
-    mask is passed unchanged.
-
-    `torch.compile` breaks the graph here: the configuration may differ when the graph runs.
-    """
-    import torch
-
-    run: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = run_attention
-    if torch.compiler.is_compiling():
-        run = torch.compiler.disable(run_attention)  # type: ignore[no-untyped-call]
-    return run(query, key, value, attn_mask, is_causal, scale, enable_gqa, backend, role, layout, return_lse)
 
 
 @contextmanager

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 from .config import AttentionConfig
 from .config.layers import resolve
@@ -66,20 +67,93 @@ def category_of(role: str) -> str:
     return "cross" if "cross" in role or "_to_" in role else "self"
 
 
-def run_attention(
+@overload
+def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    backend: object,
-    role: str,
-    layout: str,
-    return_lse: bool,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: object = None,
+    role: str = "self",
+    layout: str = "BHSD",
+    return_lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: object = None,
+    role: str = "self",
+    layout: str = "BHSD",
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: object = None,
+    role: str = "self",
+    layout: str = "BHSD",
+    return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention` outside of graphs: the path of every call."""
+    """Scaled dot-product attention on the configured backend.
+
+    Args:
+        query: (batch, num_heads, q_len, head_dim), or with layout BSHD (batch, q_len, num_heads, head_dim).
+        key, value: the same with num_kv_heads and kv_len; all on one device, in one dtype.
+        attn_mask: (batch, num_heads, q_len, kv_len), any of them 1 to broadcast, or (q_len or 1, kv_len), or
+            (kv_len,); boolean (True: visible), or numbers, integers too, that are added to the scores. Only `reference`
+            accepts one with `is_causal`.
+        scale: factor of the scores; None: head_dim ** -0.5.
+        enable_gqa: several query heads share one key head.
+        backend: for this call, above the blocks around it and below `force_backend`: a name, or a configuration in any
+            form that `config.text.parse_config` reads.
+        role: `self`, `cross`, `joint`, or a dotted name such as `ltx2.audio_to_video`; selects per-role entries.
+        return_lse: return the log-sum-exp of each row too, from a backend that has it. The mask is passed unchanged.
+
+    Returns:
+        A tensor like `query`, in the same layout, with the head size of `value`. With `return_lse` a pair: that, and
+        the log-sum-exp of scaled and masked scores: natural logarithm, float32, (batch, num_heads, q_len) in either
+        layout, -inf for a row without a visible key, without gradient. `engine/merge.py` merges such pairs.
+
+    Raises:
+        NoBackendError: strict and the named backend cannot run this call, or every backend failed.
+        CheckError: the layout is unknown or the shapes do not fit together; with checks on, also dtypes, devices or the
+            mask.
+
+    A mask that only hides keys may be read and replaced by fewer keys: on the CPU at every call; on an accelerator,
+    where reading synchronises, only for a named backend that refuses the mask and accepts the call without it. Else the
+    mask is passed unchanged.
+
+    `torch.compile` breaks the graph here: the configuration may differ when the graph runs.
+    """
+    import torch
+
+    if torch.compiler.is_compiling():
+        outside_the_graph: Callable[..., torch.Tensor] = torch.compiler.disable(attention)  # type: ignore[no-untyped-call]
+        return outside_the_graph(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            backend=backend, role=role, layout=layout, return_lse=return_lse,
+        )  # fmt: skip
     if backend is not None and not isinstance(backend, (str, AttentionConfig)):
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
     context = current()
