@@ -221,7 +221,7 @@ def _doctor_text(
     for row in rows:
         details = [", ".join(filter(None, (row.version, row.file)))] if row.available else list(row.reasons)
         if row.probed and row.probed.status != "unavailable":
-            details.append(f"probed: {row.probed.words}")
+            details.append(f"probed: {row.probed.summary}")
         state = "yes" if row.available else "no "
         lines.append(f"{row.id:{width}}  {row.accuracy:9}  {state}  {'; '.join(filter(None, details))}".rstrip())
         if everything:

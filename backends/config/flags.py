@@ -1,6 +1,6 @@
 """Parses command lines, flags and `name=value` pairs to a nested mapping.
 
-`words.py` splits them; `mapping.py` reads the mapping.
+`tokens.py` splits them; `mapping.py` reads the mapping.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..values.data import MAX_DEPTH
 from ..values.errors import ConfigError
-from .words import at_commas, scalar, with_assignments, words_of
+from .tokens import at_commas, scalar, with_assignments, words_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
 """vLLM-Omni's structured configuration."""

@@ -12,7 +12,7 @@ from . import AttentionConfig, AttentionSpec
 from .foreign_options import BESIDE_BACKEND
 from .mapping import SPEC_FIELDS
 from .schedule_forms import entry_to_dict
-from .words import scalar
+from .tokens import scalar
 
 _PLAIN_ROLE = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 _PLAIN_VALUE = re.compile(r"[\w.+/:-]+", re.ASCII)

@@ -94,7 +94,7 @@ class Timetable:
         self.all: Entries = frozenset(range(len(self._entries)))
         self.timed = self._always != self.all
         """Whether any entry has a time window."""
-        self.held: set[int] = set()
+        self.was_active: set[int] = set()
         self.used: set[int] = set()
         """Two sets of entries: active at a model call so far; matched by at least one call."""
         self._doubtful: list[int] = []
@@ -110,7 +110,7 @@ class Timetable:
             step: of the sampler; None: derived from `sigma`.
         """
         active = self._active(sigma, step)
-        self.held |= active
+        self.was_active |= active
         return active
 
     def _active(self, sigma: float | None, step: int | None) -> Entries:
@@ -223,7 +223,7 @@ class Timetable:
 
     def continue_from(self, before: Timetable) -> None:
         """Take over the records of another sampler's timetable of the same run."""
-        self.held, self.used = before.held, before.used
+        self.was_active, self.used = before.was_active, before.used
         self._doubtful, self._divided = before._doubtful, before._divided
 
     def remarks(self) -> list[str]:
@@ -248,7 +248,7 @@ class Timetable:
                 continue
             if placed.recommended:
                 notes.append(f"{placed.source}: no call of this run was concerned")
-            elif number not in self.held:
+            elif number not in self.was_active:
                 had = f"it had {self.count} steps, sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}" if self.count \
                     else "no sampler ran"  # fmt: skip
                 notes.append(f"{placed.source} never held in this run: {had}")

@@ -182,7 +182,7 @@ def _names(backend: Backend, platform: Platform, probed: Outcome | None) -> Find
     if isinstance(backend, BackendGroup) or backend.origin(platform):
         return Finding()  # members of a group have their own rows; code from the Hub was loaded from there
     if probed is not None and probed.status in ("crashed", "hung"):
-        return symbols.without_import(backend, platform, f"not looked for: a probe {probed.words}")
+        return symbols.without_import(backend, platform, f"not looked for: a probe {probed.summary}")
     return symbols.find(backend, platform)
 
 

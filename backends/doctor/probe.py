@@ -106,7 +106,7 @@ def child(arguments: list[str]) -> int:
         outcome = judge(backend_id, platform, _backends(source[0] if source else ""), file)
     _write(file, asdict(outcome))
     if outcome.status != "ok":
-        print(outcome.words, file=sys.stderr)
+        print(outcome.summary, file=sys.stderr)
     with contextlib.suppress(Exception):  # a package may have put anything there
         sys.stderr.flush()
     # Libraries that crash while Python shuts down are no fault of the kernel's.

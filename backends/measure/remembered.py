@@ -50,7 +50,7 @@ class Outcome:
     """Last lines of the process's stderr."""
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
         """`ok (relative L2 5.1e-04, first call 12 ms)`, `crashed (signal 11 (SIGSEGV) while running)`."""
         if self.status == "ok" and self.relative_l2 is not None and self.ms is not None:
             return f"ok (relative L2 {self.relative_l2:.1e}, first call {self.ms:.0f} ms)"
@@ -63,7 +63,7 @@ def refusal(backend_id: str, platform: Platform) -> str | None:
     if outcome is None or outcome.status == "ok":
         return None
     return (
-        f"a probe in this environment {outcome.words}; after a repair run doctor --probe {backend_id} "
+        f"a probe in this environment {outcome.summary}; after a repair run doctor --probe {backend_id} "
         f"or doctor --forget {backend_id}, and start anew"
     )
 

@@ -167,7 +167,7 @@ class Run:
         timetables = [timetable for _, timetable in self._timetables.values()]
         if timetables:
             for other in timetables[1:]:  # copies of the model on other devices
-                timetables[0].held |= other.held
+                timetables[0].was_active |= other.was_active
                 timetables[0].used |= other.used
             for text in timetables[0].unused(self.run_report.categories):
                 self.note(text)

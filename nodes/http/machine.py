@@ -97,7 +97,7 @@ def as_dict(row: Row) -> dict[str, Any]:
         "reasons": clean(row.reasons),
         "version": row.version,
         "cards": row.cards.text,
-        "probed": without_paths(row.probed.words) if row.probed else None,
+        "probed": without_paths(row.probed.summary) if row.probed else None,
         "install": None if advice is None else {"kind": advice.kind, "text": advice.text, "note": advice.note},
     }
 

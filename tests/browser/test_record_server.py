@@ -163,7 +163,7 @@ def test_two_branches_and_a_sampler_without_a_node_of_ours(server: Server, snaps
     for picture, sampler, backend in ((workflow.saved, workflow.sampler, "sdpa_math"), (saved, other, "emulated_int8")):
         own = load(files(server, shown, picture)[0]).run_of(sampler[0])
         assert own.node_id == sampler[0]
-        assert {choice.asked for held in own.held for choice in held.choices} == {backend}
+        assert {choice.asked for timeline in own.timelines for choice in timeline.choices} == {backend}
     told = json.loads(shown[text[0]]["text"][0])
     assert told["runs"] == []
     (missing,) = told["not_recorded"]
@@ -206,5 +206,5 @@ def test_the_front_end_connects_it_and_its_pictures_have_the_record(
             page.wait_for_timeout(200)
         page.wait_for_timeout(300)  # until it is written
     (picture,) = found
-    assert load(picture).run_of(workflow.sampler[0]).held[0].choices[0].asked == "sdpa_math"
+    assert load(picture).run_of(workflow.sampler[0]).timelines[0].choices[0].asked == "sdpa_math"
     assert {"workflow", "prompt"} <= set(texts_of(picture))

@@ -293,7 +293,7 @@ def test_remembered_probes(tmp_path: Path) -> None:
         found = only((), lambda file=file: remembered._outcomes(file), path)  # type: ignore[misc]
         assert file.exists() or (found == {} and file.with_name(f"{file.name}.damaged").exists())
         for outcome in found.values():
-            assert outcome.words
+            assert outcome.summary
 
 
 def test_settings_of_the_machine(tmp_path: Path) -> None:

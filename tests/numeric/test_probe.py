@@ -445,7 +445,7 @@ def test_only_what_the_machine_has_is_run_and_it_is_remembered_at_once(snapshot:
     remembered._outcomes.cache_clear()
     assert remembered.recall("good", router.platform) == Outcome("ok", "", 1e-4, 3.0)
     found = probe_all(router, ("needs", "raises"), runs, said.append)
-    assert {name: outcome.words for name, outcome in found.items()} == snapshot
+    assert {name: outcome.summary for name, outcome in found.items()} == snapshot
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from attention_backends.backends.config.names import RefusedBackendError, UnknownBackendError
 from attention_backends.backends.config.print import to_dict
 from attention_backends.backends.config.text import parse_config, parse_extra
-from attention_backends.backends.config.words import scalar, words_of
+from attention_backends.backends.config.tokens import scalar, words_of
 from attention_backends.backends.values.errors import ConfigError
 from syrupy.assertion import SnapshotAssertion
 

@@ -43,7 +43,7 @@ class RecordedKind(NamedTuple):
     request: AttentionRequest
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     kind: RecordedKind
     window: Hashable
     """The active schedule entries and the record's segment when the call was planned."""
@@ -62,9 +62,9 @@ class RunRecorder(Observer):
         self._model_call = 1
         self._router: Router | None = None
         self._windows: list[tuple[int, Hashable]] = []
-        self._events: dict[_Place, list[tuple[int, KernelUsed]]] = {}
-        self._slots: dict[int, tuple[Slot, _Place]] = {}
-        self._now: dict[_Place, dict[int, KernelUsed]] = {}
+        self._events: dict[_Location, list[tuple[int, KernelUsed]]] = {}
+        self._slots: dict[int, tuple[Slot, _Location]] = {}
+        self._now: dict[_Location, dict[int, KernelUsed]] = {}
         """Kernel of each slot by role and block: several where a block has several modules of one role."""
 
     def begin_model_call(self, number: int, window: Hashable) -> None:
@@ -77,29 +77,29 @@ class RunRecorder(Observer):
         """Record the first plan of a slot."""
         window = self._windows[-1][1] if self._windows else None
         kind = slot.plan.kind
-        place = _Place(RecordedKind(kind.role, kind.block, kind.request), window)
-        self._slots[id(slot)] = slot, place
+        location = _Location(RecordedKind(kind.role, kind.block, kind.request), window)
+        self._slots[id(slot)] = slot, location
         self.categories[kind.role] = kind.category
         if router is not self._router:
             self._router = router
             self.platforms[router.platform] = None
-        self._note(slot, place, router)
+        self._note(slot, location, router)
 
     def changed(self, slot: Slot, router: Router) -> None:
         """Record that a slot has another plan from this model call on."""
-        _, place = self._slots.get(id(slot), (slot, None))
-        if place is None:
+        _, location = self._slots.get(id(slot), (slot, None))
+        if location is None:
             return  # planned before this recorder existed
-        before = self._now[place][id(slot)]
-        self._note(slot, place, router)
-        after = self._now[place][id(slot)]
+        before = self._now[location][id(slot)]
+        self._note(slot, location, router)
+        after = self._now[location][id(slot)]
         if after.same_kernel(before):  # the same kernel again
             return
-        where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
+        where = " ".join(filter(None, ("role", location.kind.role, location.kind.block)))
         why = f" ({after.reason})" if after.reason else ""
         self.changes[f"{where}: {before.backend} -> {after.backend} from model call {self._model_call} on{why}"] = None
 
-    def _note(self, slot: Slot, place: _Place, router: Router) -> None:
+    def _note(self, slot: Slot, location: _Location, router: Router) -> None:
         plan, decision = slot.plan, slot.plan.decision
         backend = router.backends[decision.backend]
         host = plan.function if backend.hosted else None
@@ -112,16 +112,16 @@ class RunRecorder(Observer):
             decision.asked,
             plan.row.reason,
         )
-        now = self._now.setdefault(place, {})
+        now = self._now.setdefault(location, {})
         if now.get(id(slot)) == ran:
             return
         now[id(slot)] = ran
-        events = self._events.setdefault(place, [])
+        events = self._events.setdefault(location, [])
         if not events or events[-1][1] != ran:
             events.append((self._model_call, ran))
         # A copy: threads of other devices add to it.
         if len(now) > 1 and any(not ran.same_kernel(other) for other in tuple(now.values())):
-            where = " ".join(filter(None, ("role", place.kind.role, place.kind.block)))
+            where = " ".join(filter(None, ("role", location.kind.role, location.kind.block)))
             self.not_repeated[f"{where}: from model call {self._model_call} on, equal calls ran different kernels"] = (
                 None
             )
@@ -133,7 +133,7 @@ class RunRecorder(Observer):
         for kind in kinds:
             used: list[tuple[int, KernelUsed]] = []
             for (first, window), (end, _) in zip(starts, [*starts[1:], (1 << 62, None)], strict=True):
-                events = self._events.get(_Place(kind, window), [])
+                events = self._events.get(_Location(kind, window), [])
                 before = [ran for number, ran in events if number <= first]
                 in_window = [(first, before[-1])] if before else []
                 in_window += [(number, ran) for number, ran in events if first < number < end]
