@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from ..backends.doctor.bench import Case
+from .bench import Case
 from .bench_report import SDPA, BenchReport, ranking, ratio
 from .bench_tables import times
 from .canvas import ALARM, DARK, GREY, MARGIN, box, new_figure

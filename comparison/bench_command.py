@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from ..backends.config.names import COMFY
 from ..backends.kernels import BACKENDS
 from ..backends.kernels.backend import Backend
-from ..backends.measure.presets import MASK_KINDS, PRESETS
 from .command import Progress, make_folder
 from .metrics import need
+from .presets import MASK_KINDS, PRESETS
 from .report import ComparisonError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, program: str) -> int:
         import torch
     except ImportError as error:
         raise ComparisonError(f"a benchmark needs torch, which cannot be imported here: {error}") from error
-    from ..backends.doctor.bench import INTERRUPTED
+    from .bench import INTERRUPTED
     from .bench_chart import draw_benchmark
     from .bench_run import Asked, measure
     from .bench_tables import console, markdown

@@ -1,6 +1,6 @@
 """What a kernel benchmark found: ranks, ratios, each row in words, and JSON.
 
-Boundary: numbers and words; what is measured and how is in `backends/doctor/bench.py`, tables are in `bench_tables.py`.
+Boundary: numbers and words; what is measured and how is in `bench.py`, tables are in `bench_tables.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..backends.config.names import COMFY
-from ..backends.doctor.bench import TIMED, WARM_UP, Case, KernelResult
 from ..backends.engine.priorities import LAST_RESORT
+from .bench import TIMED, WARM_UP, Case, KernelResult
 from .tables import ROUNDING
 
 SDPA, CUDNN = LAST_RESORT, "cudnn_attn"

@@ -1,6 +1,6 @@
 """One run of the kernel benchmark, from names and numbers to a report; for the command line and for the node.
 
-Boundary: it reads what was asked for and hands it to `backends/doctor/bench.py`; it writes no file.
+Boundary: it reads what was asked for and hands it to `bench.py`; it writes no file.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..backends.config.names import COMFY
-from ..backends.doctor.bench import Progress, make_cases, run_cases
 from ..backends.engine.router import Router
 from ..backends.measure import environment
-from ..backends.measure.bench_inputs import device_of
-from ..backends.measure.presets import MASK_KINDS, parse_presets
 from ..backends.values.request import Host
+from .bench import Progress, make_cases, run_cases
 from .bench_command import named_only
+from .bench_inputs import device_of
 from .bench_report import CUDNN, SDPA, BenchReport
 from .contenders import parse_backends
+from .presets import MASK_KINDS, parse_presets
 from .report import ComparisonError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..backends.doctor.bench import TIMED, WARM_UP, Case, KernelResult
+from .bench import TIMED, WARM_UP, Case, KernelResult
 from .bench_report import CUDNN, SDPA, BenchReport, blanks, notes, overlap, ranking, ratio, result, subject
 from .tables import ROUNDING
 

@@ -15,13 +15,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends.measure.presets import PRESETS, Preset, parse_presets
 from ..backends.observe.autotune.entry import MOST_BYTES, MOST_VALUES
 from ..backends.observe.autotune.store import VARIABLE, Store, default_path
 from ..backends.values.bounded import read_file
 from ..backends.values.data import load_json
 from ..backends.values.tolerance import ACCURACY
 from .command import Progress
+from .presets import PRESETS, Preset, parse_presets
 from .report import ComparisonError
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def _measure(options: argparse.Namespace, store: Store) -> tuple[list[dict[str, 
         import torch
     except ImportError as error:
         raise ComparisonError(f"measuring needs torch, which cannot be imported here: {error}") from error
-    from ..backends.measure.bench_inputs import device_of
     from ..backends.values.faults import KernelFaultError
+    from .bench_inputs import device_of
     from .contenders import router_for
 
     dtype = DTYPES.get(options.dtype, options.dtype)
@@ -176,10 +176,10 @@ def measure(
     from ..backends.config.names import AUTOTUNE
     from ..backends.engine.plan import CallKind
     from ..backends.engine.session import Session
-    from ..backends.measure.bench_inputs import random_call
     from ..backends.observe import observe
     from ..backends.observe.autotune.tuner import Tuner
     from ..backends.values.faults import is_out_of_memory
+    from .bench_inputs import random_call
 
     config = AttentionConfig(AttentionSpec(AUTOTUNE), accuracy=accuracy, source="tune")
     session = observe(Session(router, (config,)))

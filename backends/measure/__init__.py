@@ -1,1 +1,1 @@
-"""Measuring: exact rows and errors, device clocks, benchmark inputs and presets, environments, stored probe results."""
+"""Measuring: exact rows and errors, device clocks, environments, stored probe results."""

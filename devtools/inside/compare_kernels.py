@@ -1,10 +1,10 @@
 """Compares the kernels that run here on plain tensors and prints the table (run through with_package.py)."""
 
-from attention_backends.backends.doctor.bench import TIMED, Case, run_cases
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels.registry import detect
-from attention_backends.backends.measure.bench_inputs import device_of
 from attention_backends.backends.values.request import AttentionRequest
+from attention_backends.comparison.bench import TIMED, Case, run_cases
+from attention_backends.comparison.bench_inputs import device_of
 
 
 def compare_kernels() -> str:

@@ -11,14 +11,14 @@ import torch
 from comfy.ldm.modules import attention
 from comfy_api.latest import io, ui
 
-from ...backends.measure.bench_inputs import LARGEST_CACHE
-from ...backends.measure.presets import PRESETS, largest, parse_presets
 from ...backends.values.request import AttentionCall
 from ...comparison import picture
 from ...comparison.bench_chart import draw_benchmark
+from ...comparison.bench_inputs import LARGEST_CACHE
 from ...comparison.bench_run import DTYPES, MASKS, MOST_TOKENS, Asked, measure
 from ...comparison.bench_tables import console
 from ...comparison.contenders import parse_backends
+from ...comparison.presets import PRESETS, largest, parse_presets
 from ..configure.selector import CATEGORY
 from ..hook.hook_calls import run_comfy
 from ..hook.run import router_for

@@ -133,8 +133,8 @@ def test_the_progress_bar_goes_from_backend_to_backend(node: Any, monkeypatch: p
 def test_every_function_of_comfyui_gives_the_right_result(
     node: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attention_backends.backends.measure.bench_inputs import random_call
     from attention_backends.backends.values.request import AttentionRequest
+    from attention_backends.comparison.bench_inputs import random_call
 
     monkeypatch.setattr(node.attention, "optimized_attention", getattr(node.attention, name))
     call = random_call(AttentionRequest(1, 4, 40, 48, 16, "float32", mask=kind), torch.device("cpu"), 0)

@@ -17,23 +17,30 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import broken_backends as broken  # noqa: E402
-from attention_backends.backends.doctor import bench  # noqa: E402
-from attention_backends.backends.doctor.bench import Case, make_cases, run_cases  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
-from attention_backends.backends.measure import bench_inputs, device_clock, error  # noqa: E402
-from attention_backends.backends.measure.bench_inputs import make_inputs  # noqa: E402
+from attention_backends.backends.kernels.support.workspace import lacking_memory  # noqa: E402
+from attention_backends.backends.measure import device_clock, error  # noqa: E402
 from attention_backends.backends.measure.error import exact_rows  # noqa: E402
-from attention_backends.backends.measure.presets import PRESETS, parse_presets  # noqa: E402
 from attention_backends.backends.values.limits import NO_MASK, Dtypes  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
-from attention_backends.comparison import bench_command, bench_report, bench_run, bench_tables  # noqa: E402
+from attention_backends.comparison import (  # noqa: E402
+    bench,
+    bench_command,
+    bench_inputs,
+    bench_report,
+    bench_run,
+    bench_tables,
+)
+from attention_backends.comparison.bench import Case, make_cases, run_cases  # noqa: E402
+from attention_backends.comparison.bench_inputs import make_inputs  # noqa: E402
 from attention_backends.comparison.bench_run import Asked, choose_backends, measure  # noqa: E402
+from attention_backends.comparison.presets import PRESETS, parse_presets  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -336,8 +343,8 @@ def test_scores_beyond_the_memory_of_a_computer_are_refused(snapshot: SnapshotAs
     needed, above, _ = case.rows[0].status.partition(" > ")
     assert above
     assert needed == snapshot
-    assert bench_inputs.lacking_memory(BACKENDS["torch_sdpa"], huge, Platform("cpu")) is None
-    assert bench_inputs.lacking_memory(BACKENDS["sdpa_math"], SMALL, Platform("cpu")) is None
+    assert lacking_memory(BACKENDS["torch_sdpa"], huge, Platform("cpu")) is None
+    assert lacking_memory(BACKENDS["sdpa_math"], SMALL, Platform("cpu")) is None
 
 
 def test_without_names_all_that_run_here_are_taken() -> None:

@@ -17,10 +17,10 @@ from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure import device_clock  # noqa: E402
-from attention_backends.backends.measure.bench_inputs import device_of  # noqa: E402
 from attention_backends.backends.values import devices, platform  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402
+from attention_backends.comparison.bench_inputs import device_of  # noqa: E402
 from conftest import ROOT  # noqa: E402
 from fakes import torch_npu, torch_xla  # noqa: E402
 
@@ -143,7 +143,7 @@ def test_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_times_and_who_probes_wait_alike() -> None:
-    from attention_backends.backends.doctor import bench
+    from attention_backends.comparison import bench
 
     assert bench.timed is problems.timed is device_clock.timed
     assert device_clock.synchronise is devices.synchronise

@@ -15,11 +15,11 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES  # noqa: E402
 from attention_backends.backends.engine.router import NOTHING_MEASURES, Router  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
-from attention_backends.backends.measure.presets import PRESETS  # noqa: E402
 from attention_backends.backends.observe.autotune import tuner  # noqa: E402
 from attention_backends.backends.observe.autotune.store import VARIABLE, Store  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402
+from attention_backends.comparison.presets import PRESETS  # noqa: E402
 from attention_backends.comparison.tune_command import ROLES  # noqa: E402
 from measured_entries import some  # noqa: E402
 from measured_machines import Clock, Costed  # noqa: E402

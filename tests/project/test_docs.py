@@ -15,7 +15,7 @@ from attention_backends import cli
 from attention_backends.backends.config.names import canonical
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES, parse_config
 from attention_backends.backends.kernels.registry import looked_for
-from attention_backends.backends.measure.presets import parse_presets
+from attention_backends.comparison.presets import parse_presets
 from attention_backends.devtools.commands import HELP
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,9 @@ call: no tensor is looked at.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -80,3 +82,21 @@ def rounded_bytes(request: AttentionRequest) -> int:
 def extra_bytes(backend: Backend, request: AttentionRequest, platform: Platform) -> int:
     """What one call of `backend` takes beyond its tensors."""
     return backend.workspace_bytes(request, platform)
+
+
+def lacking_memory(backend: Backend, request: AttentionRequest, platform: Platform) -> str | None:
+    """The reason if a backend's scores exceed the computer's free memory; None if they fit or it is unknown.
+
+    Only for the CPU, where the system kills the process instead of raising an error.
+    """
+    if platform.kind != "cpu" or not backend.holds_scores:
+        return None
+    need = backend.workspace_bytes(request, platform)
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
+    if available is None or need <= int(available[1]) * 1024:
+        return None
+    return f"its scores need {need / 1e9:.1f} GB > {int(available[1]) * 1024 / 1e9:.1f} GB of free memory"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...engine.router import Failures, Router
-from ...measure.bench_inputs import lacking_memory
+from ...kernels.support.workspace import lacking_memory
 from ...values.request import AttentionRequest
 from ...values.tolerance import ACCURACY
 

@@ -3,7 +3,7 @@
 Inputs come from a fixed seed, and several sets of them are cycled, so that no call finds its tensors in a cache. Three
 warm-up calls, then the median of ten, the device synchronised around each. Accuracy is relative L2 and cosine against
 attention by its definition in float64, on some query rows. A backend that cannot run is a row that says why; nothing
-falls back. Presets are in `measure/presets.py`, tables and files in `comparison/`.
+falls back. Presets are in `presets.py`, tables and files in `bench_report.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ..engine.router import Router
-from ..measure.bench_inputs import Problem, lacking_memory, make_inputs
-from ..measure.device_clock import timed
-from ..measure.error import cosine, exact_rows, relative_l2
-from ..measure.presets import Preset
-from ..values.devices import release
-from ..values.faults import KernelFaultError, is_cuda_fault, is_out_of_memory
-from ..values.request import AttentionRequest, Host, HostedCall
+from ..backends.engine.router import Router
+from ..backends.kernels.support.workspace import lacking_memory
+from ..backends.measure.device_clock import timed
+from ..backends.measure.error import cosine, exact_rows, relative_l2
+from ..backends.values.devices import release
+from ..backends.values.faults import KernelFaultError, is_cuda_fault, is_out_of_memory
+from ..backends.values.request import AttentionRequest, Host, HostedCall
+from .bench_inputs import Problem, make_inputs
+from .presets import Preset
 
 if TYPE_CHECKING:
     import torch

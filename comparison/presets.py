@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..values.request import AttentionRequest
+from ..backends.values.request import AttentionRequest
 
 SCRIPT = "vLLM-Omni, benchmarks/diffusion/bench_attention_backends.py: its three presets"
 STUDY = "shapes that vLLM-Omni's pull requests report for the model at 480p or 1024x1024"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..kernels.backend import Backend
-from ..values.devices import device_named
-from ..values.platform import Platform
-from ..values.request import AttentionCall, AttentionRequest
+from ..backends.values.devices import device_named
+from ..backends.values.platform import Platform
+from ..backends.values.request import AttentionCall, AttentionRequest
 
 if TYPE_CHECKING:
     import torch
@@ -89,21 +86,3 @@ def make_mask(request: AttentionRequest, hidden: int, device: torch.device) -> t
         return rows.contiguous()
     zeros = torch.zeros(rows.shape, device=device, dtype=getattr(torch, request.dtype))
     return zeros.masked_fill_(~rows, float("-inf"))
-
-
-def lacking_memory(backend: Backend, request: AttentionRequest, platform: Platform) -> str | None:
-    """The reason if a backend's scores exceed the computer's free memory; None if they fit or it is unknown.
-
-    Only for the CPU, where the system kills the process instead of raising an error.
-    """
-    if platform.kind != "cpu" or not backend.holds_scores:
-        return None
-    need = backend.workspace_bytes(request, platform)
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    available = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
-    if available is None or need <= int(available[1]) * 1024:
-        return None
-    return f"its scores need {need / 1e9:.1f} GB > {int(available[1]) * 1024 / 1e9:.1f} GB of free memory"
