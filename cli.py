@@ -29,7 +29,7 @@ from .backends.engine.router import Router
 from .backends.kernels import BACKENDS
 from .backends.measure import remembered
 from .backends.observe.advisories import lines_for
-from .backends.observe.autotune.known import with_store
+from .backends.observe.autotune.candidates import with_store
 from .backends.observe.autotune.store import Store, default_path
 from .backends.values.bounded import shortened
 from .backends.values.errors import NoBackendError

@@ -57,8 +57,6 @@ class DeviceClock:
         """`kind`: of `platform.KINDS`. `new_event`, `current_stream`, `is_capturing`: default: torch's."""
         self.paused = False
         """While True nothing is timed: `start` returns None."""
-        self.untimed = 0
-        """Pieces of work without a time: too many pending, graph capture, or an error of the device."""
         self._most_pending = most_pending
         self._broken = False
         self._pending: deque[tuple[Any, Any, torch.device | None, Callable[..., None]]] = deque()
@@ -84,11 +82,6 @@ class DeviceClock:
         self._is_capturing = getattr(module, "is_current_stream_capturing", self._is_capturing)
         self._is_tracing = torch.compiler.is_dynamo_compiling
 
-    @property
-    def pending(self) -> int:
-        """Number of times and marks that are not delivered yet."""
-        return len(self._pending)
-
     def start(self, device: torch.device | None = None) -> Any:
         """Begin timing in the current stream of `device` (default: the current one). Returns a token for `stop`."""
         if self.paused:
@@ -100,19 +93,16 @@ class DeviceClock:
         if len(self._pending) >= self._most_pending:
             self.collect()
         if self._broken or len(self._pending) >= self._most_pending:
-            self.untimed += 1
             return None
         free = self._free.setdefault(device, [])  # an event belongs to one device
         try:
             if self._is_capturing():
-                self.untimed += 1
                 return None
             before = free.pop() if free else self._new_event()
             behind = free.pop() if free else self._new_event()
             stream = self._current_stream(device)
             before.record(stream)
         except Exception as error:  # a failed time must not end the run
-            self.untimed += 1
             self._stop_timing(error)
             return None
         return before, behind, stream, device
@@ -128,7 +118,6 @@ class DeviceClock:
         try:
             behind.record(stream)
         except Exception as error:  # as in `start`
-            self.untimed += 1
             self._stop_timing(error)
             return
         self._pending.append((before, behind, device, sink))
@@ -181,6 +170,5 @@ class DeviceClock:
         """Time nothing any more; the work itself raises a device fault too."""
         log.debug("the device's times cannot be read: %s: %s", type(error).__name__, error)
         self._broken = True
-        self.untimed += sum(before is not None for before, *_ in self._pending)
         self._pending.clear()
         self._free.clear()

@@ -18,7 +18,7 @@ from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure.call_key import key_of  # noqa: E402
-from attention_backends.backends.observe.autotune.known import with_store  # noqa: E402
+from attention_backends.backends.observe.autotune.candidates import with_store  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
 from attention_backends.backends.observe.guard import Guard  # noqa: E402

@@ -1,11 +1,19 @@
-"""The candidates of autotune for a kind of call: backends that `auto` may pick, each kernel once."""
+"""The candidates of autotune for a kind of call: backends that `auto` may pick, each kernel once; and what the store
+would choose of them without a run (`explain`).
+"""
 
 from __future__ import annotations
 
-from ...engine.router import Failures, Router
+from dataclasses import replace
+
+from ...config.names import AUTOTUNE
+from ...engine.router import Decision, Failures, Router
 from ...kernels.support.workspace import lacking_memory
+from ...measure.call_key import key_of
+from ...measure.environment import environment_of
 from ...values.request import AttentionRequest
 from ...values.tolerance import ACCURACY
+from .store import Store
 
 MOST_SCORE_BYTES = 2**30
 """On an accelerator, kernels that materialise all scores are no candidates beyond this size: too slow, and they may
@@ -36,6 +44,25 @@ def may_win(router: Router, name: str, accuracy: str) -> bool:
     if backend is None or not backend.candidate:
         return False
     return ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
+
+
+def with_store(
+    decision: Decision, request: AttentionRequest, role: str, category: str, accuracy: str, router: Router, store: Store
+) -> Decision:
+    """The decision for the stored winner if it can run, else `decision`, which is `auto`'s."""
+    if decision.asked != AUTOTUNE or router.platform.described:
+        return decision
+    for name in (role, category):
+        key = key_of(name, request)
+        allowed = decision.accuracy or accuracy
+        entry = store.get(key, environment_of(router.platform), allowed)
+        if entry is None or not (entry.winner == decision.backend or may_win(router, entry.winner, allowed)):
+            continue
+        if not router.reasons_against(entry.winner, request):
+            rejected = decision.rejected if entry.winner == decision.backend else ()
+            source = f"{decision.source}: {AUTOTUNE} ({entry.summary()})"
+            return replace(decision, backend=entry.winner, source=source, rejected=rejected, notes=())
+    return decision
 
 
 def _member(router: Router, name: str, request: AttentionRequest) -> str:
