@@ -7,7 +7,7 @@ mapping is not changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..kernels import BACKENDS
@@ -227,8 +227,7 @@ def _schedule(entries: Mapping[str, Any], reading: Reading, system: str) -> tupl
         raise ConfigError(f"{reading.source}: both 'schedule' and {FOREIGN_SCHEDULE!r}; give one of them")
 
     def profile(value: Mapping[Any, Any], at: str) -> AttentionConfig:
-        inner = Reading(at, reading.component, reading.options_text, reading.notes)
-        return from_mapping(value, inner)
+        return from_mapping(value, replace(reading, source=at))  # which has the same notes
 
     windows, notes = foreign_schedule(entries[FOREIGN_SCHEDULE], where, profile)
     for note in notes:

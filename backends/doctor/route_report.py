@@ -64,11 +64,12 @@ def all_as_text(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         cards = f" {row['capabilities'][0]} to {row['capabilities'][1]}" if row["capabilities"] else ""
-        lines.append(f"{row['title']} ({', '.join(row['kinds'])}{cards})")
-        lines.append(f"  exact:    {', '.join(row['exact'])}")
-        if row["lossy"]:
-            lines.append(f"  lossy:    {', '.join(row['lossy'])}")
-        lines.append(f"  evidence: {row['evidence']}: {row['source']}")
+        lines += [
+            f"{row['title']} ({', '.join(row['kinds'])}{cards})",
+            f"  exact:    {', '.join(row['exact'])}",
+            *([f"  lossy:    {', '.join(row['lossy'])}"] if row["lossy"] else []),
+            f"  evidence: {row['evidence']}: {row['source']}",
+        ]
     return "\n".join(lines)
 
 

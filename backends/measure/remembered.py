@@ -124,8 +124,7 @@ def path() -> Path:
 def _outcomes(file: Path) -> dict[str, Outcome]:
     """The outcomes of the file; an invalid file is set aside."""
     try:
-        text = read_file(file, MOST_BYTES).decode("utf-8")
-        return _parsed(text)
+        return _parsed(read_file(file, MOST_BYTES).decode("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -128,8 +128,7 @@ def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
         ran[row.backend] = ran.get(row.backend, 0) + row.calls
     other = [row for row in rows if row.by_another or (asked not in (AUTO, AUTOTUNE) and row.backend != asked)]
     reasons = tuple(dict.fromkeys(row.reason for row in other if row.reason))
-    explained = EXPLAINED if all(row.reason for row in other) else UNEXPLAINED
-    verdict = explained if other else AS_ASKED
+    verdict = AS_ASKED if not other else EXPLAINED if all(row.reason for row in other) else UNEXPLAINED
     return Finding(role, asked, source, ran, reasons, verdict)
 
 

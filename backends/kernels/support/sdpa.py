@@ -328,8 +328,7 @@ def _cudnn(platform: Platform) -> Kernel:
     from torch import _scaled_dot_product_cudnn_attention as operator
 
     # As torch itself: before 2.12 -65504 worked round a defect of -inf in cuDNN (pytorch pull request 177868).
-    old = package_reason("torch>=2.12.0rc1", platform)
-    hidden = -65504.0 if old else float("-inf")
+    hidden = -65504.0 if package_reason("torch>=2.12.0rc1", platform) else float("-inf")
 
     def run(call: AttentionCall) -> torch.Tensor:
         if not computes(call):

@@ -167,8 +167,7 @@ class Tuner(Chooser, Observer):
         Entries may be imported from anywhere, so accuracy and limits are checked again.
         """
         if (accuracy, key) not in self._entries:
-            found = None if self.anew else self.store.get(key, self.environment, accuracy)
-            self._entries[accuracy, key] = found
+            self._entries[accuracy, key] = None if self.anew else self.store.get(key, self.environment, accuracy)
         entry = self._entries[accuracy, key]
         if entry is None or not {incumbent, *others} <= entry.known:
             return None
