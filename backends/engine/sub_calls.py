@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..kernels.backend import for_scale
 from ..kernels.support import varlen
 from ..report import Row
 from ..values.limits import Batch
@@ -118,7 +119,7 @@ def _varlen(session: Session, mask_plan: MaskPlan, call: AttentionCall, slots: l
     slot = Slot()
     slot.plan = session.plan_of(
         first.kind._replace(request=request, mask=f"{row.mask}, varlen"), first.decision, strict=first.strict,
-        reason=row.reason, kernel=varlen.as_kernel(kernel),
+        reason=row.reason, kernel=varlen.as_kernel(for_scale(kernel, request.scale)),
     )  # fmt: skip
     return slot
 

@@ -23,7 +23,7 @@ from ..values.versions import meets, read
 if TYPE_CHECKING:
     import torch
 
-    from .support.varlen import VarlenKernel
+    from .support.varlen import VarlenCall, VarlenKernel
 
 __all__ = ["ANY_MASK", "FLOATING", "HALF", "Backend", "Kernel", "Limits", "LseKernel", "package_reason"]
 
@@ -38,6 +38,7 @@ for each query head, -inf for a row without a visible key. `support/lse.py` brin
 """
 
 Computed = TypeVar("Computed")
+AnyCall = TypeVar("AnyCall", AttentionCall, "VarlenCall")
 """What a kernel returns: an output, or an output and its LSE."""
 
 
@@ -244,7 +245,7 @@ class BrokenBackend(Backend):
         return [self.reason]
 
 
-def for_scale(kernel: Callable[[AttentionCall], Computed], scale: float | None) -> Callable[[AttentionCall], Computed]:
+def for_scale(kernel: Callable[[AnyCall], Computed], scale: float | None) -> Callable[[AnyCall], Computed]:
     """The kernel; for a scale <= 0, a kernel called with the query times 0 or -1 and a positive scale.
 
     FlashAttention kernels take the row maximum and set hidden keys to -inf before they scale, so a scale <= 0 gives
@@ -254,7 +255,7 @@ def for_scale(kernel: Callable[[AttentionCall], Computed], scale: float | None) 
         return kernel
     sign, positive = (-1.0, -scale) if scale < 0 else (scale, 1.0)
 
-    def run(call: AttentionCall) -> Computed:
+    def run(call: AnyCall) -> Computed:
         return kernel(call.changed(query=call.query * sign, scale=positive))
 
     return run

@@ -6,6 +6,8 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import wraps
+from typing import Any
 
 import pytest
 from syrupy.assertion import SnapshotAssertion
@@ -154,6 +156,25 @@ def test_a_sample_without_keys_gets_zeros(monkeypatch: pytest.MonkeyPatch) -> No
     output, _ = run(router_on(monkeypatch, *FLASH), "flash_attn_2", call)
     assert not output[1].any()
     assert output[0].any()
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_varlen_kernel_gets_a_positive_scale(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """As kernels of whole calls: they take the row maximum before they scale."""
+    given: list[float] = []
+    varlen = flash_attn_2.flash_attn_varlen_func
+
+    @wraps(varlen)
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given.append(kwargs["softmax_scale"])
+        return varlen(*args, **kwargs)
+
+    monkeypatch.setattr(flash_attn_2, "flash_attn_varlen_func", noted)
+    call = lengths_call(192, 64, 128, scale=scale)
+    output, session = run(router_on(monkeypatch, *FLASH), "flash_attn_2", call)
+    assert error(output, truth(call)).within(allowed(call, "exact"))
+    assert rows_of(session) == [("flash_attn_2", "key_padding, per sample, varlen", 2)]
+    assert [each > 0 for each in given] == [True, True]
 
 
 def test_samples_that_get_different_backends_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

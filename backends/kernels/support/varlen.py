@@ -8,7 +8,7 @@ head_dim), with the offset of each sequence: `cu_seqlens` of the libraries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...values.faults import check_output_is
@@ -40,6 +40,10 @@ class VarlenCall:
     def q_offsets(self) -> torch.Tensor:
         """Where each sequence's queries begin, and the end of the last: (sequences + 1,), int32, on the device."""
         return offsets_of(self.q_lengths, self.query.device)
+
+    def changed(self, *, query: torch.Tensor, scale: float) -> VarlenCall:
+        """A copy with another query and scale."""
+        return replace(self, query=query, scale=scale)
 
     @property
     def kv_offsets(self) -> torch.Tensor:
