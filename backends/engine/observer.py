@@ -36,7 +36,7 @@ class Chooser:
     def choice(self, kind: CallKind, choice: Choice, *, planned: bool) -> Choice:
         """The choice to select a backend for; returns `choice` to leave it unchanged.
 
-        `planned`: False where no plan follows, as for `explain`.
+        `planned`: False where no plan of `kind` follows: the plans may be those of its sub-calls.
         """
         return choice
 

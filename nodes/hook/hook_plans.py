@@ -121,7 +121,10 @@ def _planned(
     kind = _kind(model_call, ordinal, call.request(exact_only=exact_only))
     masked = mask_plan is not None and mask_plan.strategy not in ("none", NOTHING_HIDDEN)
     choice = model_call.choice(kind.role, kind.category, masked=masked)
-    asked = choice.asked if choice.record is None else session.asked(kind, choice, planned=False).asked
+    asked = choice.asked
+    if choice.record is not None:
+        known = session.asked(kind, choice, planned=False)
+        asked = known.asked if known.record is None else None  # the record may have the sub-calls instead
     host = _host_functions(model_call, ordinal, kind.request, choice, asked, func, holder)
 
     def planned(request: AttentionRequest, mask_text: str = "") -> Slot:

@@ -10,9 +10,12 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine import mask_reader as mask_plan  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import FLOATING, Limits  # noqa: E402
+from attention_backends.backends.observe.replay.record import as_record, of_run  # noqa: E402
+from attention_backends.backends.observe.replay.run_recorder import RunRecorder  # noqa: E402
 from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
 from attention_backends.backends.values.limits import Causal, Dtypes  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
@@ -67,9 +70,15 @@ def qwen() -> torch.nn.Module:
     return model
 
 
-def run(ours: Any, body: Callable[[torch.nn.Module, dict[str, Any]], Any], model: torch.nn.Module | None = None) -> Any:
+def run(
+    ours: Any,
+    body: Callable[[torch.nn.Module, dict[str, Any]], Any],
+    model: torch.nn.Module | None = None,
+    recorder: Any = None,
+) -> Any:
     """One model call with the override; the run, closed."""
     made = sampling.Run(ours)
+    made.run_report.recorder = recorder
     options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: made}
     model = model or stand_in(["WanModel"], {"blocks.0.self_attn": "WanSelfAttention"})
     model_call(model, options, lambda: body(model, options))
@@ -95,6 +104,27 @@ def test_a_mask_that_each_block_makes_is_read_once(monkeypatch: pytest.MonkeyPat
 
     run(override("torch_sdpa"), body, qwen())
     assert read == [1]
+
+
+@pytest.mark.parametrize("default", ["comfy", "auto"])
+def test_a_record_of_sub_calls_is_repeated_whatever_stands_below_it(default: str) -> None:
+    """It does not have the masked call itself, so a name below it does not decide how the mask is honoured."""
+
+    def repeated(ours: Any) -> tuple[list[tuple[str, str, int]], Any]:
+        def body(model: torch.nn.Module, options: dict[str, Any]) -> None:
+            flags = {"mask": key_mask(2, 3, 4), "transformer_options": options}
+            model.get_submodule("blocks.0.self_attn")([((QUERY, KEY, VALUE, HEADS), flags)])
+
+        made = run(ours, body, recorder=RunRecorder())
+        rows = [(row.backend, row.mask, row.calls) for row in made.run_report.rows.values() if row.calls]
+        return rows, of_run(made.run_report)
+
+    first, kept = repeated(override("sdpa_math"))
+    assert first == [("sdpa_math", "bias, gathered", 1)]
+    record = parse_config(as_record([kept], {"comfyui": "0.33.0"}), "text")
+    again, second = repeated(host.Override((record, parse_config(default, "node"))))
+    assert again == first
+    assert [one["calls"] for one in second["decisions"]] == [one["calls"] for one in kept["decisions"]]
 
 
 def test_another_packs_mask_does_not_stand_for_the_models_own() -> None:

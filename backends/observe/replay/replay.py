@@ -28,11 +28,13 @@ class Replay(Chooser):
         """Role -> {True}, {False} or both: whether the record has its calls."""
 
     def choice(self, kind: CallKind, choice: Choice, *, planned: bool) -> Choice:
-        """The recorded choice; `choice` without the record where it has none."""
+        """The recorded choice; where the record has none, `choice`, and without the record if a plan follows."""
         if choice.record is None:
             return choice
         run = choice.record.run_of(self.run_report.node_id)
         recorded = run.choice(kind.role, kind.block, kind.request, self.run_report.timeline.model_calls + 1)
+        if recorded is None and not planned:
+            return choice
         if planned:
             known = self._known.setdefault(kind.role, set())
             if (recorded is not None) not in known:
