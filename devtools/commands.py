@@ -34,10 +34,13 @@ def main(root: Path) -> int:
     # Ended by a signal, the server that was started must be stopped too: leave through the `finally` blocks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(prog="dev.py", description="Everything that one does with this folder.")
-    parsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parsers = parser.add_subparsers(dest="command", metavar="command")
     for name, text in HELP.items():
         parsers.add_parser(name, help=text, description=text)
     options, rest = parser.parse_known_args()
+    if options.command is None:
+        parser.print_help()
+        return 0
     try:
         return _run(root, options.command, rest)
     except Stop as problem:

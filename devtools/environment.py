@@ -51,6 +51,8 @@ def prepare(root: Path, comfyui: Path | None = None) -> Path:
     Raises Stop where a virtual environment cannot be made or an installation fails.
     """
     venv = root / ".venv"
+    if venv.is_symlink():
+        raise Stop(f"{venv} is a link to {venv.resolve()}, which dev.py would change: remove the link")
     python = python_of(venv)
     stamp = venv / "prepared.json"
     needs = [root / "requirements.txt", root / "requirements-dev.txt"]

@@ -190,6 +190,7 @@ def main() -> None:
     version = comfyui_version.__version__
     head = {"comfyui": version, "torch": torch.__version__, "flags": ["--cpu", flag], "steps": STEPS}
     target = args.out / f"hook_calls_{version}.json"
+    args.out.mkdir(parents=True, exist_ok=True)
     target.write_text(to_json(head, families), encoding="utf-8", newline="\n")
     print(f"{target}: {target.stat().st_size // 1024} KB")
 

@@ -87,7 +87,7 @@ class Choice:
     """If set, overrides the fields above for every call found in it (`observe/replay/replay.py`)."""
 
     @property
-    def nobody_named_a_backend(self) -> bool:
+    def no_backend_named(self) -> bool:
         """Whether no backend or accuracy was named, so that a checkpoint's preference applies."""
         return self.asked in (None, AUTOTUNE) and self.accuracy is None
 

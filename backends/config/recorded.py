@@ -136,7 +136,7 @@ def differences(then: Mapping[str, Any], platform: Platform, version: str = "") 
     """Where this machine differs from the recorded one: `torch 2.11.0 -> 2.13.0`.
 
     Args:
-        version: ours when the record was made; empty: not compared.
+        version: ours when the record was made; empty: not compared. Nor is what the record lacks.
     """
     recorded = _flat(then)
     now = _flat(machine_of(platform, BACKENDS))

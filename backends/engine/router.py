@@ -191,7 +191,7 @@ class Router:
     def _without_lse(
         self, backend_id: str, request: AttentionRequest, options: Mapping[str, object]
     ) -> tuple[str, ...]:
-        """Why a backend cannot give the log-sum-exp of `request`; empty when it can."""
+        """Why a backend cannot give the log-sum-exp of `request`; empty when it can. Loads that kernel, once."""
         limits = self.backends[backend_id].lse_limits(self.platform)
         if limits is None:
             return ("gives no log-sum-exp",)

@@ -168,7 +168,7 @@ class Session:
             choice = self.asked(kind, choice)
         refused, label = None, None
         """`label`: the name of the host's function in the run report, where a checkpoint prefers it."""
-        if preferred is not None and choice.nobody_named_a_backend:
+        if preferred is not None and choice.no_backend_named:
             strict = False  # a preference may fall back
             if function is None or function.may_run(request):
                 choice, label = preferred, None if function is None else function.id

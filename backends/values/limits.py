@@ -303,7 +303,7 @@ class Heads(Rule):
         return f"heads to {self.max}"
 
 
-LAST_RESORT: tuple[Rule, ...] = (
+DEFAULT_RULES: tuple[Rule, ...] = (
     Dtypes(),
     ValueHeadDim(),
     Masks(),
@@ -320,13 +320,13 @@ Kind = TypeVar("Kind", bound=Rule)
 
 @dataclass(frozen=True, init=False)
 class Limits:
-    """The rules of one kernel; missing ones are those of `LAST_RESORT`: `Limits(HeadDim(max=128), NO_MASK)`."""
+    """The rules of one kernel; missing ones are those of `DEFAULT_RULES`: `Limits(HeadDim(max=128), NO_MASK)`."""
 
     rules: tuple[Rule, ...]
 
     def __init__(self, *rules: Rule) -> None:
         kinds = {type(rule) for rule in rules}
-        every = [*rules, *(rule for rule in LAST_RESORT if type(rule) not in kinds)]
+        every = [*rules, *(rule for rule in DEFAULT_RULES if type(rule) not in kinds)]
         object.__setattr__(self, "rules", tuple(sorted(every, key=lambda rule: rule.order)))
 
     def reasons(self, request: AttentionRequest) -> list[Reason]:
@@ -344,7 +344,7 @@ class Limits:
         return Limits(*(rule for rule in self.rules if type(rule) not in kinds), *rules)
 
     def without(self, *kinds: type[Rule]) -> Limits:
-        """A copy with the rules of `LAST_RESORT` for these classes."""
+        """A copy with the rules of `DEFAULT_RULES` for these classes."""
         return Limits(*(rule for rule in self.rules if type(rule) not in kinds))
 
     def get(self, kind: type[Kind]) -> Kind | None:
@@ -352,7 +352,7 @@ class Limits:
         return next((rule for rule in self.rules if isinstance(rule, kind)), None)
 
     def __getitem__(self, kind: type[Kind]) -> Kind:
-        """The rule of a class in `LAST_RESORT`, which all limits have.
+        """The rule of a class in `DEFAULT_RULES`, which all limits have.
 
         Raises:
             KeyError: no rule of this class.

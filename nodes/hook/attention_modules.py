@@ -45,7 +45,7 @@ class AttentionModule:
         self.class_module = type(module).__module__
         self.most = 0
         """Most calls that one forward made to us in the runs that are going on; 0 before the first."""
-        self.handle = compiled.sites.new(self)
+        self.handle = compiled.attention_modules.new(self)
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` (from 0) of one run of this module's method."""
@@ -181,7 +181,7 @@ class ForwardPatch:
     def on(
         cls, module: torch.nn.Module, attention_module: AttentionModule | None, methods: tuple[str, ...], home: str
     ) -> ForwardPatch:
-        """The mark of a module, made by the first run that needs it."""
+        """The patch of a module, made by the first run that needs it; counts this run as a user, and adds `methods`."""
         with _marks_lock:
             mark = _marks.get(module)
             if mark is None:
@@ -290,7 +290,7 @@ class ForwardPatches(list[ForwardPatch]):
             if module in self._of:
                 self._of[module].cover(methods)
             elif methods:
-                attention_module = _site_of(module, name.replace("._orig_mod", ""), self.family)
+                attention_module = _attention_module_of(module, name.replace("._orig_mod", ""), self.family)
                 attention_module.most = 0
                 self._of[module] = mark = ForwardPatch.on(module, attention_module, methods, home)
                 self.append(mark)
@@ -378,7 +378,7 @@ def maker(model_call: Any) -> tuple[AttentionModule | None, Any]:
     return model_call.attention_module, caller.preferred
 
 
-def _site_of(module: torch.nn.Module, path: str, family: Family | None) -> AttentionModule:
+def _attention_module_of(module: torch.nn.Module, path: str, family: Family | None) -> AttentionModule:
     attention_module = _sites.get(module)
     if attention_module is None or attention_module.path != path:
         attention_module = _sites[module] = AttentionModule(module, path, family)

@@ -64,7 +64,7 @@ class Handles(Generic[T]):
 
 
 overrides: Handles[Override] = Handles()
-sites: Handles[AttentionModule] = Handles()
+attention_modules: Handles[AttentionModule] = Handles()
 strangers: Handles[Stranger] = Handles()
 
 
@@ -297,7 +297,7 @@ def _run_attention(
         output = func(query, key, value, **kwargs)
     else:
         args = (query, key, value)
-        output = asked.run_compiled(sites.get(attention_module), ordinal, composed, func, args, kwargs)
+        output = asked.run_compiled(attention_modules.get(attention_module), ordinal, composed, func, args, kwargs)
     shape = _output_shape(query, value, heads, skip_reshape)
     if output.shape != shape:
         raise ValueError(
@@ -340,7 +340,7 @@ def _run_counted(
     """Count a call that did not run here, and return its output unchanged."""
     asked = overrides.get(override)
     if asked is not None:
-        asked.count_compiled(sites.get(attention_module), ordinal, query, key, by_other)
+        asked.count_compiled(attention_modules.get(attention_module), ordinal, query, key, by_other)
     return output.clone()
 
 

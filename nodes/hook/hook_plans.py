@@ -80,7 +80,9 @@ def new_hook_plan(
     kwargs: dict[str, Any],
     func: Callable[..., torch.Tensor],
 ) -> HookPlan:
-    """Plan a kind of call and keep that under `key`.
+    """Plan a kind of call, and keep the plan under `key` if a marked module makes the call.
+
+    Else that module is marked from its next run on, and this kind is planned again there.
 
     Raises:
         OnlyComfyUIError: kernels cannot compute such calls.
@@ -96,8 +98,8 @@ def new_hook_plan(
     finally:
         known, model_call.attention_module = model_call.attention_module is marked, marked
     if known:  # else the key lacks the module that calls, which is marked from its next run on
-        learned_key = (*hook_plan.layout.shapes, *key[3:])
-        model_call.plans[learned_key] = hook_plan
+        shared_key = (*hook_plan.layout.shapes, *key[3:])
+        model_call.plans[shared_key] = hook_plan
     return hook_plan
 
 
@@ -188,7 +190,7 @@ def _host_functions(
         # ComfyUI would run it although the model forbids that for this call: what the model says goes first.
         model_call.run.note(f"{preferred.source} was left out: {forbidden(function.accuracy)}")
         return _HostFunctions(None, None, own, own, True)
-    runs = asked == COMFY or (choice.nobody_named_a_backend and function.may_run(request))
+    runs = asked == COMFY or (choice.no_backend_named and function.may_run(request))
     if not runs and not function.may_run(request):
         return _HostFunctions(None, preferred, function, own, runs)
     return _HostFunctions(wish, preferred, function, function, runs)
@@ -202,9 +204,9 @@ def _note_changes(
     decision = hook_plan.slot.plan.decision
     if decision.backend == COMFY:
         return
-    if preferred is not None and not choice.nobody_named_a_backend:
+    if preferred is not None and not choice.no_backend_named:
         model_call.run.note(f"{preferred.source} gave way to {decision.source}")
-    if preferred is None and choice.nobody_named_a_backend and model_call.session.settings.accuracy == "exact":
+    if preferred is None and choice.no_backend_named and model_call.session.settings.accuracy == "exact":
         text = changed_by_auto(func)
         if text:
             model_call.run.note(text)

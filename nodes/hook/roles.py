@@ -32,7 +32,7 @@ class Family:
     name: str
     classes: tuple[str, ...]
     """Class names of the diffusion model or any of its bases; with the end of its module where two share a name."""
-    sites: tuple[tuple[str, tuple[Role, ...]], ...]
+    roles_at_paths: tuple[tuple[str, tuple[Role, ...]], ...]
     """Regular expression over `path` or `path:ModuleClass`, and the roles of the calls its forward makes."""
     bypass: str = ""
     """Attention of this family that ComfyUI does not route, beside what `BYPASS_EVERYWHERE` names."""
@@ -315,7 +315,7 @@ def roles_at(family: Family | None, path: str, module_class: str) -> tuple[Role,
     """The roles of the calls made by the module at `path`, in order; empty when the table does not know it."""
     if family is None:
         return ()
-    for pattern, roles in family.sites:
+    for pattern, roles in family.roles_at_paths:
         if re.fullmatch(pattern, f"{path}:{module_class}" if ":" in pattern else path):
             return roles
     return ()

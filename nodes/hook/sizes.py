@@ -37,17 +37,17 @@ def expected_requests(
         shape: of the latent, without its batch: channels, then frames, height, width as the model has them.
         conds: prompts as ComfyUI's sampler has them, lists of dictionaries by name.
     """
-    sites = [module for name, module in diffusion_model.named_modules() if name and calling_methods(module)]
-    places = [*sites, diffusion_model]
+    modules = [module for name, module in diffusion_model.named_modules() if name and calling_methods(module)]
+    places = [*modules, diffusion_model]
     heads = next(filter(None, (_number(module, HEADS) for module in places)), 0)
     tokens = _tokens(diffusion_model, shape)
     dtype = str(model.get_dtype_inference()).removeprefix("torch.")
-    if not sites or not heads or not tokens or dtype not in ITEM_BYTES:
+    if not modules or not heads or not tokens or dtype not in ITEM_BYTES:
         return
     head_dim = next(filter(None, (_number(module, HEAD_DIMS) for module in places)), 0)
     head_dim = head_dim or next(filter(None, (_number(module, WIDTHS) for module in places)), 128 * heads) // heads
     family = family_of_model(diffusion_model)
-    roles = {role for _, found in family.sites for role in found} if family is not None else {SELF}
+    roles = {role for _, found in family.roles_at_paths for role in found} if family is not None else {SELF}
     text = _text_tokens(conds)
     for role in roles:
         if role.name in SHORT or (role.category == "cross" and not text):

@@ -166,7 +166,7 @@ class Replaced:
 
 
 def watch_patches(options: dict[str, Any]) -> dict[str, Any]:
-    """Replace each patch in `patches_replace` by a stand-in. Returns the original entries."""
+    """Replace each patch in `patches_replace` by a stand-in; returns what `options.update` needs to undo that."""
     replace = options.get("patches_replace")
     if not isinstance(replace, dict) or not any(
         not isinstance(patch, Replaced) for patches in replace.values() for patch in patches.values()

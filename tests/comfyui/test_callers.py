@@ -486,7 +486,7 @@ def test_every_diffusion_model_is_known_with_the_roles_of_its_modules(comfy: Pat
 def unknown_places(model: torch.nn.Module, family: Any) -> Iterator[str]:
     """Modules of a model that make attention calls and of which the role table says nothing."""
     for path, module in model.named_modules():
-        if not path or not family.sites or BEYOND_THE_HOOK.search(path) or not callers.calling_methods(module):
+        if not path or not family.roles_at_paths or BEYOND_THE_HOOK.search(path) or not callers.calling_methods(module):
             continue
         if not roles.roles_at(family, path, type(module).__name__):
             yield f"{type(model).__name__}:{re.sub(r'[0-9]+', 'N', path)}"

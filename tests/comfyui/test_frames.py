@@ -13,7 +13,7 @@ from comfy_location import find_comfyui, why_no_comfyui
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("part", "warm", "cold"), [("sampled", 7, 90), ("python", 7, 70)])
+@pytest.mark.parametrize(("part", "warm", "cold"), [("sampled", 6, 90), ("python", 7, 70)])
 def test_frames_of_a_call(part: str, warm: int, cold: int) -> None:
     if part == "sampled" and find_comfyui() is None:
         pytest.skip(why_no_comfyui())

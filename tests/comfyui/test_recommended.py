@@ -74,7 +74,10 @@ def test_the_rows_are_complete() -> None:
         assert row.where.spec.is_auto
         for name in row.families:
             of_family = {
-                part for _, found in families[name].sites for role in found for part in (role.name, role.category)
+                part
+                for _, found in families[name].roles_at_paths
+                for role in found
+                for part in (role.name, role.category)
             }
             assert not row.where.role or row.where.role in of_family
     listed = [name for row in ADVISORIES for name in row.families]

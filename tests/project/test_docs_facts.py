@@ -93,7 +93,7 @@ def families() -> tuple[Any, ...]:
 def test_what_bypasses_the_hook_is_that_of_the_role_table() -> None:
     wanted = []
     for family in families():
-        roles = dict.fromkeys(role.name for _, roles in family.sites for role in roles)
+        roles = dict.fromkeys(role.name for _, roles in family.roles_at_paths for role in roles)
         names = ", ".join(f"`{role}`" for role in roles) or "none"
         wanted.append([f"`{family.name}`", names, family.bypass or "nothing"])
     rows = "\n".join(f"| {' | '.join(row)} |" for row in wanted)

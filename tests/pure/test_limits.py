@@ -12,8 +12,8 @@ from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend
 from attention_backends.backends.values.limits import (
     COLUMNS,
+    DEFAULT_RULES,
     FURTHER,
-    LAST_RESORT,
     NO_MASK,
     Batch,
     Causal,
@@ -96,7 +96,7 @@ def test_every_refusal_of_a_request_is_a_reason(backend: Backend) -> None:
 def test_limits_differ_by_their_rules_and_have_one_of_each_usual_kind() -> None:
     limits = Limits(HeadDim(max=128), Dtypes(("float16",)))
     assert limits.but(HeadDim(max=256)) == Limits(Dtypes(("float16",)), HeadDim(max=256)) != limits
-    assert limits.without(HeadDim, Dtypes) == Limits() == Limits(*LAST_RESORT)
+    assert limits.without(HeadDim, Dtypes) == Limits() == Limits(*DEFAULT_RULES)
     assert limits[Dtypes].names == ("float16",)
     assert limits.get(HeadDimIn) is None
     with pytest.raises(KeyError):
@@ -139,10 +139,10 @@ def test_every_rule_that_a_kernel_has_refuses_something_and_says_what() -> None:
     for rule in rules:
         broken = [reason for call in calls if (reason := rule.reason(call)) is not None]
         assert all(reason.id and "{" not in reason for reason in broken)
-        if rule.column == FURTHER and rule not in LAST_RESORT:
+        if rule.column == FURTHER and rule not in DEFAULT_RULES:
             assert rule.describe(), rule
         allows_all = (
-            rule in (HeadDim(), *LAST_RESORT)
+            rule in (HeadDim(), *DEFAULT_RULES)
             or rule.describe() in ("yes", "all", "any lengths", "any")
             or (isinstance(rule, MaskWithCausal | ValueHeadDim))
         )
