@@ -1,6 +1,7 @@
 """The command line: what every backend needs here (`doctor`), what would run for a call and why (`explain`), in which
 order a machine tries backends (`route`), what they do to a picture (`compare`), how long they take (`bench`), which
-is fastest for a kind of call (`tune`), and what a picture's record says (`replay`); the last four are in `comparison/`.
+is fastest for a kind of call (`tune`), all of that within a given time (`card`), and what a picture's record says
+(`replay`); the last five are in `comparison/`.
 
 It reads arguments and prints; what is true is decided in `backends/`. Bad arguments and strict refusals end with
 status 2 and their reason on stderr, everything else with 0.
@@ -39,6 +40,8 @@ from .comparison import bench_command as bench
 from .comparison import command as compare
 from .comparison import replay_command as replay
 from .comparison import tune_command as tune
+from .comparison.card import command as card
+from .comparison.card import work as card_part
 
 EXAMPLE_REQUEST = "batch=1,num_heads=24,q_len=4096,kv_len=4096,head_dim=128,dtype=bfloat16,mask=none"
 EXAMPLE_PLATFORM = "cuda:12.0,cudnn=91002,packages=flashinfer-python==0.7.2;flash-attn==2.8.3"
@@ -82,9 +85,11 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
             stream.reconfigure(errors="backslashreplace")  # a path may hold what a cp1252 console cannot show
     if argv[:1] == [probe.CHILD]:
         return probe.child(argv[1:])
+    if argv[:1] == [card_part.CHILD]:
+        return card_part.child(argv[1:])
     options = _parser(program).parse_args(_joined(argv))
     try:
-        measuring = {"compare": compare, "bench": bench, "tune": tune, "autotune": tune}
+        measuring = {"compare": compare, "bench": bench, "tune": tune, "autotune": tune, "card": card}
         if options.command in measuring:
             status: int = measuring[options.command].run(options, program)
         else:
@@ -148,6 +153,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     compare.add_arguments(command("compare", compare.HELP, compare.EXAMPLES))
     bench.add_arguments(command("bench", bench.HELP, bench.EXAMPLES))
     tune.add_arguments(command("tune", tune.HELP, tune.EXAMPLES, aliases=("autotune",)))
+    card.add_arguments(command("card", card.HELP, card.EXAMPLES))
     replay.add_arguments(command("replay", replay.HELP, replay.EXAMPLES))
     return parser
 

@@ -15,7 +15,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 import conftest  # noqa: E402, F401  # loads this folder as the package attention_backends
 import tolerance  # noqa: E402
 import torch  # noqa: E402
+from attention_backends.comparison.card.costs import guard_cost  # noqa: E402
 from paired import machine  # noqa: E402
 
 SCENES = (
@@ -135,76 +135,6 @@ def of_kernels(scenes: list[Any], references: list[torch.Tensor]) -> dict[str, d
     return table
 
 
-def cost(calls: int = 20, rounds: int = 5) -> dict[str, float]:
-    """Watching one block of a run of 20 steps at 4,096 tokens, as a share of SDPA's own time: checks times their price.
-
-    A check is timed separately from its call: its share of the call is below the noise of a loaded machine.
-    """
-    from attention_backends.backends.observe.guard import Guard, GuardedKernel
-    from attention_backends.backends.report import Row, RunReport
-    from attention_backends.backends.values.request import AttentionCall
-
-    random = torch.Generator().manual_seed(0)
-    call = AttentionCall(*(torch.randn(1, HEADS, TOKENS, HEAD_DIM, generator=random) for _ in range(3)))
-    output = exact(call.query, call.key, call.value)
-    guard = Guard("watch", RunReport())
-    checks = checks_of(calls)
-    watch = GuardedKernel(guard, lambda call: output, _budget(), Row("", "", "", "", ""))
-    attention = min(_timed(lambda: exact(call.query, call.key, call.value)) for _ in range(rounds))
-    check = min(_timed(lambda: guard.check(watch, call, 0)) for _ in range(rounds * 4))
-    watch.due_call = watch.due_step = 1 << 60
-    per_call = min(_timed(lambda: [watch(call) for _ in range(1000)]) for _ in range(rounds)) / 1000
-    bare = min(_timed(lambda: [watch.kernel(call) for _ in range(1000)]) for _ in range(rounds)) / 1000
-    return {
-        "tokens": TOKENS,
-        "calls": calls,
-        "checks_of_20_calls": checks,
-        "attention_ms": attention * 1e3,
-        "check_ms": check * 1e3,
-        "other_calls_us": (per_call - bare) * 1e6,
-        "share_of_attention": (checks * check + calls * (per_call - bare)) / (calls * attention),
-    }
-
-
-def checks_of(steps: int, blocks: int = 80) -> float:
-    """Checks of one block in a run of so many steps, the mean over the blocks of a model."""
-    from attention_backends.backends.observe.guard import Guard
-    from attention_backends.backends.observe.guard.turns import Step
-    from attention_backends.backends.report import Row, RunReport
-
-    guard, seen = Guard("watch", RunReport()), []
-    guard.check = lambda watch, call, number: seen.append(watch.role_and_block)
-    rows = [Row("self", str(block), "", "", "") for block in range(blocks)]
-    watches: list[Any] = []
-
-    def model() -> list[Any]:
-        for block in range(blocks):
-            if len(watches) == block:
-                watches.append(guard.watched(lambda call: None, "quantized", rows[block]))
-            watches[block](call)
-        return []
-
-    random = torch.zeros(1)
-    from attention_backends.backends.values.request import AttentionCall
-
-    call = AttentionCall(random, random, random)
-    for step in range(steps):
-        guard.model_call(object(), model, model, Step(step, steps))
-    return len(seen) / blocks
-
-
-def _budget() -> Any:
-    from attention_backends.backends.observe.guard import BUDGETS
-
-    return BUDGETS["exact"]
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def rounded(value: Any) -> Any:
     """Four digits of every number; JSON has no infinity."""
     if isinstance(value, dict):
@@ -225,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
     scenes = [scene(*each) for each in SCENES]
     with torch.inference_mode():
-        price = cost()
+        price = guard_cost((1, HEADS, TOKENS, HEAD_DIM), torch.device("cpu"), torch.float32, rounds=5)
         print(price, flush=True)
         references = [one.sample(exact) for one in scenes]
         errors = of_errors(scenes, references)

@@ -51,7 +51,7 @@ def measure(device: str, rounds: int = 25) -> dict[str, Any]:
             forms = {f"1 key in {one_in} hidden": gap(tokens, one_in) for one_in in HIDDEN}
             forms |= {f"{blocks} blocks": diagonal(tokens, blocks) for blocks in BLOCKS}
             for name, mask in forms.items():
-                found[f"{name}, {tokens} tokens"] = masks.compare(*tensors, mask.to(device), rounds)
+                found[f"{name}, {tokens} tokens"] = masks.mask_cost(*tensors, mask.to(device), rounds)
     return found
 
 

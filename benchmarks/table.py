@@ -1,4 +1,5 @@
-"""Writes the table of kernel times in README.md from benchmarks/results/bench-*.json, which the command `bench` made.
+"""Writes the table of kernel times in README.md from benchmarks/results/: bench-*.json, which the command `bench` made,
+and */card.json, which `card` made. `dev.py docs` runs it too.
 
 Run: python benchmarks/table.py [--check]   (needs only the standard library; --check writes nothing and fails if stale)
 
@@ -23,7 +24,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The results by file name.
 
     Raises:
-        ValueError: a file is not a result of the command `bench`.
+        ValueError: a file is not a result of the command `bench` or `card`.
     """
     found = {}
     for path in sorted(folder.glob("bench-*.json")):
@@ -31,6 +32,14 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
         if data.get("kind") != "attention-backends kernel benchmark":
             raise ValueError(f"{path.name} is not a result of the command bench")
         found[path.name] = data
+    for path in sorted(folder.glob("*/card.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("kind") != "attention-backends card":
+            raise ValueError(f"{path.parent.name}/{path.name} is not a result of the command card")
+        reports = list(data["parts"].get("presets", {}).get("results", {}).values())
+        if reports:
+            cases = [case for report in reports for case in report["cases"]]
+            found[f"{path.parent.name}/{path.name}"] = {**reports[0], "cases": cases}
     return found
 
 

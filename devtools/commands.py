@@ -13,7 +13,7 @@ from pathlib import Path
 from . import comfyui as comfy
 from .console import Stop, make_output_safe, say
 from .demo import demo
-from .doctor import doctor
+from .doctor import card, doctor
 from .environment import prepare, version_in
 from .web import prepare_web
 
@@ -24,6 +24,7 @@ HELP = {
     "bench": "measure what the pack costs and gains here, and compare with the results before; or one: bench overhead",
     "lint": "ruff, its layout of the code, and mypy",
     "doctor": "each backend: available, or why not and how to get it",
+    "card": "measure what this card does within --minutes 6: one JSON and one page in benchmarks/results/<card>/",
     "contracts": "compare what kernels use of other packages with their published sources (reads the package index)",
     "docs": "write the pages of docs/ that are made from the code",
 }
@@ -66,6 +67,8 @@ def _run(root: Path, command: str, rest: list[str]) -> int:
         return _lint(root, prepare(root))
     if command == "doctor":
         return doctor(root, rest)
+    if command == "card":
+        return card(root, rest)
     if command == "bench":
         return _bench(root, rest)
     inside = root / "devtools" / "inside"

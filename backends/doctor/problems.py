@@ -83,7 +83,10 @@ def tried(router: Router, backend: Backend, request: AttentionRequest, device: t
 
 
 def call_of(request: AttentionRequest) -> AttentionCall:
-    """A problem as a call on the CPU; a mask hides the last third of the keys, kind bool one key less in odd rows."""
+    """A problem as a call on the CPU; a mask hides the last third of the keys, kind bool one key less in odd rows.
+
+    Kind bias also lowers the scores of the other keys, by a number that grows with the key's place.
+    """
     import torch
 
     query, key, value = tensors(request)
@@ -94,6 +97,9 @@ def call_of(request: AttentionRequest) -> AttentionCall:
         if request.mask == "bool":
             rows = torch.arange(request.q_len)[:, None] % 2
             mask = (torch.arange(request.kv_len)[None] < request.kv_len * 2 // 3 + rows)[None, None]
+        if request.mask == "bias":
+            lowered = (torch.arange(request.kv_len) / -64).to(query.dtype).masked_fill(~visible, float("-inf"))
+            mask = lowered.expand(1, 1, request.q_len, -1).contiguous()
     return AttentionCall(query, key, value, mask, request.is_causal, request.scale, request.grouped)
 
 
@@ -147,6 +153,6 @@ def _in_steps(call: AttentionCall) -> torch.Tensor:
     if call.is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
+        scores = scores.masked_fill(~visible, float("-inf")) if visible.dtype == torch.bool else scores + visible
     attended: torch.Tensor = scores.softmax(dim=-1) @ value
     return attended

@@ -1,9 +1,11 @@
-"""Writes the pages of docs/ that are made from the code, and `en.md` of each node; run through `with_package.py`.
+"""Writes the pages of docs/ that are made from the code, `en.md` of each node, and README's table of kernel times; run
+through `with_package.py`.
 
 ComfyUI's page asks for a node's help in the language that is set, English too, and then for `<node>.md`, which thus is
 what people read whose language has no page. So English stands in both.
 """
 
+import runpy
 from pathlib import Path
 
 from attention_backends.devtools.pages.backends import support_page
@@ -21,3 +23,4 @@ if __name__ == "__main__":
         changed = not path.exists() or path.read_text(encoding="utf-8") != text
         path.write_text(text, encoding="utf-8", newline="\n")
         print(f"{path.relative_to(ROOT).as_posix()}: {'written' if changed else 'as it was'}")
+    runpy.run_path(str(ROOT / "benchmarks" / "table.py"))["main"]([])

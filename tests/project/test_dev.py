@@ -170,7 +170,7 @@ class TestStarting:
         folder = _copy(tmp_path / "a pack-1.0 (copy)")
         result = _dev(folder, "--help", home=tmp_path)
         assert result.returncode == 0, result.stderr
-        for command in ("setup", "demo", "test", "bench", "lint", "doctor", "docs"):
+        for command in ("setup", "demo", "test", "bench", "lint", "doctor", "card", "docs"):
             assert command in result.stdout
 
     @pytest.mark.parametrize("version", ["3.10", "3.12", "3.13"])

@@ -47,6 +47,16 @@ ALLOWED = {
     ("backends/kernels/support/hub.py", "filterwarnings"): "under that lock",
     ("backends/doctor/probe.py", "faulthandler.enable"): "the child of a probe has a process of its own",
     ("comparison/bench_command.py", "redirect_stdout"): "the command line: its process, before any thread",
+    **{
+        ("comparison/card/work.py", name): "a part of `card` has a process of its own"
+        for name in ("faulthandler.enable", "sys.stdout", "os.environ")
+    },
+    ("comparison/card/parts.py", "set_num_threads"): "in that process",
+    ("comparison/card/costs.py", "catch_warnings"): "in that process",
+    ("comparison/card/costs.py", "simplefilter"): "in that process",
+    ("comparison/card/command.py", "signal"): "the command line: its process",
+    ("comparison/paired.py", "gc.disable"): "for processes that time and do nothing else",
+    ("comparison/paired.py", "gc.enable"): "for processes that time and do nothing else",
     ("comparison/command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/replay_command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/tune_command.py", "redirect_stdout"): "the command line: its process, before any thread",

@@ -45,6 +45,19 @@ def test_the_table_in_the_readme_is_not_stale() -> None:
     assert table.main(["--check"]) == 0, "run python benchmarks/table.py"
 
 
+def test_the_presets_of_a_card_are_in_the_table(tmp_path: Path) -> None:
+    one, other = result(), result(cases=[{"name": "flux2, no mask", "rows": result()["cases"][0]["rows"]}])
+    results = {"presets": {"results": {"hv15": one, "flux2": other}}}
+    for name, parts in (("a-card", results), ("another", {"presets": {"status": "failed"}}), ("third", {})):
+        (tmp_path / name).mkdir()
+        card = {"kind": "attention-backends card", "parts": parts}
+        (tmp_path / name / "card.json").write_text(json.dumps(card), encoding="utf-8")
+    (found,) = table.read(tmp_path).items()
+    assert found[0] == "a-card/card.json"
+    assert [case["name"] for case in found[1]["cases"]] == ["hv15, no mask", "hv15, masked", "flux2, no mask"]
+    assert "(benchmarks/results/a-card/card.json)" in table.table(dict([found]))
+
+
 def test_a_stale_table_is_told_and_then_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], snapshot: SnapshotAssertion
 ) -> None:

@@ -1,0 +1,123 @@
+"""The parts of `card` that measure: they run here at a small size, and its page can be made of their results."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from attention_backends.backends.doctor import probe  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
+from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from attention_backends.comparison.card import costs, parts, store  # noqa: E402
+from attention_backends.comparison.card.page import page  # noqa: E402
+from attention_backends.comparison.card.work import Skipped, Work  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a part gets, by its name; two small presets, two forms of masks and two backends are all there is."""
+    monkeypatch.setattr(parts, "PRESETS", ["ltx2_audio", "z_image"])
+    monkeypatch.setattr(parts, "CPU_TOKENS", 32)
+    varied = [changes for changes in parts.VARIED if not changes or {"mask", "is_causal", "scale"} & set(changes)]
+    monkeypatch.setattr(parts, "VARIED", varied)
+    monkeypatch.setattr(parts, "MASK_TOKENS", {"cpu": 64})
+    monkeypatch.setattr(parts, "GUARD_TOKENS", 64)
+    file = tmp_path / store.RUNNING
+    facts = {"kind": store.KIND, "format": store.FORMAT, "command": "card", "minutes": 1.0, "started": "now"}
+    lost = {name: "left out" for name in ("sdpa_flash", "flex_attn", "reference", "emulated_int8")}
+    store.write(file, {**facts, "state": "running", "parts": {"doctor": {"lost": lost}}})
+    return lambda name, seconds=60.0: Work(name, file, seconds)
+
+
+def ran(work: Work) -> dict[str, Any]:
+    """The results of a part, once they are in the file; the page can be made of them."""
+    parts.PARTS[work.name](work)
+    work.keep("ok")
+    data = json.loads(work.file.read_text(encoding="utf-8"))
+    assert page(data) == work.file.with_suffix(".md").read_text(encoding="utf-8")
+    results: dict[str, Any] = data["parts"][work.name]["results"]
+    return results
+
+
+def test_numerics_of_every_kernel_that_runs_and_did_not_crash(work: Any) -> None:
+    results = ran(work("numerics"))
+    assert set(results) == {"torch_sdpa", "sdpa_math"}
+    for row in results.values():
+        assert 0 < row["worst_relative_l2"] < row["limit"]
+        assert (row["calls"], row["wrong"]) == (3 * len(parts.VARIED), [])
+
+
+def test_a_wrong_kernel_is_wrong_in_the_calls_that_show_it(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(call: AttentionCall) -> torch.Tensor:
+        mask = call.attn_mask
+        if mask is not None and mask.dtype != torch.bool:  # hides the same keys and drops the numbers of the others
+            mask = mask.isfinite()
+        return plain_sdpa()(call.changed(scale=None, attn_mask=mask))
+
+    monkeypatch.setattr(Router, "kernel", lambda self, name: wrong)
+    found = ran(work("numerics"))["torch_sdpa"]["wrong"]
+    assert len(found) == 6
+    assert sum("scale 0.05" in text for text in found) == sum("mask bias" in text for text in found) == 3
+
+
+def test_the_doctor_has_a_row_for_each_backend_and_its_probe(work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTENTION_BACKENDS_CACHE", str(work("doctor").file.parent))
+    asked: list[float] = []
+
+    def answer(name: str, timeout: float) -> Outcome:
+        asked.append(timeout)
+        return Outcome("hung" if name == "sdpa_math" else "ok", relative_l2=0.001, ms=1.0)
+
+    monkeypatch.setattr(probe, "probe", answer)
+    results = ran(work("doctor"))
+    assert set(results) == set(BACKENDS) - set(work("x").lost)
+    assert {name: results[name]["probed"]["status"] for name in ("torch_sdpa", "sdpa_math", "comfy")} == {
+        "torch_sdpa": "ok", "sdpa_math": "hung", "comfy": "untested",
+    }  # fmt: skip
+    assert max(asked) <= 30.0, "half of the time, so that a probe that hangs is known as such"
+
+
+def test_presets_end_when_their_time_is_over_and_go_on_later(work: Any) -> None:
+    first = work("presets", 0.0)
+    assert ran(first) == {}
+    assert first.not_reached == ["ltx2_audio", "z_image"]
+    results = ran(work("presets"))
+    assert [case["name"] for case in results["z_image"]["cases"]] == ["z_image, no mask", "z_image, masked"]
+    for report in results.values():
+        assert [row["backend"] for row in report["cases"][0]["rows"] if row["rank"]]
+
+
+def test_masks_overhead_and_guard(work: Any) -> None:
+    found = ran(work("masks"))
+    assert set(found) == set(costs.mask_forms(64))
+    assert all(each["same"] is True or each["same"] < 1e-5 for each in found.values())
+    with torch.inference_mode():
+        assert costs.call_cost(CPU, rounds=3, calls=3)["sdpa_us"] > 0
+    found = ran(work("guard"))
+    assert found["synchronisations"] == "skipped: no CUDA device"
+    assert found["cost"]["checks_of_20_calls"] > 0
+    assert all(math.isfinite(value) for value in found["cost"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_what_needs_a_gpu_is_skipped_with_its_reason(work: Any) -> None:
+    with pytest.raises(Skipped, match="no CUDA device"):
+        parts.hunyuan_cudnn(work("hunyuan_cudnn"))
+
+
+def test_the_machine_is_known_by_its_card_and_versions(work: Any) -> None:
+    found = ran(work("machine"))
+    assert found["device"] == detect().kind
+    assert found["versions"]["torch"] == torch.__version__
