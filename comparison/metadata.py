@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..backends.values.data import load_json
+from ..backends.values.plain_data import load_json
 from .report import ComparisonError
 
 MOST = 16 * 1024 * 1024

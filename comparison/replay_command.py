@@ -17,8 +17,8 @@ from ..backends.config.record_reader import is_record, read
 from ..backends.config.recorded import MARK, ChoiceTimeline, Recorded, differences
 from ..backends.engine.router import Router
 from ..backends.values.bounded import MOST_JSON, read_file, shortened
-from ..backends.values.data import load_json
 from ..backends.values.errors import ConfigError
+from ..backends.values.plain_data import load_json
 from ..backends.values.request import AttentionRequest
 from .metadata import texts_of
 from .report import ComparisonError

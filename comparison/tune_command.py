@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends.observe.autotune.entry import MOST_BYTES, MOST_VALUES
 from ..backends.observe.autotune.store import VARIABLE, Store, default_path
 from ..backends.values.bounded import read_file
-from ..backends.values.data import load_json
+from ..backends.values.plain_data import load_json
 from ..backends.values.tolerance import ACCURACY
 from .command import Progress
 from .presets import PRESETS, Preset, parse_presets

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..values.data import MAX_DEPTH
 from ..values.errors import ConfigError
+from ..values.plain_data import MAX_DEPTH
 from .tokens import at_commas, scalar, with_assignments, words_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")

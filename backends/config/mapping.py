@@ -12,9 +12,9 @@ from typing import Any
 
 from ..kernels import BACKENDS
 from ..values.bounded import nearest, shortened
-from ..values.data import load_json
 from ..values.errors import ConfigError
 from ..values.fields import Fields
+from ..values.plain_data import load_json
 from . import LONGEST_ROLE, AttentionConfig, AttentionSpec
 from .components import component_entries
 from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS, notes_on

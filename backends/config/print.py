@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..values.data import dump_yaml
+from ..values.plain_data import dump_yaml
 from . import AttentionConfig, AttentionSpec
 from .foreign_options import BESIDE_BACKEND
 from .mapping import SPEC_FIELDS

@@ -10,9 +10,9 @@ from typing import Any
 from ..kernels import BACKENDS
 from ..kernels.group import BackendGroup
 from ..measure.call_key import TuningKey, key_of
-from ..values.data import check_data
 from ..values.errors import ConfigError
 from ..values.fields import LONGEST_TEXT, Fields
+from ..values.plain_data import check_data
 from ..values.request import DTYPES, MASK_KINDS, AttentionRequest
 from . import AttentionSpec
 from .layers import Choice

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ..values.data import load_json
 from ..values.errors import ConfigError
 from ..values.fields import Fields
+from ..values.plain_data import load_json
 from . import CATEGORY_PARENT, AttentionConfig, AttentionSpec
 from .schedule import ScheduleEntry
 

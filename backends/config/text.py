@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..values.bounded import MOST_JSON, MOST_TEXT, read_file, shortened
-from ..values.data import check_data, check_size, load_json, load_yaml
 from ..values.errors import ConfigError
+from ..values.plain_data import check_data, check_size, load_json, load_yaml
 from . import AttentionConfig
 from .flags import ELSEWHERE, looks_like_flags, notes_on, parse_flags, parse_pairs
 from .mapping import FIELDS, Reading, from_mapping, spec_of

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from ..values.data import load_json
 from ..values.errors import ConfigError
+from ..values.plain_data import load_json
 
 _NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d*)?|\.\d+)([eE][+-]?\d{1,4})?")
 _ASSIGNED = re.compile(r"[A-Za-z_][\w.-]*")

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..values.bounded import read_file
-from ..values.data import load_json
 from ..values.fields import Fields
+from ..values.plain_data import load_json
 from ..values.platform import Platform
 from .environment import probe_key
 

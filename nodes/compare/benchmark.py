@@ -21,8 +21,8 @@ from ...comparison.contenders import parse_backends
 from ...comparison.presets import PRESETS, largest, parse_presets
 from ..configure.selector import CATEGORY
 from ..hook.hook_calls import run_comfy
+from ..hook.origins import name_of
 from ..hook.run import router_for
-from ..hook.whose import name_of
 from ..inputs import text_of
 
 ALL = "all"

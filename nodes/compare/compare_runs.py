@@ -20,9 +20,9 @@ from ...comparison.rounds import Entry, round_robin
 from ..history import runs
 from ..hook import patch
 from ..hook.run import router_for
+from .attention_time import timed
 from .capture import capturing
 from .compare_setup import SetUp, make_report
-from .timed import timed
 
 log = logging.getLogger("attention_backends")
 

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ...backends.report import BY_ANOTHER
 from ...backends.report.outcome import NOT_USED, PARTLY
-from ...backends.values.data import load_json
+from ...backends.values.plain_data import load_json
 from ...comparison import metrics, picture, tables
 from ...comparison.report import ComparisonError, Report, Row, Spread
 from ..configure.selector import CATEGORY

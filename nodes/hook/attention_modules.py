@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from . import callers, compiled, whose
+from . import callers, compiled, origins
 from .callers import calling_methods
 from .roles import Family, Role, block_of, family_of, guess, roles_at
 
@@ -197,7 +197,7 @@ class ForwardPatch:
             if name not in self._marked:
                 before = own.get(name)
                 method = getattr(self._module, name)
-                if whose.is_foreign(method, self._home):
+                if origins.is_foreign(method, self._home):
                     from .stand_ins import watched  # which needs this module
 
                     method = watched(self._attention_module, method, self._module)
@@ -284,7 +284,7 @@ class ForwardPatches(list[ForwardPatch]):
         home = type(self.model).__module__
         for name, module in self.model.named_modules():
             methods = calling_methods(module) if name else ()
-            if not methods and name and whose.is_foreign(type(module).forward, home):
+            if not methods and name and origins.is_foreign(type(module).forward, home):
                 # A pack's module, or the class's forward replaced: it is an attention module by its place.
                 methods = ("forward",) if roles_at(self.family, name, type(module).__name__) else ()
             if module in self._of:
@@ -310,7 +310,7 @@ class ForwardPatches(list[ForwardPatch]):
             forward = module.__dict__.get("forward") or type(module).forward
             if known.get(id(forward)) is forward or module in self._of:
                 continue
-            if whose.is_foreign(forward, home):
+            if origins.is_foreign(forward, home):
                 self._of[module] = mark = ForwardPatch.on(module, None, ("forward",), home)
                 self.append(mark)
             else:

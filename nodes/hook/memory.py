@@ -3,7 +3,7 @@
 ComfyUI decides from the latent's shape how much of a model it loads and how many prompts it batches. A kernel that
 builds the whole matrix of scores needs more than its formula knows. What a kernel needs is declared by the kernel
 (`Backend.workspace_bytes`); which calls a model makes for a latent is known from its last run with a latent of that
-shape, and guessed before the first one from the latent, the patch size and the heads (`sizes.py`).
+shape, and guessed before the first one from the latent, the patch size and the heads (`estimated_calls.py`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ...backends.kernels.support.workspace import extra_bytes
 from ...backends.values.errors import NoBackendError
 from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ...backends.values.request import AttentionRequest
+from .estimated_calls import expected_requests
 from .roles import Role
 from .run import KEY, RUN_KEY, router_for
-from .sizes import expected_requests
 
 if TYPE_CHECKING:
     from .hook_plans import HookPlan

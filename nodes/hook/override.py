@@ -17,13 +17,13 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from ...backends.config import AttentionConfig
-from . import attention_modules, compiled, operators, stand_ins
+from . import attention_modules, compiled, operator_watch, stand_ins
 from .attention_modules import current
 from .hook_calls import count_passed_on, run_hook_call
 from .masks import COMPILED
 from .model_call import ModelCall
+from .origins import name_of
 from .run import KEY, RUN_KEY, Run
-from .whose import name_of
 
 log = logging.getLogger("attention_backends")
 
@@ -99,7 +99,7 @@ class Override:
 
         routed.__name__ = name_of(func)
         routed.__dict__[KEY] = self
-        with operators.counted_elsewhere():
+        with operator_watch.counted_elsewhere():
             output = foreign(routed, *args, **kwargs)
         if model_call.routed + model_call.elsewhere == before:
             stand_ins.count(model_call, foreign, model_call.role(ordinal, args[0].shape[-2], args[1].shape[-2]))

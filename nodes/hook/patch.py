@@ -18,10 +18,10 @@ from ...backends.engine.priorities import default_line
 from ...backends.observe.advisories import for_family, note_without_advisory
 from . import attention_modules
 from .memory import prepare_sampling_wrapper
-from .others import KEY, OVERRIDE
+from .origins import PURE_SELECTORS, name_of, title_of
+from .other_packs import KEY, OVERRIDE
 from .override import Override
 from .run import router_for
-from .whose import PURE_SELECTORS, name_of, title_of
 from .wrappers import apply_model_wrapper, calc_cond_batch_wrapper, outer_sample_wrapper
 
 log = logging.getLogger("attention_backends")

@@ -33,9 +33,9 @@ from ...backends.values.platform import Platform
 from . import attention_modules
 from .foreign_code import ForeignCode
 from .model_call import ModelCall
-from .others import KEY as KEY
-from .others import OVERRIDE as OVERRIDE
-from .others import Others
+from .other_packs import KEY as KEY
+from .other_packs import OVERRIDE as OVERRIDE
+from .other_packs import Others
 from .roles import bypass_of
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@
 - a patch that replaces a block or an attention is called through a `Replaced`;
 - a forward that is not the model's own runs in `watched`, whether of an attention module or of a block around some.
 
-`operators.py` tells computing from skipping: patches that return what they are given, or what they kept from an earlier
-step, compute no attention and are not counted.
+`operator_watch.py` tells computing from skipping: patches that return what they are given, or what they kept from an
+earlier step, compute no attention and are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...backends.report import BY_ANOTHER
 from ...backends.values.errors import NoBackendError
 from . import attention_modules, compiled
 from .attention_modules import current
-from .operators import WATCHES, Work, counted_elsewhere
+from .operator_watch import WATCHES, Work, counted_elsewhere
 from .roles import CROSS, SELF, Role
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from ...backends.observe.autotune.entry import MOST_VALUES
-from ...backends.values.data import load_json
+from ...backends.values.plain_data import load_json
 
 PREFIX = "/attention_backends"
 

@@ -16,8 +16,8 @@ from ...backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from ...backends.report import MODES, trace_mode
 from ...backends.report import VARIABLE as TRACE_VARIABLE
 from ...backends.values.bounded import read_file, shortened
-from ...backends.values.data import load_json
 from ...backends.values.fields import Fields
+from ...backends.values.plain_data import load_json
 from ...backends.values.platform import HUB_VARIABLE, hub_allowed
 
 log = logging.getLogger("attention_backends")

@@ -132,7 +132,7 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
     """As on a GPU, where the account has no times: every call between two events, none of them read in a step."""
     from attention_backends.comparison import rounds
 
-    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
+    timed, runs = nodes_module("compare.attention_time"), nodes_module("compare.compare_runs")
     gpu = torch.device("cuda")
     monkeypatch.setattr(timed.Timed, "new_event", Event)
     monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
@@ -161,7 +161,7 @@ def test_time_in_attention_is_that_between_events_read_at_the_end_of_a_run(monke
 
 
 def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
+    timed, runs = nodes_module("compare.attention_time"), nodes_module("compare.compare_runs")
     monkeypatch.setattr(timed.Timed, "new_event", Event)
     monkeypatch.setattr(timed.Timed, "times", staticmethod(lambda device: True))
     monkeypatch.setattr(Event, "at_rest", True)
@@ -174,7 +174,7 @@ def test_a_run_of_which_not_every_call_was_timed_has_no_share(monkeypatch: pytes
 
 
 def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
+    timed, runs = nodes_module("compare.attention_time"), nodes_module("compare.compare_runs")
     monkeypatch.setattr(timed.Timed, "new_event", staticmethod(lambda: pytest.fail("an event on the CPU")))
     setup = set_up("wan", steps=2)
     variant = runs.make_variants(setup.guider.model_patcher, "sdpa_math", {})[0]
@@ -185,7 +185,7 @@ def test_on_the_cpu_the_account_has_the_times_and_no_event_is_made(monkeypatch: 
 
 def test_another_packs_model_is_left_as_it_is() -> None:
     """Where another pack answers the calls, our override is not asked first, so nothing is timed."""
-    timed, runs = nodes_module("compare.timed"), nodes_module("compare.compare_runs")
+    timed, runs = nodes_module("compare.attention_time"), nodes_module("compare.compare_runs")
     plain = tiny_sampling.build("wan")
     assert timed.timed(plain) == (plain, None)
     ours = selected(plain, "sdpa_math")
@@ -197,7 +197,7 @@ def test_another_packs_model_is_left_as_it_is() -> None:
 def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
     setup = set_up("wan", steps=2)
     ours = selected(setup.guider.model_patcher, "torch_sdpa", strict=True)
-    clone, override = nodes_module("compare.timed").timed(ours)
+    clone, override = nodes_module("compare.attention_time").timed(ours)
     assert override is not None
     assert clone is not ours
     assert ours.model_options["transformer_options"]["attention_backends"] is not override
@@ -207,7 +207,7 @@ def test_a_timed_model_is_a_clone_that_gives_the_same_picture() -> None:
 @pytest.mark.gpu
 def test_on_a_card_the_events_give_a_time() -> None:
     """Through the hook's own stand-in for a model, whose calls and tensors lie on the card."""
-    timed, sampling = nodes_module("compare.timed"), nodes_module("hook.run")
+    timed, sampling = nodes_module("compare.attention_time"), nodes_module("hook.run")
     ours = timed.Timed((AttentionConfig(default=AttentionSpec("sdpa_math"), source="node"),))
     ours.pairs = []
     run = sampling.Run(ours)

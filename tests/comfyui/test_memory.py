@@ -37,7 +37,7 @@ from test_bench_suite import script  # noqa: E402
 
 measured = script("memory")
 memory = nodes_module("hook.memory")
-sizes = nodes_module("hook.sizes")
+sizes = nodes_module("hook.estimated_calls")
 CPU = detect(torch.device("cpu"))
 LONG = AttentionRequest(batch=2, num_heads=4, q_len=384, kv_len=512, head_dim=64, dtype="float32")
 REQUESTS = {

@@ -27,7 +27,7 @@ from attention_backends.backends.values.errors import NoBackendError  # noqa: E4
 from hook_side import comfyui, counts, last_run, marks_left, nodes_module, plain_comfyui, sampling, selected, with_role  # noqa: E402
 
 pytestmark = pytest.mark.comfy
-whose = nodes_module("hook.whose")
+whose = nodes_module("hook.origins")
 FAMILIES = ("wan", "flux", "sd15", "minimax_h3")
 STEPS = {"wan": 2, "flux": 2, "sd15": 1, "minimax_h3": 2}  # the UNet has the most calls
 BY_ANOTHER = "by another"
@@ -851,7 +851,7 @@ def test_one_call_is_counted_once_where_several_stand_around_it() -> None:
 
 def test_what_is_no_attention() -> None:
     """Projections, and memory that torch's own operators fill; a kernel's output is filled by nobody that is seen."""
-    operators = nodes_module("hook.operators")
+    operators = nodes_module("hook.operator_watch")
     x = torch.ones(1, 4, 8)
     for compute in (
         lambda: torch.nn.functional.linear(x, torch.eye(8)),
@@ -880,7 +880,7 @@ def test_what_others_compute_each_time_is_watched_now_and_then(way: str, monkeyp
     """A watch costs some microseconds per operator; who took over in every call so far is counted without one."""
     import tiny_sampling
 
-    operators = nodes_module("hook.operators")
+    operators = nodes_module("hook.operator_watch")
     watches: list[int] = []
     enter = operators.Work.__enter__
     monkeypatch.setattr(operators.Work, "__enter__", lambda work: watches.append(1) or enter(work))

@@ -37,7 +37,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     ),
     "devtools/demo.py": {"torch_sdpa": WORKFLOW, "sdpa_math": WORKFLOW},
     "nodes/configure/schedule.py": {"torch_sdpa": "the frozen default of a node's input"},
-    **{f"nodes/hook/{file}.py": {"comfy": MODULE} for file in ("callers", "foreign_code", "others", "whose")},
+    **{f"nodes/hook/{file}.py": {"comfy": MODULE} for file in ("callers", "foreign_code", "origins", "other_packs")},
 }
 """File -> id -> why it stands there."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..history import runs
-from . import attention_modules, whose
+from . import attention_modules, origins
 from .stand_ins import Habit, OnTop, count, role_of, watch_patches
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class Others:
 
     def title(self, other: Any) -> str:
         """The title of the node that made a function."""
-        key = whose.origin(other) if other is not None else ("", "", "")
+        key = origins.origin(other) if other is not None else ("", "", "")
         if key not in self._titles:
-            self._titles[key] = whose.title_of(other, runs.queued(runs.executing()[0]))
+            self._titles[key] = origins.title_of(other, runs.queued(runs.executing()[0]))
         return self._titles[key]
 
     def stands(self, other: Any) -> str:
@@ -57,25 +57,25 @@ class Others:
             selector = self._selector_below(other)
             return "before this node" if selector is None else f"and {self.title(selector)} before this node"
         if self.at_start is None:
-            return "after this node" if whose.is_selector(other) else ""
+            return "after this node" if origins.is_selector(other) else ""
         return "after this node" if self._was_there(other) else ""
 
     def _was_there(self, other: Any) -> bool:
         """Whether an override was on the model when the sampler began: one that a node puts there, not a callback."""
-        return self.at_start is None or whose.origin(other) == whose.origin(self.at_start)
+        return self.at_start is None or origins.origin(other) == origins.origin(self.at_start)
 
     def order(self, other: Any) -> str:
         """Which order of the nodes makes this node's choice win; empty if none does."""
         title, selector = self.title(other), self._selector_below(other)
         if selector is not None:
             return f"put this pack's node in place of {self.title(selector)}, which stands before {title}"
-        if not whose.is_selector(other) or not self._was_there(other):
+        if not origins.is_selector(other) or not self._was_there(other):
             return ""
         return f"put this pack's node after {title} or in place of it"
 
     def _selector_below(self, other: Any) -> Any:
         """The kernel selector below another pack's override that ours is composed with."""
-        return whose.below(other, whose.is_selector) if other is self._run.override.foreign else None
+        return origins.below(other, origins.is_selector) if other is self._run.override.foreign else None
 
     def around(self, options: dict[str, Any]) -> str:
         """Which pack wraps the whole model with a wrapper that ComfyUI calls; empty if none does."""
@@ -83,7 +83,9 @@ class Others:
         found = wrappers.get("diffusion_model") or {}
         wrappers_of_others = [one for name, several in found.items() if name != KEY for one in several]
         wrappers_of_others += [self._run.function_wrapper] if self._run.function_wrapper is not None else []
-        return ", ".join(dict.fromkeys(self.title(one) for one in wrappers_of_others if whose.is_foreign(one, "comfy")))
+        return ", ".join(
+            dict.fromkeys(self.title(one) for one in wrappers_of_others if origins.is_foreign(one, "comfy"))
+        )
 
     def _in_between(self, options: dict[str, Any]) -> Any:
         """Another pack's object between our node and the model's modules, if known; else None."""
@@ -93,7 +95,7 @@ class Others:
             functions += [one for name, several in (wrappers.get(kind) or {}).items() if name != KEY for one in several]
         for root in (marks.model for marks in self._run.forward_patches()):
             functions += [one for one in vars(root).values() if isinstance(one, types.FunctionType | types.MethodType)]
-        return next((one for one in functions if one is not None and whose.is_foreign(one, "comfy")), None)
+        return next((one for one in functions if one is not None and origins.is_foreign(one, "comfy")), None)
 
     def watch(self, options: dict[str, Any]) -> dict[str, Any]:
         """Before a model call: put stand-ins around other packs' functions. Returns the original `options` entries."""
@@ -178,6 +180,6 @@ def _replaced_function(attention_module: attention_modules.AttentionModule) -> A
     module = sys.modules.get(attention_module.class_module)
     for name, found in vars(module).items() if module is not None else ():
         named = "attention" in name or "attn" in name
-        if named and isinstance(found, types.FunctionType) and whose.is_foreign(found, attention_module.class_module):
+        if named and isinstance(found, types.FunctionType) and origins.is_foreign(found, attention_module.class_module):
             return found
     return None
