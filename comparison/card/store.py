@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...backends.values.data import load_json
+from ...backends.values.plain_data import load_json
 from ...backends.values.privacy import clean
 
 KIND = "attention-backends card"
