@@ -134,10 +134,13 @@ def run_hook_call(
     except (OnlyComfyUIError, DifferingTensorsError) as error:  # the second where the kernel compares tensors itself
         if owned and isinstance(error, DifferingTensorsError):
             raise
-        return _pass_on(model_call, func, query, key, value, given, options, kwargs, str(error))
-    if layout.skip_output_reshape:
-        return output
-    return output.transpose(1, 2).flatten(2)
+        text = str(error)
+    else:
+        if layout.skip_output_reshape:
+            return output
+        return output.transpose(1, 2).flatten(2)
+    # Not in the `except` clause: what ComfyUI's function raises is not an error while another one is handled.
+    return _pass_on(model_call, func, query, key, value, given, options, kwargs, text)
 
 
 def _takes_containers(func: Any) -> bool:

@@ -131,6 +131,20 @@ def test_comfyuis_function_gets_it_as_it_is(
     assert any(note.startswith("ComfyUI's own attention ran: ") for note in run.run_report.notes)
 
 
+@pytest.mark.parametrize("name", ["value in half", "mask of integers", "scale as a tensor"])
+def test_what_comfyuis_function_raises_for_it_is_the_only_error(name: str) -> None:
+    """Not one that was raised while ours was handled: a traceback begins with what stock would have raised."""
+
+    def refuses(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise ValueError("as it should")
+
+    tensors, flags = ODD[name]
+    ours = override("comfy")
+    with pytest.raises(ValueError, match="as it should") as caught:
+        hook(ours, refuses, tensors, flags, sampling.Run(ours))
+    assert caught.value.__context__ is None
+
+
 @pytest.mark.parametrize("name", [*ODD, *EMPTY])
 def test_strict_stops_what_there_is_to_compute(
     monkeypatch: pytest.MonkeyPatch, name: str, snapshot: SnapshotAssertion
