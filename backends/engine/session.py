@@ -22,7 +22,7 @@ from ..report.timed_kernel import timed_kernel
 from ..values.errors import NoBackendError
 from ..values.faults import KernelFaultError, KernelOutputError, is_cuda_fault, is_out_of_memory
 from ..values.mask_plan import PASSED_ON, MaskPlan
-from ..values.request import AttentionCall, Host, SplitCall, hosted
+from ..values.request import AttentionCall, Host, HostedCall, SplitCall, hosted
 from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
 from .observer import Chooser, KernelVetoed, Observer, Veto
 from .plan import CPU, CallKind, Plan, Slot
@@ -109,8 +109,8 @@ class Session:
             if mask_plan.strategy == PASSED_ON:
                 call.memo = mask_plan.sub_calls[0].memo
         plan = slot.plan
-        if plan.hosted:
-            call = hosted(call, host)
+        if plan.hosted and host is not None and not isinstance(call, HostedCall):
+            call = HostedCall(call, host)  # `hosted`, without its frame
         try:
             output = plan.compute(call)
         except Exception as error:

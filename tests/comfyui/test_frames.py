@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from comfy_location import find_comfyui, why_no_comfyui
@@ -22,3 +23,29 @@ def test_frames_of_a_call(part: str, warm: int, cold: int) -> None:
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["warm"]["frames"] <= warm, counts["warm"]
     assert counts["cold"]["frames"] <= cold, counts["cold"]
+
+
+def test_a_warm_call_of_comfyuis_own_function_stays_short() -> None:
+    """Without ComfyUI's wrapper: the hook, its plan, the copy of the call that has the function, and the way to it."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    from hook_side import Q, exact, model_call, override, sampling, sites, stand_in
+
+    ours = override("comfy")
+    options = {sampling.KEY: ours, sampling.OVERRIDE: ours, sampling.RUN_KEY: sampling.Run(ours)}
+    frames: list[str] = []
+
+    def noted(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("attention_backends."):
+            frames.append(frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name)
+
+    def body() -> None:
+        ours(exact, Q, Q, Q, 2, transformer_options=options, skip_output_reshape=True)
+        sites.current_model_call().ordinal = 0
+        sys.setprofile(noted)
+        try:
+            ours(exact, Q, Q, Q, 2, transformer_options=options, skip_output_reshape=True)
+        finally:
+            sys.setprofile(None)
+
+    model_call(stand_in(["WanModel"], {}), options, body)
+    assert len(frames) <= 9, frames
