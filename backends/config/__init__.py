@@ -17,7 +17,7 @@ from ..values.errors import ConfigError
 from ..values.options import problems
 from ..values.tolerance import ACCURACY
 from .foreign_options import FOREIGN_OPTIONS, foreign_problems
-from .names import AUTO, canonical
+from .names import AUTO, canonical, options_of
 
 if TYPE_CHECKING:
     from .recorded import Recorded
@@ -49,6 +49,8 @@ def frozen(options: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
 class AttentionSpec:
     """One backend with its options. `backend` accepts every spelling and is stored as the canonical id.
 
+    Options that the spelling includes (KJNodes' `sageattn_qk_int8_pv_fp8_cuda++`) are added; `extra` has precedence.
+
     Raises:
         UnknownBackendError: no backend has the name.
         ConfigError: an option is unknown or its value is wrong.
@@ -60,10 +62,11 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.backend, str):
             raise ConfigError(f"backend must be a name, not {type(self.backend).__name__}: {self.backend!r}")
-        object.__setattr__(self, "backend", canonical(self.backend))
         if not isinstance(self.extra, Mapping):
             raise ConfigError(f"extra must be a mapping, not {type(self.extra).__name__}: {self.extra!r}")
-        object.__setattr__(self, "extra", MappingProxyType(deepcopy(dict(self.extra))))
+        extra = {**options_of(self.backend), **deepcopy(dict(self.extra))}
+        object.__setattr__(self, "backend", canonical(self.backend))
+        object.__setattr__(self, "extra", MappingProxyType(extra))
         if self.extra:
             self._check_extra()
 

@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..values.errors import ConfigError
 from ..values.plain_data import MAX_DEPTH
+from .foreign_entries import COMFYUI_FLAGS, SWITCHES, XFUSER_ENTRIES
 from .tokens import at_commas, scalar, with_assignments, words_of
 
 CONFIG_FLAGS = ("diffusion_attention_config", "dac", "attention_config")
 """vLLM-Omni's structured configuration."""
 COMPONENT_FLAG = "component_attention_backends"
-COMMAND_FLAGS = (*CONFIG_FLAGS, "diffusion_attention_backend", "attention_backend", "attention_backend_config",
-                 "diffusion_attention_schedule", COMPONENT_FLAG)  # fmt: skip
+MAIN_FLAGS = (*CONFIG_FLAGS, "diffusion_attention_backend", "attention_backend", "attention_backend_config",
+              "diffusion_attention_schedule", COMPONENT_FLAG)  # fmt: skip
+"""Flags that messages name."""
+COMMAND_FLAGS = (*MAIN_FLAGS, *XFUSER_ENTRIES, *COMFYUI_FLAGS, "fastvideo_vsa_topk")
 """Flags that are read from a whole command line; others are the program's."""
 COMPONENT_NAME = re.compile(
     r"(transformer|unet|text_encoder|image_encoder|vision_encoder|vae|audio_vae|video_vae|vocoder|connectors)(_\d+)?"
@@ -37,6 +40,18 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
             ("ulysses_degree", "ring_degree", "sp_degree", "sp_size", "usp", "ulysses_mode", "allgather_kv"), _PARALLEL
         ),
         "diffusion_attention_quant": "quantises attention in vLLM-Omni since 0.32; sage_attn is the nearest here",
+        **dict.fromkeys(
+            (
+                *("spargeattn_simthreshold", "spargeattn_cdfthreshold", "spargeattn_reorder_sequence"),
+                *("use_spargeattn_static_block_mask", "use_spargeattn_head_balance", "use_ssta_sparse_text_to_image"),
+                *("no_spargeattn_reorder_sequence", "no_use_spargeattn_static_block_mask"),
+                *("vsa_block_size", "vsa_top_k", "vsa_top_k_ratio", "vsa_drop_rates", "vsa_prob_threshold"),
+            ),
+            "sets sparse kernels of xfuser's own, whose names are refused here",
+        ),
+        "fastvideo_fa4": "chooses FlashAttention 4 in FastVideo; flash_attn_4 asks for it here",
+        "force_upcast_attention": "upcasts attention in ComfyUI; start ComfyUI with it, then it counts here too",
+        "dont_upcast_attention": "leaves out upcasts in ComfyUI; give it to ComfyUI when it starts",
         "sglang_use_sage_attention_impl": "chooses among SGLang's Sage kernels; here each has a name of its own",
         "sglang_diffusion_aiter_fp8_attn": "runs AITER's FP8 kernels in SGLang; here aiter is half precision only",
     }
@@ -45,7 +60,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
 
 _ASSIGNMENT = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)", re.DOTALL)
 _PROGRAM = re.compile(
-    r"([\w.-]*/.*|.*\.(py|sh|exe)|python[\d.]*|py|vllm|vllm-omni|sglang|torchrun|accelerate|uv|uvx|env|sudo|srun|docker)"
+    r"([\w.-]*/.*|.*\.(py|sh|exe)|python[\d.]*|py|vllm|vllm-omni|sglang|fastvideo|torchrun|accelerate|uv|uvx|env|sudo|srun|docker)"
 )
 _FLAGS = re.compile(rf"(\$\s+)?(export\s|--?[A-Za-z]|[A-Za-z_][\w.-]*\s*=|({_PROGRAM.pattern})\s)")
 
@@ -68,6 +83,12 @@ def notes_on(skipped: Sequence[str]) -> list[str]:
     ]
     others = [flag for flag, name in about.items() if name not in ELSEWHERE]
     return known + ([f"{', '.join(others)}: not about attention; without effect here"] if others else [])
+
+
+def elsewhere_problem(names: Iterable[str]) -> str:
+    """The reason against a configuration of only these entries; empty: none of them is in `ELSEWHERE`."""
+    told = [f"{name}: there it {ELSEWHERE[name.lower()]}" for name in names if name.lower() in ELSEWHERE]
+    return f"{'; '.join(told)}. Nothing here reads it; name a backend" if told else ""
 
 
 def looks_like_flags(text: str) -> bool:
@@ -122,7 +143,9 @@ def _pairs(text: str, rest: list[str], source: str) -> list[tuple[str, object]]:
     """(name, value) pairs of one word; a flag without `=` uses the next word as value."""
     if text.startswith("-"):
         name, equals, value = text.lstrip("-").partition("=")
-        if not equals:
+        if not equals and name.replace("-", "_") in SWITCHES:
+            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        elif not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"{source}: {text!r} is not name=value: its value is missing")
             value = rest.pop(0)
@@ -203,4 +226,4 @@ def _refuse_near(word: str, source: str) -> None:
 
 
 def _known() -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in COMMAND_FLAGS)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in MAIN_FLAGS)

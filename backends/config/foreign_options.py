@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+_SUBBLOCK = "SGLang, for block-sparse backends that are refused here"
 _UNREAD = "Smart-Diffusion, whose documents name it and whose code does not"
 
 BESIDE_BACKEND: tuple[str, ...] = (
@@ -25,6 +26,9 @@ FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
         "fastvideo_vsa_topk": "vLLM-Omni, number of tiles kept by FASTVIDEO_VSA",
         "fastvideo_vsa_provider": "vLLM-Omni 0.32, package for FASTVIDEO_VSA",
         "fastvideo_vsa_precision": "vLLM-Omni 0.32, arithmetic of FASTVIDEO_VSA",
+        **dict.fromkeys(
+            ("compute_mode", "skip_first_steps", "skip_first_layers", "n_k", "n_q", "min_seq_len"), _SUBBLOCK
+        ),
         "quant_bits": _UNREAD,
         "quant_symmetric": _UNREAD,
         "sparsity_ratio": _UNREAD,

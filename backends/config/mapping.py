@@ -1,7 +1,7 @@
-"""Reads a mapping as an `AttentionConfig`: our entries, and those of vLLM-Omni, SGLang diffusion and Smart-Diffusion.
+"""Reads a mapping as an `AttentionConfig`: our entries, and those of other systems (`docs/systems.md`).
 
-Every text form becomes a mapping first (`text.py`, `flags.py`). `components.py` reads SGLang's map. The caller's
-mapping is not changed.
+Every text form becomes a mapping first (`text.py`, `flags.py`). `components.py` reads SGLang's map,
+`foreign_entries.py` translates entries that have another form here. The caller's mapping is not changed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,19 @@ from ..values.fields import Fields
 from ..values.plain_data import load_json
 from . import LONGEST_ROLE, AttentionConfig, AttentionSpec
 from .components import component_entries
-from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS, notes_on
+from .flags import COMMAND_FLAGS, COMPONENT_FLAG, COMPONENT_NAME, CONFIG_FLAGS, elsewhere_problem, notes_on
+from .foreign_entries import translated
 from .foreign_options import BESIDE_BACKEND, FOREIGN_OPTIONS, foreign_problems
-from .names import UnknownBackendError, canonical
+from .names import UnknownBackendError, canonical, options_of
 from .schedule import ScheduleEntry
 from .schedule_forms import FOREIGN_SCHEDULE, foreign_schedule, schedule_of
+from .systems import entries as entries_of_systems
 from .systems import line_of
 
 SETTINGS = ("accuracy", "strict", "guard", "joint_is_self")
 FIELDS = ("default", "backend", "per_role", "schedule", *SETTINGS)
 SPEC_FIELDS = ("backend", "extra")
-SHORTHANDS = {
-    "backend": "",
-    "diffusion_attention_backend": "vllm_omni",
-    "attention_backend": "sglang",
-    "attn_type": "smart_diffusion",
-}
+SHORTHANDS = {"backend": "", **entries_of_systems()}
 """Names of the entry for the default backend, and the system of each."""
 MOST_BESIDES = 200
 """Most other entries of another system's configuration; vLLM's has about eighty."""
@@ -67,12 +64,15 @@ def from_mapping(value: Mapping[Any, Any], reading: Reading) -> AttentionConfig:
     keys = [str(key).replace("-", "_") for key in value]
     system = "vllm_omni" if any(name in keys for name in CONFIG_FLAGS) else ""
     entries = _entries(value, source)
+    entries = translated(entries, source, lambda name, at, of: spec_of(name, at, reading, of), reading.note)
     known = (*FIELDS, *SHORTHANDS, *OPTION_FIELDS, COMPONENT_FLAG, FOREIGN_SCHEDULE)
     unknown = [name for name in entries if name not in known]
     besides = _besides(keys, unknown)
     if besides:
         for note in notes_on(besides):
             reading.note(note)
+    if not besides and (problem := elsewhere_problem(unknown)):
+        raise ConfigError(f"{source}: {problem}")
     Fields(dict.fromkeys(name for name in unknown if name not in besides), source, ConfigError).only(FIELDS)
     default = _default(entries, reading, system)
     per_role = _roles(Fields(entries.get("per_role") or {}, f"{source}.per_role", ConfigError).data, reading, system)
@@ -118,6 +118,8 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
         extra = {**(extra or {}), **beside}
     name = "auto" if name is None else name
     try:
+        if isinstance(name, str) and isinstance(extra or {}, Mapping):
+            extra = {**options_of(name, system), **(extra or {})}
         spec = AttentionSpec(canonical(name, system) if isinstance(name, str) else name, {} if extra is None else extra)
     except UnknownBackendError as error:
         raise type(error)(f"{where}: {error}") from error

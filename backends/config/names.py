@@ -1,7 +1,7 @@
 """Resolves every accepted name of a backend to its id.
 
-Ids never change: workflows and configuration files contain them. Aliases are the names of vLLM-Omni, SGLang diffusion,
-Diffusers and Smart-Diffusion, declared by each backend, so that their configurations paste unchanged.
+Ids never change: workflows and configuration files contain them. Aliases are the names of other systems (`systems.py`),
+declared by each backend, so that their configurations paste unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 from ..kernels import registry
 from ..values.aliases import PEOPLE
 from ..values.bounded import nearest, shortened
-from .systems import key_of, rows_of, systems
+from .systems import key_of, meanings, row_in, rows_of
 
 AUTO = "auto"
 """The first backend of the platform's priorities that can run the call."""
@@ -75,7 +75,7 @@ CHOICES: tuple[str, ...] = (AUTO, AUTOTUNE, MEASURED, *BACKEND_IDS)
 @lru_cache(maxsize=1)
 def aliases() -> dict[str, str]:
     """Alias -> id, without the ids themselves."""
-    published = {key_of(row.name): row.means for system in systems() for row in system.names if row.means}
+    published = {name: str(row.means) for name, row in meanings().items()}
     written = {
         key_of(alias.name): backend.id
         for backend in registry.BACKENDS.values()
@@ -112,19 +112,30 @@ def is_known(name: str) -> bool:
 def canonical(name: str, system: str = "") -> str:
     """The id of a name; case, surrounding space and `-` for `_` do not matter.
 
-    `system`: id of the system that the name comes from, if known; for the text of a refusal.
+    `system`: id of the system that the name comes from, if known; what the name means there then has precedence.
 
     Raises:
         RefusedBackendError: another system publishes the name, without an equivalent here; the message says why.
         UnknownBackendError: unknown; the message has the nearest names and the whole list.
     """
     key = key_of(name)
+    own = row_in(name, system) if system else None
+    if own is not None and own.means is not None:
+        return own.means
     if key in NAMES:
         return key
     if key in aliases():
         return aliases()[key]
-    for publisher, row in rows_of(key, system):
+    for publisher, row in rows_of(name, system):
         raise RefusedBackendError(f"attention backend {name!r} of {publisher.title} is not available here: {row.line}")
     near = nearest(key, [*NAMES, *aliases()], count=3)
     hint = f" did you mean {' or '.join(near)}?" if near else ""
     raise UnknownBackendError(f"unknown attention backend {name!r};{hint} the names are: {', '.join(NAMES)}")
+
+
+def options_of(name: str, system: str = "") -> dict[str, object]:
+    """The options that an accepted name includes, beside its id."""
+    row = row_in(name, system) if system else None
+    if row is None and key_of(name) not in NAMES:
+        row = meanings().get(key_of(name))
+    return {} if row is None or row.means is None else dict(row.options)

@@ -61,6 +61,8 @@ def _listed(value: object, where: str) -> list[object]:
 def _entry(value: object, where: str, read: ReadSpec) -> ScheduleEntry:
     if isinstance(value, ScheduleEntry):
         return value
+    if isinstance(value, Mapping) and "profile" in value:
+        raise ConfigError(f"{where}: a window of vLLM-Omni's; it belongs under {FOREIGN_SCHEDULE}, beside its profiles")
     fields = Fields(value, where, ConfigError).only(ENTRY_FIELDS)
     given = {name: entry for name, entry in fields.data.items() if entry is not None}
     if "backend" not in given:

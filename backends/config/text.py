@@ -17,8 +17,8 @@ from ..values.bounded import MOST_JSON, MOST_TEXT, read_file, shortened
 from ..values.errors import ConfigError
 from ..values.plain_data import check_data, check_size, load_json, load_yaml
 from . import AttentionConfig
-from .flags import ELSEWHERE, looks_like_flags, notes_on, parse_flags, parse_pairs
-from .mapping import FIELDS, Reading, from_mapping, spec_of
+from .flags import ELSEWHERE, elsewhere_problem, looks_like_flags, notes_on, parse_flags, parse_pairs
+from .mapping import FIELDS, SHORTHANDS, Reading, from_mapping, spec_of
 from .names import UnknownBackendError
 from .python import python_problem
 from .record_reader import FIELDS as RECORD_FIELDS
@@ -49,8 +49,8 @@ def parse_config(
         value: an AttentionConfig, a mapping, or text: a backend's name; JSON; YAML; the path of a `.json`,
             `.yaml` or `.yml` file; flags of vLLM-Omni (`--diffusion-attention-config.per_role.cross.backend X`,
             `-dac '{...}'`), SGLang (`--attention-backend X`, `--component-attention-backends transformer=fa`) or
-            Smart-Diffusion (`infer.attn_type=sage`), alone or in a whole command line; or `key=value` pairs
-            separated by commas or spaces.
+            Smart-Diffusion (`infer.attn_type=sage`), others in `docs/systems.md`, alone or in a whole command line;
+            or `key=value` pairs separated by commas or spaces.
         source: its name in messages.
         component: the diffusion model that it is for; selects entries of SGLang's component map.
         read_files: False for untrusted text, which must not name files of this machine.
@@ -204,15 +204,19 @@ class _Reader:
 
     def _flags(self, text: str) -> AttentionConfig:
         flags = parse_flags(text, self.source)
+        of_systems = {name: value for name, value in flags.environment.items() if name in SHORTHANDS}
+        flags = flags._replace(nested={**of_systems, **flags.nested})
         config = self.mapping(flags.nested)
         variables = (CONFIG_VARIABLE, *DEFAULT_VARIABLES)
         if not flags.nested and not set(variables) & set(flags.environment):
+            if problem := elsewhere_problem(flags.environment):
+                raise ConfigError(f"{self.source}: {problem}")
             unknown = ", ".join(flags.environment)
             raise ConfigError(f"{self.source}: unknown entry {unknown}; known: {', '.join((*FIELDS, *variables))}")
         if flags.skipped:
             config = replace(config, notes=(*config.notes, *map(shortened, notes_on(flags.skipped))))
         for name in flags.environment:
-            if ("ATT" in name or name.lower() in ELSEWHERE) and name not in variables:
+            if ("ATT" in name or name.lower() in ELSEWHERE) and name not in (*variables, *SHORTHANDS):
                 there = f"there it {ELSEWHERE[name.lower()]}; " if name.lower() in ELSEWHERE else ""
                 note = f"{name}: {there}not read from text; without effect here"
                 config = replace(config, notes=(*config.notes, note))

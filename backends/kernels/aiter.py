@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..values.aliases import DIFFUSERS, HUB, SGLANG, Alias
+from ..values.aliases import DIFFUSERS, HALF_V4, HUB, SGLANG, XFUSER, YUNCHANG, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -44,6 +44,10 @@ class Aiter(FlashAttention):
         ),
         Alias(DIFFUSERS, "aiter", NAMESAKE),
         Alias(DIFFUSERS, "aiter_fa2_hub", f"{HUB}; {NAMESAKE}"),
+        Alias(YUNCHANG, "AITER", NAMESAKE),
+        Alias(YUNCHANG, "AITER_ROCM", NAMESAKE),
+        Alias(XFUSER, "AITER", NAMESAKE),
+        Alias(XFUSER, "AITER_BF16", HALF_V4),
     )
     lse = False  # whether it is natural or base 2 was not checked
     kinds = ("rocm",)

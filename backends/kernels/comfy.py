@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.aliases import KJNODES, WAN_WRAPPER, Alias
 from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest, HostedCall
@@ -21,6 +22,7 @@ class Comfy(Backend):
 
     id = "comfy"
     summary = "ComfyUI's own attention function, as its start-up flags and the checkpoint's preference choose it."
+    aliases = (Alias(KJNODES, "disabled", "the model's attention stays ComfyUI's"), Alias(WAN_WRAPPER, "comfy"))
     kinds = KINDS
     hosted = True
     candidate = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..values.aliases import COMFYUI, Alias
 from ..values.limits import Batch, Causal, Dtypes, HeadDim, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -33,6 +34,7 @@ class ComfyKitchenInt8(Backend):
 
     id = "comfy_kitchen_int8"
     summary = "ComfyUI's own INT8 attention, from comfy-kitchen. Takes masks and any head size up to 256."
+    aliases = (Alias(COMFYUI, "comfy_kitchen_int8"), Alias(COMFYUI, "comfy kitchen attention"))
     arithmetic = "int8"
     rotates = True
     comfy_function = "attention_comfy_kitchen_int8"

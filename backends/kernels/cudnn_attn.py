@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..values.aliases import DIFFUSERS, PEOPLE, SGLANG, VLLM_OMNI, Alias
+from ..values.aliases import DIFFUSERS, SGLANG, VLLM_OMNI, XFUSER, YUNCHANG, Alias
 from ..values.limits import Batch, HeadDim, HeadDimMultiple, Heads, KeyLength
 from ..values.platform import Platform
 from ..values.reasons import Reason, template
@@ -40,7 +40,8 @@ class CudnnAttn(PinnedSDPA):
             "it can run, and the platform's route the rest",
         ),
         Alias(DIFFUSERS, "_native_cudnn"),
-        Alias(PEOPLE, "cudnn"),
+        Alias(YUNCHANG, "TORCH_CUDNN"),
+        Alias(XFUSER, "CUDNN"),
     )
     kinds = ("cuda",)
     min_capability = (8, 0)

@@ -5,7 +5,7 @@ Hopper: 3, then 4, then 2. Blackwell: 4 only. AMD: AITER, then 2. Both as in vLL
 
 from __future__ import annotations
 
-from ..values.aliases import SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
+from ..values.aliases import FASTVIDEO, SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
 from .group import BackendGroup
 
 FAMILY = "the FlashAttention family, as there: the best installed member for the card, whatever the number says"
@@ -34,6 +34,11 @@ BACKENDS = (
             Alias(SGLANG, "fa3", FAMILY),
             Alias(SGLANG, "fa4", FAMILY),
             Alias(SMART_DIFFUSION, "flash_attn"),
+            Alias(
+                FASTVIDEO,
+                "FLASH_ATTN",
+                "version 3 or 2 there, version 4 with FASTVIDEO_FA4=1; here the best installed member for the card",
+            ),
         ),
         tested_on=(
             "cuda:8.6,packages=flash-attn==2.8.3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..values.aliases import DIFFUSERS, HUB, LENGTHS, SGLANG, VLLM_OMNI, Alias
+from ..values.aliases import COMFYUI, DIFFUSERS, HUB, LENGTHS, SGLANG, VLLM_OMNI, WAN_WRAPPER, XFUSER, YUNCHANG, Alias
 from ..values.limits import NO_MASK, Batch, HeadDim, Heads
 from ..values.package import Package, Setting, Symbols
 from ..values.platform import FLASH_TRITON_VARIABLE, Platform
@@ -49,6 +49,11 @@ class FlashAttn2(FlashAttention):
         Alias(DIFFUSERS, "flash_hub", HUB),
         Alias(DIFFUSERS, "flash_varlen", LENGTHS),
         Alias(DIFFUSERS, "flash_varlen_hub", f"{HUB}; {LENGTHS}"),
+        Alias(COMFYUI, "flash"),
+        Alias(WAN_WRAPPER, "flash_attn_2"),
+        Alias(YUNCHANG, "FA", "plain flash-attn, not the family"),
+        Alias(YUNCHANG, "FLASH_ATTN", "plain flash-attn, not the family"),
+        Alias(XFUSER, "FLASH"),
     )
     kinds = ("cuda", "rocm")
     min_capability = (8, 0)

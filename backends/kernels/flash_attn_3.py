@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..values.aliases import DIFFUSERS, HUB, LENGTHS, VLLM_OMNI, Alias
+from ..values.aliases import DIFFUSERS, HUB, LENGTHS, VLLM_OMNI, WAN_WRAPPER, XFUSER, YUNCHANG, Alias
 from ..values.limits import NO_MASK, Batch, HeadDim, HeadDimMultiple
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -27,6 +27,10 @@ class FlashAttn3(FlashAttention):
         Alias(DIFFUSERS, "_flash_varlen_3", LENGTHS),
         Alias(DIFFUSERS, "_flash_3_hub", HUB),
         Alias(DIFFUSERS, "_flash_3_varlen_hub", f"{HUB}; {LENGTHS}"),
+        Alias(WAN_WRAPPER, "flash_attn_3"),
+        Alias(YUNCHANG, "FA3", "version 3 alone, not the family"),
+        Alias(YUNCHANG, "FLASH_ATTN_3"),
+        Alias(XFUSER, "FLASH_3"),
     )
     kinds = ("cuda",)
     requires = ("flash-attn-3",)

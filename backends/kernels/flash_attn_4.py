@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..values.aliases import DIFFUSERS, HUB, Alias
+from ..values.aliases import DIFFUSERS, HUB, XFUSER, Alias
 from ..values.limits import NO_MASK, Batch, HeadDim, HeadDimMultiple
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -32,7 +32,7 @@ class FlashAttn4(FlashAttention):
 
     id = "flash_attn_4"
     summary = "FlashAttention 4, from the package flash-attn-4. The FlashAttention for Blackwell; takes no masks."
-    aliases = (Alias(DIFFUSERS, "flash_4_hub", HUB),)
+    aliases = (Alias(DIFFUSERS, "flash_4_hub", HUB), Alias(XFUSER, "FLASH_4"))
     kinds = ("cuda",)
     min_capability = (8, 0)
     requires = ("flash-attn-4>=4.0.0b5",)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from math import log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..values.aliases import LISTED, PEOPLE, SMART_DIFFUSION, VLLM_OMNI, Alias
+from ..values.aliases import LISTED, SMART_DIFFUSION, VLLM_OMNI, YUNCHANG, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Masks, Rule
 from ..values.masks import stored_once
 from ..values.package import Symbols
@@ -72,7 +72,7 @@ class FlashInferAttn(Backend):
     aliases = (
         Alias(VLLM_OMNI, "FLASHINFER_ATTN"),
         Alias(SMART_DIFFUSION, "flash_infer", f"{LISTED}; here it runs FlashInfer"),
-        Alias(PEOPLE, "flashinfer"),
+        Alias(YUNCHANG, "FLASHINFER"),
     )
     kinds = ("cuda",)
     min_capability = (7, 5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..values.aliases import DIFFUSERS, LISTED, SMART_DIFFUSION, Alias
+from ..values.aliases import DIFFUSERS, LISTED, SMART_DIFFUSION, XFUSER, YUNCHANG, Alias
 from ..values.limits import Batch, Causal, HeadDim, HeadDimMultiple, Heads, KeyLength, Masks
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -37,6 +37,8 @@ class NpuFusion(Backend):
             "vLLM runs mindiesd's kernels, which this pack does not call",
         ),
         Alias(SMART_DIFFUSION, "npu", f"{LISTED}; here it is for Ascend NPUs with torch_npu only"),
+        Alias(YUNCHANG, "NPU", "for Ascend NPUs with torch_npu only"),
+        Alias(XFUSER, "NPU", "for Ascend NPUs with torch_npu only"),
     )
     kinds = ("npu",)
     requires = ("torch-npu>=2.1",)

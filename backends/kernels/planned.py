@@ -7,7 +7,17 @@ backend is implemented, its options move from here into its file.
 
 from __future__ import annotations
 
-from ..values.aliases import PEOPLE, SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
+from ..values.aliases import (
+    COMFYUI,
+    FASTVIDEO,
+    PEOPLE,
+    SGLANG,
+    SMART_DIFFUSION,
+    VLLM_OMNI,
+    WAN_WRAPPER,
+    YUNCHANG,
+    Alias,
+)
 from ..values.options import Option
 from ..values.platform import Platform
 from .backend import Backend
@@ -123,6 +133,7 @@ BACKENDS = (
                 f"vLLM runs dense attention where it does not apply, even if named; {NOT_BUILT}",
             ),
             Alias(SGLANG, "video_sparse_attn", NOT_BUILT),
+            Alias(FASTVIDEO, "VIDEO_SPARSE_ATTN", NOT_BUILT),
         ),
     ),
     Planned(
@@ -130,7 +141,7 @@ BACKENDS = (
         "half",
         "VMoBA block attention for video.",
         VMOBA,
-        (Alias(SGLANG, "vmoba_attn", NOT_BUILT),),
+        (Alias(SGLANG, "vmoba_attn", NOT_BUILT), Alias(FASTVIDEO, "VMOBA_ATTN", NOT_BUILT)),
     ),
     Planned(
         "sparse_video_gen_2_attn",
@@ -149,6 +160,7 @@ BACKENDS = (
             Alias(SGLANG, "sparge_attn", NOT_BUILT),
             Alias(SMART_DIFFUSION, "sparge", f"under this name Smart-Diffusion runs FlashAttention 2; {NOT_BUILT}"),
             Alias(SMART_DIFFUSION, "spas_sage", f"Smart-Diffusion's inner name for sparge; {NOT_BUILT}"),
+            Alias(YUNCHANG, "SPARSE_SAGE", NOT_BUILT),
             Alias(PEOPLE, "sparge_attn_backend"),
         ),
     ),
@@ -160,7 +172,21 @@ BACKENDS = (
         (
             Alias(VLLM_OMNI, "SOL_ATTN", NOT_BUILT),
             Alias(SGLANG, "sol_attn", NOT_BUILT),
+            Alias(COMFYUI, "sol-attn", f"a method of newer ComfyUI's node Model Sparse Attention; {NOT_BUILT}"),
         ),
     ),
-    Planned("radial_attn", "half", "Radial Attention for video.", RADIAL, ()),
+    Planned(
+        "radial_attn",
+        "half",
+        "Radial Attention for video.",
+        RADIAL,
+        (
+            Alias(
+                WAN_WRAPPER,
+                "radial_sage_attention",
+                f"in INT8, as there; {NOT_BUILT}",
+                (("use_sage_attention", True),),
+            ),
+        ),
+    ),
 )

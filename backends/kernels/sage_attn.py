@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from ..values.aliases import DIFFUSERS, LENGTHS, PEOPLE, SGLANG, SMART_DIFFUSION, VLLM_OMNI, Alias
+from ..values.aliases import (
+    COMFYUI,
+    DIFFUSERS,
+    FASTVIDEO,
+    KJNODES,
+    LENGTHS,
+    SGLANG,
+    SMART_DIFFUSION,
+    VLLM_OMNI,
+    WAN_WRAPPER,
+    XFUSER,
+    YUNCHANG,
+    Alias,
+)
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -70,7 +83,15 @@ class SageAttn(sage.SageBackend):
         ),
         Alias(DIFFUSERS, "sage_varlen", LENGTHS),
         Alias(SMART_DIFFUSION, "sage"),
-        Alias(PEOPLE, "sageattn"),
+        Alias(COMFYUI, "sage"),
+        Alias(KJNODES, "auto", "the kernel that the package picks for the card; under other names auto is this pack's"),
+        Alias(WAN_WRAPPER, "sageattn"),
+        Alias(WAN_WRAPPER, "sageattn_compiled", "there torch.compile sees it; here each call is one opaque op anyway"),
+        Alias(WAN_WRAPPER, "sageattn_varlen", LENGTHS),
+        Alias(YUNCHANG, "SAGE_AUTO"),
+        Alias(YUNCHANG, "SAGE_AUTO_DETECT"),
+        Alias(XFUSER, "SAGE"),
+        Alias(FASTVIDEO, "SAGE_ATTN"),
     )
     comfy_function = "attention_sage"
     requires = (sage.REQUIREMENT,)

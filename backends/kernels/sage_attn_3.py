@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..values.aliases import DIFFUSERS, HUB, PEOPLE, SGLANG, VLLM_OMNI, Alias
+from ..values.aliases import COMFYUI, DIFFUSERS, FASTVIDEO, HUB, KJNODES, SGLANG, VLLM_OMNI, WAN_WRAPPER, Alias
 from ..values.limits import NO_MASK, Batch, GroupedHeads, HeadDimIn, Heads, Rule, Scale
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
@@ -25,6 +25,11 @@ BLOCK = 128
 
 
 CORRECTION = template("correction", "{elements} elements in the correction of one sample > {max}")
+
+
+ONE_MEAN = (
+    "there the query less its mean over all rows, here less that of each 128 rows, which is the package's default"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,11 @@ class SageAttn3(sage.SageBackend):
         Alias(VLLM_OMNI, "SAGE_ATTN_3"),
         Alias(SGLANG, "sage_attn_3"),
         Alias(DIFFUSERS, "sage_blackwell_hub", HUB),
-        Alias(PEOPLE, "sageattn3"),
+        Alias(COMFYUI, "sage3"),
+        Alias(KJNODES, "sageattn3", ONE_MEAN),
+        Alias(KJNODES, "sageattn3_per_block_mean"),
+        Alias(WAN_WRAPPER, "sageattn_3", ONE_MEAN),
+        Alias(FASTVIDEO, "SAGE_ATTN_THREE"),
     )
     arithmetic = "fp4"
     comfy_function = "attention3_sage"

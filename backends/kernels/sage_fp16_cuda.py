@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import DIFFUSERS, KJNODES, YUNCHANG, Alias
 from ..values.options import Option
 from ..values.platform import Platform
 from .backend import Kernel, Limits
@@ -20,7 +20,12 @@ class SageFP16Cuda(sage.SageCuda):
 
     id = "sage_fp16_cuda"
     summary = "SageAttention 2 with INT8 scores and FP16 values, CUDA kernel. Takes no masks."
-    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_cuda"),)
+    aliases = (
+        Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_cuda"),
+        Alias(KJNODES, "sageattn_qk_int8_pv_fp16_cuda"),
+        Alias(YUNCHANG, "SAGE_FP16"),
+        Alias(YUNCHANG, "SAGE_FP16_CUDA"),
+    )
     function = "sageattn_qk_int8_pv_fp16_cuda"
     flag = "SM80_ENABLED"
     reads_tail = True

@@ -6,7 +6,7 @@ from inspect import signature
 from math import log
 from typing import TYPE_CHECKING
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import DIFFUSERS, KJNODES, YUNCHANG, Alias
 from ..values.limits import Masks
 from ..values.masks import without_keys
 from ..values.options import Option
@@ -39,7 +39,11 @@ class SageFP16Triton(sage.SageBackend):
 
     id = "sage_fp16_triton"
     summary = "SageAttention 2 with INT8 scores and FP16 values, Triton kernel. The Sage kernel that takes masks."
-    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_triton"),)
+    aliases = (
+        Alias(DIFFUSERS, "_sage_qk_int8_pv_fp16_triton"),
+        Alias(KJNODES, "sageattn_qk_int8_pv_fp16_triton"),
+        Alias(YUNCHANG, "SAGE_FP16_TRITON"),
+    )
     min_capability = (7, 5)
     requires = (sage.REQUIREMENT, "sageattention>=2")
     packages = sage.SAGE2_PACKAGES

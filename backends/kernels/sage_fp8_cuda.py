@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import DIFFUSERS, KJNODES, YUNCHANG, Alias
 from ..values.options import Option
 from ..values.platform import Platform
 from ..values.versions import meets
@@ -22,7 +22,13 @@ class SageFP8Cuda(sage.SageCuda):
 
     id = "sage_fp8_cuda"
     summary = "SageAttention 2 with INT8 scores and FP8 values, CUDA kernel. Takes no masks."
-    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda"),)
+    aliases = (
+        Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda"),
+        Alias(KJNODES, "sageattn_qk_int8_pv_fp8_cuda", options=(("pv_accum_dtype", "fp32+fp32"),)),
+        Alias(KJNODES, "sageattn_qk_int8_pv_fp8_cuda++", options=(("pv_accum_dtype", "fp32+fp16"),)),
+        Alias(YUNCHANG, "SAGE_FP8", options=(("pv_accum_dtype", "fp32+fp32"),)),
+        Alias(YUNCHANG, "SAGE_FP8_CUDA", options=(("pv_accum_dtype", "fp32+fp32"),)),
+    )
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda"
     flag = "SM89_ENABLED"

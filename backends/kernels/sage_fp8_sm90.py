@@ -5,7 +5,7 @@ from __future__ import annotations
 from inspect import isfunction
 from types import ModuleType
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import DIFFUSERS, YUNCHANG, Alias
 from ..values.options import Option
 from ..values.platform import Platform
 from .backend import Kernel, Limits
@@ -21,7 +21,7 @@ class SageFP8SM90(sage.SageCuda):
 
     id = "sage_fp8_sm90"
     summary = "SageAttention 2 with INT8 scores and FP8 values, Hopper kernel. Takes no masks."
-    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda_sm90"),)
+    aliases = (Alias(DIFFUSERS, "_sage_qk_int8_pv_fp8_cuda_sm90"), Alias(YUNCHANG, "SAGE_FP8_SM90"))
     arithmetic = "fp8"
     function = "sageattn_qk_int8_pv_fp8_cuda_sm90"
     flag = "SM90_ENABLED"

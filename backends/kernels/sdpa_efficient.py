@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import DIFFUSERS, XFUSER, YUNCHANG, Alias
 from ..values.limits import Causal, Dtypes, HeadDim, HeadDimMultiple, ValueHeadDim
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
@@ -16,7 +16,11 @@ class SDPAEfficient(PinnedWithLse):
 
     id = "sdpa_efficient"
     summary = "PyTorch's memory-efficient kernel, pinned. Takes masks and float32, and runs on older cards."
-    aliases = (Alias(DIFFUSERS, "_native_efficient"),)
+    aliases = (
+        Alias(DIFFUSERS, "_native_efficient"),
+        Alias(YUNCHANG, "TORCH_EFFICIENT"),
+        Alias(XFUSER, "SDPA_EFFICIENT"),
+    )
     kinds = ("cuda", "rocm")
     min_capability = (5, 0)
     pin = "EFFICIENT_ATTENTION"

@@ -6,7 +6,7 @@ from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import DIFFUSERS, XFUSER, YUNCHANG, Alias
 from ..values.limits import NO_MASK, Dtypes, GroupedHeads, HeadDim, Scale
 from ..values.platform import Platform
 from .backend import FLOATING, Limits, package_reason
@@ -24,7 +24,7 @@ class SDPAFlash(PinnedWithLse):
 
     id = "sdpa_flash"
     summary = "PyTorch's built-in FlashAttention, pinned. No package needed; on CUDA it takes no masks."
-    aliases = (Alias(DIFFUSERS, "_native_flash"),)
+    aliases = (Alias(DIFFUSERS, "_native_flash"), Alias(YUNCHANG, "TORCH_FLASH"), Alias(XFUSER, "SDPA_FLASH"))
     kinds = ("cuda", "rocm", "cpu")
     min_capability = (8, 0)
     pin = "FLASH_ATTENTION"

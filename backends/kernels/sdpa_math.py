@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import DIFFUSERS, XFUSER, YUNCHANG, Alias
 from ..values.limits import Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
@@ -40,7 +40,7 @@ class SDPAMath(PinnedSDPA):
     summary = (
         "PyTorch's plain matrix form, pinned. Slow and memory-hungry; for finding out whether a fused kernel errs."
     )
-    aliases = (Alias(DIFFUSERS, "_native_math"),)
+    aliases = (Alias(DIFFUSERS, "_native_math"), Alias(YUNCHANG, "TORCH_MATH"), Alias(XFUSER, "SDPA_MATH"))
     arithmetic = "fp32"
     kinds = KINDS
     pin = "MATH"

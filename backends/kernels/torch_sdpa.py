@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..values.aliases import DIFFUSERS, PEOPLE, SGLANG, VLLM_OMNI, Alias
+from ..values.aliases import (
+    COMFYUI,
+    DIFFUSERS,
+    FASTVIDEO,
+    SGLANG,
+    VLLM_OMNI,
+    WAN_WRAPPER,
+    XFUSER,
+    YUNCHANG,
+    Alias,
+)
 from ..values.limits import Batch, Causal, Dtypes, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.request import AttentionCall, AttentionRequest
@@ -39,7 +49,12 @@ class TorchSDPA(Backend):
         Alias(VLLM_OMNI, "SDPA"),
         Alias(SGLANG, "torch_sdpa"),
         Alias(DIFFUSERS, "native"),
-        Alias(PEOPLE, "pytorch"),
+        Alias(COMFYUI, "pytorch"),
+        Alias(COMFYUI, "pytorch attention"),
+        Alias(WAN_WRAPPER, "sdpa"),
+        Alias(YUNCHANG, "TORCH", "of older versions, which took PyTorch's efficient kernel; here PyTorch picks"),
+        Alias(XFUSER, "SDPA"),
+        Alias(FASTVIDEO, "TORCH_SDPA"),
     )
     kinds = KINDS
     limits = Limits(Dtypes(FLOATING), Causal("any"), ValueHeadDim(may_differ=True))

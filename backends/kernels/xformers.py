@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..values.aliases import DIFFUSERS, Alias
+from ..values.aliases import COMFYUI, DIFFUSERS, Alias
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimMultiple, Heads
 from ..values.masks import as_additive, without_keys
 from ..values.package import Package, Symbols
@@ -48,7 +48,7 @@ class Xformers(Backend):
 
     id = "xformers"
     summary = "xformers' memory-efficient attention. Exact; takes masks and float32, and runs on cards before Ampere."
-    aliases = (Alias(DIFFUSERS, "xformers"),)
+    aliases = (Alias(DIFFUSERS, "xformers"), Alias(COMFYUI, "xformers"))
     kinds = ("cuda",)
     min_capability = (5, 0)
     requires = ("xformers>=0.0.29",)

@@ -8,10 +8,13 @@ PEOPLE = ""
 """Instead of a system's id: a common spelling."""
 
 VLLM_OMNI, SGLANG, DIFFUSERS, SMART_DIFFUSION = "vllm_omni", "sglang", "diffusers", "smart_diffusion"
-"""The systems' ids (`config/systems.py`)."""
+COMFYUI, KJNODES, WAN_WRAPPER, YUNCHANG = "comfyui", "kjnodes", "wan_wrapper", "yunchang"
+XFUSER, FASTVIDEO = "xfuser", "fastvideo"
+"""The systems' ids (`config/published.py`)."""
 
 HUB = "the installed package first; the Hub's build only where it is missing and ATTENTION_BACKENDS_HUB=1 allows it"
 LENGTHS = "one id for both: whether a call needs variable lengths follows from its mask"
+HALF_V4 = "AITER's mha_v4 in half precision there; here its flash_attn_func, half precision too"
 LISTED = "listed in Smart-Diffusion's schema, but its start-up check stops on it"
 
 
@@ -23,3 +26,5 @@ class Alias(NamedTuple):
     name: str
     line: str = ""
     """The difference here; empty: the same."""
+    options: tuple[tuple[str, object], ...] = ()
+    """Options that the name includes; one that a person gives has precedence."""

@@ -44,9 +44,9 @@ SYSTEMS = (
         keys_in="sglang/multimodal_gen/runtime/layers/attention/",
     ),
     System("diffusers", "diffusers/models/attention_dispatch.py", "AttentionBackendName", True, "diffusers"),
-    System("xfuser", "xfuser/core/distributed/attention_backend.py", "AttentionBackendType"),
-    System("fastvideo", "fastvideo/platforms/interface.py", "AttentionBackendEnum"),
-    System("yunchang", "yunchang/kernels/__init__.py", "AttnType", True),
+    System("xfuser", "xfuser/core/distributed/attention_backend.py", "AttentionBackendType", ours="xfuser"),
+    System("fastvideo", "fastvideo/platforms/interface.py", "AttentionBackendEnum", ours="fastvideo"),
+    System("yunchang", "yunchang/kernels/__init__.py", "AttnType", True, "yunchang"),
 )
 
 

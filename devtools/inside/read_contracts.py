@@ -15,6 +15,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from attention_backends.backends.config import foreign_options, mapping, names, systems
@@ -195,13 +196,14 @@ def name_rows(run: Run, only: list[str]) -> list[Row]:
         run.read[system.package] = list(chosen.values())
         for release in chosen.values():
             tree = run.sources_of(release).tree
-            rows += system_rows(system, str(release.version), tree, meaning, listed.get(system.ours, []), keys)
+            known = partial(meaning, system=system.ours)
+            rows += system_rows(system, str(release.version), tree, known, listed.get(system.ours, []), keys)
     return rows
 
 
-def meaning(name: str) -> str:
+def meaning(name: str, system: str = "") -> str:
     try:
-        return names.canonical(name)
+        return names.canonical(name, system)
     except names.RefusedBackendError:
         return "refused"
     except names.UnknownBackendError:

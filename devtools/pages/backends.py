@@ -75,7 +75,7 @@ def support_page() -> str:
     parts += [
         "## Names in other systems",
         "A configuration of one of these pastes unchanged; what differs there is in [systems.md](systems.md).",
-        _table(("backend", *(system.title for system in systems())), _names()),
+        _table(("backend", "names there"), _names()),
     ]
     if planned:
         parts += [
@@ -188,6 +188,6 @@ def _priority_row(priority: Priority) -> tuple[str, ...]:
 def _names() -> Iterable[tuple[str, ...]]:
     """For each backend that another system names: its names there."""
     for backend in BACKENDS:
-        cells = [_codes(row.name for row in system.names if row.means == backend) for system in systems()]
-        if any(cells):
-            yield _code(backend), *cells
+        names = {one.title: _codes(row.name for row in one.names if row.means == backend) for one in systems()}
+        if any(names.values()):
+            yield _code(backend), "; ".join(f"{title}: {codes}" for title, codes in names.items() if codes)

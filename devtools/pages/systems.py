@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from ...backends.config.flags import ELSEWHERE
+from ...backends.config.foreign_entries import COMFYUI_FLAGS, TRANSLATED
 from ...backends.config.foreign_options import FOREIGN_OPTIONS
+from ...backends.config.published import Published
 from ...backends.config.systems import systems
 
 
@@ -11,17 +16,37 @@ def systems_page() -> str:
     lines = [
         "# Names of other systems",
         "",
-        "<!-- Generated from backends/config/systems.py. A test fails when this page is stale. -->",
+        "<!-- Generated from backends/config/published.py and the kernels. A test fails when this page is stale. -->",
         "",
         "A configuration that was written for one of these systems pastes unchanged. Every name that they publish "
         "means the id beside it, or is refused with the reason beside it. A line that says what differs is also "
-        "logged when the name is read, and `explain` prints it.",
+        "logged when the name is read, and `explain` prints it. Options beside an id are part of what the name means; "
+        "those that a configuration gives have precedence.",
+        "",
+        "Where two systems mean different things by a name, the one that stands first on this page holds, and a note "
+        "names the other. An entry that belongs to one system says which is meant.",
     ]
     for system in systems():
-        lines += ["", f"## {system.title}", "", system.about, "", "| name | here | what to know |", "|---|---|---|"]
-        lines += [
-            f"| `{row.name}` | {f'`{row.means}`' if row.means else 'refused'} | {row.line} |" for row in system.names
-        ]
+        named = f" Its entry is `{system.entry}`." if system.entry else ""
+        lines += ["", f"## {system.title}", "", system.about + named, ""]
+        lines += ["| name | here | what to know |", "|---|---|---|"]
+        lines += [f"| `{row.name}` | {_here(row)} | {row.line} |" for row in system.names]
+    lines += [
+        "",
+        "## Entries and flags",
+        "",
+        "Entries and flags of these systems that choose attention and have another form here.",
+        "",
+        "| entry or flag | here |",
+        "|---|---|",
+        *(f"| {name} | {here} |" for name, here in _entries()),
+        "",
+        "These change attention there and nothing here: beside a backend, a note says so; alone, they are an error.",
+        "",
+        "| flag or variable | there it |",
+        "|---|---|",
+        *(f"| `{name}` | {there} |" for name, there in ELSEWHERE.items()),
+    ]
     lines += [
         "",
         "## Roles",
@@ -50,3 +75,18 @@ def systems_page() -> str:
         *(f"| `{name}` | {of} |" for name, of in FOREIGN_OPTIONS.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _here(row: Published) -> str:
+    if row.means is None:
+        return "refused"
+    options = ", ".join(f"`{name}={str(value).lower()}`" for name, value in row.options)
+    return f"`{row.means}`" + (f", {options}" if options else "")
+
+
+def _entries() -> Iterator[tuple[str, str]]:
+    """Each entry or flag of another form, and what it becomes."""
+    for name, here in TRANSLATED.items():
+        yield f"`{name}`", here
+    for flag, function in COMFYUI_FLAGS.items():
+        yield f"`--{flag.replace('_', '-')}`", f"the default, as `{function}`"

@@ -303,5 +303,5 @@ def test_a_variable_that_changes_attention_elsewhere_says_so(snapshot: SnapshotA
 
 def test_a_flag_with_attn_in_it_is_not_passed_over(snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_config("python run.py --attention_backend fa --hybrid_attn_schedule a,b")
+        parse_config("python run.py --attention_backend fa --hybrid_attn_plan a,b")
     assert str(caught.value) == snapshot

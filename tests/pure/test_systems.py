@@ -1,4 +1,4 @@
-"""What configurations of vLLM-Omni, SGLang diffusion, Diffusers and Smart-Diffusion mean here, case by case.
+"""What configurations of other systems mean here, case by case.
 
 The cases are those that the other systems' own tests make of their configuration, roles and selection.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config import text as config_text
+from attention_backends.backends.config.flags import ELSEWHERE
+from attention_backends.backends.config.foreign_entries import XFUSER_ENTRIES
 from attention_backends.backends.config.layers import Choice, resolve
 from attention_backends.backends.config.names import (
     BACKEND_IDS,
@@ -22,8 +24,9 @@ from attention_backends.backends.config.names import (
     UnknownBackendError,
     aliases,
     canonical,
+    options_of,
 )
-from attention_backends.backends.config.print import to_json
+from attention_backends.backends.config.print import to_dict, to_json
 from attention_backends.backends.config.schedule import ScheduleEntry
 from attention_backends.backends.config.systems import key_of, line_of, systems
 from attention_backends.backends.config.text import from_environment, parse_config
@@ -45,7 +48,7 @@ PUBLISHED = {
     "vllm_omni": "FLASH_ATTN CUDNN_ATTN FLASHINFER_ATTN TORCH_SDPA SDPA SAGE_ATTN SAGE_ATTN_3 TRTLLM_ATTN "
     "FASTVIDEO_VSA FLASH_ATTN_HUB FLASH_ATTN_3_HUB RAINFUSION_ATTN SPARSE_BLOCK "
     # Newer than 0.30.0
-    "SPARSE_ATTN SOL_ATTN SPARGE SLA_ATTN MINDIE_SLA aiter_quant vdnh3 b12x flashinfer_sm120",
+    "SPARSE_ATTN SOL_ATTN SPARGE SLA_ATTN MINDIE_SLA aiter_quant vdnh3 VDNH3_ATTN b12x flashinfer_sm120",
     "sglang": "fa2 fa fa3 fa4 sliding_tile_attn torch_sdpa torch_cudnn_sdpa cudnn_sdpa dynamic_cudnn_sdpa sage_attn "
     "sage_attn_3 sparge_attn video_sparse_attn video_sparse_attn_h3 hybrid_window_attn_h3 sparse_video_gen_2_attn "
     "vmoba_attn aiter aiter_sage sla_attn sage_sla_attn laser_attn block_sparse_attn rain_fusion_attn sol_attn "
@@ -54,7 +57,35 @@ PUBLISHED = {
     "_flash_3_varlen_hub aiter aiter_fa2_hub flex native _native_cudnn _native_efficient _native_flash _native_math "
     "_native_npu _native_xla sage sage_hub sage_blackwell_hub sage_varlen _sage_qk_int8_pv_fp8_cuda "
     "_sage_qk_int8_pv_fp8_cuda_sm90 _sage_qk_int8_pv_fp16_cuda _sage_qk_int8_pv_fp16_triton xformers",
-    "smart_diffusion": "auto flash_attn sage sparge flash_mla flash_infer triton npu ref",
+    "smart_diffusion": "auto flash_attn sage sparge spas_sage flash_mla flash_infer triton npu ref",
+    # Registered functions, the words of Model Attention Backend and Model Sparse Attention, and proposed ones.
+    "comfyui": "comfy_kitchen_int8 sage sage3 flash xformers pytorch sub_quad split sub-quadratic pytorch_attention "
+    "comfy_kitchen_attention sol-attn sla vsa block_sparse draft draft_attention",
+    "kjnodes": "disabled auto sageattn_qk_int8_pv_fp16_cuda sageattn_qk_int8_pv_fp16_triton "
+    "sageattn_qk_int8_pv_fp8_cuda sageattn_qk_int8_pv_fp8_cuda++ sageattn3 sageattn3_per_block_mean",
+    "wan_wrapper": "sdpa flash_attn_2 flash_attn_3 sageattn sageattn_3 radial_sage_attention sageattn_compiled "
+    "sageattn_varlen sageattn_ultravico comfy",
+    "yunchang": "AITER FA FA3 FLASHINFER TORCH_MATH TORCH_FLASH TORCH_EFFICIENT TORCH_CUDNN SAGE_AUTO SAGE_FP16 "
+    "SAGE_FP16_TRITON SAGE_FP8 SAGE_FP8_SM90 SPARSE_SAGE NPU "
+    # raylight's older menu
+    "TORCH FLASH_ATTN FLASH_ATTN_3 SAGE_AUTO_DETECT SAGE_FP16_CUDA SAGE_FP8_CUDA AITER_ROCM",
+    "xfuser": "SDPA SDPA_MATH SDPA_EFFICIENT SDPA_FLASH FLASH CUDNN FLASH_3 FLASH_3_FP8 NVTE_FP8 FLASH_4 FLASH_4_FP4 "
+    "SAGE FLEX_BLOCK_ATTN AITER AITER_BF16 AITER_BF16FP8 AITER_MLA AITER_I8FP8 AITER_FP8 AITER_MXFP8 AITER_F8F6 "
+    "AITER_MXFP6 AITER_F6F4 AITER_MXFP4 AITER_F4F4 AITER_I8FP8_SPARGE AITER_FP8_SPARGE AITER_MXFP8_SPARGE "
+    "AITER_F8F6_SPARGE AITER_MXFP6_SPARGE AITER_F6F4_SPARGE AITER_MXFP4_SPARGE AITER_F4F4_SPARGE AITER_SAGE "
+    "AITER_SPARSE_SAGE AITER_SAGE_V2 AITER_SPARSE_SAGE_V2 AITER_SPARGE AITER_SPARGE_V2 AITER_VSA FLEX_VSA_H3 "
+    "TRITON_VSA_H3 FLEX_BLOCK_SPARGE AITER_FLYDSL AITER_FLYDSL_FP8 NPU",
+    "fastvideo": "FLASH_ATTN TORCH_SDPA SAGE_ATTN SAGE_ATTN_THREE ATTN_QAT_INFER ATTN_QAT_TRAIN VIDEO_SPARSE_ATTN "
+    "VIDEO_SPARSE_ATTN_H3 BSA_ATTN VMOBA_ATTN SLA_ATTN SAGE_SLA_ATTN NABLA_ATTN NO_ATTENTION",
+}
+SPACED = {"pytorch_attention": "pytorch attention", "comfy_kitchen_attention": "comfy kitchen attention"}
+
+# Names that mean different things in two systems; without a system, the first of each holds.
+DIFFERENT = {
+    "auto": ["auto", "sage_attn"],
+    "fa": ["flash_attn", "flash_attn_2"],
+    "fa3": ["flash_attn", "flash_attn_3"],
+    "flash_attn": ["flash_attn", "flash_attn_2"],
 }
 
 
@@ -64,15 +95,21 @@ PUBLISHED = {
 @pytest.mark.parametrize("system", PUBLISHED)
 def test_every_published_name_means_something_or_is_refused_with_a_reason(system: str) -> None:
     rows = {row.name: row for one in systems() if one.id == system for row in one.names}
-    for name in PUBLISHED[system].split():
+    published = [SPACED.get(name, name) for name in PUBLISHED[system].split()]
+    assert set(published) <= set(rows)
+    for name in published:
         row = rows[name]
         if row.means is None:
-            with pytest.raises(RefusedBackendError, match="is not available here: ") as caught:
-                canonical(name)
-            assert str(caught.value).endswith(row.line)
-            assert "unknown" not in str(caught.value)
+            for of in (system, ""):
+                with pytest.raises(RefusedBackendError, match="is not available here: ") as caught:
+                    canonical(name, of)
+                assert str(caught.value).endswith(row.line)
+                assert "unknown" not in str(caught.value)
         else:
-            assert canonical(name) == canonical(name.upper()) == row.means
+            assert canonical(name, system) == canonical(name.upper(), system) == row.means
+            bare = DIFFERENT.get(key_of(name), [row.means])[0]
+            assert canonical(name) == canonical(name.upper()) == bare
+            assert parse_config(name).default == AttentionSpec(bare, options_of(name))
 
 
 @pytest.mark.parametrize(("system", "row"), ROWS, ids=lambda value: getattr(value, "name", getattr(value, "id", "")))
@@ -83,14 +120,57 @@ def test_a_row_is_true_to_itself(system: Any, row: Any) -> None:
     assert "|" not in row.line
 
 
-def test_a_name_means_the_same_in_every_system() -> None:
-    meanings: dict[str, set[str | None]] = {}
+def test_a_name_means_the_same_in_every_system_but_for_a_few() -> None:
+    meanings: dict[str, list[str | None]] = {}
     for _, row in ROWS:
-        meanings.setdefault(key_of(row.name), set()).add(row.means)
-    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
-    for name, (means,) in meanings.items():
+        found = meanings.setdefault(key_of(row.name), [])
+        found += [row.means] if row.means not in found else []
+    assert {name: found for name, found in meanings.items() if len(found) > 1} == DIFFERENT
+    for name, means in meanings.items():
         if name in BACKEND_IDS:
-            assert means == name, "an id of ours never means another one"
+            assert canonical(name) == means[0] == name, "an id of ours never means another one"
+
+
+@pytest.mark.parametrize(
+    ("text", "backend"),
+    [
+        ("--attention-backend fa3", "flash_attn"),
+        ("XFuser_attention: fa3", "flash_attn_3"),
+        ("XFuser_attention=FA", "flash_attn_2"),
+        ("XFuser_attention: FLASH_ATTN", "flash_attn_2"),
+        ("--diffusion-attention-backend FLASH_ATTN", "flash_attn"),
+        ("FASTVIDEO_ATTENTION_BACKEND=FLASH_ATTN", "flash_attn"),
+        ("sage_attention: auto", "sage_attn"),
+        ("attn_type: auto", "auto"),
+    ],
+)
+def test_the_entry_of_a_system_says_which_meaning_of_a_name_counts(text: str, backend: str) -> None:
+    assert parse_config(text).default.backend == backend
+
+
+def test_the_note_of_a_name_with_two_meanings_names_the_other(snapshot: SnapshotAssertion) -> None:
+    for name in ("fa3", "FA"):
+        (note,) = parse_config(name).notes
+        assert note == snapshot(name=name)
+    for name in ("auto", "flash_attn"):  # these are our own words
+        assert "XFuser_attention" not in parse_config(name).notes[0]
+        assert "KJNodes" not in parse_config(name).notes[0]
+
+
+def test_a_name_can_stand_for_options_too_and_written_ones_have_precedence() -> None:
+    name = "sageattn_qk_int8_pv_fp8_cuda++"
+    fast = AttentionSpec("sage_fp8_cuda", {"pv_accum_dtype": "fp32+fp16"})
+    assert AttentionSpec(name) == parse_config(name).default == fast
+    assert parse_config({"per_role": {"self": name}}).per_role["self"] == fast
+    assert parse_config({"schedule": [{"backend": name, "steps": "0-"}]}).schedule[0].spec == fast
+    written = {"backend": name, "extra": {"pv_accum_dtype": "fp32", "smooth_v": True}}
+    assert parse_config({"default": written}).default == AttentionSpec("sage_fp8_cuda", written["extra"])
+    assert AttentionSpec(name, {"smooth_k": False}).extra == {"pv_accum_dtype": "fp32+fp16", "smooth_k": False}
+    for config in (parse_config(name), parse_config({"default": written})):
+        assert parse_config(to_json(config)) == config
+    for _, row in ROWS:
+        if row.options:
+            AttentionSpec(str(row.means), dict(row.options))
 
 
 def test_names_stand_in_one_place() -> None:
@@ -147,6 +227,105 @@ def test_the_page_of_names_is_generated() -> None:
     assert page == systems_page(), "stale: python3 dev.py docs"
     for _, row in ROWS:
         assert f"| `{row.name}` | " in page
+    for name in (*XFUSER_ENTRIES, *ELSEWHERE):
+        assert f"| `{name}` | " in page
+
+
+# Forms of other systems: what each becomes, or a part of the reason against it
+
+FORMS: dict[str, dict[str, Any] | str] = {
+    "--attention_backend sage --cross_attention_backend sdpa": {
+        "default": {"backend": "sage_attn"},
+        "per_role": {"cross": {"backend": "torch_sdpa"}},
+    },
+    "torchrun --nproc_per_node=8 run.py --model Wan --ulysses_degree 8 --cross_attention_backend sdpa": {
+        "per_role": {"cross": {"backend": "torch_sdpa"}}
+    },
+    "--use_hybrid_attn_schedule --hybrid_attn_schedule FLASH_3,SAGE,SAGE,FLASH_3": {
+        "schedule": [
+            {"backend": "flash_attn_3", "steps": "0"},
+            {"backend": "sage_attn", "steps": "1-2"},
+            {"backend": "flash_attn_3", "steps": "3"},
+        ]
+    },
+    "--use_hybrid_attn_schedule --hybrid_attn_low_precision_backend sage --hybrid_attn_high_precision_backend flash_3 "
+    "--num_hybrid_attn_high_precision_steps 5 --cross_attention_backend sdpa": {
+        "per_role": {"cross": {"backend": "torch_sdpa"}},
+        "schedule": [
+            {"backend": "sage_attn", "steps": "0-"},
+            {"backend": "flash_attn_3", "steps": "first 5,last 5"},
+            {"backend": "torch_sdpa", "steps": "0-", "role": "cross"},
+        ],
+    },
+    "--use_hybrid_attn_schedule --hybrid_attn_low_precision_backend sage --hybrid_attn_high_precision_backend sdpa "
+    "--num_hybrid_attn_high_precision_steps 0": {"schedule": [{"backend": "sage_attn", "steps": "0-"}]},
+    "--hybrid_attn_schedule SAGE,SAGE": {},
+    "--use_hybrid_attn_schedule --hybrid_attn_schedule SAGE,FLASH_3_FP8": "FlashAttention 3 in FP8",
+    "--use_hybrid_attn_schedule --attention_backend sage": "both use_hybrid_attn_schedule",
+    "--use_hybrid_attn_schedule": "needs hybrid_attn_schedule, or",
+    "--use_hybrid_attn_schedule --hybrid_attn_schedule SAGE --hybrid_attn_low_precision_backend SAGE": "give one of",
+    "--use_hybrid_attn_schedule --hybrid_attn_schedule SAGE,,SAGE": "names with commas",
+    "use_hybrid_attn_schedule: 3": "expected true or false",
+    "FASTVIDEO_ATTENTION_BACKEND=SAGE_ATTN_THREE": {"default": {"backend": "sage_attn_3"}},
+    "FASTVIDEO_FA4=1 FASTVIDEO_ATTENTION_BACKEND=SAGE_ATTN fastvideo generate --model x": {
+        "default": {"backend": "sage_attn"}
+    },
+    "FASTVIDEO_ATTENTION_BACKEND=NABLA_ATTN": "of FastVideo",
+    "python main.py --use-sage-attention --listen": {"default": {"backend": "sage_attn"}},
+    "python main.py --use-quad-cross-attention": "choose comfy",
+    "--use-flash-attention --use-sage-attention": "give one",
+    '{"backend": "FASTVIDEO_VSA", "fastvideo_vsa_provider": "auto", "fastvideo_vsa_precision": "bf16"}': {
+        "default": {
+            "backend": "video_sparse_attn",
+            "extra": {"fastvideo_vsa_provider": "auto", "fastvideo_vsa_precision": "bf16"},
+        }
+    },
+    "vllm serve x --diffusion-attention-backend FASTVIDEO_VSA --fastvideo-vsa-topk 64": {
+        "default": {"backend": "video_sparse_attn", "extra": {"fastvideo_vsa_topk": 64}}
+    },
+    '{"default": {"backend": "FLASHINFER_ATTN", "quant": {"dtype_qk": "fp8_e4m3"}}}': "not implemented here",
+    "vllm serve x --diffusion-kv-cache-dtype fp8 --diffusion-attention-backend FLASH_ATTN": {
+        "default": {"backend": "flash_attn"}
+    },
+    "--diffusion-kv-cache-dtype fp8": "fp8 is FP8 attention",
+    "DIFFUSION_ATTENTION_QUANT=fp8:fp8 vllm serve x --diffusion-attention-backend FLASHINFER_ATTN": {
+        "default": {"backend": "flashinfer_attn"}
+    },
+    "DIFFUSION_ATTENTION_QUANT=fp8:fp8": "name a backend",
+    '{"schedule": [{"start": 0, "end": 2, "profile": "dense"}]}': "diffusion_attention_schedule",
+    "--attention-backend sparge_attn --attention-backend-config topk=0.3": {
+        "default": {"backend": "sparge_attn", "extra": {"topk": 0.3}}
+    },
+    "--attention-backend sage_attn --attention-backend-config n_k=4": "n_k is an option of SGLang",
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_form_of_another_system_is_translated_or_refused(text: str) -> None:
+    expected = FORMS[text]
+    if isinstance(expected, str):
+        with pytest.raises((ConfigError, RefusedBackendError)) as caught:
+            parse_config(text)
+        assert expected in str(caught.value)
+        assert "unknown" not in str(caught.value)
+        return
+    config = parse_config(text)
+    assert to_dict(config) == expected
+    assert parse_config(to_json(config)) == config
+    assert not any("not about attention" in note and "attn" in note for note in config.notes)
+
+
+def test_the_ends_of_a_hybrid_schedule_are_precise_as_in_xfuser() -> None:
+    config = parse_config(next(text for text in FORMS if "num_hybrid_attn_high_precision_steps 5" in text))
+    sigmas = (*(1 - step / 14 for step in range(14)), 0.0)
+    table = Timetable((config,), sigmas)
+
+    def asked(role: str) -> str:
+        found = [str(table.resolve(table.at(sigma), role, role, "")[0].asked) for sigma in sigmas[:-1]]
+        return "".join({"sage_attn": "s", "flash_attn_3": "f", "torch_sdpa": "t"}[backend] for backend in found)
+
+    assert asked("self") == "fffff" + "ssss" + "fffff"
+    assert asked("cross") == "t" * 14
 
 
 # 1 to 9: roles, priority, forms
