@@ -19,7 +19,6 @@ import torch
 
 from ...backends.config import AttentionConfig
 from ...backends.config.layers import Choice, resolve, settings_of
-from ...backends.kernels.support.workspace import extra_bytes
 from ...backends.values.errors import NoBackendError
 from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ...backends.values.request import AttentionRequest
@@ -136,7 +135,7 @@ def needed(layers: tuple[AttentionConfig, ...], kinds: frozenset[Kind], samples:
                 decision = router.select(request, choice, accuracy=accuracy)
             except NoBackendError:  # the run itself will say so
                 continue
-            extra = extra_bytes(router.backends[decision.backend], request, router.platform)
+            extra = router.backends[decision.backend].workspace_bytes(request, router.platform)
             most = max(most, extra + kind.copied * samples)
     return most
 

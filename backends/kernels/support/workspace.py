@@ -79,11 +79,6 @@ def rounded_bytes(request: AttentionRequest) -> int:
     return query_size(request) + key_size(request)
 
 
-def extra_bytes(backend: Backend, request: AttentionRequest, platform: Platform) -> int:
-    """What one call of `backend` takes beyond its tensors."""
-    return backend.workspace_bytes(request, platform)
-
-
 def lacking_memory(backend: Backend, request: AttentionRequest, platform: Platform) -> str | None:
     """The reason if a backend's scores exceed the computer's free memory; None if they fit or it is unknown.
 
