@@ -76,6 +76,9 @@ def doctor(work: Work) -> None:
 
 def numerics(work: Work) -> None:
     """Every kernel that runs here on small calls, against float64 and the tolerance of its arithmetic."""
+    import torch
+
+    torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
     router = Router(detect())
     for name in work.each(_kernels(work, router)):
         slow = router.backends[name].avoid_reasons(PLAIN, router.platform)
@@ -192,7 +195,7 @@ def overhead(work: Work) -> None:
 
     device, _ = _device()
     if device.type == "cpu":
-        torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
+        torch.set_num_threads(1)  # as for numerics
     with torch.inference_mode():
         work.results.update(call_cost(device))
 

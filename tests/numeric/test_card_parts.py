@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a part gets, by its name; two small presets, two forms of masks and two backends are all there is."""
     monkeypatch.setattr(parts, "PRESETS", ["ltx2_audio", "z_image"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(parts, "CPU_TOKENS", 32)
     varied = [changes for changes in parts.VARIED if not changes or {"mask", "is_causal", "scale"} & set(changes)]
     monkeypatch.setattr(parts, "VARIED", varied)
