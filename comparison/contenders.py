@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
-from ..backends.config.names import AUTO, AUTOTUNE, COMFY, canonical
+from ..backends.config.names import AUTO, AUTOTUNE, COMFY, canonical, options_of
 from ..backends.engine.plan import CallKind, Slot
 from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
@@ -43,6 +43,8 @@ def parse_backends(names: Sequence[str]) -> list[str]:
         backend = canonical(name)
         if backend in (AUTO, AUTOTUNE):
             raise ComparisonError(f"{name} is a way to choose, not a backend: name the backends to compare")
+        if options := options_of(name):
+            raise ComparisonError(f"{name} includes {', '.join(options)}; options are not compared, name {backend}")
         if backend in given:
             twice = (
                 f"{name} is named twice"

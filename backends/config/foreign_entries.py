@@ -70,16 +70,16 @@ def translated(entries: Mapping[str, Any], source: str, read: ReadSpec, note: Ca
     for name in SWITCHES:
         if not isinstance(entries.get(name, False), (bool, type(None))):
             raise ConfigError(f"{source}.{name}: expected true or false, not {entries[name]!r}")
-    found = {name: value for name, value in entries.items() if name not in (*XFUSER_ENTRIES, *COMFYUI_FLAGS)}
+    ours = {name: value for name, value in entries.items() if name not in (*XFUSER_ENTRIES, *COMFYUI_FLAGS)}
     own = {name: entries[name] for name in XFUSER_ENTRIES if entries.get(name) is not None}
     if own:
-        _xfuser(found, own, source, read, note)
+        _xfuser(ours, own, source, read, note)
     flags = [name for name in COMFYUI_FLAGS if entries.get(name)]
-    if len(flags) > 1 or (flags and found.get("default") is not None):
-        raise ConfigError(f"{source}: {', '.join([*flags, *(['default'] if 'default' in found else [])])}; give one")
+    if len(flags) > 1 or (flags and ours.get("default") is not None):
+        raise ConfigError(f"{source}: {', '.join([*flags, *(['default'] if 'default' in ours else [])])}; give one")
     for name in flags:
-        found["default"] = read(COMFYUI_FLAGS[name], f"{source}.{name}", COMFYUI)
-    return _beside(found)
+        ours["default"] = read(COMFYUI_FLAGS[name], f"{source}.{name}", COMFYUI)
+    return _beside(ours)
 
 
 def _beside(entries: dict[str, Any]) -> dict[str, Any]:
@@ -93,35 +93,35 @@ def _beside(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _xfuser(
-    found: dict[str, Any], own: dict[str, Any], source: str, read: ReadSpec, note: Callable[[str], None]
+    ours: dict[str, Any], own: dict[str, Any], source: str, read: ReadSpec, note: Callable[[str], None]
 ) -> None:
-    """Put xfuser's entries into `found`."""
+    """Put xfuser's entries into `ours`."""
 
     def spec(name: str, value: object) -> AttentionSpec:
         return read(value, f"{source}.{name}", XFUSER)
 
-    if found.get("attention_backend") is not None:
-        found["attention_backend"] = spec("attention_backend", found["attention_backend"])
+    if ours.get("attention_backend") is not None:
+        ours["attention_backend"] = spec("attention_backend", ours["attention_backend"])
     cross = spec(XFUSER_CROSS, own[XFUSER_CROSS]) if XFUSER_CROSS in own else AttentionSpec()
     if not cross.is_auto:
-        roles = found.get("per_role") or {}
+        roles = ours.get("per_role") or {}
         if not isinstance(roles, Mapping) or "cross" in roles:
             raise ConfigError(f"{source}: both {XFUSER_CROSS} and per_role; give one of them")
-        found["per_role"] = {**roles, "cross": cross}
+        ours["per_role"] = {**roles, "cross": cross}
     hybrid = [name for name in own if name != XFUSER_CROSS]
     if not own.get(XFUSER_HYBRID):
         if hybrid and hybrid != [XFUSER_HYBRID]:
             note(f"{', '.join(hybrid)}: without effect without {XFUSER_HYBRID}, as in xfuser")
         return
     for name in ("attention_backend", "schedule"):
-        if found.get(name):
+        if ours.get(name):
             raise ConfigError(f"{source}: both {XFUSER_HYBRID} and {name}; give one of them")
     if _LIST in own and (_LOW in own or _HIGH in own):
         raise ConfigError(f"{source}: both {_LIST} and {_LOW if _LOW in own else _HIGH}; give one of them")
     entries = _listed(own[_LIST], spec, source, note) if _LIST in own else _ends(own, spec, source)
     if not cross.is_auto:  # no schedule reaches it there
         entries.append(ScheduleEntry(cross, steps="0-", role="cross"))  # type: ignore[arg-type]  # windows are text
-    found["schedule"] = entries
+    ours["schedule"] = entries
 
 
 def _listed(
@@ -133,12 +133,12 @@ def _listed(
         raise ConfigError(f"{source}.{_LIST}: expected names with commas between them, not {value!r}")
     specs = [spec(_LIST, name.strip()) for name in names]
     note(f"{_LIST}: for runs of {len(specs)} steps; xfuser stops at other numbers, here later steps take the default")
-    found, first = [], 0
-    for one, run in groupby(specs):
+    windows, first = [], 0
+    for backend, run in groupby(specs):
         last = first + len(list(run)) - 1
-        found.append(ScheduleEntry(one, steps=f"{first}-{last}"))  # type: ignore[arg-type]
+        windows.append(ScheduleEntry(backend, steps=f"{first}-{last}"))  # type: ignore[arg-type]
         first = last + 1
-    return [entry for entry in found if not entry.spec.is_auto]
+    return [entry for entry in windows if not entry.spec.is_auto]
 
 
 def _ends(own: Mapping[str, Any], spec: Callable[[str, object], AttentionSpec], source: str) -> list[ScheduleEntry]:
@@ -149,8 +149,8 @@ def _ends(own: Mapping[str, Any], spec: Callable[[str, object], AttentionSpec], 
     count = own[_ENDS]
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ConfigError(f"{source}.{_ENDS}: expected a number of steps from 0 on, not {count!r}")
-    found = [ScheduleEntry(spec(_LOW, own[_LOW]), steps="0-")]  # type: ignore[arg-type]
+    windows = [ScheduleEntry(spec(_LOW, own[_LOW]), steps="0-")]  # type: ignore[arg-type]
     high = spec(_HIGH, own[_HIGH])
     if count:
-        found.append(ScheduleEntry(high, steps=f"first {count},last {count}"))  # type: ignore[arg-type]
-    return found
+        windows.append(ScheduleEntry(high, steps=f"first {count},last {count}"))  # type: ignore[arg-type]
+    return windows

@@ -402,6 +402,8 @@ def test_no_backends_chosen(names: list[str]) -> None:
 def test_the_same_backend_twice(snapshot: SnapshotAssertion) -> None:
     with pytest.raises(ComparisonError) as caught:
         parse_backends(["sdpa_math", "sdpa_math"])
+    with pytest.raises(ComparisonError, match="pv_accum_dtype"):
+        parse_backends(["sageattn_qk_int8_pv_fp8_cuda++"])
     assert str(caught.value) == snapshot
     with pytest.raises(ComparisonError) as caught:
         parse_backends(["torch_sdpa", "sdpa"])
