@@ -120,7 +120,9 @@ def run_hook_call(
                 host = partial(_host_call, layout, func, query, key, value, given, options, kwargs)
         else:
             on_host = slot.split is None and slot.plan.hosted
-            call.owned = not on_host or _takes_containers(func)
+            # The output is compared with the session's device where a kernel has freed the inputs.
+            here = query.get_device() == model_call.session.device_index
+            call.owned = here and (not on_host or _takes_containers(func))
             if not on_host:
                 host = partial(_host_sub_call, func, options=options, kwargs=kwargs)
             else:

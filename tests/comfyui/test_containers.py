@@ -119,6 +119,24 @@ def test_tensors_that_the_model_still_holds_are_left_alone(freed: list[bool]) ->
     assert freed == [False]
 
 
+@pytest.mark.parametrize("backend", ["sdpa_math", "comfy"])
+def test_tensors_on_another_device_than_the_model_calls_are_left_alone(
+    freed: list[bool], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """A pack can split a model over cards. The output could not be compared with tensors that are gone."""
+    device_session = sampling.DeviceSession
+
+    def on_a_card(*args: Any) -> Any:
+        made = device_session(*args)
+        made.device_index = 1
+        return made
+
+    monkeypatch.setattr(sampling, "DeviceSession", on_a_card)
+    monkeypatch.setattr(exact, "container_function", exact, raising=False)
+    handed_over(override(backend, strict=True))
+    assert freed == ([False] if backend == "sdpa_math" else [])
+
+
 def test_comfyuis_own_attention_gets_tensors(freed: list[bool]) -> None:
     handed_over(override("comfy"))
     assert freed == []
