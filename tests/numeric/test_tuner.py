@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,15 @@ def test_trials_are_spread_over_steps_2_to_4_and_take_turns(store: Store) -> Non
     assert {order.index(name) for name in ("sdpa_math", "sdpa_flash")} <= {0, 1, 2, 3}
     assert sorted(order[:3]) == sorted(order[3:6]) == sorted(machine.backends), "everybody once in each round"
     assert order[:3] != order[3:6]
+
+
+def test_an_open_contest_does_not_keep_the_session_of_its_run(store: Store) -> None:
+    machine = Machine(store, steady(torch_sdpa=3.0, sdpa_math=2.0))
+    session = weakref.ref(machine.run(small_call(), blocks=4, steps=1))
+    assert len(store.contests) == 1
+    del machine
+    gc.collect()
+    assert session() is None
 
 
 def test_a_candidate_twice_as_slow_is_dropped_after_one_call(store: Store, snapshot: SnapshotAssertion) -> None:

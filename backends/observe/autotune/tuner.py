@@ -97,6 +97,8 @@ class Tuner(Chooser, Observer):
         with self.store.lock:
             for contest in self._contests:
                 contest.forget_waiting()
+                if contest.owner is self:  # an open contest outlives the run, and must not keep its session
+                    contest.owner = None
         self._contests.clear()
         run_report = self.session.run_report
         for row in list(run_report.rows.values()):
