@@ -175,7 +175,7 @@ def _bench(work: Work, router: Router, item: str, asked: Asked) -> dict[str, Any
     def progress(what: str, done: int, total: int) -> None:
         work.doing = what.rpartition(": ")[2]
         work.keep()
-        if work.left() <= 0:
+        if work.is_over():
             work.not_reached = [item]
             raise KeyboardInterrupt
 
@@ -257,7 +257,7 @@ def pictures(work: Work) -> None:
     from ..scene import Settings
 
     def progress(what: str, done: int, total: int) -> None:
-        if work.left() <= 0:
+        if work.is_over():
             work.not_reached = ["further runs"]
             raise KeyboardInterrupt
 

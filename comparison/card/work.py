@@ -35,6 +35,8 @@ class Work:
         self.name, self.file, self.parent = name, file, parent
         self._start = time.monotonic()
         self._seconds = seconds
+        self._step: float | None = None
+        self._longest = 0.0
         self._data = store.read(file)
         self._entry = self._data["parts"].setdefault(name, {})
         self.results: store.Data = self._entry.setdefault("results", {})
@@ -50,6 +52,14 @@ class Work:
     def left(self) -> float:
         """Seconds that the part may still take."""
         return self._seconds - (time.monotonic() - self._start)
+
+    def is_over(self) -> bool:
+        """Whether the time does not suffice for one more step, as long as the longest between two calls of this."""
+        now = time.monotonic()
+        if self._step is not None:
+            self._longest = max(self._longest, now - self._step)
+        self._step = now
+        return self.left() <= self._longest
 
     def each(self, items: Sequence[str]) -> Iterator[str]:
         """The items without whole results that did not crash, as long as there is time; the rest is `not_reached`."""

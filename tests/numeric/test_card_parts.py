@@ -122,3 +122,16 @@ def test_the_machine_is_known_by_its_card_and_versions(work: Any) -> None:
     found = ran(work("machine"))
     assert found["device"] == detect().kind
     assert found["versions"]["torch"] == torch.__version__
+
+
+def test_a_step_that_would_take_longer_than_there_is_time_is_not_begun(
+    work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("attention_backends.comparison.card.work.time.monotonic", lambda: now[0])
+    given = work("presets", 20.0)
+    over = []
+    for passed in (0.0, 8.0, 1.0, 4.0):
+        now[0] += passed
+        over.append(given.is_over())
+    assert over == [False, False, False, True]

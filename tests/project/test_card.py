@@ -109,7 +109,8 @@ def left_in(out: Path) -> dict[str, Any]:
 def killed(out: Path, environ: dict[str, str], *, after: int | None = None) -> int:
     """Start a run and wait for its end; `after` so many lines of its output kill it. Its status."""
     command = [sys.executable, "-c", PARENT, str(out), "quick"]
-    running = subprocess.Popen(command, env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environ = {**os.environ, **environ, "TMPDIR": str(out.parent)}  # what is killed leaves its temporary folder
+    running = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert running.stdout is not None
     if after is not None:
         for _ in range(after):
@@ -142,8 +143,8 @@ def test_killed_in_a_write_it_leaves_readable_results(tmp_path: Path, who: str, 
 @posix
 @pytest.mark.parametrize("after", [1, 3])
 def test_killed_from_outside_it_leaves_readable_results(tmp_path: Path, after: int) -> None:
-    assert killed(tmp_path, {}, after=after) == -signal.SIGKILL
-    assert left_in(tmp_path)["state"] == "running"
+    assert killed(tmp_path / "out", {}, after=after) == -signal.SIGKILL
+    assert left_in(tmp_path / "out")["state"] == "running"
 
 
 def test_any_cut_of_the_file_that_is_written_leaves_the_one_before(tmp_path: Path) -> None:
