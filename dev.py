@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The one entry for people and machines: setup, demo, test, bench, card, lint, doctor, docs.
+"""The one entry for people and machines: setup, demo, test, bench, card, lint, doctor, contracts, docs.
 
 Standard library only, so that it runs before anything is installed, on Linux, macOS and Windows, from a
 folder of any name, and under an embedded Python. The work is in devtools/.
