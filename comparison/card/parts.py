@@ -32,6 +32,8 @@ MASK_TOKENS = {"cpu": 512}
 SLOW_CALL = 25.0
 """Seconds that must be left for a call that is compiled; flex_attention on a CPU took 22."""
 NO_CUDA = "no CUDA device"
+ALL_LOST = "every backend crashed or hung before"
+HUNYUAN_MASKS = ("key_padding", "bias")
 
 PLAIN = AttentionRequest(batch=1, num_heads=2, q_len=256, kv_len=200, head_dim=64, dtype="bfloat16")
 VARIED: list[dict[str, Any]] = [
@@ -89,6 +91,8 @@ def _kernels(work: Work, router: Router) -> list[str]:
     """The backends that run here and did not crash before; those that take long to start come last."""
     able = [name for name, backend in router.backends.items() if not backend.hosted and name not in work.lost]
     able = [name for name in able if not router.unavailable(name)]
+    if not able:
+        raise Skipped(ALL_LOST)
     return sorted(able, key=lambda name: bool(router.backends[name].avoid_reasons(PLAIN, router.platform)))
 
 
@@ -161,16 +165,29 @@ def hunyuan_cudnn(work: Work) -> None:
     router = Router(detect())
     if router.platform.kind != "cuda":
         raise Skipped(NO_CUDA)
-    for kind in work.each(("key_padding", "bias")):
+    lost = [name for name in (CUDNN, SDPA) if name in work.lost]
+    for kind in () if lost else work.each(HUNYUAN_MASKS):
         work.results[kind] = _bench(work, router, kind, Asked("hv15", f"{CUDNN},{SDPA}", mask_kind=kind))
+    missing = [kind for kind in HUNYUAN_MASKS if not _both_ran(work.results.get(kind))]
+    if missing and not work.not_reached:
+        why = "; ".join(f"{name} was lost before: {work.lost[name]}" for name in lost) or "one of the two did not run"
+        raise Skipped(f"could not compare with {', '.join(missing)}: {why}")
+
+
+def _both_ran(report: dict[str, Any] | None) -> bool:
+    """Whether each case of a report has both sides of the comparison."""
+    cases = report["cases"] if report else [{"rows": []}]
+    return all({CUDNN, SDPA} <= {row["backend"] for row in case["rows"] if row["rank"]} for case in cases)
 
 
 def _bench(work: Work, router: Router, item: str, asked: Asked) -> dict[str, Any]:
     """A report of `bench`, without what crashed before; as far as it came where there was no more time."""
     from ..bench_run import choose_backends, measure
 
-    names = [name for name in choose_backends(asked.backends, router) if name not in work.lost]
-    asked.backends = ",".join(name for name in names if not router.backends[name].hosted)
+    names = [name for name in choose_backends(asked.backends, router) if not router.backends[name].hosted]
+    asked.backends = ",".join(name for name in names if name not in work.lost)
+    if not asked.backends:  # an empty list would mean all
+        raise Skipped(ALL_LOST)
 
     def progress(what: str, done: int, total: int) -> None:
         work.doing = what.rpartition(": ")[2]
@@ -261,6 +278,8 @@ def pictures(work: Work) -> None:
             work.not_reached = ["further runs"]
             raise KeyboardInterrupt
 
+    if SDPA in work.lost:  # the others are compared with it
+        raise Skipped(f"could not compare: {SDPA} was lost before: {work.lost[SDPA]}")
     router = router_for(None)
     names = [name for name in default_backends(router) if name not in work.lost]
     found = compare(Settings(), names, router=router, progress=progress)

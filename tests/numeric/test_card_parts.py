@@ -17,6 +17,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
+from attention_backends.backends.values.platform import parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_backends.comparison.card import costs, parts, store  # noqa: E402
 from attention_backends.comparison.card.page import page  # noqa: E402
@@ -116,6 +117,53 @@ def test_masks_overhead_and_guard(work: Any) -> None:
 def test_what_needs_a_gpu_is_skipped_with_its_reason(work: Any) -> None:
     with pytest.raises(Skipped, match="no CUDA device"):
         parts.hunyuan_cudnn(work("hunyuan_cudnn"))
+
+
+@pytest.mark.parametrize("part", ["numerics", "presets"])
+def test_where_every_backend_was_lost_none_runs(work: Any, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.setattr("attention_backends.comparison.bench_run.measure", lambda *args, **options: pytest.fail("ran"))
+    given = work(part)
+    given.lost = dict.fromkeys(BACKENDS, "crashed")
+    with pytest.raises(Skipped, match=parts.ALL_LOST):
+        parts.PARTS[part](given)
+    assert not given.results
+
+
+def test_pictures_need_what_they_are_compared_with(work: Any) -> None:
+    given = work("pictures")
+    given.lost["torch_sdpa"] = "crashed"
+    with pytest.raises(Skipped, match="torch_sdpa was lost"):
+        parts.pictures(given)
+
+
+@pytest.mark.parametrize(
+    ("lost", "ran_there", "ended"),
+    [
+        ([], ["cudnn_attn", "torch_sdpa"], None),
+        ([], ["torch_sdpa"], "key_padding, bias: one of the two"),
+        (["cudnn_attn"], None, "key_padding, bias: cudnn_attn was lost before: crashed"),
+        (["torch_sdpa"], None, "key_padding, bias: torch_sdpa was lost before: crashed"),
+    ],
+)
+def test_a_comparison_needs_both_sides(
+    work: Any, monkeypatch: pytest.MonkeyPatch, lost: list[str], ran_there: list[str] | None, ended: str | None
+) -> None:
+    def bench(*_: Any) -> dict[str, Any]:
+        assert ran_there is not None
+        rows = [{"backend": name, "rank": int(name in ran_there)} for name in ("cudnn_attn", "torch_sdpa")]
+        return {"cases": [{"rows": rows}]}
+
+    monkeypatch.setattr(parts, "detect", lambda: parse_platform("cuda:9.0"))
+    monkeypatch.setattr(parts, "_bench", bench)
+    given = work("hunyuan_cudnn")
+    monkeypatch.setattr(given, "keep", lambda: None)  # the page needs whole reports
+    given.lost.update(dict.fromkeys(lost, "crashed"))
+    if ended is None:
+        parts.hunyuan_cudnn(given)
+    else:
+        with pytest.raises(Skipped, match=ended):
+            parts.hunyuan_cudnn(given)
+    assert set(given.results) == (set() if lost else {"key_padding", "bias"})
 
 
 def test_the_machine_is_known_by_its_card_and_versions(work: Any) -> None:
