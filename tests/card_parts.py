@@ -18,11 +18,12 @@ from attention_backends.comparison.card import store
 from attention_backends.comparison.card.work import CHILD, Skipped, Work
 
 MOMENTS = ("opened", "half written", "not synced", "not replaced", "replaced")
+MACHINE = {"card": "Some Card sm_90", "device": "cuda", "machine": "a machine", "versions": {"torch": "2"}}
 ITEMS = [f"item {number}" for number in range(4)]
 
 
 def machine(work: Work) -> None:
-    work.results.update(card="Some Card sm_90", device="cuda", machine="a machine", versions={"torch": "2"})
+    work.results.update(MACHINE)
 
 
 def quick(work: Work) -> None:

@@ -28,8 +28,9 @@ EXAMPLES = f"""examples:
 Parts, in order of worth: {", ".join(NAMES)}.
 Each runs in its own process with at most a third of the time that is left, the last with all of it. Results are kept as
 they come, in card.partial.json and .md, which are card.json and .md once the run has ended: kill it when you like.
-Nothing leaves the machine. --share measures nothing: it prints the page of the last run, to paste into an issue; no
-names of folders, of the user or of the host are in it."""
+Nothing leaves the machine. --share measures nothing: it prints the page of the last run, to paste into an issue.
+Paths are cut down to their last part, and "..." replaces the names of the user and of the host. Names of at most three
+letters and common words, such as root, user or ubuntu, are not replaced: look the page through before you paste it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The file in which a run of `card` keeps its results.
 
 Each change writes the whole file anew beside the old one and replaces it, so that a process killed at any moment leaves
-either the results before the change or those after it. Nothing that is written names a folder, a user or a host.
+either the results before the change or those after it. What is written has passed `nameless`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ RUNNING, ENDED = "card.partial.json", "card.json"
 UNFINISHED = ".unfinished"
 """How the name of a file ends that is being written."""
 MOST_BYTES = 32 << 20
+COMMON = frozenset(
+    ("admin", "administrator", "computer", "debian", "default", "desktop", "docker", "guest", "home", "host", "laptop",
+     "linux", "local", "localhost", "machine", "root", "runner", "server", "test", "ubuntu", "user", "users", "windows",
+     "work", "workspace")
+)  # fmt: skip
+"""Names of users and hosts that tell nothing, and that are words of messages."""
 
 Data = dict[str, Any]
 
@@ -73,8 +79,12 @@ def newest(folder: Path) -> Path | None:
 
 
 def nameless(data: Data) -> Data:
-    """The data as JSON can hold it, without the names of folders, of the user and of the host."""
-    names = [name for name in (_user(), platform.node().partition(".")[0]) if len(name) > 3]
+    """The data as JSON can hold it, without the names of folders, of the user and of the host.
+
+    The two are replaced as whole words of a text; those of at most three letters and those in `COMMON` stay.
+    """
+    both = (_user(), platform.node().partition(".")[0])
+    names = [name for name in sorted(both, key=len, reverse=True) if len(name) > 3 and name.lower() not in COMMON]
     name = re.compile("|".join(rf"(?<!\w){re.escape(each)}(?!\w)" for each in names)) if names else None
 
     def walk(value: Any) -> Any:

@@ -100,9 +100,9 @@ def left_in(out: Path) -> dict[str, Any]:
     data = store.read(file)
     assert data["state"] in ("running", "complete")
     assert page(data)
-    for part in data["parts"].values():
-        for item in part.get("results", {}).values():
-            assert item == {"text": "x" * 5000} or isinstance(item, str | dict)
+    whole = {"machine": card_parts.MACHINE, "quick": {item: {"text": "x" * 5000} for item in card_parts.ITEMS}}
+    for name, part in data["parts"].items():
+        assert part.get("results", {}).items() <= whole[name].items()
     return data
 
 
@@ -147,15 +147,42 @@ def test_killed_from_outside_it_leaves_readable_results(tmp_path: Path, after: i
     assert left_in(tmp_path / "out")["state"] == "running"
 
 
-def test_any_cut_of_the_file_that_is_written_leaves_the_one_before(tmp_path: Path) -> None:
-    file, source = tmp_path / store.RUNNING, random.Random(0)
-    store.write(file, {"kind": store.KIND, "format": store.FORMAT, "command": "", "minutes": 1.0, "started": "",
-                       "state": "running", "parts": {}})  # fmt: skip
-    text = file.read_text(encoding="utf-8")
+def test_any_cut_of_the_file_that_is_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, draw = tmp_path / store.RUNNING, random.Random(0)
+    data = {"kind": store.KIND, "format": store.FORMAT, "command": "", "minutes": 1.0, "started": "",
+            "state": "running", "parts": {}}  # fmt: skip
+    store.write(file, data)
+
+    def cut(written: Path, target: Path) -> None:
+        os.truncate(written, draw.randrange(written.stat().st_size))
+        raise InterruptedError
+
+    monkeypatch.setattr(os, "replace", cut)
     for _ in range(10):
-        beside = file.with_name(f"{file.name}.1{store.UNFINISHED}")
-        beside.write_text(text[: source.randrange(len(text))], encoding="utf-8")
-        assert store.read(store.newest(tmp_path) or beside)["state"] == "running"
+        with pytest.raises(InterruptedError):
+            store.write(file, {**data, "state": "complete"})
+        assert len(list(tmp_path.iterdir())) == 3, "the two files and the one that was cut"
+        assert store.newest(tmp_path) == file
+        assert store.read(file)["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("user", "host", "found"),
+    [
+        ("alice", "alice-box.lan", "... on ...: rooted alices at the root, ubuntu"),
+        ("root", "Ubuntu", "alice on alice-box: rooted alices at the root, ubuntu"),
+        ("bob", "pc", "alice on alice-box: rooted alices at the root, ubuntu"),
+    ],
+)
+def test_names_are_replaced_as_whole_words_and_common_words_stay(
+    monkeypatch: pytest.MonkeyPatch, user: str, host: str, found: str
+) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: user)
+    monkeypatch.setattr(store.platform, "node", lambda: host)
+    text = "alice on alice-box: rooted alices at the root, ubuntu"
+    assert store.nameless({"text": text, "id": "alice"}) == {"text": found, "id": "alice", "kind": store.KIND}
 
 
 def test_a_part_ends_when_the_run_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
