@@ -7,8 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from .compare import ABSENT, DIFFERENT, SAME, UNREAD, Row
+from .uses import WITHOUT_KERNEL
 
 IN_SOME = "same in some"
+NO_DIFFERENCES = {
+    "Pins": 'A row "the newest is" is no difference: the version that is named is there.',
+    "Systems": 'A row "is listed", "is not published" is no difference: the pack takes the name, and this list of that '
+    "release does not have it.",
+}
+"""What rows mean that are shown and are no differences."""
 
 
 class Outcome(NamedTuple):
@@ -69,6 +76,7 @@ def page_of(outcome: Outcome) -> str:
         "|---|---|",
         *(f"| {package} | {', '.join(found)} |" for package, found in outcome.versions.items()),
         *(f"| {package} | not read: {why} |" for package, why in outcome.missing.items()),
+        *(f"| {package} | not read: no kernel uses it yet |" for package in WITHOUT_KERNEL),
     ]
     parts = (
         ("Kernels", "what kernels use", outcome.uses, (DIFFERENT,)),
@@ -80,13 +88,15 @@ def page_of(outcome: Outcome) -> str:
         ("Systems", "names and keys that other systems publish", outcome.systems, (DIFFERENT, UNREAD, ABSENT)),
     )  # fmt: skip
     for title, about, rows, states in parts:
-        shown = [row for row in rows if row.state in states]
-        lines += ["", f"## {title}", "", f"{about[0].upper()}{about[1:]}: {len(rows)} rows."]
+        shown = list(dict.fromkeys(_line(row) for row in _joined(row for row in rows if row.state in states)))
+        count = len(rows) if DIFFERENT in states else len(shown)
+        lines += ["", f"## {title}", "", f"{about[0].upper()}{about[1:]}: {count} rows."]
         if shown:
+            lines[-1] += f" {NO_DIFFERENCES[title]}" if title in NO_DIFFERENCES else ""
             lines += ["", "| package | release | name | what | ours | there | since |", "|---|---|---|---|---|---|---|"]
-            lines += list(dict.fromkeys(_line(row) for row in _joined(shown)))
+            lines += shown
         else:
-            lines[-1] += " None differs." if DIFFERENT in states else " None."
+            lines[-1] += " None differs." if DIFFERENT in states else ""
     return "\n".join(lines) + "\n"
 
 

@@ -172,8 +172,11 @@ def test_a_renamed_parameter_is_seen_in_the_fake_and_in_the_package(fake: uses.F
             changed = compare.declared_in(compare.renamed_parameter(source, here, one.name), here)
             for declared, found in ((changed, real), (real, changed)):
                 rows = compare.fake_rows(fake, here, here, "1", declared, found)
-                assert any(row.item == one.name or row.state == DIFFERENT for row in rows)
-                assert any(row.state == DIFFERENT for row in rows), one.name
+                place = real.parameters.index(one)
+                missing = {(declared.parameters[place].name, "no such parameter")}
+                if one.default is None:
+                    missing.add((found.parameters[place].name, "has no default"))
+                assert {(row.item, row.there) for row in rows if row.state == DIFFERENT} == missing
 
 
 def test_a_fake_is_compared_with_the_release_that_is_nearest_among_those_that_can_be_read() -> None:
@@ -326,3 +329,14 @@ def test_the_page_has_a_row_for_each_difference() -> None:
     ]
     assert page.parameters(uses_rows) == {DIFFERENT: 1, SAME: 1, UNREAD: 1, page.IN_SOME: 1}
     assert len(page.differences(outcome)) == 2
+    assert "tell: 2 rows.\n" in text, "x and y in release 1 are shown"
+    assert page.NO_DIFFERENCES["Systems"] not in text, "no row is shown there"
+    absent = page.page_of(outcome._replace(systems=[row._replace(state=ABSENT)] * 2))
+    assert f"publish: 2 rows. {page.NO_DIFFERENCES['Systems']}\n" in absent
+    listed = [line for line in text.splitlines() if "no kernel uses it" in line]
+    assert [line.split("|")[1].strip() for line in listed] == [*uses.WITHOUT_KERNEL]
+
+
+def test_what_is_said_to_have_no_kernel_has_none() -> None:
+    declared = {package.distribution for backend in BACKENDS.values() for package in backend.packages}
+    assert not {*uses.WITHOUT_KERNEL} & {*declared, *(use.package for use in uses.USES)}
