@@ -45,6 +45,8 @@ class System(NamedTuple):
     names: tuple[Published, ...]
     entry: str = ""
     """The configuration's entry that has this system's name of the default backend, and so says the system."""
+    newest: str = ""
+    """The newest release with names that are listed here, where that is later than the title's."""
 
 
 _ASCEND = "its kernels exist for Ascend NPUs only, and this pack has no sparse kernel for them"
@@ -108,6 +110,7 @@ SYSTEMS: tuple[System, ...] = (
             Published("flashinfer_sm120", None, f"{_ADAPTER}; flashinfer_attn is FlashInfer's dense attention"),
         ),
         "diffusion_attention_backend",
+        "0.32.0rc1",
     ),
     System(
         SGLANG,

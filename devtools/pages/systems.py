@@ -28,7 +28,8 @@ def systems_page() -> str:
     ]
     for system in systems():
         named = f" Its entry is `{system.entry}`." if system.entry else ""
-        lines += ["", f"## {system.title}", "", system.about + named, ""]
+        newest = f" to {system.newest}" if system.newest else ""
+        lines += ["", f"## {system.title}{newest}", "", system.about + named, ""]
         lines += ["| name | here | what to know |", "|---|---|---|"]
         lines += [f"| `{row.name}` | {_here(row)} | {row.line} |" for row in system.names]
     lines += [
