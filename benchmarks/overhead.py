@@ -36,19 +36,11 @@ import conftest  # noqa: E402, F401  # loads this folder as the package attentio
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
 import torch  # noqa: E402
-from paired import machine  # noqa: E402
+from paired import interval, machine  # noqa: E402
 
 LAYERS = 8
 BLOCK = 10
 """Model calls of one kind in a row."""
-
-
-def interval(differences: list[float]) -> dict[str, float]:
-    """Median and its 95 % bootstrap interval."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(differences, k=len(differences))) for _ in range(500))
-    return {"median": round(statistics.median(differences), 2), "low": round(medians[12], 2),
-            "high": round(medians[487], 2)}  # fmt: skip
 
 
 def per_call(function: Callable[[], Any], calls: int) -> float:
@@ -106,9 +98,9 @@ def override_path(pairs: int) -> dict[str, Any]:
     selecting = zip(without["ours"], without["nothing"], without["planned"], strict=True)
     return {
         "bare_sdpa_us": round(statistics.median(times["bare"]), 2),
-        "stock_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["stock"], strict=True)]),
-        "ours_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["ours"], strict=True)]),
-        "reading_and_selecting_us": interval([whole - wrapper - rest for whole, wrapper, rest in selecting]),
+        "stock_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["stock"], strict=True)], 2),
+        "ours_over_bare_us": interval([b - a for a, b in zip(times["bare"], times["ours"], strict=True)], 2),
+        "reading_and_selecting_us": interval([whole - wrapper - rest for whole, wrapper, rest in selecting], 2),
     }
 
 
@@ -126,7 +118,7 @@ def mask_lookup(rounds: int) -> dict[str, float]:
     def find() -> None:
         model_call.masks.plan(mask, None, 512)
 
-    return interval(alternate([find], rounds, calls=1000)["find"])
+    return interval(alternate([find], rounds, calls=1000)["find"], 2)
 
 
 def alternate(kinds: list[Callable[[], Any]], rounds: int, calls: int) -> dict[str, list[float]]:
@@ -192,7 +184,7 @@ def tiny_wan(rounds: int) -> dict[str, Any]:
         "layers": LAYERS,
         "attention_calls_per_model_call": 2 * LAYERS,
         "stock_model_call_us": round(statistics.median(stock_times), 1),
-        "ours_minus_stock_us_per_attention_call": interval(differences),
+        "ours_minus_stock_us_per_attention_call": interval(differences, 2),
     }
 
 
