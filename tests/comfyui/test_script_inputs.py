@@ -234,7 +234,7 @@ def test_no_backend_is_refused_with_what_to_write(name: str, snapshot: SnapshotA
     assert not valid
     what, _, names = ours(errors[0]).partition(" one of: ")
     assert what == snapshot
-    assert names.startswith("auto, measured, torch_sdpa")
+    assert names.startswith("auto, autotune, torch_sdpa")
     assert checked(name, {**widgets_and_sockets(name), "backend": ["source", TYPES.index("COMBO")]})[0]
 
 
