@@ -241,6 +241,14 @@ def _count_passed_on(
 
 
 def count_passed_on(model_call: ModelCall, role: Role, kind: str, text: str) -> None:
+    """Count a call that ComfyUI's own function runs, with its reason.
+
+    Args:
+        kind: of its mask.
+
+    Raises:
+        NoBackendError: a backend was named for this role, strictly, and there is something to compute.
+    """
     choice = model_call.choice(role.name, role.category)
     empty = text.startswith(EMPTY)
     if choice.asked not in (None, AUTOTUNE, COMFY) and model_call.session.settings.strict and not empty:

@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
+import fakes  # noqa: E402
 from attention_backends.backends.doctor import probe  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
@@ -19,9 +20,11 @@ from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa:
 from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
 from attention_backends.backends.values.platform import parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from attention_backends.comparison import bench_inputs  # noqa: E402
 from attention_backends.comparison.card import costs, parts, store  # noqa: E402
 from attention_backends.comparison.card.page import page  # noqa: E402
 from attention_backends.comparison.card.work import Skipped, Work  # noqa: E402
+from fakes import machine  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -183,3 +186,23 @@ def test_a_step_that_would_take_longer_than_there_is_time_is_not_begun(
         now[0] += passed
         over.append(given.is_over())
     assert over == [False, False, False, True]
+
+
+@pytest.mark.parametrize("drops_scale", [False, True])
+def test_numerics_of_a_cards_kernels_by_their_fakes(
+    work: Any, monkeypatch: pytest.MonkeyPatch, drops_scale: bool
+) -> None:
+    router = machine(monkeypatch, "flash-attn==2.8.3 sageattention==2.2.0 triton==3.6.0")
+    monkeypatch.setattr(parts, "detect", lambda: router.platform)
+    monkeypatch.setattr(bench_inputs, "device_of", lambda platform: CPU)
+    imitated = ("flash_attn_2", "sage_fp16_triton", "sage_fp8_cuda")
+    kernels = parts._kernels
+    monkeypatch.setattr(parts, "_kernels", lambda *given: [name for name in kernels(*given) if name in imitated])
+    if drops_scale:
+        attend = fakes.flash_attn_2.flash_attn_func
+        wrong = lambda *given, **more: attend(*given, **{**more, "softmax_scale": None})  # noqa: E731
+        monkeypatch.setattr(fakes.flash_attn_2, "flash_attn_func", wrong)
+    results = ran(work("numerics"))
+    assert set(results) == set(imitated)
+    assert all(row["calls"] > 0 for row in results.values())
+    assert [name for name, row in results.items() if row["wrong"]] == (["flash_attn_2"] if drops_scale else [])
