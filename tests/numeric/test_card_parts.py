@@ -20,8 +20,9 @@ from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa:
 from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
 from attention_backends.backends.values.platform import parse_platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
-from attention_backends.comparison import bench_inputs  # noqa: E402
+from attention_backends.comparison import bench_inputs, bench_run  # noqa: E402
 from attention_backends.comparison.card import costs, parts, store  # noqa: E402
+from attention_backends.comparison.card import work as card_work  # noqa: E402
 from attention_backends.comparison.card.page import page  # noqa: E402
 from attention_backends.comparison.card.work import Skipped, Work  # noqa: E402
 from fakes import machine  # noqa: E402
@@ -124,7 +125,7 @@ def test_what_needs_a_gpu_is_skipped_with_its_reason(work: Any) -> None:
 
 @pytest.mark.parametrize("part", ["numerics", "presets"])
 def test_where_every_backend_was_lost_none_runs(work: Any, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    monkeypatch.setattr("attention_backends.comparison.bench_run.measure", lambda *args, **options: pytest.fail("ran"))
+    monkeypatch.setattr(bench_run, "measure", lambda *args, **options: pytest.fail("ran"))
     given = work(part)
     given.lost = dict.fromkeys(BACKENDS, "crashed")
     with pytest.raises(Skipped, match=parts.ALL_LOST):
@@ -179,7 +180,7 @@ def test_a_step_that_would_take_longer_than_there_is_time_is_not_begun(
     work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("attention_backends.comparison.card.work.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(card_work.time, "monotonic", lambda: now[0])
     given = work("presets", 20.0)
     over = []
     for passed in (0.0, 8.0, 1.0, 4.0):
