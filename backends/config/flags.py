@@ -52,7 +52,7 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "fastvideo_fa4": "chooses FlashAttention 4 in FastVideo; flash_attn_4 asks for it here",
         "force_upcast_attention": "upcasts attention in ComfyUI; start ComfyUI with it, then it counts here too",
         "dont_upcast_attention": "leaves out upcasts in ComfyUI; give it to ComfyUI when it starts",
-        "sglang_use_sage_attention_impl": "chooses among SGLang's Sage kernels; here each has a name of its own",
+        "sglang_use_sage_attention_impl": "chooses among SGLang's Sage kernels; here each has a separate name",
         "sglang_diffusion_aiter_fp8_attn": "runs AITER's FP8 kernels in SGLang; here aiter is half precision only",
     }
 )

@@ -62,8 +62,8 @@ _WINDOW = (
     "it runs FlashAttention's variable-length kernel over windows that SGLang makes for MiniMax H3; that is not "
     "implemented here"
 )
-_SLA = "Sparse-Linear Attention has weights of its own, so a model must be trained for it; not implemented"
-_NO_ATTENTION = "it stands for a model without attention; there is no kernel to choose"
+_SLA = "Sparse-Linear Attention adds weights, so a model must be trained for it; not implemented"
+_NO_ATTENTION = "it means a model without attention; there is no kernel to choose"
 _CORE_SPARSE = (
     "a method of newer ComfyUI's node Model Sparse Attention, with comfy-kitchen's kernels; use that node, no backend "
     "here is the same"
@@ -104,8 +104,8 @@ SYSTEMS: tuple[System, ...] = (
             Published("SLA_ATTN", None, _SLA),
             Published("MINDIE_SLA", None, _ASCEND),
             Published("aiter_quant", None, f"{_ADAPTER}; aiter is AITER in half precision"),
-            Published("vdnh3", None, "for MiniMax-H3, with an adapter's weights of its own; not implemented"),
-            Published("VDNH3_ATTN", None, "for MiniMax-H3, with an adapter's weights of its own; not implemented"),
+            Published("vdnh3", None, "for MiniMax-H3, with weights from a separate adapter; not implemented"),
+            Published("VDNH3_ATTN", None, "for MiniMax-H3, with weights from a separate adapter; not implemented"),
             Published("b12x", None, _ADAPTER),
             Published("flashinfer_sm120", None, f"{_ADAPTER}; flashinfer_attn is FlashInfer's dense attention"),
         ),

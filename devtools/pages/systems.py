@@ -52,7 +52,7 @@ def systems_page() -> str:
         "",
         "## Roles",
         "",
-        "In these systems `joint` is a role of its own, so in a configuration that is read from text, a mapping or the "
+        "In these systems `joint` is a separate role, so in a configuration that is read from text, a mapping or the "
         "environment `per_role.self` does not cover joint attention over text and picture (FLUX, SD3, "
         "HunyuanVideo): that takes the default. `joint_is_self: true` makes it cover it, and a `per_role.joint` entry "
         "names another backend. In the nodes, and in an `AttentionConfig` made in Python, `self` covers joint "
