@@ -1,10 +1,12 @@
 """What a change costs per attention call: the same measurement in two commits, alternated.
 
 Each commit runs in a separate process, from its own checkout, with the functions of its `overhead.py`.
-The two take turns, in random order in each round, so that drift of the machine falls on
-both. The figures are microseconds per attention call and the difference of each pair, with a 95 % interval.
+The two take turns, in random order in each round, so that drift of the machine falls on both. A process keeps its
+layout of memory to its end, which alone changes a figure by up to 4 %, so several pairs of processes are started, and
+each gives one difference. The figures are microseconds per attention call, and the difference with a 95 % interval over
+the pairs. A commit compared with itself shows what the method can tell apart.
 
-Run: python benchmarks/two_commits.py BEFORE [AFTER] [--rounds N] [--json FILE]   (AFTER: this folder)
+Run: python benchmarks/two_commits.py BEFORE [AFTER] [--pairs N] [--rounds N] [--json FILE]   (AFTER: this folder)
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +79,30 @@ class Worker:
         return float(json.loads(answer))
 
 
-def compare(before: Worker, after: Worker, part: str, rounds: int) -> dict[str, Any]:
-    rng = random.Random(0)
-    times: dict[str, list[float]] = {"before": [], "after": []}
-    for worker in (before, after):
-        worker.measure(part)
-    for _ in range(rounds):
-        for name in rng.sample(["before", "after"], 2):
-            times[name].append((before if name == "before" else after).measure(part))
-    pairs = list(zip(times["before"], times["after"], strict=True))
+def measure_pair(trees: dict[str, Path], parts: Iterable[str], rounds: int) -> dict[str, dict[str, float]]:
+    """One process of each commit: for each part the medians of their turns, in microseconds."""
+    workers = {name: Worker(trees[name]) for name in random.sample(["before", "after"], 2)}
+    medians = {}
+    for part in parts:
+        times: dict[str, list[float]] = {"before": [], "after": []}
+        for worker in workers.values():
+            worker.measure(part)  # not counted
+        for _ in range(rounds):
+            for name in random.sample(["before", "after"], 2):
+                times[name].append(workers[name].measure(part))
+        medians[part] = {name: statistics.median(values) for name, values in times.items()}
+    for worker in workers.values():
+        worker.process.kill()
+        worker.process.wait()
+    return medians
+
+
+def compared(pairs: list[dict[str, float]]) -> dict[str, Any]:
     return {
-        "before_us": round(statistics.median(times["before"]), 2),
-        "after_us": round(statistics.median(times["after"]), 2),
-        "difference_us": interval([b - a for a, b in pairs], 2),
-        "ratio": interval([b / a for a, b in pairs]),
+        "before_us": round(statistics.median(pair["before"] for pair in pairs), 2),
+        "after_us": round(statistics.median(pair["after"] for pair in pairs), 2),
+        "difference_us": interval([pair["after"] - pair["before"] for pair in pairs], 2),
+        "ratio": interval([pair["after"] / pair["before"] for pair in pairs]),
     }
 
 
@@ -101,7 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", nargs="?")
     parser.add_argument("after", nargs="?", help="a commit; left out: this folder")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of processes; default: 12")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each pair; default: 3")
     parser.add_argument("--part", choices=PARTS, help="measure that one alone")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -120,13 +134,9 @@ def main() -> None:
                 command = ["git", "worktree", "add", "--quiet", "--detach", str(trees[name]), revision]
                 subprocess.run(command, cwd=ROOT, check=True)
         try:
-            workers = {name: Worker(tree) for name, tree in trees.items()}
-            parts = PARTS if arguments.part is None else [arguments.part]
-            result: dict[str, Any] = {
-                name: compare(workers["before"], workers["after"], name, arguments.rounds) for name in parts
-            }
-            for worker in workers.values():
-                worker.process.kill()
+            parts = list(PARTS) if arguments.part is None else [arguments.part]
+            pairs = [measure_pair(trees, parts, arguments.rounds) for _ in range(arguments.pairs)]
+            result: dict[str, Any] = {part: compared([pair[part] for pair in pairs]) for part in parts}
         finally:
             for tree in trees.values():
                 if tree != ROOT:
@@ -134,7 +144,12 @@ def main() -> None:
     after = commit_of(arguments.after or "HEAD") + ("" if arguments.after else ", with the changes in this folder")
     import torch
 
-    result |= {"before": commit_of(arguments.before), "after": after, "rounds": arguments.rounds}
+    result |= {
+        "before": commit_of(arguments.before),
+        "after": after,
+        "pairs": arguments.pairs,
+        "rounds": arguments.rounds,
+    }
     result |= {"torch": torch.__version__, "python": sys.version.split()[0]}
     result["machine"] = f"{machine()}, one torch thread"
     text = json.dumps(result, indent=2)
