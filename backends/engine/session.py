@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import AttentionConfig, frozen
 from ..config.layers import Choice, resolve, settings_of
@@ -83,15 +83,16 @@ class Session:
         return next((member for member in (*self.observers, *self.choosers) if isinstance(member, kind)), None)
 
     def attention(
-        self, slot: Slot, call: AttentionCall, mask_plan: MaskPlan | None = None, host: Host | None = None
-    ) -> torch.Tensor:
+        self, slot: Slot, call: AttentionCall, mask_plan: MaskPlan | None = None, host: Host | None = None,
+        arguments: tuple[Any, ...] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """Run one call by its slot's plan; the entry point of every host.
 
         If the kernel fails, the remaining priorities run it, then the host's own function, each once.
 
         Args:
             mask_plan: of this call's mask, with the facts that the slot was planned for.
-            host: runs the host's own function on the call, or on a sub-call where the slot has a `split`.
+            host, arguments: run the host's own function on the call, or on a sub-call where the slot has a `split`.
 
         Returns:
             (batch, num_heads, q_len, v_head_dim).
@@ -105,16 +106,16 @@ class Session:
         """
         if mask_plan is not None:
             if slot.split is not None:
-                return run_sub_calls(self, slot.split, mask_plan, call, host)
+                return run_sub_calls(self, slot.split, mask_plan, call, host, arguments)
             if mask_plan.strategy == PASSED_ON:
                 call.memo = mask_plan.sub_calls[0].memo
         plan = slot.plan
         if plan.hosted and host is not None and not isinstance(call, HostedCall):
-            call = HostedCall(call, host)  # `hosted`, without its frame
+            call = HostedCall(call, host, arguments)  # `hosted`, without its frame
         try:
             output = plan.compute(call)
         except Exception as error:
-            output = self.recover(slot, call, error, host)
+            output = self.recover(slot, call, error, host, arguments)
         slot.plan.row.calls += 1
         return output
 
@@ -307,7 +308,10 @@ class Session:
         # The host's function gets the program's own arguments, with their scale.
         return kernel if backend.hosted or request.scale is None else for_scale(kernel, request.scale)
 
-    def recover(self, slot: Slot, call: AttentionCall, error: Exception, host: Host | None = None) -> torch.Tensor:
+    def recover(
+        self, slot: Slot, call: AttentionCall, error: Exception, host: Host | None = None,
+        arguments: tuple[Any, ...] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """Try the remaining backends until one computes the call, and put its plan into `slot`.
 
         Raises:
@@ -329,7 +333,7 @@ class Session:
                         raise KernelOutputError(f"{error}; no other kernel can run it: its tensors were freed")
                     raise error
             try:
-                return slot.plan.compute(hosted(call, host) if slot.plan.hosted else call)
+                return slot.plan.compute(hosted(call, host, arguments) if slot.plan.hosted else call)
             except Exception as another:
                 error = another
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..kernels.backend import for_scale
 from ..kernels.support import varlen
@@ -137,13 +137,14 @@ def _refused(limits: Limits, requests: list[AttentionRequest]) -> bool:
 
 
 def run_sub_calls(
-    session: Session, split: SplitPlan, mask_plan: MaskPlan, call: AttentionCall, host: Host | None = None
-) -> torch.Tensor:
+    session: Session, split: SplitPlan, mask_plan: MaskPlan, call: AttentionCall, host: Host | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> torch.Tensor:  # fmt: skip
     """Run a call that `plan_sub_calls` planned; each sub-call can fall back alone.
 
     Args:
         mask_plan: of this call's mask, with the facts that were planned for.
-        host: runs the host's own function on one sub-call.
+        host, arguments: run the host's own function on one sub-call; see `Host`.
 
     Returns:
         (batch, num_heads, q_len, v_head_dim); rows that see no key are zeros.
@@ -167,11 +168,11 @@ def run_sub_calls(
             sub_call.owned = True
             call.query = call.key = call.value = None  # type: ignore[assignment]  # the sub-call has them
         if slot.plan.hosted:
-            sub_call = hosted(sub_call, host)
+            sub_call = hosted(sub_call, host, arguments)
         try:
             output = slot.plan.compute(sub_call)
         except Exception as error:
-            output = session.recover(slot, sub_call, error, host)
+            output = session.recover(slot, sub_call, error, host, arguments)
         whole = write_part(output, part, whole)
         if not any(slot.plan.row is row for row in rows):  # once per row: the model made one call
             rows.append(slot.plan.row)

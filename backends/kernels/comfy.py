@@ -78,7 +78,7 @@ def run_host(call: AttentionCall) -> torch.Tensor:
     """
     if not isinstance(call, HostedCall):
         raise RuntimeError("the backend 'comfy' runs only inside ComfyUI; this call came from elsewhere")
-    return call.host(call)
+    return call.host(*call.arguments, call)
 
 
 BACKENDS = (Comfy(),)

@@ -7,7 +7,6 @@ layouts. Together they are all that knows what ComfyUI's attention functions tak
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ...backends.config.names import AUTOTUNE, COMFY
 from ...backends.engine.call_checks import DifferingTensorsError, check, differing
 from ...backends.values.errors import NoBackendError
 from ...backends.values.masks import as_4d, as_additive, for_kernels, mask_kind
-from ...backends.values.request import AttentionCall, HostedCall
+from ...backends.values.request import AttentionCall, Host, HostedCall
 from .comfy_functions import name_of_function, reads_booleans
 from .compiled import POSITIONAL, positional
 from .hook_plans import OnlyComfyUIError, new_hook_plan, unknown_arguments
@@ -113,26 +112,28 @@ def run_hook_call(
         layout, slot = hook_plan.layout, hook_plan.slot
         call = layout.call(query, key, value, mask)
         func = hook_plan.preferred or func
+        host: Host
+        arguments: tuple[Any, ...]
         if not owned:
             if hook_plan.split_host:
-                host = partial(_host_sub_call, func, options=options, kwargs=kwargs)
+                host, arguments = _host_sub_call, (func, options, kwargs)
             else:
-                host = partial(_host_call, layout, func, query, key, value, given, options, kwargs)
+                host, arguments = _host_call, (layout, func, query, key, value, given, options, kwargs)
         else:
             on_host = slot.split is None and slot.plan.hosted
             # The output is compared with the session's device where a kernel has freed the inputs.
             here = query.get_device() == model_call.session.device_index
             call.owned = here and (not on_host or _takes_containers(func))
             if not on_host:
-                host = partial(_host_sub_call, func, options=options, kwargs=kwargs)
+                host, arguments = _host_sub_call, (func, options, kwargs)
             else:
                 if call.owned:
                     query, key, value = container(query), container(key), container(value)
-                host = partial(_host_call, layout, func, query, key, value, given, options, kwargs)
-                call = HostedCall(call, host)  # here, so that no other call references the tensors
+                host, arguments = _host_call, (layout, func, query, key, value, given, options, kwargs)
+                call = HostedCall(call, host, arguments)  # here, so that no other call references the tensors
             if call.owned:
                 del query, key, value  # only the call, or its containers, reference the tensors now
-        output = model_call.session.attention(slot, call, mask_plan, host)
+        output = model_call.session.attention(slot, call, mask_plan, host, arguments)
     except (OnlyComfyUIError, DifferingTensorsError) as error:  # the second where the kernel compares tensors itself
         if owned and isinstance(error, DifferingTensorsError):
             raise
@@ -163,7 +164,7 @@ def _in_a_dtype_to_add(
 
 
 def _host_sub_call(
-    func: Callable[..., torch.Tensor], part: AttentionCall, *, options: Any, kwargs: dict[str, Any]
+    func: Callable[..., torch.Tensor], options: Any, kwargs: dict[str, Any], part: AttentionCall
 ) -> torch.Tensor:
     """Run what ComfyUI would have run, on one sub-call; BHSD in and out."""
     layout = {"heads": part.query.shape[1], "skip_reshape": True, "skip_output_reshape": True}
