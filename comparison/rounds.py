@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.values.devices import release, synchronise
 from ..backends.values.faults import is_cuda_fault, is_out_of_memory
-from .contenders import Routed
+from .contenders import RefusedError, Routed
 from .report import Row, Spread
 
 Progress = Callable[[str, int, int], None]
@@ -136,4 +136,4 @@ def why(error: BaseException) -> str:
             return "out of memory: try a smaller size or fewer frames"
         cause = cause.__cause__
     line = " ".join(str(error).split())
-    return line if type(error).__name__ == "RefusedError" else f"failed: {type(error).__name__}: {line}"
+    return line if isinstance(error, RefusedError) else f"failed: {type(error).__name__}: {line}"

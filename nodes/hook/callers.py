@@ -27,6 +27,8 @@ QUERY_KEY_VALUE = 3
 """A function argument counts as attention if it is called with at least this many positional arguments."""
 MOST_FRAMES = 200
 """How far up the stack a call's module is looked for."""
+FROM_COMPILED: set[types.CodeType] = set()
+"""Our functions that a compiled graph calls; filled where they are defined."""
 
 _OF_TORCH = frozenset(vars(torch.nn.Module)) - {"forward"}
 """Methods by which torch loads, saves, moves and prints a module: one that names attention there only keeps it."""
@@ -275,7 +277,7 @@ def _frames() -> list[types.FrameType]:
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and len(frames) < MOST_FRAMES:
         if frame.f_globals.get("__name__", "").startswith(f"{_OURS}."):
-            if frame.f_code.co_name == "run_compiled":
+            if frame.f_code in FROM_COMPILED:
                 return []
         else:
             frames.append(frame)

@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from ...backends.config import AttentionConfig
 from . import attention_modules, compiled, operator_watch, stand_ins
 from .attention_modules import current
+from .callers import FROM_COMPILED
 from .hook_calls import count_passed_on, run_hook_call
 from .masks import COMPILED
 from .model_call import ModelCall
@@ -202,3 +203,6 @@ class Override:
                 if attention_module is not None:
                     model_call.attention_module, model_call.ordinal = before[:2]
                 model_call.masks.not_kept = before[2]
+
+
+FROM_COMPILED.add(Override.run_compiled.__code__)
