@@ -86,6 +86,15 @@ def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -
     return next((answer for answer in answers if answer.kind == "command"), answers[0])
 
 
+def package_that_helps(backend: Backend, platform: Platform) -> str:
+    """The distribution whose installation would make an unavailable backend available; empty where none would."""
+    for package in backend.packages:
+        is_missing = platform.version(package.distribution) is None and platform.os in package.systems
+        if is_missing and not backend.unavailable_reasons(_with_package(platform, package)):
+            return package.distribution
+    return ""
+
+
 def _broken(packages: tuple[Package, ...], platform: Platform, interpreter: Interpreter) -> Advice:
     """Advice where everything is installed and loading failed: another build is needed."""
     for package in packages:

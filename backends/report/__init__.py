@@ -7,6 +7,7 @@ import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from ..config import AttentionConfig
@@ -124,6 +125,14 @@ class RunReport:
     """One of `MODES`, for the whole run."""
     clocks: list[DeviceClock] = field(default_factory=list)
     """One per session that times calls."""
+    started: float | None = None
+    """`perf_counter()` at the first model call; None before it."""
+    size: tuple[tuple[int, ...], ...] = ()
+    """Shape of each tensor that is sampled; empty if unknown."""
+    last_step: int | None = None
+    """The sampler's step of the last finished model call, from 0, if the host knows it."""
+    last_time: float | None = None
+    """`perf_counter()` after the last model call; the device may still compute it."""
 
     def new_clock(self, kind: str) -> DeviceClock | None:
         """A clock for a session on this kind of device; None if nothing is timed."""
@@ -171,6 +180,7 @@ class RunReport:
         """
         # A copy: threads of other devices may add a row.
         timeline, rows = self.timeline, list(self.rows.values())
+        self.last_step, self.last_time = step, perf_counter()
         if self.mode == "off":
             timeline.model_calls += 1
             return
@@ -206,6 +216,14 @@ class RunReport:
     def windows(self) -> list[dict[str, object]]:
         """The timeline as plain data (`Timeline.as_list`); empty in mode `off`."""
         return [] if self.mode == "off" else self.timeline.as_list(list(self.rows.values()))
+
+    def steps_reached(self) -> int | None:
+        """Number of the step, from 1, of the last finished model call; None if unknown."""
+        if self.last_step is not None:
+            return self.last_step + 1
+        number = self.timeline.model_calls
+        known = self.timeline.steps.between(number, number) if number else None
+        return None if known is None else known[1] + 1
 
     @property
     def calls(self) -> int:

@@ -73,11 +73,21 @@ def descendants(prompt: Prompt, node_id: str) -> list[str]:
     return sorted(found - {node_id})
 
 
-def signature(prompt: Prompt, node_id: str) -> str:
+SEEDS = ("seed", "noise_seed")
+
+
+def likeness(prompt: Prompt, node_id: str) -> str:
+    """As `signature`, without seeds and the values on our nodes: runs of one likeness do the same work."""
+    return signature(prompt, node_id, lambda class_type, name: class_type in OURS or name in SEEDS)
+
+
+def signature(prompt: Prompt, node_id: str, ignored: Callable[[str, str], bool] | None = None) -> str:
     """A hash of what decides a node's output: its class and inputs, and those of everything it depends on.
 
     Node ids and titles are not in it, as they are not in the key of ComfyUI's cache (`CacheKeySetInputSignature`):
     a graph with other numbers takes the same result from the cache. A file that changed under its name is not seen.
+
+    ignored: whether the value of an input is left out, by class and input; none without it. Links never are.
     """
     names = [node_id, *ancestors(prompt, node_id)]
     places = {name: index for index, name in enumerate(names)}
@@ -87,6 +97,7 @@ def signature(prompt: Prompt, node_id: str) -> str:
             [
                 [key, "link", places.get(str(value[0])), value[1]] if _is_link(value) else [key, "value", value]
                 for key, value in sorted(prompt[name].get("inputs", {}).items())
+                if _is_link(value) or ignored is None or not ignored(str(prompt[name].get("class_type")), key)
             ],
         ]
         for name in names

@@ -7,15 +7,16 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ...backends.observe.advisories import NOT_USED
 from ...backends.observe.replay import record
 from ...backends.report import BY_ANOTHER, RunReport, audit, outcome
-from . import graph, queued_by
+from . import figures, graph, queued_by
 
 log = logging.getLogger("attention_backends")
 
@@ -40,6 +41,10 @@ class SamplerNode(NamedTuple):
     signature: str | None
     queued_by: str | None
     """The mark of the page's workflow that queued it. In no report, as these are written into reports."""
+    likeness: str | None = None
+    """As `signature`, of `graph.likeness`."""
+    asked: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """Our nodes on its model by id: `inputs`, their values, and `models`, those of each node before them."""
 
 
 class FinishedRun(NamedTuple):
@@ -61,6 +66,7 @@ _numbers = itertools.count(1)
 _lock = threading.Lock()
 _open: list[list[FinishedRun]] = []
 """What `together` collects at the moment, in any thread."""
+_warm = figures.WarmRuns()
 _of_thread = threading.local()
 """`parts`: the list of `_open` that this thread's runs go to."""
 
@@ -68,14 +74,19 @@ _of_thread = threading.local()
 def begin(run_report: RunReport) -> None:
     """A run begins: from now on its report can be read while it grows."""
     prompt_id, node_id = executing()
-    prompt, by = _entry(prompt_id)
+    prompt, by = entry_of(prompt_id)
     sampler = graph.origin(prompt, node_id) if node_id is not None else None
     if sampler is None:
         nodes, sampler_node = [], SamplerNode(node_id, "", None, by)
     else:
         nodes = _config_nodes(prompt, sampler)
         sampler_node = SamplerNode(
-            sampler, str(prompt[sampler].get("class_type")), graph.signature(prompt, sampler), by
+            sampler,
+            str(prompt[sampler].get("class_type")),
+            graph.signature(prompt, sampler),
+            by,
+            graph.likeness(prompt, sampler),
+            {node["id"]: _asked(prompt, node["id"]) for node in nodes},
         )
     run_report.node_id = sampler_node.node_id or ""
     with _lock:
@@ -101,10 +112,11 @@ def add(run_report: RunReport) -> None:
         head, _, sampler_node = _live.pop(id(run_report))
         report = {**head, **run_report.as_dict()}
         decided = record.of_run(run_report)
-        finished = FinishedRun(
-            report, _summary(report, state(report), sampler_node), run_report.windows(), sampler_node, decided
-        )
+        told = figures.of_run(report, run_report)
         parts = getattr(_of_thread, "parts", None)
+        saved = _saved(report, run_report, sampler_node) if parts is None else None
+        summary = _summary(report, state(report), sampler_node, told, saved)
+        finished = FinishedRun(report, summary, run_report.windows(), sampler_node, decided)
         if parts is None:
             _runs.appendleft(finished)
         else:
@@ -192,9 +204,14 @@ def sampling_classes() -> set[str]:
 
 def summaries() -> list[dict[str, Any]]:
     """One short entry for each run: those that are going on, then the last ones, newest first."""
-    live = [_summary(run, "running", sampler_node) for run, sampler_node in _going_on()]
+    return [summary for summary, _ in entries()]
+
+
+def entries() -> list[tuple[dict[str, Any], SamplerNode]]:
+    """As `summaries`, with the node that sampled."""
+    live = [(_summary(run, "running", sampler, told), sampler) for run, told, sampler in _going_on()]
     with _lock:
-        return live + [kept.summary for kept in _runs]
+        return live + [(kept.summary, kept.sampler_node) for kept in _runs]
 
 
 def find(number: int) -> dict[str, Any] | None:
@@ -203,7 +220,7 @@ def find(number: int) -> dict[str, Any] | None:
         found = next((kept for kept in _all() if kept.report["number"] == number), None)
     if found is not None:
         return {**found.report, "state": found.summary["state"], "windows": found.windows}
-    return next(({**run, "state": "running"} for run, _ in _going_on() if run["number"] == number), None)
+    return next(({**run, "state": "running"} for run, *_ in _going_on() if run["number"] == number), None)
 
 
 def _all() -> Iterator[FinishedRun]:
@@ -220,7 +237,20 @@ def state(report: dict[str, Any]) -> str:
     return "stopped" if report["outcome"]["kind"] in outcome.STOPPED else "done"
 
 
-def _summary(report: dict[str, Any], state: str, sampler_node: SamplerNode) -> dict[str, Any]:
+def _saved(report: dict[str, Any], run_report: RunReport, sampler_node: SamplerNode) -> figures.Saved | None:
+    if sampler_node.likeness is None:
+        return None
+    work = sampler_node.likeness, sampler_node.node_id, report["model"], report["device"], report["steps"]
+    return _warm.add((*work, run_report.size), report)
+
+
+def _summary(
+    report: dict[str, Any],
+    state: str,
+    sampler_node: SamplerNode,
+    told: dict[str, Any],
+    saved: figures.Saved | None = None,
+) -> dict[str, Any]:
     totals: dict[tuple[str, str], int] = {}
     for row in report["rows"]:
         key = row["role"], row["backend"]
@@ -237,11 +267,13 @@ def _summary(report: dict[str, Any], state: str, sampler_node: SamplerNode) -> d
         "by_another": sum(row["calls"] for row in report["rows"] if row["backend"] == BY_ANOTHER),
         "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
         "offers": [note for note in report["notes"] if note.endswith(NOT_USED)],
+        **told,
+        "saved": None if saved is None else saved.as_dict(),
     }
 
 
-def _going_on() -> list[tuple[dict[str, Any], SamplerNode]]:
-    """The run reports of the runs that are going on, as they are now, newest first."""
+def _going_on() -> list[tuple[dict[str, Any], dict[str, Any], SamplerNode]]:
+    """The run reports of the runs that are going on, as they are now, newest first, with `figures.of_run`."""
     with _lock:
         live = list(_live.values())
     found = []
@@ -252,16 +284,17 @@ def _going_on() -> list[tuple[dict[str, Any], SamplerNode]]:
             categories=dict(run_report.categories),
             stopped=run_report.stopped or GOING_ON,
         )  # fmt: skip
-        found.append(({**head, **now.as_dict(), "windows": now.windows()}, sampler_node))
+        report = now.as_dict()
+        found.append(({**head, **report, "windows": now.windows()}, figures.of_run(report, now), sampler_node))
     return found
 
 
 def queued(prompt_id: str | None) -> graph.Prompt:
     """The graph of the prompt that runs; empty where there is no queue."""
-    return _entry(prompt_id)[0]
+    return entry_of(prompt_id)[0]
 
 
-def _entry(prompt_id: str | None) -> tuple[graph.Prompt, str | None]:
+def entry_of(prompt_id: str | None) -> tuple[graph.Prompt, str | None]:
     """The graph of the prompt that runs, and the mark of the page that queued it; empty and None without a queue.
 
     From the queue, because a node that ComfyUI took from its cache is not asked again.
@@ -276,6 +309,18 @@ def _entry(prompt_id: str | None) -> tuple[graph.Prompt, str | None]:
     running, _ = queue.get_current_queue_volatile()
     entry = next((item for item in running if item[1] == prompt_id), None)
     return ({}, None) if entry is None else (entry[2], queued_by.mark_of(entry[3]))
+
+
+def _asked(prompt: graph.Prompt, node_id: str) -> dict[str, Any]:
+    """The values of a node of ours, and of the nodes that its model comes from; of these, those that can be long are
+    left out."""
+
+    def values(name: str) -> dict[str, Any]:
+        inputs = prompt[name].get("inputs", {}).items()
+        return {key: value for key, value in inputs if isinstance(value, (str, int, float)) and len(str(value)) < 1000}
+
+    before = graph.ancestors(prompt, node_id, follow=_may_hold_model)
+    return {"inputs": values(node_id), "models": {name: values(name) for name in before}}
 
 
 def _config_nodes(prompt: graph.Prompt, node_id: str) -> list[dict[str, str]]:

@@ -79,7 +79,6 @@ class Run:
         """The model family, by its name in `roles.py`; empty if unknown."""
         self._model_calls: dict[torch.device, ModelCall] = {}
         self._patches: dict[int, attention_modules.ForwardPatches] = {}
-        self._started: float | None = None
         self.samples = 0
         """Most samples in one model call so far; each of the prompts that ComfyUI batches counts."""
         self.memory_key: MemoryKey | None = None
@@ -128,7 +127,7 @@ class Run:
             self.run_report.bypass = bypass_of(family)
             schedule = options.get("sample_sigmas")
             self.run_report.steps = 0 if schedule is None else len(schedule) - 1
-            self._started = self._started or perf_counter()
+            self.run_report.started = self.run_report.started or perf_counter()
 
     def timetable(self, model: Any, options: dict[str, Any]) -> Timetable | None:
         """The schedules on this sampler's sigmas and this model's blocks; None where there is none.
@@ -195,10 +194,11 @@ class Run:
 
     def stop_clock(self) -> None:
         """At the end of a whole run: wait for the devices and note how long it took."""
-        if self._started is not None:
+        started = self.run_report.started
+        if started is not None:
             for device in self._model_calls:
                 synchronise(device)
-            self.run_report.seconds = round(perf_counter() - self._started, 6)
+            self.run_report.seconds = round(perf_counter() - started, 6)
             self.run_report.end_of_run()
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run = Run(override)
     run.is_sampled = True
     run.run_report.recorder = RunRecorder()
+    run.run_report.size = _size(args)
     run.others.at_start = options.get(OVERRIDE)
     options[RUN_KEY] = run
     run.around_model_calls = function_wrapper(executor.class_obj.model_options)
@@ -60,6 +61,12 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if refusal is not None:
         raise refusal
     return output
+
+
+def _size(args: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the noise, the sampler's first argument: one tensor, or several in one (video with sound)."""
+    noise = args[0] if args else None
+    return tuple(tuple(part.shape) for part in getattr(noise, "tensors", (noise,)) if hasattr(part, "shape"))
 
 
 def calc_cond_batch_wrapper(

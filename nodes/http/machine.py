@@ -18,12 +18,15 @@ from ...backends.report import audit
 from ...backends.values.platform import Platform
 from ...backends.values.privacy import clean, without_paths
 from ..history import runs
+from ..hook.comfy_functions import started_with
+from .forecast import forecast
 
 
 class Machine:
     """What the doctor finds, kept until something that can be switched while the server runs has changed.
 
-    Asking a backend loads its package, which can take seconds: that happens in a thread, one question at a time.
+    Asking a backend loads its package, which can take seconds: that happens in a thread, one backend at a time, so that
+    the question of a node does not wait for all that the panel asks.
     """
 
     def __init__(self) -> None:
@@ -41,25 +44,42 @@ class Machine:
             if refresh:
                 self._rows.clear()
                 self._router = None
-            return await asyncio.to_thread(self._describe, ids)
-
-    def _describe(self, ids: tuple[str, ...]) -> dict[str, Any]:
-        platform, interpreter = detect(comfy.model_management.get_torch_device()), running_interpreter()
-        if self._router is None or self._router.platform != platform:
-            self._router = Router(platform)
-        router = self._router
+            router = await asyncio.to_thread(self._here)
         wanted = ids or tuple(router.backends)
-        missing = [name for name in wanted if (platform, name) not in self._rows]
-        if missing:
-            for row in examine(router, interpreter, missing):
-                self._rows[platform, row.id] = as_dict(row)
+        for name in wanted:
+            async with self._one_at_a_time:
+                await asyncio.to_thread(self._row, router, name)
+        platform = router.platform
         return {
             "platform": facts(platform),
-            "interpreter": interpreter_facts(interpreter),
+            "interpreter": interpreter_facts(running_interpreter()),
             "hint": why_no_card(platform),
             "auto": router.default_backend(),
             "backends": [self._rows[platform, name] for name in wanted],
         }
+
+    async def forecast(self, backend: str, accuracy: str) -> dict[str, Any]:
+        """What a node with this backend and accuracy will do here (`forecast.forecast`).
+
+        Raises:
+            ValueError: no such backend or accuracy.
+        """
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._forecast, backend, accuracy)
+
+    def _here(self) -> Router:
+        platform = detect(comfy.model_management.get_torch_device())
+        if self._router is None or self._router.platform != platform:
+            self._router = Router(platform)
+        return self._router
+
+    def _row(self, router: Router, name: str) -> None:
+        if (router.platform, name) not in self._rows:
+            (row,) = examine(router, running_interpreter(), [name])
+            self._rows[router.platform, name] = as_dict(row)
+
+    def _forecast(self, backend: str, accuracy: str) -> dict[str, Any]:
+        return forecast(self._here(), backend, accuracy, started_with())
 
 
 def facts(platform: Platform) -> dict[str, Any]:

@@ -8,7 +8,7 @@
     POST settings    change settings of the machine
     GET  bug_report  machine, backends and last run as Markdown, without paths
 
-The routes of autotune's choices are in `measured_routes.py`.
+The routes of autotune's choices are in `measured_routes.py`, those of the line on a node in `line_routes.py`.
 
 No answer holds a path, but for the interpreter in installation commands. Wrong requests get 4xx and {"error": why}.
 ComfyUI serves the same under /api/ and refuses other origins where it listens on this machine alone; what changes
@@ -33,7 +33,7 @@ from ...backends.values.privacy import clean
 from ...backends.values.tolerance import ACCURACY
 from ..configure.selector import AttentionBackendSelector
 from ..history import queued_by, runs
-from . import machine, measured_routes, recommended_routes
+from . import line_routes, machine, measured_routes, recommended_routes
 from .answers import PREFIX, RefusedError, posted, refused
 from .machine_settings import LEVELS, MachineSettings, checked
 
@@ -50,7 +50,9 @@ def register() -> None:
         return
     settings = MachineSettings(Path(folder_paths.get_user_directory()))
     settings.apply()
-    add_routes(server.routes, settings, machine.Machine())
+    here = machine.Machine()
+    add_routes(server.routes, settings, here)
+    line_routes.add_routes(server.routes, here)
     measured_routes.add_routes(server.routes, measured_routes.users_store)
     recommended_routes.add_routes(server.routes)
     server.add_on_prompt_handler(queued_by.take_mark)

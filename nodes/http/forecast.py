@@ -1,0 +1,140 @@
+"""What a node will do before anything runs, as plain data; the page makes words of it.
+
+Nothing is measured for it. A backend counts as faster where the platform's priorities put it first and say so on
+measured or reported evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...backends.config import AttentionConfig
+from ...backends.config.layers import resolve
+from ...backends.config.names import AUTO, AUTOTUNE, COMFY, canonical
+from ...backends.config.text import from_environment
+from ...backends.doctor.install import package_that_helps
+from ...backends.engine.router import Router
+from ...backends.kernels.group import BackendGroup
+from ...backends.measure.device_clock import DeviceClock
+from ...backends.observe.autotune.candidates import may_win
+from ...backends.values.privacy import clean
+from ...backends.values.tolerance import ACCURACY
+from ..hook.comfy_functions import Started
+
+SAME_AS = {"attention_pytorch": "torch_sdpa", "attention_xformers": "xformers"}
+"""ComfyUI's functions of which a backend runs the same kernels, beside those that `comfy_functions.KNOWN` names."""
+NOT_ALLOWED, NOT_INSTALLED = "not_allowed", "not_installed"
+
+
+def forecast(
+    router: Router,
+    backend: str,
+    accuracy: str,
+    started: Started | None,
+    environment: Callable[[], tuple[AttentionConfig, ...]] = from_environment,
+) -> dict[str, Any]:
+    """What a node with this backend and accuracy does on the router's machine.
+
+    {"backend", "kind": "auto", "autotune" or "named", "takes", "accuracy", "source", "same", "without", "flag",
+    "without_accuracy", "faster", "tries", "reasons", "package"}: `takes` is the backend that runs, None where the named
+    one cannot. `without` is what this server runs without the node, by `flag`, and `same` whether that is the same
+    kernel. `faster` is {"backend", "why", "accuracy"} or None. `tries` are autotune's candidates. `package` is what to
+    install for a named backend, empty where nothing would help.
+
+    Args:
+        started: ComfyUI's own function; None outside of it.
+        environment: the configurations that hold where the node says auto.
+
+    Raises:
+        UnknownBackendError: no such name.
+        ValueError: no such accuracy.
+    """
+    if accuracy not in ACCURACY:
+        raise ValueError(f"accuracy {accuracy[:40]!r} is not one of {', '.join(ACCURACY)}")
+    asked, source = canonical(backend), ""
+    if asked == AUTO:
+        try:
+            choice = resolve(environment(), "self", "self")
+        except ValueError:
+            choice = resolve((), "self", "self")  # the node says when it runs what is wrong with the variable
+        if choice.asked is not None:
+            asked, source = choice.asked, choice.source.partition(".")[0]
+    found = _named(router, asked, started) if asked not in (AUTO, AUTOTUNE) else _chosen(router, asked, accuracy)
+    takes = found["takes"]
+    kernel = router.backends.get(takes) if takes else None
+    return {
+        "backend": canonical(backend),
+        "source": source,
+        "accuracy": kernel.accuracy if kernel is not None else None,
+        **_without(takes, started),
+        "faster": None,
+        "tries": [],
+        "reasons": [],
+        "package": "",
+        **found,
+    }
+
+
+def _named(router: Router, asked: str, started: Started | None) -> dict[str, Any]:
+    reasons = router.unavailable(asked)
+    if not reasons:
+        return {"kind": "named", "takes": asked}
+    helps = package_that_helps(router.backends[asked], router.platform) if asked in router.backends else ""
+    return {"kind": "named", "takes": None, "reasons": clean(list(reasons)), "package": helps}
+
+
+def _chosen(router: Router, asked: str, accuracy: str) -> dict[str, Any]:
+    lossy = router.priority.lossy if accuracy != "exact" else ()
+    order = (*lossy, *router.priority.order)
+    takes = next((name for name in order if not router.unavailable(name)), router.default_backend())
+    found: dict[str, Any] = {"kind": AUTO if asked == AUTO else AUTOTUNE, "takes": takes}
+    if asked == AUTO:
+        found["faster"] = _faster(router, takes, accuracy)
+    elif DeviceClock(router.platform.kind).measures_device_time:
+        names = (name for name in router.backends if name != takes and may_win(router, name, accuracy))
+        found["tries"] = [takes, *(name for name in names if _is_there(router, name))]
+    return found
+
+
+def _is_there(router: Router, name: str) -> bool:
+    """Whether a backend that is no group could run here, without loading it."""
+    backend = router.backends[name]
+    return not isinstance(backend, BackendGroup) and not backend.unavailable_reasons(router.platform)
+
+
+def _faster(router: Router, takes: str, accuracy: str) -> dict[str, str] | None:
+    """The first backend that the priorities put before `takes` and that an installation or a permission would bring.
+
+    What is installed comes first, then exact ones.
+    """
+    row = router.priority
+    order = row.order if row.evidence != "assumed" else ()
+    before = order[: order.index(takes)] if takes in order else order if takes not in row.order else ()
+    lossy = row.lossy[: row.lossy.index(takes)] if takes in row.lossy else row.lossy
+    if takes in row.lossy:
+        before = ()
+    found: list[dict[str, str]] = []
+    for name in (*lossy, *before):
+        backend = router.backends[name]
+        allowed = ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
+        if not allowed and not router.unavailable(name):
+            found.insert(0, {"backend": name, "why": NOT_ALLOWED, "accuracy": backend.accuracy})
+        elif backend.unavailable_reasons(router.platform) and package_that_helps(backend, router.platform):
+            found.append({"backend": name, "why": NOT_INSTALLED, "accuracy": backend.accuracy})
+    return found[0] if found else None
+
+
+def _without(takes: str | None, started: Started | None) -> dict[str, Any]:
+    """What runs without the node, and whether `takes` is the same."""
+    if started is None:
+        return {"same": None, "without": "", "flag": "", "without_accuracy": ""}
+    function = started.function
+    known = SAME_AS.get(function.name, function.id)
+    name = function.name.removeprefix("attention_") if known == COMFY else known
+    return {
+        "same": takes == COMFY or (takes is not None and takes == known),
+        "without": name,
+        "flag": started.flag,
+        "without_accuracy": function.accuracy,
+    }

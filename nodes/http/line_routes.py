@@ -1,0 +1,38 @@
+"""Routes of the line on our nodes.
+
+GET  forecast?backend=ID&accuracy=CLASS  what a node with these values will do on this machine, before anything runs
+GET  node_lines?prompt_id=ID or ?mark=M  what a prompt, or the last one of a page's workflow, came to on each node
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from ..history import node_lines, runs
+from .answers import PREFIX, refused
+from .machine import Machine
+
+LONGEST = 100
+"""Characters of a name, an id or a mark."""
+
+
+def add_routes(routes: web.RouteTableDef, here: Machine) -> None:
+    """Add the routes."""
+
+    @routes.get(f"{PREFIX}/forecast")
+    async def forecast(request: web.Request) -> web.Response:
+        """As `forecast.forecast` has it."""
+        try:
+            backend, accuracy = (request.query.get(name, "")[:LONGEST] for name in ("backend", "accuracy"))
+            return web.json_response(await here.forecast(backend or "auto", accuracy or "exact"))
+        except ValueError as error:
+            return refused(400, str(error)[:400])
+
+    @routes.get(f"{PREFIX}/node_lines")
+    async def lines(request: web.Request) -> web.Response:
+        """{"numbering", "prompt_id", "mark", "nodes": {id: {"state", "outcome", "totals", ...}}}."""
+        prompt_id, mark = (request.query.get(name, "")[:LONGEST] for name in ("prompt_id", "mark"))
+        if bool(prompt_id) == bool(mark):
+            return refused(400, "give prompt_id or mark, one of them")
+        found = node_lines.of_prompt(prompt_id) if prompt_id else node_lines.of_mark(mark)
+        return web.json_response({"numbering": runs.NUMBERING, **found})
