@@ -1,6 +1,6 @@
 """Figures of a run for a person: its step, time per step, attention's share, and what it saved against other kernels.
 
-Seconds saved are told of two warm runs alone. A run counts if it finished, all its attention calls came through this
+Two warm runs alone are compared. A run counts if it finished, all its attention calls came through this
 node, and autotune tried nothing in it. It is warm if an earlier run that counts had the same graph but for seeds and
 the values on our nodes, the same sampling node, model, device, steps and size, and the same kernels. It is compared
 with the last warm run of other kernels. What ComfyUI takes from its cache is no run.
