@@ -83,6 +83,27 @@ def blanks(case: Case) -> list[str]:
     return reasons
 
 
+def title(case: Case) -> str:
+    """The case in words: `HunyuanVideo 1.5, no mask`; its own name where it is no preset's."""
+    if case.preset is None:
+        return case.name
+    return case.name.replace(case.preset.name, case.preset.title, 1)
+
+
+def in_words(case: Case) -> str:
+    """Which kernel won: `HunyuanVideo 1.5, no mask: flash_attn is 1.4x faster than torch_sdpa`."""
+    ranked = ranking(case)
+    if not ranked:
+        return f"{title(case)}: nothing ran"
+    best = ranked[0]
+    lossy = "" if best.accuracy == "exact" else f" ({best.accuracy})"
+    if best.backend == SDPA or (gain := ratio(best, case, SDPA)) is None:
+        return f"{title(case)}: {best.backend} is fastest{lossy}"
+    base = case.row(SDPA)
+    about = "about " if base is not None and overlap(best, base) else ""
+    return f"{title(case)}: {best.backend} is {about}{gain:.2g}x as fast as {SDPA}{lossy}"
+
+
 def subject(case: Case) -> str:
     """The call in one line: its facts, what the mask hides, what was scaled."""
     parts = [case.request.describe()]

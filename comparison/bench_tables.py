@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .bench import TIMED, WARM_UP, Case, KernelResult
 from .bench_report import CUDNN, SDPA, BenchReport, blanks, notes, overlap, ranking, ratio, result, subject
-from .tables import ROUNDING
+from .tables import BROKEN, DID_NOT_RUN, ROUNDING
 
-COLUMNS = ("rank", "backend", "ms", "spread", "vs SDPA", "vs cuDNN", "rel. L2", "cosine", "peak MB", "result")
+COLUMNS = ("rank", "backend", "result", "ms", "spread", "vs SDPA", "vs cuDNN", "rel. L2", "cosine", "peak MB")
 
 HOW_TO_READ = f"""\
 ms is the median of {TIMED} calls after {WARM_UP} for warming up, spread the least and the most; the device is waited
@@ -31,6 +31,7 @@ def cells(case: Case) -> list[list[str]]:
         [
             str(rank + 1) if row in ranked else "-",
             row.backend if row.member in (None, row.backend) else f"{row.backend} -> {row.member}",
+            result(row, case),
             _number(row.ms),
             f"{_number(row.low)}-{_number(row.high)}" if row.ms is not None else "-",
             times(row, case, SDPA),
@@ -38,7 +39,6 @@ def cells(case: Case) -> list[list[str]]:
             "-" if row.relative_l2 is None else f"{row.relative_l2:.2e}",
             _cosine(row.cosine),
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
-            result(row, case),
         ]
         for rank, row in enumerate([*ranked, *others])
     ]
@@ -61,12 +61,16 @@ def console(report: BenchReport) -> str:
     parts = [f"{report.machine}; torch {report.versions.get('torch', 'unknown')}"]
     for case in _measured(report):
         table = cells(case)
+        failed = [row for row in case.rows if row.status != "ok"]
+        for line, row in zip(table[len(table) - len(failed) :], failed, strict=True):
+            line[2] = DID_NOT_RUN if row.ms is None else BROKEN  # the reason is a note, so that no line wraps
         widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS) - 1)]
         lines = [
             "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
             for line in table
         ]
-        parts.append("\n".join([f"{case.name}: {subject(case)}", *lines, *_said(blanks(case))]))
+        about = f"{case.name}{'' if case.preset is None else f' ({case.preset.title})'}: {subject(case)}"
+        parts.append("\n".join([about, *lines, *_said([*_failures(failed), *blanks(case)])]))
     ranked = "\n".join(["Ranking, fastest first", *(f"  {rank_line(case)}" for case in _measured(report))])
     return "\n\n".join([*parts, f"{ranked}\n  {CHANCE}", *filter(None, ["\n".join(_said(notes(report)))])])
 
@@ -93,6 +97,10 @@ def markdown(report: BenchReport) -> str:
 def _measured(report: BenchReport) -> list[Case]:
     """The cases that the run reached."""
     return [case for case in report.cases if case.rows]
+
+
+def _failures(rows: Sequence[KernelResult]) -> list[str]:
+    return [f"{row.backend} {DID_NOT_RUN if row.ms is None else 'gave no usable result'}: {row.status}" for row in rows]
 
 
 def _said(reasons: Sequence[str]) -> list[str]:

@@ -6,7 +6,6 @@ Boundary: matplotlib and torch tensors; it draws what a report says and measures
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,25 +14,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .canvas import ALARM, DARK, DPI, GREY, MARGIN, box, heading, new_figure
+from .canvas import (
+    ALARM,
+    DARK,
+    DPI,
+    GREY,
+    INNER,
+    MARGIN,
+    NORMAL,
+    SMALL,
+    Sheet,
+    bare,
+    footer,
+    heading,
+    line_height,
+    wrap,
+)
 from .chart import draw_calls
 from .metrics import need
 from .report import LEVEL, Report, Row
-from .tables import most, speed, spread
+from .tables import most, speed_in_words, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = 4
-"""Panels side by side before the next band begins."""
 MOST_FRAMES = 4
 SCALE = (1e-4, 255.0)
 """The differences that the colours span, in 8-bit levels: fixed, so that any two figures can be compared."""
 NAN_COLOUR = (1.0, 0.0, 1.0)
-PANEL, GAP = 2.75, 0.25
-HEAD, SEAM, FOOT = 0.76, 0.12, 0.92
-"""Inches: width of a panel, space between panels; text above a picture, picture to map, text below."""
+WIDE, WIDER = 1.3, 3.0
+"""Width by height of a panel's picture, from which on two stand side by side, and one alone."""
+TALLEST = 4.5
+"""Inches of a picture."""
+GAP, SEAM = 0.2, 0.08
+"""Inches between panels, and between the parts of one."""
 
 
 def draw_pictures(report: Report, pictures: Sequence[Tensor | None]) -> Figure:
@@ -49,49 +64,49 @@ def draw_pictures(report: Report, pictures: Sequence[Tensor | None]) -> Figure:
     """
     if len(pictures) != len(report.rows) or not pictures:
         raise ValueError(f"{len(pictures)} pictures for {len(report.rows)} rows: give one, or None, for each")
-    reference = pictures[0]
     strips = [None if picture is None else _strip(picture) for picture in pictures]
     shown = next((strip for strip in strips if strip is not None), torch.zeros(1, 1, 3))
-    panel = PANEL * min(2.0, max(1.0, shown.shape[1] / shown.shape[0] / 1.6))
-    tall = panel * shown.shape[0] / shown.shape[1]
-    columns = min(COLUMNS, len(pictures), max(1, int(12.5 / panel)))
-    rows_of = [strips[at : at + columns] for at in range(0, len(strips), columns)]
-    full, words_only = HEAD + tall + SEAM + tall + FOOT, HEAD + tall + GAP
-    bands = [words_only if all(strip is None for strip in band) else full for band in rows_of]
-    width = max(9.0, 2 * MARGIN + columns * panel + (columns - 1) * GAP)
-    top, bottom = 0.95, 1.05
-    height = top + sum(bands) + bottom
-    figure = new_figure(width, height)
-    heading(figure, report, width, height)
+    shape = shown.shape[1] / shown.shape[0]
+    columns = columns_of(len(pictures), shape)
+    panel = (INNER - (columns - 1) * GAP) / columns
+    tall = min(panel / shape, TALLEST)
+    sheet = Sheet()
+    heading(sheet, report)
     colours, norm = _difference_colours()
-    for at, (row, picture, strip) in enumerate(zip(report.rows, pictures, strips, strict=True)):
-        x = MARGIN + (at % columns) * (panel + GAP)
-        y = height - top - sum(bands[: at // columns])
-        _label(figure, report, row, x / width, y / height, height, panel)
-        image = figure.add_axes(box(x, y - HEAD - tall, panel, tall, width, height))
-        below = figure.add_axes(box(x, y - HEAD - 2 * tall - SEAM, panel, tall, width, height))
-        foot = (x + panel / 2) / width, (y - HEAD - 2 * tall - SEAM - 0.08) / height
-        if strip is None or picture is None:
-            _blank(image, textwrap.fill(f"did not run: {row.failed}", int(panel * 12.5)), ALARM)
-            below.set_axis_off()
-            continue
-        image.imshow(_without_nan(strip), interpolation="nearest" if max(strip.shape) < 400 else "antialiased")
-        _bare(image)
-        if at == 0:
-            words = "reference:\neach map shows where\nits picture differs\nfrom this one"
-            _blank(below, textwrap.fill(row.verdict, int(panel * 12.5)) if row.broken else words,
-                   ALARM if row.broken else GREY)  # fmt: skip
-            figure.text(*foot, _frames_text(picture), ha="center", va="top", fontsize=9, color=GREY)
-        elif reference is None:
-            _blank(below, "no reference to compare with", GREY)
-        else:
-            below.imshow(
-                _difference(picture, reference, int(panel * DPI)), cmap=colours, norm=norm, interpolation="nearest"
-            )
-            _bare(below)
-            _foot(figure, row, *foot, height, panel)
-    _colour_bar(figure, colours, norm, width, height)
-    return figure
+    panels = list(zip(report.rows, pictures, strips, strict=True))
+    for first in range(0, len(panels), columns):
+        band = panels[first : first + columns]
+        heads = [_head(row, report, panel) for row, _, _ in band]
+        sheet.y += max(map(_height, heads)) + SEAM
+        top, maps = sheet.y, sheet.y + tall + SEAM
+        blank = all(strip is None for _, _, strip in band)
+        feet: list[Words] = []
+        for column, (row, picture, strip) in enumerate(band):
+            x = MARGIN + column * (panel + GAP)
+            _write(sheet, heads[column], x, top - SEAM - _height(heads[column]), panel)
+            image = sheet.axes(x, top, panel, tall)
+            if strip is None or picture is None:
+                _blank(image, f"did not run: {row.failed}", panel, ALARM)
+                continue
+            image.imshow(_without_nan(strip), interpolation="nearest" if max(strip.shape) < 400 else "antialiased",
+                         aspect="auto" if tall == panel / shape else "equal")  # fmt: skip
+            bare(image)
+            below = sheet.axes(x, maps, panel, tall)
+            foot = _map(below, row, picture, pictures[0], colours, norm, first + column == 0, panel)
+            _write(sheet, foot, x, maps + tall + SEAM, panel)
+            feet.append(foot)
+        sheet.y = top + tall if blank else maps + tall + SEAM + max(map(_height, feet))
+        sheet.y += GAP
+    _colour_bar(sheet, colours, norm)
+    footer(sheet, report)
+    return sheet.finish()
+
+
+def columns_of(count: int, shape: float) -> int:
+    """How many panels stand side by side, by their number and their pictures' width by height."""
+    if shape >= WIDER:
+        return 1
+    return min(count, 2 if shape >= WIDE or count in (2, 4) else 3)
 
 
 def draw(report: Report, pictures: Sequence[Tensor | None]) -> Figure:
@@ -113,31 +128,65 @@ def to_tensor(figure: Figure) -> Tensor:
     return pixels.view(1, rows, columns, 4)[..., :3].float() / 255
 
 
-def _label(figure: Figure, report: Report, row: Row, x: float, y: float, height: float, panel: float) -> None:
-    """Name, time and speed-up over a picture."""
-    name = textwrap.shorten(row.name, int(panel * 10), placeholder="...")
-    colour = ALARM if row.failed or row.broken else DARK
-    figure.text(x, y - 0.08 / height, name, fontsize=12, weight="bold", color=colour, va="top")
-    if row.step_ms is None:
-        return
-    middle, _, rest = spread(row.step_ms).partition(" ")
-    gain = "reference" if row is report.rows[0] else f"speed {speed(row, report)}" if row.speedup else ""
-    figure.text(x, y - 0.33 / height, f"{middle} ms per step {rest}\n{gain}", fontsize=10, color=DARK, va="top")
+Words = list[tuple[str, float, bool, str]]
+"""Texts under one another: each with size, bold or not, and colour."""
 
 
-def _foot(figure: Figure, row: Row, x: float, y: float, height: float, panel: float) -> None:
+def _head(row: Row, report: Report, panel: float) -> Words:
+    """Name, speed and time over a picture."""
+    words: Words = [(row.name, NORMAL, True, ALARM if row.failed or row.broken else DARK)]
+    if row.step_ms is not None:
+        words.append((speed_in_words(row, report), SMALL, False, DARK))
+        middle, _, rest = spread(row.step_ms).partition(" ")
+        words.append((f"{middle} ms per step {rest}", SMALL, False, DARK))
+    return _wrapped(words, panel)
+
+
+def _foot(row: Row) -> Words:
     """Verdict, largest difference and metrics below a difference map."""
-    colour = ALARM if row.failed or row.broken else DARK
-    verdict = textwrap.wrap(row.verdict, int(panel * 12.5), max_lines=2, placeholder="...")
-    figure.text(x, y, "\n".join(verdict), ha="center", va="top", fontsize=10, weight="bold", color=colour)
+    words: Words = [(row.verdict, NORMAL, True, ALARM if row.failed or row.broken else DARK)]
     if row.max_difference is None or row.psnr is None:
-        return
+        return words
     largest = "NaN" if math.isnan(row.max_difference) else f"{most(row)} of 255"
     ratio = "infinite" if row.psnr == math.inf else "NaN" if math.isnan(row.psnr) else f"{row.psnr:.1f} dB"
     similar = "" if row.ssim is None else f", SSIM {row.ssim:.4f}".replace("nan", "NaN")
-    y -= 0.21 * max(1, len(verdict)) / height
-    text = f"largest difference {largest}\nPSNR {ratio}{similar}"
-    figure.text(x, y, text, ha="center", va="top", fontsize=9, color=DARK, linespacing=1.35)
+    words += [(f"largest difference {largest}", SMALL, False, DARK), (f"PSNR {ratio}{similar}", SMALL, False, DARK)]
+    return words
+
+
+def _map(
+    axes: Axes, row: Row, picture: Tensor, reference: Tensor | None, colours: Any, norm: Any, first: bool, panel: float
+) -> Words:
+    """Draw where a picture differs from the reference; what stands below."""
+    if first:
+        words = row.verdict if row.broken else "reference: each map shows where its picture differs from this one"
+        _blank(axes, words, panel, ALARM if row.broken else GREY)
+        return _wrapped([(_frames_text(picture), SMALL, False, GREY)], panel)
+    if reference is None:
+        _blank(axes, "no reference to compare with", panel, GREY)
+        return []
+    levels = _difference(picture, reference, int(panel * DPI))
+    axes.imshow(levels, cmap=colours, norm=norm, interpolation="nearest", aspect="auto")
+    if row.max_difference == 0:
+        axes.text(0.5, 0.5, "identical", transform=axes.transAxes, ha="center", va="center", fontsize=NORMAL,
+                  color="white", weight="bold")  # fmt: skip
+    bare(axes)
+    return _wrapped(_foot(row), panel)
+
+
+def _wrapped(words: Words, panel: float) -> Words:
+    return [
+        ("\n".join(wrap(text, panel, size, bold)), size, bold, colour) for text, size, bold, colour in words if text
+    ]
+
+
+def _height(words: Words) -> float:
+    return sum(len(text.split("\n")) * line_height(size) for text, size, _, _ in words if text)
+
+
+def _write(sheet: Sheet, words: Words, x: float, y: float, panel: float) -> None:
+    for text, size, bold, colour in words:
+        y += sheet.write(text, x, y, panel, size=size, bold=bold, colour=colour)
 
 
 def _frames_text(picture: Tensor | None) -> str:
@@ -190,36 +239,28 @@ def _difference_colours() -> tuple[Any, Any]:
     return colours, colors.LogNorm(low, high)
 
 
-def _colour_bar(figure: Figure, colours: Any, norm: Any, width: float, height: float) -> None:
+def _colour_bar(sheet: Sheet, colours: Any, norm: Any) -> None:
     """The one scale of all difference maps, with numbers and what they mean."""
+    sheet.write("Difference, in levels of an 8-bit colour (0 to 255). Black: equal. Magenta: NaN.")
     mappable = need("matplotlib.cm").ScalarMappable(norm, colours)
-    left, wide = 2.75, width - 2.75 - 1.6
-    axes = figure.add_axes(box(left, 0.62, wide, 0.16, width, height))
-    bar = figure.colorbar(mappable, cax=axes, orientation="horizontal")
+    sheet.y += 0.25
+    axes = sheet.axes(MARGIN + 0.2, sheet.y, INNER - 0.4, 0.16)
+    bar = sheet.figure.colorbar(mappable, cax=axes, orientation="horizontal")
     ticks = (0.0001, 0.001, 0.01, 0.1, 1, 10, 100)
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()
-    bar.ax.tick_params(labelsize=9, length=3)
+    bar.ax.tick_params(labelsize=SMALL, length=3)
     bar.outline.set_visible(False)
     low, high = SCALE
     border = math.log(1 / low) / math.log(high / low)
     for at, words in ((border / 2, "too small to see"), ((1 + border) / 2, "can be seen")):
-        axes.text(at, 1.15, words, transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color=DARK)
-    figure.text(MARGIN / width, 0.70 / height, "Difference, in levels of\nan 8-bit colour (0 to 255)", fontsize=9,
-                color=DARK, va="center")  # fmt: skip
-    figure.text((left + wide + 0.2) / width, 0.70 / height, "black: equal\nmagenta: NaN", fontsize=9, color=DARK,
-                va="center")  # fmt: skip
+        axes.text(at, 1.15, words, transform=axes.transAxes, ha="center", va="bottom", fontsize=SMALL, color=DARK)
+    sheet.y += 0.45
 
 
-def _bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("#c5cad3")
-
-
-def _blank(axes: Axes, words: str, colour: str) -> None:
+def _blank(axes: Axes, words: str, panel: float, colour: str) -> None:
     """A panel with text instead of a picture."""
     axes.set_facecolor("#f1f3f6")
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=colour)
-    _bare(axes)
+    axes.text(0.5, 0.5, "\n".join(wrap(words, panel - 0.2, SMALL)), transform=axes.transAxes, ha="center", va="center",
+              fontsize=SMALL, color=colour, parse_math=False)  # fmt: skip
+    bare(axes)

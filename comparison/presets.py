@@ -15,6 +15,9 @@ SCRIPT = "vLLM-Omni, benchmarks/diffusion/bench_attention_backends.py: its three
 STUDY = "shapes that vLLM-Omni's pull requests report for the model at 480p or 1024x1024"
 LTX2 = "vLLM-Omni's report on LTX-2; head sizes from ComfyUI, comfy/ldm/lightricks/av_model.py"
 
+AS_WRITTEN = ", as the script has it"
+"""Behind the name of a model whose shape is the script's, not the study's."""
+
 MASK_KINDS = ("key_padding", "bool", "bias")
 """Masks of masked cases: (B, 1, 1, K) bool, (B, 1, Q, K) bool, (B, 1, Q, K) additive."""
 
@@ -35,6 +38,11 @@ class Preset:
     batch: int = 1
     full: tuple[int, int, int] | None = None
     """(q_len, kv_len, padded) before scaling; None if not scaled."""
+
+    @property
+    def title(self) -> str:
+        """The model's name in words, without where its shape comes from."""
+        return self.model.removesuffix(AS_WRITTEN)
 
     def scaled(self, tokens: int) -> Preset:
         """The call scaled so that its longest length is `tokens`, never up; lengths are at least 1. 0: full size."""
@@ -64,10 +72,10 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("hv15", "HunyuanVideo-1.5, as the script has it", 24, 14336, 14336, SCRIPT, padded=256),
-        Preset("wan22", "Wan 2.2, as the script has it", 40, 16384, 16384, SCRIPT, padded=256),
-        Preset("flux", "FLUX, as the script has it", 24, 4096, 4096, SCRIPT, padded=256),
-        Preset("hunyuan_video_15", "HunyuanVideo-1.5", 16, 14296, 14296, STUDY, padded=256),
+        Preset("hv15", f"HunyuanVideo 1.5{AS_WRITTEN}", 24, 14336, 14336, SCRIPT, padded=256),
+        Preset("wan22", f"Wan 2.2{AS_WRITTEN}", 40, 16384, 16384, SCRIPT, padded=256),
+        Preset("flux", f"FLUX{AS_WRITTEN}", 24, 4096, 4096, SCRIPT, padded=256),
+        Preset("hunyuan_video_15", "HunyuanVideo 1.5", 16, 14296, 14296, STUDY, padded=256),
         Preset("wan22_14b_self", "Wan 2.2 14B, self-attention", 40, 14040, 14040, STUDY),
         Preset("wan22_14b_cross", "Wan 2.2 14B, cross-attention", 40, 14040, 512, STUDY),
         Preset("flux2", "FLUX.2 dev", 48, 4608, 4608, STUDY, padded=512),

@@ -10,15 +10,21 @@ import math
 from .report import LEVEL, Report, Row, Spread
 
 PICTURE_COLUMNS = (
-    "backend", "ms per step", "speed-up", "total s", "attention", "peak MB", "PSNR dB", "SSIM", "max/255",
-    "rel. L2", "CLIP", "result",
+    "backend", "result", "ms per step", "speed-up", "total s", "attention", "peak MB", "PSNR dB", "SSIM", "max/255",
+    "rel. L2", "CLIP",
 )  # fmt: skip
-ATTENTION_COLUMNS = ("backend", "ms per pass", "speed-up", "worst rel. L2", "worst cosine", "result")
+ATTENTION_COLUMNS = ("backend", "result", "ms per pass", "speed-up", "worst rel. L2", "worst cosine")
+DID_NOT_RUN, STOPPED, FELL_BACK, BROKEN = "did not run", "stopped early", "fell back", "broken"
+MOST_RESULT = 28
+"""Characters of a failure in a console's table; what is longer is a note below it."""
 
 ROUNDING = 4
 """An error of up to so many times the reference's own counts as rounding, in another order of summation."""
 
 OVERLAP = "~ before a speed: its times overlap with the reference's, so it may be chance"
+ABOUT = "about: timed once, or the times overlap with the reference's, so it may be chance"
+CLOSE = 1.05
+"""Speeds whose ratio is less count as equal in words."""
 
 HOW_TO_READ = """\
 Times are of sampling alone, without loading and decoding: the median, then least and most. PSNR, SSIM (its mean over
@@ -37,8 +43,8 @@ def cells(report: Report) -> list[list[str]]:
     if report.mode == "attention":
         lines = [
             [
-                row.name, spread(row.step_ms), speed(row, report), _number(row.relative_l2, ".2e"),
-                _cosine(row.cosine), _result(row, report),
+                row.name, result(row, report), spread(row.step_ms), speed(row, report),
+                _number(row.relative_l2, ".2e"), _cosine(row.cosine),
             ]
             for row in report.rows
         ]  # fmt: skip
@@ -46,6 +52,7 @@ def cells(report: Report) -> list[list[str]]:
     lines = [
         [
             row.name,
+            result(row, report),
             spread(row.step_ms),
             speed(row, report),
             spread(row.total_ms, scale=1e-3),
@@ -56,7 +63,6 @@ def cells(report: Report) -> list[list[str]]:
             most(row),
             _number(row.relative_l2, ".1e"),
             _number(row.clip_similarity, ".4f"),
-            _result(row, report),
         ]
         for row in report.rows
     ]
@@ -65,15 +71,20 @@ def cells(report: Report) -> list[list[str]]:
 
 
 def console(report: Report) -> str:
-    """The table with columns aligned, then the notes."""
+    """The table with columns aligned, then the notes; a result that would make lines wrap is one of them."""
     table = cells(report)
+    long = []
+    for line, row in zip(table[1:], report.rows, strict=True):
+        if (row.failed or row.broken) and len(line[1]) > MOST_RESULT:
+            long.append(f"{row.name}: {line[1]}")
+            line[1] = BROKEN if row.broken else FELL_BACK if line[1].startswith(FELL_BACK) else _failure(row)
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]) - 1)]
     lines = [
         "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
         for line in table
     ]
     unclear = [OVERLAP] if any(speed(row, report).startswith("~") for row in report.rows) else []
-    return "\n".join([*lines, *(f"Note: {note}" for note in [*unclear, *report.notes])])
+    return "\n".join([*lines, *(f"Note: {note}" for note in [*long, *unclear, *report.notes])])
 
 
 def markdown(report: Report) -> str:
@@ -107,11 +118,48 @@ def speed(row: Row, report: Report) -> str:
     """The speed-up such as `1.25x`, with `~` before it where times overlap with the reference's or ran only once."""
     if row.speedup is None:
         return "-"
+    return f"{'' if row is report.rows[0] or is_clear(row, report) else '~'}{row.speedup:.2f}x"
+
+
+def is_clear(row: Row, report: Report) -> bool:
+    """Whether both were timed more than once and their times do not overlap."""
     first, total = report.rows[0].total_ms, row.total_ms
-    clear = first and total and min(first.count, total.count) > 1 and (
-        total.high < first.low or first.high < total.low
-    )  # fmt: skip
-    return f"{'' if clear or row is report.rows[0] else '~'}{row.speedup:.2f}x"
+    if first is None or total is None or min(first.count, total.count) < 2:
+        return False
+    return total.high < first.low or first.high < total.low
+
+
+def speed_in_words(row: Row, report: Report) -> str:
+    """`1.8x faster`, `about 1.2x slower`, `as fast`, `reference`; empty where there is no speed-up."""
+    if row is report.rows[0]:
+        return "" if row.failed else "reference"
+    if row.speedup is None or row.speedup <= 0:
+        return ""
+    about = "" if is_clear(row, report) else "about "
+    ratio = max(row.speedup, 1 / row.speedup)
+    if ratio < CLOSE:
+        return f"{about}as fast"
+    return f"{about}{ratio:.2g}x {'faster' if row.speedup > 1 else 'slower'}"
+
+
+def verdict(row: Row, report: Report) -> str:
+    """One line for a row: `sage_attn: 1.8x faster, slightly different (PSNR 38 dB)`."""
+    if row.failed or row.broken:
+        found = result(row, report)
+        known = row.broken or found.startswith(FELL_BACK)
+        return f"{row.name}: {found if known else f'{_failure(row)}: {found}'}"
+    parts = [speed_in_words(row, report)]
+    if row is not report.rows[0]:
+        parts.append(result(row, report))
+    elif row.step_ms:
+        parts.append(f"{milliseconds(row.step_ms)} per {'pass' if report.mode == 'attention' else 'step'}")
+    said = ", ".join(filter(None, parts))
+    ratio = "" if row.psnr is None or not math.isfinite(row.psnr) else f" (PSNR {row.psnr:.0f} dB)"
+    return f"{row.name}: {said or 'not compared'}{ratio}"
+
+
+def _failure(row: Row) -> str:
+    return DID_NOT_RUN if row.step_ms is None else STOPPED
 
 
 def milliseconds(value: Spread) -> str:
@@ -150,7 +198,8 @@ def _memory(row: Row) -> str:
     return f"{row.peak_memory / 1e6:.1f}{less}"
 
 
-def _result(row: Row, report: Report) -> str:
+def result(row: Row, report: Report) -> str:
+    """What came out, in a few words."""
     first = report.rows[0]
     if row.failed or row.broken:
         sentence = row.verdict

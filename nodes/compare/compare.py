@@ -158,6 +158,10 @@ class AttentionCompare(io.ComfyNode):
             report, results = compare(setup, make_variants(guider.model_patcher, backends, models), repeat)
         report.prompt = prompt_text(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         pictures = judge(report, results, guider.model_patcher, vae) if results else []
+        if vae is None and pictures:
+            report.notes.append("pictures are previews of the latents: connect a VAE for full ones")
+        elif (shown := next((each for each in pictures if each is not None), None)) is not None:
+            report.frames, report.height, report.width = shown.shape[:3]
         if clip_vision is not None:
             similarity.score(report.rows, pictures, clip_vision)
         done = [result for result in results if result is not None]

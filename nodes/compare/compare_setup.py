@@ -82,18 +82,19 @@ def check_latent(latent: torch.Tensor, model: Any) -> None:
 
 
 def make_report(setup: SetUp, rows: list[Row]) -> Report:
-    """What all rows share."""
+    """What all rows share; the size is that of the pictures that a VAE makes of these latents."""
     platform = router_for(setup.guider.model_patcher.load_device).platform
     shape = list(setup.latent.shape) if not setup.latent.is_nested else list(setup.latent.unbind()[0].shape)
     sampler = getattr(getattr(setup.sampler, "sampler_function", None), "__name__", type(setup.sampler).__name__)
     model = setup.guider.model_patcher.model
+    scale = getattr(setup.guider.model_patcher.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
     return Report(
         mode=setup.mode,
         model=type(model).__name__,
         prompt="",
         seed=setup.seed,
-        width=shape[-1],
-        height=shape[-2],
+        width=shape[-1] * scale,
+        height=shape[-2] * scale,
         frames=shape[2] if len(shape) == 5 else 1,
         steps=setup.steps,
         guidance=float(getattr(setup.guider, "cfg", 1.0)),
@@ -102,5 +103,5 @@ def make_report(setup: SetUp, rows: list[Row]) -> Report:
         machine=environment.in_words(platform),
         versions={**environment.versions(platform), "comfyui": comfyui_version.__version__},
         rows=rows,
-        notes=["sizes are those of the latent", NOT_MEASURED],
+        notes=[NOT_MEASURED],
     )

@@ -5,13 +5,12 @@ Boundary: it draws what a report says; `report.py` makes the report and its rema
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from ...comparison.canvas import ALARM, DARK, GREY, MARGIN, box, new_figure
+from ...comparison.canvas import ALARM, DARK, GREY, INNER, LARGE, MARGIN, NORMAL, SMALL, WIDTH, Sheet, line_height, wrap
 from ...comparison.picture import to_tensor
 
 if TYPE_CHECKING:
@@ -20,36 +19,36 @@ if TYPE_CHECKING:
 MOST_ROWS = 30
 MOST_REMARKS = 24
 """Lines below the table, after wrapping."""
-LINE = 0.235
-"""Inches from one line to the next."""
-WIDTH = 12.0
-CHARACTERS = 155
-"""Of a remark that fit into the width; of the font's widths the usual one."""
+PAD = 0.07
+"""Inches between two rows."""
 BANDS = {"fell back": "#fdf0d5", "every other": "#f4f6f9"}
 
 
 class Column(NamedTuple):
-    """Where a column begins, in inches; with `right`, where it ends."""
+    """Where a column begins and how wide it is, in inches from the margin."""
 
     title: str
     at: float
-    characters: int
-    right: bool = False
+    width: float
+    align: str = "left"
 
 
 COLUMNS = (
-    Column("role", MARGIN, 24),
-    Column("blocks", 2.45, 16),
-    Column("backend", 3.75, 25),
-    Column("mask", 5.75, 20),
-    Column("calls", 7.85, 9, right=True),
-    Column("ms", 8.75, 10, right=True),
-    Column("why another one", 9.0, 37),
+    Column("role", 0.0, 1.75),
+    Column("blocks", 1.85, 0.95),
+    Column("backend", 2.9, 1.5),
+    Column("mask", 4.5, 0.75),
+    Column("calls", 5.2, 0.5, "right"),
+    Column("ms", 5.75, 0.75, "right"),
 )
+"""The reason for another backend than the one asked for stands on a line below the row."""
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The rows of a run report with blocks of one role and path added up: the cells of `COLUMNS`, most calls first."""
+    """The rows of a run report with blocks of one role and path added up, most calls first.
+
+    A row is the cells of `COLUMNS`, then the reason.
+    """
     sums: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         path = tuple(row[name] for name in ("role", "backend", "member", "mask", "reason"))
@@ -79,38 +78,48 @@ def draw(report: Mapping[str, Any], remarks: Sequence[str]) -> Tensor:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
+    return to_tensor(draw_figure(report, remarks))
+
+
+def draw_figure(report: Mapping[str, Any], remarks: Sequence[str]) -> Figure:
+    """The figure of `draw`."""
     run = report["run"]
     rows = table(run["rows"]) if run else []
-    left_out = len(rows) - MOST_ROWS
-    rows = rows[:MOST_ROWS]
-    lines = [part for remark in remarks for part in textwrap.wrap(remark, CHARACTERS, subsequent_indent="    ")]
-    if len(lines) > MOST_REMARKS:
-        lines[MOST_REMARKS:] = [f"... {len(lines) - MOST_REMARKS} more lines in the report's text"]
-    height = 1.05 + LINE * ((2 + len(rows) + (left_out > 0) if rows else 0) + len(lines))
-    figure = new_figure(WIDTH, height)
-    y = height - 0.2
-    _write(figure, MARGIN, y, "Attention Report", height, fontsize=14, weight="bold")
-    y -= 0.32
-    _write(figure, MARGIN, y, subject(report), height, colour=GREY)
-    y -= 0.32
+    sheet = Sheet()
+    sheet.write("Attention Report", size=LARGE, bold=True)
+    sheet.y += 0.05
+    if run:
+        sheet.write(verdict(rows), size=NORMAL, colour=ALARM if any(row[-1] for row in rows) else DARK)
+    sheet.write(subject(report), colour=GREY)
+    sheet.y += 0.12
     if rows:
         for column in COLUMNS:
-            _write(figure, column.at, y, column.title, height, right=column.right, weight="bold")
-        for number, row in enumerate(rows):
-            y -= LINE
-            band = "fell back" if row[-1] else "every other" if number % 2 else None
-            if band:
-                _band(figure, y, height, BANDS[band])
-            for column, text in zip(COLUMNS, row, strict=True):
-                _write(figure, column.at, y, _cut(text, column.characters), height, right=column.right)
-        if left_out > 0:
-            y -= LINE
-            _write(figure, MARGIN, y, f"... {left_out} more rows in the report's JSON", height, colour=GREY)
-        y -= 2 * LINE
-    for line in lines:
-        _write(figure, MARGIN, y, line, height, colour=ALARM if "; BAD " in line else DARK)
-        y -= LINE
-    return to_tensor(figure)
+            sheet.write(column.title, MARGIN + column.at, sheet.y, column.width, bold=True, align=column.align)
+        sheet.y += line_height(SMALL) + PAD
+        for number, row in enumerate(rows[:MOST_ROWS]):
+            _row(sheet, row, "fell back" if row[-1] else "every other" if number % 2 else None)
+        if len(rows) > MOST_ROWS:
+            sheet.write(f"... {len(rows) - MOST_ROWS} more rows in the report's JSON", colour=GREY)
+        sheet.y += 0.15
+    lines = [(line, "; BAD " in remark) for remark in remarks for line in wrap(remark, INNER, SMALL, most=MOST_REMARKS)]
+    for line, bad in lines[:MOST_REMARKS]:
+        sheet.write(line, colour=ALARM if bad else DARK)
+    if len(lines) > MOST_REMARKS:
+        sheet.write(f"... {len(lines) - MOST_REMARKS} more lines in the report's text")
+    return sheet.finish()
+
+
+def verdict(rows: Sequence[Sequence[str]]) -> str:
+    """The table in one line: what computed the calls, most first, and how many ran something else than asked for."""
+    if not rows:
+        return "no attention call was seen"
+    calls: dict[str, int] = {}
+    for row in rows:
+        calls[row[2]] = calls.get(row[2], 0) + int(row[4])
+    total, fallen = sum(calls.values()), sum(int(row[4]) for row in rows if row[-1])
+    most = sorted(calls, key=lambda name: -calls[name])
+    said = f"{most[0]} computed every call" if len(most) == 1 else ", ".join(f"{name} {calls[name]}" for name in most)
+    return f"{said}; {fallen} of {total} did not run as asked" if fallen else said
 
 
 def subject(report: Mapping[str, Any]) -> str:
@@ -119,38 +128,25 @@ def subject(report: Mapping[str, Any]) -> str:
     parts = [machine.get("device", ""), f"torch {machine['torch']}" if "torch" in machine else ""]
     if run:
         seconds = "" if run["seconds"] is None else f"{run['seconds']:.1f} s"
-        parts = [run["model"], f"{run['steps']} steps", seconds, *parts]
-    return _cut(", ".join(part for part in parts if part), CHARACTERS)
+        steps = "1 step" if run["steps"] == 1 else f"{run['steps']} steps"
+        parts = [run["model"], steps, seconds, *parts]
+    return ", ".join(part for part in parts if part)
 
 
-def _cut(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[: characters - 3] + "..."
-
-
-def _band(figure: Figure, y: float, height: float, colour: str) -> None:
-    """A line's ground; `y` is the top of its text."""
-    axes = figure.add_axes(box(MARGIN / 2, y - 0.19, WIDTH - MARGIN, LINE, WIDTH, height))
-    axes.set_facecolor(colour)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _write(
-    figure: Figure,
-    x: float,
-    y: float,
-    text: str,
-    height: float,
-    *,
-    colour: str = DARK,
-    fontsize: float = 9.5,
-    weight: str = "normal",
-    right: bool = False,
-) -> None:
-    """Text with its upper corner at inches from the lower left; a dollar sign is one, not the start of a formula."""
-    figure.text(
-        x / WIDTH, y / height, text, fontsize=fontsize, weight=weight, color=colour, va="top",
-        ha="right" if right else "left", parse_math=False,
-    )  # fmt: skip
+def _row(sheet: Sheet, row: Sequence[str], band: str | None) -> None:
+    """A row of the table: each cell wraps in its column, and the reason stands below."""
+    cells = [wrap(text, column.width, SMALL) for column, text in zip(COLUMNS, row, strict=False)]
+    reason = wrap(row[-1], INNER - 0.2, SMALL) if row[-1] else []
+    height = (max(map(len, cells)) + len(reason)) * line_height(SMALL) + PAD
+    if band:
+        ground = sheet.axes(MARGIN / 2, sheet.y - PAD / 2, WIDTH - MARGIN, height)
+        ground.set_facecolor(BANDS[band])
+        ground.set_xticks([])
+        ground.set_yticks([])
+        ground.spines[:].set_visible(False)
+    for column, lines in zip(COLUMNS, cells, strict=True):
+        sheet.write("\n".join(lines), MARGIN + column.at, sheet.y, column.width, align=column.align)
+    if reason:
+        below = sheet.y + max(map(len, cells)) * line_height(SMALL)
+        sheet.write("\n".join(reason), MARGIN + 0.2, below, INNER - 0.2)
+    sheet.y += height

@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 
 from hook_side import nodes_module  # noqa: E402
 from panel_pictures import keep  # noqa: E402
+from picture_texts import LABEL, check_readable, says  # noqa: E402
 from server_harness import start_server  # noqa: E402
 from workflow_graphs import EMBEDDED, Graph, embedded, ksampler, output  # noqa: E402
 
@@ -33,19 +34,9 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"run": run, "versions": {"device": "a card", "torch": "2.9"}}
 
 
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that is drawn from now on."""
-    from matplotlib.figure import Figure
-
-    found: list[str] = []
-    text = Figure.text
-
-    def noting(self: Any, x: float, y: float, s: str, **more: Any) -> Any:
-        found.append(s)
-        return text(self, x, y, s, **more)
-
-    monkeypatch.setattr(Figure, "text", noting)
-    return found
+def texts(report: dict[str, Any], remarks: list[str]) -> list[str]:
+    """Every text of the picture, with its lines joined."""
+    return [" ".join(text.get_text().split()) for text in picture.draw_figure(report, remarks).texts]
 
 
 def test_blocks_of_one_path_are_one_row(snapshot: SnapshotAssertion) -> None:
@@ -58,27 +49,36 @@ def test_blocks_of_one_path_are_one_row(snapshot: SnapshotAssertion) -> None:
     assert picture.subject(report(rows)) == snapshot
 
 
-def test_what_does_not_fit_is_counted(monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion) -> None:
-    texts = written(monkeypatch)
+def test_what_does_not_fit_is_counted(snapshot: SnapshotAssertion) -> None:
     rows = [row(role=f"role {number}", calls=number) for number in range(picture.MOST_ROWS + 7)]
     remarks = [f"note {number}: costs $1 or $2" for number in range(picture.MOST_REMARKS + 3)]
+    found = texts(report(rows), remarks)
+    assert [text for text in found if text.startswith("...")] == snapshot
+    assert remarks[0] in found
+    assert "role 36" in found
+    assert "role 6" not in found  # the fewest calls
     tall = picture.draw(report(rows), remarks)
-    assert [text for text in texts if text.startswith("...")] == snapshot
-    assert remarks[0] in texts
-    assert "role 36" in texts
-    assert "role 6" not in texts  # the fewest calls
     longer = picture.draw(report(rows * 2 + [row(role=f"more {number}") for number in range(300)]), remarks * 9)
-    assert longer.shape == tall.shape
-    assert tall.shape[0] == 1
-    assert tall.shape[-1] == 3
-    assert tall.shape[2] > 1000
+    assert tall.shape == (1, longer.shape[1], 1120, 3)
 
 
-def test_without_an_account_the_picture_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = written(monkeypatch)
-    drawn = picture.draw({"run": None, "versions": {}}, ["no account: because"])
-    assert texts == ["Attention Report", "", "no account: because"]
+def test_without_an_account_the_picture_says_why() -> None:
+    nothing = {"run": None, "versions": {}}
+    assert texts(nothing, ["no account: because"]) == ["Attention Report", "no account: because"]
+    drawn = picture.draw(nothing, ["no account: because"])
     assert float(drawn.min()) < 0.5 < float(drawn.max())
+
+
+def test_it_is_readable_in_a_node() -> None:
+    rows = [
+        row(role="ltx2.audio_to_video", backend="sage_attn", member="sage_fp8_cuda", mask="key_padding, trimmed"),
+        row(role="self", block="single_blocks.37", calls=123456, ms=1234567.8),
+        row(role=LABEL, calls=7, reason=f"{LABEL}: package sageattention is not installed, so another one ran " * 2),
+        row(role="cross", mask="key_padding", calls=640),
+    ]
+    found = check_readable(picture.draw_figure(report(rows), ["note: " + "a long remark " * 30, LABEL]))
+    assert sum(says([text], LABEL) for text in found) == 3
+    assert any(text.startswith("torch_sdpa 124103, ") and " did not run as asked" in text for text in found)
 
 
 def test_it_is_drawn_where_a_node_takes_it() -> None:

@@ -380,7 +380,7 @@ def test_ratios_ranks_and_blanks(snapshot: SnapshotAssertion) -> None:
     assert bench_tables.rank_line(case) == snapshot
     case.rows[1] = bench.KernelResult("cudnn_attn", "exact", "cuDNN 90100 < 90500")
     assert bench_report.blanks(case) == snapshot
-    assert {line[5] for line in bench_tables.cells(case)[1:]} == {"-"}
+    assert {line[6] for line in bench_tables.cells(case)[1:]} == {"-"}
 
 
 def test_a_report_says_what_was_scaled_and_what_was_not_counted(snapshot: SnapshotAssertion) -> None:
@@ -388,7 +388,7 @@ def test_a_report_says_what_was_scaled_and_what_was_not_counted(snapshot: Snapsh
     report = measure(asked, broken.router())
     text = bench_tables.console(report)
     lines = text.splitlines()
-    assert next(line for line in lines if line.startswith("hv15, masked: batch ")) == snapshot
+    assert next(line for line in lines if line.startswith("hv15, masked (HunyuanVideo 1.5): batch ")) == snapshot
     assert [line for line in lines if line.startswith("Note: ")] == snapshot
     data = json.loads(report.to_json(), parse_constant=lambda text: pytest.fail(text))
     (case,) = data["cases"]
