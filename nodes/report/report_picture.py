@@ -115,10 +115,12 @@ def verdict(rows: Sequence[Sequence[str]]) -> str:
         return "no attention call was seen"
     calls: dict[str, int] = {}
     for row in rows:
-        calls[row[2]] = calls.get(row[2], 0) + int(row[4])
+        kernel = row[2].rpartition(": ")[2]
+        calls[kernel] = calls.get(kernel, 0) + int(row[4])
     total, fallen = sum(calls.values()), sum(int(row[4]) for row in rows if row[-1])
     most = sorted(calls, key=lambda name: -calls[name])
-    said = f"{most[0]} computed every call" if len(most) == 1 else ", ".join(f"{name} {calls[name]}" for name in most)
+    ran = ", ".join(f"{name} {calls[name]} call{'' if calls[name] == 1 else 's'}" for name in most)
+    said = f"{most[0]} computed every call" if len(most) == 1 else ran
     return f"{said}; {fallen} of {total} did not run as asked" if fallen else said
 
 

@@ -78,7 +78,10 @@ def test_it_is_readable_in_a_node() -> None:
     ]
     found = check_readable(picture.draw_figure(report(rows), ["note: " + "a long remark " * 30, LABEL]))
     assert sum(says([text], LABEL) for text in found) == 3
-    assert any(text.startswith("torch_sdpa 124103, ") and " did not run as asked" in text for text in found)
+    assert any(
+        text.startswith("torch_sdpa 124103 calls, sage_fp8_cuda 1 call; ") and " did not run as asked" in text
+        for text in found
+    )
 
 
 def test_it_is_drawn_where_a_node_takes_it() -> None:
