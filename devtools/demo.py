@@ -74,8 +74,8 @@ def comparison() -> dict[str, Any]:
     schedule = {"model": ["model", 0], "scheduler": "simple", "steps": 20, "denoise": 1.0}
     return {
         "model": {"class_type": "UNETLoader", "inputs": {"unet_name": EMBEDDED, "weight_dtype": "default"}},
-        "positive": {"class_type": "AttentionDemoCaption", "inputs": {"caption": CAPTION}},
-        "negative": {"class_type": "AttentionDemoCaption", "inputs": {"caption": ""}},
+        "positive": {"class_type": "TinyShapesCaption", "inputs": {"caption": CAPTION}},
+        "negative": {"class_type": "TinyShapesCaption", "inputs": {"caption": ""}},
         "latent_image": {"class_type": "EmptyHunyuanLatentVideo", "inputs": size},
         "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}},
         "sampler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},

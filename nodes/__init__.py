@@ -14,7 +14,7 @@ from .configure.config_text import AttentionConfigText
 from .configure.per_role import PerRoleAttentionConfig
 from .configure.schedule import AttentionSchedule
 from .configure.selector import AttentionBackendSelector
-from .demo import AttentionDemoCaption, AttentionDemoImage
+from .demo import AttentionDemoCaption, AttentionDemoImage, TinyShapesCaption, TinyShapesImage
 from .http import routes
 from .report.record import AttentionRecord
 from .report.report import AttentionReport
@@ -39,6 +39,8 @@ class Extension(ComfyExtension):
             AttentionCompare,
             AttentionComparison,
             AttentionBenchmark,
+            TinyShapesCaption,
+            TinyShapesImage,
             AttentionDemoCaption,
             AttentionDemoImage,
         ]

@@ -1,7 +1,12 @@
-"""Two nodes for the embedded model: a caption to CONDITIONING, and its latents to pictures."""
+"""Two nodes for the embedded model: a caption to CONDITIONING, and its latents to pictures.
+
+Their ids do not begin with "Attention": the search for nodes would list them before the nodes that people look for.
+The ids that did stay for graphs that have them, deprecated, so that search and menus do not offer them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -12,13 +17,13 @@ from .inputs import wrong_link
 CATEGORY = "attention/demo"
 
 
-class AttentionDemoCaption(io.ComfyNode):
+class TinyShapesCaption(io.ComfyNode):
     """Caption in, CONDITIONING of the embedded model out; a fixed table instead of a text encoder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="AttentionDemoCaption",
+            node_id="TinyShapesCaption",
             display_name="Demo Caption",
             category=CATEGORY,
             description=(
@@ -51,13 +56,13 @@ class AttentionDemoCaption(io.ComfyNode):
         return io.NodeOutput([[captions.encode(caption).unsqueeze(0), {}]])
 
 
-class AttentionDemoImage(io.ComfyNode):
+class TinyShapesImage(io.ComfyNode):
     """LATENT of the embedded model in, IMAGE out: one latent cell is one pixel, enlarged without smoothing."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="AttentionDemoImage",
+            node_id="TinyShapesImage",
             display_name="Demo Latent To Image",
             category=CATEGORY,
             description=(
@@ -85,3 +90,19 @@ class AttentionDemoImage(io.ComfyNode):
             )
         frames = latents.latent_to_rgb(latents.process_in(latent)).flatten(0, 1)
         return io.NodeOutput(frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2).cpu())
+
+
+class AttentionDemoCaption(TinyShapesCaption):
+    """`TinyShapesCaption` by the id that it had first."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return replace(super().define_schema(), node_id="AttentionDemoCaption", is_deprecated=True)
+
+
+class AttentionDemoImage(TinyShapesImage):
+    """`TinyShapesImage` by the id that it had first."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return replace(super().define_schema(), node_id="AttentionDemoImage", is_deprecated=True)

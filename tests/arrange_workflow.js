@@ -7,7 +7,7 @@ async ({ name, nodes, lanes, about }) => {
   const WIDE = {
     PreviewImage: [560, 480], SaveImage: [560, 480], PreviewAny: [760, 260], CLIPTextEncode: [320, 130],
     AttentionConfigText: [370, 240], AttentionBenchmark: [560, 480],
-    AttentionBackendSelector: [370, 0] // the label "recommended for this model" beside its switch, in Nodes 2.0
+    AttentionBackendSelector: [370, 0] // the title with the words for the search
   }
   const { app } = window
   await app.loadApiJson(nodes, name)

@@ -82,8 +82,8 @@ def embedded(graph: Graph) -> tuple[Link, dict[str, Any]]:
         "UNETLoader", "Embedded demo model", unet_name="tiny_shapes_wan_fp16.safetensors", weight_dtype="default"
     )
     return model, {
-        "positive": graph.add("AttentionDemoCaption", caption="a large red circle on the left"),
-        "negative": graph.add("AttentionDemoCaption", "Negative (empty)", caption=""),
+        "positive": graph.add("TinyShapesCaption", caption="a large red circle on the left"),
+        "negative": graph.add("TinyShapesCaption", "Negative (empty)", caption=""),
         "latent_image": graph.add("EmptyHunyuanLatentVideo", width=256, height=256, length=1, batch_size=1),
     }
 
@@ -95,7 +95,7 @@ def reported(graph: Graph, samples: Link) -> Graph:
     """The picture that was sampled, and what ran."""
     report = graph.add("AttentionReport", samples=samples)
     graph.lane = "result"
-    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=report, scale=16))
+    graph.add("PreviewImage", images=graph.add("TinyShapesImage", samples=report, scale=16))
     graph.add("PreviewAny", "What ran", source=output(report, 1))
     return graph
 
@@ -146,7 +146,7 @@ def compare_by_hand() -> Graph:
     return branches(
         graph, USUAL,
         lambda backend: ksampler(graph, graph.selector(model, backend), **settings, **EMBEDDED),
-        lambda latent: graph.add("AttentionDemoImage", samples=latent, scale=16),
+        lambda latent: graph.add("TinyShapesImage", samples=latent, scale=16),
     )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def text_and_record() -> Graph:
     model = graph.add("AttentionConfigText", model=model, text=text, file="none", component="transformer")
     sampled = ksampler(graph, model, **settings, **EMBEDDED)
     graph.lane = "result"
-    record = graph.add("AttentionRecord", value=graph.add("AttentionDemoImage", samples=sampled, scale=16))
+    record = graph.add("AttentionRecord", value=graph.add("TinyShapesImage", samples=sampled, scale=16))
     graph.add("SaveImage", images=record, filename_prefix="attention_record")
     graph.add("PreviewAny", "Record", source=output(record, 1))
     return graph

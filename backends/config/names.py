@@ -60,16 +60,63 @@ MENU: tuple[str, ...] = (
     "reference",
     "trtllm_attn",
 )
-"""Order of menus, which never changes; further backends follow at the end."""
+"""Order of lists and pages, which never changes; further backends follow at the end."""
 
 BACKEND_IDS: tuple[str, ...] = (*MENU, *(backend_id for backend_id in registry.MODULES if backend_id not in MENU))
-"""The id of every backend, in the order of menus."""
+"""The id of every backend, in the order of lists."""
 
 NAMES: tuple[str, ...] = (AUTO, AUTOTUNE, *BACKEND_IDS)
 """The canonical names: `auto`, `autotune`, then the ids."""
 
 CHOICES: tuple[str, ...] = (AUTO, AUTOTUNE, MEASURED, *BACKEND_IDS)
 """Options of a menu: `NAMES`, and `measured`, because saved graphs contain it and ComfyUI validates a combo's value."""
+
+FAVOURITES: tuple[str, ...] = (
+    "sage_attn",
+    "flash_attn",
+    "cudnn_attn",
+    "torch_sdpa",
+    COMFY,
+    "aiter",
+    "npu_fusion",
+    "xla_flash",
+    "xformers",
+    "sage_attn_3",
+    "sage_fp8_cuda",
+    "sage_fp8_sm90",
+    "sage_fp16_cuda",
+    "sage_fp16_triton",
+    "comfy_kitchen_int8",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+    "flashinfer_attn",
+    "trtllm_attn",
+    "flex_attn",
+    "sdpa_flash",
+    "sdpa_efficient",
+    "sdpa_math",
+    "emulated_int8",
+    "reference",
+)
+"""Order of a node's menu: what people look for, what a platform alone has, kernels of a group, aids for debugging."""
+
+
+@lru_cache(maxsize=8)
+def menu(kind: str) -> tuple[str, ...]:
+    """`CHOICES` in the order of a node's menu on a platform of this kind.
+
+    First `auto` and `autotune`, then the backends that run on such a platform, then those that run on others, then
+    names without a kernel, and `measured` last. What is installed does not count, so the order is always the same on
+    one machine.
+    """
+
+    def place(name: str) -> tuple[int, int]:
+        backend = registry.BACKENDS[name]
+        group = 2 if not backend.built else 0 if kind in backend.runs_on else 1
+        return group, FAVOURITES.index(name) if name in FAVOURITES else len(FAVOURITES)
+
+    return (AUTO, AUTOTUNE, *sorted(BACKEND_IDS, key=place), MEASURED)
 
 
 @lru_cache(maxsize=1)

@@ -110,6 +110,11 @@ class Backend:
     lse: ClassVar[bool] = False
     """It can give the log-sum-exp with the output (`load_lse`)."""
 
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        """The kinds of platform on which it, or a member of a group, can run."""
+        return self.kinds
+
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         """Why this backend cannot run on `platform` at all; empty when it can."""
         if platform.kind not in self.kinds:

@@ -68,6 +68,10 @@ class BackendGroup(Backend):
     def packages(self) -> tuple[Package, ...]:  # type: ignore[override]  # those of its members
         return tuple(dict.fromkeys(package for member in self.every_member() for package in member.packages))
 
+    @property
+    def runs_on(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(kind for member in self.every_member() for kind in member.kinds))
+
     def unavailable_reasons(self, platform: Platform) -> list[str]:
         reasons = []
         for member in self.members(platform):

@@ -1,5 +1,6 @@
-"""Writes the pages of docs/ that are made from the code, `en.md` of each node, and README's table of kernel times; run
-through `with_package.py`.
+"""Writes what is made from the code: pages of docs/, the selector's list of backends, README's table of kernel times.
+
+Also `en.md` of each node. Run through `with_package.py`.
 
 ComfyUI's page asks for a node's help in the language that is set, English too, and then for `<node>.md`, which thus is
 what people read whose language has no page. So English stands in both.
@@ -9,6 +10,7 @@ import runpy
 from pathlib import Path
 
 from attention_backends.devtools.pages.backends import support_page
+from attention_backends.devtools.pages.node_help import english, sentences, with_list
 from attention_backends.devtools.pages.recommended import recommended_page
 from attention_backends.devtools.pages.systems import systems_page
 
@@ -18,7 +20,13 @@ PAGES = {"backends.md": support_page, "systems.md": systems_page, "recommended.m
 if __name__ == "__main__":
     pages = {ROOT / "docs" / name: page() for name, page in PAGES.items()}
     for page in sorted((ROOT / "web" / "docs").glob("*.md")):
-        pages[page.with_suffix("") / "en.md"] = page.read_text(encoding="utf-8")
+        pages[page] = page.read_text(encoding="utf-8")
+        if page.stem == "AttentionBackendSelector":
+            pages[page] = with_list(pages[page], english())
+            for other in sorted(page.with_suffix("").glob("*.md")):
+                text = other.read_text(encoding="utf-8")
+                pages[other] = with_list(text, sentences(text))
+        pages[page.with_suffix("") / "en.md"] = pages[page]
     for path, text in pages.items():
         changed = not path.exists() or path.read_text(encoding="utf-8") != text
         path.write_text(text, encoding="utf-8", newline="\n")

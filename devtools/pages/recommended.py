@@ -12,10 +12,11 @@ def recommended_page() -> str:
         "",
         "<!-- Generated from backends/observe/advisories.py. A test fails when this page is stale. -->",
         "",
-        "Where trouble is known with kernels that are not exact, by model family. The input *recommended for this "
+        "Where trouble is known with kernels that are not exact, by model family. The input *exceptions for this "
         "model* of **Attention Backend Selector** takes an exact kernel there, the one that `auto` takes, and leaves "
-        "the rest of the model to the backend that you chose. It is off until you switch it on. While it is off, a run "
-        "that would have been concerned says so in its report and on the selector.",
+        "the rest of the model to the backend that you chose. New nodes have it on; ComfyUI's settings under Attention "
+        "Backends change that. Where it is off, a run that would have been concerned says so in its report and on the "
+        "selector.",
         "",
         "- A role in **Per-Role Attention Config**, a window in **Attention Schedule**, and both in a configuration "
         "from text stand above it, before or after the selector in the graph: it only takes the place of a default.",

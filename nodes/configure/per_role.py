@@ -7,12 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...backends.config import LONGEST_ROLE, AttentionSpec
-from ...backends.config.names import AUTO, CHOICES
+from ...backends.config.names import AUTO
 from ...backends.config.text import parse_extra
 from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..inputs import text_of, wrong_link
-from .selector import CATEGORY, check_backend, environment
+from .selector import CATEGORY, backend_menu, check_backend, environment
 
 
 class PerRoleAttentionConfig(io.ComfyNode):
@@ -44,14 +44,16 @@ class PerRoleAttentionConfig(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "backend",
-                    options=list(CHOICES),
+                    options=backend_menu(),
                     default=AUTO,
                     tooltip="The backend for this role. auto: as if this node were not there.",
                 ),
                 io.String.Input(
                     "extra",
+                    display_name="kernel options",
                     default="",
                     optional=True,
+                    advanced=True,
                     tooltip="Options of the backend as name=value pairs or JSON. Leave empty for its defaults.",
                 ),
             ],

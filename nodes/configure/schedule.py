@@ -7,13 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...backends.config import AttentionSpec
-from ...backends.config.names import CHOICES
 from ...backends.config.schedule import ScheduleEntry
 from ...backends.kernels import BACKENDS
 from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..inputs import text_of, wrong_link
-from .selector import CATEGORY, check_backend, environment
+from .selector import CATEGORY, backend_menu, check_backend, environment
 
 PRECISE = "precise first and last N"
 DEFAULT_WINDOW = "2"
@@ -79,12 +78,12 @@ class AttentionSchedule(io.ComfyNode):
                 "blocks, one role. Outside it the model runs as before this node. Stack several; where two of them "
                 "meet, the later one wins and the account of the run says so."
             ),
-            search_aliases=["attention steps", "attention window", "sage attention schedule", "first and last steps"],
+            search_aliases=["attention steps", "attention window", "first and last steps"],
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input(
                     "backend",
-                    options=list(CHOICES),
+                    options=backend_menu(),
                     default="torch_sdpa",
                     tooltip="The backend inside the window. auto: as if this node were not there.",
                 ),
@@ -110,6 +109,7 @@ class AttentionSchedule(io.ComfyNode):
                     "blocks",
                     default="",
                     optional=True,
+                    advanced=True,
                     tooltip=(
                         "Only these blocks: 0-1,38,last 2, counted in each series of blocks; or of one series: "
                         "double_blocks.0-3. Empty: all. The account of a run lists the blocks of the model."
@@ -119,6 +119,7 @@ class AttentionSchedule(io.ComfyNode):
                     "role",
                     default="",
                     optional=True,
+                    advanced=True,
                     tooltip="Only this role or category: self, cross, joint, flux.single and so on. Empty: all.",
                 ),
             ],

@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from comfy import model_management
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...backends.config import GUARD_MODES
-from ...backends.config.names import AUTO, CHOICES, NAMES, canonical
+from ...backends.config.names import AUTO, NAMES, canonical, menu
 from ...backends.config.text import from_environment
+from ...backends.kernels.registry import detect
+from ...backends.values.errors import ConfigError
 from ...backends.values.tolerance import ACCURACY
+from ..history import graph, runs
 from ..hook import patch
 from ..inputs import wrong_link
 
 CATEGORY = "attention"
+SECOND = 1
+"""Number of the output of the second model."""
+NO_SECOND_MODEL = (
+    "the second output is connected and the second model is not: connect one to the input second model, or take the "
+    "first output"
+)
 
 
 def environment() -> str:
@@ -23,6 +34,11 @@ def environment() -> str:
         return repr(from_environment())
     except ValueError as error:
         return str(error)
+
+
+def backend_menu() -> list[str]:
+    """The options of a backend's widget, those that can run on this server's platform first."""
+    return list(menu(detect(model_management.get_torch_device()).kind))
 
 
 def check_backend(name: Any, input_types: Mapping[str, Any] | None = None) -> bool | str:
@@ -38,90 +54,141 @@ def check_backend(name: Any, input_types: Mapping[str, Any] | None = None) -> bo
     return True
 
 
+def lacks_second_model() -> bool:
+    """Whether the selector that is executing has nothing to give to a node that takes its second output."""
+    prompt_id, node_id = runs.executing()
+    prompt = runs.queued(prompt_id)
+    if node_id not in prompt:  # a program, or a node that another one made: ComfyUI blocks who takes the output
+        return False
+    return "model_2" not in prompt[node_id]["inputs"] and graph.is_taken(prompt, node_id, SECOND)
+
+
 class AttentionBackendSelector(io.ComfyNode):
-    """MODEL in, patched MODEL out."""
+    """MODEL in, patched MODEL out; the same for an optional second one, such as the other expert of Wan 2.2."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="AttentionBackendSelector",
-            display_name="Attention Backend Selector",
+            display_name="Attention Backend Selector (Sage, Flash, SDPA)",
             category=CATEGORY,
             description=(
                 "Chooses which kernel computes attention in this model. Put it between the model loader and the "
                 "sampler. Only this model is changed; bypass the node and everything is as before. Add Per-Role "
                 "Attention Config nodes for exceptions."
             ),
-            search_aliases=["attention backend", "sage attention", "flash attention", "cudnn", "sdpa"],
+            search_aliases=[
+                "attention backend",
+                "sage attention",
+                "sageattention",
+                "flash attention",
+                "cudnn",
+                "sdpa",
+                "xformers",
+                "pytorch attention",
+                "sageattn",
+            ],
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input(
                     "backend",
-                    options=list(CHOICES),
+                    options=backend_menu(),
                     default=AUTO,
                     tooltip=(
-                        "auto: the best kernel for this card that accuracy allows.\n"
-                        "measured: tries the kernels that accuracy allows during a run, keeps the fastest for each "
-                        "kind of call, and takes it in later runs.\n"
-                        "A backend by name: runs every call that it can; strict says what happens with the others. "
-                        "What each one is, and what this machine has and lacks: This machine in the attention panel, "
-                        "and docs/backends.md."
+                        "auto: the best kernel for this GPU, lossless unless you allow more.\n"
+                        "autotune: measures kernels while sampling and keeps the fastest.\n"
+                        "Or one by name. Node Info lists them; This machine in the Attention tab says which run here."
                     ),
                 ),
                 io.Combo.Input(
                     "accuracy",
+                    display_name="auto may use",
                     options=list(ACCURACY),
                     default="exact",
+                    advanced=True,
                     tooltip=(
-                        "What auto may pick. exact: only kernels that differ by rounding. quantized: INT8, FP8 and "
-                        "FP4 kernels too. sparse: also kernels that skip work. A backend chosen by name runs anyway."
+                        "What auto and autotune choose from. exact: lossless kernels only. quantized: also Sage, INT8, "
+                        "FP8 and FP4. sparse: also kernels that skip work. A backend chosen by name runs anyway."
                     ),
                 ),
                 io.Boolean.Input(
                     "strict",
                     default=False,
+                    advanced=True,
                     tooltip=(
-                        "On: stop with the reasons when the chosen backend cannot run a call. Off: fall back to the "
-                        "platform's exact kernels for that call, and say so in the account of the run."
+                        "On: stop with the reasons when the chosen backend cannot run a call. Off: a lossless kernel "
+                        "computes that call, and the report says why."
                     ),
                 ),
                 io.Combo.Input(
                     "guard",
                     options=list(GUARD_MODES),
                     default="watch",
+                    advanced=True,
                     tooltip=(
-                        "Compares kernels that are not exact with exact attention now and then, on a few rows. watch: "
-                        "the report says what was found, worst blocks first. enforce: a bad call is computed again "
-                        "exactly, and its block stays exact for the rest of the run. Exact kernels are not checked."
+                        "Spot-checks quantized and sparse kernels against exact attention. watch: the report shows the "
+                        "errors, worst blocks first. enforce: a bad call is computed again exactly, and its block "
+                        "stays exact for the rest of the run."
                     ),
                 ),
                 io.Boolean.Input(
                     "recommended",
-                    display_name="recommended for this model",
+                    display_name="exceptions for this model",
                     default=False,
                     optional=True,  # graphs from before it was there have no value for it
+                    advanced=True,
                     tooltip=(
-                        "On: with a kernel that is not exact, calls of which trouble is known in this model family run "
-                        "exactly: masked text, cross-attention, the last blocks or the first and last step. What you "
-                        "set by role or schedule wins. Off: the report says what would have applied."
+                        "Keeps known trouble spots of this model lossless when you use Sage or another quantized "
+                        "kernel: masked text, cross-attention, the last blocks, the first and last step. What you set "
+                        "by role or schedule wins. Off: only reported."
+                    ),
+                ),
+                io.Model.Input(
+                    "model_2",
+                    display_name="second model",
+                    optional=True,
+                    tooltip=(
+                        "Optional: the low-noise model of Wan 2.2. It gets the same settings, is patched separately, "
+                        "and leaves by the second output."
                     ),
                 ),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[
+                io.Model.Output(),
+                io.Model.Output(
+                    display_name="second model",
+                    tooltip=(
+                        "The second model, patched. A graph that takes this output without a second model stops and "
+                        "says why."
+                    ),
+                ),
+            ],
         )
 
     @classmethod
-    def validate_inputs(cls, backend: Any = None, input_types: Any = None) -> bool | str:
+    def validate_inputs(cls, backend: Any = None, model_2: Any = None, input_types: Any = None) -> bool | str:
         """Accept every spelling that a configuration may use, so that old and foreign graphs load."""
-        return wrong_link(cls, input_types) or check_backend(backend, input_types)
+        return wrong_link(cls, input_types, model_2=model_2) or check_backend(backend, input_types)
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> Any:
-        return environment()
+        return environment() + (NO_SECOND_MODEL if lacks_second_model() else "")
 
     @classmethod
     def execute(
-        cls, model: Any, backend: str, accuracy: str, strict: bool, guard: str, recommended: bool = False
+        cls,
+        model: Any,
+        backend: str,
+        accuracy: str,
+        strict: bool,
+        guard: str,
+        recommended: bool = False,
+        model_2: Any = None,
     ) -> io.NodeOutput:
-        settings: dict[str, Any] = {"accuracy": accuracy, "strict": strict, "guard": guard}
-        return io.NodeOutput(patch.set_default(model, backend, **settings, recommended=recommended))
+        settings: dict[str, Any] = {"accuracy": accuracy, "strict": strict, "guard": guard, "recommended": recommended}
+        first = patch.set_default(model, backend, **settings)
+        if model_2 is None:
+            if lacks_second_model():
+                raise ConfigError(NO_SECOND_MODEL)
+            return io.NodeOutput(first, ExecutionBlocker(NO_SECOND_MODEL))
+        return io.NodeOutput(first, patch.set_default(model_2, backend, **settings))

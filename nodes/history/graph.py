@@ -10,8 +10,9 @@ from typing import Any
 Prompt = Mapping[str, Mapping[str, Any]]
 """ComfyUI's API form: node id -> {"class_type", "inputs"}; a link is a list of node id and output number."""
 
+SELECTOR = "AttentionBackendSelector"
 OURS = (
-    "AttentionBackendSelector",
+    SELECTOR,
     "PerRoleAttentionConfig",
     "AttentionSchedule",
     "AttentionConfigText",
@@ -29,20 +30,27 @@ def ancestors(
     follow: of a node's class and the number of its output, whether links from there count; all without it.
     """
     found: dict[str, None] = {}
+    seen: set[tuple[str, int]] = set()
     pending = list(_outputs(prompt.get(node_id, {})))
     for current, number in pending:  # it grows while we read it
-        if current in found or current not in prompt:
+        if (current, number) in seen or current not in prompt:
             continue
+        seen.add((current, number))
         if follow is None or follow(str(prompt[current].get("class_type")), number):
             found[current] = None
-            pending += () if current in stop else _outputs(prompt[current])
+            pending += () if current in stop else _outputs(prompt[current], number)
     return list(found)
 
 
-def _outputs(node: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """The outputs that a node takes: id of the node and number."""
-    for _, value in sorted(node.get("inputs", {}).items()):
-        if _is_link(value):
+def _outputs(node: Mapping[str, Any], number: int | None = None) -> Iterator[tuple[str, int]]:
+    """The outputs that a node takes, id of the node and number: all, or those that decide its own output `number`.
+
+    A selector patches two models separately: each goes from its input to one output.
+    """
+    apart = number is not None and node.get("class_type") == SELECTOR
+    other = ("model_2", "model")[number == 1] if apart else None
+    for name, value in sorted(node.get("inputs", {}).items()):
+        if name != other and _is_link(value):
             yield str(value[0]), value[1]
 
 

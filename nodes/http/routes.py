@@ -26,12 +26,12 @@ from comfy_api.latest import io
 from server import PromptServer
 
 from ...backends.config import GUARD_MODES
-from ...backends.config.names import CHOICES, canonical
+from ...backends.config.names import canonical
 from ...backends.kernels import BACKENDS
 from ...backends.report import MODES
 from ...backends.values.privacy import clean
 from ...backends.values.tolerance import ACCURACY
-from ..configure.selector import AttentionBackendSelector
+from ..configure.selector import AttentionBackendSelector, backend_menu
 from ..history import queued_by, runs
 from . import line_routes, machine, measured_routes, recommended_routes
 from .answers import PREFIX, RefusedError, posted, refused
@@ -142,7 +142,7 @@ def settings_answer(settings: MachineSettings) -> dict[str, Any]:
     inputs = AttentionBackendSelector.define_schema().inputs
     defaults = {one.id: one.default for one in inputs if isinstance(one, io.WidgetInput)}
     return {
-        "choices": list(CHOICES),
+        "choices": backend_menu(),
         "accuracy": list(ACCURACY),
         "guard": list(GUARD_MODES),
         "defaults": defaults,

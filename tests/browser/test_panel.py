@@ -326,9 +326,7 @@ def test_the_strip_shows_a_schedule_step_by_step(server: Server, tmp_path: Path,
     model = graph.add("AttentionSchedule", model=model, backend="sdpa_math", when="steps", window="1-2,last 1", role="")
     graph.nodes[model[0]]["inputs"]["blocks"] = ""
     settings |= {"steps": 6, "cfg": 1.0, "sampler_name": "dpmpp_2s_ancestral", "scheduler": "simple"}
-    graph.add(
-        "PreviewImage", images=graph.add("AttentionDemoImage", samples=ksampler(graph, model, **settings), scale=2)
-    )
+    graph.add("PreviewImage", images=graph.add("TinyShapesImage", samples=ksampler(graph, model, **settings), scale=2))
     server.run(graph.nodes)
     with open_comfyui(server.url, tmp_path / "profile") as page:
         panel = open_tab(page)

@@ -232,7 +232,7 @@ def small(steps: int) -> dict[str, Any]:
     model, settings = embedded(graph)
     sampler = {**settings, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
     sampled = ksampler(graph, graph.selector(model, "torch_sdpa"), **sampler)
-    graph.add("PreviewImage", images=graph.add("AttentionDemoImage", samples=sampled, scale=1))
+    graph.add("PreviewImage", images=graph.add("TinyShapesImage", samples=sampled, scale=1))
     return graph.nodes
 
 

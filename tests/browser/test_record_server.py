@@ -48,7 +48,7 @@ class Workflow(Graph):
         return sampler
 
     def picture(self, samples: Link) -> Link:
-        return self.add("AttentionDemoImage", samples=samples, scale=2)
+        return self.add("TinyShapesImage", samples=samples, scale=2)
 
 
 def selector(backend: str, **settings: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def branch(graph: Graph, model: Link, settings: dict[str, Any], **changed: Any) 
     samples = ksampler(graph, model, **{**settings, **EMBEDDED, "steps": 4})
     graph.nodes[samples[0]]["inputs"] |= changed
     report = graph.add("AttentionReport", samples=samples)
-    return graph.add("AttentionDemoImage", samples=report, scale=4), output(report, 2)
+    return graph.add("TinyShapesImage", samples=report, scale=4), output(report, 2)
 
 
 def compare(graph: Graph, *pairs: tuple[Link, Link], **more: Any) -> Link:

@@ -35,8 +35,8 @@ NODES = {
     "AttentionCompare": "compare.compare",
     "AttentionComparison": "compare.comparison",
     "AttentionBenchmark": "compare.benchmark",
-    "AttentionDemoCaption": "demo",
-    "AttentionDemoImage": "demo",
+    "TinyShapesCaption": "demo",
+    "TinyShapesImage": "demo",
 }
 SLOW = ("AttentionCompare", "AttentionBenchmark")
 """Accepted ones of these are not run here."""
@@ -179,7 +179,7 @@ def test_defaults_and_required_inputs_alone_are_accepted(name: str) -> None:
 
 
 OPTIONAL = {
-    "AttentionBackendSelector": ["recommended"],
+    "AttentionBackendSelector": ["recommended", "model_2"],
     "PerRoleAttentionConfig": ["extra"],
     "AttentionSchedule": ["blocks", "role"],
     "AttentionConfigText": ["file", "component"],

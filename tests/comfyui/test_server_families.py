@@ -143,9 +143,89 @@ def test_a_graph_with_an_unknown_backend_is_refused_with_the_nearest_names(serve
 
 
 def test_every_backend_is_offered_on_every_machine(server: Server) -> None:
-    from attention_backends.backends.config.names import CHOICES
+    from attention_backends.backends.config.names import menu
 
     node = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]
     options = node["input"]["required"]["backend"][1].get("options") or node["input"]["required"]["backend"][0]
-    assert tuple(options) == CHOICES
+    assert tuple(options) == menu("cpu")
     assert list(node["input"]["required"]) == ["model", "backend", "accuracy", "strict", "guard"]
+
+
+# Wan 2.2's two experts
+
+
+def expert(shift: float) -> dict[str, Any]:
+    """Another model than that of another shift, to tell the two apart by what they sample."""
+    return {"class_type": "ModelSamplingSD3", "inputs": {"model": ["tiny", 0], "shift": shift}}
+
+
+def two_stages(high: Any, low: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Four distilled steps: two of the high-noise model, two of the low-noise one, without guidance."""
+
+    def stage(model: Any, latent: Any, start: int, end: int) -> dict[str, Any]:
+        noise = "enable" if start == 0 else "disable"
+        left = "enable" if start == 0 else "disable"
+        inputs = {
+            "model": list(model), "positive": ["tiny", 1], "negative": ["tiny", 2], "latent_image": latent,
+            "add_noise": noise, "noise_seed": 5, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple",
+            "start_at_step": start, "end_at_step": end, "return_with_leftover_noise": left,
+        }  # fmt: skip
+        return {"class_type": "KSamplerAdvanced", "inputs": inputs}
+
+    return {
+        "tiny": {"class_type": "TinyModel", "inputs": {"family": "wan"}},
+        "high": expert(8.0),
+        "low": expert(3.0),
+        "first": stage(high, ["tiny", 3], 0, 2),
+        "second": stage(low, ["first", 0], 2, 4),
+        "keep": {"class_type": "KeepLatent", "inputs": {"samples": ["second", 0], "path": str(path)}},
+    }
+
+
+@pytest.mark.parametrize("backend", ["torch_sdpa", "emulated_int8"])
+def test_one_selector_serves_both_experts_as_two_do(server: Server, tmp_path: Path, backend: str) -> None:
+    one = selector(backend, model=("high", 0))
+    one["inputs"]["model_2"] = ["low", 0]
+    graphs = {
+        "without": ({}, ("high", 0), ("low", 0)),
+        "two": (
+            {"a": selector(backend, model=("high", 0)), "b": selector(backend, model=("low", 0))},
+            ("a", 0),
+            ("b", 0),
+        ),
+        "one": ({"ours": one}, ("ours", 0), ("ours", 1)),
+        "swapped": ({"ours": one}, ("ours", 1), ("ours", 0)),
+    }
+    kept = {}
+    for name, (nodes, high, low) in graphs.items():
+        path = tmp_path / f"{name}.pt"
+        server.run(two_stages(high, low, path) | nodes)
+        kept[name] = torch.load(path)
+        if name == "one":
+            runs = server.get("/attention_backends/last_run")["runs"][:2]
+            assert [[node["id"] for node in account["nodes"]] for account in runs] == [["ours"], ["ours"]]
+            assert [account["steps"] for account in runs] == [2, 2]
+            assert {row["backend"] for account in runs for row in account["rows"]} == {backend}
+    assert equal(kept["one"], kept["two"])
+    assert equal(kept["one"], kept["without"]) == (backend == "torch_sdpa")
+    assert not equal(kept["one"], kept["swapped"])
+
+
+def test_a_run_knows_the_nodes_of_its_own_expert_alone(server: Server, tmp_path: Path) -> None:
+    one = selector("torch_sdpa", model=("cross", 0))
+    one["inputs"]["model_2"] = ["low", 0]
+    cross = {"model": ["high", 0], "role": "cross", "backend": "sdpa_math", "extra": ""}
+    graph = two_stages(("ours", 0), ("ours", 1), tmp_path / "role.pt")
+    server.run(graph | {"ours": one, "cross": {"class_type": "PerRoleAttentionConfig", "inputs": cross}})
+    low, high = server.get("/attention_backends/last_run")["runs"][:2]
+    assert [node["id"] for node in high["nodes"]] == ["ours", "cross"]
+    assert [node["id"] for node in low["nodes"]] == ["ours"]
+    assert {(row["role"], row["backend"]) for row in low["rows"]} == {("self", "torch_sdpa"), ("cross", "torch_sdpa")}
+
+
+def test_an_output_without_its_model_is_an_error_also_from_the_cache(server: Server, tmp_path: Path) -> None:
+    ours = {"ours": selector("torch_sdpa", model=("high", 0))}
+    server.run(two_stages(("ours", 0), ("low", 0), tmp_path / "first.pt") | ours)  # not taken: no matter
+    with pytest.raises(WorkflowError, match="the second output is connected"):
+        server.run(two_stages(("ours", 0), ("ours", 1), tmp_path / "never.pt") | ours)
+    assert not (tmp_path / "never.pt").exists()

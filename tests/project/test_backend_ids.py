@@ -36,6 +36,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         ("xformers", "flash_attn", "aiter", "flash_attn_2", "flash_attn_3", "flash_attn_4"), PACKAGE
     ),
     "devtools/demo.py": {"torch_sdpa": WORKFLOW, "sdpa_math": WORKFLOW},
+    "nodes/configure/selector.py": {"xformers": "a word for the node search"},
     "nodes/configure/schedule.py": {"torch_sdpa": "the frozen default of a node's input"},
     **{f"nodes/hook/{file}.py": {"comfy": MODULE} for file in ("callers", "foreign_code", "origins", "other_packs")},
 }
@@ -51,7 +52,7 @@ ONCE = {
 
 LISTS = {
     "backends/kernels/registry.py": {"MODULES"},
-    "backends/config/names.py": {"MENU", "COMFY"},
+    "backends/config/names.py": {"MENU", "COMFY", "FAVOURITES"},
     "backends/engine/priorities.py": {"PRIORITIES", "LAST_RESORT"},
 }
 """File -> the assignments in which ids are data: lists, and the two that have a name."""

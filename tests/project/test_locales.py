@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config.names import AUTO, BACKEND_IDS, MEASURED
+from attention_backends.backends.config.names import AUTO, AUTOTUNE, BACKEND_IDS, menu
+from attention_backends.devtools.pages import node_help
 from browser import open_comfyui, why_no_browser
 from make_locales import escaped
 from server_harness import start_server
@@ -111,15 +112,46 @@ def test_english_is_what_the_nodes_say() -> None:
 
 @pytest.mark.parametrize("language", ["en", *OTHERS])
 def test_the_selector_says_where_the_list_of_backends_is(language: str) -> None:
-    """The list itself is in the panel and on the page, which name every backend: here it would be read by nobody."""
+    """In three lines: the list itself is on the help page, as the front end cuts long tooltips off."""
     tooltip = read(language, "nodeDefs")["AttentionBackendSelector"]["inputs"]["backend"]["tooltip"]
-    assert [re.split("[:\uff1a]", line)[0] for line in tooltip.splitlines()[:2]] == [AUTO, MEASURED]
+    lines = tooltip.splitlines()
+    assert len(lines) == 3
+    assert [re.split("[:\uff1a]", line)[0] for line in lines[:2]] == [AUTO, AUTOTUNE]
+    assert max(map(len, lines)) <= 110
     assert read(language, "main")["attentionBackends"]["machine"]["title"] in tooltip
-    assert "docs/backends.md" in tooltip
     assert not [name for name in BACKEND_IDS if "_" in name and name in tooltip]
 
 
+@pytest.mark.parametrize("language", ["en", *OTHERS])
+def test_the_selectors_help_lists_every_backend(language: str) -> None:
+    text = page("AttentionBackendSelector", language)
+    said = node_help.sentences(text)
+    assert list(said) == [name for name in menu("cuda") if name in BACKEND_IDS]
+    assert all(said.values())
+    assert language != "en" or said == {name: node_help.english()[name] for name in said}
+    assert text == node_help.with_list(text, said), "run: python3 dev.py docs"
+
+
+def short_name(texts: dict[str, Any]) -> str:
+    """A node's display name without the words for the search."""
+    name: str = texts["display_name"]
+    return name.partition(" (")[0]
+
+
 # Help pages: the front end asks for docs/ID/LANGUAGE.md, then for docs/ID.md
+
+FORMER_IDS = ("AttentionDemoCaption", "AttentionDemoImage")
+"""Ids that graphs may have and no menu offers: nothing describes them."""
+
+
+def described(language: str) -> dict[str, Any]:
+    """The texts of the nodes that have a help page, by id."""
+    return {name: texts for name, texts in read(language, "nodeDefs").items() if name not in FORMER_IDS}
+
+
+@pytest.mark.comfy
+def test_former_ids_are_not_offered() -> None:
+    assert tuple(sorted(name for name, schema in schemas().items() if schema.is_deprecated)) == FORMER_IDS
 
 
 def page(node_id: str, language: str) -> str:
@@ -128,14 +160,15 @@ def page(node_id: str, language: str) -> str:
 
 
 def first_cells(text: str) -> list[list[str]]:
-    """The first column of each table of a page, without its head."""
-    tables = re.findall(r"^\|[^\n]*\n\|[-| ]+\n((?:\|[^\n]*\n)+)", text + "\n", re.MULTILINE)
+    """The first column of the tables of inputs and outputs, without their heads."""
+    tables = re.findall(r"^\|[^\n]*\n\|[-| ]+\n((?:\|[^\n]*\n)+)", text + "\n", re.MULTILINE)[:2]
     return [re.findall(r"^\| `([^`]+)`", table, re.MULTILINE) for table in tables]
 
 
 def labels(text: str) -> list[str]:
     """What stands beside each name in the first column, or the name itself."""
-    rows = re.findall(r"^\| `([^`]+)` ?([^|]*?) *\|", text, re.MULTILINE)
+    of_sockets = "\n## ".join(text.split("\n## ")[:3])
+    rows = re.findall(r"^\| `([^`]+)` ?([^|]*?) *\|", of_sockets, re.MULTILINE)
     return [label or name for name, label in rows]
 
 
@@ -146,13 +179,11 @@ def without_number(name: str) -> str:
 def test_the_readme_names_every_node() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for texts in read("en", "nodeDefs").values():
-        assert re.search(rf"^\|.*\b{re.escape(texts['display_name'])}\b.*\|", readme, re.MULTILINE), texts[
-            "display_name"
-        ]
+        assert re.search(rf"^\|.*\b{re.escape(short_name(texts))}\b.*\|", readme, re.MULTILINE), texts["display_name"]
 
 
 def test_every_node_has_its_pages_and_no_other_has() -> None:
-    ids = set(read("en", "nodeDefs"))
+    ids = set(described("en"))
     assert {path.stem for path in HELP.glob("*.md")} == ids
     assert {path.name for path in HELP.iterdir() if path.is_dir()} == ids
     for node_id in ids:
@@ -162,7 +193,7 @@ def test_every_node_has_its_pages_and_no_other_has() -> None:
 
 @pytest.mark.parametrize("language", ["en", *OTHERS])
 def test_a_page_describes_every_input_and_output(language: str) -> None:
-    for node_id, texts in read("en", "nodeDefs").items():
+    for node_id, texts in described("en").items():
         inputs, outputs = first_cells(page(node_id, language))
         wanted = dict.fromkeys(map(without_number, texts["inputs"]))
         assert inputs == list(wanted), f"{node_id}, {language}"
@@ -171,29 +202,30 @@ def test_a_page_describes_every_input_and_output(language: str) -> None:
 
 @pytest.mark.comfy
 def test_the_pages_name_outputs_as_the_nodes_do() -> None:
-    for node_id, schema in schemas().items():
+    for node_id in described("en"):
+        schema = schemas()[node_id]
         names = [output.display_name or output.get_io_type() for output in schema.outputs]
         assert first_cells(page(node_id, "en"))[1] == names, node_id
 
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_a_page_is_headed_and_illustrated_as_in_english(language: str) -> None:
-    for node_id, texts in read(language, "nodeDefs").items():
+    for node_id, texts in described(language).items():
         ours, theirs = page(node_id, "en"), page(node_id, language)
         english = ours.splitlines()[0].removeprefix("# ")
-        assert theirs.splitlines()[0] == f"# {texts['display_name']} ({english})"
+        assert theirs.splitlines()[0] == f"# {short_name(texts)} ({english})"
         for form in (r"^## ", r"^\|", r"^- `"):
             counts = [len(re.findall(form, text, re.MULTILINE)) for text in (ours, theirs)]
             assert counts[0] == counts[1], f"{node_id}, {language}: {form}"
         quoted = [set(re.findall(r"^- `([^`]{12,})`", text, re.MULTILINE)) for text in (ours, theirs)]
         assert quoted[0] == quoted[1], f"{node_id}, {language}: messages differ"
         for bold in re.findall(r"\*\*(.+?)\*\*", theirs):
-            assert bold in {one["display_name"] for one in read(language, "nodeDefs").values()}, bold
+            assert bold in set(map(short_name, read(language, "nodeDefs").values())), bold
 
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_a_page_gives_the_names_that_the_node_shows(language: str) -> None:
-    for node_id, texts in read(language, "nodeDefs").items():
+    for node_id, texts in described(language).items():
         shown = [texts["inputs"][name]["name"] for name in texts["inputs"] if without_number(name) == name]
         shown += [output["name"] for output in texts["outputs"].values()]
         assert labels(page(node_id, language)) == shown, node_id

@@ -9,13 +9,16 @@ from attention_backends.backends.config.names import (
     BACKEND_IDS,
     CHOICES,
     COMFY,
+    FAVOURITES,
     MEASURED,
     NAMES,
     UnknownBackendError,
     aliases,
     canonical,
+    menu,
 )
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.values.platform import KINDS
 
 FIRST_RELEASE = """
 auto measured torch_sdpa cudnn_attn flash_attn flash_attn_2 flash_attn_3 flash_attn_4 flashinfer_attn
@@ -36,6 +39,23 @@ def test_the_choices_are_unique_and_begin_with_the_two_automatic_ones() -> None:
     assert CHOICES[3:] == BACKEND_IDS
     assert (AUTO, AUTOTUNE, *BACKEND_IDS) == NAMES
     assert COMFY in BACKEND_IDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_menu_begins_with_what_runs_on_the_platform_and_loses_nothing(kind: str) -> None:
+    options = menu(kind)
+    assert sorted(options) == sorted(CHOICES)
+    assert (*options[:2], options[-1]) == (AUTO, AUTOTUNE, MEASURED)
+    backends = [BACKENDS[name] for name in options[2:-1]]
+    groups = [2 if not one.built else int(kind not in one.runs_on) for one in backends]
+    assert groups == sorted(groups)
+
+
+def test_the_menu_has_the_order_that_people_look_for() -> None:
+    assert menu("cuda")[:7] == (AUTO, AUTOTUNE, "sage_attn", "flash_attn", "cudnn_attn", "torch_sdpa", COMFY)
+    assert menu("rocm")[:5] == (AUTO, AUTOTUNE, "flash_attn", "torch_sdpa", COMFY)
+    assert menu("mps")[:4] == menu("cpu")[:4] == (AUTO, AUTOTUNE, "torch_sdpa", COMFY)
+    assert set(FAVOURITES) <= set(BACKEND_IDS)
 
 
 def test_every_name_has_a_backend_and_every_backend_a_name() -> None:
