@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .metrics import need
 from .report import Report
-from .tables import ABOUT, is_clear, verdict
+from .tables import ABOUT, ABOUT_MEANS, speed_in_words, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,8 +159,8 @@ def heading(sheet: Sheet, report: Report) -> None:
 def footer(sheet: Sheet, report: Report) -> None:
     """What `about` means where it stands, and the machine."""
     sheet.y += 0.1
-    if any(row.speedup is not None and not is_clear(row, report) for row in report.rows[1:]):
-        sheet.write(ABOUT, colour=GREY)
+    if any(speed_in_words(row, report).startswith(ABOUT) for row in report.rows):
+        sheet.write(ABOUT_MEANS, colour=GREY)
     sheet.write(f"{report.machine}; torch {report.versions.get('torch', 'unknown')}", colour=GREY)
 
 

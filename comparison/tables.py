@@ -22,7 +22,8 @@ ROUNDING = 4
 """An error of up to so many times the reference's own counts as rounding, in another order of summation."""
 
 OVERLAP = "~ before a speed: its times overlap with the reference's, so it may be chance"
-ABOUT = "about: timed once, or the times overlap with the reference's, so it may be chance"
+ABOUT = "about "
+ABOUT_MEANS = "about: timed once, or the times overlap with the reference's, so it may be chance"
 CLOSE = 1.05
 """Speeds whose ratio is less count as equal in words."""
 
@@ -130,16 +131,21 @@ def is_clear(row: Row, report: Report) -> bool:
 
 
 def speed_in_words(row: Row, report: Report) -> str:
-    """`1.8x faster`, `about 1.2x slower`, `as fast`, `reference`; empty where there is no speed-up."""
+    """`1.8x faster`, `about 1.2x slower`, `as fast`, `reference`; empty where there is no speed-up.
+
+    A number stands only where half of the faster one's steps took less than any step of the slower one.
+    """
     if row is report.rows[0]:
         return "" if row.failed else "reference"
     if row.speedup is None or row.speedup <= 0:
         return ""
-    about = "" if is_clear(row, report) else "about "
-    ratio = max(row.speedup, 1 / row.speedup)
+    ratio, clear = max(row.speedup, 1 / row.speedup), is_clear(row, report)
     if ratio < CLOSE:
-        return f"{about}as fast"
-    return f"{about}{ratio:.2g}x {'faster' if row.speedup > 1 else 'slower'}"
+        return "as fast"
+    fast, slow = (row, report.rows[0]) if row.speedup > 1 else (report.rows[0], row)
+    if not clear and fast.step_ms and slow.step_ms and fast.step_ms.median >= slow.step_ms.low:
+        return "no clear difference in speed"
+    return f"{'' if clear else ABOUT}{ratio:.2g}x {'faster' if row.speedup > 1 else 'slower'}"
 
 
 def verdict(row: Row, report: Report) -> str:

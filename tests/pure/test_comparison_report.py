@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from attention_backends.comparison.report import CallScore, FrameScore, Report, Row, Spread
-from attention_backends.comparison.tables import console, markdown, speed, spread
+from attention_backends.comparison.tables import console, markdown, speed, speed_in_words, spread
 from syrupy.assertion import SnapshotAssertion
 
 
@@ -56,6 +56,28 @@ def test_a_speed_up_that_may_be_chance_is_marked() -> None:
     assert [speed(row, made) for row in made.rows] == ["1.00x", "~1.00x", "1.00x", "~1.00x"]
     assert "may be chance" in console(made)
     assert "may be chance" not in console(report(rows[0], rows[2]))
+
+
+@pytest.mark.parametrize(
+    ("steps", "totals", "words"),
+    [
+        ((5, 4, 6), (), "about 2x faster"),
+        ((5, 4, 6), (5, 6), "2x faster"),
+        ((7, 6, 9), (), "about 1.4x faster"),
+        ((8.5, 7, 20), (), "no clear difference in speed"),  # half of its steps took longer than the other's least
+        ((9.8, 9, 11), (), "as fast"),
+        ((25, 20, 30), (24, 26), "2.5x slower"),
+        ((12, 9, 14), (), "no clear difference in speed"),
+    ],
+)
+def test_a_speed_is_put_into_words_only_where_it_shows(
+    steps: tuple[float, ...], totals: tuple[float, ...], words: str
+) -> None:
+    first = Row("torch_sdpa", step_ms=Spread(10, 8, 13, 5), total_ms=spread_of(10, 11) if totals else None)
+    row = Row("x", step_ms=Spread(*steps, 5), total_ms=Spread.of(totals))
+    made = report(first, row)
+    made.relate()
+    assert [speed_in_words(each, made) for each in made.rows] == ["reference", words]
 
 
 def test_the_name_says_what_really_ran() -> None:
