@@ -297,7 +297,7 @@ def test_a_check_comes_before_any_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
                 attention(**{"query": Q, "key": K, "value": V, **bad})
 
 
-# Importing, and what the README shows
+# Importing, and what docs/python_api.md shows
 
 SCRIPT = """
 import importlib.util, json, pathlib, sys
@@ -331,11 +331,11 @@ def test_importing_the_functions_imports_no_torch(tmp_path: Path, snapshot: Snap
     assert second == snapshot
 
 
-def test_the_readmes_example_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_example_of_the_page_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "python_api.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```\n", text, re.S)
     (example,) = (block for block in blocks if "attention_backends.backends" in block)
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
+    exec(compile(example, "python_api.md", "exec"), {})  # noqa: S102
     printed = re.findall(r"# prints: (.*)", example)
     assert printed
     assert capsys.readouterr().out.splitlines() == printed

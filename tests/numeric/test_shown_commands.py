@@ -20,7 +20,7 @@ from test_replay_command import FILES
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     [
-        ROOT / "README.md",
+        *(page for page in ROOT.glob("*.md") if page.name != "CHANGELOG.md"),
         *(page for place in ("docs/*.md", "benchmarks/*.md", "web/docs/**/*.md") for page in ROOT.glob(place)),
     ]
 )
@@ -87,16 +87,15 @@ def test_there_are_some() -> None:
 def test_it_names_a_program_that_is_there_and_parses(command: str) -> None:
     match = PROGRAM.match(command)
     assert match is not None
-    assert match[0] in (INSTALLED, PORTABLE, "python -m attention_backends"), SHOWN[command]
+    assert match[0] in (INSTALLED, PORTABLE), SHOWN[command]
     words = arguments(command)
     if words:
         cli._parser("test").parse_args(cli._joined(words))
 
 
-def test_the_form_for_an_installed_package_stands_only_where_the_installation_is_told() -> None:
-    assert {command: page.name for command, page in SHOWN.items() if command.startswith("python -m")} == {
-        "python -m attention_backends doctor": "README.md"
-    }
+def test_no_page_shows_the_form_that_fails_for_an_installed_pack() -> None:
+    """`python -m attention_backends` needs an installation as a package, which ComfyUI does not make."""
+    assert [(command, page.name) for command, page in SHOWN.items() if command.startswith("python -m")] == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a link to a folder takes rights on Windows")

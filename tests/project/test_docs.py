@@ -86,7 +86,31 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 
 def test_the_readme_leads_to_every_guide() -> None:
     led = {(ROOT / link.partition("#")[0]).resolve() for link in links(ROOT / "README.md")}
-    assert led >= {*GUIDES, ROOT / "docs" / "backends.md", ROOT / "docs" / "systems.md"}
+    assert led >= {*GUIDES, *(ROOT / "docs").glob("*.md")}
+
+
+def test_the_first_screen_of_the_readme_answers_for_each_kind_of_card() -> None:
+    """One picture, and a row for each kind of card with what to install, choose and expect, and a source."""
+    first = text_of(ROOT / "README.md").partition("\n## Install")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if line[:1] == "|"]
+    head, _, *cards = rows
+    assert head == ["Your card", "Install", "Choose as `backend`", "Expect", "Source"]
+    assert [row[0].partition(" (")[0] for row in cards] == ["RTX 30", "RTX 40", "RTX 50", "AMD", "Mac"]
+    assert all(all(row) and "](" in row[4] for row in cards)
+    for row in cards[:4]:
+        assert [canonical(name) for name in re.findall(r"`(\w+)`", row[2]) if name != "gfx1151"], row
+    assert first.count("![") == 1
+    assert "on a GPU" in first
+    assert "second model" in first
+    assert len(first.splitlines()) < 40
+
+
+def test_choosing_gives_advice_before_evidence() -> None:
+    advice, _, evidence = text_of(ROOT / "docs" / "choosing.md").partition("\n## Evidence\n")
+    assert not re.search(r"\((?:measured|reported|assumed)\b", advice)
+    assert len(re.findall(r"\((?:measured|reported|assumed)\b", evidence)) > 20
+    assert re.findall(r"^1\. ", advice, re.MULTILINE)
+    assert not re.findall(r"^1\. ", evidence, re.MULTILINE)
 
 
 # Commands
