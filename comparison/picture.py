@@ -45,8 +45,8 @@ SCALE = (1e-4, 255.0)
 NAN_COLOUR = (1.0, 0.0, 1.0)
 WIDE, WIDER = 1.3, 3.0
 """Width by height of a panel's picture, from which on two stand side by side, and one alone."""
-TALLEST = 4.5
-"""Inches of a picture."""
+TALLEST, LOW = 4.5, 1.25
+"""Inches of a picture, and of panels where none of a band ran."""
 GAP, SEAM = 0.2, 0.08
 """Inches between panels, and between the parts of one."""
 
@@ -80,11 +80,12 @@ def draw_pictures(report: Report, pictures: Sequence[Tensor | None]) -> Figure:
         sheet.y += max(map(_height, heads)) + SEAM
         top, maps = sheet.y, sheet.y + tall + SEAM
         blank = all(strip is None for _, _, strip in band)
+        high = min(tall, LOW) if blank else tall
         feet: list[Words] = []
         for column, (row, picture, strip) in enumerate(band):
             x = MARGIN + column * (panel + GAP)
             _write(sheet, heads[column], x, top - SEAM - _height(heads[column]), panel)
-            image = sheet.axes(x, top, panel, tall)
+            image = sheet.axes(x, top, panel, high)
             if strip is None or picture is None:
                 _blank(image, f"did not run: {row.failed}", panel, ALARM)
                 continue
@@ -95,7 +96,7 @@ def draw_pictures(report: Report, pictures: Sequence[Tensor | None]) -> Figure:
             foot = _map(below, row, picture, pictures[0], colours, norm, first + column == 0, panel)
             _write(sheet, foot, x, maps + tall + SEAM, panel)
             feet.append(foot)
-        sheet.y = top + tall if blank else maps + tall + SEAM + max(map(_height, feet))
+        sheet.y = top + high if blank else maps + tall + SEAM + max(map(_height, feet))
         sheet.y += GAP
     _colour_bar(sheet, colours, norm)
     footer(sheet, report)
