@@ -29,6 +29,7 @@ from .report import RunReport
 from .values.mask_plan import MaskPlan, passed_on
 from .values.masks import as_4d, for_kernels
 from .values.platform import Platform
+from .values.reasons import Reason
 from .values.request import AttentionCall, LseCall
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ CATEGORIES = ("self", "cross", "joint")
 class _Outside(Comfy):
     """`comfy` is unavailable outside ComfyUI."""
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        return ["runs only inside ComfyUI, which hands over its own function with each call"]
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
+        return [Reason("only_comfyui")]
 
 
 def router_for(device: torch.device | None = None) -> Router:

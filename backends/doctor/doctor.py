@@ -19,6 +19,7 @@ from ..kernels.registry import detect, looked_for
 from ..measure import remembered
 from ..measure.remembered import Outcome
 from ..values.platform import KINDS, Platform, dotted, installed_packages
+from ..values.reasons import Reason, error_text
 from . import symbols
 from .install import Advice, Interpreter, how_to_get
 from .symbols import Finding
@@ -108,7 +109,7 @@ def this_machine() -> tuple[Platform, str | None]:
         return Platform("cpu", packages=installed_packages(looked_for())), f"torch: {type(error).__name__}: {error}"
 
 
-def why_no_card(platform: Platform) -> str | None:
+def why_no_card(platform: Platform) -> Reason | None:
     """Why torch finds only the CPU here, which no kernel package can change; None if it finds an accelerator."""
     if platform.kind != "cpu" or platform.os == "darwin":
         return None
@@ -116,8 +117,8 @@ def why_no_card(platform: Platform) -> str | None:
 
     built_for = torch.version.cuda or torch.version.hip
     if built_for is None:
-        return "this torch is built for the CPU alone; a graphics card needs the torch that ComfyUI's guide names"
-    return f"this torch is built for {'CUDA' if torch.version.cuda else 'ROCm'} {built_for} but finds no card"
+        return Reason("torch.cpu_only")
+    return Reason("torch.no_gpu", built_for=f"{'CUDA' if torch.version.cuda else 'ROCm'} {built_for}")
 
 
 def examine(
@@ -156,7 +157,7 @@ def probe_all(
         try:
             missing = router.backends[backend_id].unavailable_reasons(router.platform)
         except Exception as error:  # as in a row
-            missing = [f"asking failed: {type(error).__name__}: {error}"]
+            missing = [Reason("asking", error=error_text(error))]
         if missing:
             outcomes[backend_id] = Outcome("unavailable", "; ".join(missing))
             continue
@@ -193,7 +194,7 @@ def _ask(router: Router, backend_id: str, interpreter: Interpreter) -> tuple[tup
             return (), None
         return reasons, how_to_get(router.backends[backend_id], router.platform, interpreter)
     except Exception as error:  # a check that itself fails is a row too
-        return (f"asking failed: {type(error).__name__}: {error}",), None
+        return (Reason("asking", error=error_text(error)),), None
 
 
 def _made_of(backend: Backend, platform: Platform) -> tuple[str | None, str | None]:

@@ -19,6 +19,19 @@ from typing import NamedTuple
 from ..kernels.backend import Backend
 from ..values.package import Package
 from ..values.platform import Platform
+from ..values.reasons import Reason, as_reason, template
+
+NEEDS_NONE = template("install.needs_none", "nothing to install: it needs no package")
+NEEDS_SOME_TRITON = template("install.some_triton", "it needs Triton too: {page} says which fits your torch")
+NEEDS_TRITON = template("install.triton", "it needs Triton too: {command}")
+NO_BUILD = template("install.no_build", "no build of {package} for {system} is known")
+NOTHING_HELPS = template("install.nothing_helps", "nothing to install on this machine: {reason}")
+ONLY_SETTING = template("install.only_setting", "nothing to install: {setting}")
+OTHER_BUILD = template(
+    "install.other_build",
+    "{package} is installed but does not load: a build for this machine is needed ({tags})",
+)
+PROJECT = template("install.project", "project: {page}")
 
 
 class Interpreter(NamedTuple):
@@ -70,19 +83,19 @@ def how_to_get(backend: Backend, platform: Platform, interpreter: Interpreter) -
         return _broken(backend.packages, platform, interpreter)
     for setting in filter(None, (package.setting for package in backend.packages)):
         if not backend.unavailable_reasons(setting.on(platform)):
-            return Advice("nothing", f"nothing to install: {setting.text}", setting.note)
+            return Advice("nothing", Reason(ONLY_SETTING, setting=setting.text), setting.note)
     answers, obstacles = [], []
     for package in backend.packages:
         lacking = backend.unavailable_reasons(_with_package(platform, package))
         if not lacking and platform.os in package.systems:
             answers.append(_advice(package, platform, interpreter))
-        no_build = [f"no build of {package.distribution} for {platform.os} is known"]
+        no_build = [Reason(NO_BUILD, package=package.distribution, system=platform.os)]
         obstacles.append((len(lacking), lacking or no_build))
     if not answers:
         _, missing = min(obstacles, default=(0, missing))
         pages = ", ".join(dict.fromkeys(package.page for package in backend.packages))
-        why = "; ".join(missing)
-        return Advice("nothing", f"nothing to install on this machine: {why}", f"project: {pages}" if pages else "")
+        text = Reason(NOTHING_HELPS, reason=tuple(missing))
+        return Advice("nothing", text, Reason(PROJECT, page=pages) if pages else "")
     return next((answer for answer in answers if answer.kind == "command"), answers[0])
 
 
@@ -102,11 +115,10 @@ def _broken(packages: tuple[Package, ...], platform: Platform, interpreter: Inte
         if version is not None:
             return Advice(
                 "page",
-                f"{package.distribution} {version} is installed but does not load: a build for this machine is needed "
-                f"({tags(platform, interpreter)})",
-                f"project: {package.page}",
+                Reason(OTHER_BUILD, package=f"{package.distribution} {version}", tags=tags(platform, interpreter)),
+                Reason(PROJECT, page=package.page),
             )
-    return Advice("nothing", "nothing to install: it needs no package")
+    return Advice("nothing", Reason(NEEDS_NONE))
 
 
 def _with_package(platform: Platform, package: Package) -> Platform:
@@ -131,15 +143,15 @@ def _advice(package: Package, platform: Platform, interpreter: Interpreter) -> A
         triton = TRITON_OF_TORCH.get(_minor(platform))
         if triton:
             command = pip_install((f"triton-windows=={triton}.*",), platform, interpreter)
-            notes.append(f"it needs Triton too: {command}")
+            notes.append(Reason(NEEDS_TRITON, command=command))
         else:
             page = "https://github.com/triton-lang/triton-windows"
-            notes.append(f"it needs Triton too: {page} says which fits your torch")
+            notes.append(Reason(NEEDS_SOME_TRITON, page=page))
     notes.append(package.note_on(platform))
-    note = "; ".join(filter(None, notes))
+    note = Reason("all", reasons=tuple(map(as_reason, filter(None, notes)))) if any(notes) else ""
     if interpreter.refuses:
         use = "ask again with the Python that runs ComfyUI, or with one of a virtual environment"
-        return Advice("page", f"this Python {interpreter.refuses}; {use}", f"project: {facts['page']}")
+        return Advice("page", f"this Python {interpreter.refuses}; {use}", Reason(PROJECT, page=facts["page"]))
     arguments = package.arguments(platform, interpreter.machine)
     if arguments:
         return Advice("command", pip_install(arguments, platform, interpreter), note)

@@ -20,6 +20,7 @@ from ..kernels.group import BackendGroup
 from ..measure import remembered
 from ..values.errors import NoBackendError
 from ..values.platform import Platform
+from ..values.reasons import Reason, error_text, reason_id
 from ..values.request import AttentionRequest
 from ..values.tolerance import ACCURACY
 from .call_checks import VARIABLE as CHECKS
@@ -30,15 +31,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attention_backends")
 
-FAILED = "failed before on this call: "
-
 Failed = tuple[str, tuple[tuple[str, str], ...], AttentionRequest]
 """Backend, its options as a hashable key, request."""
 Failures = Mapping[Failed, str]
 """Text of the error that each raised before. With other options the same backend may work."""
 NO_FAILURES: Failures = {}
 NO_OPTIONS: Mapping[str, object] = MappingProxyType({})
-NOTHING_MEASURES = "autotune: no times are kept for such calls, and none are taken here, so it is what auto takes"
+NOTHING_MEASURES = Reason("autotune.no_times")
 """Note of a decision for `autotune`: the router has no times, `observe/autotune/tuner.py` has."""
 
 
@@ -51,6 +50,11 @@ class Rejection:
 
     def __str__(self) -> str:
         return f"{self.backend}: {'; '.join(self.reasons)}"
+
+    @property
+    def reason(self) -> Reason:
+        """The same text, as an id with values."""
+        return Reason("named", name=self.backend, reason=self.reasons)
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,12 @@ class Decision:
     @property
     def reason(self) -> str | None:
         """Why something else runs than what was asked for."""
-        return str(self.rejected[0]) if self.rejected and self.is_fallback else None
+        return self.rejected[0].reason if self.rejected and self.is_fallback else None
 
 
-def forbidden(accuracy: str) -> str:
+def forbidden(accuracy: str) -> Reason:
     """Why a kernel of this accuracy may not run a call with `exact_only`."""
-    return f"accuracy {accuracy}, and the model forbids low precision for this call"
+    return Reason("accuracy.forbidden", accuracy=accuracy)
 
 
 class Router:
@@ -110,16 +114,13 @@ class Router:
         if known is not None:
             return known
         backend = self.backends.get(backend_id)
-        if backend is None:
-            reasons: list[str] = ["not a backend of this version"]
-        else:
-            reasons = backend.unavailable_reasons(self.platform)
+        reasons = [Reason("not_a_backend")] if backend is None else backend.unavailable_reasons(self.platform)
         if backend is not None and not reasons and not self.platform.described:
             reasons = self._probe_result(backend_id) or self._loading(backend_id, backend)
         self._unavailable[backend_id] = tuple(reasons)
         return self._unavailable[backend_id]
 
-    def _probe_result(self, backend_id: str) -> list[str]:
+    def _probe_result(self, backend_id: str) -> list[Reason]:
         # The last resort stays available: without PyTorch's own attention there is no fallback.
         if not self.use_probe_results or backend_id == LAST_RESORT:
             return []
@@ -131,11 +132,11 @@ class Router:
         refusals = (remembered.refusal(name, self.platform) for name in ids)
         return [reason for reason in refusals if reason][:1]
 
-    def _loading(self, backend_id: str, backend: Backend) -> list[str]:
+    def _loading(self, backend_id: str, backend: Backend) -> list[Reason]:
         try:
             self._kernels[backend_id, ()] = backend.load(self.platform)
         except (Exception, SystemExit) as error:  # a broken package must not end the process
-            return [f"loading failed: {type(error).__name__}: {error}"]
+            return [Reason("loading", error=error_text(error))]
         return []
 
     def kernel(self, backend_id: str, options: Mapping[str, object] = NO_OPTIONS) -> Kernel:
@@ -182,7 +183,7 @@ class Router:
             try:
                 self._lse[key] = load(self.platform, **options)
             except (Exception, SystemExit) as error:  # of a broken package
-                self._lse[key] = f"loading its log-sum-exp failed: {type(error).__name__}: {error}"
+                self._lse[key] = Reason("loading.lse", error=error_text(error))
         loaded = self._lse[key]
         if isinstance(loaded, str):
             raise NoBackendError(loaded)
@@ -194,7 +195,7 @@ class Router:
         """Why a backend cannot give the log-sum-exp of `request`; empty when it can. Loads that kernel, once."""
         limits = self.backends[backend_id].lse_limits(self.platform)
         if limits is None:
-            return ("gives no log-sum-exp",)
+            return (Reason("lse.none"),)
         reasons = tuple(limits.reasons(request))
         if reasons or self.platform.described:
             return reasons
@@ -219,7 +220,7 @@ class Router:
         if options and (wrong := backend.option_reasons(self.platform, options)):
             return tuple(wrong)
         if failed and (error := failed.get((backend_id, frozen(options), request))):
-            return (f"{FAILED}{error}",)
+            return (Reason("failed_before", error=error),)
         if request.exact_only and backend.accuracy != "exact":
             return (forbidden(backend.accuracy),)
         reasons = tuple(backend.unsupported_reasons(request, self.platform))
@@ -249,7 +250,7 @@ class Router:
             reasons = self.reasons_against(choice.asked, request, failed, choice.extra)
             if not reasons:
                 against = self.backends[choice.asked].avoid_reasons(request, self.platform)
-                notes = tuple(f"{choice.asked}: {reason}" for reason in against) if against else ()
+                notes = tuple(Reason("named", name=choice.asked, reason=reason) for reason in against)
                 extra = choice.extra
                 return Decision(choice.asked, choice.source, choice.asked, (), extra, extra, notes)
             rejected.append(Rejection(choice.asked, reasons))
@@ -264,7 +265,7 @@ class Router:
                 continue
             reasons = self.reasons_against(backend_id, request, failed)
             if not reasons and self._accuracy(backend_id) not in allowed:
-                reasons = (f"accuracy {self._accuracy(backend_id)} is not allowed",)
+                reasons = (Reason("accuracy.not_allowed", accuracy=self._accuracy(backend_id)),)
             if not reasons:
                 reasons = tuple(self.backends[backend_id].avoid_reasons(request, self.platform))
             if not reasons:
@@ -318,7 +319,7 @@ class Router:
         lines += [f"  {', '.join(names)}: {'; '.join(reasons)}" for reasons, names in others.items()]
         advice = [f"choose one that can run it ({', '.join(able)})"] if able else []
         advice += ["switch strict off to fall back"] if strict else []
-        if any(reason.startswith(FAILED) for rejection in rejected for reason in rejection.reasons):
+        if any(reason_id(reason) == "failed_before" for rejection in rejected for reason in rejection.reasons):
             advice.append(f"set {CHECKS}=1 to learn whether the call's tensors fit together")
         lines += [f"  what to do: {', or '.join(advice)}"] if advice else []
         return "\n".join(lines)

@@ -8,6 +8,7 @@ from ..values.aliases import DIFFUSERS, HALF_V4, HUB, SGLANG, XFUSER, YUNCHANG, 
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDim, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from .backend import Kernel, Limits
 from .support.flash import FlashAttention
 from .support.hub import HubKernel
@@ -16,6 +17,7 @@ from .support.layout import GRID, Elements
 AMD_CARDS = ("gfx942", "gfx950")
 """MI300 and MI350: where vLLM-Omni 0.30 uses it."""
 
+NAMESAKE_PACKAGE = template("package.aiter", "package aiter {found} is a library for asyncio with the same name")
 NAMESAKE = "the package amd-aiter, for AMD cards; aiter on PyPI is another package, for asyncio"
 
 
@@ -78,12 +80,12 @@ class Aiter(FlashAttention):
     def limits_on(self, platform: Platform) -> Limits:
         return self.hub_limits if self.from_hub(platform) else self.limits
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         other = platform.version("aiter")
         missing = platform.version("amd-aiter") is None and self.from_hub(platform) is None
         if platform.kind in self.kinds and other and missing:
-            reasons.append(f"package aiter {other} is a library for asyncio with the same name")
+            reasons.append(Reason(NAMESAKE_PACKAGE, found=other))
         return reasons
 
     def load(self, platform: Platform) -> Kernel:

@@ -7,14 +7,14 @@ means yes. A reason is lower case and names the value and the limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 from ..values.aliases import Alias
 from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
 from ..values.options import Option
 from ..values.package import Package, Symbols
-from ..values.platform import Platform, dotted
+from ..values.platform import Platform
 from ..values.reasons import Reason
 from ..values.request import AttentionCall, AttentionRequest
 from ..values.tolerance import EXACT, Tolerance, accuracy, tolerance
@@ -115,22 +115,24 @@ class Backend:
         """The kinds of platform on which it, or a member of a group, can run."""
         return self.kinds
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         """Why this backend cannot run on `platform` at all; empty when it can."""
         if platform.kind not in self.kinds:
-            return [f"device {platform.kind} not in ({', '.join(self.kinds)})"]
-        reasons = []
+            return [needs_device(self.kinds, platform)]
+        reasons: list[Reason] = []
         cards = self.capabilities(platform)
         if platform.kind == "cuda" and (self.min_capability or cards is not None):
             if platform.capability is None:
-                reasons.append("compute capability unknown")
+                reasons.append(Reason("capability.unknown"))
             elif self.min_capability and platform.capability < self.min_capability:
-                reasons.append(f"compute capability {dotted(platform.capability)} < {dotted(self.min_capability)}")
+                sm, names = _named((self.min_capability,))
+                reasons.append(Reason("capability.min", **names, min=sm[0], found=_sm(platform)))
             elif cards is not None and platform.capability not in cards:
-                known = ", ".join(dotted(card) for card in cards)
-                reasons.append(f"compute capability {dotted(platform.capability)} not in ({known})")
+                sm, names = _named(cards)
+                reasons.append(Reason("capability.in", **names, taken=sm, found=_sm(platform)))
         if platform.kind == "rocm" and self.architectures is not None and platform.gfx not in self.architectures:
-            reasons.append(Reason("architecture", gfx=platform.gfx or "unknown", taken=self.architectures))
+            gfx = platform.gfx or Reason("architecture.unknown")
+            reasons.append(Reason("architecture", gfx=gfx, taken=self.architectures))
         reasons += [reason for need in self.requires if (reason := package_reason(need, platform))]
         return list(dict.fromkeys(reasons))
 
@@ -182,14 +184,14 @@ class Backend:
         """
         return []
 
-    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         """Why this backend, available on `platform`, cannot run with these options, judged by versions alone.
 
         What only the imported package shows, `load` raises.
         """
         return []
 
-    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         """Why `auto` skips this backend for `request` although it could run: others are known to be faster.
 
         If a person names the backend, it runs and these are notes.
@@ -246,8 +248,30 @@ class BrokenBackend(Backend):
         self.id = backend_id  # type: ignore[misc]  # each instance is its own backend
         self.reason = reason
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        return [self.reason]
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
+        return [Reason("unavailable", why=self.reason)]
+
+
+def needs_device(kinds: Sequence[str], platform: Platform) -> Reason:
+    """The reason of a backend that runs on these kinds of device alone."""
+    needed = Reason(f"device.{kinds[0]}")
+    for kind in kinds[1:]:
+        joined = "device.or" if kind == kinds[-1] else "device.list"
+        needed = Reason(joined, one=needed, other=Reason(f"device.{kind}"))
+    return Reason("device", needed=needed, found=Reason(f"device.{platform.kind}"))
+
+
+def _sm(platform: Platform) -> str:
+    """`sm90`, as people write it."""
+    return (platform.sm or "").replace("_", "")
+
+
+def _named(cards: Sequence[tuple[int, int]]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """`sm90` of each card, and the generations with their English article."""
+    described = [Platform("cuda", capability=card) for card in cards]
+    names = "/".join(dict.fromkeys(card.architecture for card in described))
+    article = "an" if names.startswith("A") else "a"
+    return tuple(map(_sm, described)), {"article": article, "names": names}
 
 
 def for_scale(kernel: Callable[[AnyCall], Computed], scale: float | None) -> Callable[[AnyCall], Computed]:

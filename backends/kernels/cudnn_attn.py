@@ -22,6 +22,9 @@ SMALL_QUERY = 128 * 1024
 
 NEEDS = f"cuDNN>={MIN_CUDNN // 10000}.{MIN_CUDNN // 100 % 100}"
 OLD_CUDNN = template("cudnn", "cuDNN {found} < {min}")
+NO_CUDNN = template("cudnn.none", "PyTorch has no cuDNN")
+SWITCHED_OFF = template("cudnn.off", "something in this process called torch.backends.cuda.enable_cudnn_sdp(False)")
+SMALL = template("cudnn.small", "query of {elements} elements < {min}, where cuDNN is not the fastest")
 
 
 class CudnnAttn(PinnedSDPA):
@@ -49,16 +52,16 @@ class CudnnAttn(PinnedSDPA):
     limits = Limits(HeadDim(max=128), HeadDimMultiple(8), KeyLength(min=2), Batch(GRID), Heads(GRID))
     wide_limits = limits.but(HeadDim(max=256))
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         if platform.kind != "cuda":
             return reasons
         if platform.cudnn is None:
-            reasons.append("PyTorch has no cuDNN")
+            reasons.append(Reason(NO_CUDNN))
         elif platform.cudnn < MIN_CUDNN:
             reasons.append(Reason(OLD_CUDNN, found=platform.cudnn, min=MIN_CUDNN, needs=NEEDS))
         if not platform.cudnn_sdp_enabled:
-            reasons.append("something in this process called torch.backends.cuda.enable_cudnn_sdp(False)")
+            reasons.append(Reason(SWITCHED_OFF))
         return reasons
 
     def library(self, platform: Platform) -> str:
@@ -68,11 +71,11 @@ class CudnnAttn(PinnedSDPA):
         wide_card = platform.capability is not None and (platform.capability == (9, 0) or platform.capability[0] == 10)
         return self.wide_limits if wide_card and (platform.cudnn or 0) > WIDE_CUDNN else self.limits
 
-    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         elements = request.batch * request.num_heads * request.q_len * request.head_dim
         if elements >= SMALL_QUERY:
             return []
-        return [f"query of {elements} elements < {SMALL_QUERY}, where cuDNN is not the fastest"]
+        return [Reason(SMALL, elements=elements, min=SMALL_QUERY)]
 
 
 BACKENDS = (CudnnAttn(),)

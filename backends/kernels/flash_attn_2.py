@@ -24,6 +24,10 @@ AMD_CARDS = ("gfx90a", "gfx942", "gfx950")
 RDNA = ("gfx11", "gfx12")
 """RDNA 3, 3.5 and 4, by how the names of their architectures begin."""
 
+TRITON_OFF = template(
+    "flash_triton",
+    "on {gfx} flash-attn needs its Triton backend: {variable}=TRUE is not set (reported to run on RDNA 3 and 4)",
+)
 FIRST_WITH_TRITON = template("package.first", "{reason}, the first with that backend")
 
 
@@ -82,7 +86,7 @@ class FlashAttn2(FlashAttention):
     hub = HubKernel("kernels-community/flash-attn2", 3, ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)))
     limits = Limits(HeadDim(max=256), NO_MASK, Elements(), Batch(GRID), Heads(GRID))
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         if _rdna(platform):
             return _on_rdna(platform, [reason for reason in reasons if reason_id(reason) != "architecture"])
@@ -99,10 +103,9 @@ def _rdna(platform: Platform) -> bool:
     return platform.kind == "rocm" and (platform.gfx or "").startswith(RDNA)
 
 
-def _on_rdna(platform: Platform, reasons: list[str]) -> list[str]:
+def _on_rdna(platform: Platform, reasons: list[Reason]) -> list[Reason]:
     if not platform.flash_triton:
-        not_set = f"{FLASH_TRITON_VARIABLE}=TRUE is not set, which flash-attn's Triton backend needs"
-        reasons.append(f"architecture {platform.gfx}: {not_set} (reported to run on RDNA 3 and 4)")
+        reasons.append(Reason(TRITON_OFF, gfx=platform.gfx, variable=FLASH_TRITON_VARIABLE))
     if platform.version("flash-attn"):
         reason = package_reason("flash-attn>=2.7.1", platform)
         reasons += [Reason(FIRST_WITH_TRITON, reason=reason)] if reason else []

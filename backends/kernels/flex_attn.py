@@ -91,6 +91,10 @@ class HeadsOfAll(Rule):
         return f"batch times heads to {self.max}"
 
 
+NOT_ON_MACOS = template("flex.macos", "FlexAttention has no CPU kernel on macOS")
+NO_COMPILER = template("flex.compiler", "no C++ compiler: {compiler} is not on the path (CXX names another one)")
+COMPILES = template("flex.compiles", "the first call of each kind is compiled, which takes seconds to tens of seconds")
+SKIPS_NOTHING = template("flex.skips_nothing", "with mask kind {mask} no block is skipped, and SDPA is faster")
 FILLED = template("filled", "{reason}, filled up to {q_len} queries and {kv_len} keys")
 
 
@@ -129,7 +133,7 @@ class FlexAttn(Backend):
     powers_of_two = (16, 32, 64, 128, 256)
     remarks = ("lengths are filled up to multiples of 128, above 1,024 tokens by up to an eighth",)
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         if platform.kind not in self.kinds:
             return reasons
@@ -142,9 +146,9 @@ class FlexAttn(Backend):
             reasons.append(Reason("package.missing", package=triton))
         if platform.kind == "cpu":
             if platform.os == "darwin":
-                reasons.append("os darwin: FlexAttention has no kernel for the CPU there")
+                reasons.append(Reason(NOT_ON_MACOS))
             elif not platform.described and not (compiler := cpp_compiler(platform.os))[1]:
-                reasons.append(f"no C++ compiler: {compiler[0]} is not on the path (CXX names another one)")
+                reasons.append(Reason(NO_COMPILER, compiler=compiler[0]))
         return reasons
 
     def limits_on(self, platform: Platform) -> Limits:
@@ -169,10 +173,10 @@ class FlexAttn(Backend):
             mask = mask_size(padded) * (item_bytes(request) if request.mask == "bias" else 1)
         return numbers * item_bytes(request) + mask
 
-    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[str]:
-        reasons = ["the first call of each kind is compiled, which takes seconds to tens of seconds"]
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
+        reasons = [Reason(COMPILES)]
         if request.mask in ("none", "bias") and not request.is_causal:
-            reasons.append(f"mask kind {request.mask} not in (key_padding, bool): no block is skipped, SDPA is faster")
+            reasons.append(Reason(SKIPS_NOTHING, mask=request.mask))
         return reasons
 
     def load(self, platform: Platform) -> Kernel:

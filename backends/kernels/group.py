@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ..values.aliases import Alias
 from ..values.package import Package
 from ..values.platform import Platform
-from ..values.reasons import Reason
+from ..values.reasons import Reason, error_text
 from ..values.request import AttentionRequest
 from . import registry
-from .backend import Backend, Kernel, Limits, LseKernel
+from .backend import Backend, Kernel, Limits, LseKernel, needs_device
 
 if TYPE_CHECKING:
     from .support.varlen import VarlenKernel
@@ -72,14 +72,22 @@ class BackendGroup(Backend):
     def runs_on(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(kind for member in self.every_member() for kind in member.kinds))
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        reasons = []
-        for member in self.members(platform):
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
+        members = self.members(platform)
+        kinds = tuple(dict.fromkeys(kind for member in members for kind in member.kinds))
+        if platform.kind not in kinds:
+            return [needs_device(kinds, platform)]
+        named: dict[Reason, list[str]] = {}
+        for member in members:
             why = member.unavailable_reasons(platform)
             if not why:
                 return []
-            reasons += [f"{member.id}: {reason}" for reason in why]
-        return reasons
+            for reason in why:
+                named.setdefault(reason, []).append(member.id)
+        return [  # what holds for all members is said once, without their names
+            reason if len(ids) == len(members) else Reason("named", name=", ".join(ids), reason=reason)
+            for reason, ids in named.items()
+        ]
 
     def load(self, platform: Platform) -> Kernel:
         """The kernel of the first member that loads; one that is installed but broken gives way to the next."""
@@ -90,7 +98,7 @@ class BackendGroup(Backend):
             try:
                 kernel = member.load(platform)
             except (Exception, SystemExit) as error:  # whatever a broken package raises
-                broken.append(f"{member.id}: {type(error).__name__}: {error}")
+                broken.append(f"{member.id}: {error_text(error)}")
             else:
                 self._loaded[platform] = member
                 return kernel
@@ -112,7 +120,7 @@ class BackendGroup(Backend):
     def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> list[Reason]:
         chosen = self._chosen(platform)
         if chosen is NOTHING:
-            return [Reason("unavailable", why=why) for why in self.unavailable_reasons(platform)]
+            return self.unavailable_reasons(platform)
         return chosen.unsupported_reasons(request, platform)
 
     def varlen_limits(self, platform: Platform) -> Limits | None:

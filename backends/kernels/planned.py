@@ -20,6 +20,7 @@ from ..values.aliases import (
 )
 from ..values.options import Option
 from ..values.platform import Platform
+from ..values.reasons import Reason
 from .backend import Backend
 
 SLIDING_TILE = (
@@ -107,8 +108,8 @@ class Planned(Backend):
         self.options = options  # type: ignore[misc]
         self.aliases = aliases  # type: ignore[misc]
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
-        return ["not built into this version of attention-backends"]
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
+        return [Reason("not_built")]
 
 
 NOT_BUILT = "not built yet here: calls fall back, counted, or stop with strict"

@@ -22,6 +22,7 @@ from ..values.aliases import (
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Heads
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Kernel, Limits
 from .registry import find
@@ -55,6 +56,11 @@ FIRST = Package(
     systems=("linux",),
     arguments=_pip_arguments,
     needs_triton=True,
+)
+
+NO_SMOOTH_K = template(
+    "sage.smooth_k",
+    "sageattention {found}: sageattn has no option smooth_k; {kernel}, which it runs here, has one",
 )
 
 
@@ -143,13 +149,10 @@ class SageAttn(sage.SageBackend):
         kernel = kernel_of(platform)
         return TRITON if kernel.reads_tail and request.kv_len % sage.TAIL_BLOCK else kernel.id
 
-    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         if options.get("smooth_k", True) or not sage.is_sage2(platform):
             return []
-        return [
-            f"sageattention {sage.installed(platform)}: sageattn has no option smooth_k; "
-            f"{dispatched_kernel(platform)}, which it runs here, has one"
-        ]
+        return [Reason(NO_SMOOTH_K, found=str(sage.installed(platform)), kernel=dispatched_kernel(platform))]
 
     def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel:
         return _second(platform) if sage.is_sage2(platform) else _first(smooth_k)

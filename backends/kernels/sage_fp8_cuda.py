@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from ..values.aliases import DIFFUSERS, KJNODES, YUNCHANG, Alias
 from ..values.options import Option
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from ..values.versions import meets
 from .backend import Kernel, Limits
 from .support import sage
+
+NO_FP16_SUM = template("sage.fp16_sum", "sageattention {found} has no pv_accum_dtype fp32+fp16, which came with 2.2")
 
 
 class SageFP8Cuda(sage.SageCuda):
@@ -65,11 +68,11 @@ class SageFP8Cuda(sage.SageCuda):
             return []
         return [f"smooth_v has no effect with pv_accum_dtype {chosen}, only with fp32"]
 
-    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         version = sage.installed(platform)
         if options.get("pv_accum_dtype") != "fp32+fp16" or version.release >= (2, 2):
             return []
-        return [f"sageattention {version} has no pv_accum_dtype fp32+fp16, which came with 2.2"]
+        return [Reason(NO_FP16_SUM, found=str(version))]
 
     def load(
         self,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..values.aliases import DIFFUSERS, XFUSER, YUNCHANG, Alias
 from ..values.limits import NO_MASK, Dtypes, GroupedHeads, HeadDim, Scale
 from ..values.platform import Platform
+from ..values.reasons import Reason, template
 from .backend import FLOATING, Limits, package_reason
 from .support.layout import on_device_of
 from .support.lse import PinnedWithLse
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
     from .support.varlen import VarlenCall, VarlenKernel
+
+NOT_IN_WHEELS = template("flash.wheels", "PyTorch's Windows wheels are built without the FlashAttention kernel")
+NOT_IN_BUILD = template("flash.build", "this PyTorch is built without the FlashAttention kernel")
 
 
 class SDPAFlash(PinnedWithLse):
@@ -74,21 +78,21 @@ class SDPAFlash(PinnedWithLse):
 
         return run
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         if not reasons and platform.kind == "cuda" and platform.os == "win32" and platform.torch:
             reasons += _missing_on_windows(platform)
         return reasons
 
 
-def _missing_on_windows(platform: Platform) -> list[str]:
+def _missing_on_windows(platform: Platform) -> list[Reason]:
     """Windows wheels are built without the FlashAttention kernel; a running torch reports it."""
     if platform.described:
-        return ["PyTorch's Windows wheels are built without the FlashAttention kernel"]
+        return [Reason(NOT_IN_WHEELS)]
     import torch
 
     built = getattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)()
-    return [] if built else ["this PyTorch is built without the FlashAttention kernel"]
+    return [] if built else [Reason(NOT_IN_BUILD)]
 
 
 BACKENDS = (SDPAFlash(),)

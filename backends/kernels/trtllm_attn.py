@@ -49,7 +49,7 @@ class TRTLLMAttn(Backend):
     def capabilities(self, platform: Platform) -> tuple[tuple[int, int], ...]:
         return ((10, 0), (10, 3))
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         if platform.kind in self.kinds and platform.version("flashinfer-cubin") is None and not platform.hub:
             reasons.append(Reason(NO_CUBINS, reason=Reason("package.missing", package="flashinfer-cubin")))

@@ -20,6 +20,7 @@ from ..values.bounded import read_file
 from ..values.fields import Fields
 from ..values.plain_data import load_json
 from ..values.platform import Platform
+from ..values.reasons import Reason
 from .environment import probe_key
 
 log = logging.getLogger("attention_backends")
@@ -57,15 +58,12 @@ class Outcome:
         return f"{self.status} ({self.reason})" if self.reason else self.status
 
 
-def refusal(backend_id: str, platform: Platform) -> str | None:
+def refusal(backend_id: str, platform: Platform) -> Reason | None:
     """The reason against a backend that crashed, hung or was wrong in a probe, with the remedy; else None."""
     outcome = recall(backend_id, platform)
     if outcome is None or outcome.status == "ok":
         return None
-    return (
-        f"a probe in this environment {outcome.summary}; after a repair run doctor --probe {backend_id} "
-        f"or doctor --forget {backend_id}, and start anew"
-    )
+    return Reason("probe", outcome=outcome.summary, backend=backend_id)
 
 
 def recall(backend_id: str, platform: Platform) -> Outcome | None:

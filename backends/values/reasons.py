@@ -5,13 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 TEMPLATES: dict[str, str] = {
-    "architecture": "architecture {gfx} not in {taken}",
+    "accuracy.forbidden": "accuracy {accuracy}, and the model forbids low precision for this call",
+    "accuracy.not_allowed": "accuracy {accuracy} is not allowed",
+    "all": "{reasons}",
+    "architecture": "does not support {gfx}, only {taken}",
+    "architecture.unknown": "an unknown AMD GPU",
+    "asking": "the check failed: {error}",
+    "autotune.no_times": "autotune: no times are kept for such calls, and none are taken here, so auto decides",
     "batch": "batch {batch} > {max}",
-    "causal": "is_causal is not supported",
+    "causal": "does not support is_causal",
     "causal.lengths": "is_causal with q_len {q_len} != kv_len {kv_len}",
     "causal.mask": "is_causal together with a mask",
-    "dtype": "dtype {dtype} not in {taken}",
-    "grouped": "grouped query heads {num_heads}/{num_kv_heads} are not supported",
+    "capability.in": "needs {article} {names} GPU {taken}; this one is {found}",
+    "capability.min": "needs {article} {names} GPU or newer ({min}); this one is {found}",
+    "capability.unknown": "the compute capability of this GPU is unknown",
+    "device": "needs {needed} (this is {found})",
+    "device.cpu": "a CPU",
+    "device.cuda": "an NVIDIA GPU",
+    "device.list": "{one}, {other}",
+    "device.mps": "an Apple GPU",
+    "device.npu": "an Ascend NPU",
+    "device.or": "{one} or {other}",
+    "device.rocm": "an AMD GPU",
+    "device.xla": "a TPU",
+    "device.xpu": "an Intel GPU",
+    "dtype": "does not support {dtype}",
+    "failed_before": "failed before on this call: {error}",
+    "grouped": "does not support grouped query heads ({num_heads}/{num_kv_heads})",
     "head_dim.in": "head_dim {head_dim} not in {taken}",
     "head_dim.max": "head_dim {head_dim} > {max}",
     "head_dim.min": "head_dim {head_dim} < {min}",
@@ -20,13 +40,25 @@ TEMPLATES: dict[str, str] = {
     "head_dim.values": "head_dim of values {values} != {keys}",
     "kv_len.max": "kv_len {kv_len} > {max}",
     "kv_len.min": "kv_len {kv_len} < {min}",
-    "mask": "mask kind {mask} not in {taken}",
+    "loading": "could not be loaded: {error}",
+    "loading.lse": "its log-sum-exp could not be loaded: {error}",
+    "lse.none": "gives no log-sum-exp",
+    "mask": "does not support a {mask} mask",
+    "named": "{name}: {reason}",
+    "not_a_backend": "not a backend of this version",
+    "not_built": "not supported yet",
     "num_heads": "num_heads {num_heads} > {max}",
+    "only_comfyui": "runs only inside ComfyUI, which hands over its own function with each call",
     "package.missing": "package {package} is not installed",
     "package.needed": "{reason}, which {by} needs",
     "package.unreadable": "package {package} has no readable version: {found}",
     "package.version": "package {package} {found} does not meet {specifier}",
+    "probe": "a probe in this environment {outcome}; after a repair run doctor --probe {backend} "
+    "or doctor --forget {backend}, and start anew",
     "scale": "scale {scale} is not head_dim ** -0.5",
+    "torch.cpu_only": "This is a CPU-only build of PyTorch. To use a GPU, install the CUDA or ROCm build from "
+    "ComfyUI's install guide.",
+    "torch.no_gpu": "This PyTorch is built for {built_for} but finds no GPU.",
     "unavailable": "{why}",
 }
 """Id -> text with values in braces. Kernels add theirs with `template`."""
@@ -72,6 +104,17 @@ class Reason(str):
             yield from reason.causes()
         if not inner:
             yield self
+
+
+def as_reason(text: str) -> Reason:
+    """The reason itself, or a plain text as one, which has no translation."""
+    return text if isinstance(text, Reason) else Reason("unavailable", why=text)
+
+
+def error_text(error: BaseException) -> str:
+    """The text of an error; its class only where the text alone says nothing, as in `KeyError: 'sm90'`."""
+    text = str(error)
+    return text if " " in text.strip() else f"{type(error).__name__}: {text}"
 
 
 def _made(text: str, reason_id: str, values: Mapping[str, object]) -> Reason:

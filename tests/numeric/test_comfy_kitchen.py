@@ -111,8 +111,8 @@ def test_amd_cards():
     for gfx, reasons in (
         ("gfx1100", ()),
         ("gfx1201", ()),
-        ("gfx1030", ("architecture gfx1030 not in (gfx1100, ",)),
-        ("gfx942", ("architecture gfx942 not in (gfx1100, ",)),
+        ("gfx1030", ("does not support gfx1030, only (gfx1100, ",)),
+        ("gfx942", ("does not support gfx942, only (gfx1100, ",)),
     ):
         platform = Platform("rocm", gfx=gfx, packages=(("comfy-kitchen", "0.2.31"),), described=True)
         found = Router(platform).unavailable("comfy_kitchen_int8")

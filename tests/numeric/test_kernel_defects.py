@@ -105,7 +105,7 @@ class TestSwallowedKeywords:
         call = call_for(PLAIN._replace(mask=kind))
         swallowed = function(call.query, call.key.clone(), call.value, attn_mask=call.attn_mask)
         assert not right(swallowed, call, "fp8")
-        assert router.reasons_against("sage_attn", call.request()) == (f"mask kind {kind} not in (none)",)
+        assert router.reasons_against("sage_attn", call.request()) == (f"does not support a {kind} mask",)
 
 
 class TestSage2Triton:
@@ -423,15 +423,15 @@ class TestFamily:
         call = call_for(PLAIN)
         assert right(ran(router, "flash_attn", call), call, "exact")
         assert router.backends["flash_attn"].kernel_name(PLAIN, router.platform) == "flash_attn_4"
-        assert router.unavailable("flash_attn_3")[0].startswith("loading failed: ModuleNotFoundError")
+        assert router.unavailable("flash_attn_3")[0].startswith("could not be loaded: ")
 
     def test_all_broken_says_each_reason(self, monkeypatch):
         router = machine(monkeypatch, "flash-attn==2.8.3 flash-attn-4==4.0.0b36", (9, 0))
         monkeypatch.setitem(sys.modules, "flash_attn", None)
         monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
         (reason,) = router.unavailable("flash_attn")
-        assert "flash_attn_4: ModuleNotFoundError" in reason
-        assert "flash_attn_2: ModuleNotFoundError" in reason
+        assert "flash_attn_4: import of " in reason
+        assert "flash_attn_2: import of " in reason
 
 
 @pytest.mark.parametrize("raised", [ImportError, OSError, RuntimeError, AssertionError, AttributeError, KeyError])
@@ -459,5 +459,5 @@ def test_whatever_a_broken_package_raises_is_a_reason(monkeypatch, backend, pack
     router = machine(monkeypatch, packages, capability)
     monkeypatch.setitem(sys.modules, module, Broken(module))
     (reason,) = router.unavailable(backend)
-    assert reason.startswith("loading failed: ")
+    assert reason.startswith("could not be loaded: ")
     assert router.reasons_against(backend, PLAIN) == (reason,)

@@ -98,7 +98,7 @@ def test_the_table_says_what_ran_and_what_can_run_here(
     assert lines[3:6] == snapshot
     last = [part for part in lines[-1].split("  ") if part]
     assert [part.strip() for part in last[:4]] == ["cross", "blocks.0-39", "model call 1", "flash_attn (flash_attn_3)"]
-    assert last[4].strip().startswith("no: mask kind bool")
+    assert last[4].strip().startswith("no: does not support a bool")
 
     _, out, _ = replay(capsys, str(tmp_path / "a.png"), "--platform", "cpu", "--json")
     (decision,) = json.loads(out)["runs"][0]["decisions"]

@@ -181,9 +181,9 @@ def test_a_package_that_breaks_while_loading_is_a_reason_and_is_loaded_once(erro
     for _ in range(3):
         decision = here.select(CALL, named("flash_attn"))
         assert decision.backend == "torch_sdpa"
-        assert decision.reason == f"flash_attn: loading failed: {type(error).__name__}: {error}"
+        assert decision.reason == f"flash_attn: could not be loaded: {error}"
     assert broken.loaded == 1
-    with pytest.raises(NoBackendError, match="flash_attn: loading failed"):
+    with pytest.raises(NoBackendError, match="flash_attn: could not be loaded"):
         here.kernel("flash_attn")
 
 

@@ -54,12 +54,12 @@ class HubKernel:
         on_amd = platform.kind == "rocm" and platform.gfx in self.architectures
         return platform.os == "linux" and (on_amd or (platform.kind == "cuda" and platform.capability in self.cards))
 
-    def obstacle(self, platform: Platform) -> str | None:
+    def obstacle(self, platform: Platform) -> Reason | None:
         """Why it is not taken from the Hub on a machine that it fits, in words that follow `and`; None if it is."""
         if not platform.hub:
-            return f"Hub kernels are off ({HUB_VARIABLE}=1 allows downloads)"
+            return Reason(HUB_OFF, variable=HUB_VARIABLE)
         reason = package_reason(REQUIREMENT, platform)
-        return f"{reason}, which loads it from the Hub" if reason else None
+        return Reason(HUB_NEEDS, reason=reason) if reason else None
 
     def load(self, platform: Platform) -> ModuleType:
         """Import the kernel, after a download where no cache has it.
@@ -82,6 +82,9 @@ class HubKernel:
 
 AND_NOT_FROM_HUB = template("package.hub", "{reasons}, and {obstacle}")
 
+HUB_OFF = template("hub.off", "Hub kernels are off ({variable}=1 allows downloads)")
+HUB_NEEDS = template("hub.needs", "{reason}, which loads it from the Hub")
+
 
 class FromHub(Backend):
     """A backend that falls back to a repository on the Hub where its package is missing."""
@@ -90,7 +93,7 @@ class FromHub(Backend):
     hub: ClassVar[HubKernel | None] = None
     """The repository used where the person allows downloads; None for none."""
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         lacking = self._lacking(platform)
         if self.hub is None or not lacking or not self.hub.fits(platform):

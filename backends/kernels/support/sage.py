@@ -215,7 +215,7 @@ def build(platform: Platform) -> Build:
     return replace(found, attn=attn, fp16_cuda=fp16, fp8_cuda=fp8)
 
 
-def triton_reasons(platform: Platform) -> list[str]:
+def triton_reasons(platform: Platform) -> list[Reason]:
     """Why Triton, which every sageattention imports, cannot run its kernels on this card.
 
     sm75 works with Triton 3.0 to 3.2 and fails with 3.3 (https://github.com/thu-ml/SageAttention/issues/197);
@@ -342,7 +342,7 @@ class SageBackend(FromHub):
         wide = (key_size(request) + value_size(request)) * item_bytes(request)
         return rounded_bytes(request) + wide + value_size(request)
 
-    def unavailable_reasons(self, platform: Platform) -> list[str]:
+    def unavailable_reasons(self, platform: Platform) -> list[Reason]:
         reasons = super().unavailable_reasons(platform)
         return reasons + triton_reasons(platform) if platform.kind in self.kinds else reasons
 
