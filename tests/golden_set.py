@@ -32,6 +32,7 @@ INPUTS = FOLDER / "inputs"
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402, F401  # loads this folder as the package attention_backends
+from golden_words import reworded  # noqa: E402
 
 VARIABLES = (
     *("ATTENTION_BACKENDS_CONFIG", "DIFFUSION_ATTENTION_BACKEND", "DIFFUSERS_ATTN_BACKEND"),
@@ -266,6 +267,12 @@ def lines_of(cases: dict[str, Any]) -> list[str]:
     return [f"{case!r}"[1:-1] + f"\t{json.dumps(found, sort_keys=True)}" for case, found in cases.items()]
 
 
+def in_todays_words(line: str) -> str:
+    """A line of the golden set, its reasons as they are written today (`golden_words.py`)."""
+    case, _, found = line.partition("\t")
+    return f"{case}\t{json.dumps(reworded(json.loads(found)), sort_keys=True)}"
+
+
 def meant() -> dict[str, list[str]]:
     """Area: patterns of its cases whose difference is meant, from the lines `area | pattern | reason`."""
     patterns: dict[str, list[str]] = {}
@@ -282,7 +289,7 @@ def differences(area: str) -> list[str]:
     """What differs from the golden set and is not meant, as lines of a diff."""
     with _clean(**{STORE_VARIABLE: str(INPUTS / "none.sqlite3")}):
         now = lines_of(AREAS[area]())
-    before = (FOLDER / f"{area}.tsv").read_text(encoding="utf-8").splitlines()
+    before = [in_todays_words(line) for line in (FOLDER / f"{area}.tsv").read_text(encoding="utf-8").splitlines()]
     patterns = meant().get(area, [])
 
     def counts(line: str) -> bool:
