@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends.observe.autotune.entry import MOST_BYTES, MOST_VALUES
 from ..backends.observe.autotune.store import VARIABLE, Store, default_path
 from ..backends.values.bounded import read_file
+from ..backends.values.counted import counted
 from ..backends.values.plain_data import load_json
 from ..backends.values.tolerance import ACCURACY
 from .command import Progress
@@ -221,7 +222,9 @@ def _warm_up(session: Any, tuner: Any, incumbent: str, accuracy: str, call: Any)
 
 def _table(store: Store, entries: list[dict[str, Any]], failed: list[dict[str, str]]) -> str:
     summary = store.summary()
-    lines = [f"Store: {store.path} ({summary['entries']} choices, {summary['entries_here']} for this machine)"]
+    lines = [
+        f"Store: {store.path} ({counted(summary['entries'], 'choice')}, {summary['entries_here']} for this machine)"
+    ]
     lines += [f"Note: {summary['problem']}"] if summary["problem"] else []
     rows = [COLUMNS, *(_row(entry) for entry in entries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]

@@ -7,7 +7,8 @@
  *
  * @param {{ fetchApi(route: string): Promise<Response> }} api
  * @param {string} language
- * @returns {Promise<Say>} a key such as `runs.none` to its text, `{name}` replaced by values
+ * @returns {Promise<Say>} a key such as `runs.none` to its text, `{name}` replaced by values; of a text with two forms,
+ *   `{steps} step | {steps} steps`, the first where its number is 1
  */
 export async function loadWords(api, language) {
   /** @type {Record<string, any>} */
@@ -21,9 +22,19 @@ export async function loadWords(api, language) {
     for (const book of books) {
       const text = path.reduce((part, name) => part?.[name], book)
       if (typeof text === 'string') {
-        return text.replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole))
+        return form(text, values).replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole))
       }
     }
     return key
   }
+}
+
+/**
+ * @param {string} text
+ * @param {Record<string, string | number>} values
+ */
+function form(text, values) {
+  const [one, many] = text.split(' | ')
+  const number = Number(values[text.match(/\{(\w+)\}/)?.[1] ?? ''])
+  return many === undefined || number === 1 ? one : many
 }

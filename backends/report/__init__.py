@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..config import AttentionConfig
 from ..measure.device_clock import DeviceClock
+from ..values.counted import counted
 from . import outcome
 from .audit import BY_ANOTHER as BY_ANOTHER
 from .audit import asked_and_ran
@@ -277,8 +278,8 @@ class RunReport:
                 totals[row.role, row.backend] = totals.get((row.role, row.backend), 0) + row.calls
                 others += row.calls if row.by_another else 0
                 fallbacks += row.calls if row.reason and not row.by_another else 0
-        parts = [f"{role} {backend} {calls} calls" for (role, backend), calls in totals.items()]
-        ended = [f"{fallbacks} fallbacks"] if fallbacks else []
+        parts = [f"{role} {backend} {counted(calls, 'call')}" for (role, backend), calls in totals.items()]
+        ended = [counted(fallbacks, "fallback")] if fallbacks else []
         sentence = outcome.of_run_report(self).text
         return "; ".join(
             [", ".join(parts or ["no attention call reached us"]), *ended, *([sentence] if sentence else [])]

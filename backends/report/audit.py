@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import RECOMMENDED
 from ..config.layers import resolve
 from ..config.names import AUTO, AUTOTUNE
+from ..values.counted import counted
 
 if TYPE_CHECKING:
     from . import Row, RunReport
@@ -199,4 +200,4 @@ def _counted(ran: Mapping[str, int]) -> str:
     """Backends as text, with calls if there are several."""
     if len(ran) == 1:
         return next(iter(ran))
-    return ", ".join(f"{backend} {calls} calls" for backend, calls in ran.items())
+    return ", ".join(f"{backend} {counted(calls, 'call')}" for backend, calls in ran.items())

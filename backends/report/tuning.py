@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..measure.call_key import TuningKey
+from ..values.counted import counted
 
 OPEN, DECIDED = "tuning", "decided"
 """States: under trial; decided in this run."""
@@ -34,4 +35,4 @@ class Tuning:
         """The run report's note about trials; None without any."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
-        return f"autotune: tuning ({tried} kinds of call; later runs use what was found)" if tried else None
+        return f"autotune: tuned {counted(tried, 'call shape')}; used from the next run on" if tried else None

@@ -127,8 +127,8 @@ def why_not_counted(prompt: graph.Prompt, sampler: str, samplers: Container[str]
     """Why a sampler has no run report: none of our nodes is between it and the samplers before it, or it is gone."""
     before = graph.ancestors(prompt, sampler, stop=samplers)
     if any(prompt[name]["class_type"] in runs.CONFIG_NODES for name in before):
-        return f"no account is kept: it is older than the last {runs.KEPT} runs, or sampled a model without our patch"
-    return "this sampler ran without our patch"
+        return f"no data: this sampler's model has no attention node, or the run is older than the last {runs.KEPT}"
+    return "no data: this sampler's model has no attention node"
 
 
 def merged(stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def as_text(report: dict[str, Any]) -> str:
         total[2] += row["timed"]
     lines = not_counted(report)
     if lines:
-        lines.append("the lines below are of the other samplers before this node")
+        lines.append("the lines below are about the other samplers before this node")
     lines.append(f"{'role':24} {'backend':18} {'mask':12} {'calls':>7} {'ms':>10}")
     for (role, backend, mask), (calls, milliseconds, timed) in totals.items():
         shown = f"{milliseconds:10.1f}" if timed else f"{'-':>10}"
@@ -212,7 +212,7 @@ def findings(run: dict[str, Any]) -> list[str]:
     lines += guard_findings.lines(run.get("guard", ()))
     lines += [f"note: {note}" for note in run["notes"]]
     if run.get("bypass"):
-        lines.append(f"not counted, because it never reaches ComfyUI's attention hook: {run['bypass']}")
+        lines.append(f"not counted (bypasses ComfyUI's attention hook): {run['bypass']}")
     return lines
 
 
@@ -220,5 +220,5 @@ def remarks(report: dict[str, Any]) -> list[str]:
     """Everything beside the table."""
     if report["run"] is not None:
         return [*not_counted(report), *findings(report["run"])]
-    text = "no account: the model before this sampler has no Attention Backend Selector, or it ran too long ago"
+    text = "no data: this sampler's model has no attention node, or the run is no longer kept"
     return [text, *not_counted(report)]

@@ -72,6 +72,8 @@ def test_no_text_has_a_meaning_to_the_front_end(language: str, name: str) -> Non
     # vue-i18n reads a bar as plural forms, an at sign as a link, a brace as a placeholder.
     for key, text in flat(read(language, name)).items():
         plain = re.sub(r"\{'.'\}", "", text)  # how it is told to take one as it is
+        if "attentionBackends" in key:  # read by web/words.js alone, which knows two forms for a number
+            plain = re.sub(r"^([^|]*\{\w+\}[^|]*) \| ([^|]*\{\w+\}[^|]*)$", r"\1\2", plain)
         assert not re.search(r"[|@]", plain), f"{key}: {text}"
         assert "attentionBackends" in key or not re.search(r"[{}]", plain), f"{key}: {text}"
 
