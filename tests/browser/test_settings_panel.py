@@ -136,7 +136,7 @@ def test_a_changed_setting_holds_for_the_next_run(server: Server, tmp_path: Path
         page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
         dialog = page.get_by_role("dialog")
         dialog.get_by_text("Attention Backends", exact=True).first.click()
-        times = dialog.get_by_label("Times in the account of a run").last
+        times = dialog.get_by_label("Timing detail in run reports").last
         times.locator("option").first.wait_for(state="attached")
         assert times.locator("option").all_inner_texts() == ["of every call", "of some model calls", "none"]
         times.select_option("none")
@@ -173,7 +173,7 @@ def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
         assert hub.is_checked()
         assert hub.is_disabled()
         dialog.get_by_text("set by ATTENTION_BACKENDS_TRACE").wait_for()
-        times = dialog.get_by_label("Times in the account of a run").last
+        times = dialog.get_by_label("Timing detail in run reports").last
         assert times.is_disabled()
         assert times.input_value() == "sampled"
         for change, variable in (({"hub": False}, "HUB"), ({"trace": "off", "log_level": "DEBUG"}, "TRACE")):

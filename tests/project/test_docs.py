@@ -189,7 +189,7 @@ def test_a_command_answers_as_the_page_says(
 def literal(node: ast.AST) -> str | None:
     """A regular expression for what an expression of strings can say; None for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%[srd]", ".*", re.escape(node.value))
+        return re.sub(r"%[srd]|\\\{\w+\\\}", ".*", re.escape(node.value))  # and the values of a reason's text
     if isinstance(node, ast.JoinedStr):
         return "".join(literal(part) or ".*" for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
