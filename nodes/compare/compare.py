@@ -51,7 +51,7 @@ class AttentionCompare(io.ComfyNode):
                 io.String.Input(
                     "backends",
                     default=DEFAULT_BACKENDS,
-                    tooltip="Names separated by commas. One that cannot run here is a panel that says why. Leave "
+                    tooltip="Names separated by commas. Unavailable ones are shown with the reason. Leave "
                     "empty to compare only the models connected below.",
                 ),
                 io.Combo.Input(
@@ -73,7 +73,7 @@ class AttentionCompare(io.ComfyNode):
                 io.Conditioning.Input("negative", optional=True),
                 io.Vae.Input("vae", optional=True, tooltip="Without it the pictures are ComfyUI's linear previews."),
                 *(
-                    io.Model.Input(name, optional=True, tooltip="A model with attention nodes of its own, as a row.")
+                    io.Model.Input(name, optional=True, tooltip="Optional: an already patched model to include.")
                     for name in PATCHED
                 ),
                 io.ClipVision.Input(

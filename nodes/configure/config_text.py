@@ -85,7 +85,7 @@ class AttentionConfigText(io.ComfyNode):
             description=(
                 "Reads a whole configuration: JSON, YAML, name=value pairs, or the command line of vLLM-Omni, SGLang "
                 "diffusion or Smart-Diffusion, pasted as it is. What it says wins over earlier attention nodes, later "
-                "ones win over it, and the account of the run says so."
+                "ones win over it, and the run report says so."
             ),
             search_aliases=["attention json", "attention yaml", "vllm attention", "sglang attention"],
             inputs=[

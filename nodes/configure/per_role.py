@@ -26,9 +26,8 @@ class PerRoleAttentionConfig(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Chooses the kernel for one kind of attention in this model, e.g. self or cross. Stack several. "
-                "A role that the model does not have changes nothing, and the account of the run says so. Roles "
-                "that no node names run on auto; put a Selector set to comfy before this node to leave them as they "
-                "are without it."
+                "A role that the model does not have changes nothing, and the run report says so. Other roles use "
+                "auto. To keep ComfyUI's default for them, add a Selector set to comfy first."
             ),
             search_aliases=["attention role", "cross attention backend", "self attention backend"],
             inputs=[
@@ -39,7 +38,7 @@ class PerRoleAttentionConfig(io.ComfyNode):
                     tooltip=(
                         "self: within the picture or video (joint text and picture attention too). cross: picture to "
                         "text. joint: text and picture together. Or a model's own role: wan.image_cross, flux.single, "
-                        "ltx2.audio_to_video. The account of a run lists the roles of the model."
+                        "ltx2.audio_to_video. The run report lists the roles of the model."
                     ),
                 ),
                 io.Combo.Input(

@@ -76,7 +76,7 @@ class AttentionSchedule(io.ComfyNode):
             description=(
                 "Another kernel for a part of the run: the first and last steps, a window of percent or sigmas, some "
                 "blocks, one role. Outside it the model runs as before this node. Stack several; where two of them "
-                "meet, the later one wins and the account of the run says so."
+                "meet, the later one wins and the run report says so."
             ),
             search_aliases=["attention steps", "attention window", "first and last steps"],
             inputs=[
@@ -112,7 +112,7 @@ class AttentionSchedule(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "Only these blocks: 0-1,38,last 2, counted in each series of blocks; or of one series: "
-                        "double_blocks.0-3. Empty: all. The account of a run lists the blocks of the model."
+                        "double_blocks.0-3. Empty: all. The run report lists the blocks of the model."
                     ),
                 ),
                 io.String.Input(

@@ -37,7 +37,7 @@ class AttentionRecord(io.ComfyNode):
             display_name="Attention Record",
             category=CATEGORY,
             description=(
-                "Put it between the sampler and the node that saves, best right before that one: which kernel computed "
+                "Place it just before Save Image or Save Video: which kernel computed "
                 "attention goes into the file's metadata. Paste the record into Attention Config From Text, and the "
                 "same seed gives the same picture later."
             ),

@@ -17,6 +17,7 @@ from attention_backends.comparison.report import CallScore, Report, Row, Spread
 from picture_texts import LABEL, check_readable, says
 from syrupy.assertion import SnapshotAssertion
 
+NO_GPU = "needs an NVIDIA GPU (this is a CPU)"
 TIME = Spread(10.0, 9.0, 12.0, 3)
 
 
@@ -57,9 +58,7 @@ def test_each_row_is_labelled_with_what_ran_and_its_time() -> None:
 
 
 def test_a_backend_that_did_not_run_has_a_panel_that_says_why() -> None:
-    words, _ = drawn(
-        [Row("torch_sdpa"), Row("cudnn_attn", failed="needs an NVIDIA GPU (this is a CPU)")], [picture(), None]
-    )
+    words, _ = drawn([Row("torch_sdpa"), Row("cudnn_attn", failed=NO_GPU)], [picture(), None])
     assert says([words], "didnotrun:needsanNVIDIAGPU")
 
 
@@ -126,7 +125,7 @@ def test_attention_alone_is_a_chart_with_nan_in_words() -> None:
     rows = [
         Row("torch_sdpa", "torch_sdpa", step_ms=TIME, speedup=1.0, calls=calls(1e-7)),
         Row("sol_attn", "sol_attn", step_ms=TIME, broken="NaN in all values", calls=calls(float("nan"))),
-        Row("cudnn_attn", failed="needs an NVIDIA GPU (this is a CPU)"),
+        Row("cudnn_attn", failed=NO_GPU),
     ]
     figure = draw(report(*rows, mode="attention"), [None, None, None])
     words = [text.get_text() for axes in figure.axes for text in axes.texts]
@@ -177,16 +176,14 @@ def real_rows(count: int) -> list[Row]:
     rows = [
         Row("torch_sdpa", "torch_sdpa", step_ms=TIME, total_ms=TIME),
         Row("sage_attn", "sage_fp8_cuda", label=LABEL, step_ms=Spread(5, 5, 6, 3), total_ms=Spread(5, 5, 6, 3)),
-        Row(
-            "sage_attn_3", failed="package sageattn3 is not installed; needs a Blackwell GPU (sm100); this one is sm90"
-        ),
+        Row("sage_attn_3", failed="package sageattn3 is not installed; needs a Blackwell GPU (sm100)"),
         Row("comfy", "torch_sdpa", step_ms=slow, total_ms=slow),
         Row("flash_attn", "flash_attn_3", step_ms=once, total_ms=once),
         Row(
             "cudnn_attn",
             "torch_sdpa",
             fell_back=40,
-            failed="fell back: needs an NVIDIA GPU (this is a CPU)",
+            failed=f"fell back: {NO_GPU}",
             step_ms=once,
         ),
     ]
