@@ -184,9 +184,10 @@ def on_the_page() -> dict[str, str]:
     }
     script = """
         import { outcomeText, shortLine, worst } from ACCOUNT
+        import { loadWords } from WORDS
         const [book, cases] = JSON.parse(process.argv[1])
-        const say = (key, values = {}) => key.split('.').reduce((part, name) => part?.[name], book)
-          .replace(/\\{(\\w+)\\}/g, (_, name) => String(values[name]))
+        const answer = { ok: true, json: async () => ({ en: { attentionBackends: book } }) }
+        const say = await loadWords({ fetchApi: async () => answer }, 'en')
         const totals = [{ role: 'self', backend: 'sdpa_math', calls: 2 }]
         const found = {}
         for (const [name, outcome] of Object.entries(cases)) {
@@ -196,7 +197,9 @@ def on_the_page() -> dict[str, str]:
         found.worst = [worst([good, undefined, bad, good]).kind]
         found.state = Object.values(cases).map(({ kind }) => say(`state.${kind}`))
         console.log(JSON.stringify(found))
-    """.replace("ACCOUNT", json.dumps(str(ROOT / "web" / "account.js")))
+    """
+    for name in ("account", "words"):
+        script = script.replace(f"from {name.upper()}", f"from {json.dumps(str(ROOT / 'web' / f'{name}.js'))}")
     node = node_with_types("tsconfig.json")[0]
     given = json.dumps([words(), cases])
     command = [node, "--experimental-default-type=module", "--input-type=module", "--eval", script, given]
