@@ -1,4 +1,4 @@
-"""The reasons of the golden set in today's words: each is an id with values whose English text was changed as a whole.
+"""The texts of the golden set in today's words: of reasons, which are ids with values, and of some tooltips.
 
 Kinds, cards, limits and names stay as they were written; only the sentence around them is another one.
 """
@@ -87,6 +87,11 @@ PHRASES: tuple[tuple[str, Any], ...] = (
     (r"is_causal is not supported", "does not support is_causal"),
     (r"grouped query heads (\S+) are not supported", r"does not support grouped query heads (\1)"),
     (r"not built into this version of attention-backends", TEMPLATES["not_built"]),
+    (r"the account of the run says so", "the run report says so"),
+    (r"Put it between the sampler and the node that saves, best right", "Place it just"),
+    (r"^(Place it just before) that one:", r"\1 Save Image or Save Video:"),
+    (r"One that cannot run here is a panel that says why", "Unavailable ones are shown with the reason"),
+    (r"A model with attention nodes of its own, as a row", "Optional: an already patched model to include"),
     (r"are taken here, so it is what auto takes", "are taken here, so auto decides"),
 )
 """Old words and today's."""
