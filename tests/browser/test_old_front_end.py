@@ -14,7 +14,7 @@ from front_ends import front_end_or_skip
 from panel_pictures import keep
 from server_harness import ROOT, start_server
 from test_panel import LINE, SAVED, open_tab, run_workflow, table, workflow
-from test_settings_panel import ADD, choose
+from test_settings_panel import ADD, EXPERTS, choose
 
 pytestmark = [
     pytest.mark.comfy,
@@ -91,4 +91,6 @@ def test_everything_works_in_it(old: tuple[str, Server], nodes_2: bool, tmp_path
         choose(page, {BACKEND: "sdpa_math"})
         assert page.evaluate(ADD, "AttentionBackendSelector")[1] == "sdpa_math"
         choose(page, {BACKEND: "auto"})
+        found, wanted = page.evaluate(EXPERTS)
+        assert found == wanted
         assert ours(page) == []

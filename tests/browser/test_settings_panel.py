@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,79 @@ SET_ROLE = """([id, role]) => {
 }"""
 COPY = "(id) => window.app.graph.getNodeById(id).clone().widgets.map((widget) => widget.value)"
 
+SEARCHED = {
+    **dict.fromkeys(("sage", "flash", "sdpa", "xformers", "cudnn", "sage attention", "attention backend"), 3),
+    "attention": 12,  # what the list shows without scrolling
+}
+"""What people type into the node search, and among how many answers the selector has to be."""
+TOGGLE_SEARCH = "() => window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')"
+FORMER_NODES = """async () => {
+  const [caption, image] = ['AttentionDemoCaption', 'AttentionDemoImage'].map((type) => {
+    const node = window.LiteGraph.createNode(type)
+    window.app.graph.add(node)
+    return node
+  })
+  return [caption.widgets[0].value, image.widgets[0].value]
+}"""
+EXPERTS = """async () => {
+  const { app, LiteGraph } = window
+  const make = (type) => { const node = LiteGraph.createNode(type); app.graph.add(node); return node }
+  const [high, low, first, second] = ['UNETLoader', 'UNETLoader', 'KSampler', 'KSampler'].map(make)
+  const type = 'AttentionBackendSelector'
+  const ours = app.graph.nodes.find((node) => node.type === type) ?? make(type)
+  const slot = (name) => ours.inputs.findIndex((input) => input.name === name)
+  high.connect(0, ours, slot('model'))
+  low.connect(0, ours, slot('model_2'))
+  ours.connect(0, first, 0)
+  ours.connect(1, second, 0)
+  const taken = async () => {
+    const { output } = await app.graphToPrompt()
+    return [first, second].map((node) => output[node.id].inputs.model)
+  }
+  const links = (one, other) => [one, other].map(([node, number]) => [String(node.id), number])
+  const on = await taken()
+  ours.mode = 4
+  const bypassed = await taken()
+  ours.mode = 0
+  return [[on, bypassed], [links([ours, 0], [ours, 1]), links([high, 0], [low, 0])]]
+}"""
+"""Two loaders through one selector to two samplers: what each sampler takes, and what it should, also bypassed."""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     variables = {"DIFFUSION_ATTENTION_BACKEND": "torch_sdpa"}
     with start_server(extra_nodes=(), environ=variables) as running:
         yield running
+
+
+def searched(page: Any, words: str) -> list[str]:
+    """The answers of the node search, best first."""
+    page.evaluate(TOGGLE_SEARCH)
+    page.get_by_role("combobox").last.wait_for()
+    page.keyboard.type(words)
+    answers = page.get_by_role("option")
+    answers.filter(has_text=re.compile("attention", re.IGNORECASE)).first.wait_for()
+    page.wait_for_timeout(300)
+    found: list[str] = answers.all_inner_texts()
+    page.keyboard.press("Escape")
+    answers.first.wait_for(state="detached")
+    return found
+
+
+def test_the_selector_is_found_and_serves_two_models(server: Server, tmp_path: Path) -> None:
+    saved = json.loads((UI_FORM / "per_role.json").read_text(encoding="utf-8"))
+    with open_comfyui(server.url, tmp_path / "profile") as page:
+        for words, most in SEARCHED.items():
+            found = searched(page, words)[:most]
+            assert [text for text in found if "Attention Backend Selector" in text], (words, found)
+            assert not [text for text in found if text.startswith("Demo")], (words, found)
+        assert page.evaluate(FORMER_NODES) == ["a large red circle on the left", 16]  # graphs that have them open
+        for workflow_of_ours in (None, saved):  # a new node, and one from before it had a second model
+            load_workflow(page, workflow_of_ours or {**saved, "nodes": [], "links": [], "groups": []})
+            found, wanted = page.evaluate(EXPERTS)
+            assert found == wanted
+        assert ours(page) == []
 
 
 def choose(page: Any, values: dict[str, Any]) -> None:
