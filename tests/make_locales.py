@@ -60,6 +60,7 @@ def settings() -> dict[str, Any]:
         "NewNodes_Accuracy": ("accuracy", "new_nodes"),
         "NewNodes_Strict": ("strict", "new_nodes"),
         "NewNodes_Guard": ("guard", "new_nodes"),
+        "NewNodes_Recommended": ("recommended", "new_nodes"),
         "Machine_Hub": ("hub", "hub_tip"),
         "Machine_LogLevel": ("log_level", "log_tip"),
         "Machine_Trace": ("trace", "trace_tip"),

@@ -4,7 +4,7 @@ import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { nodeLines } from './node_line.js'
 import { openPanel } from './panel.js'
-import { seed } from './seeds.js'
+import { seed, showInWords } from './seeds.js'
 import { serverRoutes } from './server.js'
 import { settings } from './settings.js'
 import { loadWords } from './words.js'
@@ -63,6 +63,7 @@ const extension = {
   nodeCreated(node) {
     const setting = app.extensionManager?.setting
     if (setting?.get) seed(node, app.configuringGraph, (id) => setting.get(id))
+    showInWords(node, say)
     lines.watch(node)
   }
 }

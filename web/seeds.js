@@ -1,4 +1,4 @@
-/** A person's own defaults: they fill the widgets of a node that is newly made, and never touch one that exists. */
+/** What a new node's widgets hold and show: a person's own defaults, which never touch a node that exists. */
 
 import { classOf } from './node_line.js'
 
@@ -9,8 +9,12 @@ export const SELECTOR_SEEDS = {
   'AttentionBackends.NewNodes.Backend': 'backend',
   'AttentionBackends.NewNodes.Accuracy': 'accuracy',
   'AttentionBackends.NewNodes.Strict': 'strict',
-  'AttentionBackends.NewNodes.Guard': 'guard'
+  'AttentionBackends.NewNodes.Guard': 'guard',
+  'AttentionBackends.NewNodes.Recommended': 'recommended'
 }
+
+/** Older name of a choice -> the name that it has now; settings may have stored it. */
+const RENAMED = /** @type {Record<string, string>} */ ({ measured: 'autotune' })
 
 /** Role -> setting. */
 export const ROLE_SEEDS = {
@@ -30,7 +34,8 @@ export function seed(node, loading, setting) {
   if (loading) return
   const widget = (/** @type {string} */ name) => node.widgets?.find((one) => one.name === name)
   const standard = new Map((node.widgets ?? []).map((one) => [one.name, one.value]))
-  const fill = (/** @type {string} */ name, /** @type {unknown} */ value) => {
+  const fill = (/** @type {string} */ name, /** @type {unknown} */ stored) => {
+    const value = RENAMED[String(stored)] ?? stored
     const found = widget(name)
     const values = found?.options?.values
     if (!found || value === undefined || (Array.isArray(values) && !values.includes(value))) return
@@ -51,6 +56,18 @@ export function seed(node, loading, setting) {
     for (const one of own.slice(saved)) one.value = standard.get(one.name)
     return configured?.call(this, info)
   }
+}
+
+/**
+ * Shows the values of `accuracy` in words. The values themselves stay: graphs hold them.
+ *
+ * @param {LGraphNode} node
+ * @param {import('./words.js').Say} say
+ */
+export function showInWords(node, say) {
+  if (classOf(node) !== 'AttentionBackendSelector') return
+  const options = /** @type {any} */ (node.widgets?.find((one) => one.name === 'accuracy')?.options)
+  if (options) options.getOptionLabel = (/** @type {string | null} */ value) => say(`may_use.${value}`)
 }
 
 /**

@@ -25,7 +25,7 @@ const MACHINE = 'This server'
 export function settings(found, server, say) {
   if (!found) return [] // a server that could not be asked: new nodes keep their own defaults
   const { choices, accuracy, guard, defaults } = found
-  const combo = (/** @type {string[]} */ options, /** @type {unknown} */ first) => ({
+  const combo = (/** @type {(string | { text: string, value: string })[]} */ options, /** @type {unknown} */ first) => ({
     type: 'combo',
     options,
     defaultValue: first
@@ -36,6 +36,7 @@ export function settings(found, server, say) {
     tooltip: say('settings.roles')
   })
   const seed = (/** @type {string} */ name) => ({ name, tooltip: say('settings.new_nodes') })
+  const classes = (accuracy ?? []).map((value) => ({ text: say(`may_use.${value}`), value }))
   const own = (/** @type {() => HTMLElement} */ type) => ({ type, defaultValue: null })
   const environment = Object.entries(found.environment).map(([name, text]) => `${name}=${text}`)
   const variables = () => element('code', { style: 'white-space: pre-wrap; font-size: 12px' }, environment.join('\n'))
@@ -45,9 +46,11 @@ export function settings(found, server, say) {
     [NEW_NODES, 'Self', role('self')],
     [NEW_NODES, 'Cross', role('cross')],
     [NEW_NODES, 'Joint', role('joint')],
-    [NEW_NODES, 'Accuracy', { ...seed(say('settings.accuracy')), ...combo(accuracy, defaults.accuracy) }],
+    [NEW_NODES, 'Accuracy', { ...seed(say('settings.accuracy')), ...combo(classes, defaults.accuracy) }],
     [NEW_NODES, 'Strict', { ...seed(say('settings.strict')), type: 'boolean', defaultValue: defaults.strict }],
     [NEW_NODES, 'Guard', { ...seed(say('settings.guard')), ...combo(guard, defaults.guard) }],
+    // On, unlike the input's own default, which is that of graphs from before the input was there.
+    [NEW_NODES, 'Recommended', { ...seed(say('settings.recommended')), type: 'boolean', defaultValue: true }],
     [
       MACHINE,
       'Hub',
@@ -84,7 +87,7 @@ export function settings(found, server, say) {
  * @param {Say} say
  */
 function serverSetting(control, name, value, put, server, say) {
-  const said = element('span', { role: 'status', style: 'font-size: 12px; margin-inline-start: 8px' })
+  const said = element('span', { role: 'status', style: 'font-size: 12px; margin-inline-end: 8px' })
   const show = (/** @type {Settings} */ settings) => {
     const { value: now, variable } = settings.machine[name] ?? { value: undefined, variable: null }
     put(now, settings)
@@ -102,7 +105,7 @@ function serverSetting(control, name, value, put, server, say) {
     })
   })
   server.settings().then(show, failed)
-  return element('span', {}, control, said)
+  return element('span', { style: 'display: inline-flex; align-items: center' }, said, control)
 }
 
 /**
@@ -110,8 +113,26 @@ function serverSetting(control, name, value, put, server, say) {
  * @param {Say} say
  */
 function hubSwitch(server, say) {
-  const box = element('input', { type: 'checkbox', 'aria-label': say('settings.hub') })
-  return serverSetting(box, 'hub', () => box.checked, (value) => (box.checked = value), server, say)
+  const box = element('input', { type: 'checkbox', role: 'switch', 'aria-label': say('settings.hub') })
+  const put = (/** @type {boolean} */ value) => {
+    box.checked = value
+    box.style.cssText = switchStyle(value)
+  }
+  put(false)
+  box.addEventListener('change', () => put(box.checked))
+  return serverSetting(box, 'hub', () => box.checked, put, server, say)
+}
+
+/**
+ * The look of ComfyUI's switches, which a pack cannot make: its own types of settings are plain elements.
+ *
+ * @param {boolean} on
+ */
+function switchStyle(on) {
+  const [place, colour] = on ? ['26px', 'var(--primary-background, #0b8ce9)'] : ['10px', 'var(--interface-stroke, #555)']
+  const knob = 'var(--base-background, var(--comfy-menu-bg, #171718))'
+  return `appearance: none; margin: 0 2px; width: 36px; height: 20px; border-radius: 10px; cursor: pointer;
+    background: radial-gradient(circle at ${place} 50%, ${knob} 7.5px, transparent 8px) ${colour}`
 }
 
 /**
@@ -125,7 +146,9 @@ function hubSwitch(server, say) {
  * @param {Say} say
  */
 function select(name, label, options, words, server, say) {
-  const style = 'background: var(--comfy-input-bg); color: var(--input-text); padding: 4px; border-radius: 4px'
+  const style = 'background: var(--p-form-field-background, var(--comfy-input-bg)); min-width: 176px; height: 40px;' +
+    'color: var(--p-form-field-color, var(--input-text)); padding: 0 8px; border-radius: 6px; font: inherit;' +
+    'border: 1px solid var(--p-form-field-border-color, var(--border-color))'
   const made = element('select', { 'aria-label': label, style })
   const put = (/** @type {string} */ value, /** @type {Settings} */ found) => {
     made.replaceChildren(...options(found).map((option) => element('option', { value: option }, words(option))))

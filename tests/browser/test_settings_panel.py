@@ -29,14 +29,17 @@ CHOSEN = {
     "AttentionBackends.NewNodes.Accuracy": "quantized",
     "AttentionBackends.NewNodes.Strict": True,
     "AttentionBackends.NewNodes.Guard": "enforce",
+    "AttentionBackends.NewNodes.Recommended": False,
 }
+BACKEND = "AttentionBackends.NewNodes.Backend"
 ADD = """(type) => {
   const node = window.LiteGraph.createNode(type)
   window.app.graph.add(node)
   return [node.id, ...node.widgets.filter((widget) => widget.serialize !== false).map((widget) => widget.value)]
 }"""
 VALUES = "(id) => window.app.graph.getNodeById(id).widgets.filter((w) => w.serialize !== false).map((w) => w.value)"
-
+SHOWN = """(id) => window.app.graph.getNodeById(id).widgets.filter((w) => w.serialize !== false)
+  .map((w) => !w.options.advanced)"""
 SET_ROLE = """([id, role]) => {
   const widget = window.app.graph.getNodeById(id).widgets[0]
   widget.value = role
@@ -82,6 +85,16 @@ EXPERTS = """async () => {
 }"""
 """Two loaders through one selector to two samplers: what each sampler takes, and what it should, also bypassed."""
 
+PLACE_OF_ACCURACY = """() => {
+  const { canvas, graph } = window.app
+  const node = graph.nodes.find((one) => one.type === 'AttentionBackendSelector')
+  canvas.centerOnNode(node)
+  canvas.draw(true, true)
+  const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 200, node.pos[1] + node.widgets[1].y + 10])
+  const { left, top } = canvas.canvas.getBoundingClientRect()
+  return [x + left, y + top]
+}"""
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
@@ -116,6 +129,12 @@ def test_the_selector_is_found_and_serves_two_models(server: Server, tmp_path: P
             load_workflow(page, workflow_of_ours or {**saved, "nodes": [], "links": [], "groups": []})
             found, wanted = page.evaluate(EXPERTS)
             assert found == wanted
+        page.mouse.click(*page.evaluate(PLACE_OF_ACCURACY))
+        page.get_by_text("+ sparse", exact=True).click()  # a choice in words, whose value is that of graphs
+        kept = page.evaluate(
+            "() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').serialize()"
+        )
+        assert kept["widgets_values"][1] == "sparse"
         assert ours(page) == []
 
 
@@ -137,11 +156,15 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         load_workflow(page, saved)
         before, *values = page.evaluate(ADD, "AttentionBackendSelector")
-        assert values == [backend, *defaults]  # nothing was chosen yet
+        # Nothing was chosen yet. Exceptions are on in a new node; a graph that says nothing of them has them off.
+        assert (defaults[-1], values) == (False, [backend, *defaults[:-1], True])
+        assert page.evaluate(SHOWN, before) == [True, False, False, False, False]  # the plain one first
         choose(page, CHOSEN)
         assert page.evaluate(VALUES, before) == values  # it exists: it stays
         _, *values = page.evaluate(ADD, "AttentionBackendSelector")
-        assert values == ["torch_sdpa", "quantized", True, "enforce", defaults[-1]]
+        assert values == ["torch_sdpa", "quantized", True, "enforce", False]
+        choose(page, {BACKEND: "measured"})  # as an older version stored it
+        assert page.evaluate(ADD, "AttentionBackendSelector")[1] == "autotune"
 
         number, *values = page.evaluate(ADD, "PerRoleAttentionConfig")
         assert values == ["self", "sdpa_flash", ""]
@@ -162,8 +185,8 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
         load_workflow(page, old)
         found = page.evaluate("() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').id")
         assert page.evaluate(VALUES, found) == ["comfy", *defaults]
-        assert page.evaluate(COPY, found)[0] == "comfy"
-        choose(page, dict(zip(CHOSEN, (backend, "auto", "auto", *defaults[:3]), strict=True)))
+        assert page.evaluate(COPY, found)[:5] == ["comfy", *defaults]
+        choose(page, dict(zip(CHOSEN, (backend, "auto", "auto", *defaults[:3], True), strict=True)))
         assert ours(page) == []
 
 
@@ -174,12 +197,18 @@ def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tm
         dialog = page.get_by_role("dialog")
         dialog.wait_for()
         dialog.get_by_text("Attention Backends", exact=True).first.click()
-        hub = dialog.get_by_label("Downloads of kernels from the Hugging Face Hub").last
+        hub = dialog.get_by_label("Download missing kernels from Hugging Face").last
         hub.wait_for()
         page.wait_for_timeout(500)
+        # As large as ComfyUI's own switch, and at the same edge.
+        own = dialog.locator("[id='AttentionBackends.NewNodes.Recommended']").bounding_box()
+        switch = hub.bounding_box()
+        assert abs(own["x"] + own["width"] - switch["x"] - switch["width"]) <= 4
+        assert abs(own["width"] - switch["width"]) + abs(own["height"] - switch["height"]) <= 8
         page.screenshot(path=keep(tmp_path, "settings.png"))
         words = dialog.inner_text()
-        for text in ("Backend for role cross", "Strict", "Guard", "DIFFUSION_ATTENTION_BACKEND=torch_sdpa"):
+        wanted = ("Backend for role cross", "Strict", "Guard", "Exceptions for this model", "What auto may use")
+        for text in (*wanted, "lossless only", "DIFFUSION_ATTENTION_BACKEND=torch_sdpa"):
             assert text in words
         hub.check()
         level = dialog.get_by_label("Log of this pack").last
@@ -206,8 +235,8 @@ def test_a_changed_setting_holds_for_the_next_run(server: Server, tmp_path: Path
         dialog.get_by_text("Attention Backends", exact=True).first.click()
         times = dialog.get_by_label("Timing detail in run reports").last
         times.locator("option").first.wait_for(state="attached")
-        assert times.locator("option").all_inner_texts() == ["of every call", "of some model calls", "none"]
-        times.select_option("none")
+        assert times.evaluate("(list) => [...list.options].map((one) => one.value)") == ["full", "sampled", "off"]
+        times.select_option("off")
         page.wait_for_timeout(500)
         assert server.get("/attention_backends/settings")["machine"]["trace"] == {"value": "off", "variable": None}
         page.keyboard.press("Escape")
@@ -237,7 +266,7 @@ def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
         dialog = page.get_by_role("dialog")
         dialog.get_by_text("Attention Backends", exact=True).first.click()
         dialog.get_by_text("set by ATTENTION_BACKENDS_HUB").wait_for()
-        hub = dialog.get_by_label("Downloads of kernels from the Hugging Face Hub").last
+        hub = dialog.get_by_label("Download missing kernels from Hugging Face").last
         assert hub.is_checked()
         assert hub.is_disabled()
         dialog.get_by_text("set by ATTENTION_BACKENDS_TRACE").wait_for()
