@@ -23,6 +23,11 @@ FOLDER = "attention_backends"
 NO_FILE = "none"
 COMPONENTS = ("transformer", "transformer_2")
 MAX_BYTES = bounded.MOST_JSON
+MOST_CHECKED = 8192
+"""Characters or bytes of a configuration that is read before the graph runs, where the server waits for it.
+
+People write less. A longer one, such as a record, is read when the node runs, where it may take its time.
+"""
 
 
 def folder() -> Path:
@@ -73,6 +78,39 @@ def read_file(name: str, component: str) -> AttentionConfig:
     return parse_config(text, name, component=component, read_files=False)
 
 
+def configuration(text: Any, file: str | None, component: str) -> AttentionConfig:
+    """The configuration from the node's inputs.
+
+    Raises:
+        ConfigError, UnknownBackendError: an input cannot be read or understood.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"text must be text, not {type(text).__name__}: {text!r}")
+    text, file = text_of(text), NO_FILE if file is None else file
+    if text.strip() and file != NO_FILE:
+        raise ConfigError(f"both text and the file {file} are given; clear the text, or set file to {NO_FILE}")
+    if file != NO_FILE:
+        return read_file(file, component)
+    return parse_config(text, "text", component=component, read_files=False)
+
+
+def understood(text: str, file: str) -> None:
+    """Read a configuration for each component, if it is short.
+
+    Raises:
+        ConfigError, UnknownBackendError: it cannot be understood for any of them.
+    """
+    if len(text) > MOST_CHECKED or (file != NO_FILE and len(content(file)) > MOST_CHECKED):
+        return
+    for component in COMPONENTS[1:]:
+        try:
+            configuration(text, file, component)
+        except ValueError:
+            continue
+        return
+    configuration(text, file, COMPONENTS[0])
+
+
 class AttentionConfigText(io.ComfyNode):
     """MODEL in, patched MODEL out; stacks with the selector and the per-role node, in any order."""
 
@@ -121,15 +159,20 @@ class AttentionConfigText(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: Any = None, input_types: Any = None) -> bool | str:
-        """Check the name against the folder now: files may have changed since the page was loaded."""
+    def validate_inputs(cls, file: Any = None, text: Any = None, input_types: Any = None) -> bool | str:
+        """Read what will run, as files may have changed since the page was loaded; what is connected is None here.
+
+        ComfyUI itself checks `component`, which then is not known here: a configuration is wrong that is so for each.
+        """
         if problem := wrong_link(cls, input_types):
             return problem
-        if file in (None, NO_FILE):
-            return True
+        name = NO_FILE if file is None else str(file)
         try:
-            content(str(file))
-        except (ConfigError, OSError) as error:
+            if isinstance(text, str) and "file" not in (input_types or {}):
+                understood(text, name)
+            elif name != NO_FILE:
+                content(name)
+        except (ValueError, OSError) as error:
             return str(error)
         return True
 
@@ -144,13 +187,4 @@ class AttentionConfigText(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, text: str, file: str = NO_FILE, component: str = COMPONENTS[0]) -> io.NodeOutput:
-        if not isinstance(text, str):
-            raise ConfigError(f"text must be text, not {type(text).__name__}: {text!r}")
-        text, file = text_of(text), NO_FILE if file is None else file
-        if text.strip() and file != NO_FILE:
-            raise ConfigError(f"both text and the file {file} are given; clear the text, or set file to {NO_FILE}")
-        if file != NO_FILE:
-            config = read_file(file, component)
-        else:
-            config = parse_config(text, "text", component=component, read_files=False)
-        return io.NodeOutput(patch.set_config(model, config))
+        return io.NodeOutput(patch.set_config(model, configuration(text, file, component)))

@@ -9,8 +9,10 @@ from comfy_api.latest import io
 from ...backends.config import LONGEST_ROLE, AttentionSpec
 from ...backends.config.names import AUTO
 from ...backends.config.text import parse_extra
+from ...backends.values.bounded import nearest
 from ...backends.values.errors import ConfigError
 from ..hook import patch
+from ..hook.roles import known_roles
 from ..inputs import text_of, wrong_link
 from .selector import CATEGORY, backend_menu, check_backend, environment
 
@@ -70,7 +72,7 @@ class PerRoleAttentionConfig(io.ComfyNode):
             return checked
         try:
             if isinstance(role, str):
-                role_name(role)
+                known_role(role_name(role))
             if isinstance(extra, str):
                 options = parse_extra(text_of(extra))
                 if isinstance(backend, str):
@@ -105,3 +107,16 @@ def role_name(role: str) -> str:
     if len(name) > LONGEST_ROLE:
         raise ConfigError(f"role {name!r}: {len(name)} characters > {LONGEST_ROLE}")
     return name
+
+
+def known_role(name: str) -> None:
+    """For what a person wrote into a widget. What a connection brings runs, and the report says what it matched.
+
+    Raises:
+        ConfigError: no model family has the role.
+    """
+    roles = known_roles()
+    if name not in roles:
+        near = nearest(name, roles)
+        hint = f" did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"no model has the role {name!r};{hint} the roles are: {', '.join(roles)}")

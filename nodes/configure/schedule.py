@@ -7,15 +7,18 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...backends.config import AttentionSpec
+from ...backends.config.names import AUTO
 from ...backends.config.schedule import ScheduleEntry
 from ...backends.kernels import BACKENDS
 from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..inputs import text_of, wrong_link
+from .per_role import known_role
 from .selector import CATEGORY, backend_menu, check_backend, environment
 
 PRECISE = "precise first and last N"
 DEFAULT_WINDOW = "2"
+ANY_ROLE = "self"
 WHEN = (PRECISE, "steps", "percent", "sigmas")
 
 
@@ -141,10 +144,16 @@ class AttentionSchedule(io.ComfyNode):
         if problem is None and when is None and input_types is not None and "when" not in input_types:
             problem = f"when must be one of {', '.join(WHEN)}, not null"
         checked = problem or check_backend(backend, input_types)
-        if checked is not True or any(given is None for given in (backend, when, window, blocks, role)):
+        if checked is not True:
             return checked
+        if when is None:  # of what is connected, something that is right in any case stands in its place
+            when, window = WHEN[1], ""
+        if window is None:
+            window = DEFAULT_WINDOW if when == PRECISE else ""
         try:
-            entry_of(backend, when, window, blocks, role)
+            entry = entry_of(AUTO if backend is None else backend, when, window, blocks or "", role or ANY_ROLE)
+            if role and entry.role:
+                known_role(entry.role)
         except ValueError as error:
             return str(error)
         return True

@@ -321,6 +321,12 @@ def roles_at(family: Family | None, path: str, module_class: str) -> tuple[Role,
     return ()
 
 
+def known_roles() -> tuple[str, ...]:
+    """Every role of the table, the categories first, then the families' own in their order."""
+    found = [role.name for family in FAMILIES for _, roles in family.roles_at_paths for role in roles]
+    return tuple(dict.fromkeys((SELF.name, CROSS.name, JOINT.name, *found)))
+
+
 def guess(path: str, q_len: int, kv_len: int) -> Role:
     """A role for a call that the table does not know, from its path and then its lengths."""
     last = path.rsplit(".", 1)[-1].lower()

@@ -195,3 +195,42 @@ def test_what_only_the_environment_says_holds_for_a_per_role_node(
     file.write_text('{"strict": false}')
     assert selector.environment() != first, "an edited file must not reuse cached results"
     assert selector.check_backend(None) is True, "a linked input is known only when it runs"
+
+
+# Before the graph runs
+
+WIDGETS = {"backend": "sage_attn", "when": "precise first and last N", "window": "2", "blocks": "", "role": ""}
+LINK = {"model": "MODEL"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "linked"),
+    [
+        pytest.param({}, (), id="lossy at the precise ends"),
+        pytest.param({}, ("window", "blocks"), id="lossy, window not known yet"),
+        pytest.param({"backend": None, "window": "x"}, ("backend",), id="window"),
+        pytest.param({"backend": "auto", "window": None, "blocks": "x"}, ("window",), id="blocks"),
+        pytest.param({"backend": "auto", "role": "crossattention"}, (), id="role"),
+    ],
+)
+def test_a_schedule_is_refused_before_it_runs(
+    changed: dict[str, Any], linked: tuple[str, ...], snapshot: SnapshotAssertion
+) -> None:
+    values = {**WIDGETS, **changed, **dict.fromkeys(linked)}
+    node = nodes_module("configure.schedule").AttentionSchedule
+    types = {name: "COMBO" if name == "backend" else "STRING" for name in linked}
+    answer = node.validate_inputs(**values, input_types={**LINK, **types})
+    assert answer is not True
+    assert answer.partition(" the roles are:")[0] == snapshot
+    right = {**values, "backend": "torch_sdpa", "window": "2", "blocks": "", "role": "cross"}
+    assert node.validate_inputs(**right, input_types=LINK) is True
+
+
+@pytest.mark.parametrize("role", ["crossattention", "Cross", "flux.singel", "zzz"])
+def test_a_role_that_no_model_has_is_refused_with_the_nearest(role: str, snapshot: SnapshotAssertion) -> None:
+    answer = per_role().validate_inputs(backend="auto", role=role, extra="", input_types=LINK)
+    said, _, roles = answer.partition(" the roles are: ")
+    assert said == snapshot
+    assert roles.split(", ")[:3] == ["self", "cross", "joint"]
+    for known in (*roles.split(", "), None):  # None: connected, known only when it runs
+        assert per_role().validate_inputs(backend="auto", role=known, extra="", input_types=LINK) is True

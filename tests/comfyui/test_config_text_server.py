@@ -70,7 +70,7 @@ def test_a_name_that_is_not_in_the_folder_is_refused_before_anything_runs(
 def test_an_error_names_its_entry(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     with pytest.raises(WorkflowError) as caught:
         run(server, tmp_path, text="default: torch_sdpa\nper_role:\n  cross: sagee")
-    assert without_names(caught.value).splitlines()[0] == snapshot
+    assert without_names(caught.value).splitlines()[:2] == snapshot  # refused before anything runs
 
 
 ERRORS = {
@@ -82,6 +82,8 @@ ERRORS = {
     "flags: variables inside one another": "nested too deeply",
     "schedule: a name that is tried everywhere": "blocks: more than 1000 characters",
 }
+MOST_CHECKED = 8192
+"""Longest text that is read before the graph runs."""
 MOST_SECONDS = 5.0
 """CPU seconds of the server for one such prompt, ComfyUI's own work and the questions in between included."""
 
@@ -106,9 +108,8 @@ def cpu_seconds(server: Server) -> float:
 def failure(server: Server, nodes: dict[str, Any]) -> str:
     """The error that a prompt ends with; the server is asked for its queue meanwhile."""
     before = cpu_seconds(server)
-    prompt_id = server.queue(nodes)
     with pytest.raises(WorkflowError) as caught:
-        server.wait(prompt_id, timeout=60, tick=lambda _: server.get("/queue"))
+        server.wait(server.queue(nodes), timeout=60, tick=lambda _: server.get("/queue"))
     assert cpu_seconds(server) - before < MOST_SECONDS
     return str(caught.value)
 
@@ -118,12 +119,14 @@ def test_hostile_texts_end_with_the_documented_error(server: Server, tmp_path: P
     texts["a record"] = (json.dumps(products()["runs"]), "stand for more than 50000 calls")
     for name, (text, said) in texts.items():
         error = failure(server, graph(tmp_path, "AttentionConfigText", text=text)).splitlines()
-        assert error[0].startswith("AttentionConfigText: "), name
-        assert said in error[0], name
-        assert len(error[0]) < 3000, name
-    prompt_id = server.queue(graph(tmp_path, "AttentionConfigText", text=TEXTS["YAML: many merge keys"]()))
+        refused = len(text) <= MOST_CHECKED  # before anything runs
+        line = error[1] if refused else error[0]
+        assert line.startswith("node ours (AttentionConfigText)" if refused else "AttentionConfigText: "), name
+        assert said in line, name
+        assert len(line) < 3000, name
+    prompt_id = server.queue(graph(tmp_path, "AttentionConfigText", text=TEXTS["JSON: long roles"]()))
     server.post("/interrupt", {})  # answered while the text is read, or just after
-    with pytest.raises(WorkflowError, match=r"interrupted|merge keys"):
+    with pytest.raises(WorkflowError, match=r"interrupted|a role of"):
         server.wait(prompt_id, timeout=60)
     server.run(graph(tmp_path, "AttentionConfigText", text="sdpa_math"))
     assert {row["backend"] for row in last_run(server)["rows"]} == {"sdpa_math"}
