@@ -1,37 +1,43 @@
 /**
- * A line on our nodes: what ran, and before that whether the chosen backend can run on this server.
+ * A line on our nodes: what they will do on this server, and what they did.
  *
  * The line is a widget that only shows: it is in no saved workflow and in no prompt. Its room is there before anything
  * ran, so that a run changes no node's size, which is saved. A run's line belongs to the workflow that queued it
- * (workflow_runs.js), as another open one may have nodes with the same ids.
+ * (workflow_runs.js), as another open one may have nodes with the same ids, and holds as long as the node and what its
+ * model comes from are as they were queued. No event tells of every change, so the nodes are looked at again and again.
  */
 
-import { addedUp, shortLine, worst } from './account.js'
 import { element } from './dom.js'
-import { workflowRuns } from './workflow_runs.js'
+import { forecastWords, ranWords } from './line_words.js'
+import { BYPASSED, MUTED, workflowRuns } from './workflow_runs.js'
 
 /**
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApp} ComfyApp
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApi} ComfyApi
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyExtension} ComfyExtension
  * @typedef {Parameters<NonNullable<ComfyExtension['nodeCreated']>>[0]} LGraphNode
- * @typedef {import('./server.js').Total} Total
- * @typedef {{ ran: string, kind: string, warning: string, chosen: boolean, queued: boolean, text: HTMLElement }} Line
- *   chosen: whether the backend was chosen after the run that `ran` tells of; queued: whether it was queued since then
+ * @typedef {import('./server.js').Forecast} Forecast
+ * @typedef {import('./workflow_runs.js').Said} Said
+ * @typedef {import('./line_words.js').Words} Words
+ * @typedef {{ text: HTMLElement, asked: string, forecast?: Forecast, said?: Said, shown: string, words?: Words }} Line
+ *   asked: the values of which `forecast` tells; shown: what is written, to write nothing twice
  */
 
 const NAME = 'attention_backends_line'
 const HEIGHT = 38
 const SHOW_RUNS = ['AttentionBackendSelector', 'AttentionConfigText']
 const CHOOSE = ['AttentionBackendSelector', 'PerRoleAttentionConfig', 'AttentionSchedule']
-const NOT_ONE_BACKEND = ['auto', 'autotune', 'measured']
+const LOOK_AGAIN = 400
+/** Questions about a run that goes on. */
+const ASK_AGAIN = 1000
 /** ComfyUI's colours for such texts are too near to that of a node for letters so small. */
-const WARNING = 'color-mix(in srgb, var(--error-text, #ff4444) 60%, var(--input-text, #ddd))'
-const GREY = 'color-mix(in srgb, var(--descrip-text, #999) 60%, var(--input-text, #ddd))'
-const TEXT = 'var(--input-text, #ddd)'
-/** Kinds of outcome of a run in which what was asked for was not done. */
-const BAD = ['refused', 'failed', 'out_of_memory', 'not_used', 'partly']
+const COLOURS = {
+  bad: 'color-mix(in srgb, var(--error-text, #ff4444) 60%, var(--input-text, #ddd))',
+  grey: 'color-mix(in srgb, var(--descrip-text, #999) 60%, var(--input-text, #ddd))',
+  plain: 'var(--input-text, #ddd)'
+}
 const OVER = /** @type {const} */ (['execution_success', 'execution_error', 'execution_interrupted'])
+const GOING = /** @type {const} */ (['execution_start', 'progress', 'progress_state'])
 
 /**
  * The class of a node as the server names it.
@@ -52,26 +58,44 @@ export function classOf(node) {
 export function nodeLines(app, events, server, say) {
   /** @type {WeakMap<LGraphNode, Line>} */
   const lines = new WeakMap()
-  /** The nodes that say what ran. @type {Set<LGraphNode>} */
-  let told = new Set()
   const runsOf = workflowRuns(app, refill)
+  /** Marks of which the server was asked since there was a connection. @type {Set<string>} */
+  const asked = new Set()
+  let lastAsked = 0
+
+  /**
+   * Writes what holds for a node now.
+   *
+   * @param {LGraphNode} node
+   */
+  function show(node) {
+    const line = lines.get(node)
+    if (!line) return
+    const { of, ...words } = wordsOf(node, line)
+    const shown = JSON.stringify(words)
+    if (shown === line.shown) return
+    Object.assign(line, { shown, words })
+    line.text.title = words.title
+    line.text.dataset.of = of
+    line.text.style.color = COLOURS[words.tone]
+    fit(line)
+    node.setDirtyCanvas(true, true)
+  }
 
   /**
    * @param {LGraphNode} node
-   * @param {Partial<Line>} change
+   * @param {Line} line
+   * @returns {Words & { of: 'nothing' | 'forecast' | 'run' }}
    */
-  function show(node, change) {
-    const line = lines.get(node)
-    if (!line) return
-    Object.assign(line, change)
-    const [ran, ...offers] = line.ran.split('\n')
-    const summary = offers.length ? `${ran}; ${say('line.recommended')}` : ran
-    const said = line.chosen ? line.warning || summary : summary || line.warning
-    const bad = Boolean(line.warning) || (said === summary && BAD.includes(line.kind))
-    line.text.textContent = bad ? `⚠ ${said}` : said
-    line.text.title = [line.warning, line.ran].filter(Boolean).join('\n')
-    line.text.style.color = bad ? WARNING : line.ran && line.kind !== 'cancelled' ? TEXT : GREY
-    node.setDirtyCanvas(true, true)
+  function wordsOf(node, line) {
+    const { forecast, said } = line
+    const foreseen = forecast && forecastWords(forecast, kindOf(node), say)
+    const isOff = node.mode === MUTED || node.mode === BYPASSED
+    if (!isOff && said && (isGoing(said) || holds(app, node, said))) {
+      return { ...ranWords(said, foreseen?.tone === 'bad' ? foreseen.title : '', say), of: 'run' }
+    }
+    if (isOff || !foreseen) return { texts: [], title: '', tone: 'plain', of: 'nothing' }
+    return { ...foreseen, of: 'forecast' }
   }
 
   /** @param {LGraphNode} node */
@@ -80,9 +104,8 @@ export function nodeLines(app, events, server, say) {
     if (!host.addDOMWidget) return
     const text = element('div', { 'data-testid': NAME })
     Object.assign(text.style, {
-      overflow: 'hidden', font: '11px/1.35 sans-serif', display: '-webkit-box', webkitBoxOrient: 'vertical',
-      webkitLineClamp: '2', overflowWrap: 'anywhere', height: 'auto', minHeight: `${HEIGHT - 8}px`,
-      maxHeight: `${HEIGHT - 8}px`
+      overflow: 'hidden', font: '11px/1.35 sans-serif', overflowWrap: 'anywhere', height: 'auto',
+      minHeight: `${HEIGHT - 8}px`, maxHeight: `${HEIGHT - 8}px`
     })
     const widget = host.addDOMWidget(NAME, NAME, text, {
       serialize: false, hideOnZoom: false, margin: 8, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT,
@@ -90,112 +113,209 @@ export function nodeLines(app, events, server, say) {
     })
     widget.serialize = false
     widget.label = say('line.label') // the front end lists widgets of the selected node by name
-    lines.set(node, { ran: '', kind: '', warning: '', chosen: false, queued: false, text })
+    const line = { text, asked: '', shown: '' }
+    lines.set(node, line)
+    if (globalThis.ResizeObserver) new ResizeObserver(() => fit(line)).observe(text)
     const [width, height] = node.computeSize()
     node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
   }
 
-  /** @param {LGraphNode} node */
+  /**
+   * Asks the server what a node will do, where its values are not those of which it has told.
+   *
+   * @param {LGraphNode} node
+   */
   async function check(node) {
-    const backend = String(node.widgets?.find((widget) => widget.name === 'backend')?.value ?? '')
-    const found = backend && !NOT_ONE_BACKEND.includes(backend) ? await server.backend(backend) : undefined
-    const now = String(node.widgets?.find((widget) => widget.name === 'backend')?.value ?? '')
-    if (now !== backend) return // changed while we asked
-    const reasons = found && !found.available ? found.reasons.join('; ') : ''
-    show(node, { warning: reasons && say('line.cannot', { backend, reasons }) })
+    const line = lines.get(node)
+    if (!line || !CHOOSE.includes(classOf(node))) return
+    const [backend, accuracy] = ['backend', 'accuracy'].map((name) => String(valueOf(node, name) ?? ''))
+    const wanted = JSON.stringify([backend, accuracy])
+    if (!backend || line.asked === wanted) return
+    line.asked = wanted
+    const forecast = await server.forecast(backend, accuracy || 'exact')
+    if (line.asked !== wanted) return // changed while we asked
+    line.forecast = forecast
+    show(node)
   }
+
+  /** @param {LGraphNode} node */
+  const look = (node) => void (check(node), show(node))
 
   /**
-   * Keeps what the runs of a prompt came to.
+   * Asks what a prompt, or the last one of a workflow, came to.
    *
-   * @param {import('./server.js').RunSummary[]} runs
-   * @param {string} prompt
+   * @param {{ prompt_id: string } | { mark: string }} of
+   * @param {boolean} isOver a node that still waits will not run
    */
-  function keep(runs, prompt) {
-    /** @typedef {(import('./server.js').Outcome | undefined)[]} Outcomes */
-    /** @typedef {{ class_type: string, totals: Total[], fallbacks: number, offers: string[], outcomes: Outcomes }} Sum */
-    /** @type {Map<string, Sum>} */
-    const sums = new Map()
-    const ours = runs.filter((one) => one.prompt_id === prompt)
-    for (const run of ours) {
-      for (const { id, class_type } of run.nodes.filter((one) => SHOW_RUNS.includes(one.class_type))) {
-        const sum = sums.get(id) ?? { class_type, totals: [], fallbacks: 0, offers: [], outcomes: [] }
-        sum.totals.push(...run.totals)
-        sum.fallbacks += run.fallbacks
-        sum.outcomes.push(run.outcome)
-        sum.offers.push(...(run.offers ?? []).filter((offer) => !sum.offers.includes(offer)))
-        sums.set(id, sum)
-      }
-    }
-    const texts = [...sums].map(([id, { class_type, totals, fallbacks, offers, outcomes }]) => {
-      const outcome = worst(outcomes)
-      const text = [shortLine(addedUp(totals), fallbacks, outcome, say), ...offers].join('\n')
-      return /** @type {const} */ ([id, { class_type, text, kind: outcome?.kind ?? '' }])
-    })
-    runsOf.keep(ours[0]?.queued_by, texts)
+  async function ask(of, isOver) {
+    const found = await server.nodeLines(of).catch(() => undefined)
+    if (!found) return
+    const all = Object.entries(found.nodes).filter(([, one]) => !(isOver && one.state === 'waiting'))
+    runsOf.keep(found.mark, all.map(([id, one]) => [id, { ...one, prompt: found.prompt_id ?? '' }]))
+    refill()
   }
 
-  const known = () => server.runs().then(({ runs }) => runs, () => [])
+  /** @param {Event} event */
+  const promptOf = (event) => (event instanceof CustomEvent ? event.detail?.prompt_id : undefined)
 
   /** @param {Event} event */
-  async function tellRun(event) {
-    const prompt = event instanceof CustomEvent ? event.detail?.prompt_id : undefined
-    if (!prompt) return
-    keep(await known(), prompt)
-    refill()
+  function tellRun(event) {
+    const prompt = promptOf(event)
+    if (prompt) ask({ prompt_id: prompt }, OVER.some((name) => name === event.type))
+  }
+
+  /** @param {Event} event */
+  function tellStep(event) {
+    if (event.type !== 'execution_start' && Date.now() - lastAsked < ASK_AGAIN) return
+    lastAsked = Date.now()
+    tellRun(event)
   }
 
   /** Runs may have ended while there was no connection, and nobody says so again. */
-  async function tellMissed() {
+  function tellMissed() {
+    asked.clear()
     server.forget() // it may have been started again, with other packages
-    const runs = await known()
-    const going = new Set(runs.filter((one) => one.state === 'running').map((one) => one.prompt_id))
-    const oldestFirst = new Set(runs.map((one) => one.prompt_id).reverse())
-    for (const prompt of oldestFirst) if (prompt && !going.has(prompt)) keep(runs, prompt)
-    refill()
+    restore()
   }
 
-  /** Writes what the shown workflow's runs did on its nodes, which are new ones each time that it is opened. */
+  /** What the shown workflow's last prompt came to, if this page, or the one before its reload, queued any. */
+  function restore() {
+    const mark = runsOf.mark()
+    if (!mark || asked.has(mark)) return
+    asked.add(mark)
+    ask({ mark }, false)
+  }
+
+  /** Hands the shown workflow's lines to its nodes, which are new ones each time that it is opened. */
   function refill() {
-    const before = told
-    told = new Set()
-    for (const [id, { class_type, text, kind }] of runsOf.shown()) {
+    /** @type {Map<LGraphNode, Said>} */
+    const now = new Map()
+    for (const [id, said] of runsOf.shown()) {
       const node = nodeOf(app, id)
-      if (!node || classOf(node) !== class_type) continue
-      told.add(node)
-      show(node, { ran: text, kind, ...(lines.get(node)?.queued && { chosen: false, queued: false }) })
+      if (!node || classOf(node) !== said.class_type || !SHOW_RUNS.includes(said.class_type)) continue
+      said.links ??= linksOf(node)
+      now.set(node, said)
     }
-    for (const node of before) if (!told.has(node)) show(node, { ran: '', kind: '' })
+    for (const node of nodesOf(app)) {
+      const line = lines.get(node)
+      if (!line) continue
+      line.said = now.get(node)
+      show(node)
+    }
   }
 
   for (const name of OVER) events.addEventListener(name, tellRun)
+  for (const name of GOING) events.addEventListener(/** @type {any} */ (name), tellStep)
   events.addEventListener('reconnected', tellMissed)
-  server.onForget(() => nodesOf(app).filter((node) => CHOOSE.includes(classOf(node))).forEach(check))
+  server.onForget(() => {
+    for (const node of nodesOf(app)) {
+      const line = lines.get(node)
+      if (line) line.asked = ''
+      check(node)
+    }
+  })
+  server.forecast('auto', 'exact') // so that the server has begun before the first node is there
+  const timer = /** @type {any} */ (setInterval(() => {
+    if (globalThis.document?.hidden) return
+    restore()
+    nodesOf(app).forEach(look)
+  }, LOOK_AGAIN))
+  timer.unref?.() // only tests run it where that is there
 
   return {
     /**
-     * Prepares a new node: it tells the server who queued it, and the backend that it names is watched.
+     * Prepares a new node: it tells the server who queued it, and what holds for it is watched.
      *
      * @param {LGraphNode} node
      */
     watch(node) {
       const kind = classOf(node)
-      if (SHOW_RUNS.includes(kind)) runsOf.carry(node, () => show(node, { queued: true }))
+      if (SHOW_RUNS.includes(kind)) {
+        runsOf.carry(node, () => {
+          const [id] = [...runsOf.shown()].find(([id]) => nodeOf(app, id) === node) ?? []
+          if (id) runsOf.drop(id)
+          refill()
+        })
+      }
       if (![...SHOW_RUNS, ...CHOOSE].includes(kind)) return
       addLine(node)
       saveWithoutGaps(node)
-      if (!CHOOSE.includes(kind)) return
-      const widget = node.widgets?.find((one) => one.name === 'backend')
-      if (!widget) return
-      const before = widget.callback
-      widget.callback = function (...given) {
-        const result = before?.apply(this, given)
-        show(node, { chosen: true, queued: false })
-        check(node)
-        return result
-      }
-      setTimeout(() => check(node)) // a loaded node gets its values right after it was made
+      setTimeout(() => look(node)) // a loaded node gets its values right after it was made
     }
+  }
+}
+
+/** @param {Said} said */
+const isGoing = (said) => said.state === 'waiting' || said.state === 'running'
+
+/**
+ * @param {LGraphNode} node
+ * @param {string} name
+ * @returns {unknown}
+ */
+const valueOf = (node, name) => node.widgets?.find((widget) => widget.name === name)?.value
+
+/** @param {LGraphNode} node */
+function kindOf(node) {
+  const widget = /** @type {any} */ (node.widgets?.find((one) => one.name === 'accuracy'))
+  return { isDefault: classOf(node) === 'AttentionBackendSelector', allow: String(widget?.label ?? 'accuracy') }
+}
+
+/**
+ * The connections of a node's models.
+ *
+ * @param {LGraphNode} node
+ * @returns {string}
+ */
+const linksOf = (node) => JSON.stringify(node.inputs?.filter((one) => one.type === 'MODEL').map((one) => one.link) ?? [])
+
+/**
+ * Whether a node, and those that its model comes from, are as they were queued.
+ *
+ * @param {ComfyApp} app
+ * @param {LGraphNode} node
+ * @param {Said} said
+ */
+function holds(app, node, said) {
+  if (linksOf(node) !== said.links || !hasValues(node, said.inputs)) return false
+  return Object.entries(said.models).every(([id, values]) => {
+    const other = nodeOf(app, id)
+    return other && other.mode !== MUTED && other.mode !== BYPASSED && hasValues(other, values)
+  })
+}
+
+/**
+ * Whether the widgets of a node have these values. Text is left out: the front end may queue another one than it shows.
+ *
+ * @param {LGraphNode} node
+ * @param {Record<string, unknown>} values
+ */
+function hasValues(node, values) {
+  return Object.entries(values).every(([name, value]) => {
+    const widget = node.widgets?.find((one) => one.name === name)
+    if (!widget || !['combo', 'number', 'toggle'].includes(widget.type)) return true
+    return String(widget.value) === String(value)
+  })
+}
+
+/**
+ * Writes the longest text of a line that fits into it; of one that does not, as much as does.
+ *
+ * @param {Line} line
+ */
+function fit({ text, words }) {
+  if (!words) return
+  const mark = words.tone === 'bad' ? '\u26a0 ' : ''
+  const fits = () => text.scrollHeight <= text.clientHeight + 1 && text.scrollWidth <= text.clientWidth + 1
+  for (const one of words.texts) {
+    text.textContent = mark + one
+    if (!text.clientHeight || fits()) return // without a height it is not shown
+  }
+  const last = [...(words.texts.at(-1) ?? '')]
+  text.textContent = words.texts.length ? mark + words.texts.at(-1) : ''
+  while (last.length && !fits()) {
+    last.pop()
+    text.textContent = `${mark}${last.join('')}\u2026`
   }
 }
 

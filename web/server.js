@@ -42,6 +42,20 @@
  *   platform: Record<string, any>, interpreter: { path: string, python: string, machine: string },
  *   hint: string | null, auto: string, backends: Backend[]
  * }} Machine
+ * @typedef {{
+ *   backend: string, kind: 'auto' | 'autotune' | 'named', takes: string | null, accuracy: string | null, source: string,
+ *   same: boolean | null, without: string, flag: string, without_accuracy: string,
+ *   faster: { backend: string, why: 'not_allowed' | 'not_installed', accuracy: string } | null, tries: string[],
+ *   reasons: string[], package: string
+ * }} Forecast
+ * @typedef {{
+ *   class_type: string, state: 'waiting' | 'running' | 'done' | 'stopped', outcome: Outcome, step: number | null,
+ *   of_steps: number, steps: number, totals: Total[], calls: number, fallbacks: number, offers: string[],
+ *   tuning: boolean, ms_per_step: number | null, attention_share: number | null,
+ *   saved: { seconds: number, of: number, than: string[] } | null, inputs: Record<string, any>,
+ *   models: Record<string, Record<string, any>>, cached: boolean
+ * }} NodeLine of a node that waits, class and state alone
+ * @typedef {{ prompt_id: string | null, mark: string | null, nodes: Record<string, NodeLine> }} NodeLines
  * @typedef {{ value: any, variable: string | null }} MachineSetting
  * @typedef {{
  *   choices: string[], accuracy: string[], guard: string[], defaults: Record<string, any>, log_levels: string[],
@@ -71,7 +85,7 @@ export class Refused extends Error {}
  * @param {{ fetchApi(route: string, options?: RequestInit): Promise<Response> }} api
  */
 export function serverRoutes(api) {
-  /** @type {Map<string, Promise<Backend | undefined>>} */
+  /** @type {Map<string, Promise<Forecast | undefined>>} */
   const asked = new Map()
   /** @type {(() => void)[]} */
   const outdated = []
@@ -130,25 +144,32 @@ export function serverRoutes(api) {
     bugReport: async () => (await answer('bug_report')).text(),
 
     /**
-     * One backend's state; undefined where the server does not know it. Asked once per page.
+     * What prompts came to on our nodes: of one prompt, or of the last one with a mark.
      *
-     * @param {string} id
+     * @param {{ prompt_id: string } | { mark: string }} of
+     * @returns {Promise<NodeLines>}
      */
-    backend(id) {
-      let found = asked.get(id)
+    nodeLines: (of) => json(`node_lines?${new URLSearchParams(of)}`),
+
+    /**
+     * What a node will do on this server; undefined where the server does not know the backend. Asked once per page.
+     *
+     * @param {string} backend
+     * @param {string} accuracy
+     */
+    forecast(backend, accuracy) {
+      const query = `${new URLSearchParams({ backend, accuracy })}`
+      let found = asked.get(query)
       if (!found) {
-        found = json(`machine?backend=${encodeURIComponent(id)}`).then(
-          (machine) => machine.backends[0],
-          (error) => {
-            if (!(error instanceof Refused)) asked.delete(id) // no connection: ask again next time
-            return undefined
-          }
-        )
-        asked.set(id, found)
+        found = json(`forecast?${query}`).catch((error) => {
+          if (!(error instanceof Refused)) asked.delete(query) // no connection: ask again next time
+          return undefined
+        })
+        asked.set(query, found)
       }
       return found
     },
-    /** Forget what `backend` was told, e.g. after the server was started again. */
+    /** Forget what `forecast` was told, e.g. after the server was started again. */
     forget,
     /** @param {() => void} tell called whenever that was forgotten */
     onForget: (tell) => void outdated.push(tell)

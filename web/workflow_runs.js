@@ -3,20 +3,24 @@
  *
  * The server's events name a prompt, not a workflow, and ids of nodes and of graphs repeat between workflows. So a
  * prompt that this page queues brings a mark of its workflow along, as an input of our nodes. The server takes that
- * input out again (nodes/history/queued_by.py) and tells the mark with the run.
+ * input out again (nodes/history/queued_by.py) and tells the mark with the run. A page that is loaded again finds the
+ * marks of its workflows in the storage of its tab.
  */
 
 /**
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApp} ComfyApp
  * @typedef {import('./node_line.js').LGraphNode} LGraphNode
- * @typedef {{ class_type: string, text: string, kind: string }} Said
+ * @typedef {import('./server.js').NodeLine & { prompt: string, links?: string }} Said
+ *   links: the connections of the node's models when it was first shown
+ * @typedef {{ path: string, graph: string, mark: string, gone: [id: string, prompt: string][] }} Stored
  */
 
 const INPUT = 'attention_backends_mark'
 /** Workflows whose runs are remembered, and nodes of each: a page can stay open for weeks. */
 const KEPT = 200
+const STORED = 'attention_backends_marks'
 /** Values of a node's `mode`. */
-const [MUTED, BYPASSED] = [2, 4]
+export const [MUTED, BYPASSED] = [2, 4]
 
 /**
  * @param {ComfyApp} app
@@ -27,6 +31,9 @@ export function workflowRuns(app, opened) {
   const marks = new WeakMap()
   /** By mark, the workflow that queued last at the end. @type {Map<string, Map<string, Said>>} */
   const said = new Map()
+  /** Node and prompt of lines that hold no more, as a later prompt did not have the node. @type {Map<string, Set<string>>} */
+  const gone = new Map()
+  const before = stored()
 
   /** The open workflow; a front end without several has one for all. */
   const active = () => /** @type {object} */ (app.extensionManager?.workflow?.activeWorkflow ?? app)
@@ -34,15 +41,49 @@ export function workflowRuns(app, opened) {
   /** The mark of the open workflow, which is queueing. */
   function mark() {
     const workflow = active()
-    const found = marks.get(workflow) ?? random()
+    const found = known() ?? random()
     marks.set(workflow, found)
     put(said, found, said.get(found) ?? new Map())
     return found
   }
 
+  /** The mark of the open workflow; undefined where neither this page nor the one before its reload queued it. */
+  function known() {
+    const workflow = active()
+    if (!marks.has(workflow)) {
+      const { path, graph } = nameOf(workflow)
+      const index = before.findIndex((one) => one.path === path && one.graph === graph)
+      const [found] = index < 0 ? [] : before.splice(index, 1) // it is of one workflow
+      if (found) {
+        marks.set(workflow, found.mark)
+        put(said, found.mark, new Map())
+        put(gone, found.mark, new Set(found.gone.map(([id, prompt]) => key(id, prompt))))
+      }
+    }
+    return marks.get(workflow)
+  }
+
+  /** Right before a reload. */
+  function store() {
+    /** @type {object[]} */
+    const open = /** @type {any} */ (app.extensionManager?.workflow)?.openWorkflows ?? [active()]
+    const all = open.flatMap((workflow) => {
+      const mark = marks.get(workflow)
+      const lost = [...(gone.get(mark ?? '') ?? [])].map((one) => JSON.parse(one))
+      return mark ? [{ ...nameOf(workflow), mark, gone: lost }] : []
+    })
+    try {
+      sessionStorage.setItem(STORED, JSON.stringify(all.slice(-KEPT)))
+    } catch {
+      // a browser that stores nothing: the lines are those before a run
+    }
+  }
+
+  globalThis.addEventListener?.('pagehide', store)
+
   // The published types lack this method of the front end's stores.
-  const store = /** @type {any} */ (app.extensionManager?.workflow)
-  store?.$onAction?.((/** @type {{ name: string, after: (then: () => void) => void }} */ { name, after }) => {
+  const workflows = /** @type {any} */ (app.extensionManager?.workflow)
+  workflows?.$onAction?.((/** @type {{ name: string, after: (then: () => void) => void }} */ { name, after }) => {
     if (name === 'openWorkflow') after(() => opened()) // also after undo, which makes the nodes anew
   })
 
@@ -51,9 +92,9 @@ export function workflowRuns(app, opened) {
      * Makes a node bring the mark: by a widget that is never seen and holds no value, so no saved workflow has it.
      *
      * @param {LGraphNode} node
-     * @param {() => void} queued called when a prompt that has the node is about to be queued
+     * @param {() => void} left called when a prompt is about to be queued that has not got the node
      */
-    carry(node, queued) {
+    carry(node, left) {
       /** @type {string | undefined} */
       let next
       const widget = {
@@ -65,7 +106,7 @@ export function workflowRuns(app, opened) {
         /** ComfyUI calls this right before it makes a prompt for the queue, and not before an export. */
         beforeQueued() {
           next = inPrompt(node) ? mark() : undefined
-          if (next) queued()
+          if (!next) left()
         },
         afterQueued: () => void (next = undefined),
         /** What the prompt holds; an input that is undefined is not in the JSON. */
@@ -78,17 +119,58 @@ export function workflowRuns(app, opened) {
       node.addCustomWidget?.(/** @type {any} */ (widget))
     },
     /**
-     * Keeps what the nodes of a run say, if a workflow of this page queued it.
+     * Keeps what the nodes of a workflow's last prompt say, in place of those before, if this page queued it.
      *
      * @param {string | null | undefined} queuedBy
-     * @param {(readonly [id: string, said: Said])[]} texts
+     * @param {(readonly [id: string, said: Said])[]} lines
      */
-    keep(queuedBy, texts) {
-      const all = said.get(queuedBy ?? '')
-      for (const [id, one] of all ? texts : []) put(/** @type {Map<string, Said>} */ (all), id, one)
+    keep(queuedBy, lines) {
+      const before = said.get(queuedBy ?? '')
+      if (!queuedBy || !before) return
+      const lost = gone.get(queuedBy)
+      const now = lines.slice(0, KEPT).filter(([id, one]) => !lost?.has(key(id, one.prompt)))
+      for (const [id, one] of now) if (before.get(id)?.prompt === one.prompt) one.links = before.get(id)?.links
+      said.set(queuedBy, new Map(now))
     },
+    /**
+     * Forgets what a node of the shown workflow says.
+     *
+     * @param {string} id
+     */
+    drop(id) {
+      const mark = marks.get(active()) ?? ''
+      const lost = gone.get(mark) ?? new Set()
+      lost.add(key(id, said.get(mark)?.get(id)?.prompt ?? ''))
+      put(gone, mark, lost)
+      said.get(mark)?.delete(id)
+    },
+    /** The mark of the shown workflow, if there is one. */
+    mark: known,
     /** What the nodes of the shown workflow say, by their ids. */
     shown: () => said.get(marks.get(active()) ?? '') ?? new Map()
+  }
+}
+
+/** @type {(id: string, prompt: string) => string} */
+const key = (id, prompt) => JSON.stringify([id, prompt])
+
+/**
+ * What a workflow is called: its path, and the id of its graph, as two copies of a template have the same one.
+ *
+ * @param {any} workflow
+ */
+const nameOf = (workflow) => ({ path: String(workflow.path ?? ''), graph: String(workflow.activeState?.id ?? '') })
+
+/**
+ * What the page before a reload had, from the storage of this tab.
+ *
+ * @returns {Stored[]}
+ */
+function stored() {
+  try {
+    return JSON.parse(sessionStorage.getItem(STORED) ?? '[]')
+  } catch {
+    return [] // no storage
   }
 }
 

@@ -106,7 +106,7 @@ def _is_there(router: Router, name: str) -> bool:
 def _faster(router: Router, takes: str, accuracy: str) -> dict[str, str] | None:
     """The first backend that the priorities put before `takes` and that an installation or a permission would bring.
 
-    What is installed comes first, then exact ones.
+    What is installed comes first.
     """
     row = router.priority
     order = row.order if row.evidence != "assumed" else ()
@@ -119,10 +119,10 @@ def _faster(router: Router, takes: str, accuracy: str) -> dict[str, str] | None:
         backend = router.backends[name]
         allowed = ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
         if not allowed and not router.unavailable(name):
-            found.insert(0, {"backend": name, "why": NOT_ALLOWED, "accuracy": backend.accuracy})
+            return {"backend": name, "why": NOT_ALLOWED, "accuracy": backend.accuracy}
         elif backend.unavailable_reasons(router.platform) and package_that_helps(backend, router.platform):
             found.append({"backend": name, "why": NOT_INSTALLED, "accuracy": backend.accuracy})
-    return found[0] if found else None
+    return next(iter(found), None)
 
 
 def _without(takes: str | None, started: Started | None) -> dict[str, Any]:

@@ -209,7 +209,7 @@ COUNT_UP = """async ([base, count, account]) => {
       run: async (number) => ({ numbering: 'one', run: { ...account, number, steps: number } }),
       machine: async () => ({ platform: { packages: {} }, interpreter: {}, backends: [] }),
       measured: async () => ({ summary: {}, entries: [] }),
-      backend: async () => undefined,
+      nodeLines: async () => ({ prompt_id: null, mark: null, nodes: {} }), forecast: async () => undefined,
       forget() {}, onForget() {}
     }
     state.panel = openPanel(state.place, events, server, (key) => key)

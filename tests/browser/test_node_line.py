@@ -10,8 +10,8 @@ import pytest
 from attention_backends.devtools.server import Server
 from browser import load_workflow, open_comfyui, why_no_browser
 from panel_pictures import keep
-from server_harness import start_server
-from test_panel import LINE, RENDERERS, open_tab, ours, run_workflow, workflow
+from server_harness import ROOT, start_server
+from test_panel import LINE, RENDERERS, SAID, open_tab, ours, run_workflow, workflow
 from test_queued_by import PACKED
 from test_settings_panel import ADD, SET_ROLE, VALUES
 from test_web import words
@@ -53,8 +53,8 @@ CHANGE = """([change, steps]) => {
   canvas.setDirty(true, true)
 }"""
 OUTSIDE = """(place) => [...document.querySelectorAll(place)].filter((line) => {
-  const { width, height } = line.getBoundingClientRect()
-  return width && (line.scrollHeight > height + 1 || line.scrollWidth > width + 1)
+  const { clientWidth, clientHeight } = line
+  return clientWidth && (line.scrollHeight > clientHeight + 1 || line.scrollWidth > clientWidth + 1)
 }).map((line) => line.textContent)"""
 """Lines whose text is larger than the line."""
 
@@ -79,7 +79,7 @@ def test_a_run_changes_no_size(server: Server, tmp_path: Path, nodes_2: bool) ->
             assert run_workflow(page, server)["state"] == "done"
             page.screenshot(path=keep(tmp_path, f"line_{change}_{nodes_2}.png"))
             assert page.locator(LINE).locator("visible=true").count() == lines
-            assert page.evaluate(OUTSIDE, LINE) == []
+            assert page.evaluate(OUTSIDE, SAID) == []
             assert settled(page) == before[-1]
         assert ours(page) == []
 
@@ -133,13 +133,13 @@ def test_a_warning_goes_when_the_backend_can_run(server: Server, tmp_path: Path)
     able = [False]
 
     def answer(route: Any) -> None:
-        described = route.fetch().json()
+        foreseen = route.fetch().json()
         if able[0]:
-            described["backends"][0].update(available=True, reasons=[])
-        route.fulfill(json=described)
+            foreseen.update(takes=foreseen["backend"], reasons=[])
+        route.fulfill(json=foreseen)
 
     with open_comfyui(server.url, tmp_path / "profile") as page:
-        page.route("**/attention_backends/machine?backend=*", answer)
+        page.route("**/attention_backends/forecast?*", answer)
         load_workflow(page, workflow(backend="cudnn_attn"))
         page.evaluate(PACKED)  # into a subgraph, whose nodes are not in the graph that is shown
         panel = open_tab(page)
@@ -186,17 +186,19 @@ CONTRASTS = """async ([line, palette]) => {
 def test_a_line_can_be_read_in_both_themes(server: Server, tmp_path: Path) -> None:
     with open_comfyui(server.url, tmp_path / "profile") as page:
         load_workflow(page, workflow(steps=15))
+        page.get_by_text("torch_sdpa runs here").wait_for(timeout=20_000)
+        will = {palette: page.evaluate(CONTRASTS, [SAID, palette]) for palette in ("dark", "light")}
         run_workflow(page, server)
         page.locator(LINE).wait_for(timeout=20_000)
         ran = {palette: page.evaluate(CONTRASTS, [LINE, palette]) for palette in ("dark", "light")}
         load_workflow(page, workflow(backend="cudnn_attn"))
         page.get_by_text("cudnn_attn cannot run here").wait_for(timeout=20_000)
-        warned = {palette: page.evaluate(CONTRASTS, [LINE, palette]) for palette in ("dark", "light")}
-        page.evaluate(CONTRASTS, [LINE, "dark"])  # which the server keeps
-        assert min(*ran.values(), *warned.values()) >= 4.5, (ran, warned)
+        warned = {palette: page.evaluate(CONTRASTS, [SAID, palette]) for palette in ("dark", "light")}
+        page.evaluate(CONTRASTS, [SAID, "dark"])  # which the server keeps
+        assert min(*will.values(), *ran.values(), *warned.values()) >= 4.5, (will, ran, warned)
 
 
-SAID = "(id) => window.app.graph.getNodeById(id).widgets.at(-1).element.textContent"
+TEXT_OF = "(id) => window.app.graph.getNodeById(id).widgets.at(-1).element.textContent"
 
 
 def test_a_role_that_brings_another_backend_brings_its_warning(server: Server, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_a_role_that_brings_another_backend_brings_its_warning(server: Server, t
     with open_comfyui(server.url, tmp_path / "profile", {setting: "cudnn_attn"}) as page:
         load_workflow(page, workflow())
         (node, *_) = page.evaluate(ADD, "PerRoleAttentionConfig")
-        said = f"({SAID})({node})"
+        said = f"({TEXT_OF})({node})"
         for role, backend in (("self", "cudnn_attn"), ("cross", "auto")):
             page.evaluate(SET_ROLE, [node, role])
             page.wait_for_timeout(700)
@@ -214,3 +216,166 @@ def test_a_role_that_brings_another_backend_brings_its_warning(server: Server, t
             assert warned is (backend == "cudnn_attn"), role
         page.evaluate("async (id) => { await window.app.extensionManager.setting.set(id, 'auto') }", setting)
         assert ours(page) == []
+
+
+# What the line says, from the opened graph on
+
+EN = words()["line"]
+SET = """([type, name, value]) => {
+  const node = window.app.graph.nodes.find((one) => one.type === type)
+  node.widgets.find((one) => one.name === name).value = value
+}"""
+MODE = "(mode) => { window.app.graph.nodes.find((one) => one.type === 'AttentionBackendSelector').mode = mode }"
+PLACE = """(name) => {
+  const node = window.app.graph.nodes.find((one) => one.type === 'AttentionBackendSelector')
+  const widget = node.widgets.find((one) => one.name === name)
+  const { canvas } = window.app
+  const { left, top } = canvas.canvas.getBoundingClientRect()
+  const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + (widget.last_y ?? widget.y) + 8]
+  return [(x + canvas.ds.offset[0]) * canvas.ds.scale + left, (y + canvas.ds.offset[1]) * canvas.ds.scale + top]
+}"""
+"""Where a widget of the selector stands on the screen."""
+COUNT = "() => addEventListener('pointerdown', () => { window.clicks = (window.clicks ?? 0) + 1 }, true)"
+SELECTOR = "AttentionBackendSelector"
+
+
+def says(page: Any, of: str, part: str) -> Any:
+    """The selector's line, as soon as it tells `of` the forecast or a run, with this in its tooltip."""
+    line = page.locator(f'{SAID}[data-of={of}][title*="{part}"]').first
+    line.wait_for(timeout=20_000)
+    return line
+
+
+@RENDERERS
+def test_three_clicks_and_one_queue(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    """From the opened graph: open the menu, take the kernel, queue. Then the line says what ran, and a step's time.
+
+    The kernel is the emulation of INT8 attention, as SageAttention runs on no CPU. After that, in the same page: what
+    holds no more goes, what holds again comes back, also after a reload, and a run that goes on is shown as it is.
+    """
+    steps = 25 + nodes_2
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        load_workflow(page, workflow(backend="auto", steps=steps))
+        page.evaluate(CHANGE, ["", steps])
+        says(page, "forecast", "auto: torch_sdpa here")
+        page.evaluate(COUNT)
+        if nodes_2:
+            page.get_by_label("backend", exact=True).first.click()
+            page.get_by_role("option", name="emulated_int8", exact=True).click()
+        else:
+            page.mouse.click(*page.evaluate(PLACE, "backend"))
+            page.locator(".litemenu-entry[data-value=emulated_int8]").click()
+        says(page, "forecast", "emulated_int8 runs here")
+        page.get_by_test_id("queue-button").click()
+        line = says(page, "run", "emulated_int8")
+        ran = says(page, "run", " calls").inner_text()
+        assert page.evaluate("() => window.clicks") == 3
+        assert ran.startswith("emulated_int8 (self), sdpa_math (cross) \u00b7 ")
+        assert page.evaluate(OUTSIDE, SAID) == []
+        page.screenshot(path=keep(tmp_path, f"line_three_clicks_{nodes_2}.png"))
+
+        for change, back in (
+            ((SET, [SELECTOR, "backend", "auto"]), (SET, [SELECTOR, "backend", "emulated_int8"])),
+            ((SET, ["UNETLoader", "weight_dtype", "fp8_e5m2"]), (SET, ["UNETLoader", "weight_dtype", "default"])),
+        ):
+            page.evaluate(*change)
+            says(page, "forecast", "here")
+            page.evaluate(*back)
+            assert says(page, "run", " calls").inner_text() == ran
+        page.evaluate("async () => { await window.app.queuePrompt(0) }")
+        says(page, "run", EN["cached"])
+        page.reload()
+        page.wait_for_function("() => window.app?.graph?.nodes?.length > 3", timeout=60_000)
+        assert says(page, "run", EN["cached"]).inner_text().startswith(ran)
+
+        page.evaluate(MODE, 4)  # bypassed, and queued so
+        page.locator(f"{SAID}[data-of=nothing]").wait_for(timeout=20_000)
+        page.evaluate(SET, ["KSampler", "steps", 2])
+        assert run_workflow(page, server)["state"] == "done"  # of the per-role node
+        page.evaluate(MODE, 0)
+        says(page, "forecast", "emulated_int8 runs here")
+
+        page.evaluate(SET, ["KSampler", "steps", 4000])
+        page.evaluate("async () => { await window.app.queuePrompt(0) }")
+        says(page, "run", "step ")
+        assert "of 4000" in line.inner_text()
+        server.post("/interrupt", {})
+        cancelled = says(page, "run", EN["cancelled"].partition("{")[0])
+        assert "of 4000" in cancelled.inner_text()
+        assert cancelled.inner_text().startswith("\u26a0")
+        assert page.evaluate(OUTSIDE, SAID) == []
+        assert ours(page) == []
+
+
+LANGUAGES = """async ([base, foreseen, line]) => {
+  const { nodeLines } = await import(`${base}/node_line.js`)
+  const { loadWords } = await import(`${base}/words.js`)
+  const { app } = window
+  let shown = 0
+  for (const language of ['en', 'zh', 'ja', 'ko']) {
+    for (const [index, one] of [...foreseen, ...line].entries()) {
+      const node = window.LiteGraph.createNode('AttentionBackendSelector')
+      const row = Math.floor(shown / (foreseen.length + line.length))
+      node.pos = [280 + 460 * index, 120 + 380 * row]
+      const own = node.widgets.find((widget) => widget.name === 'attention_backends_line')
+      node.removeWidget(own)
+      own.element.removeAttribute('data-testid')
+      own.element.style.display = 'none'
+      app.graph.add(node)
+      const isRun = 'state' in one
+      const server = {
+        forecast: async () => (isRun ? undefined : one), forget() {}, onForget() {},
+        nodeLines: async (of) => ({ prompt_id: 'p', mark: node.queued, nodes: { [node.id]: one } })
+      }
+      const events = new EventTarget()
+      nodeLines(app, events, server, await loadWords(window.app.api, language)).watch(node)
+      const carrier = node.widgets.filter((widget) => widget.name === 'attention_backends_mark').at(-1)
+      carrier.beforeQueued()
+      node.queued = await carrier.serializeValue()
+      node.setSize(node.computeSize())
+      if (isRun) events.dispatchEvent(new CustomEvent('execution_success', { detail: { prompt_id: 'p' } }))
+      shown += 1
+    }
+  }
+  app.canvas.ds.scale = 0.5
+  app.canvas.ds.offset[0] = app.canvas.ds.offset[1] = 0
+  app.canvas.setDirty(true, true)
+}"""
+FORESEEN = {
+    "backend": "auto", "kind": "auto", "takes": "torch_sdpa", "accuracy": "exact", "source": "", "same": True,
+    "without": "torch_sdpa", "flag": "", "without_accuracy": "exact", "tries": [], "reasons": [], "package": "",
+    "faster": {"backend": "sage_attn", "why": "not_allowed", "accuracy": "quantized"},
+}  # fmt: skip
+"""What the server foresees for `auto` on an RTX 4090 with SageAttention."""
+RAN = {
+    "class_type": SELECTOR, "state": "done", "outcome": {"kind": "done", "cause": "", "text": ""}, "step": 20,
+    "of_steps": 20, "steps": 40, "calls": 3200, "fallbacks": 0, "offers": [], "tuning": False, "ms_per_step": 8123.4,
+    "attention_share": 0.61, "saved": {"seconds": 42.3, "of": 200.0, "than": ["torch_sdpa"]}, "inputs": {},
+    "models": {}, "cached": False,
+    "totals": [{"role": role, "backend": backend, "calls": 1600} for role, backend in
+               (("self", "sage_attn"), ("cross", "torch_sdpa"))],
+}  # fmt: skip
+LONG = "a_planted_name_of_a_backend_of_sixty_letters_without_a_space_"
+
+
+@RENDERERS
+def test_no_text_leaves_its_line(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    """In four languages, on nodes of the smallest width, and where a name is too long for any line."""
+    refused = {"kind": "not_used", "cause": f"{LONG} after this node took over attention", "text": ""}
+    foreseen = [
+        FORESEEN,
+        {**FORESEEN, "same": False, "without": "sage_attn", "flag": "--use-sage-attention",
+         "without_accuracy": "quantized"},
+        {**FORESEEN, "kind": "named", "backend": LONG, "takes": None, "reasons": [LONG, LONG]},
+    ]  # fmt: skip
+    ran = [RAN, {**RAN, "fallbacks": 1600}, {**RAN, "outcome": refused}]
+    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}, width=1800) as page:
+        page.evaluate("() => window.app.graph.clear()")
+        page.evaluate(LANGUAGES, [f"/extensions/{ROOT.name}", foreseen, ran])
+        page.wait_for_timeout(1500)
+        page.screenshot(path=keep(tmp_path, f"line_languages_{nodes_2}.png"))
+        texts = page.locator(f"{SAID}[data-of]").all_inner_texts()
+        assert "" not in texts
+        assert len(texts) == 4 * (len(foreseen) + len(ran))
+        assert page.evaluate(OUTSIDE, SAID) == []
+        assert len(set(texts)) > 4 * len(foreseen)

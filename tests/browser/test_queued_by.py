@@ -92,7 +92,7 @@ const queue = async (widget) => {
   widget.beforeQueued()
   return widget.serializeValue()
 }
-const said = (text) => [['5', { class_type: 'A', text }]]
+const said = (text) => [['5', { class_type: 'A', prompt: text, text }]]
 const [one, other] = [{}, {}]
 const [first, copy] = [node(), node()]
 assert.equal(first.computeSize()[1] + 4, 0) // what front ends that lay out hidden widgets add to the node's height
@@ -123,9 +123,47 @@ for (let i = 0; i < 1000; i++) {
 workflow.activeWorkflow = one
 assert.equal(runs.shown().size, 0) // forgotten, as it is the one that queued longest ago
 assert.equal(await queue(first), mark)
-for (let i = 0; i < 1000; i++) runs.keep(mark, [[`${i}`, { class_type: 'A', text: '' }]])
+runs.keep(mark, [...Array(1000).keys()].map((i) => [`${i}`, { class_type: 'A', prompt: 'p' }]))
 assert.equal(runs.shown().size, 200)
-assert.ok(runs.shown().has('999'))
+runs.keep(mark, said('p')) // a prompt's lines take the place of those before
+assert.equal(runs.shown().size, 1)
+runs.drop('5') // a later prompt has not got the node
+assert.equal(runs.shown().size, 0)
+runs.keep(mark, said('p'))
+assert.equal(runs.shown().size, 0)
+runs.keep(mark, said('q'))
+assert.equal(runs.shown().get('5').prompt, 'q')
+
+// A page that is loaded again has its marks, each for one workflow of that path and graph.
+const storage = {}
+const tab = { getItem: (key) => storage[key] ?? null, setItem: (key, value) => void (storage[key] = value) }
+Object.defineProperty(globalThis, 'sessionStorage', { value: tab })
+globalThis.addEventListener = (name, then) => name === 'pagehide' && (globalThis.leave = then)
+const file = () => ({ path: 'a.json', activeState: { id: 'g' } })
+const load = (...openWorkflows) => {
+  const store = { openWorkflows, activeWorkflow: openWorkflows[0] }
+  return [workflowRuns({ extensionManager: { workflow: store } }, () => {}), store]
+}
+const [page] = load(file())
+assert.equal(page.mark(), undefined)
+let widget
+page.carry({ graph: rootGraph, mode: 0, addCustomWidget: (one) => (widget = one) }, () => {})
+const stays = await queue(widget)
+page.keep(stays, said('p'))
+page.drop('5')
+globalThis.leave()
+const [again, store] = load(file(), file(), { path: 'b.json', activeState: { id: 'g' } })
+store.activeWorkflow = store.openWorkflows[2]
+assert.equal(again.mark(), undefined)
+store.activeWorkflow = store.openWorkflows[0]
+assert.equal(again.mark(), stays)
+store.activeWorkflow = store.openWorkflows[1]
+assert.equal(again.mark(), undefined)
+store.activeWorkflow = store.openWorkflows[0]
+again.keep(stays, said('p'))
+assert.equal(again.shown().size, 0) // dropped before
+again.keep(stays, said('q'))
+assert.equal(again.shown().size, 1)
 
 // Nodes that the prompt has not got are never asked, and nothing is called after a request that failed.
 const inner = { rootGraph, nodes: [] }
@@ -157,49 +195,75 @@ console.log('works')
 LOST = """
 import assert from 'node:assert'
 import { nodeLines } from './node_line.js'
-globalThis.document = { createElement: () => ({ style: {}, setAttribute() {}, append() {} }) }
+globalThis.document = { createElement: () => ({ style: {}, dataset: {}, setAttribute() {}, append() {} }) }
 const widgets = []
 const add = (widget) => widgets.push(widget) && widget
 const node = {
   type: 'AttentionBackendSelector', widgets, size: [1, 1], computeSize: () => [1, 1], setSize() {}, setDirtyCanvas() {},
   addCustomWidget: add, addDOMWidget: (name, type, element) => add({ name, element })
 }
-const app = { rootGraph: { getNodeById: (id) => (id === '5' ? node : undefined) } }
+const app = { rootGraph: { nodes: [node], getNodeById: (id) => (id === '5' ? node : undefined) } }
 const events = new EventTarget()
-let runs = []
-const server = { runs: async () => ({ runs }), forget() {}, onForget() {} }
+const answers = {}
+const server = {
+  nodeLines: async (of) => answers[of.prompt_id ?? of.mark], forecast: async () => undefined, forget() {}, onForget() {}
+}
 nodeLines(app, events, server, (key, { calls } = {}) => `${calls ?? key}`).watch(node)
 const mark = widgets[0]
 const queue = async () => {
   mark.beforeQueued()
   return mark.serializeValue()
 }
-const run = (prompt, queued_by, calls, state = 'done') => ({
-  prompt_id: prompt, queued_by, state, nodes: [{ id: '5', class_type: node.type }], fallbacks: 0,
-  totals: [{ role: 'self', backend: 'b', calls }]
+const run = (prompt_id, mark, calls, state = 'done') => ({
+  prompt_id, mark, nodes: { 5: {
+    class_type: node.type, state, outcome: { kind: state, cause: '' }, step: 1, of_steps: 2, steps: 2, fallbacks: 0,
+    totals: [{ role: 'self', backend: 'b', calls }], calls, offers: [], tuning: false, ms_per_step: null,
+    attention_share: null, saved: null, inputs: {}, models: {}, cached: false
+  } }
 })
-const line = () => widgets[1]?.element.textContent
+const line = () => widgets[1]?.element.title
 const told = () => new Promise((resolve) => setTimeout(resolve, 5))
+const end = async (prompt_id, name = 'execution_success') => {
+  events.dispatchEvent(new CustomEvent(name, { detail: { prompt_id } }))
+  await told()
+}
+const lost = async () => {
+  events.dispatchEvent(new CustomEvent('reconnected'))
+  await told()
+}
 const ours = await queue()
-runs = [run('1', ours, 10)]
-events.dispatchEvent(new CustomEvent('execution_success', { detail: { prompt_id: '1' } }))
-await told()
+answers[1] = run('1', ours, 10)
+await end('1')
 assert.equal(line(), 'self b 10')
-// Two more prompts end while the connection is lost; another page and a script have runs as well, and one goes on.
-runs = [
-  run('6', ours, 60, 'running'), run('5', null, 50), run('4', 'f0', 40), run('3', ours, 30), run('2', ours, 20), ...runs
-]
-events.dispatchEvent(new CustomEvent('reconnected'))
-await told()
-assert.equal(line(), 'self b 30')
-server.runs = async () => { throw new TypeError('no connection') }
-events.dispatchEvent(new CustomEvent('reconnected'))
-await told()
-assert.equal(line(), 'self b 30')
-server.runs = async () => ({ runs: [] }) // it was started again
-events.dispatchEvent(new CustomEvent('reconnected'))
-await told()
-assert.equal(line(), 'self b 30')
+// More prompts end while the connection is lost; another page and a script have runs as well.
+answers[2] = run('2', 'f0', 20)
+answers[3] = run('3', null, 30)
+await end('2')
+await end('3')
+assert.equal(line(), 'self b 10')
+answers[ours] = run('4', ours, 40)
+await lost()
+assert.equal(line(), 'self b 40')
+// The next one: it waits, it runs, and the node of one that stopped before its sampler says nothing of a run.
+answers[5] = { prompt_id: '5', mark: ours, nodes: { 5: { class_type: node.type, state: 'waiting' } } }
+await end('5', 'execution_start')
+assert.equal(line(), 'line.waiting')
+const waiting = answers[5]
+answers[5] = run('5', ours, 50, 'running')
+await end('5', 'execution_start')
+assert.equal(line(), 'line.step · b')
+answers[5] = waiting
+await end('5', 'execution_error')
+assert.equal(line(), '')
+answers[6] = run('6', ours, 60)
+await end('6')
+assert.equal(line(), 'self b 60')
+server.nodeLines = async () => { throw new TypeError('no connection') }
+await lost()
+assert.equal(line(), 'self b 60')
+server.nodeLines = async () => ({ prompt_id: null, mark: ours, nodes: {} }) // it was started again
+await lost()
+assert.equal(line(), '')
 console.log('works')
 """
 
@@ -210,7 +274,7 @@ def test_a_page_knows_its_own_runs(tmp_path: Path, script: str) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is missing")
-    for name in ("workflow_runs.js", "node_line.js", "account.js", "dom.js"):
+    for name in ("workflow_runs.js", "node_line.js", "line_words.js", "account.js", "dom.js"):
         shutil.copy(ROOT / "web" / name, tmp_path)
     (tmp_path / "package.json").write_text('{"type": "module"}')
     (tmp_path / "start.js").write_text(script)
@@ -345,7 +409,7 @@ def test_a_page_leaves_the_mark_nowhere(server: Server, tmp_path: Path, nodes_2:
             assert page.get_by_text(NAME).count() == 0
         page.evaluate(QUEUE, 1)
         assert page.evaluate(MODIFIED) == before[2]  # by queueing; what a run shows changes sizes, also of other nodes
-        page.locator(LINE).wait_for(timeout=20_000)
+        page.locator(f"{LINE}[title*=' calls']").wait_for(timeout=20_000)
         assert [page.evaluate(script) for script in (EXPORTED, SAVED)] == before[:2]
         (mark,) = marks(prompts[0]).values()
         assert mark not in json.dumps([prompts[0]["extra_data"], before])
@@ -377,7 +441,8 @@ PACKED = """() => {
 }"""
 INSIDE = """() => window.app.graph.nodes.find((one) => one.subgraph).subgraph.nodes
   .find((one) => one.type === 'AttentionBackendSelector').widgets
-  .find((one) => one.name === 'attention_backends_line')?.element.textContent"""
+  .filter((one) => one.name === 'attention_backends_line' && one.element.dataset.of === 'run')
+  .map((one) => one.element.title).find((title) => title.startsWith('self'))"""
 COMMAND = "async (id) => { await window.app.extensionManager.command.execute(id) }"
 MUTE = """(mode) => {
   window.app.graph.nodes.find((one) => one.type === 'AttentionBackendSelector').mode = mode

@@ -88,12 +88,11 @@ def test_the_line_on_the_node_offers_it(server: Server, tmp_path: Path, snapshot
         page.evaluate("async () => { await window.app.queuePrompt(0) }")
         line = page.locator(f"{LINE}[title*='{OFFER}']")
         line.wait_for(timeout=20_000)
-        ran, _, hint = line.inner_text().partition("; ")
-        assert ran == snapshot
-        assert hint == words()["line"]["recommended"]
+        assert line.get_attribute("title").split("\n")[0] == snapshot
+        assert words()["line"]["recommended"] in line.inner_text()
         page.evaluate(
             "() => { const node = window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector');"
             " node.widgets.find((w) => w.name === 'recommended').value = true }"
         )
         page.evaluate("async () => { await window.app.queuePrompt(0) }")
-        page.locator(f"{LINE}[title='self emulated_int8 4 calls, cross torch_sdpa 4']").wait_for(timeout=20_000)
+        page.locator(f"{LINE}[title^='self emulated_int8 4 calls, cross torch_sdpa 4']").wait_for(timeout=20_000)
