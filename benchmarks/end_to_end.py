@@ -3,7 +3,7 @@
     python benchmarks/end_to_end.py --server http://127.0.0.1:8188 --output benchmarks/results
 
 It repeats the published comparison of vLLM-Omni: same prompt, sizes, frames and steps; the graphs are those of
-tests/workflows. The column `comfy` is ComfyUI's own attention function. Time is that of the diffusion stage,
+benchmarks/graphs. The column `comfy` is ComfyUI's own attention function. Time is that of the diffusion stage,
 as Attention Report measures it: no loading, no decoding. Each backend is warmed up once, then timed with other seeds,
 since ComfyUI would answer the same graph from its cache. A backend that did not compute every call has no time: its
 cell says what happened.
@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOWS = ROOT / "tests" / "workflows"
+GRAPHS = ROOT / "benchmarks" / "graphs"
 FAMILIES = ("hunyuan_video_15", "wan22_14b", "wan22_5b", "qwen_image", "flux2_dev", "ltx2")
 BACKENDS = ("torch_sdpa", "cudnn_attn", "flashinfer_attn", "comfy")
 SEED = 42
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     backends, results = options.backends.split(","), {}
     for name in options.models.split(","):
-        path = WORKFLOWS / f"compare_{name}.json" if name in FAMILIES else Path(name)
+        path = GRAPHS / f"{name}.json" if name in FAMILIES else Path(name)
         graph = json.loads(path.read_text(encoding="utf-8"))
         cells = results[path.stem.removeprefix("compare_")] = {}
         for backend in backends:

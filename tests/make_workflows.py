@@ -26,23 +26,26 @@ ROOT = Path(__file__).resolve().parent.parent
 API_FORM = ROOT / "tests" / "workflows"
 UI_FORM = ROOT / "workflows"
 WORKFLOWS = {**EMBEDDED_WORKFLOWS, **FAMILY_WORKFLOWS}
-RESULT_SHOWN = ("compare_sdpa_cudnn_sage", "compare_node")
-"""Their thumbnail is the comparison that they make; the others' is the graph."""
+TITLES = {
+    "wan22_14b_4_steps": "01 Wan 2.2 14B, faster (4 steps)",
+    "wan22_14b_20_steps": "02 Wan 2.2 14B, faster (20 steps)",
+    "qwen_image": "03 Qwen-Image, faster",
+    "flux_dev": "04 FLUX.1 dev, faster",
+    "ltx2": "05 LTX-2, faster",
+    "benchmark": "06 Which kernel is fastest here",
+    "compare_node": "07 Compare backends (demo model)",
+    "compare_wan22_5b": "08 Compare backends on Wan 2.2 5B",
+    "compare_qwen_image": "09 Compare SDPA, cuDNN and Sage on Qwen-Image",
+    "per_role": "10 Self- and cross-attention apart (demo model)",
+    "schedule": "11 Exact first and last steps (demo model)",
+    "text_and_record": "12 Settings as text (demo model)",
+    "compare_sdpa_cudnn_sage": "compare_sdpa_cudnn_sage",
+}
+"""Names of the files in workflows/: ComfyUI shows them as titles, in this order where its list is sorted."""
+SIDE = 512
 MOST_BYTES = 60_000
 
 ARRANGE = (ROOT / "tests" / "arrange_workflow.js").read_text(encoding="utf-8")
-SHOW_ALL = """() => {
-    const { ds, canvas, graph } = window.app.canvas
-    const boxes = [...graph.nodes, ...graph.groups].map((item) => [...item.pos, ...item.size])
-    const [left, top] = [0, 1].map((axis) => Math.min(...boxes.map((box) => box[axis])) - 60)
-    const [right, low] = [0, 1].map((axis) => Math.max(...boxes.map((box) => box[axis] + box[axis + 2])) + 60)
-    const { x, y, width, height } = canvas.getBoundingClientRect()
-    ds.scale = Math.min(width / (right - left), height / (low - top))
-    ds.offset[0] = -left
-    ds.offset[1] = -top
-    graph.setDirtyCanvas(true, true)
-    return { x, y, width: (right - left) * ds.scale, height: (low - top) * ds.scale }
-}"""
 # No overlays, and text at every zoom.
 QUIET = {
     "Comfy.Minimap.Visible": False,
@@ -89,19 +92,23 @@ def write_ui_form(names: list[str]) -> None:
         start_server(extra_nodes=(), fill=fill) as server,
         open_comfyui(server.url, Path(profile), QUIET, width=2400) as page,
     ):
-        page.evaluate("() => window.app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
         for name, graph in graphs.items():
             saved = arrange(page, name, graph)
-            (UI_FORM / f"{name}.json").write_text(saved + "\n", encoding="utf-8", newline="\n")
-            picture = made_picture(server, graph) if name in RESULT_SHOWN else screenshot(page, name, server)
-            write_thumbnail(picture, UI_FORM / f"{name}.jpg")
+            ui_file(name).write_text(saved + "\n", encoding="utf-8", newline="\n")
+            picture = made_picture(server, graph) if name in EMBEDDED_WORKFLOWS else None
+            write_thumbnail(card(TITLES[name], graph, picture), ui_file(name).with_suffix(".jpg"))
             print(f"{name}: {len(saved)} characters")
 
 
+def ui_file(name: str) -> Path:
+    """What the template browser opens."""
+    return UI_FORM / f"{TITLES[name]}.json"
+
+
 def arrange(page: Any, name: str, graph: Graph) -> str:
-    """The graph as the front end saves it, laid out in lanes; raises ValueError if a value differs."""
-    given = {"name": name, "nodes": graph.nodes, "lanes": graph.lanes, "about": graph.about}
-    saved, back = page.evaluate(ARRANGE, given)
+    """The graph as the front end saves it, laid out in columns; raises ValueError if a value differs."""
+    parts = ("nodes", "columns", "folded", "fixed", "models", "about")
+    saved, back = page.evaluate(ARRANGE, {"name": name, **{part: getattr(graph, part) for part in parts}})
     if values(json.loads(back)) != values(graph.nodes):
         raise ValueError(f"{name}: the front end changed it to {back}")
     if graph.about not in notes(json.loads(saved)):
@@ -109,40 +116,58 @@ def arrange(page: Any, name: str, graph: Graph) -> str:
     return str(saved)
 
 
-def screenshot(page: Any, name: str, server: Any) -> bytes:
-    """The whole graph in the window: with its results, or else without what our nodes say of this machine."""
-    if name in EMBEDDED_WORKFLOWS:
-        page.evaluate("() => window.app.queuePrompt(0)")
-        while any(server.get("/queue").values()):
-            page.wait_for_timeout(500)
-    else:
-        page.evaluate(
-            "() => document.querySelectorAll('[data-testid=attention_backends_line]').forEach((e) => e.remove())"
-        )
-    box = page.evaluate(SHOW_ALL)
-    page.wait_for_timeout(1000)
-    return bytes(page.screenshot(clip=box))
-
-
 def made_picture(server: Any, graph: Graph) -> bytes:
-    """Runs the graph and returns the picture in its Preview Image node."""
-    number = next(number for number, node in graph.nodes.items() if node["class_type"] == "PreviewImage")
-    shown = server.run(graph.nodes)["outputs"][number]["images"][0]
+    """Runs the graph and returns the first picture that it shows."""
+    outputs = server.run(graph.nodes)["outputs"]
+    shown = next(one["images"][0] for _, one in sorted(outputs.items()) if "images" in one)
     return bytes((server.folder / shown["type"] / shown["subfolder"] / shown["filename"]).read_bytes())
 
 
-def write_thumbnail(picture: bytes, path: Path) -> None:
-    """A JPEG as large as MOST_BYTES allows."""
-    from PIL import Image
+def card(title: str, graph: Graph, picture: bytes | None) -> Any:
+    """A square with the title above the graph's own result, or above a drawing of the nodes and no result."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    whole = Image.open(BytesIO(picture)).convert("RGB")
-    for side in (1400, 1200, 1000, 850, 700):
-        image = whole.copy()
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        image.save(path, quality=80, optimize=True)
-        if path.stat().st_size <= MOST_BYTES:
-            return
-    raise ValueError(f"{path.name} is larger than {MOST_BYTES} bytes at every size")
+    whole = Image.new("RGB", (SIDE, SIDE), "#1d2026")
+    draw = ImageDraw.Draw(whole)
+    large, small = ImageFont.load_default(46), ImageFont.load_default(28)
+    lines = [""]
+    for word in title.lstrip("0123456789 ").replace("_", " ").split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if draw.textlength(longer, large) < SIDE - 48 else [*lines, word]
+    draw.multiline_text((28, 24), "\n".join(lines), "white", large, spacing=10)
+    top = 60 + 58 * len(lines)
+    if picture is not None:
+        shown = Image.open(BytesIO(picture)).convert("RGB")
+        shown = shown.resize(_within(shown.size, (SIDE - 56, SIDE - top - 28)), Image.Resampling.LANCZOS)
+        whole.paste(shown, ((SIDE - shown.width) // 2, top + (SIDE - 28 - top - shown.height) // 2))
+        return whole
+    kinds = {node["class_type"] for node in graph.nodes.values()}
+    boxes = ["Load model", "Attention Backend Selector", "Sampler"]
+    if "AttentionCompare" in kinds:
+        boxes[1:] = ["Compare Attention Backends", "Pictures and times"]
+    elif "AttentionComparison" in kinds:
+        boxes[1:] = ["SDPA      cuDNN      Sage", "Attention Comparison"]
+    step = (SIDE - top - 64) // len(boxes)
+    for at, text in enumerate(boxes):
+        y = top + at * step
+        if at:
+            draw.line((SIDE // 2, y - 22, SIDE // 2, y), "#9aa4b2", 4)
+        draw.rounded_rectangle((28, y, SIDE - 28, y + step - 22), 10, "#355c3a" if at == 1 else "#353941")
+        draw.text((46, y + (step - 22) / 2), text, "white", small, anchor="lm")
+    draw.text((28, SIDE - 46), "Drawing, not a result", "#b4bcc8", small)
+    return whole
+
+
+def _within(size: tuple[int, int], most: tuple[int, int]) -> tuple[int, int]:
+    """The largest size of the same shape."""
+    scale = min(most[0] / size[0], most[1] / size[1])
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def write_thumbnail(picture: Any, path: Path) -> None:
+    picture.save(path, quality=85, optimize=True)
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} is larger than {MOST_BYTES} bytes")
 
 
 def main(arguments: list[str]) -> int:

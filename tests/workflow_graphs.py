@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 SEED = 42
@@ -14,29 +14,51 @@ Link = list[Any]
 
 
 class Graph:
-    """Nodes in API form, each in a lane: `model`, `branch 1`, `branch 2`, ... or `result`."""
+    """Nodes in API form, each in a column; from the top of a column in the order in which they were added."""
 
-    def __init__(self, about: str) -> None:
+    def __init__(self, about: str = "") -> None:
         self.about = about
-        """What the workflow shows and what it needs, Markdown, for the note beside the nodes."""
-        self.files: tuple[str, ...] = ()
-        """Model files it needs, as paths in the models folder."""
+        """One or two sentences, Markdown, for the note below the loaders."""
         self.nodes: dict[str, dict[str, Any]] = {}
-        self.lanes: dict[str, str] = {}
-        self.lane = "model"
+        self.columns: dict[str, int] = {}
+        self.folded: list[str] = []
+        """Nodes that show their title alone."""
+        self.fixed: list[str] = []
+        """Nodes whose seed stays as it is; another draws a new one after each run, so that nothing is from a cache."""
+        self.models: dict[str, list[dict[str, str]]] = {}
+        """The files that a loader needs, as ComfyUI's own templates name them: the front end offers to get them."""
+        self.column = 0
+
+    @property
+    def files(self) -> list[str]:
+        """Model files it needs, as paths in the models folder."""
+        return sorted({f"{file['directory']}/{file['name']}" for files in self.models.values() for file in files})
 
     def add(self, kind: str, title: str = "", **inputs: Any) -> Link:
-        """A node in the current lane; the answer is a link to its first output."""
+        """A node in the current column; the answer is a link to its first output."""
         number = str(len(self.nodes) + 1)
         self.nodes[number] = {"class_type": kind, "inputs": inputs}
         if title:
             self.nodes[number]["_meta"] = {"title": title}
-        self.lanes[number] = self.lane
+        self.columns[number] = self.column
         return [number, 0]
 
-    def selector(self, model: Link, backend: str, title: str = "") -> Link:
-        settings: dict[str, Any] = {"accuracy": "exact", "strict": False, "guard": "off", "recommended": False}
-        return self.add("AttentionBackendSelector", title, model=model, backend=backend, **settings)
+    def fold(self, kind: str, title: str = "", **inputs: Any) -> Link:
+        """As `add`, for a node that nobody needs to look into."""
+        link = self.add(kind, title, **inputs)
+        self.folded.append(link[0])
+        return link
+
+    def load(self, kind: str, title: str = "", *, files: Mapping[str, str], **inputs: Any) -> Link:
+        """A loader and the files that it needs: path in the models folder -> address."""
+        link = self.add(kind, title, **inputs)
+        parts = [(*path.rsplit("/", 1), address) for path, address in files.items()]
+        self.models[link[0]] = [{"name": name, "url": url, "directory": folder} for folder, name, url in parts]
+        return link
+
+    def selector(self, model: Link, backend: str, title: str = "", **settings: Any) -> Link:
+        usual: dict[str, Any] = {"accuracy": "exact", "strict": False, "guard": "off", "recommended": False}
+        return self.add("AttentionBackendSelector", title, model=model, backend=backend, **usual | settings)
 
 
 def output(link: Link, number: int) -> Link:
@@ -48,21 +70,29 @@ def branches(
     graph: Graph, backends: tuple[str, ...], sample: Callable[[str], Link], decode: Callable[[Link], Link]
 ) -> Graph:
     """For each backend a sampler, its report and its picture; then one comparison of all."""
+    first = graph.column
     # Without a label the comparison writes what was asked for and what really ran.
     compared: dict[str, Any] = {f"label_{number}": "" for number in range(1, 7)}
     for number, backend in enumerate(backends, start=1):
-        graph.lane = f"branch {number}: {backend}"
-        report = graph.add("AttentionReport", samples=sample(backend))
+        graph.column = first
+        samples = sample(backend)
+        graph.column += 1
+        report = graph.fold("AttentionReport", samples=samples)
         compared |= {f"image_{number}": decode(report), f"report_{number}": output(report, 2)}
-    graph.lane = "result"
-    comparison = graph.add("AttentionComparison", **compared)
+    graph.column += 1
+    comparison = graph.fold("AttentionComparison", **compared)
     graph.add("PreviewImage", images=comparison)
     graph.add("PreviewAny", "Table", source=output(comparison, 1))
     return graph
 
 
+def shared_seed(graph: Graph) -> Link:
+    """One seed for all branches, new in each run: with a seed that stays ComfyUI takes the pictures from its cache."""
+    return graph.add("PrimitiveInt", "Seed of all branches", value=SEED)
+
+
 def ksampler(graph: Graph, model: Link, **inputs: Any) -> Link:
-    return graph.add("KSampler", model=model, seed=SEED, denoise=1.0, **inputs)
+    return graph.add("KSampler", model=model, **{"seed": SEED, "denoise": 1.0, **inputs})
 
 
 def custom_sampler(graph: Graph, sigmas: Link, latent: Link) -> Callable[[Link], Link]:
@@ -93,44 +123,49 @@ EMBEDDED = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simp
 
 def reported(graph: Graph, samples: Link) -> Graph:
     """The picture that was sampled, and what ran."""
-    report = graph.add("AttentionReport", samples=samples)
-    graph.lane = "result"
-    graph.add("PreviewImage", images=graph.add("TinyShapesImage", samples=report, scale=16))
+    graph.column += 1
+    report = graph.fold("AttentionReport", samples=samples)
+    picture = graph.fold("TinyShapesImage", samples=report, scale=16)
+    graph.column += 1
+    graph.add("PreviewImage", images=picture)
     graph.add("PreviewAny", "What ran", source=output(report, 1))
     return graph
 
 
 def per_role() -> Graph:
     graph = Graph(
-        "**One backend for a whole model, another for its cross-attention.** The text on the right says what ran for "
-        "each role, how often, and why not the backend that was asked for. Runs anywhere: the model comes with the "
-        "pack."
+        "One backend for the whole model, another for its cross-attention. *What ran* shows both. Runs anywhere: the "
+        "model comes with the pack."
     )
     model, settings = embedded(graph)
-    graph.lane = "attention and sampling"
+    graph.column = 1
     model = graph.selector(model, "torch_sdpa")
     model = graph.add("PerRoleAttentionConfig", model=model, role="cross", backend="sdpa_math", extra="")
+    graph.column = 2
     return reported(graph, ksampler(graph, model, **settings, **EMBEDDED))
 
 
 def compare_node() -> Graph:
     graph = Graph(
-        "**Several backends, one node.** It samples the same noise once per backend, warmed up, and draws pictures, "
-        "times and differences. A backend that cannot run here is a panel that says why. Runs anywhere: the model "
+        "Several backends, the same noise, each warmed up: pictures, times and differences. Runs anywhere: the model "
         "comes with the pack."
     )
     model, settings = embedded(graph)
-    graph.lane = "sampling"
+    graph.column = 1
     settings |= {
         "noise": graph.add("RandomNoise", noise_seed=SEED),
         "sampler": graph.add("KSamplerSelect", sampler_name="euler"),
         "sigmas": graph.add("BasicScheduler", model=model, scheduler="simple", steps=20, denoise=1.0),
     }
     backends = "torch_sdpa, sdpa_math, emulated_int8, cudnn_attn, sage_attn"
-    graph.lane = "result"
-    compare = graph.add(
-        "AttentionCompare", model=model, backends=backends, mode="end_to_end", repeat=1, cfg=4.0, **settings
-    )
+    return compared(graph, model, backends, cfg=4.0, **settings)
+
+
+def compared(graph: Graph, model: Link, backends: str, **settings: Any) -> Graph:
+    """One node that samples with each backend, its picture and its table."""
+    graph.column += 1
+    compare = graph.add("AttentionCompare", model=model, backends=backends, mode="end_to_end", repeat=1, **settings)
+    graph.column += 1
     graph.add("PreviewImage", images=output(compare, 1))
     graph.add("PreviewAny", "Table", source=output(compare, 2))
     return graph
@@ -138,46 +173,51 @@ def compare_node() -> Graph:
 
 def compare_by_hand() -> Graph:
     graph = Graph(
-        "**Three branches, one picture.** Same model, prompt and seed; only the attention backend differs. Where a "
-        "backend cannot run, that branch falls back, and the comparison says so. Runs anywhere: the model comes with "
-        "the pack."
+        "Same model, prompt and seed; only the backend differs. The first run of a backend is slower than the next: "
+        "run it again, each run draws a new seed."
     )
     model, settings = embedded(graph)
+    settings["seed"] = shared_seed(graph)
+    graph.column = 1
+    models = {backend: graph.selector(model, backend) for backend in USUAL}
+    graph.column = 2
     return branches(
         graph, USUAL,
-        lambda backend: ksampler(graph, graph.selector(model, backend), **settings, **EMBEDDED),
-        lambda latent: graph.add("TinyShapesImage", samples=latent, scale=16),
+        lambda backend: ksampler(graph, models[backend], **settings, **EMBEDDED),
+        lambda latent: graph.fold("TinyShapesImage", samples=latent, scale=16),
     )  # fmt: skip
 
 
 def schedule() -> Graph:
     graph = Graph(
-        "**A fast kernel, but exact first and last steps.** The steps that decide the composition, and those that "
-        "draw the details, run with PyTorch's own kernel; the ones between with a kernel that is not exact. "
-        "`emulated_int8` stands for one such as `sage_attn` and runs anywhere; choose yours instead. The model comes "
-        "with the pack."
+        "A fast kernel between, an exact one for the first and last steps. *emulated_int8* stands for one such as "
+        "*sage_attn* and runs anywhere: the model comes with the pack."
     )
     model, settings = embedded(graph)
-    graph.lane = "attention and sampling"
+    graph.column = 1
     model = graph.selector(model, "emulated_int8")
     window = {"when": "precise first and last N", "window": "2", "blocks": "", "role": ""}
     model = graph.add("AttentionSchedule", model=model, backend="torch_sdpa", **window)
+    graph.column = 2
     return reported(graph, ksampler(graph, model, **settings, **EMBEDDED))
 
 
 def text_and_record() -> Graph:
     graph = Graph(
-        "**A configuration as text, and a record of what ran in the saved picture.** The text may also be the command "
-        "line of vLLM-Omni or SGLang. Paste the record, or the picture's, in place of the text: with the same seed the "
-        "same kernels make the same picture again. Runs anywhere: the model comes with the pack."
+        "Settings as text, and a record of what ran in the saved picture. Paste the record in place of the text: with "
+        "the same seed the picture is the same."
     )
     model, settings = embedded(graph)
-    graph.lane = "attention and sampling"
+    graph.column = 1
     text = "default: torch_sdpa\nper_role:\n  cross: sdpa_math\n"
     model = graph.add("AttentionConfigText", model=model, text=text, file="none", component="transformer")
+    graph.column = 2
     sampled = ksampler(graph, model, **settings, **EMBEDDED)
-    graph.lane = "result"
-    record = graph.add("AttentionRecord", value=graph.add("TinyShapesImage", samples=sampled, scale=16))
+    graph.fixed = [sampled[0]]
+    graph.column = 3
+    picture = graph.fold("TinyShapesImage", samples=sampled, scale=16)
+    record = graph.add("AttentionRecord", value=picture)
+    graph.column = 4
     graph.add("SaveImage", images=record, filename_prefix="attention_record")
     graph.add("PreviewAny", "Record", source=output(record, 1))
     return graph
@@ -185,15 +225,14 @@ def text_and_record() -> Graph:
 
 def benchmark() -> Graph:
     graph = Graph(
-        "**How fast is each kernel on this machine?** Times the attention calls of HunyuanVideo 1.5 with and without "
-        "its mask; a kernel that cannot run says why. No model is needed. 256 tokens are for a CPU: on a GPU set "
-        "`tokens` to 0, the full lengths."
+        "Times the attention of HunyuanVideo 1.5 with each kernel; no model is needed. 256 tokens are for a CPU: on a "
+        "GPU set *tokens* to 0, the full lengths."
     )
-    graph.lane = "benchmark"
     measured = graph.add(
         "AttentionBenchmark", presets="hv15", tokens=256, masked="both", backends="", dtype="bfloat16", seed=0
     )
-    graph.lane = "result"
+    graph.fixed = [measured[0]]
+    graph.column = 1
     graph.add("PreviewAny", "Table", source=measured)
     return graph
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from attention_backends.devtools.server import Server
 from browser import load_workflow, open_comfyui, why_no_browser
-from make_workflows import UI_FORM
+from make_workflows import ui_file
 from panel_pictures import keep
 from server_harness import start_server
 from test_panel import RENDERERS, open_tab, ours, run_workflow, workflow
@@ -148,7 +148,7 @@ def choose(page: Any, values: dict[str, Any]) -> None:
 
 @RENDERERS
 def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, nodes_2: bool) -> None:
-    saved = json.loads((UI_FORM / "per_role.json").read_text(encoding="utf-8"))
+    saved = json.loads(ui_file("per_role").read_text(encoding="utf-8"))
     groups = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]["input"]
     inputs = {**groups["required"], **groups["optional"]}
     names = ("backend", "accuracy", "strict", "guard", "recommended")

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 from attention_backends.devtools.server import Server
+from make_workflows import API_FORM
 from server_harness import ROOT, start_server
 from syrupy.assertion import SnapshotAssertion
 
@@ -37,7 +38,7 @@ def server() -> Iterator[Server]:
 def test_a_model_that_is_there_is_timed_and_a_fallback_is_not(
     server: Server, tmp_path: Path, snapshot: SnapshotAssertion
 ) -> None:
-    embedded = end_to_end.WORKFLOWS / "compare_sdpa_cudnn_sage.json"
+    embedded = API_FORM / "compare_sdpa_cudnn_sage.json"
     arguments = ["--server", server.url, "--models", f"{embedded},qwen_image", "--repeat", "2",
                  "--output", str(tmp_path)]  # fmt: skip
     assert end_to_end.main(arguments) == 0
@@ -61,7 +62,7 @@ def test_a_model_that_is_there_is_timed_and_a_fallback_is_not(
 
 @pytest.mark.parametrize("family", end_to_end.FAMILIES)
 def test_one_branch_of_each_family_is_whole(family: str) -> None:
-    graph = json.loads((end_to_end.WORKFLOWS / f"compare_{family}.json").read_text(encoding="utf-8"))
+    graph = json.loads((end_to_end.GRAPHS / f"{family}.json").read_text(encoding="utf-8"))
     branch = end_to_end.one_branch(graph, "flashinfer_attn", 7)
     links = [link[0] for node in branch.values() for link in node["inputs"].values() if isinstance(link, list)]
     assert set(links) <= set(branch)

@@ -137,7 +137,6 @@ def two_stages(seed: int, second_patched: bool) -> Graph:
     graph.nodes["7"]["inputs"] |= {
         "model": [SELECTOR if second_patched else MODEL, 0], "latent_image": [SAMPLER, 0], "denoise": 0.5, "steps": 2,
     }  # fmt: skip
-    graph.lanes = {number: "" for number in graph.nodes}
     add_report(graph, ["7", 0])
     return graph
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from make_workflows import TITLES
 from workflow_graphs import EMBEDDED_WORKFLOWS
 
 if sys.version_info >= (3, 11):
@@ -124,4 +125,4 @@ def test_every_python_file_is_safe_on_windows() -> None:
 def test_comfy_test_runs_every_workflow_that_needs_no_files() -> None:
     said = tomllib.loads((ROOT / "comfy-test.toml").read_text(encoding="utf-8"))["test"]
     assert (ROOT / said["custom"]).is_file()
-    assert said["workflows"]["cpu"] == said["workflows"]["cuda"] == sorted(EMBEDDED_WORKFLOWS)
+    assert said["workflows"]["cpu"] == said["workflows"]["cuda"] == sorted(TITLES[name] for name in EMBEDDED_WORKFLOWS)
