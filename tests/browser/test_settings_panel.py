@@ -118,7 +118,7 @@ def searched(page: Any, words: str) -> list[str]:
 
 
 def test_the_selector_is_found_and_serves_two_models(server: Server, tmp_path: Path) -> None:
-    saved = json.loads((UI_FORM / "per_role.json").read_text(encoding="utf-8"))
+    saved = json.loads(ui_file("per_role").read_text(encoding="utf-8"))
     with open_comfyui(server.url, tmp_path / "profile") as page:
         for words, most in SEARCHED.items():
             found = searched(page, words)[:most]
