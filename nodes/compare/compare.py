@@ -158,10 +158,6 @@ class AttentionCompare(io.ComfyNode):
             report, results = compare(setup, make_variants(guider.model_patcher, backends, models), repeat)
         report.prompt = prompt_text(cls.hidden.prompt or {}, str(cls.hidden.unique_id))
         pictures = judge(report, results, guider.model_patcher, vae) if results else []
-        if vae is None and pictures:
-            report.notes.append("pictures are previews of the latents: connect a VAE for full ones")
-        elif (shown := next((each for each in pictures if each is not None), None)) is not None:
-            report.frames, report.height, report.width = shown.shape[:3]
         if clip_vision is not None:
             similarity.score(report.rows, pictures, clip_vision)
         done = [result for result in results if result is not None]
@@ -176,9 +172,13 @@ def batch(results: list[torch.Tensor]) -> torch.Tensor:
 
 
 def judge(report: Report, results: list[torch.Tensor | None], model: Any, vae: Any) -> list[torch.Tensor | None]:
-    """Pictures of the results, and in the report's rows what each says against the first."""
+    """Pictures of the results, in the report their size, and in its rows what each says against the first."""
     report.relate()
     pictures = [None if result is None else decode(result, model, vae) for result in results]
+    if vae is None:
+        report.notes.append("pictures are previews of the latents: connect a VAE for full ones")
+    elif (shown := next((picture for picture in pictures if picture is not None), None)) is not None:
+        report.frames, report.height, report.width = shown.shape[:3]
     for row, result, shown in zip(report.rows, results, pictures, strict=True):
         if result is None or shown is None:
             continue

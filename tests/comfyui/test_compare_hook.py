@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.comparison.report import Row  # noqa: E402
 from broken_backends import DROPPED_MASK, NAN, WRONG_SCALE, Wrong, dropped_mask, router, wrong_scale  # noqa: E402
 from hook_side import PLACES, last_run, model_call, nodes_module, plain_comfyui, selected, stand_in  # noqa: E402
 
@@ -52,6 +53,24 @@ def compared(family: str, backends: str) -> tuple[dict[str, Any], list[Any]]:
         report, results = runs.compare(setup, runs.make_variants(model, backends, {}), 1)
         pictures = nodes_module("compare.compare").judge(report, results, model, None)
     return {row.asked: row for row in report.rows}, pictures
+
+
+class Vae:
+    """Makes pictures of 4 x 6 pixels, whatever the latent."""
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        return torch.full((1, 4, 6, 3), 0.5)
+
+
+@pytest.mark.parametrize("vae", [None, Vae()], ids=["previews", "vae"])
+def test_the_size_is_that_of_the_picture(vae: Vae | None) -> None:
+    setup = set_up("wan", steps=2)
+    rows = [Row("torch_sdpa"), Row("sdpa_math")]
+    report = nodes_module("compare.compare_setup").make_report(setup, rows)
+    latent = tuple(setup.latent.shape[-2:])
+    nodes_module("compare.compare").judge(report, [setup.latent, None], setup.guider.model_patcher, vae)
+    assert (report.height, report.width) == ((4, 6) if vae else (8 * latent[0], 8 * latent[1]))
+    assert any("connect a VAE" in note for note in report.notes) is (vae is None)
 
 
 @pytest.fixture
