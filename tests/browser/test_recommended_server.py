@@ -78,7 +78,8 @@ def test_the_input_and_the_route(server: Server) -> None:
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
 def test_the_line_on_the_node_offers_it(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
     with open_comfyui(server.url, tmp_path / "profile") as page:
-        page.evaluate("(graph) => window.app.loadApiJson(graph, 'tiny')", graph(tmp_path / "line.pt", guard="watch"))
+        off = graph(tmp_path / "line.pt", guard="watch", recommended=False)  # new nodes have it on
+        page.evaluate("(graph) => window.app.loadApiJson(graph, 'tiny')", off)
         page.wait_for_timeout(500)
         widgets = (
             "() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').widgets"

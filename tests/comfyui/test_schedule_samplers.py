@@ -426,6 +426,35 @@ def test_the_preset_keeps_the_first_and_last_steps_precise(wan: Recorder, snapsh
 
 
 @pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("steps", "count", "faster"),
+    [(2, 1, []), (3, 1, [1]), (4, 1, [1, 2]), (3, 2, []), (4, 2, []), (6, 2, [2, 3]), (8, 2, [2, 3, 4, 5])],
+)
+def test_the_preset_in_a_short_run_leaves_the_stated_steps(
+    wan: Recorder, steps: int, count: int, faster: list[int]
+) -> None:
+    """The table of docs/schedule.md."""
+    model = wan.patched({"backend": FIRST, "when": nodes_module("configure.schedule").PRECISE, "window": f"{count}"})
+    wan.sample(model, steps=steps)
+    assert [step for step, ran in enumerate(wan.backends()) if ran == BASE] == faster
+
+
+@pytest.mark.comfy
+def test_a_split_run_of_two_and_two_steps(wan: Recorder) -> None:
+    """Each sampler is a run of its own: the preset covers both steps, and the guard checks each role and block once."""
+    set_default = nodes_module("hook.patch").set_default
+    lossy = set_default(wan.model, "emulated_int8", accuracy="exact", strict=False, guard="watch")
+    precise = wan.patched({"backend": FIRST, "when": nodes_module("configure.schedule").PRECISE, "window": "1"})
+    for first in (0, 2):
+        stage: dict[str, Any] = {"steps": 4, "start_step": first, "last_step": first + 2, "disable_noise": first > 0}
+        wan.sample(lossy, **stage)
+        checked = {(row["role"], row["block"]): row["checked"] for row in last_run()["guard"]}
+        assert checked == {(role, block): 1 for role in ("self", "cross") for block in BLOCKS}
+        wan.sample(precise, **stage)
+        assert wan.backends() == [FIRST] * 2
+
+
+@pytest.mark.comfy
 def test_the_later_of_two_windows_wins_and_the_account_says_it_once(wan: Recorder, snapshot: SnapshotAssertion) -> None:
     model = wan.patched({"backend": FIRST, "window": "0-2"}, {"backend": SECOND, "window": "2-3"})
     wan.sample(model)
