@@ -58,7 +58,8 @@ def lacks_second_model() -> bool:
     """Whether the selector that is executing has nothing to give to a node that takes its second output."""
     prompt_id, node_id = runs.executing()
     prompt = runs.queued(prompt_id)
-    if node_id not in prompt:  # a program, or a node that another one made: ComfyUI blocks who takes the output
+    # A program, or a node that another one made: ComfyUI blocks who takes the output.
+    if node_id is None or node_id not in prompt:
         return False
     return "model_2" not in prompt[node_id]["inputs"] and graph.is_taken(prompt, node_id, SECOND)
 

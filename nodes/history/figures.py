@@ -85,7 +85,7 @@ class WarmRuns:
         known[kernels] = backends, report["seconds"] if is_warm else None
         for full, most in ((known, MOST_KERNELS), (self._graphs, MOST_GRAPHS)):
             if len(full) > most:
-                full.pop(next(iter(full)))  # type: ignore[attr-defined]  # either is a dict
+                full.pop(next(iter(full)))
         if not is_warm or not others:
             return None
         than, seconds = others[-1]

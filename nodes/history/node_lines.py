@@ -22,7 +22,7 @@ def of_prompt(prompt_id: str) -> dict[str, Any]:
     """{"prompt_id", "mark", "nodes": {id: line}}; `mark` of the page's workflow that queued it, or None."""
     prompt, mark, is_running = _queued(prompt_id)
     entries = runs.entries()
-    own = [entry for entry in entries if entry[0]["prompt_id"] == prompt_id]
+    own: list[Entry] = [entry for entry in entries if entry[0]["prompt_id"] == prompt_id]
     mark = mark or next((sampler.queued_by for _, sampler in own), None)
     return {"prompt_id": prompt_id, "mark": mark, "nodes": lines(prompt, own, entries, is_running)}
 

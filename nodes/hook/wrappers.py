@@ -65,7 +65,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _size(args: tuple[Any, ...]) -> tuple[tuple[int, ...], ...]:
     """The shapes of the noise, the sampler's first argument: one tensor, or several in one (video with sound)."""
-    noise = args[0] if args else None
+    noise: Any = args[0] if args else None
     return tuple(tuple(part.shape) for part in getattr(noise, "tensors", (noise,)) if hasattr(part, "shape"))
 
 

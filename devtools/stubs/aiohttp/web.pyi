@@ -1,10 +1,13 @@
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 _Handler = TypeVar("_Handler", bound=Callable[[Request], Awaitable[Response]])
 
 class _Query(Protocol):
+    @overload
     def get(self, key: str) -> str | None: ...
+    @overload
+    def get(self, key: str, default: str) -> str: ...
     def getall(self, key: str, default: list[str]) -> list[str]: ...
 
 class _Content(Protocol):

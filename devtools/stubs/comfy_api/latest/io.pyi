@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from .ui import PreviewImage
 
@@ -30,6 +30,7 @@ class HiddenHolder:
     extra_pnginfo: Any
 
 class Schema:
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     inputs: list[Input]
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Schema:
         search_aliases: list[str] = ...,
         is_output_node: bool = ...,
         not_idempotent: bool = ...,
+        is_deprecated: bool = ...,
     ) -> None: ...
 
 class NodeOutput:
@@ -62,6 +64,7 @@ class Boolean:
             optional: bool = ...,
             tooltip: str = ...,
             lazy: bool = ...,
+            advanced: bool = ...,
             default: bool = ...,
         ) -> None: ...
 
@@ -75,6 +78,7 @@ class Combo:
             optional: bool = ...,
             tooltip: str = ...,
             lazy: bool = ...,
+            advanced: bool = ...,
             default: str = ...,
         ) -> None: ...
 
@@ -87,6 +91,7 @@ class Int:
             optional: bool = ...,
             tooltip: str = ...,
             lazy: bool = ...,
+            advanced: bool = ...,
             default: int = ...,
             min: int = ...,
             max: int = ...,
@@ -102,6 +107,7 @@ class Float:
             optional: bool = ...,
             tooltip: str = ...,
             lazy: bool = ...,
+            advanced: bool = ...,
             default: float = ...,
             min: float = ...,
             max: float = ...,
@@ -117,6 +123,7 @@ class String:
             optional: bool = ...,
             tooltip: str = ...,
             lazy: bool = ...,
+            advanced: bool = ...,
             multiline: bool = ...,
             placeholder: str = ...,
             default: str = ...,
