@@ -4,6 +4,7 @@ import { api } from '../../scripts/api.js'
 import { app } from '../../scripts/app.js'
 import { nodeLines } from './node_line.js'
 import { openPanel } from './panel.js'
+import { suggestRoles } from './role_list.js'
 import { seed, showInWords } from './seeds.js'
 import { serverRoutes } from './server.js'
 import { settings } from './settings.js'
@@ -16,6 +17,8 @@ const server = serverRoutes(api)
 const language = app.extensionManager?.setting?.get?.('Comfy.Locale') ?? 'en'
 const [say, found] = await Promise.all([loadWords(api, String(language)), server.settings().catch(() => null)])
 const lines = nodeLines(app, api, server, say)
+
+suggestRoles(app, server, found?.roles ?? [])
 
 /** @type {ReturnType<typeof openPanel> | undefined} */
 let panel

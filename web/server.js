@@ -58,7 +58,7 @@
  * @typedef {{ prompt_id: string | null, mark: string | null, nodes: Record<string, NodeLine> }} NodeLines
  * @typedef {{ value: any, variable: string | null }} MachineSetting
  * @typedef {{
- *   choices: string[], accuracy: string[], guard: string[], defaults: Record<string, any>, log_levels: string[],
+ *   choices: string[], accuracy: string[], guard: string[], roles?: string[], defaults: Record<string, any>, log_levels: string[],
  *   traces?: string[], machine: { hub: MachineSetting, log_level: MachineSetting, trace?: MachineSetting },
  *   environment: Record<string, string>
  * }} Settings

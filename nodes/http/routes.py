@@ -33,6 +33,7 @@ from ...backends.values.privacy import clean
 from ...backends.values.tolerance import ACCURACY
 from ..configure.selector import AttentionBackendSelector, backend_menu
 from ..history import queued_by, runs
+from ..hook.roles import known_roles
 from . import line_routes, machine, measured_routes, recommended_routes
 from .answers import PREFIX, RefusedError, posted, refused
 from .machine_settings import LEVELS, MachineSettings, checked
@@ -93,7 +94,7 @@ def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machi
 
     @routes.get(f"{PREFIX}/settings")
     async def get_settings(request: web.Request) -> web.Response:
-        """{"choices", "accuracy", "guard", "defaults", "log_levels", "traces", "machine", "environment"}.
+        """{"choices", "accuracy", "guard", "roles", "defaults", "log_levels", "traces", "machine", "environment"}.
 
         `machine` is {name: {"value", "variable"}}, the variable being the one that holds the setting, or None.
         """
@@ -145,6 +146,7 @@ def settings_answer(settings: MachineSettings) -> dict[str, Any]:
         "choices": backend_menu(),
         "accuracy": list(ACCURACY),
         "guard": list(GUARD_MODES),
+        "roles": list(known_roles()),
         "defaults": defaults,
         "log_levels": list(LEVELS),
         "traces": list(MODES),

@@ -85,12 +85,12 @@ EXPERTS = """async () => {
 }"""
 """Two loaders through one selector to two samplers: what each sampler takes, and what it should, also bypassed."""
 
-PLACE_OF_ACCURACY = """() => {
+PLACE_OF_WIDGET = """([id, number]) => {
   const { canvas, graph } = window.app
-  const node = graph.nodes.find((one) => one.type === 'AttentionBackendSelector')
+  const node = graph.getNodeById(id)
   canvas.centerOnNode(node)
   canvas.draw(true, true)
-  const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 200, node.pos[1] + node.widgets[1].y + 10])
+  const [x, y] = canvas.ds.convertOffsetToCanvas([node.pos[0] + 120, node.pos[1] + node.widgets[number].y + 10])
   const { left, top } = canvas.canvas.getBoundingClientRect()
   return [x + left, y + top]
 }"""
@@ -129,7 +129,8 @@ def test_the_selector_is_found_and_serves_two_models(server: Server, tmp_path: P
             load_workflow(page, workflow_of_ours or {**saved, "nodes": [], "links": [], "groups": []})
             found, wanted = page.evaluate(EXPERTS)
             assert found == wanted
-        page.mouse.click(*page.evaluate(PLACE_OF_ACCURACY))
+        number = page.evaluate("() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').id")
+        page.mouse.click(*page.evaluate(PLACE_OF_WIDGET, [number, 1]))
         page.get_by_text("+ sparse", exact=True).click()  # a choice in words, whose value is that of graphs
         kept = page.evaluate(
             "() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').serialize()"
@@ -168,6 +169,17 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
 
         number, *values = page.evaluate(ADD, "PerRoleAttentionConfig")
         assert values == ["self", "sdpa_flash", ""]
+        x, y = page.evaluate(PLACE_OF_WIDGET, [number, 0])
+        if nodes_2:
+            page.wait_for_timeout(500)
+            page.locator(f"[data-node-id='{number}'] input[aria-label=role]").click()
+        else:
+            page.mouse.click(x, y)
+        page.wait_for_function("() => document.activeElement?.list?.options.length", timeout=5000)
+        offered = page.evaluate("() => [...document.activeElement.list.options].map((one) => one.value)")
+        assert offered[:3] == ["self", "cross", "joint"]
+        assert "flux.single" in offered
+        page.keyboard.press("Escape")
         page.evaluate(SET_ROLE, [number, "cross"])
         assert page.evaluate(VALUES, number) == ["cross", "sdpa_math", ""]
         page.evaluate("(id) => { window.app.graph.getNodeById(id).widgets[1].value = 'xformers' }", number)

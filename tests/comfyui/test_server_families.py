@@ -229,3 +229,16 @@ def test_an_output_without_its_model_is_an_error_also_from_the_cache(server: Ser
     with pytest.raises(WorkflowError, match="the second output is connected"):
         server.run(two_stages(("ours", 0), ("ours", 1), tmp_path / "never.pt") | ours)
     assert not (tmp_path / "never.pt").exists()
+
+
+def test_what_a_new_node_has_switched_on_keeps_qwen_image_right(server: Server, tmp_path: Path) -> None:
+    """Its text is masked, where quantized kernels err: with the exceptions on, nothing differs from stock."""
+    stock = run(server, "qwen_image_masked", {}, ("tiny", 0), tmp_path / "stock.pt")
+    same = {}
+    for on in (False, True):
+        ours = selector("emulated_int8")
+        ours["inputs"]["recommended"] = on
+        kept = run(server, "qwen_image_masked", {"ours": ours}, ("ours", 0), tmp_path / f"{on}.pt")
+        same[on] = equal(stock, kept)
+    assert same == {False: False, True: True}
+    assert {row["backend"] for row in last_run(server)["rows"]} == {"torch_sdpa"}
