@@ -40,8 +40,12 @@ def server() -> Iterator[Server]:
 
 
 def workflow(**changes: Any) -> dict[str, Any]:
-    """The shipped workflow per_role; `backend`, `guard` and `steps` can differ, so that nothing comes from a cache."""
-    saved: dict[str, Any] = json.loads((ROOT / "workflows" / "per_role.json").read_text(encoding="utf-8"))
+    """A saved workflow: selector and per-role node before a sampler of the embedded model.
+
+    `backend`, `guard` and `steps` can differ, so that nothing comes from a cache.
+    """
+    file = ROOT / "tests" / "fixtures" / "per_role_in_the_page.json"
+    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     for node in saved["nodes"]:
         if node["type"] == "AttentionBackendSelector":
             values = node["widgets_values"]
