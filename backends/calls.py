@@ -20,12 +20,13 @@ from .engine.mask_reader import inspect
 from .engine.plan import CPU, CallKind, Slot
 from .engine.router import Router
 from .engine.session import Session
-from .engine.sub_calls import calls_of, plan_sub_calls
+from .engine.sub_calls import calls_of, keeps_grid, plan_sub_calls
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
 from .kernels.registry import detect
 from .observe import observe
 from .report import RunReport
+from .values.grid import TokenGrid
 from .values.mask_plan import MaskPlan, passed_on
 from .values.masks import as_4d, for_kernels
 from .values.platform import Platform
@@ -34,6 +35,9 @@ from .values.request import AttentionCall, LseCall
 
 if TYPE_CHECKING:
     import torch
+
+Grid = tuple[int, int, int]
+"""Frames, height and width of the tokens of a call."""
 
 LAYOUTS = ("BHSD", "BSHD")
 CATEGORIES = ("self", "cross", "joint")
@@ -82,6 +86,9 @@ def attention(
     role: str = "self",
     layout: str = "BHSD",
     return_lse: Literal[False] = False,
+    grid: Grid | None = None,
+    tokens_before: int = 0,
+    tokens_after: int = 0,
 ) -> torch.Tensor: ...
 
 
@@ -99,6 +106,9 @@ def attention(
     role: str = "self",
     layout: str = "BHSD",
     return_lse: Literal[True],
+    grid: Grid | None = None,
+    tokens_before: int = 0,
+    tokens_after: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -115,6 +125,9 @@ def attention(
     role: str = "self",
     layout: str = "BHSD",
     return_lse: bool = False,
+    grid: Grid | None = None,
+    tokens_before: int = 0,
+    tokens_after: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention on the configured backend.
 
@@ -130,6 +143,8 @@ def attention(
             form that `config.text.parse_config` reads.
         role: `self`, `cross`, `joint`, or a dotted name such as `ltx2.audio_to_video`; selects per-role entries.
         return_lse: return the log-sum-exp of each row too, from a backend that has it. The mask is passed unchanged.
+        grid: (frames, height, width) of the tokens, for sparse backends; an image has one frame.
+        tokens_before, tokens_after: other tokens, such as a prompt, before and after those of the grid.
 
     Returns:
         A tensor like `query`, in the same layout, with the head size of `value`. With `return_lse` a pair: that, and
@@ -153,7 +168,8 @@ def attention(
         outside_the_graph: Callable[..., torch.Tensor] = torch.compiler.disable(attention)  # type: ignore[no-untyped-call]
         return outside_the_graph(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-            backend=backend, role=role, layout=layout, return_lse=return_lse,
+            backend=backend, role=role, layout=layout, return_lse=return_lse, grid=grid, tokens_before=tokens_before,
+            tokens_after=tokens_after,
         )  # fmt: skip
     if backend is not None and not isinstance(backend, (str, AttentionConfig)):
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
@@ -171,6 +187,10 @@ def attention(
     plan_key: tuple[object, ...] = (role, layout, sizes, mask_facts, is_causal, scale, enable_gqa)
     if return_lse:
         plan_key = (*plan_key, "lse")
+    token_grid = None
+    if grid is not None:
+        token_grid = _token_grid(grid, tokens_before, tokens_after)
+        plan_key = (*plan_key, token_grid)
     session = own.sessions.get(session_key)
     if session is None:
         _only_tensors(query)
@@ -189,12 +209,12 @@ def attention(
         call.attn_mask = for_kernels(attn_mask, query.dtype)
     if known is None:
         check(call, only_shapes=True)
-        known = session.keep(plan_key, CallKind(call.request(lse=return_lse), role, category_of(role)))
+        known = session.keep(plan_key, CallKind(call.request(lse=return_lse, grid=token_grid), role, category_of(role)))
     slot, call.enable_gqa = known  # only set for grouped heads
     mask_plan = None
     try:
         if slot is None:
-            slot, mask_plan = session.slot_by_mask(plan_key, call, role)
+            slot, mask_plan = session.slot_by_mask(plan_key, call, role, token_grid)
         output = session.attention(slot, call, mask_plan)
     except Exception:
         # Strict, or every backend failed on these tensors: later calls start with a new session.
@@ -268,7 +288,9 @@ class CallSession(Session):
             return False
         return not self.router.reasons_against(asked, request._replace(mask="none"))
 
-    def slot_by_mask(self, key: tuple[object, ...], call: AttentionCall, role: str) -> tuple[Slot, MaskPlan]:
+    def slot_by_mask(
+        self, key: tuple[object, ...], call: AttentionCall, role: str, grid: TokenGrid | None = None
+    ) -> tuple[Slot, MaskPlan]:
         """Read the mask of a call; returns its slot and mask plan."""
         mask_plan = inspect(call.attn_mask, call.key.shape[2]) if call.attn_mask is not None else passed_on(None)
         key = (*key, mask_plan.facts)
@@ -276,17 +298,20 @@ class CallSession(Session):
         if slot is None:
             if len(self.by_mask) >= KEPT:
                 self.by_mask.clear()
-            slot = self.by_mask[key] = self._planned(mask_plan, call, role)
+            slot = self.by_mask[key] = self._planned(mask_plan, call, role, grid)
         return slot, mask_plan
 
-    def _planned(self, mask_plan: MaskPlan, call: AttentionCall, role: str) -> Slot:
+    def _planned(self, mask_plan: MaskPlan, call: AttentionCall, role: str, grid: TokenGrid | None) -> Slot:
         category = category_of(role)
-        calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked)
+        calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked, grid)
+        if not calls:
+            return self.plan(CallKind(call.request(grid=grid), role, category))
+        grid = grid if keeps_grid(mask_plan) else None
 
-        def planned(part: AttentionCall, mask_text: str = "") -> Slot:
-            return self.plan(CallKind(part.request(), role, category, mask=mask_text))
+        def planned(part: AttentionCall, mask_text: str) -> Slot:
+            return self.plan(CallKind(part.request(grid=grid), role, category, mask=mask_text))
 
-        return plan_sub_calls(self, mask_plan, call, calls, planned) if calls else planned(call)
+        return plan_sub_calls(self, mask_plan, call, calls, planned)
 
 
 def _check_meaning(
@@ -309,6 +334,17 @@ def _check_meaning(
         raise CheckError(f"attn_mask {tuple(mask.shape)} must have 1, 2 or 4 dimensions")
     if mask.is_complex():
         raise CheckError(f"attn_mask of dtype {mask.dtype} is neither boolean nor a number that is added to scores")
+
+
+def _token_grid(grid: Grid, before: int, after: int) -> TokenGrid:
+    """The grid as given to `attention`."""
+    sizes = (*grid, before, after)
+    if len(sizes) != 5 or not all(isinstance(size, int) for size in sizes) or min(grid) < 1 or min(before, after) < 0:
+        raise CheckError(
+            f"grid {tuple(grid)!r} with tokens_before {before!r} and tokens_after {after!r} is not three whole "
+            "numbers from 1, with whole numbers from 0"
+        )
+    return TokenGrid(*sizes)
 
 
 def _only_tensors(*given: object) -> None:

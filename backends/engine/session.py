@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import AttentionConfig, frozen
@@ -17,10 +18,11 @@ from ..config.schedule import OUTSIDE_A_SAMPLER, is_scheduled
 from ..config.timetable import Timetable
 from ..kernels.backend import Backend, Kernel, for_scale
 from ..kernels.support.lse import kept
-from ..report import RunReport
+from ..report import Row, RunReport
 from ..report.timed_kernel import timed_kernel
 from ..values.errors import NoBackendError
 from ..values.faults import KernelFaultError, KernelOutputError, is_cuda_fault, is_out_of_memory
+from ..values.grid import Kept, Place, Progress
 from ..values.mask_plan import PASSED_ON, MaskPlan
 from ..values.request import AttentionCall, Host, HostedCall, SplitCall, hosted
 from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
@@ -71,6 +73,8 @@ class Session:
         """Rejected for the life of this session only: an error may be due to one run's inputs."""
         self.choosers: list[Chooser] = []
         self.observers: list[Observer] = []
+        self.progress = Progress()
+        """Where in the run the current model call is; the host changes it."""
         self._logged: set[object] = set()
 
     def register(self, *members: Chooser | Observer) -> None:
@@ -282,7 +286,8 @@ class Session:
             reason or (decision.reason if decision.rejected else None), label or decision.asked,
         )  # fmt: skip
         row.member = None if label else backend.kernel_name(request, self.router.platform)
-        kernel = self.kernel(decision, kind) if kernel is None else kernel
+        if kernel is None:
+            kernel = self._bound(decision, kind, row) if backend.sparse else self.kernel(decision, kind)
         wrappers = []
         for observer in self.observers:
             wrapper = observer.wrapper(kind, backend, row, self.router.platform)
@@ -298,6 +303,18 @@ class Session:
             self.settings.strict if strict is None else strict,
             clock=clock, function=function, hosted=backend.hosted, device_index=self.device_index,
         )  # fmt: skip
+
+    def _bound(self, decision: Decision, kind: CallKind, row: Row) -> Kernel:
+        """The kernel of a sparse backend, for this place of the model; the row counts what it keeps."""
+        row.kept = row.kept or Kept()
+        place, dense = Place(kind.role, kind.category, kind.block), partial(self._dense, kind)
+        kernel = self.router.kernel(decision.backend, decision.options)
+        backend = self.router.backends[decision.backend]
+        return backend.bind(kernel, kind.request, place, self.progress, row.kept, dense)
+
+    def _dense(self, kind: CallKind) -> Kernel:
+        """The exact kernel of the platform's priorities."""
+        return self.kernel(self.router.select(kind.request, Choice(None, "the platform's priorities")), kind)
 
     def kernel(self, decision: Decision, kind: CallKind) -> Kernel:
         """The kernel of a decision, with scale and LSE as the request needs."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..kernels.backend import for_scale
 from ..kernels.support import varlen
 from ..report import Row
+from ..values.grid import TokenGrid
 from ..values.limits import Batch
 from ..values.mask_plan import PASSED_ON, MaskPlan, call_of, write_part
 from ..values.request import AttentionCall, AttentionRequest, Host, hosted
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
 Calls = list[AttentionCall | None]
 
 
-def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: str | None) -> Calls:
+def calls_of(
+    session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: str | None, grid: TokenGrid | None = None
+) -> Calls:
     """The sub-calls that replace a masked call; empty: the call runs whole.
 
     Args:
         asked: the backend that a person named.
+        grid: of the whole call.
     """
     # Causal with a mask, or a mask that does not fit, is an error of the call: its kernel raises it, whatever the mask
     # hides.
@@ -39,14 +43,20 @@ def calls_of(session: Session, mask_plan: MaskPlan, call: AttentionCall, asked: 
     reasons_against = partial(session.router.reasons_against, asked)
 
     def takes(some: Calls) -> bool:
-        return all(part is None or not reasons_against(part.request()) for part in some)
+        of_parts = grid if keeps_grid(mask_plan) else None
+        return all(part is None or not reasons_against(part.request(grid=of_parts)) for part in some)
 
-    if not reasons_against(call.request()):
+    if not reasons_against(call.request(grid=grid)):
         return calls if takes(calls) else []  # it takes the mask, but not e.g. is_causal
     if mask_plan.only_hides and not (calls and takes(calls)):
         booleans = mask_plan.booleans.calls(call)
         return booleans if takes(booleans) else calls
     return calls
+
+
+def keeps_grid(mask_plan: MaskPlan) -> bool:
+    """Whether each sub-call has the keys from the first one on, so that the grid of the call is its own too."""
+    return all(isinstance(part.keys, slice) and part.keys.start in (None, 0) for part in mask_plan.sub_calls)
 
 
 def fits(call: AttentionCall) -> bool:

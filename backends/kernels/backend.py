@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 from ..values.aliases import Alias
+from ..values.grid import Kept, Place, Progress
 from ..values.limits import ANY_MASK, FLOATING, HALF, Limits
 from ..values.options import Option
 from ..values.package import Package, Symbols
@@ -208,6 +209,25 @@ class Backend:
             Exception: what a broken package raises; the caller makes an unavailable reason of it.
         """
         raise NotImplementedError
+
+    def bind(
+        self,
+        kernel: Kernel,
+        request: AttentionRequest,
+        place: Place,
+        progress: Progress,
+        kept: Kept,
+        dense: Callable[[], Kernel],
+    ) -> Kernel:
+        """The kernel of a plan; asked only where `sparse`. Override where the kernel depends on the place of a call.
+
+        Args:
+            request: of the plan's calls.
+            progress: where in the run the model call is; it changes between calls.
+            kept: counts how much was computed.
+            dense: loads the exact kernel that runs calls, or steps, that are not sparse.
+        """
+        return kernel
 
     def varlen_limits(self, platform: Platform) -> Limits | None:
         """The limits of `load_varlen`'s kernel, all tokens taken as one sample; None where there is none.

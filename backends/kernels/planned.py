@@ -30,14 +30,6 @@ SLIDING_TILE = (
     Option("skip_time_steps", int, 15, "Dense steps at the beginning.", minimum=0),
 )
 
-VIDEO_SPARSE = (
-    Option("sparsity", float, 0.0, "Share of tiles left out.", minimum=0, maximum=1),
-    Option("VSA_sparsity", float, 0.0, "The same, by its older name.", minimum=0, maximum=1),
-    Option("fastvideo_vsa_topk", int, 64, "vLLM-Omni's number of tiles kept.", minimum=1),
-    Option("fastvideo_vsa_provider", str, "auto", "vLLM-Omni's package.", choices=("auto", "fastvideo", "flashinfer")),
-    Option("fastvideo_vsa_precision", str, "bf16", "vLLM-Omni's arithmetic.", choices=("bf16", "sage")),
-)
-
 _VMOBA = (
     Option("temporal_chunk_size", int, None, "Frames in a chunk.", minimum=1),
     Option("temporal_topk", int, None, "Chunks kept.", minimum=1),
@@ -121,21 +113,6 @@ BACKENDS = (
         "Sliding Tile Attention for video.",
         SLIDING_TILE,
         (Alias(SGLANG, "sliding_tile_attn", NOT_BUILT),),
-    ),
-    Planned(
-        "video_sparse_attn",
-        "half",
-        "Video Sparse Attention.",
-        VIDEO_SPARSE,
-        (
-            Alias(
-                VLLM_OMNI,
-                "FASTVIDEO_VSA",
-                f"vLLM runs dense attention where it does not apply, even if named; {NOT_BUILT}",
-            ),
-            Alias(SGLANG, "video_sparse_attn", NOT_BUILT),
-            Alias(FASTVIDEO, "VIDEO_SPARSE_ATTN", NOT_BUILT),
-        ),
     ),
     Planned(
         "vmoba_attn",

@@ -52,7 +52,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "reference": "kernels.reference",
         "trtllm_attn": "kernels.trtllm_attn",
         "sliding_tile_attn": "kernels.planned",
-        "video_sparse_attn": "kernels.planned",
+        "video_sparse_attn": "sparse.methods.video_sparse",
         "vmoba_attn": "kernels.planned",
         "sparse_video_gen_2_attn": "kernels.planned",
         "sparge_attn": "kernels.planned",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..config import AttentionConfig
 from ..measure.device_clock import DeviceClock
 from ..values.counted import counted
+from ..values.grid import Kept
 from . import outcome
 from .audit import BY_ANOTHER as BY_ANOTHER
 from .audit import asked_and_ran
@@ -67,6 +68,8 @@ class Row:
     """Device time of the timed launches, without the guard and planning."""
     guard: Findings | None = None
     """The guard's figures; None if no call was checked."""
+    kept: Kept | None = None
+    """How much of its work a sparse backend computed; None for others."""
 
     @property
     def by_another(self) -> bool:
@@ -235,6 +238,7 @@ class RunReport:
         """The run as plain data.
 
         `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed.
+        `kept`, of sparse backends: mean share of query-key pairs that was computed. `dense`: reason -> calls.
         """
         rows = [
             {
@@ -250,6 +254,7 @@ class RunReport:
                 "source": row.source,
                 "reason": row.reason,
             }
+            | ({} if row.kept is None else row.kept.as_dict())
             for row in self.rows.values()
             if row.calls
         ]

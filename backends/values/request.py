@@ -11,6 +11,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .bounded import shortened
+from .grid import TokenGrid, parse_grid
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,8 @@ class AttentionRequest(NamedTuple):
     """The model forbids reduced precision for this call (`low_precision_attention=False`)."""
     lse: bool = False
     """The log-sum-exp of each row is requested with the output."""
+    grid: TokenGrid | None = None
+    """How the tokens lie in frames, height and width; None: unknown."""
 
     @property
     def grouped(self) -> bool:
@@ -75,6 +78,8 @@ class AttentionRequest(NamedTuple):
             parts.append("low precision forbidden by the model")
         if self.lse:
             parts.append("with its log-sum-exp")
+        if self.grid is not None:
+            parts.append(f"grid {self.grid.describe()}")
         return ", ".join(parts)
 
 
@@ -124,6 +129,8 @@ def _parse_value(name: str, raw: str) -> object:
         if raw not in MASK_KINDS:
             raise ValueError(f"request: mask {raw!r} is not one of {', '.join(MASK_KINDS)}")
         return raw
+    if name == "grid":
+        return parse_grid(raw)
     if name in ("is_causal", "exact_only", "lse"):
         if raw.lower() not in ("true", "false", "1", "0"):
             raise ValueError(f"request: {name} {raw!r} is neither true nor false")
@@ -212,7 +219,9 @@ class AttentionCall:
         made.memo = self.memo if memo is _SAME else memo
         return made
 
-    def request(self, *, exact_only: bool = False, lse: bool = False) -> AttentionRequest:
+    def request(
+        self, *, exact_only: bool = False, lse: bool = False, grid: TokenGrid | None = None
+    ) -> AttentionRequest:
         """The facts of this call, by shapes and dtypes, without synchronisation."""
         from .masks import mask_kind
 
@@ -231,6 +240,7 @@ class AttentionCall:
             scale=self.scale,
             exact_only=exact_only,
             lse=lse,
+            grid=grid,
         )
 
 

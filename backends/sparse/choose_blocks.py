@@ -1,0 +1,38 @@
+"""Rules by which methods choose key blocks from scores; ties go to the block that comes first."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def count_of_share(share: float, blocks: int) -> int:
+    """ceil(share * blocks), at least 1 and at most all; a product that is whole but for rounding is not rounded up."""
+    return min(max(ceil(share * blocks - 1e-9), 1), blocks)
+
+
+def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` highest scores of each row, as bool of the shape of `scores`, (..., blocks)."""
+    import torch
+
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def until_share(scores: torch.Tensor, share: float, *, least: int = 1) -> torch.Tensor:
+    """The highest blocks of each row until their softmax weights sum to `share`; the one that reaches it is kept.
+
+    Args:
+        scores: (..., blocks), float32; -inf: never chosen.
+        least: blocks kept at least.
+    """
+    import torch
+
+    weights, order = torch.sort(torch.softmax(scores, -1), dim=-1, descending=True, stable=True)
+    before = weights.cumsum(-1) - weights
+    keep = before < share
+    keep[..., :least] = True
+    return torch.zeros_like(keep).scatter_(-1, order, keep)

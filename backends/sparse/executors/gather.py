@@ -1,0 +1,212 @@
+"""Computes a block map with torch alone: keys of a query block are gathered, and SDPA runs on them without a mask.
+
+Query blocks that see equally many keys run together, a few at a time, so that what is gathered stays in a bounded
+scratch buffer. Tokens are read through the order of the map, so nothing is permuted in memory. The result is exact: the
+attention of each query over the keys of its blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...values.request import AttentionCall, AttentionRequest
+from ..block_map import BlockMap
+from ..blocks import Blocks
+
+BUDGET = 16 * 2**20
+"""Bytes of gathered keys and values at a time, if more than one query block fits."""
+
+MOST_ROWS = 16
+"""Query blocks at a time on the CPU: more gain nothing there and leave its caches."""
+
+MOST_ROWS_ELSEWHERE = 4096
+"""The same on other devices, where a call of a kernel costs more."""
+
+
+def workspace_bytes(request: AttentionRequest, item: int) -> int:
+    """Bytes of one call beyond its tensors: gathered keys and values of one chunk of query blocks, and indices."""
+    row = _row_bytes(request.kv_len, request.head_dim, request.v_head_dim or request.head_dim, item)
+    return max(BUDGET, row)
+
+
+def _row_bytes(keys: int, head_dim: int, v_head_dim: int, item: int) -> int:
+    return keys * ((head_dim + v_head_dim) * item + 8)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side of a map as tensors: token numbers block after block, where blocks start, and their sizes."""
+
+    index: torch.Tensor | None
+    starts: torch.Tensor
+    sizes: torch.Tensor
+    uniform: int
+    """The size of every block; 0 where they differ."""
+
+
+def _side(blocks: Blocks, device: torch.device) -> _Side:
+    index = None if blocks.index is None else blocks.index.to(device)
+    sizes = torch.tensor(blocks.sizes, device=device)
+    uniform = blocks.sizes[0] if len(set(blocks.sizes)) == 1 else 0
+    return _Side(index, torch.tensor(blocks.starts, device=device), sizes, uniform)
+
+
+class _Group(NamedTuple):
+    """Query blocks that see equally many blocks and keys, and have equally many queries."""
+
+    rows: torch.Tensor
+    """Numbers of (sample, head, query block), (rows,)."""
+    blocks: int
+    keys: int
+    queries: int
+
+
+def _groups(block_map: BlockMap) -> list[_Group]:
+    """Every row of the map once. Reads the map from its device only where its counts are not known."""
+    sizes = torch.tensor(block_map.keys.sizes)
+    of_queries = torch.tensor(block_map.queries.sizes)
+    samples, heads, rows, _ = block_map.seen.shape
+    if block_map.counts is not None and len(set(block_map.keys.sizes)) == 1:
+        counts = torch.tensor(block_map.counts).expand(samples, heads, rows)
+        keys = counts * block_map.keys.sizes[0]
+    else:
+        seen = block_map.seen.cpu()
+        counts = seen.sum(-1)
+        # In float32 a product of matrices, exact below 2**24.
+        keys = (seen.float() @ sizes.float()[:, None]).squeeze(-1).long()
+    kinds = torch.stack((counts, keys, of_queries.expand_as(counts)), -1).reshape(-1, 3)
+    found, which = torch.unique(kinds, dim=0, return_inverse=True)
+    return [_Group((which == at).nonzero().view(-1), *kind) for at, kind in enumerate(found.tolist())]
+
+
+def _tokens(side: _Side, blocks: torch.Tensor, total: int) -> torch.Tensor:
+    """Token numbers of some blocks, (rows, total), in the order of the map; `blocks` is (rows, blocks)."""
+    most = side.uniform or int(side.sizes.max())
+    within = torch.arange(most, device=blocks.device)
+    tokens = (side.starts[blocks][..., None] + within).flatten(1)
+    if not side.uniform:
+        live = (within < side.sizes[blocks][..., None]).flatten(1)
+        if int(live.shape[1]) != total:
+            tokens = tokens[live].view(-1, total)
+    return tokens if side.index is None else side.index[tokens]
+
+
+class _Scratch(threading.local):
+    """Buffers of this thread, reused by all calls: new memory costs a CPU as much as filling it."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor | None:
+        if like.device.type != "cpu" or rows * columns * like.element_size() > BUDGET:
+            return None
+        buffer = self.buffers.get((name, like.dtype))
+        if buffer is None or buffer.numel() < rows * columns:
+            self.buffers[name, like.dtype] = buffer = torch.empty(rows * columns, dtype=like.dtype)
+        return buffer[: rows * columns].view(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
+    """Attention of each query over the keys that its block sees.
+
+    Args:
+        call: without a mask, not causal; query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads,
+            kv_len, ...), with the tokens of `block_map`.
+
+    Returns:
+        (batch, num_heads, q_len, v_head_dim), a view of (batch, q_len, num_heads, v_head_dim).
+    """
+    query, value = call.query, call.value
+    batch, heads, q_len, _ = query.shape
+    output = query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
+    queries, keys = _side(block_map.queries, query.device), _side(block_map.keys, query.device)
+    chosen = torch.argsort(block_map.seen.to(query.device).logical_not().byte(), dim=-1, stable=True)
+    for group in _groups(block_map):
+        if query.device.type == "cpu":
+            _by_head(call, block_map, group, queries, keys, chosen, output)
+        else:
+            _all_heads(call, block_map, group, queries, keys, chosen, output)
+    return output
+
+
+def _chunks(group: _Group, call: AttentionCall, most: int) -> Iterator[torch.Tensor]:
+    row = _row_bytes(group.keys, call.query.shape[3], call.value.shape[3], call.query.element_size())
+    yield from torch.split(group.rows, min(max(BUDGET // row, 1), most))
+
+
+def _by_head(
+    call: AttentionCall, block_map: BlockMap, group: _Group, queries: _Side, keys: _Side, chosen: torch.Tensor,
+    output: torch.Tensor,
+) -> None:  # fmt: skip
+    """The rows of a group, one head after the other: `index_select` is the fastest way to gather on a CPU."""
+    batch, heads = call.query.shape[:2]
+    shares = heads // call.key.shape[1]
+    samples_of_map, heads_of_map, count, _ = block_map.seen.shape
+    place = group.rows // count
+    for at in range(samples_of_map * heads_of_map):
+        rows = group.rows[place == at] % count
+        if not len(rows):
+            continue
+        of_head = chosen[at // heads_of_map, at % heads_of_map]
+        for chunk in _chunks(group._replace(rows=rows), call, MOST_ROWS):
+            q_tokens = _tokens(queries, chunk[:, None], group.queries).view(-1)
+            k_tokens = _tokens(keys, of_head[chunk, : group.blocks], group.keys).view(-1)
+            for sample in range(batch) if samples_of_map == 1 else (at // heads_of_map,):
+                for head in range(heads) if heads_of_map == 1 else (at % heads_of_map,):
+                    query = call.query[sample, head].index_select(0, q_tokens)
+                    key = _select("key", call.key[sample, head // shares], k_tokens)
+                    value = _select("value", call.value[sample, head // shares], k_tokens)
+                    part = scaled_dot_product_attention(
+                        query.view(1, len(chunk), group.queries, -1),
+                        key.view(1, len(chunk), group.keys, -1),
+                        value.view(1, len(chunk), group.keys, -1),
+                        scale=call.scale,
+                    )
+                    output[sample, head].index_copy_(0, q_tokens, part.reshape(len(q_tokens), -1))
+
+
+def _select(name: str, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    buffer = None if rows.requires_grad else _scratch.take(name, len(tokens), rows.shape[1], rows)
+    return rows.index_select(0, tokens) if buffer is None else torch.index_select(rows, 0, tokens, out=buffer)
+
+
+def _all_heads(
+    call: AttentionCall, block_map: BlockMap, group: _Group, queries: _Side, keys: _Side, chosen: torch.Tensor,
+    output: torch.Tensor,
+) -> None:  # fmt: skip
+    """The rows of a group across heads and samples, for devices where each launched kernel costs time."""
+    device = call.query.device
+    batch, heads = call.query.shape[:2]
+    shares = heads // call.key.shape[1]
+    samples_of_map, heads_of_map, count, _ = block_map.seen.shape
+    rows = group.rows.to(device)
+    sample, head, row = rows // (heads_of_map * count), rows // count % heads_of_map, rows % count
+    if samples_of_map == 1 and batch > 1:  # the same map in each sample
+        sample = torch.arange(batch, device=device).repeat_interleave(len(rows))
+        head, row = head.repeat(batch), row.repeat(batch)
+    if heads_of_map == 1 and heads > 1:
+        sample, row = sample.repeat_interleave(heads), row.repeat_interleave(heads)
+        head = torch.arange(heads, device=device).repeat(len(row) // heads)
+    numbers = torch.arange(len(row))
+    for chunk in _chunks(group._replace(rows=numbers), call, MOST_ROWS_ELSEWHERE):
+        part = slice(int(chunk[0]), int(chunk[-1]) + 1)
+        b, h, i = sample[part, None], head[part, None], row[part]
+        in_map = chosen[b[:, 0] if samples_of_map > 1 else 0, h[:, 0] if heads_of_map > 1 else 0, i, : group.blocks]
+        q_tokens = _tokens(queries, i[:, None], group.queries)
+        k_tokens = _tokens(keys, in_map, group.keys)
+        result = scaled_dot_product_attention(
+            call.query[b, h, q_tokens][None],
+            call.key[b, h // shares, k_tokens][None],
+            call.value[b, h // shares, k_tokens][None],
+            scale=call.scale,
+        )
+        output[b, h, q_tokens] = result[0]

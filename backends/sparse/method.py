@@ -1,0 +1,220 @@
+"""`SparseMethod`: the backend around a published sparse method, which selects blocks and has an executor compute them.
+
+A method's file declares the backend and writes `select_blocks`. The session binds its kernel to a place in the model
+(`Backend.bind`), so that the method knows grid, step and layer of each call.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from ..kernels.backend import Backend, Kernel
+from ..values.grid import Kept, Place, Progress, TokenGrid
+from ..values.limits import FLOATING, Dtypes, Limits, Masks, Rule, ValueHeadDim
+from ..values.platform import KINDS, Platform
+from ..values.reasons import Reason, template
+from ..values.request import AttentionCall, AttentionRequest
+from .block_map import BlockMap, Dense, with_other_tokens
+from .blocks import Blocks
+
+if TYPE_CHECKING:
+    import torch
+
+NO_GRID = template("grid.unknown", "no token grid is known for this call")
+NO_PROOF = template("grid.proof", "grid {grid} has {tokens} tokens, and the call has {q_len} queries and {kv_len} keys")
+
+
+@dataclass(frozen=True)
+class Grid(Rule):
+    """The call needs a token grid that accounts for its queries; of the keys after the grid some may be hidden."""
+
+    order = 60
+
+    def reason(self, request: AttentionRequest) -> Reason | None:
+        grid = request.grid
+        if grid is None:
+            return Reason(NO_GRID)
+        if request.q_len == grid.tokens and grid.tokens - grid.after <= request.kv_len <= grid.tokens:
+            return None
+        return Reason(NO_PROOF, grid=grid.describe(), tokens=grid.tokens, q_len=request.q_len, kv_len=request.kv_len)
+
+    def describe(self) -> str:
+        return "a token grid"
+
+
+class Where(NamedTuple):
+    """Where in a run and in the model a call is made."""
+
+    step: int | None
+    """Of the whole schedule, from 0; None outside a sampler."""
+    steps: int | None
+    sigma: float | None
+    layer: int | None
+    """Number of the block within its series; None if unknown."""
+    role: str
+    samples: tuple[object, ...]
+    """Identity of each sample of the batch."""
+
+
+class SparseMethod(Backend):
+    """A sparse method. A subclass declares its options and writes `select_blocks`."""
+
+    sparse = True
+    kinds = tuple(kind for kind in KINDS if kind != "xla")
+    limits = Limits(Dtypes(FLOATING), Masks(("none",)), ValueHeadDim(may_differ=True), Grid())
+    candidate = False
+    by_name_only = True
+    other_block: ClassVar[int] = 64
+    """Tokens in a block of those beside the grid."""
+
+    def select_blocks(
+        self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
+    ) -> BlockMap | Dense:
+        """Which key blocks each query block of the grid sees.
+
+        Args:
+            call: the tokens on the grid alone; query (batch, num_heads, grid.cells, head_dim).
+            options: every declared option, with its value or default.
+
+        Returns:
+            The map of the tokens on the grid, or why this call is computed whole.
+        """
+        raise NotImplementedError
+
+    def load(self, platform: Platform, **options: object) -> Kernel:
+        from .executors.gather import gather
+
+        values = {option.name: option.default for option in self.options} | options
+        return SparseKernel(self, values, gather)
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        from .executors.gather import workspace_bytes
+
+        return workspace_bytes(request, 8 if request.dtype == "float64" else 4 if request.dtype == "float32" else 2)
+
+    def bind(
+        self,
+        kernel: Kernel,
+        request: AttentionRequest,
+        place: Place,
+        progress: Progress,
+        kept: Kept,
+        dense: Callable[[], Kernel],
+    ) -> Kernel:
+        return kernel.bound(request, place, progress, kept, dense()) if isinstance(kernel, SparseKernel) else kernel
+
+
+Executor = Callable[[AttentionCall, BlockMap], "torch.Tensor"]
+
+
+class SparseKernel:
+    """A method with its options and its executor. Called without a place, all tokens lie in one row of one frame."""
+
+    def __init__(self, method: SparseMethod, options: Mapping[str, object], executor: Executor) -> None:
+        self.method = method
+        self.options = options
+        self.executor = executor
+
+    def __call__(self, call: AttentionCall) -> torch.Tensor:
+        request = call.request()._replace(grid=TokenGrid(1, 1, call.query.shape[2]))
+        return self.bound(request, Place(), Progress(), Kept(), self._dense)(call)
+
+    def _dense(self, call: AttentionCall) -> torch.Tensor:
+        from torch.nn.functional import scaled_dot_product_attention
+
+        return scaled_dot_product_attention(
+            call.query, call.key, call.value, scale=call.scale, enable_gqa=call.enable_gqa
+        )
+
+    def bound(self, request: AttentionRequest, place: Place, progress: Progress, kept: Kept, dense: Kernel) -> Kernel:
+        """The kernel for calls of one kind at one place of the model."""
+        grid, layer = request.grid, layer_of(place.block)
+        if grid is None:
+            return dense
+        method, options, executor = self.method, self.options, self.executor
+        cells = slice(grid.before, grid.before + grid.cells)
+        kv_after = request.kv_len - grid.before - grid.cells
+        beside = grid.tokens > grid.cells
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            where = Where(progress.step, progress.steps, progress.sigma, layer, place.role, progress.samples)
+            on_grid = call
+            if beside:
+                on_grid = call.changed(
+                    query=call.query[:, :, cells], key=call.key[:, :, cells], value=call.value[:, :, cells]
+                )
+            selected = method.select_blocks(on_grid, grid, where, options)
+            if isinstance(selected, Dense):
+                kept.add_dense(selected.reason)
+                return dense(call)
+            block_map = with_other_tokens(selected, grid, kv_after, method.other_block)
+            kept.add(block_map)
+            return executor(call, block_map)
+
+        return run
+
+
+def layer_of(block: str) -> int | None:
+    """The number at the end of a block's name; None without one."""
+    found = re.search(r"(\d+)\D*$", block)
+    return int(found[1]) if found else None
+
+
+def first_steps(where: Where, count: int, published: int) -> Dense | None:
+    """Whether a call lies in the first `count` of `published` steps, scaled to the length of this schedule."""
+    if where.step is None or not count:
+        return None
+    steps = where.steps or published
+    dense = min(count, -(-count * steps // published))
+    if where.step >= dense:
+        return None
+    scaled = "" if steps == published else f" ({count} of {published} in the publication)"
+    return Dense(f"the first {dense} of {steps} steps{scaled}")
+
+
+def block_means(tensor: torch.Tensor, blocks: tuple[int, ...], index: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the tokens of each block, in float32.
+
+    Args:
+        tensor: (batch, heads, tokens, size).
+        blocks: sizes; `index`: the order of the tokens (`blocks.Blocks`).
+
+    Returns:
+        (batch, heads, blocks, size).
+    """
+    import torch
+
+    if index is None and len(set(blocks[:-1])) <= 1 and blocks[-1] <= blocks[0]:
+        size, full = blocks[0], sum(blocks) // blocks[0]
+        batch, heads, _, channels = tensor.shape
+        means = tensor[:, :, : full * size].reshape(batch, heads, full, size, channels).mean(3, dtype=torch.float32)
+        if full == len(blocks):
+            return means
+        return torch.cat((means, tensor[:, :, full * size :].mean(2, keepdim=True, dtype=torch.float32)), 2)
+    sizes = torch.tensor(blocks, device=tensor.device)
+    numbers = torch.repeat_interleave(torch.arange(len(blocks), device=tensor.device), sizes, output_size=sum(blocks))
+    if index is not None:
+        of_token = torch.empty_like(numbers)
+        of_token[index.to(tensor.device)] = numbers
+        numbers = of_token
+    sums = tensor.new_zeros((*tensor.shape[:2], len(blocks), tensor.shape[3]), dtype=torch.float32)
+    sums.index_add_(2, numbers, tensor.float())
+    return sums / sizes[:, None]
+
+
+def mean_scores(call: AttentionCall, queries: Blocks, keys: Blocks | None = None) -> torch.Tensor:
+    """Scaled products of the mean query and the mean key of blocks.
+
+    Returns:
+        (batch, num_heads, query blocks, key blocks), float32.
+    """
+    keys = queries if keys is None else keys
+    of_queries = block_means(call.query, queries.sizes, queries.index)
+    of_keys = block_means(call.key, keys.sizes, keys.index)
+    if call.enable_gqa:
+        of_keys = of_keys.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
+    scale = call.query.shape[3] ** -0.5 if call.scale is None else call.scale
+    return (of_queries * scale) @ of_keys.mT

@@ -1,0 +1,88 @@
+"""`video_sparse_attn`: Video Sparse Attention (VSA) without its trained branch.
+
+Zhang et al., "VSA: Faster Video Diffusion with Trainable Sparse Attention", arXiv:2505.13389. FastVideo and SGLang
+divide the grid into cubes of 4 x 4 x 4 tokens, vLLM-Omni into 4 x 8 x 8. Each query cube sees the cubes whose mean
+keys have the highest products with its mean query.
+
+The paper adds a coarse branch, the attention of cube means times a trained gate. For a model without that gate it is
+left out: a gate of one would double the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ...kernels.backend import Kernel
+from ...values.aliases import FASTVIDEO, SGLANG, VLLM_OMNI, Alias
+from ...values.grid import TokenGrid
+from ...values.options import Option
+from ...values.platform import Platform
+from ..block_map import BlockMap, Dense
+from ..blocks import tiles
+from ..choose_blocks import count_of_share, highest
+from ..method import SparseMethod, Where, mean_scores
+
+if TYPE_CHECKING:
+    from ...values.request import AttentionCall
+
+CUBE = (4, 4, 4)
+CUBE_OF_VLLM = (4, 8, 8)
+
+
+class VideoSparse(SparseMethod):
+    """VSA with top-k cubes for each head and query cube."""
+
+    id = "video_sparse_attn"
+    summary = "Video Sparse Attention: each cube of tokens sees the most similar cubes."
+    aliases = (
+        Alias(
+            VLLM_OMNI, "FASTVIDEO_VSA", "with the gate of models that were trained for it; here without",
+            (("fastvideo_vsa_topk", 64),),
+        ),
+        Alias(SGLANG, "video_sparse_attn"),
+        Alias(FASTVIDEO, "VIDEO_SPARSE_ATTN"),
+    )  # fmt: skip
+    options = (
+        Option("sparsity", float, 0.0, "Share of cubes left out.", minimum=0, maximum=1),
+        Option("VSA_sparsity", float, 0.0, "The same, by its older name.", minimum=0, maximum=1),
+        Option("fastvideo_vsa_topk", int, 64, "Cubes of 4x8x8 kept, instead of a share of cubes of 4x4x4.", minimum=1),
+        Option(
+            "fastvideo_vsa_provider",
+            str,
+            "auto",
+            "vLLM-Omni's package; not used.",
+            choices=("auto", "fastvideo", "flashinfer"),
+        ),
+        Option("fastvideo_vsa_precision", str, "bf16", "vLLM-Omni's arithmetic.", choices=("bf16", "sage")),
+    )
+
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        given = [name for name in ("sparsity", "VSA_sparsity", "fastvideo_vsa_topk") if name in options]
+        return [f"{' and '.join(given)} say the same thing; give one"] if len(given) > 1 else []
+
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+        if options.get("fastvideo_vsa_precision", "bf16") != "bf16":
+            return ["fastvideo_vsa_precision sage needs a package that is not used here"]
+        return []
+
+    def load(self, platform: Platform, **options: object) -> Kernel:
+        return super().load(platform, **{"fastvideo_vsa_topk": None, **options})
+
+    def select_blocks(
+        self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
+    ) -> BlockMap | Dense:
+        most = options["fastvideo_vsa_topk"]
+        blocks = tiles(grid, CUBE if most is None else CUBE_OF_VLLM)
+        if isinstance(most, int):
+            count = min(most, blocks.count)
+        else:
+            sparsity = max(float(str(options[name])) for name in ("sparsity", "VSA_sparsity"))
+            count = count_of_share(1 - sparsity, blocks.count)
+        if count == blocks.count:
+            return Dense(f"all {count} cubes are kept")
+        scores = mean_scores(call, blocks)
+        return BlockMap(blocks, blocks, highest(scores, count), (count,) * blocks.count)
+
+
+BACKENDS = (VideoSparse(),)

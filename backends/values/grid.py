@@ -1,0 +1,140 @@
+"""`TokenGrid`: how the tokens of a call lie in frames, height and width, and `Progress`: where in a run a call is made.
+
+A host states them; sparse methods need them. Without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+MOST_MAPS = 4
+"""Block maps that a row keeps until they are counted; of more calls the kept fraction is not read."""
+
+
+class TokenGrid(NamedTuple):
+    """Frames x height x width of the tokens of one sample, in this order, with other tokens before and after."""
+
+    frames: int
+    height: int
+    width: int
+    before: int = 0
+    """Tokens before the grid, such as a prompt."""
+    after: int = 0
+    """Tokens after the grid."""
+
+    @property
+    def cells(self) -> int:
+        """Tokens on the grid."""
+        return self.frames * self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of a sample."""
+        return self.before + self.cells + self.after
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+    def describe(self) -> str:
+        """In one word, e.g. 21x30x52, or 512+21x30x52+77 with other tokens before and after."""
+        text = "x".join(map(str, self.shape))
+        if self.before:
+            text = f"{self.before}+{text}"
+        return f"{text}+{self.after}" if self.after else text
+
+
+def parse_grid(text: str) -> TokenGrid:
+    """Parse what `TokenGrid.describe` gives.
+
+    Raises:
+        ValueError: it is no grid; the message says what is expected.
+    """
+    parts = text.split("+")
+    at = next((index for index, part in enumerate(parts) if "x" in part), -1)
+    try:
+        if at < 0 or at > 1 or len(parts) > at + 2:
+            raise ValueError
+        frames, height, width = map(int, parts[at].split("x"))
+        before, after = (int(parts[0]) if at else 0), (int(parts[at + 1]) if len(parts) > at + 1 else 0)
+        if min(frames, height, width) < 1 or min(before, after) < 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"grid {text[:80]!r} is not FRAMESxHEIGHTxWIDTH, such as 21x30x52; other tokens before and after are added "
+            "as in 512+21x30x52+77"
+        ) from None
+    return TokenGrid(frames, height, width, before, after)
+
+
+class Place(NamedTuple):
+    """Where in a model a call is made."""
+
+    role: str = "self"
+    category: str = "self"
+    block: str = ""
+
+
+class SupportsPairs(Protocol):
+    """What `Kept` reads of a block map."""
+
+    @property
+    def pairs(self) -> float:
+        """Share of query-key pairs that are computed."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """How much of their work sparse calls computed, of one row of a run report."""
+
+    calls: int = 0
+    """Calls that a method selected blocks for."""
+    dense: dict[str, int] = field(default_factory=dict)
+    """Reason -> calls that were computed whole."""
+    maps: list[SupportsPairs] = field(default_factory=list)
+    """Block maps that are not counted yet; reading them may wait for the device."""
+    total: float = 0.0
+    """Sum of the kept fractions of `counted` calls."""
+    counted: int = 0
+
+    def add(self, block_map: SupportsPairs) -> None:
+        """Count a call with its map."""
+        self.calls += 1
+        if len(self.maps) < MOST_MAPS:
+            self.maps.append(block_map)
+
+    def add_dense(self, reason: str) -> None:
+        """Count a call that was computed whole."""
+        self.dense[reason] = self.dense.get(reason, 0) + 1
+
+    @property
+    def fraction(self) -> float | None:
+        """Mean kept fraction of the calls with a map; None without any. Reads the maps that are not counted yet."""
+        self.total += sum(block_map.pairs for block_map in self.maps)
+        self.counted += len(self.maps)
+        self.maps.clear()
+        return self.total / self.counted if self.counted else None
+
+    def as_dict(self) -> dict[str, object]:
+        """For the run report: the mean kept fraction, and the calls that were computed whole by reason."""
+        fraction = self.fraction
+        return {"kept": None if fraction is None else round(fraction, 4), "dense": dict(self.dense)}
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where in a run the current model call is. A host changes it before each model call; kernels read it."""
+
+    step: int | None = None
+    """Of the whole schedule, from 0; None outside a sampler."""
+    steps: int | None = None
+    """Steps of the whole schedule."""
+    sigma: float | None = None
+    samples: tuple[Hashable, ...] = ()
+    """Identity of each sample of the batch, the same in every step: its conditioning and its context window."""
+    calls: int = 0
+    """Model calls of this run so far."""
+    kept: dict[Hashable, object] = field(default_factory=dict)
+    """What methods keep between steps, by their own keys; the host clears it when the run ends."""
