@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..kernels.backend import Backend, Kernel
 from ..values.grid import Kept, Place, Progress, TokenGrid
-from ..values.limits import FLOATING, Dtypes, Limits, Masks, Rule, ValueHeadDim
+from ..values.limits import FLOATING, Causal, Dtypes, Limits, Masks, Rule, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
@@ -64,7 +64,7 @@ class SparseMethod(Backend):
 
     sparse = True
     kinds = tuple(kind for kind in KINDS if kind != "xla")
-    limits = Limits(Dtypes(FLOATING), Masks(("none",)), ValueHeadDim(may_differ=True), Grid())
+    limits = Limits(Dtypes(FLOATING), Masks(("none",)), Causal("no"), ValueHeadDim(may_differ=True), Grid())
     candidate = False
     by_name_only = True
     other_block: ClassVar[int] = 64

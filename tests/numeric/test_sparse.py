@@ -1,0 +1,223 @@
+"""Block maps are the published ones, and what computes them is exact: against literal forms in float64."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import literal_sparse as literal  # noqa: E402
+from attention_backends.backends import account, attention  # noqa: E402
+from attention_backends.backends.sparse import blocks as orders  # noqa: E402
+from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
+from attention_backends.backends.sparse.blocks import Blocks  # noqa: E402
+from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
+from attention_backends.backends.sparse.executors.gather import gather  # noqa: E402
+from attention_backends.backends.values.grid import TokenGrid, parse_grid  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+
+ORDERS: dict[str, Callable[[TokenGrid, int], Blocks]] = {
+    "raster": orders.raster,
+    "tiles": lambda grid, block: orders.tiles(grid, (2, 3, max(block // 6, 1))),
+    "pixels": orders.pixel_major,
+    "curve": orders.along_curve,
+    "curve in each frame": lambda grid, block: orders.along_curve(grid, block, each_frame=True),
+    "labels": lambda grid, block: orders.by_label(torch.arange(grid.cells) * 7 % 5, 5),
+}
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Relative L2 of a call: rounding of the output's dtype."""
+
+
+def random_grid(rng: random.Random) -> TokenGrid:
+    sides = rng.randint(1, 5), rng.randint(1, 8), rng.randint(1, 8)
+    return TokenGrid(*sides, rng.choice((0, 0, 5)), rng.choice((0, 0, 9)))
+
+
+def random_call(rng: random.Random, grid: TokenGrid, dtype: Any) -> AttentionCall:
+    """Query with strides of (batch, tokens, heads, size), as models make it."""
+    batch, heads, shares, size = rng.randint(1, 2), rng.choice((2, 4)), rng.choice((1, 2)), rng.choice((8, 16))
+    tensors = [
+        torch.randn(batch, grid.tokens, count, width).to(dtype).transpose(1, 2)
+        for count, width in ((heads, size), (heads // shares, size), (heads // shares, rng.choice((size, 4))))
+    ]
+    return AttentionCall(*tensors, enable_gqa=shares > 1, scale=rng.choice((None, None, 0.3)))
+
+
+def random_map(rng: random.Random, grid: TokenGrid, order: str, call: AttentionCall) -> BlockMap:
+    blocks = ORDERS[order](grid, rng.choice((6, 12)))
+    seen = torch.rand(rng.choice((1, call.query.shape[0])), rng.choice((1, call.query.shape[1])), *[blocks.count] * 2)
+    seen = seen < rng.random()
+    seen[..., 0] |= ~seen.any(-1)
+    return with_other_tokens(BlockMap(blocks, blocks, seen), grid, grid.after, 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders_are_permutations_in_whole_blocks(order: str) -> None:
+    rng = random.Random(order)
+    for _ in range(40):
+        grid = random_grid(rng)
+        blocks = ORDERS[order](grid, rng.choice((6, 12)))
+        assert blocks.tokens == grid.cells
+        assert min(blocks.sizes) > 0
+        if blocks.index is not None:
+            assert torch.equal(blocks.index.sort().values, torch.arange(grid.cells))
+
+
+def test_tiles_hold_neighbours_only() -> None:
+    grid = TokenGrid(3, 5, 7)
+    expected = literal.boxes(grid.shape, (2, 2, 4))
+    blocks = orders.tiles(grid, (2, 2, 4))
+    assert [part.tolist() for part in torch.split(blocks.index, list(blocks.sizes))] == expected
+
+
+def test_neighbours_on_the_curve_are_neighbours_on_the_grid() -> None:
+    grid = TokenGrid(4, 8, 8)
+    index = orders.along_curve(grid, 16).index
+    places = torch.stack((index // 64, index // 8 % 8, index % 8), 1)
+    assert ((places[1:] - places[:-1]).abs().sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("path", ["by head", "all heads"])
+def test_gather_computes_exactly_its_map(dtype: Any, order: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "all heads":  # what other devices run
+        monkeypatch.setattr(gathering, "_by_head", gathering._all_heads)
+    rng = random.Random(f"{dtype}{order}{path}")
+    torch.manual_seed(rng.randrange(2**31))
+    for _ in range(6):
+        grid = random_grid(rng)
+        call = random_call(rng, grid, dtype)
+        block_map = random_map(rng, grid, order, call)
+        expected = literal.masked_attention(call.query, call.key, call.value, block_map.mask(), call.scale)
+        output = gather(call, block_map)
+        assert output.dtype == dtype
+        assert (output.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm(), (grid, call.query.shape)
+
+
+def test_gather_never_passes_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    sdpa = gathering.scaled_dot_product_attention
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        given.append((len(args), kwargs.get("attn_mask"), kwargs.get("is_causal", False)))
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(gathering, "scaled_dot_product_attention", spied)
+    rng = random.Random(0)
+    for order in ORDERS:
+        grid = random_grid(rng)
+        call = random_call(rng, grid, torch.float32)
+        gather(call, random_map(rng, grid, order, call))
+    assert given
+    assert set(given) == {(3, None, False)}
+
+
+def test_gather_keeps_to_its_stated_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = TokenGrid(4, 16, 16)
+    monkeypatch.setattr(gathering, "BUDGET", 200_000)
+    sizes: list[int] = []
+    sdpa = gathering.scaled_dot_product_attention
+
+    def spied(query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
+        sizes.append(key.nbytes + value.nbytes + 8 * key.shape[1] * key.shape[2])
+        return sdpa(query, key, value, **kwargs)
+
+    monkeypatch.setattr(gathering, "scaled_dot_product_attention", spied)
+    call = AttentionCall(*(torch.randn(1, 2, grid.cells, 32) for _ in range(3)))
+    blocks = orders.raster(grid, 64)
+    for share in (0.1, 0.9):
+        seen = torch.rand(1, 2, blocks.count, blocks.count) < share
+        seen[..., 0] = True
+        gather(call, BlockMap(blocks, blocks, seen))
+    assert max(sizes) <= max(200_000, gathering.workspace_bytes(call.request(), 4))
+    assert len(sizes) > 8
+
+
+def test_a_map_with_everything_kept_is_dense() -> None:
+    grid = TokenGrid(2, 5, 6, 3, 4)
+    call = AttentionCall(*(torch.randn(2, 2, grid.tokens, 16) for _ in range(3)))
+    blocks = orders.tiles(grid, (2, 2, 2))
+    block_map = with_other_tokens(BlockMap(blocks, blocks, torch.ones(1, 1, *[blocks.count] * 2).bool()), grid, 4, 8)
+    assert block_map.pairs == 1
+    expected = torch.nn.functional.scaled_dot_product_attention(call.query, call.key, call.value)
+    torch.testing.assert_close(gather(call, block_map), expected)
+
+
+SPARSE_HALF = {"default": {"backend": "video_sparse_attn", "extra": {"sparsity": 0.5}}}
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+@pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 9), (5, 9)], ids=str)
+def test_video_sparse_is_the_published_map(text: tuple[int, int], hidden: int) -> None:
+    if hidden and not text[1]:
+        pytest.skip("no text after the grid whose keys could be hidden")
+    torch.manual_seed(sum(text))
+    before, after = text
+    shape = (5, 6, 9)
+    cells = slice(before, before + 270)
+    query, key, value = (torch.randn(2, 2, before + 270 + after, 8, dtype=torch.float64) for _ in range(3))
+    mask = None
+    if hidden:
+        mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool)
+        mask[..., -hidden:] = False
+    count = literal.video_sparse_count(0.5, 2 * 2 * 3)
+    sees = literal.with_text(
+        literal.video_sparse(query[:, :, cells], key[:, :, cells], shape, (4, 4, 4), count), before, after
+    )
+    if mask is not None:
+        sees = sees & mask
+    with account() as run_report:
+        output = attention(
+            query, key, value, mask, backend=SPARSE_HALF, grid=shape, tokens_before=before, tokens_after=after
+        )
+    (row,) = run_report.as_dict()["rows"]
+    assert (row["backend"], row["reason"]) == ("video_sparse_attn", None)
+    expected = literal.masked_attention(query, key, value, sees)
+    assert (output - expected).norm() <= 1e-6 * expected.norm()  # scores are chosen in float32
+    live = sees if mask is None else sees[..., : key.shape[2] - hidden]
+    assert row["kept"] == pytest.approx(live.double().mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "grid.unknown"),
+        ({"grid": (5, 6, 8)}, "grid.proof"),
+        ({"grid": (5, 6, 9), "tokens_after": 1}, "grid.proof"),
+        ({"grid": (5, 6, 9), "is_causal": True}, "causal"),
+    ],
+    ids=str,
+)
+def test_what_the_method_cannot_know_is_computed_whole(given: dict[str, Any], reason: str) -> None:
+    query = torch.randn(1, 2, 270, 8)
+    with account() as run_report:
+        output = attention(query, query, query, backend=SPARSE_HALF, **given)
+    (row,) = run_report.rows.values()
+    assert row.backend != "video_sparse_attn"
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, query, query, is_causal=given.get("is_causal", False)
+    )
+    torch.testing.assert_close(output, expected)
+
+
+def test_nothing_left_out_is_dense_to_the_bit() -> None:
+    query = torch.randn(1, 2, 270, 8)
+    everything = {"default": {"backend": "video_sparse_attn", "extra": {"sparsity": 0.0}}}
+    with account() as run_report:
+        output = attention(query, query, query, backend=everything, grid=(5, 6, 9))
+    assert torch.equal(output, attention(query, query, query))
+    (row,) = run_report.as_dict()["rows"]
+    assert list(row["dense"].values()) == [1]
+
+
+def test_grids_read_back() -> None:
+    for grid in (TokenGrid(21, 30, 52), TokenGrid(1, 4, 4, 512), TokenGrid(1, 4, 4, 0, 77), TokenGrid(2, 3, 4, 5, 6)):
+        assert parse_grid(grid.describe()) == grid
+    for text in ("", "4", "4x4", "0x4x4", "4x4x4+", "1+2+3x3x3", "ax4x4", "-1+2x2x2"):
+        with pytest.raises(ValueError, match="FRAMESxHEIGHTxWIDTH"):
+            parse_grid(text)
