@@ -1,7 +1,7 @@
 """Slow, literal forms of published sparse methods in float64, token by token. Imports nothing of the package.
 
-Each function returns which keys each query sees, bool, (batch, num_heads, tokens, tokens), for tokens in raster order on a
-grid (frames, height, width). Tests compare them with the maps of `backends/sparse`.
+Each function returns which keys each query sees, bool, (batch, num_heads, tokens, tokens), for tokens in raster order
+on a grid (frames, height, width). Tests compare them with the maps of `backends/sparse`.
 """
 
 from __future__ import annotations
