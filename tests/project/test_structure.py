@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "nodes": {"backends", "comparison", "demo", "nodes"},
 }
 FLOORS = {
-    "backends": ("values", "kernels", "measure", "config", "report", "engine", "observe", "doctor"),
+    "backends": ("values", "kernels", "sparse", "measure", "config", "report", "engine", "observe", "doctor"),
     "nodes": ("history", "hook", "configure", "report", "compare", "http"),
 }
 """Folders from the lowest up; files beside them may import all of these. Each imports what stands before it alone."""

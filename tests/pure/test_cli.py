@@ -60,6 +60,7 @@ def test_explain_answers_as_data(capsys: pytest.CaptureFixture[str], snapshot: S
             "scale": None,
             "exact_only": False,
             "lse": False,
+            "grid": None,
         },
         "platform": snapshot,
         "notes": [],

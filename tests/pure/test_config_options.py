@@ -58,7 +58,7 @@ def test_a_spec_keeps_what_it_was_given(tunable: str) -> None:
 
 PUBLISHED_OPTIONS: dict[str, dict[str, Any]] = {
     "sliding_tile_attn": {"mask_strategy_file_path": "/a.json", "sta_mode": "STA_inference", "skip_time_steps": 15},
-    "video_sparse_attn": {"sparsity": 0.9, "VSA_sparsity": 0.9},
+    "video_sparse_attn": {"sparsity": 0.9, "fastvideo_vsa_provider": "fastvideo"},
     "vmoba_attn": {
         "temporal_chunk_size": 2,
         "spatial_chunk_size": [3, 4],
@@ -141,10 +141,6 @@ PLANNED_TEXTS = {
         "sliding_tile_attn",
         {"mask_strategy_file_path": "a.json", "sta_mode": "x"},
     ),
-    "--attention-backend video_sparse_attn --attention-backend-config VSA_sparsity=0.5": (
-        "video_sparse_attn",
-        {"VSA_sparsity": 0.5},
-    ),
     '--attention-backend vmoba_attn --attention-backend-config \'{"moba_config": {"st_topk": 2}}\'': (
         "vmoba_attn",
         {"moba_config": {"st_topk": 2}},
@@ -160,11 +156,6 @@ PLANNED_TEXTS = {
     "infer.attn_type=sparge infer.attn_config.sparsity_ratio=0.5 infer.attn_config.block_size=64": (
         "sparge_attn",
         {"sparsity_ratio": 0.5, "block_size": 64},
-    ),
-    '{"default": {"backend": "FASTVIDEO_VSA", "fastvideo_vsa_topk": 64, "fastvideo_vsa_provider": "flashinfer", '
-    '"fastvideo_vsa_precision": "sage"}}': (
-        "video_sparse_attn",
-        {"fastvideo_vsa_topk": 64, "fastvideo_vsa_provider": "flashinfer", "fastvideo_vsa_precision": "sage"},
     ),
 }
 

@@ -45,7 +45,8 @@ def test_every_id_has_a_place_in_menus_and_a_new_one_the_last() -> None:
 
 
 def test_every_file_is_in_the_list_and_declares_what_the_list_says() -> None:
-    files = {path.stem for path in (ROOT / "backends" / "kernels").glob("*.py")} - {
+    folders = (ROOT / "backends" / folder for folder in ("kernels", "sparse/methods"))
+    files = {path.stem for folder in folders for path in folder.glob("*.py")} - {
         *("__init__", "registry", "backend", "group", "broken"),
     }
     assert files == {module.rpartition(".")[2] for module in registry.MODULES.values()}

@@ -1,1 +1,1 @@
-"""One file for each way to compute a block map; `choose.py` picks one."""
+"""One file for each way to compute a block map."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...kernels.backend import Kernel
 from ...values.aliases import FASTVIDEO, SGLANG, VLLM_OMNI, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ...values.platform import Platform
+from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
 from ..blocks import tiles
 from ..choose_blocks import count_of_share, highest
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CUBE = (4, 4, 4)
 CUBE_OF_VLLM = (4, 8, 8)
+PROVIDERS = ("auto", "fastvideo", "flashinfer")
+NO_SAGE = template("video_sparse.sage", "fastvideo_vsa_precision sage needs a kernel that is not used here")
 
 
 class VideoSparse(SparseMethod):
@@ -36,24 +38,15 @@ class VideoSparse(SparseMethod):
     id = "video_sparse_attn"
     summary = "Video Sparse Attention: each cube of tokens sees the most similar cubes."
     aliases = (
-        Alias(
-            VLLM_OMNI, "FASTVIDEO_VSA", "with the gate of models that were trained for it; here without",
-            (("fastvideo_vsa_topk", 64),),
-        ),
+        Alias(VLLM_OMNI, "FASTVIDEO_VSA", "there with the gate of models trained for it, here without"),
         Alias(SGLANG, "video_sparse_attn"),
         Alias(FASTVIDEO, "VIDEO_SPARSE_ATTN"),
-    )  # fmt: skip
+    )
     options = (
-        Option("sparsity", float, 0.0, "Share of cubes left out.", minimum=0, maximum=1),
-        Option("VSA_sparsity", float, 0.0, "The same, by its older name.", minimum=0, maximum=1),
-        Option("fastvideo_vsa_topk", int, 64, "Cubes of 4x8x8 kept, instead of a share of cubes of 4x4x4.", minimum=1),
-        Option(
-            "fastvideo_vsa_provider",
-            str,
-            "auto",
-            "vLLM-Omni's package; not used.",
-            choices=("auto", "fastvideo", "flashinfer"),
-        ),
+        Option("sparsity", float, None, "Share of cubes of 4x4x4 left out.", minimum=0, maximum=1),
+        Option("VSA_sparsity", float, None, "The same, by its older name.", minimum=0, maximum=1),
+        Option("fastvideo_vsa_topk", int, 64, "Without a sparsity: cubes of 4x8x8 kept.", minimum=1),
+        Option("fastvideo_vsa_provider", str, "auto", "vLLM-Omni's package; not used.", choices=PROVIDERS),
         Option("fastvideo_vsa_precision", str, "bf16", "vLLM-Omni's arithmetic.", choices=("bf16", "sage")),
     )
 
@@ -61,24 +54,20 @@ class VideoSparse(SparseMethod):
         given = [name for name in ("sparsity", "VSA_sparsity", "fastvideo_vsa_topk") if name in options]
         return [f"{' and '.join(given)} say the same thing; give one"] if len(given) > 1 else []
 
-    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         if options.get("fastvideo_vsa_precision", "bf16") != "bf16":
-            return ["fastvideo_vsa_precision sage needs a package that is not used here"]
+            return [Reason(NO_SAGE)]
         return []
-
-    def load(self, platform: Platform, **options: object) -> Kernel:
-        return super().load(platform, **{"fastvideo_vsa_topk": None, **options})
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        most = options["fastvideo_vsa_topk"]
-        blocks = tiles(grid, CUBE if most is None else CUBE_OF_VLLM)
-        if isinstance(most, int):
-            count = min(most, blocks.count)
-        else:
-            sparsity = max(float(str(options[name])) for name in ("sparsity", "VSA_sparsity"))
+        sparsity = options["VSA_sparsity"] if options["sparsity"] is None else options["sparsity"]
+        blocks = tiles(grid, CUBE_OF_VLLM if sparsity is None else CUBE)
+        if isinstance(sparsity, int | float):
             count = count_of_share(1 - sparsity, blocks.count)
+        else:
+            count = min(int(str(options["fastvideo_vsa_topk"])), blocks.count)
         if count == blocks.count:
             return Dense(f"all {count} cubes are kept")
         scores = mean_scores(call, blocks)
