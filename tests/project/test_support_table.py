@@ -15,10 +15,10 @@ from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Limits
 from attention_backends.backends.kernels.planned import Planned
+from attention_backends.backends.values.grid import TokenGrid
 from attention_backends.backends.values.limits import SHORT, GroupedHeads, HeadDim, HeadDimIn, Masks
 from attention_backends.backends.values.options import Option
 from attention_backends.backends.values.platform import Platform
-from attention_backends.backends.values.grid import TokenGrid
 from attention_backends.backends.values.request import DTYPES, MASK_KINDS, AttentionRequest
 from attention_backends.devtools import commands
 from attention_backends.devtools.pages import backends as support
