@@ -88,8 +88,9 @@ def numerics(work: Work) -> None:
 
 
 def _kernels(work: Work, router: Router) -> list[str]:
-    """The backends that run here and did not crash before; those that take long to start come last."""
-    able = [name for name, backend in router.backends.items() if not backend.hosted and name not in work.lost]
+    """The dense backends that run here and did not crash before; those that take long to start come last."""
+    dense = {name for name, backend in router.backends.items() if not backend.hosted and not backend.sparse}
+    able = [name for name in router.backends if name in dense and name not in work.lost]
     able = [name for name in able if not router.unavailable(name)]
     if not able:
         raise Skipped(ALL_LOST)
