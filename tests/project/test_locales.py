@@ -142,18 +142,19 @@ def short_name(texts: dict[str, Any]) -> str:
 
 # Help pages: the front end asks for docs/ID/LANGUAGE.md, then for docs/ID.md
 
-FORMER_IDS = ("AttentionDemoCaption", "AttentionDemoImage")
-"""Ids that graphs may have and no menu offers: nothing describes them."""
-
-
-def described(language: str) -> dict[str, Any]:
-    """The texts of the nodes that have a help page, by id."""
-    return {name: texts for name, texts in read(language, "nodeDefs").items() if name not in FORMER_IDS}
+FORMER_IDS = {"AttentionDemoCaption": "TinyShapesCaption", "AttentionDemoImage": "TinyShapesImage"}
+"""Ids that graphs may have and no menu offers, and those of today."""
 
 
 @pytest.mark.comfy
 def test_former_ids_are_not_offered() -> None:
-    assert tuple(sorted(name for name, schema in schemas().items() if schema.is_deprecated)) == FORMER_IDS
+    assert {name for name, schema in schemas().items() if schema.is_deprecated} == set(FORMER_IDS)
+
+
+@pytest.mark.parametrize("language", ["en", *OTHERS])
+def test_former_ids_are_described_as_those_of_today(language: str) -> None:
+    for former, now in FORMER_IDS.items():
+        assert page(former, language) == page(now, language)
 
 
 def page(node_id: str, language: str) -> str:
@@ -185,7 +186,7 @@ def test_the_readme_names_every_node() -> None:
 
 
 def test_every_node_has_its_pages_and_no_other_has() -> None:
-    ids = set(described("en"))
+    ids = set(read("en", "nodeDefs"))
     assert {path.stem for path in HELP.glob("*.md")} == ids
     assert {path.name for path in HELP.iterdir() if path.is_dir()} == ids
     for node_id in ids:
@@ -195,7 +196,7 @@ def test_every_node_has_its_pages_and_no_other_has() -> None:
 
 @pytest.mark.parametrize("language", ["en", *OTHERS])
 def test_a_page_describes_every_input_and_output(language: str) -> None:
-    for node_id, texts in described("en").items():
+    for node_id, texts in read("en", "nodeDefs").items():
         inputs, outputs = first_cells(page(node_id, language))
         wanted = dict.fromkeys(map(without_number, texts["inputs"]))
         assert inputs == list(wanted), f"{node_id}, {language}"
@@ -204,15 +205,14 @@ def test_a_page_describes_every_input_and_output(language: str) -> None:
 
 @pytest.mark.comfy
 def test_the_pages_name_outputs_as_the_nodes_do() -> None:
-    for node_id in described("en"):
-        schema = schemas()[node_id]
+    for node_id, schema in schemas().items():
         names = [output.display_name or output.get_io_type() for output in schema.outputs]
         assert first_cells(page(node_id, "en"))[1] == names, node_id
 
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_a_page_is_headed_and_illustrated_as_in_english(language: str) -> None:
-    for node_id, texts in described(language).items():
+    for node_id, texts in read(language, "nodeDefs").items():
         ours, theirs = page(node_id, "en"), page(node_id, language)
         english = ours.splitlines()[0].removeprefix("# ")
         assert theirs.splitlines()[0] == f"# {short_name(texts)} ({english})"
@@ -227,7 +227,7 @@ def test_a_page_is_headed_and_illustrated_as_in_english(language: str) -> None:
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_a_page_gives_the_names_that_the_node_shows(language: str) -> None:
-    for node_id, texts in described(language).items():
+    for node_id, texts in read(language, "nodeDefs").items():
         shown = [texts["inputs"][name]["name"] for name in texts["inputs"] if without_number(name) == name]
         shown += [output["name"] for output in texts["outputs"].values()]
         assert labels(page(node_id, language)) == shown, node_id
