@@ -78,6 +78,16 @@ def commands() -> dict[str, Any]:
     return {"AttentionBackends_ShowReport": {"label": words["command"]["show"]}}
 
 
+def phrases() -> dict[str, str]:
+    """Texts of reasons by their ids, as the panel looks them up: without points, which are a path there."""
+    from attention_backends.backends.doctor import install  # noqa: F401  # it has texts too
+    from attention_backends.backends.kernels import BACKENDS
+    from attention_backends.backends.values.reasons import TEMPLATES
+
+    assert all(BACKENDS.values())  # loading them registers their texts
+    return {reason_id.replace(".", "_"): text for reason_id, text in sorted(TEMPLATES.items())}
+
+
 def files(server: Server) -> dict[str, dict[str, Any]]:
     return {"nodeDefs.json": node_definitions(server), "settings.json": settings(), "commands.json": commands()}
 
@@ -86,6 +96,9 @@ if __name__ == "__main__":
     import conftest  # noqa: F401  # loads the package
     from server_harness import start_server
 
+    main = json.loads((ENGLISH / "main.json").read_text(encoding="utf-8"))
+    main["attentionBackends"]["said"] = phrases()
+    (ENGLISH / "main.json").write_text(json.dumps(main, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     with start_server(extra_nodes=()) as running:
         for name, content in files(running).items():
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

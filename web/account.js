@@ -66,9 +66,12 @@ export function sorted(rows, column, descending) {
  *
  * @param {import('./server.js').Outcome | undefined} outcome
  * @param {import('./words.js').Say} say
+ * @param {{ step?: number | null, steps: number }} [at] how far it came
  */
-export function outcomeText(outcome, say) {
-  return !outcome || GOOD.includes(outcome.kind) ? '' : say(`outcome.${outcome.kind}`, { cause: outcome.cause })
+export function outcomeText(outcome, say, at) {
+  if (!outcome || GOOD.includes(outcome.kind)) return ''
+  if (outcome.kind === 'cancelled' && at?.step && at.steps) return say('outcome.cancelled_at', { step: at.step, steps: at.steps })
+  return say(`outcome.${outcome.kind}`, { cause: outcome.cause })
 }
 
 /**
@@ -89,9 +92,10 @@ export function worst(outcomes) {
  * @param {number} fallbacks
  * @param {import('./server.js').Outcome | undefined} outcome
  * @param {import('./words.js').Say} say
+ * @param {{ step?: number | null, steps: number }} [at] how far it came
  */
-export function shortLine(totals, fallbacks, outcome, say) {
-  const said = outcomeText(outcome, say)
+export function shortLine(totals, fallbacks, outcome, say, at) {
+  const said = outcomeText(outcome, say, at)
   if (!totals.length && outcome?.kind === 'running') return say('state.running')
   if (!totals.length) return said || say('line.nothing')
   const parts = totals.map(({ role, backend, calls }, index) => {

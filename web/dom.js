@@ -81,3 +81,15 @@ export async function copy(text, near) {
     return done
   }
 }
+
+/**
+ * A text with its addresses as links.
+ *
+ * @param {string} text
+ * @returns {Child[]}
+ */
+export function linked(text) {
+  return text.split(/(https?:\/\/[^\s,;()]+)/).map((part, index) =>
+    index % 2 ? element('a', { href: part, target: '_blank', rel: 'noopener noreferrer' }, part) : part
+  )
+}

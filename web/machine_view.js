@@ -1,6 +1,7 @@
 /** This machine in the panel: versions, each backend's state, and how to get what is missing. */
 
-import { copy, element } from './dom.js'
+import { copy, element, linked } from './dom.js'
+import { inWords } from './phrases.js'
 
 /**
  * @typedef {import('./server.js').Machine} Machine
@@ -29,9 +30,10 @@ export function copyButton(label, key, text, say) {
 /**
  * @param {Machine} machine
  * @param {Say} say
+ * @param {boolean} [open] whether those that can run are listed at once
  * @returns {HTMLElement[]}
  */
-export function machineView(machine, say) {
+export function machineView(machine, say, open = true) {
   const { platform, backends } = machine
   const ready = backends.filter((backend) => backend.available)
   const card = [platform.card || platform.kind.toUpperCase(), platform.architecture, platform.sm]
@@ -57,8 +59,8 @@ export function machineView(machine, say) {
         element('dd', {}, String(value))
       ])
     ),
-    ...(machine.hint ? [element('p', { className: 'ab-hint' }, machine.hint)] : []),
-    group(say('machine.available', { count: ready.length }), 'available', true, ready, say),
+    ...(machine.hint ? [element('p', { className: 'ab-hint' }, inWords(machine.hint, machine.phrases, say))] : []),
+    group(say('machine.available', { count: ready.length }), 'available', open, ready, say),
     group(
       say('machine.missing', { count: backends.length - ready.length }),
       'missing',
@@ -90,7 +92,8 @@ function group(title, key, open, backends, say) {
  * @param {Say} say
  */
 function entry(backend, say) {
-  const said = backend.available ? backend.version ?? say('machine.built_in') : backend.reasons.join('; ')
+  const words = (/** @type {string} */ text) => inWords(text, backend.phrases, say)
+  const said = backend.available ? backend.version ?? say('machine.built_in') : backend.reasons.map(words).join('; ')
   const advice = backend.install
   const repeated = advice?.kind === 'nothing' && backend.reasons.some((reason) => advice.text.endsWith(reason))
   return element(
@@ -108,7 +111,7 @@ function entry(backend, say) {
           element('code', { tabIndex: 0, 'data-key': `command ${backend.id}` }, advice.text),
           copyButton(say('copy.command'), `copy ${backend.id}`, () => advice.text, say)
         )
-      : advice && advice.text && !repeated && element('span', { className: 'ab-said' }, advice.text),
-    advice?.note && element('span', { className: 'ab-said' }, advice.note)
+      : advice && advice.text && !repeated && element('span', { className: 'ab-said' }, ...linked(words(advice.text))),
+    advice?.note && element('span', { className: 'ab-said' }, ...linked(words(advice.note)))
   )
 }

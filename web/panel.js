@@ -7,6 +7,7 @@ import { shortLine } from './account.js'
 import { element, refill } from './dom.js'
 import { copyButton, machineView } from './machine_view.js'
 import { measuredSection } from './measured_view.js'
+import { inWords } from './phrases.js'
 import { firstView, showRun } from './run_view.js'
 import { Refused } from './server.js'
 
@@ -33,35 +34,27 @@ const OVER = ['execution_success', 'execution_error', 'execution_interrupted', '
  * @param {import('@comfyorg/comfyui-frontend-types').ComfyApi} events ComfyUI's events
  * @param {Server} server
  * @param {Say} say
+ * @param {(mark: string) => string} [titleOf] the open workflow of this page with a mark; empty for another one
  * @returns {{ element: HTMLElement, close: () => void }}
  */
-export function openPanel(place, events, server, say) {
+export function openPanel(place, events, server, say, titleOf = () => '') {
   const status = element('p', { className: 'ab-status', role: 'status' })
+  const missed = element('p', { className: 'ab-status ab-hint', role: 'status' })
   const runs = element('ul', { className: 'ab-runs' })
   const machine = element('div', {}, element('p', { className: 'ab-caption' }, say('machine.asking')))
   const measured = measuredSection(server, say)
-  const root = element(
-    'div',
-    { className: 'attention-backends', role: 'region', 'aria-label': say('panel.title') },
-    element('link', { rel: 'stylesheet', href: new URL('./panel.css', import.meta.url).href }),
-    element('h2', {}, say('panel.title')),
-    status,
+  const section = (/** @type {string} */ name, /** @type {HTMLElement[]} */ ...parts) =>
     element(
       'section',
-      { 'aria-labelledby': 'ab-runs-title' },
-      element('h3', { id: 'ab-runs-title' }, say('runs.title')),
-      runs
-    ),
-    element(
-      'section',
-      { 'aria-labelledby': 'ab-measured-title' },
-      element('h3', { id: 'ab-measured-title' }, say('measured.title')),
-      measured.element
-    ),
-    element(
-      'section',
-      { 'aria-labelledby': 'ab-machine-title' },
-      element('h3', { id: 'ab-machine-title' }, say('machine.title')),
+      { 'aria-labelledby': `ab-${name}-title` },
+      element('h3', { id: `ab-${name}-title` }, say(`${name}.title`)),
+      ...parts
+    )
+  const sections = {
+    runs: section('runs', missed, runs),
+    measured: section('measured', measured.element),
+    machine: section(
+      'machine',
       machine,
       element(
         'div',
@@ -73,6 +66,16 @@ export function openPanel(place, events, server, say) {
         copyButton(say('copy.bug_report'), 'bug report', () => server.bugReport(), say)
       )
     )
+  }
+  const root = element(
+    'div',
+    { className: 'attention-backends', role: 'region', 'aria-label': say('panel.title') },
+    element('link', { rel: 'stylesheet', href: new URL('./panel.css', import.meta.url).href }),
+    element('h2', {}, say('panel.title')),
+    status,
+    sections.machine,
+    sections.runs,
+    sections.measured
   )
 
   /** @type {Map<number, { view: import('./run_view.js').View, place: HTMLElement, seen: string }>} */
@@ -82,6 +85,12 @@ export function openPanel(place, events, server, say) {
   let closed = false
   let asking = false
   let askAgain = false
+  /** The prompt of this page that ended last. */
+  let ended = ''
+  /** @type {import('./server.js').Machine | undefined} */
+  let here
+  /** @type {RunSummary | undefined} */
+  let last
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let timer
 
@@ -89,11 +98,23 @@ export function openPanel(place, events, server, say) {
     try {
       const found = await server.machine(refresh)
       if (refresh) server.forget()
-      if (!closed) refill(machine, ...machineView(found, say))
+      here = found
+      if (!closed) refill(machine, ...machineView(found, say, !last))
+      arrange()
     } catch (error) {
       const why = error instanceof Refused ? error.message : say('panel.lost')
       if (!closed) refill(machine, element('p', { className: 'ab-hint' }, why))
     }
+  }
+
+  /** The machine first while it is what a person needs: no run yet, no GPU found, or what was asked for is missing. */
+  function arrange() {
+    const missing = here?.backends.filter((backend) => !backend.available).map((backend) => backend.id) ?? []
+    const asked = last?.fallbacks ? last.nodes.map((node) => node.backend) : []
+    const machineFirst = !last || Boolean(here?.hint) || asked.some((backend) => missing.includes(backend))
+    const first = machineFirst ? sections.machine : sections.runs
+    if (status.nextElementSibling === first) return
+    status.after(...(machineFirst ? [first, sections.runs] : [first, sections.measured, sections.machine]))
   }
 
   /** Asks for the runs; again after a while as long as something runs or the server does not answer. */
@@ -115,7 +136,11 @@ export function openPanel(place, events, server, say) {
         showMachine()
       }
       numbering = answer.numbering
-      showList(answer.runs)
+      last = answer.runs[0]
+      arrange()
+      const unseen = ended && !answer.runs.some((run) => run.prompt_id === ended)
+      missed.textContent = unseen ? say('runs.not_ours') : ''
+      showList(answer.runs, answer.phrases)
       measured.newest(answer.runs[0])
       await Promise.all(answer.runs.filter((run) => open.has(run.number)).map(showOpen))
       const running = answer.runs.filter((run) => run.state === 'running').length
@@ -136,8 +161,11 @@ export function openPanel(place, events, server, say) {
     }
   }
 
-  /** @param {RunSummary[]} found */
-  function showList(found) {
+  /**
+   * @param {RunSummary[]} found
+   * @param {import('./phrases.js').Phrases} [phrases]
+   */
+  function showList(found, phrases) {
     const kept = new Set(found.map((run) => run.number))
     for (const number of open.keys()) if (!kept.has(number)) open.delete(number)
     const first = found[0]
@@ -151,11 +179,14 @@ export function openPanel(place, events, server, say) {
     const now = JSON.stringify([found, [...open.keys()]])
     if (now === listed) return
     listed = now
-    refill(runs, ...(found.length ? found.map(entry) : [element('li', { className: 'ab-caption' }, say('runs.none'))]))
+    refill(runs, ...(found.length ? found.map((run) => entry(run, phrases)) : [element('li', { className: 'ab-caption' }, say('runs.none'))]))
   }
 
-  /** @param {RunSummary} run */
-  function entry(run) {
+  /**
+   * @param {RunSummary} run
+   * @param {import('./phrases.js').Phrases} [phrases]
+   */
+  function entry(run, phrases) {
     const shown = open.get(run.number)
     const toggle = () => {
       if (!open.delete(run.number)) {
@@ -163,9 +194,9 @@ export function openPanel(place, events, server, say) {
       }
       update()
     }
-    const line = shortLine(run.totals, run.fallbacks, run.outcome, say)
+    const outcome = run.outcome && { ...run.outcome, cause: inWords(run.outcome.cause, phrases, say) }
+    const line = shortLine(run.totals, run.fallbacks, outcome, say, run)
     const kind = run.outcome?.kind ?? run.state
-    const seconds = run.seconds === null ? '' : `, ${run.seconds.toFixed(1)} s`
     return element(
       'li',
       {},
@@ -176,12 +207,34 @@ export function openPanel(place, events, server, say) {
           on: { click: toggle }
         },
         element('span', { className: `ab-state ab-${run.state} ab-${kind}` }, say(`state.${kind}`)),
-        element('strong', {}, `${run.number}. ${run.model || '?'}`),
-        element('span', {}, `${say('runs.steps', { steps: run.steps })}${seconds}`),
+        element('strong', {}, nameOf(run)),
+        element('span', {}, figures(run)),
         !shown && element('span', { className: 'ab-line' }, line)
       ),
       shown && shown.place
     )
+  }
+
+  /** @param {RunSummary} run */
+  function nameOf({ begun, queued_by: mark, sampler, seed, number, model }) {
+    const at = begun ? new Date(begun * 1000) : undefined
+    const time = at && [at.getHours(), at.getMinutes()].map((part) => String(part).padStart(2, '0')).join(':')
+    const node = sampler?.class_type && `${sampler.class_type} #${sampler.id}`
+    const known = typeof seed === 'number' || typeof seed === 'string' ? say('runs.seed', { seed }) : ''
+    return [time, mark && titleOf(mark), node || `${number}. ${model || '?'}`, known].filter(Boolean).join(' · ')
+  }
+
+  /** @param {RunSummary} run */
+  function figures(run) {
+    const { state, step, steps, seconds, ms_per_step: ms, attention_share: share, compared } = run
+    const parts = [
+      compared && say('runs.compared', { compared }),
+      state === 'running' && step ? say('runs.progress', { step, steps }) : say('runs.steps', { steps }),
+      seconds !== null && `${seconds.toFixed(1)} s`,
+      ms && say('runs.ms_per_step', { ms: ms < 10 ? ms.toFixed(1) : ms.toFixed(0) }),
+      share && say('runs.share', { percent: (100 * share).toFixed(0) })
+    ]
+    return parts.filter(Boolean).join(', ')
   }
 
   /** @param {RunSummary} summary */
@@ -189,15 +242,17 @@ export function openPanel(place, events, server, say) {
     const shown = open.get(summary.number)
     const now = JSON.stringify(summary)
     if (!shown || shown.seen === now) return
-    const { run } = await server.run(summary.number)
+    const { run, phrases } = await server.run(summary.number)
     if (closed || open.get(summary.number) !== shown) return
     shown.seen = now
-    showRun(shown.place, run, shown.view, say)
+    showRun(shown.place, run, shown.view, say, phrases, summary)
   }
 
   const onEvent = (/** @type {Event} */ event) => {
     const left = event instanceof CustomEvent ? event.detail?.exec_info?.queue_remaining : undefined
     if (typeof left === 'number') busy = left > 0
+    if (event.type === 'execution_start') ended = ''
+    if (OVER.includes(event.type) && event instanceof CustomEvent) ended = event.detail?.prompt_id ?? ended
     update()
     if (OVER.includes(event.type)) measured.update()
   }

@@ -3,6 +3,7 @@
 import { BY_ANOTHER, COLUMNS, addedUp, asCsv, byRole, shortLine, sorted } from './account.js'
 import { download, element, refill } from './dom.js'
 import { heatStrip } from './heat_strip.js'
+import { inWords } from './phrases.js'
 
 /**
  * @typedef {import('./server.js').Run} Run
@@ -32,23 +33,28 @@ export const firstView = () => ({
  * @param {Run} run
  * @param {View} view
  * @param {Say} say
+ * @param {import('./phrases.js').Phrases} [phrases] of the server's answer
+ * @param {{ step?: number | null, steps: number }} [at] how far the run came
  */
-export function showRun(place, run, view, say) {
-  const again = () => showRun(place, run, view, say)
-  const reasons = [...new Set(run.rows.filter((row) => row.reason).map((row) => `${row.role}: ${row.reason}`))]
+export function showRun(place, run, view, say, phrases, at) {
+  const again = () => showRun(place, run, view, say, phrases, at)
+  const words = (/** @type {string} */ text) => inWords(text, phrases, say)
+  const why = (/** @type {Row} */ row) => `${row.role}: ${words(row.reason ?? '')}`
+  const reasons = [...new Set(run.rows.filter((row) => row.reason).map(why))]
+  const outcome = run.outcome && { ...run.outcome, cause: words(run.outcome.cause) }
   const fallbacks = run.rows.reduce((sum, row) => sum + (row.reason && row.backend !== BY_ANOTHER ? row.calls : 0), 0)
   const totals = addedUp(run.rows.map(({ role, backend, calls }) => ({ role, backend, calls })))
   const name = `attention_run_${run.number}`
   refill(
     place,
-    element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, run.outcome, say)),
-    list('ab-audit', say('run.audit'), run.audit.map((finding) => verdict(finding, say))),
+    element('p', { className: 'ab-line' }, shortLine(totals, fallbacks, outcome, say, at)),
+    audit(run, say),
     ...(run.windows.length ? picture(run, view, say, again) : []), // none where the trace is off
-    ...(run.rows.length ? table(run, view, say, again) : []),
+    ...(run.rows.length ? table(run, view, say, again, words) : []),
     list('ab-tuned', say('run.tuning'), run.tuning?.state ? [tuned(run.tuning, say)] : []),
     list('ab-reasons', say('run.reasons'), reasons),
     list('ab-guard', say('run.guard'), (run.guard ?? []).slice(0, GUARDED).map((found) => guarded(found, say))),
-    list('ab-notes', say('run.notes'), run.notes),
+    list('ab-notes', say('run.notes'), run.notes.map(words)),
     run.bypass && list('ab-bypass', say('run.bypass'), [run.bypass]),
     element(
       'div',
@@ -78,6 +84,21 @@ function list(className, title, items) {
     element('h4', {}, title),
     element('ul', {}, ...items.map((item) => element('li', {}, item)))
   )
+}
+
+/**
+ * What was asked for and what ran: one line where these are the same.
+ *
+ * @param {Run} run
+ * @param {Say} say
+ */
+function audit(run, say) {
+  const title = say('run.audit')
+  if (!run.audit.length || run.audit.some((finding) => finding.verdict !== 'as asked')) {
+    return list('ab-audit', title, run.audit.map((finding) => verdict(finding, say)))
+  }
+  const ran = run.audit.map(({ role, ran }) => `${role} ${Object.keys(ran).join(' + ')}`).join(', ')
+  return element('p', { className: 'ab-audit ab-as_asked' }, `✓ ${say('run.all_as_asked', { ran })}`)
 }
 
 /**
@@ -158,8 +179,9 @@ function picture(run, view, say, again) {
  * @param {View} view
  * @param {Say} say
  * @param {() => void} again
+ * @param {(text: string) => string} words of a reason
  */
-function table(run, view, say, again) {
+function table(run, view, say, again, words) {
   const timed = run.rows.some((row) => row.ms !== null)
   const member = run.rows.some((row) => row.member)
   const left = { ms: timed, member, source: false } // the source stands in each row's tooltip
@@ -190,7 +212,8 @@ function table(run, view, say, again) {
     const cells = columns.map((name) => {
       const value = row[name]
       const number = name === 'calls' || name === 'ms'
-      const text = name === 'ms' && value !== null ? Number(value).toFixed(1) : String(value ?? '')
+      const shown = name === 'reason' && value ? words(String(value)) : String(value ?? '')
+      const text = name === 'ms' && value !== null ? Number(value).toFixed(1) : shown
       // The label is shown where the panel is narrow and a row wraps.
       return element('td', { className: number ? 'ab-number' : '', 'data-label': say(`columns.${name}`) }, text)
     })

@@ -1,6 +1,7 @@
 /**
  * What the pack's server routes answer (nodes/http/routes.py), typed.
  *
+ * @typedef {import('./phrases.js').Phrases} Phrases
  * @typedef {{ role: string, backend: string, calls: number }} Total
  * @typedef {{ id: string, class_type: string, backend: string }} Chooser
  * @typedef {{ kind: string, cause: string, text: string }} Outcome what became of a run; `text` is it in English
@@ -8,7 +9,9 @@
  *   number: number, prompt_id: string | null, node_id: string | null, nodes: Chooser[], model: string,
  *   device: string, steps: number, seconds: number | null, state: 'running' | 'done' | 'stopped', calls: number,
  *   fallbacks: number, totals: Total[], offers?: string[], tuning?: Tuning, queued_by?: string | null,
- *   outcome?: Outcome, by_another?: number
+ *   outcome?: Outcome, by_another?: number, begun?: number | null, seed?: number | string | null,
+ *   sampler?: { id: string | null, class_type: string }, step?: number | null, ms_per_step?: number | null,
+ *   attention_share?: number | null, compared?: number
  * }} RunSummary
  * @typedef {{
  *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,
@@ -36,11 +39,11 @@
  * }} Run
  * @typedef {{
  *   id: string, accuracy: string, available: boolean, reasons: string[], version: string | null, cards: string,
- *   probed: string | null, install: { kind: 'command' | 'page' | 'nothing', text: string, note: string } | null
+ *   phrases?: Phrases, probed: string | null, install: { kind: 'command' | 'page' | 'nothing', text: string, note: string } | null
  * }} Backend
  * @typedef {{
  *   platform: Record<string, any>, interpreter: { path: string, python: string, machine: string },
- *   hint: string | null, auto: string, backends: Backend[]
+ *   phrases?: Phrases, hint: string | null, auto: string, backends: Backend[]
  * }} Machine
  * @typedef {{
  *   backend: string, kind: 'auto' | 'autotune' | 'named', takes: string | null, accuracy: string | null, source: string,
@@ -119,9 +122,9 @@ export function serverRoutes(api) {
     json(route, { method: 'POST', headers: { 'Content-Type': 'application/json' }, body })
 
   return {
-    /** @returns {Promise<{ numbering: string, runs: RunSummary[] }>} */
+    /** @returns {Promise<{ numbering: string, runs: RunSummary[], phrases?: Phrases }>} */
     runs: () => json('runs'),
-    /** @returns {Promise<{ numbering: string, run: Run }>} */
+    /** @returns {Promise<{ numbering: string, run: Run, phrases?: Phrases }>} */
     run: (/** @type {number} */ number) => json(`runs/${number}`),
     /** @returns {Promise<Machine>} */
     machine: (refresh = false) => json(refresh ? 'machine?refresh=1' : 'machine'),

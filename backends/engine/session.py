@@ -24,6 +24,7 @@ from ..values.errors import NoBackendError
 from ..values.faults import KernelFaultError, KernelOutputError, is_cuda_fault, is_out_of_memory
 from ..values.grid import Kept, Place, Progress
 from ..values.mask_plan import PASSED_ON, MaskPlan
+from ..values.reasons import Reason
 from ..values.request import AttentionCall, Host, HostedCall, SplitCall, hosted
 from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
 from .observer import Chooser, KernelVetoed, Observer, Veto
@@ -191,7 +192,7 @@ class Session:
         slot, reason, plan = Slot(), None, None
         veto = self._veto(kind, function.accuracy if function is not None and backend.hosted else backend.accuracy)
         if veto is not None:
-            reason = f"{label or decision.backend}: {veto.reason}"
+            reason = Reason("named", name=label or decision.backend, reason=veto.reason)
             decision, label = self._exact(decision, kind, veto), None
         else:
             for chooser in self.choosers:
@@ -378,8 +379,10 @@ class Session:
             raise refused from error
         log.warning("attention backend %s failed (%s); %s runs instead for: %s", failed, text, decision.backend,
                     kind.request.describe())  # fmt: skip
-        earlier = f"{row.reason}; " if row.reason else ""
-        self._replace(slot, decision, f"{earlier}{failed}: failed: {text}")
+        reason = Reason("failed", backend=failed, error=text)
+        self._replace(
+            slot, decision, Reason("failed.later", earlier=row.reason, reason=reason) if row.reason else reason
+        )
 
     def _replace_vetoed(self, slot: Slot, refusal: str) -> None:
         """Put the plan of an exact backend into the slot."""

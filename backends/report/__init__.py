@@ -14,6 +14,7 @@ from ..config import AttentionConfig
 from ..measure.device_clock import DeviceClock
 from ..values.counted import counted
 from ..values.grid import Kept
+from ..values.reasons import Reason
 from . import outcome
 from .audit import BY_ANOTHER as BY_ANOTHER
 from .audit import asked_and_ran
@@ -258,7 +259,7 @@ class RunReport:
             for row in self.rows.values()
             if row.calls
         ]
-        notes = [text if count == 1 else f"{text} ({count} times)" for text, count in self.notes.items()]
+        notes = [text if count == 1 else Reason("times", text=text, count=count) for text, count in self.notes.items()]
         return {
             "model": self.model,
             "device": self.device,

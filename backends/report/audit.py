@@ -14,6 +14,7 @@ from ..config import RECOMMENDED
 from ..config.layers import resolve
 from ..config.names import AUTO, AUTOTUNE
 from ..values.counted import counted
+from ..values.reasons import Reason
 
 if TYPE_CHECKING:
     from . import Row, RunReport
@@ -149,7 +150,7 @@ def _elsewhere(run_report: RunReport, role: str) -> Finding:
 def _why_not_reached(run_report: RunReport) -> str | None:
     """Why a role without calls is `not reached`; None for a whole run with known calls."""
     if run_report.stopped is not None:
-        return run_report.stopped.text or "the run goes on"
+        return run_report.stopped.text or Reason("runs_on")
     return run_report.unused or None
 
 
@@ -172,9 +173,9 @@ def _never_called(run_report: RunReport) -> list[Finding]:
         for role, spec in layer.per_role.items():
             if role in covered or spec.is_auto or role in findings:
                 continue
-            reason = f"role {role!r} matched no attention call of this model; its roles are: {names}"
+            reason = Reason("called.never", role=role, roles=names)
             if role == "self" and "joint" in known:
-                reason += "; joint_is_self: true makes self cover joint attention"
+                reason = Reason("called.never.joint", reason=reason)
             source = f"{layer.source}.per_role[{role!r}]"
             verdict = NEVER_CALLED if why is None else NOT_REACHED
             findings[role] = Finding(role, spec.backend, source, {}, (why or reason,), verdict)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..values.errors import NoBackendError
 from ..values.faults import is_out_of_memory
+from ..values.reasons import Reason
 from .audit import UnexplainedError, unseen
 
 if TYPE_CHECKING:
     from . import RunReport
 
-UNFINISHED = "the run did not finish"
-"""Prefix of the note about a cancelled or failed run."""
 RUNNING, DONE = "running", "done"
 CANCELLED, REFUSED, OUT_OF_MEMORY, FAILED = "cancelled", "refused", "out_of_memory", "failed"
 NOT_USED, PARTLY = "not_used", "partly"
@@ -88,9 +87,10 @@ def of_run_report(run_report: RunReport) -> Outcome:
     total, others = run_report.calls, sum(theirs.values())
     if others and others == total:
         where = {name: f" {run_report.another.get(name, '')}".rstrip() for name in theirs}
-        return Outcome(NOT_USED, f"{' and '.join(name + where[name] for name in theirs)} took over attention")
+        packs = " and ".join(name + where[name] for name in theirs)
+        return Outcome(NOT_USED, Reason("another.took_over", packs=packs))
     if others:
-        return Outcome(PARTLY, f"{' and '.join(theirs)} computed {others} of {total} attention calls")
+        return Outcome(PARTLY, Reason("another.part", packs=" and ".join(theirs), others=others, total=total))
     if run_report.unused and not total:
         return Outcome(NOT_USED, run_report.unused)
     text = unseen(run_report)

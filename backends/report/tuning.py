@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..measure.call_key import TuningKey
-from ..values.counted import counted
+from ..values.reasons import Reason
 
 OPEN, DECIDED = "tuning", "decided"
 """States: under trial; decided in this run."""
@@ -35,4 +35,4 @@ class Tuning:
         """The run report's note about trials; None without any."""
         states = list(self.kinds.values())
         tried = states.count(OPEN) + states.count(DECIDED)
-        return f"autotune: tuned {counted(tried, 'call shape')}; used from the next run on" if tried else None
+        return Reason("autotune.tuned", count=tried) if tried else None

@@ -12,13 +12,22 @@ TEMPLATES: dict[str, str] = {
     "architecture.unknown": "an unknown AMD GPU",
     "asking": "the check failed: {error}",
     "autotune.no_times": "autotune: no times are kept for such calls, and none are taken here, so auto decides",
+    "another.computed": "{pack} computed attention of role {role} by itself",
+    "another.it": "{pack} computed it",
+    "another.ordered": "{text}; {order}",
+    "another.part": "{packs} computed {others} of {total} attention calls",
+    "another.took_over": "{packs} took over attention",
+    "autotune.tuned": "autotune: call shapes tuned: {count}; used from the next run on",
     "batch": "batch {batch} > {max}",
+    "called.never": "role '{role}' matched no attention call of this model; its roles are: {roles}",
+    "called.never.joint": "{reason}; joint_is_self: true makes self cover joint attention",
     "causal": "does not support is_causal",
     "causal.lengths": "is_causal with q_len {q_len} != kv_len {kv_len}",
     "causal.mask": "is_causal together with a mask",
     "capability.in": "needs {article} {names} GPU {taken}; this one is {found}",
     "capability.min": "needs {article} {names} GPU or newer ({min}); this one is {found}",
     "capability.unknown": "the compute capability of this GPU is unknown",
+    "comfy.ran": "ComfyUI's own attention ran: {reason}",
     "device": "needs {needed} (this is {found})",
     "device.cpu": "a CPU",
     "device.cuda": "an NVIDIA GPU",
@@ -30,6 +39,8 @@ TEMPLATES: dict[str, str] = {
     "device.xla": "a TPU",
     "device.xpu": "an Intel GPU",
     "dtype": "does not support {dtype}",
+    "failed": "{backend}: failed: {error}",
+    "failed.later": "{earlier}; {reason}",
     "failed_before": "failed before on this call: {error}",
     "grouped": "does not support grouped query heads ({num_heads}/{num_kv_heads})",
     "head_dim.in": "head_dim {head_dim} not in {taken}",
@@ -53,13 +64,21 @@ TEMPLATES: dict[str, str] = {
     "package.needed": "{reason}, which {by} needs",
     "package.unreadable": "package {package} has no readable version: {found}",
     "package.version": "package {package} {found} does not meet {specifier}",
+    "preference.gave_way": "{preference} gave way to {source}",
+    "preference.left_out": "{preference} was left out: {reason}",
     "probe": "a probe in this environment {outcome}; after a repair run doctor --probe {backend} "
     "or doctor --forget {backend}, and start anew",
+    "role.guessed": "role guessed as {role} for {path}: the role table does not know it",
     "scale": "scale {scale} is not head_dim ** -0.5",
+    "runs_on": "the run goes on",
+    "runs.joined": "the last of {count} runs of one comparison: {names}",
+    "times": "{text} ({count} times)",
     "torch.cpu_only": "This is a CPU-only build of PyTorch. To use a GPU, install the CUDA or ROCm build from "
     "ComfyUI's install guide.",
     "torch.no_gpu": "This PyTorch is built for {built_for} but finds no GPU.",
     "unavailable": "{why}",
+    "unfinished": "the run did not finish: {cause}",
+    "unreached": "no attention call of this model reached this node; {packs} runs the model in its own way",
 }
 """Id -> text with values in braces. Kernels add theirs with `template`."""
 
@@ -96,6 +115,16 @@ class Reason(str):
     def __reduce__(self) -> tuple[object, ...]:
         return _made, (str(self), self.id, dict(self.values))
 
+    def plain(self) -> dict[str, object]:
+        """{"id", "text", "values"} for JSON; a reason among the values in the same form."""
+
+        def of(value: object) -> object:
+            if isinstance(value, tuple | list):
+                return [of(each) for each in value]
+            return value.plain() if isinstance(value, Reason) else str(value)
+
+        return {"id": self.id, "text": str(self), "values": {name: of(value) for name, value in self.values.items()}}
+
     def causes(self) -> Iterator[Reason]:
         """The innermost reasons among its values; itself without any."""
         values = [each for value in self.values.values() for each in (value if isinstance(value, tuple) else (value,))]
@@ -121,6 +150,21 @@ def _made(text: str, reason_id: str, values: Mapping[str, object]) -> Reason:
     made = str.__new__(Reason, text)
     made.id, made.values = reason_id, values
     return made
+
+
+def phrases(data: object) -> dict[str, object]:
+    """Every reason in plain data, as text -> `plain` of it: what a page needs to say it in another language."""
+    found: dict[str, object] = {}
+    pending = [data]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, Reason):
+            found[str(one)] = one.plain()
+        elif isinstance(one, Mapping):
+            pending += one.values()
+        elif isinstance(one, list | tuple):
+            pending += one
+    return found
 
 
 def reason_id(reason: str) -> str:

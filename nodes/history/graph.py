@@ -84,6 +84,16 @@ def descendants(prompt: Prompt, node_id: str) -> list[str]:
 SEEDS = ("seed", "noise_seed")
 
 
+def seed(prompt: Prompt, node_id: str) -> int | None:
+    """The seed of a node that samples, from itself or the nearest node before it; None where a link gives it."""
+    for name in (node_id, *ancestors(prompt, node_id)):
+        inputs = prompt[name].get("inputs", {})
+        found = next((inputs[key] for key in SEEDS if key in inputs), None)
+        if found is not None:
+            return found if isinstance(found, int) else None
+    return None
+
+
 def likeness(prompt: Prompt, node_id: str) -> str:
     """As `signature`, without seeds and the values on our nodes: runs of one likeness do the same work."""
     return signature(prompt, node_id, lambda class_type, name: class_type in OURS or name in SEEDS)

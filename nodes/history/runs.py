@@ -6,6 +6,7 @@ import itertools
 import logging
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from ...backends.observe.advisories import NOT_USED
 from ...backends.observe.replay import record
 from ...backends.report import BY_ANOTHER, RunReport, audit, outcome
+from ...backends.values.reasons import Reason
 from . import figures, graph, queued_by
 
 log = logging.getLogger("attention_backends")
@@ -45,6 +47,9 @@ class SamplerNode(NamedTuple):
     """As `signature`, of `graph.likeness`."""
     asked: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     """Our nodes on its model by id: `inputs`, their values, and `models`, those of each node before them."""
+    seed: int | None = None
+    begun: int = 0
+    """When its run began, in seconds since 1970, UTC."""
 
 
 class FinishedRun(NamedTuple):
@@ -87,7 +92,9 @@ def begin(run_report: RunReport) -> None:
             by,
             graph.likeness(prompt, sampler),
             {node["id"]: _asked(prompt, node["id"]) for node in nodes},
+            graph.seed(prompt, sampler),
         )
+    sampler_node = sampler_node._replace(begun=round(time.time()))
     run_report.node_id = sampler_node.node_id or ""
     with _lock:
         head = {"number": next(_numbers), "prompt_id": prompt_id, "node_id": node_id, "nodes": nodes}
@@ -150,7 +157,7 @@ def _joined(parts: list[FinishedRun]) -> FinishedRun:
         return last
     asked = [" + ".join(dict.fromkeys(row["asked"] or "auto" for row in part.report["rows"])) for part in parts]
     names = ", ".join(dict.fromkeys(filter(None, asked)))
-    note = f"the last of {len(parts)} runs of one comparison: {names}"
+    note = Reason("runs.joined", count=len(parts), names=names)
     report = {
         **last.report,
         "notes": [note, *last.report["notes"]],
@@ -259,6 +266,9 @@ def _summary(
     return {
         **{name: report[name] for name in names},
         "queued_by": sampler_node.queued_by,
+        "sampler": {"id": sampler_node.node_id, "class_type": sampler_node.class_type},
+        "seed": sampler_node.seed,
+        "begun": sampler_node.begun,
         "state": state,
         "tuning": report["tuning"],
         "calls": sum(totals.values()),

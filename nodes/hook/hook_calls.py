@@ -15,6 +15,7 @@ from ...backends.config.names import AUTOTUNE, COMFY
 from ...backends.engine.call_checks import DifferingTensorsError, check, differing
 from ...backends.values.errors import NoBackendError
 from ...backends.values.masks import as_4d, as_additive, for_kernels, mask_kind
+from ...backends.values.reasons import Reason
 from ...backends.values.request import AttentionCall, Host, HostedCall
 from .comfy_functions import name_of_function, reads_booleans
 from .compiled import POSITIONAL, positional
@@ -257,6 +258,6 @@ def count_passed_on(model_call: ModelCall, role: Role, kind: str, text: str) -> 
             f"{text}, so only ComfyUI's own attention can run, but {choice.asked} was asked for strictly via "
             f"{choice.source}\n  what to do: switch strict off, or update this pack"
         )
-    model_call.run.note(f"ComfyUI's own attention ran: {text}")
+    model_call.run.note(Reason("comfy.ran", reason=text))
     block = model_call.attention_module.block if model_call.attention_module is not None else ""
     model_call.run.run_report.row(role.name, block, COMFY, choice.source, kind, text, choice.asked).calls += 1

@@ -16,6 +16,7 @@ from ...backends.engine.router import forbidden
 from ...backends.engine.sub_calls import calls_of, fits, plan_sub_calls
 from ...backends.kernels.comfy import HostFunction
 from ...backends.values.mask_plan import NOTHING_HIDDEN, MaskPlan
+from ...backends.values.reasons import Reason
 from ...backends.values.request import AttentionCall, AttentionRequest
 from .attention_modules import AttentionModule, maker
 from .comfy_functions import changed_by_auto, forces_upcast, host_function
@@ -159,7 +160,7 @@ def _kind(model_call: ModelCall, ordinal: int, request: AttentionRequest) -> Cal
     role = model_call.role(ordinal, request.q_len, request.kv_len)
     if role.guessed:
         path = re.sub(r"\d+", "*", module.path) if module is not None else "an unknown module"
-        model_call.run.note(f"role guessed as {role.name} for {path}: the role table does not know it")
+        model_call.run.note(Reason("role.guessed", role=role.name, path=path))
     return CallKind(request, role.name, role.category, module.block if module is not None else "")
 
 
@@ -188,7 +189,9 @@ def _host_functions(
     preferred = Choice(COMFY, f"the checkpoint's own preference ({function.called})")
     if asked == COMFY and not function.may_run(request):
         # ComfyUI would run it although the model forbids that for this call: what the model says goes first.
-        model_call.run.note(f"{preferred.source} was left out: {forbidden(function.accuracy)}")
+        model_call.run.note(
+            Reason("preference.left_out", preference=preferred.source, reason=forbidden(function.accuracy))
+        )
         return _HostFunctions(None, None, own, own, True)
     runs = asked == COMFY or (choice.no_backend_named and function.may_run(request))
     if not runs and not function.may_run(request):
@@ -205,7 +208,7 @@ def _note_changes(
     if decision.backend == COMFY:
         return
     if preferred is not None and not choice.no_backend_named:
-        model_call.run.note(f"{preferred.source} gave way to {decision.source}")
+        model_call.run.note(Reason("preference.gave_way", preference=preferred.source, source=decision.source))
     if preferred is None and choice.no_backend_named and model_call.session.settings.accuracy == "exact":
         text = changed_by_auto(func)
         if text:

@@ -30,6 +30,7 @@ from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_r
 from ...backends.values.devices import synchronise
 from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform
+from ...backends.values.reasons import Reason
 from . import attention_modules
 from .foreign_code import ForeignCode
 from .model_call import ModelCall
@@ -276,7 +277,7 @@ class Run:
         text, remedy = NEVER_INVOKED, "switch strict off; no attention node can change this model"
         around = self.others.around(options) or ", ".join(self.run_report.unseen)
         if around:
-            text = f"no attention call of this model reached this node; {around} runs the model in its own way"
+            text = Reason("unreached", packs=around)
             remedy = f"remove or bypass {around}, or switch strict off"
         layers = self.override.layers
         if settings_of(layers).strict and (self.record is not None or names_backends(layers)):

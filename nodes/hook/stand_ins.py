@@ -20,6 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from ...backends.config.names import AUTOTUNE
 from ...backends.report import BY_ANOTHER
 from ...backends.values.errors import NoBackendError
+from ...backends.values.reasons import Reason
 from . import attention_modules, compiled
 from .attention_modules import current
 from .operator_watch import WATCHES, Work, counted_elsewhere
@@ -46,7 +47,7 @@ def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: 
         block = model_call.attention_module.block if model_call.attention_module is not None else ""
     run.run_report.categories[role.name] = role.category
     row = run.run_report.row(
-        role.name, block, BY_ANOTHER, choice.source, NOT_KNOWN, f"{title} computed it", choice.asked
+        role.name, block, BY_ANOTHER, choice.source, NOT_KNOWN, Reason("another.it", pack=title), choice.asked
     )
     row.member = title
     row.calls += calls
@@ -57,7 +58,7 @@ def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: 
         run.run_report.recorder.not_repeated[
             f"{title} computed calls of role {role.name}; a repeat needs that node"
         ] = None
-    text = f"{title} computed attention of role {role.name} by itself"
+    text = Reason("another.computed", pack=title, role=role.name)
     if choice.asked not in (None, AUTOTUNE) and model_call.session.settings.strict:
         remedy = run.others.order(other) or f"remove or bypass {title}"
         raise NoBackendError(
@@ -65,7 +66,7 @@ def count(model_call: ModelCall, other: Any, role: Role, calls: int = 1, block: 
             f"  what to do: {remedy}, or switch strict off"
         )
     order = run.others.order(other)
-    run.note(f"{text}; {order}" if order else text)
+    run.note(Reason("another.ordered", text=text, order=order) if order else text)
 
 
 class OnTop:

@@ -13,6 +13,7 @@ from ...backends.config.layers import settings_of
 from ...backends.observe.guard.turns import Step
 from ...backends.observe.replay.run_recorder import RunRecorder
 from ...backends.report import outcome
+from ...backends.values.reasons import Reason
 from ..history import runs
 from . import attention_modules, memory
 from .foreign_code import function_wrapper
@@ -48,7 +49,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     except BaseException as error:  # also a cancelled run; its report is partial
         strict = settings_of(override.layers).strict
         run.run_report.stopped = stopped = outcome.of_error(error, strict=strict, cancelled=_is_cancelled(error))
-        run.run_report.note(f"{outcome.UNFINISHED}: {stopped.cause or 'cancelled'}")
+        run.run_report.note(Reason("unfinished", cause=stopped.cause or "cancelled"))
         raise
     finally:
         options.pop(RUN_KEY, None)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from aiohttp import web
 
 from ...backends.observe.autotune.entry import MOST_VALUES
 from ...backends.values.plain_data import load_json
+from ...backends.values.privacy import clean, without_paths
+from ...backends.values.reasons import phrases
 
 PREFIX = "/attention_backends"
+
+
+def phrases_of(data: object) -> dict[str, Any]:
+    """The reasons in an answer, by their texts as they are sent: ids and values, for a page in another language."""
+    return {without_paths(text): clean(plain) for text, plain in phrases(data).items()}
 
 
 class RefusedError(Exception):

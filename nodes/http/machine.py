@@ -19,6 +19,7 @@ from ...backends.values.platform import Platform
 from ...backends.values.privacy import clean, without_paths
 from ..history import runs
 from ..hook.comfy_functions import started_with
+from .answers import phrases_of
 from .forecast import forecast
 
 
@@ -53,7 +54,8 @@ class Machine:
         return {
             "platform": facts(platform),
             "interpreter": interpreter_facts(running_interpreter()),
-            "hint": why_no_card(platform),
+            "hint": (hint := why_no_card(platform)),
+            "phrases": phrases_of([hint]),
             "auto": router.default_backend(),
             "backends": [self._rows[platform, name] for name in wanted],
         }
@@ -119,6 +121,7 @@ def as_dict(row: Row) -> dict[str, Any]:
         "cards": row.cards.text,
         "probed": without_paths(row.probed.summary) if row.probed else None,
         "install": None if advice is None else {"kind": advice.kind, "text": advice.text, "note": advice.note},
+        "phrases": phrases_of([row.reasons, advice]),
     }
 
 
