@@ -30,6 +30,7 @@ LINE = f"{SAID}[data-of=run]:not(:empty)"
 AXE = ROOT / "tests" / "web" / "node_modules" / "axe-core" / "axe.min.js"
 SAVED = """() => JSON.stringify(window.app.graph.serialize().nodes
   .filter((node) => node.type.includes('Attention')).map((node) => [node.type, node.widgets_values]))"""
+SLOW = pytest.mark.slow
 RENDERERS = pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2.0"])
 
 
@@ -561,19 +562,68 @@ def test_a_run_that_ends_while_the_connection_is_lost_is_told(server: Server, tm
         assert {int(row[3]) for row in table(panel)} == {4 * steps}
 
 
-@pytest.mark.parametrize("palette", ["dark", "light"])
-def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palette: str) -> None:
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.ColorPalette": palette}) as page:
-        load_workflow(page, workflow(backend="sage_attn", steps=7 if palette == "dark" else 8))
+LABEL = "an_attention_role_with_a_name_of_more_than_sixty_letters_in_one"
+PLANTED = ("self", "KSampler", "cudnn_attn")
+"""Names that are replaced by the label in what the server answers: a role, a node's class, a backend."""
+LOOKS = [
+    pytest.param(palette, language, marks=[] if (palette, language) in (("dark", "en"), ("light", "ja")) else [SLOW])
+    for palette in ("dark", "light")
+    for language in ("en", "zh", "ja", "ko")
+]
+
+
+@pytest.mark.parametrize(("palette", "language"), LOOKS)
+def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palette: str, language: str) -> None:
+    """At 100 % zoom nothing is cut off or off the screen, also with a long label; and everything has contrast."""
+    settings = {"Comfy.ColorPalette": palette, "Comfy.Locale": language}
+    steps = 7 + LOOKS.index(next(one for one in LOOKS if one.values == (palette, language)))
+    with open_comfyui(server.url, tmp_path / "profile", settings) as page:
+        load_workflow(page, workflow(backend="cudnn_attn", steps=steps))
         run_workflow(page, server)
+        page.route("**/attention_backends/runs**", plant)
         panel = open_tab(page)
         panel.locator("tbody tr").first.wait_for()
-        panel.get_by_text("Can run here (").wait_for(timeout=60_000)
-        page.screenshot(path=keep(tmp_path, f"{palette}.png"))
-        panel.get_by_role("button", name="By time").click()
-        panel.get_by_label("One row for each block").check()
-        panel.evaluate("panel => { panel.style.width = '300px' }")
-        page.screenshot(path=keep(tmp_path, f"{palette}_300.png"))
+        panel.locator("summary[data-key=available]").wait_for(timeout=60_000)
+        panel.locator("[data-key^='by time']").click()
+        panel.locator("[data-key^='blocks']").check()
+        panel.evaluate("panel => { for (const one of panel.querySelectorAll('details')) one.open = true }")
+        assert LABEL in panel.inner_text()
+        page.screenshot(path=keep(tmp_path, f"{palette}_{language}.png"))
+        assert panel.evaluate(CUT_ANYWHERE) == []
+        for width in (300, 399, 620):
+            panel.evaluate("(panel, width) => { panel.style.width = `${width}px` }", width)
+            page.wait_for_timeout(100)
+            panel.screenshot(path=keep(tmp_path, f"{palette}_{language}_{width}.png"))
+            assert panel.evaluate(CUT_ANYWHERE) == [], width
         assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
         assert ours(page) == []
         assert barriers(page) == []
+
+
+def plant(route: Any) -> None:
+    """Answers as the server does, with names of sixty letters in it."""
+    text = route.fetch().text()
+    for name in PLANTED:
+        text = text.replace(f'"{name}', f'"{LABEL}')
+    route.fulfill(body=text, content_type="application/json")
+
+
+CUT_ANYWHERE = """panel => {
+  const page = panel.getBoundingClientRect()
+  const found = page.left < 0 || page.left + panel.clientWidth > innerWidth + 1 ? ['the panel itself'] : []
+  for (const one of panel.querySelectorAll('*')) {
+    const text = [...one.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE && node.data.trim())
+    for (const node of text) {
+      const range = document.createRange()
+      range.selectNodeContents(node)
+      for (const { left, right, width } of range.getClientRects()) {
+        const place = one.closest('.ab-scroll') ?? panel
+        const outside = place.getBoundingClientRect()
+        const cut = left < outside.left - 1 || right > outside.left + place.clientWidth + 2
+        if (width && cut) found.push(node.data.slice(0, 80))
+      }
+    }
+  }
+  return [...new Set(found)]
+}"""
+"""Texts in the panel, or in its table, that end outside of what is seen to the left or right."""
