@@ -8,6 +8,7 @@ several calls lists one role for each, in order; the last one repeats.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -293,14 +294,30 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-BYPASS_EVERYWHERE = "ControlNets, text encoders and the VAE, which run as models of their own"
-"""Of every model: ComfyUI gives them no `transformer_options` (comfy/controlnet.py calls `control_model` without)."""
+CONTROLNETS = "ControlNets, which run as models of their own"
+"""ComfyUI gives them no `transformer_options` (comfy/controlnet.py calls `control_model` without)."""
+
+ONLY_IN: Mapping[str, str] = {
+    "the face blocks of Wan Animate": "AnimateWanModel",
+    "the audio injector of Wan S2V": "WanModel_S2V",
+    "the music blocks and injector of WanDancer": "WanDancerModel",
+    "the audio layers of MultiTalk": "MultiTalk",
+    "the layers of GLIGEN": "gligen",
+}
+"""Parts of a family's `bypass` that not each of its models has -> a part of the name of their model's or patch's class
+or module."""
 
 
-def bypass_of(family: Family | None) -> str:
-    """What the run report cannot count."""
-    own = "" if family is None else family.bypass
-    return "; ".join(filter(None, (own, BYPASS_EVERYWHERE)))
+def bypass_of(family: Family | None, names: str, controlled: bool = False) -> str:
+    """What the run report cannot count in this model; empty if that is nothing.
+
+    Args:
+        names: of the classes of the model and of its patches, with their modules.
+        controlled: a ControlNet takes part.
+    """
+    own = re.split(r", (?=the )", family.bypass) if family is not None and family.bypass else []
+    parts = [part for part in own if ONLY_IN.get(part, "") in names]
+    return "; ".join(filter(None, (", ".join(parts), CONTROLNETS if controlled else "")))
 
 
 def family_of(class_names: tuple[str, ...]) -> Family | None:

@@ -8,6 +8,7 @@ sampling run and passes it on in that run's transformer options; the state of on
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import chain
 from time import perf_counter
@@ -115,8 +116,11 @@ class Run:
         if self.run_report.note(text):
             log.warning("%s", text)
 
-    def patch_modules(self, model: Any, options: dict[str, Any]) -> None:
-        """Patch the forwards of a model's attention modules, once per run; again those that changed since."""
+    def patch_modules(self, model: Any, options: dict[str, Any], conds: Any = ()) -> None:
+        """Patch the forwards of a model's attention modules, once per run; again those that changed since.
+
+        conds: of the model calls, where a sampler makes them.
+        """
         if id(model) in self._patches:
             self._patches[id(model)].renew()
         else:
@@ -125,7 +129,8 @@ class Run:
             self.run_report.model = type(model).__name__
             family = attention_modules.family_of_model(model.diffusion_model)
             self.family = family.name if family is not None else ""
-            self.run_report.bypass = bypass_of(family)
+            controlled = any("control" in cond for part in conds for cond in part or ())
+            self.run_report.bypass = bypass_of(family, _names_in(model.diffusion_model, options), controlled)
             schedule = options.get("sample_sigmas")
             self.run_report.steps = 0 if schedule is None else len(schedule) - 1
             self.run_report.started = self.run_report.started or perf_counter()
@@ -284,6 +289,13 @@ class Run:
             raise NoBackendError(f"{text}\n  what to do: {remedy}")
         self.run_report.unused = text
         self.note(text)
+
+
+def _names_in(model: Any, options: Mapping[str, Any]) -> str:
+    """The names of the classes of a model and of its patches, with their modules."""
+    patches = [patch for kind in options.get("patches", {}).values() for patch in kind]
+    kinds = [*type(model).__mro__, *(kind for patch in patches for kind in (type(patch), patch))]
+    return " ".join(f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}" for kind in kinds)
 
 
 class DeviceSession(Session):

@@ -85,7 +85,9 @@ def calc_cond_batch_wrapper(
     outer, attention_modules.current.run = getattr(attention_modules.current, "run", None), run
     run.is_evaluated = True
     if not run.over and hasattr(model, "diffusion_model"):
-        run.patch_modules(model, options)  # here, since another pack may call the model without the wrapper below
+        run.patch_modules(
+            model, options, conds
+        )  # here: a pack may call it without the wrapper below
     try:
         return executor(memory.with_estimate(model, run), conds, x_in, timestep, model_options)
     finally:

@@ -127,7 +127,7 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
         assert [{**line, "calls": int(line["calls"]), "ms": float(line["ms"])} for line in lines] == [
             {name: "" if value is None else value for name, value in row.items()} for row in wanted
         ]
-        assert "the face" in panel.locator(".ab-bypass").inner_text()  # what never reached the hook
+        assert panel.locator(".ab-bypass").count() == 0  # nothing of this model goes past the hook
 
         # The line on the node, which is in no saved workflow and in no prompt.
         told_run(page, calls).wait_for(timeout=20_000)

@@ -113,13 +113,16 @@ def test_a_dropped_hook_is_found_in_code() -> None:
     assert list(calls_without_the_hook(ast.parse(code.format("transformer_options=o")))) == ["A"]
 
 
-def test_what_no_family_has_routed_is_said_of_every_model(snapshot: SnapshotAssertion) -> None:
-    for family in (*table.values(), None):
-        text = roles().bypass_of(family)
-        assert text.endswith(roles().BYPASS_EVERYWHERE)
-        assert text.startswith(family.bypass if family is not None else "ControlNets")
-    assert roles().bypass_of(None) == snapshot
-    assert roles().bypass_of(table["flux"]) == roles().BYPASS_EVERYWHERE
+def test_a_report_names_what_its_model_has_alone(snapshot: SnapshotAssertion) -> None:
+    bypass_of, only_in = roles().bypass_of, roles().ONLY_IN
+    everything = " ".join(only_in.values())
+    for family in table.values():
+        assert bypass_of(family, everything) == family.bypass
+    assert all(any(part in family.bypass for family in table.values()) for part in only_in)
+    assert bypass_of(table["wan"], "comfy.ldm.wan.model.WanModel") == ""
+    assert [part for part, name in only_in.items() if bypass_of(table["wan"], name) == part] == list(only_in)[:4]
+    assert bypass_of(None, everything) == bypass_of(table["flux"], everything) == ""
+    assert bypass_of(table["flux"], "", controlled=True) == snapshot
 
 
 @pytest.mark.comfy
@@ -145,7 +148,7 @@ def test_a_real_controlnet_is_not_counted_and_is_named(
     model = selected(patcher, "reference", strict=True)
     plain = tiny_sampling.sample(model, "sd15")
     calls = sum(row["calls"] for row in last_run()["rows"])
-    assert "ControlNets" in last_run()["bypass"]
+    assert last_run()["bypass"] == ""
 
     original = tiny_sampling.conditioning
 
@@ -161,4 +164,4 @@ def test_a_real_controlnet_is_not_counted_and_is_named(
     # `reference` computes with matrix products, so whatever reached torch's own attention was not the model's.
     assert sum(call["count"] for call in recorder.bypass.values()) > 0
     report = nodes_module("report.report").as_text({"run": last_run()})
-    assert next(line for line in report.splitlines() if "GLIGEN" in line) == snapshot
+    assert next(line for line in report.splitlines() if "ControlNets" in line) == snapshot
