@@ -275,7 +275,7 @@ def test_every_value_can_be_read_at_300_px(server: Server, tmp_path: Path) -> No
             panel.screenshot(path=keep(tmp_path, f"table_{width}.png"))
             cut = panel.evaluate(CUT_OFF)
             assert cut == [] or width == 900, (width, cut)
-        assert "device cpu" in panel.locator("tbody").inner_text()
+        assert "NVIDIA GPU" in panel.locator("tbody").inner_text()
 
 
 CUT_OFF = """panel => {
@@ -367,7 +367,7 @@ def test_what_the_guard_found_is_listed(server: Server, tmp_path: Path) -> None:
         items = panel.locator(".ab-guard li")
         items.first.wait_for()
         assert items.count() == min(8, len(found))
-        checked = f"{found[0]['block']}, emulated_int8: {found[0]['checked']} calls checked"
+        checked = f"{found[0]['block']}, emulated_int8: calls checked: {found[0]['checked']}"
         assert checked in items.first.inner_text()
         limit = found[0]["relative_l2_limit"]
         assert limit == 0.1  # of kernels that quantise, as docs/guard.md has it
@@ -520,7 +520,7 @@ def test_it_comes_back_after_the_connection_was_lost(server: Server, tmp_path: P
         panel.get_by_text("Can run here (").wait_for(timeout=60_000)
         page.context.set_offline(True)
         page.evaluate("() => window.app.api.dispatchCustomEvent('status', { exec_info: { queue_remaining: 1 } })")
-        panel.get_by_text("No connection to the server; asking again.").wait_for(timeout=20_000)
+        panel.get_by_text(words()["panel"]["lost"]).wait_for(timeout=20_000)
         page.context.set_offline(False)
         panel.get_by_text("No connection to the server").wait_for(state="detached", timeout=20_000)
         assert all("ERR_INTERNET_DISCONNECTED" in problem for problem in ours(page))  # the browser's own words for it
