@@ -70,7 +70,9 @@ export function sorted(rows, column, descending) {
  */
 export function outcomeText(outcome, say, at) {
   if (!outcome || GOOD.includes(outcome.kind)) return ''
-  if (outcome.kind === 'cancelled' && at?.step && at.steps) return say('run.cancelled_at', { step: at.step, steps: at.steps })
+  if (outcome.kind === 'cancelled' && at?.step && at.steps) {
+    return say('line.cancelled', { step: at.step, steps: at.steps })
+  }
   return say(`outcome.${outcome.kind}`, { cause: outcome.cause })
 }
 

@@ -147,7 +147,18 @@ export function workflowRuns(app, opened) {
     /** The mark of the shown workflow, if there is one. */
     mark: known,
     /** What the nodes of the shown workflow say, by their ids. */
-    shown: () => said.get(marks.get(active()) ?? '') ?? new Map()
+    shown: () => said.get(marks.get(active()) ?? '') ?? new Map(),
+    /**
+     * The name of the open workflow that has a mark; empty where none of this page has it.
+     *
+     * @param {string} mark
+     */
+    title(mark) {
+      /** @type {any[]} */
+      const open = /** @type {any} */ (app.extensionManager?.workflow)?.openWorkflows ?? []
+      const found = open.find((workflow) => marks.get(workflow) === mark)
+      return found ? String(found.path ?? '').replace(/^.*\//, '').replace(/\.json$/, '') : ''
+    }
   }
 }
 

@@ -443,7 +443,7 @@ def test_ten_thousand_calls_render_in_under_100_ms(server: Server, tmp_path: Pat
         assert page.evaluate(GUARDED, [f"/extensions/{ROOT.name}", {**synthetic(1), "guard": [alarm]}]) == (
             f"run.guarded; {alarm['first_alarm']}"
         )
-        summary = page.evaluate(TUNED, [f"/extensions/{ROOT.name}", words()["tuning"]])
+        summary = page.evaluate(TUNED, f"/extensions/{ROOT.name}")
         assert summary == snapshot
 
 
@@ -470,9 +470,10 @@ GUARDED = """async ([base, run]) => {
 }"""
 """What a run's list of bad checks says; words are their keys."""
 
-TUNED = """async ([base, words]) => {
+TUNED = """async (base) => {
   const { tuned } = await import(`${base}/run_view.js`)
-  const say = (key, values = {}) => words[key.split('.')[1]].replace(/\\{(\\w+)\\}/g, (_, name) => values[name])
+  const { loadWords } = await import(`${base}/words.js`)
+  const say = await loadWords(window.app.api, 'en')
   return tuned({ state: 'tuning', kinds: 6, from_store: 1, decided: 2, open: 3, not_tuned: 0 }, say).textContent
 }"""
 
