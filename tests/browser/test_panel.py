@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,9 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
         assert [{**line, "calls": int(line["calls"]), "ms": float(line["ms"])} for line in lines] == [
             {name: "" if value is None else value for name, value in row.items()} for row in wanted
         ]
+        named = panel.locator(".ab-toggle strong").first.inner_text()
+        assert re.fullmatch(r"\d\d:\d\d · .+ · KSampler #\d+ · seed \d+", named), named
+        assert panel.locator("p.ab-audit.ab-as_asked").count() == 1  # one line, as all ran as asked
         assert panel.locator(".ab-bypass").count() == 0  # nothing of this model goes past the hook
 
         # The line on the node, which is in no saved workflow and in no prompt.
@@ -142,7 +146,8 @@ def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path,
 
 def test_every_node_has_a_help_page(server: Server, tmp_path: Path) -> None:
     """ComfyUI asks for a page in the language that is set first: one that is missing would be an error of ours."""
-    types = [name for name, node in server.get("/object_info").items() if node["python_module"].endswith(ROOT.name)]
+    nodes = server.get("/object_info").items()
+    types = [name for name, node in nodes if node["python_module"].endswith(ROOT.name) and not node.get("deprecated")]
     with open_comfyui(server.url, tmp_path / "profile") as page:
         asked: list[str] = []
         page.on("response", lambda answer: "/docs/" in answer.url and asked.append(f"{answer.status} {answer.url}"))
@@ -276,6 +281,9 @@ def test_every_value_can_be_read_at_300_px(server: Server, tmp_path: Path) -> No
             cut = panel.evaluate(CUT_OFF)
             assert cut == [] or width == 900, (width, cut)
         assert "NVIDIA GPU" in panel.locator("tbody").inner_text()
+        # A queue of this page without a run of ours: what is open is of an earlier one.
+        page.evaluate("() => window.app.api.dispatchCustomEvent('execution_success', { prompt_id: 'another' })")
+        panel.get_by_text(words()["runs"]["not_ours"]).wait_for(timeout=20_000)
 
 
 CUT_OFF = """panel => {
@@ -500,6 +508,8 @@ def test_two_tabs_a_cancelled_run_and_live_figures(server: Server, tmp_path: Pat
             panel.locator(".ab-stopped").first.wait_for(timeout=60_000)
             assert "did not finish" in panel.locator(".ab-notes").inner_text()
         last = server.get("/attention_backends/runs")["runs"][0]
+        cancelled = words()["line"]["cancelled"].format(step=last["step"], steps=last["steps"])
+        panels[0].get_by_text(cancelled).first.wait_for(timeout=20_000)
         full = server.get(f"/attention_backends/runs/{last['number']}")["run"]
         assert len(full["windows"]) <= 64
         page.wait_for_timeout(1500)
@@ -589,6 +599,10 @@ def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palett
         panel.locator("[data-key^='blocks']").check()
         panel.evaluate("panel => { for (const one of panel.querySelectorAll('details')) one.open = true }")
         assert LABEL in panel.inner_text()
+        texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))
+        said = texts["attentionBackends"]["said"]
+        reason = said["device"].format(needed=said["device_cuda"], found=said["device_cpu"])
+        assert reason in panel.locator(".ab-reasons").inner_text()  # the server's words, in the page's language
         page.screenshot(path=keep(tmp_path, f"{palette}_{language}.png"))
         assert panel.evaluate(CUT_ANYWHERE) == []
         for width in (300, 399, 620):
