@@ -52,8 +52,8 @@ def workflow(**changes: Any) -> dict[str, Any]:
         if node["type"] == "AttentionBackendSelector":
             values = node["widgets_values"]
             values[0], values[3] = changes.get("backend", values[0]), changes.get("guard", values[3])
-        if node["type"] == "KSampler" and "steps" in changes:
-            node["widgets_values"][2] = changes["steps"]
+        if node["type"] == "KSampler":
+            node["widgets_values"][1:3] = ["fixed", changes.get("steps", node["widgets_values"][2])]
     return saved
 
 
