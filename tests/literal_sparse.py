@@ -6,8 +6,9 @@ on a grid (frames, height, width). Tests compare them with the maps of `backends
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
-from math import ceil
+from math import ceil, exp, inf, log
 
 import torch
 
@@ -51,9 +52,8 @@ def sees_blocks(blocks: list[list[int]], chosen: dict[int, list[int]], tokens: i
     """(tokens, tokens) from the key blocks that each query block sees."""
     sees = torch.zeros(tokens, tokens, dtype=torch.bool)
     for of_queries, of_keys in chosen.items():
-        for query in blocks[of_queries]:
-            for of_key in of_keys:
-                sees[query, blocks[of_key]] = True
+        for of_key in of_keys:
+            sees[torch.tensor(blocks[of_queries])[:, None], torch.tensor(blocks[of_key])] = True
     return sees
 
 
@@ -74,3 +74,200 @@ def video_sparse(query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shap
 def video_sparse_count(sparsity: float, blocks: int) -> int:
     """SGLang: ceil((1 - sparsity) * blocks), between 1 and all."""
     return min(max(ceil((1 - sparsity) * blocks), 1), blocks)
+
+
+def rows_of(tokens: int, block: int) -> list[list[int]]:
+    """Consecutive tokens, the last block with what is left."""
+    return [list(range(start, min(start + block, tokens))) for start in range(0, tokens, block)]
+
+
+def per_head(
+    query: torch.Tensor, key: torch.Tensor, of_head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """What a rule for one head, of (tokens, size) queries and keys in float64, gives for all heads and samples."""
+    shares = query.shape[1] // key.shape[1]
+    found = [
+        of_head(query[sample, head].double(), key[sample, head // shares].double())
+        for sample in range(query.shape[0])
+        for head in range(query.shape[1])
+    ]
+    return torch.stack(found).view(*query.shape[:3], -1)
+
+
+def sliding_tile(shape: Shape, box: Shape, windows: list[Shape], *, pushed_in: bool = True) -> torch.Tensor:
+    """STA (arXiv:2502.04507): tiles at most w // 2 from the query's tile along each axis, (1, heads, tokens, tokens).
+
+    `pushed_in`: the centre is clamped to [w // 2, tiles - 1 - w // 2].
+    """
+    blocks = boxes(shape, box)
+    counts = [-(-length // size) for length, size in zip(shape, box, strict=True)]
+    places = list(product(*map(range, counts)))
+    found = []
+    for window in windows:
+        chosen: dict[int, list[int]] = {}
+        for at, place in enumerate(places):
+            near = []
+            for other, there in enumerate(places):
+                inside = True
+                for axis in range(3):
+                    half, centre = window[axis] // 2, place[axis]
+                    if pushed_in:
+                        centre = min(max(centre, half), counts[axis] - 1 - half)
+                    inside = inside and abs(centre - there[axis]) <= half
+                if inside:
+                    near.append(other)
+            chosen[at] = near
+        found.append(sees_blocks(blocks, chosen, shape[0] * shape[1] * shape[2]))
+    return torch.stack(found)[None]
+
+
+def subblock(query: torch.Tensor, key: torch.Tensor, block: int, n_q: int, n_k: int, count: int) -> torch.Tensor:
+    """SGLang's SubBlock: log of the sum over pairs of parts of exp(mean query . mean key * scale)."""
+
+    def of_head(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        blocks = rows_of(len(queries), block)
+        chosen = {}
+        for at, rows in enumerate(blocks):
+            parts = [queries[rows][part].mean(0) for part in rows_of(len(rows), block // n_q)]
+            scores = []
+            for columns in blocks:
+                others = [keys[columns][part].mean(0) for part in rows_of(len(columns), block // n_k)]
+                total = sum(exp(float(one @ two) * len(one) ** -0.5) for one in parts for two in others)
+                scores.append(log(total))
+            chosen[at] = best(scores, count)
+        return sees_blocks(blocks, chosen, len(queries))
+
+    return per_head(query, key, of_head)
+
+
+def radial(shape: Shape, block: int, decay_factor: float, model: str) -> torch.Tensor:
+    """Radial Attention (arXiv:2506.19852), one pair of frames after the other, (1, 1, tokens, tokens)."""
+    frames, tokens = shape[0], shape[1] * shape[2]
+    total = frames * tokens
+    blocks = rows_of(total, block)
+    count = len(blocks)
+    place = torch.arange(tokens)
+    apart = (place[:, None] - place).abs()
+    seen = torch.zeros(count, count, dtype=torch.bool)
+    for one, other in product(range(frames), repeat=2):
+        distance = abs(one - other)
+        length = 2 ** tokens.bit_length() / 2 ** distance.bit_length()
+        width: float = max(block, length * decay_factor)
+        if distance == 0:
+            width = tokens
+        if distance == 1:
+            width = tokens // 2 if model == "wan" else tokens
+        local = apart <= width
+        if length < 128 and distance % int(128 / length) != 0:
+            local = torch.zeros_like(local)
+        if model == "wan" and other == 0:
+            local = torch.ones_like(local)
+        whole = torch.zeros(count * block, count * block, dtype=torch.bool)
+        whole[one * tokens : (one + 1) * tokens, other * tokens : (other + 1) * tokens] = local
+        density = whole.view(count, block, count, block).double().sum(1) / block
+        high, some = (density > 1 / 3).double().sum(-1), (density > 0).double().sum(-1)
+        seen |= high / (some + 1e-9) > 0.6
+    for at in range(count):
+        if not seen[at].any() and total % block == 0:
+            seen[at, at] = True
+    if total % block:
+        seen[-1, :] = True
+        seen[:, -1] = True
+    chosen = {at: seen[at].nonzero().view(-1).tolist() for at in range(count)}
+    return sees_blocks(blocks, chosen, total)[None, None]
+
+
+def sparge(
+    query: torch.Tensor, key: torch.Tensor, sizes: tuple[int, int], *, topk: float | None, cdf: float | None,
+    similar: float, smooth: bool = True, sink: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """SpargeAttention (arXiv:2502.18137): self-similar blocks by P, others always."""
+
+    def alike(block: torch.Tensor) -> bool:
+        unit = block / block.norm(dim=-1, keepdim=True)
+        return float((unit @ unit.T).mean()) > similar
+
+    def of_head(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        if smooth:
+            keys = keys - keys.mean(0)
+        of_queries, of_keys = rows_of(len(queries), sizes[0]), rows_of(len(keys), sizes[1])
+        usable = [alike(keys[columns]) for columns in of_keys]
+        sees = torch.zeros(len(queries), len(keys), dtype=torch.bool)
+        for rows in of_queries:
+            mean = queries[rows].mean(0)
+            scores = [
+                float(mean @ keys[columns].mean(0)) * len(mean) ** -0.5 if use else -inf
+                for columns, use in zip(of_keys, usable, strict=True)
+            ]
+            weights = [exp(score) for score in scores]
+            order = best(scores, len(scores))
+            if topk is not None:
+                kept = order[: max(int(topk * len(order)), 1)]
+            else:
+                assert cdf is not None
+                kept, reached = order[:1], weights[order[0]]
+                for at in order[1:]:
+                    reached += weights[at]
+                    if reached > cdf * sum(weights):
+                        break
+                    kept.append(at)
+            if not alike(queries[rows]):
+                kept = order
+            kept = [*kept, *(at for at, use in enumerate(usable) if not use), *([0] if sink else [])]
+            for at in kept:
+                sees[torch.tensor(rows)[:, None], torch.tensor(of_keys[at])] = True
+        return sees
+
+    return per_head(query, key, of_head)
+
+
+def nabla(query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shape, share: float) -> torch.Tensor:
+    """NABLA (arXiv:2507.13546) without its window: the highest blocks until their softmax sums to `share`."""
+    blocks = boxes(shape, box)
+
+    def of_head(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        chosen = {}
+        for at, rows in enumerate(blocks):
+            mean = queries[rows].mean(0)
+            weights = [exp(float(mean @ keys[columns].mean(0)) * len(mean) ** -0.5) for columns in blocks]
+            kept, reached = [], 0.0
+            for other in best(weights, len(weights)):
+                if reached >= share * sum(weights):
+                    break
+                kept.append(other)
+                reached += weights[other]
+            chosen[at] = kept
+        return sees_blocks(blocks, chosen, len(queries))
+
+    return per_head(query, key, of_head)
+
+
+def ssta(
+    query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shape, count: int, weight: float, *, shared: bool
+) -> torch.Tensor:
+    """HunyuanVideo 1.5's tiles by importance, without its window; `shared`: means over heads too."""
+    blocks = boxes(shape, box)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    if shared:
+        query, key = query.double().mean(1, keepdim=True), key.double().mean(1, keepdim=True)
+
+    def cosine(one: torch.Tensor, two: torch.Tensor) -> float:
+        return float(one @ two / (one.norm() * two.norm()))
+
+    def of_head(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        of_queries = [queries[rows].mean(0) for rows in blocks]
+        of_keys = [keys[rows].mean(0) for rows in blocks]
+        chosen = {}
+        redundant = []
+        for at, mean in enumerate(of_keys):
+            others = [(cosine(mean, other) + 1) / 2 for index, other in enumerate(of_keys) if index != at]
+            redundant.append(sum(others) / max(len(others), 1))
+        for at, mean in enumerate(of_queries):
+            scores = [
+                weight * (cosine(mean, other) + 1) / 2 - (1 - weight) * redundant[index]
+                for index, other in enumerate(of_keys)
+            ]
+            chosen[at] = best(scores, count)
+        return sees_blocks(blocks, chosen, len(queries))
+
+    return per_head(query, key, of_head)

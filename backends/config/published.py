@@ -51,10 +51,6 @@ class System(NamedTuple):
 
 _ASCEND = "its kernels exist for Ascend NPUs only, and this pack has no sparse kernel for them"
 _INSIDE_SGLANG = "its kernels are a part of SGLang and come in no package of their own; not implemented here"
-_FLEX = "it runs PyTorch's FlexAttention over blocks that SGLang chooses; that choice is not implemented here"
-_SUBBLOCK = (
-    "it runs FlashInfer's block-sparse kernels over blocks that SGLang chooses; that choice is not implemented here"
-)
 _VSA_H3 = (
     "it runs fastvideo-kernel's kernels as MiniMax H3 needs them; what SGLang does around them is not implemented here"
 )
@@ -121,8 +117,6 @@ SYSTEMS: tuple[System, ...] = (
             Published("aiter_sage", None, "AITER's quantised kernels for AMD cards; not implemented"),
             Published("video_sparse_attn_h3", None, _VSA_H3),
             Published("hybrid_window_attn_h3", None, _WINDOW),
-            Published("subblock_sparse_attn", None, _SUBBLOCK),
-            Published("cube_sparse_attn", None, _FLEX),
             Published("fp8_fa_sm120", None, f"{_INSIDE_SGLANG}; sage_fp8_cuda and sage_attn_3 are the nearest"),
             Published("sla_attn", None, _SLA),
             Published("sage_sla_attn", None, _SLA),

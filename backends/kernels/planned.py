@@ -1,8 +1,8 @@
 """Backends that can be named but are not built into this version: listed, and unavailable for that reason.
 
 Their options are as their systems publish them, recognised and type-checked. From SGLang diffusion 0.5.23 (its
-documents and the readers in its attention backends) and, for Radial Attention, the arguments of its scripts. When a
-backend is implemented, its options move from here into its file.
+documents and the readers in its attention backends). When a backend is implemented, its options move from here into its
+file.
 """
 
 from __future__ import annotations
@@ -10,25 +10,14 @@ from __future__ import annotations
 from ..values.aliases import (
     COMFYUI,
     FASTVIDEO,
-    PEOPLE,
     SGLANG,
-    SMART_DIFFUSION,
     VLLM_OMNI,
-    WAN_WRAPPER,
-    YUNCHANG,
     Alias,
 )
 from ..values.options import Option
 from ..values.platform import Platform
 from ..values.reasons import Reason
 from .backend import Backend
-
-SLIDING_TILE = (
-    Option("mask_strategy_file_path", str, None, "JSON file with the window of each head; required there."),
-    Option("sta_mode", str, "STA_inference", "Mode, as SGLang's documents spell it."),
-    Option("STA_mode", str, "STA_inference", "Mode, as SGLang's code spells it."),
-    Option("skip_time_steps", int, 15, "Dense steps at the beginning.", minimum=0),
-)
 
 _VMOBA = (
     Option("temporal_chunk_size", int, None, "Frames in a chunk.", minimum=1),
@@ -63,8 +52,6 @@ SPARSE_VIDEO_GEN_2 = (
     Option("svg2_first_times_fp", float, 0.2, "Dense steps: a number, or a share up to 1.", minimum=0),
 )
 
-SPARGE = (Option("topk", float, 0.5, "Share of blocks kept, above 0.", minimum=1e-6, maximum=1),)
-
 SOL = (
     Option("tau", float, 1.0, "Threshold."),
     Option("thresh_type", str, "diag", "What the threshold is compared with."),
@@ -74,13 +61,6 @@ SOL = (
     Option("dense_steps", int, 10, "Dense steps at the beginning.", minimum=0),
     Option("dense_layers", str, "0,1", "Dense layers, such as 0-3,38.", also=(int, None)),
     Option("dense_backend", str, "fa", "What runs them.", choices=("fa", "sage_attn")),
-)
-
-RADIAL = (
-    Option("dense_layers", int, 0, "Dense layers at the beginning.", minimum=0),
-    Option("dense_timesteps", int, 0, "Dense steps at the beginning.", minimum=0),
-    Option("decay_factor", float, 1.0, "Width of the window.", minimum=0),
-    Option("use_sage_attention", bool, False, "INT8 arithmetic in the blocks that are kept."),
 )
 
 
@@ -108,13 +88,6 @@ NOT_BUILT = "not built yet here: calls fall back, counted, or stop with strict"
 
 BACKENDS = (
     Planned(
-        "sliding_tile_attn",
-        "half",
-        "Sliding Tile Attention for video.",
-        SLIDING_TILE,
-        (Alias(SGLANG, "sliding_tile_attn", NOT_BUILT),),
-    ),
-    Planned(
         "vmoba_attn",
         "half",
         "VMoBA block attention for video.",
@@ -129,20 +102,6 @@ BACKENDS = (
         (Alias(SGLANG, "sparse_video_gen_2_attn", NOT_BUILT),),
     ),
     Planned(
-        "sparge_attn",
-        "int8",
-        "SpargeAttention: sparse and quantised.",
-        SPARGE,
-        (
-            Alias(VLLM_OMNI, "SPARGE", NOT_BUILT),
-            Alias(SGLANG, "sparge_attn", NOT_BUILT),
-            Alias(SMART_DIFFUSION, "sparge", f"under this name Smart-Diffusion runs FlashAttention 2; {NOT_BUILT}"),
-            Alias(SMART_DIFFUSION, "spas_sage", f"Smart-Diffusion's inner name for sparge; {NOT_BUILT}"),
-            Alias(YUNCHANG, "SPARSE_SAGE", NOT_BUILT),
-            Alias(PEOPLE, "sparge_attn_backend"),
-        ),
-    ),
-    Planned(
         "sol_attn",
         "half",
         "SOL sparse attention.",
@@ -151,20 +110,6 @@ BACKENDS = (
             Alias(VLLM_OMNI, "SOL_ATTN", NOT_BUILT),
             Alias(SGLANG, "sol_attn", NOT_BUILT),
             Alias(COMFYUI, "sol-attn", f"a method of newer ComfyUI's node Model Sparse Attention; {NOT_BUILT}"),
-        ),
-    ),
-    Planned(
-        "radial_attn",
-        "half",
-        "Radial Attention for video.",
-        RADIAL,
-        (
-            Alias(
-                WAN_WRAPPER,
-                "radial_sage_attention",
-                f"in INT8, as there; {NOT_BUILT}",
-                (("use_sage_attention", True),),
-            ),
         ),
     ),
 )

@@ -51,13 +51,17 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "emulated_int8": "kernels.emulated_int8",
         "reference": "kernels.reference",
         "trtllm_attn": "kernels.trtllm_attn",
-        "sliding_tile_attn": "kernels.planned",
+        "sliding_tile_attn": "sparse.methods.sliding_tile",
         "video_sparse_attn": "sparse.methods.video_sparse",
         "vmoba_attn": "kernels.planned",
         "sparse_video_gen_2_attn": "kernels.planned",
-        "sparge_attn": "kernels.planned",
+        "sparge_attn": "sparse.methods.sparge",
         "sol_attn": "kernels.planned",
-        "radial_attn": "kernels.planned",
+        "radial_attn": "sparse.methods.radial",
+        "subblock_attn": "sparse.methods.subblock",
+        "nabla_attn": "sparse.methods.nabla",
+        "ssta_attn": "sparse.methods.ssta",
+        "cube_attn": "sparse.methods.cube",
     }
 )
 """Id -> module, from the folder `backends` on. Ids are public for ever; a new one is added at the end."""

@@ -7,7 +7,8 @@ backends (`kernels/planned.py`) are declared and checked too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 
 from .bounded import nearest
@@ -45,11 +46,15 @@ class Option:
     """Further values, or types, such as "auto" for a number."""
     fields: tuple[Option, ...] = ()
     """Entries of a mapping; empty: any."""
+    by_step: bool = False
+    """It may change by step: a list of values, or a mapping `{from, to, start, end}` (`sparse/by_step.py`)."""
 
     def problem(self, value: object) -> str | None:
         """What is wrong with `value`, or None. An int is accepted as float, a bool as neither."""
         if type(value) in self.also or (not isinstance(value, bool | dict | list) and value in self.also):
             return None
+        if self.by_step and isinstance(value, list | dict):
+            return self._problem_by_step(value)
         if isinstance(value, int) and value.bit_length() > MOST_BITS:  # Python may refuse to print it
             return f"{self.name}: a number of {value.bit_length()} bits is out of range"
         wanted = (int, float) if self.kind is float else self.kind
@@ -65,6 +70,24 @@ class Option:
             return f"{self.name} {value} < {self.minimum:g}"
         if self.maximum is not None and value > self.maximum:  # type: ignore[operator]
             return f"{self.name} {value} > {self.maximum:g}"
+        return None
+
+    def _problem_by_step(self, value: list[object] | dict[str, object]) -> str | None:
+        """What is wrong with values that change by step."""
+        one = replace(self, by_step=False)
+        if isinstance(value, list):
+            if not value:
+                return f"{self.name}: the list has no value"
+            return next((problem for item in value if (problem := one.problem(item))), None)
+        share = partial(Option, kind=float, default=0.0, summary="", minimum=0, maximum=1)
+        fields = (replace(one, name="from"), replace(one, name="to"), share("start"), share("end"))
+        if wrong := problems(fields, value):
+            return f"{self.name}: {'; '.join(wrong)}"
+        if missing := [name for name in ("from", "to") if name not in value]:
+            return f"{self.name}: {' and '.join(missing)} not given"
+        start, end = value.get("start", 0), value.get("end", 1)
+        if start >= end:  # type: ignore[operator]  # numbers: checked above
+            return f"{self.name}: start {start} >= end {end}"
         return None
 
 

@@ -1,0 +1,69 @@
+"""`cube_attn`: SGLang's cube attention, the most similar cubes at a ratio for each step.
+
+SGLang diffusion, `cube_sparse_attn`, made for MiniMax H3. The grid is divided into cubes of `local_cube_size` tokens.
+Each query cube sees the int(ratio * N) of N cubes, at least one, whose mean keys have the highest products with its
+mean query. `topk_ratio_list` has a ratio for each step; there it must be as long as the schedule, here it is spread
+over it. Without one, the ratios are those of SGLang's documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ...values.aliases import SGLANG, Alias
+from ...values.grid import TokenGrid
+from ...values.options import Option
+from ..block_map import BlockMap, Dense
+from ..blocks import tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..choose_blocks import highest
+from ..method import SparseMethod, Where, mean_scores
+from ..windows import is_window
+
+if TYPE_CHECKING:
+    from ...values.request import AttentionCall
+
+CUBE = (4, 4, 4)
+RATIOS = [1.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.5]
+
+
+class Cube(SparseMethod):
+    """Top-k cubes, as many as the step's ratio says."""
+
+    id = "cube_attn"
+    summary = "Cube attention: each cube of tokens sees the most similar cubes, at a ratio for each step."
+    aliases = (Alias(SGLANG, "cube_sparse_attn", "there for MiniMax H3 alone"),)
+    options = (
+        Option("local_cube_size", list, None, "Frames, height and width of a cube; default 4, 4, 4."),
+        Option("topk_ratio_list", float, None, "Share kept in each step.", minimum=1e-6, maximum=1, by_step=True),
+        Option("topk", float, None, "Share of cubes kept, instead.", minimum=1e-6, maximum=1, by_step=True),
+        DENSE_STEPS,
+        DENSE_LAYERS,
+    )
+
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        size, found = options.get("local_cube_size"), []
+        if size is not None and not is_window(size):
+            found.append(f"local_cube_size {str(size)[:40]} is not three whole numbers above 0")
+        if {"topk_ratio_list", "topk"} <= set(options):
+            found.append("topk_ratio_list and topk say the same thing; give one")
+        return found
+
+    def select_blocks(
+        self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
+    ) -> BlockMap | Dense:
+        whole = computed_whole(where, options)
+        if whole is not None:
+            return whole
+        size, ratio = options["local_cube_size"], options["topk"]
+        blocks = tiles(grid, (size[0], size[1], size[2]) if isinstance(size, list) else CUBE)
+        if ratio is None:
+            ratio = RATIOS if options["topk_ratio_list"] is None else options["topk_ratio_list"]
+        count = max(int(value_at(ratio, where) * blocks.count + 1e-9), 1)
+        if count == blocks.count:
+            return Dense(f"all {count} cubes are kept")
+        return BlockMap(blocks, blocks, highest(mean_scores(call, blocks), count), (count,) * blocks.count)
+
+
+BACKENDS = (Cube(),)

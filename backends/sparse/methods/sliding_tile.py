@@ -1,0 +1,186 @@
+"""`sliding_tile_attn`: Sliding Tile Attention (STA).
+
+Zhang et al., "Fast Video Generation with Sliding Tile Attention", arXiv:2502.04507; FastVideo and SGLang. The grid is
+divided into tiles of 6 x 8 x 8 tokens. A query tile sees the key tiles in a window of tiles around it, which is pushed
+in at borders so that it keeps its size. Each head has its own window, read from a mask strategy file; the first 15 of
+50 steps are computed whole. Their kernels take three grids only; here any grid, with smaller tiles at its borders.
+
+Without a file each head has the window of `window_size`, by default 3 x 3 x 3 tiles, one of the paper's candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...kernels.backend import Kernel
+from ...values.aliases import SGLANG, Alias
+from ...values.grid import TokenGrid
+from ...values.options import Option
+from ...values.platform import Platform
+from ..block_map import BlockMap, Dense
+from ..blocks import tile_counts, tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole
+from ..method import SparseMethod, Where, first_steps
+from ..windows import Window, is_window, window_map
+
+if TYPE_CHECKING:
+    from ...values.request import AttentionCall
+
+TILE = (6, 8, 8)
+WINDOW = (3, 3, 3)
+DENSE, OF_STEPS = 15, 50
+MODES = ("STA_inference", "STA_searching", "STA_tuning", "STA_tuning_cfg")
+MOST_BYTES = 2**26
+"""Of a mask strategy file; one of 50 steps, 60 layers and 40 heads has about 3 MB."""
+
+
+class Strategy(NamedTuple):
+    """A mask strategy file: the windows of the heads of each step and layer."""
+
+    steps: int
+    layers: int
+    windows: Mapping[tuple[int, int], tuple[Window, ...]]
+
+    def at(self, step: int | None, steps: int | None, layer: int) -> tuple[Window, ...] | None:
+        """The windows of a layer's heads; a schedule of another length is mapped onto the file's steps."""
+        at = self.steps - 1 if step is None else step
+        if step is not None and steps and steps != self.steps:
+            at = step * self.steps // steps
+        return self.windows.get((min(at, self.steps - 1), layer))
+
+
+def parse_strategy(text: str) -> Strategy:
+    """Parse `{"step_layer_head": [frames, height, width]}`, windows in tiles.
+
+    Raises:
+        ValueError: it is something else, or a head of a step and layer is missing.
+    """
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError('not a mapping such as {"0_0_0": [3, 3, 3]}')
+    found: dict[tuple[int, int], dict[int, Window]] = {}
+    for key, window in entries.items():
+        place = re.fullmatch(r"(\d{1,6})_(\d{1,6})_(\d{1,6})", key)
+        if place is None:
+            raise ValueError(f"key {key[:40]!r} is not step_layer_head, such as 12_0_3")
+        if not is_window(window):
+            raise ValueError(f"{key}: {str(window)[:40]} is not three whole numbers above 0")
+        step, layer, head = map(int, place.groups())
+        found.setdefault((step, layer), {})[head] = (window[0], window[1], window[2])
+    steps, layers = (1 + max(place[axis] for place in found) for axis in (0, 1))
+    heads = 1 + max(max(row) for row in found.values())
+    if (len(found), sum(map(len, found.values()))) != (steps * layers, steps * layers * heads):
+        raise ValueError(
+            f"{len(entries)} entries are not those of {steps} steps x {layers} layers x {heads} heads, counted from 0"
+        )
+    return Strategy(steps, layers, {place: tuple(row[head] for head in range(heads)) for place, row in found.items()})
+
+
+def read_strategy(path: str) -> Strategy:
+    """Read a mask strategy file; again only when it was changed.
+
+    Raises:
+        ValueError: it cannot be read, or is none.
+    """
+    try:
+        about = os.stat(path)
+        if about.st_size > MOST_BYTES:
+            raise ValueError(f"{about.st_size} bytes > {MOST_BYTES}")
+        return _read(path, about.st_mtime_ns, about.st_size)
+    except (OSError, ValueError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        raise ValueError(f"mask strategy file {path}: {reason}") from error
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, changed: int, size: int) -> Strategy:
+    return parse_strategy(Path(path).read_text(encoding="utf-8"))
+
+
+class SlidingTile(SparseMethod):
+    """STA with the windows of a mask strategy file, or one window for all heads."""
+
+    id = "sliding_tile_attn"
+    summary = "Sliding Tile Attention: each tile of tokens sees the tiles in a window around it."
+    aliases = (Alias(SGLANG, "sliding_tile_attn", "there three grids only, and a mask strategy file is required"),)
+    options = (
+        Option("mask_strategy_file_path", str, None, "JSON file with the window of each step, layer and head."),
+        Option("sta_mode", str, "STA_inference", "Mode, as SGLang's documents spell it.", choices=MODES),
+        Option("STA_mode", str, "STA_inference", "Mode, as SGLang's code spells it.", choices=MODES),
+        Option("skip_time_steps", int, 15, "Dense steps at the beginning; by default 15 of 50, scaled.", minimum=0),
+        Option("window_size", list, None, "Window of all heads without a file, in tiles; default 3, 3, 3."),
+        DENSE_STEPS,
+        DENSE_LAYERS,
+    )
+
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        window = options.get("window_size")
+        found = []
+        if window is not None and not is_window(window):
+            found.append(f"window_size {str(window)[:40]} is not three whole numbers above 0")
+        if window is not None and options.get("mask_strategy_file_path") is not None:
+            found.append("mask_strategy_file_path and window_size say the same thing; give one")
+        return found
+
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+        for name in ("sta_mode", "STA_mode"):
+            if (mode := options.get(name, MODES[0])) != MODES[0]:
+                return [f"{name} {mode} looks for windows, which is not built here; STA_inference runs them"]
+        path = options.get("mask_strategy_file_path")
+        try:
+            if path is not None:
+                read_strategy(str(path))
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def load(self, platform: Platform, **options: object) -> Kernel:
+        path = options.get("mask_strategy_file_path")
+        return super().load(
+            platform,
+            **{"skip_time_steps": None, **options},
+            strategy=None if path is None else read_strategy(str(path)),
+        )
+
+    def select_blocks(
+        self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
+    ) -> BlockMap | Dense:
+        whole = computed_whole(where, options, steps="skip_time_steps")
+        if whole is None and options["skip_time_steps"] is None:
+            whole = first_steps(where, DENSE, OF_STEPS)
+        if whole is not None:
+            return whole
+        windows = self._windows(call.query.shape[1], where, options)
+        if isinstance(windows, Dense):
+            return windows
+        blocks = tiles(grid, TILE)
+        seen, count = window_map(tile_counts(grid, TILE), windows, pushed_in=True)
+        if count == blocks.count:
+            return Dense(f"the windows hold all {count} tiles")
+        return BlockMap(blocks, blocks, seen, None if count is None else (count,) * blocks.count)
+
+    def _windows(self, heads: int, where: Where, options: Mapping[str, object]) -> tuple[Window, ...] | Dense:
+        strategy = options["strategy"]
+        if not isinstance(strategy, Strategy):
+            window = options["window_size"]
+            return (WINDOW,) if not isinstance(window, list) else ((window[0], window[1], window[2]),)
+        if where.layer is None:
+            return Dense("the layer's number, which a mask strategy file needs, is unknown")
+        found = strategy.at(where.step, where.steps, where.layer)
+        if found is None:
+            return Dense(f"layer {where.layer} is not among the {strategy.layers} of the mask strategy file")
+        if len(found) != heads:
+            return Dense(f"{heads} heads, and the mask strategy file has {len(found)}")
+        return (found[0],) if len(set(found)) == 1 else found
+
+
+BACKENDS = (SlidingTile(),)

@@ -1,0 +1,95 @@
+"""`ssta_attn`: selective and sliding tile attention (SSTA) of HunyuanVideo 1.5.
+
+Tiles of 6 x 8 x 8 tokens. Each query tile sees the tiles in the window of Sliding Tile Attention, and the `ssta_topk`
+tiles with the highest lambda * (1 + cos(q, k)) / 2 - (1 - lambda) * mean (1 + cos(k, k')) / 2, of the mean query q and
+the mean keys k of tiles, the second mean over all other tiles k': similar to the query, and unlike the rest. Source:
+HunyuanVideo 1.5's `attn_param` and its defaults. With `attn_mask_share_within_head` means are taken over heads too, and
+all heads see the same tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ...values.grid import TokenGrid
+from ...values.options import Option
+from ..block_map import BlockMap, Dense
+from ..blocks import Blocks, tile_counts, tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..choose_blocks import count_of_share, highest
+from ..method import SparseMethod, Where, block_means
+from ..windows import is_window, window_map
+from .sliding_tile import TILE, WINDOW
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...values.request import AttentionCall
+
+
+def importance(call: AttentionCall, blocks: Blocks, weight: float, *, shared: bool) -> torch.Tensor:
+    """The scores of tiles, (batch, num_heads or 1, tiles, tiles), float32."""
+    import torch
+    from torch.nn.functional import normalize
+
+    queries = block_means(call.query, blocks.sizes, blocks.index)
+    keys = block_means(call.key, blocks.sizes, blocks.index)
+    if call.enable_gqa:
+        keys = keys.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
+    if shared:
+        queries, keys = queries.mean(1, keepdim=True), keys.mean(1, keepdim=True)
+    queries, keys = normalize(queries, dim=-1), normalize(keys, dim=-1)
+    alike = (keys @ keys.mT + 1) / 2
+    others = alike.sum(-2) - alike.diagonal(dim1=-2, dim2=-1)
+    redundancy = others / max(blocks.count - 1, 1)
+    return torch.addcmul((queries @ keys.mT + 1) / 2 * weight, redundancy[..., None, :], torch.tensor(weight - 1))
+
+
+class Ssta(SparseMethod):
+    """Top-k tiles by importance or a static window."""
+
+    id = "ssta_attn"
+    summary = "SSTA of HunyuanVideo 1.5: each tile sees a window around it and the tiles that matter most."
+    options = (
+        Option("ssta_topk", int, 64, "Tiles kept by score.", minimum=1),
+        Option("topk", float, None, "Share of tiles kept by score, instead.", minimum=0, maximum=1, by_step=True),
+        Option("ssta_lambda", float, 0.7, "Weight of similarity against redundancy.", minimum=0, maximum=1),
+        Option("win_size", list, None, "The window in tiles; default 3, 3, 3."),
+        Option("attn_mask_share_within_head", int, 0, "1: all heads see the same tiles.", choices=(0, 1)),
+        DENSE_STEPS,
+        DENSE_LAYERS,
+    )
+
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        window, found = options.get("win_size"), []
+        if window is not None and not is_window(_inner(window)):
+            found.append(f"win_size {str(window)[:40]} is not three whole numbers above 0")
+        if {"ssta_topk", "topk"} <= set(options):
+            found.append("ssta_topk and topk say the same thing; give one")
+        return found
+
+    def select_blocks(
+        self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
+    ) -> BlockMap | Dense:
+        whole = computed_whole(where, options)
+        if whole is not None:
+            return whole
+        blocks, topk = tiles(grid, TILE), options["topk"]
+        count = int(str(options["ssta_topk"])) if topk is None else count_of_share(value_at(topk, where), blocks.count)
+        given = _inner(options["win_size"])
+        window = (given[0], given[1], given[2]) if isinstance(given, list) else WINDOW
+        near, in_window = window_map(tile_counts(grid, TILE), (window,), pushed_in=True)
+        if blocks.count in (in_window, min(count, blocks.count)):
+            return Dense(f"all {blocks.count} tiles are kept")
+        shared = options["attn_mask_share_within_head"] == 1
+        scores = importance(call, blocks, float(str(options["ssta_lambda"])), shared=shared)
+        return BlockMap(blocks, blocks, highest(scores, count) | near.to(scores.device))
+
+
+def _inner(window: object) -> object:
+    """`win_size` is published as a list of one window."""
+    return window[0] if isinstance(window, list) and len(window) == 1 else window
+
+
+BACKENDS = (Ssta(),)

@@ -1,0 +1,50 @@
+"""Windows of tiles: which key tiles lie near a query tile. Static, made on the CPU once for each grid."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+Window = tuple[int, int, int]
+"""Tiles along frames, height and width."""
+
+
+def is_window(value: object) -> bool:
+    """Whether it is a list of three whole numbers above 0."""
+    return isinstance(value, list) and len(value) == 3 and all(type(size) is int and 0 < size < 2**31 for size in value)
+
+
+@lru_cache(maxsize=256)
+def window_map(tiles: Window, windows: tuple[Window, ...], *, pushed_in: bool) -> tuple[torch.Tensor, int | None]:
+    """The key tiles in the window of each query tile, for each of `windows`.
+
+    Along each axis a window w holds the tiles at most w // 2 from its centre, so an even one holds w + 1.
+
+    Args:
+        tiles: of the grid.
+        pushed_in: a window that reaches over a border is moved in, so that it keeps its size; else it is cut there.
+
+    Returns:
+        bool, (1, windows, tiles, tiles), on the CPU, and how many tiles every query tile sees, if all see equally many.
+    """
+    import torch
+
+    total = tiles[0] * tiles[1] * tiles[2]
+    maps = []
+    for window in windows:
+        by_axis = []
+        for count, width in zip(tiles, window, strict=True):
+            place = torch.arange(count)
+            half = width // 2
+            centre = place.clamp(min=half).clamp(max=count - 1 - half) if pushed_in else place
+            by_axis.append((centre[:, None] - place).abs() <= half)
+        frames, height, width_ = by_axis
+        near = frames[:, None, None, :, None, None] & height[None, :, None, None, :, None] & width_[:, None, None, :]
+        maps.append(near.reshape(total, total))
+    found = torch.stack(maps)[None]
+    counts = found.sum(-1)
+    same = int(counts[0, 0, 0]) if bool((counts == counts[0, 0, 0]).all()) else None
+    return found, same

@@ -1,0 +1,470 @@
+"""The maps of sparse methods are those of their literal forms, on ragged grids and beside text."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import literal_sparse as literal  # noqa: E402
+from attention_backends.backends import account, attention  # noqa: E402
+from attention_backends.backends.config import AttentionSpec  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
+from attention_backends.backends.sparse.by_step import value_at  # noqa: E402
+from attention_backends.backends.sparse.method import SparseKernel, SparseMethod, Where  # noqa: E402
+from attention_backends.backends.sparse.methods import (  # noqa: E402
+    cube,
+    nabla,
+    radial,
+    sliding_tile,
+    sparge,
+    ssta,
+    subblock,
+)  # fmt: skip
+from attention_backends.backends.sparse.methods.sliding_tile import parse_strategy, read_strategy  # noqa: E402
+from attention_backends.backends.values.errors import ConfigError  # noqa: E402
+from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+
+CPU = Platform("cpu", torch="2.13.0", os="linux")
+OUTSIDE = Where(None, None, None, None, "self", ())
+Case = tuple[dict[str, Any], Any]
+"""Options, and which tokens of the grid see which."""
+
+
+def at(step: int | None = None, steps: int | None = None, layer: int | None = None) -> Where:
+    return OUTSIDE._replace(step=step, steps=steps, layer=layer)
+
+
+def selected(
+    backend_id: str, call: AttentionCall, grid: TokenGrid, options: dict[str, Any], where: Where = OUTSIDE
+) -> BlockMap | Dense:
+    """What a method answers for a call with the tokens of the grid alone."""
+    method = BACKENDS[backend_id]
+    assert isinstance(method, SparseMethod)
+    AttentionSpec(backend_id, options)  # allowed
+    kernel = method.load(CPU, **options)
+    assert isinstance(kernel, SparseKernel)
+    return method.select_blocks(call, grid, where, kernel.options)
+
+
+def sliding_tile_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    window = [rng.randint(1, 4) for _ in range(3)]
+    return {"window_size": window}, literal.sliding_tile(grid.shape, sliding_tile.TILE, [tuple(window)])
+
+
+def subblock_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    parts, sparsity = rng.choice((1, 2, 4)), rng.choice((0.5, 0.75, 0.9))
+    blocks = -(-grid.cells // subblock.BLOCK)
+    count = -(-literal.video_sparse_count(sparsity, blocks) // subblock.MULTIPLE) * subblock.MULTIPLE
+    options = {"sparsity": sparsity, "min_seq_len": 0, "n_q": 4, "n_k": parts}
+    return options, literal.subblock(call.query, call.key, subblock.BLOCK, 4, parts, min(count, blocks))
+
+
+def radial_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    model, decay = rng.choice(("wan", "hunyuan")), rng.choice((0.2, 0.5, 1.0))
+    return {"model_type": model, "decay_factor": decay}, literal.radial(grid.shape, 128, decay, model)
+
+
+def sparge_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    share, sink, smooth = rng.choice((0.2, 0.4, 0.7)), rng.choice((True, False)), rng.choice((True, False))
+    similar = rng.choice((-0.1, 0.05, 0.3))
+    rule = rng.choice(("topk", "sparsity_ratio", "cdfthreshd"))
+    options = {rule: share, "simthreshd1": similar, "attention_sink": sink, "smooth_k": smooth}
+    topk = None if rule == "cdfthreshd" else share if rule == "topk" else 1 - share
+    expected = literal.sparge(
+        call.query, call.key, (sparge.QUERIES, sparge.KEYS), topk=topk, cdf=share if topk is None else None,
+        similar=similar, smooth=smooth, sink=sink,
+    )  # fmt: skip
+    return options, expected
+
+
+def nabla_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    share, window = rng.choice((0.1, 0.3, 0.6)), [rng.choice((1, 2, 3)) for _ in range(3)]
+    near = literal.sliding_tile(grid.shape, nabla.TILE, [tuple(window)], pushed_in=False)
+    options = dict(zip(("P", "wT", "wH", "wW"), (share, *window), strict=True))
+    return options, literal.nabla(call.query, call.key, grid.shape, nabla.TILE, share) | near
+
+
+def ssta_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    count, weight, shared = rng.randint(1, 5), rng.choice((0.3, 0.7)), rng.choice((0, 1))
+    window = [rng.choice((1, 2)) for _ in range(3)]
+    options = {
+        **{"ssta_topk": count, "ssta_lambda": weight, "win_size": [window]}, "attn_mask_share_within_head": shared
+    }  # fmt: skip
+    near = literal.sliding_tile(grid.shape, ssta.TILE, [tuple(window)])
+    found = literal.ssta(call.query, call.key, grid.shape, ssta.TILE, count, weight, shared=bool(shared))
+    return options, found | near
+
+
+def cube_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    size, share = tuple(rng.randint(1, 3) for _ in range(3)), rng.choice((0.2, 0.5))
+    count = max(int(len(literal.boxes(grid.shape, size)) * share), 1)
+    return {"local_cube_size": list(size), "topk": share}, literal.video_sparse(
+        call.query, call.key, grid.shape, size, count
+    )
+
+
+CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
+    "sliding_tile_attn": sliding_tile_case,
+    "subblock_attn": subblock_case,
+    "radial_attn": radial_case,
+    "sparge_attn": sparge_case,
+    "nabla_attn": nabla_case,
+    "ssta_attn": ssta_case,
+    "cube_attn": cube_case,
+}
+"""Backend -> a random case of it."""
+
+SIDES: dict[str, tuple[range, range, range]] = {
+    "radial_attn": (range(4, 12), range(5, 12), range(6, 14)),
+    "subblock_attn": (range(2, 5), range(4, 9), range(4, 9)),
+}
+"""Backend -> its grids, where others than small ones are asked for."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few tokens, so that literal forms have many blocks in little time."""
+    monkeypatch.setattr(sliding_tile, "TILE", (2, 2, 3))
+    monkeypatch.setattr(ssta, "TILE", (2, 3, 2))
+    monkeypatch.setattr(nabla, "TILE", (1, 3, 2))
+    monkeypatch.setattr(subblock, "BLOCK", 8)
+    monkeypatch.setattr(subblock, "MULTIPLE", 3)
+    monkeypatch.setattr(sparge, "QUERIES", 10)
+    monkeypatch.setattr(sparge, "KEYS", 6)
+
+
+def random_case(backend_id: str, seed: object) -> tuple[AttentionCall, TokenGrid, random.Random]:
+    rng = random.Random(f"{backend_id}{seed}")
+    torch.manual_seed(rng.randrange(2**31))
+    sides = SIDES.get(backend_id, (range(1, 5), range(3, 9), range(3, 9)))
+    grid = TokenGrid(*(rng.choice(side) for side in sides))
+    heads, shares = rng.choice(((2, 1), (2, 2)))
+    if backend_id == "radial_attn":
+        heads, shares = 1, 1
+    query, key = (torch.randn(1, count, grid.cells, 8, dtype=torch.float64) for count in (heads, heads // shares))
+    key = key + torch.randn(1, 1, grid.cells // 6 + 1, 8).double().repeat_interleave(6, 2)[:, :, : grid.cells]
+    return AttentionCall(query, key, key, enable_gqa=shares > 1), grid, rng
+
+
+def agree(backend_id: str, seed: object) -> bool:
+    """Compare one random case with its literal form; whether the method left anything out."""
+    call, grid, rng = random_case(backend_id, seed)
+    options, expected = CASES[backend_id](rng, call, grid)
+    found = selected(backend_id, call, grid, options)
+    if isinstance(found, Dense):
+        assert expected.all(), (grid, options)
+        return False
+    mask = found.mask()
+    assert torch.equal(mask.expand_as(expected | mask), expected.expand_as(expected | mask)), (grid, options)
+    assert mask.any(-1).all()
+    if found.counts is not None:
+        assert torch.equal(found.seen.sum(-1), torch.tensor(found.counts).expand(found.seen.shape[:-1]))
+    return not bool(expected.all())
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("backend_id", CASES)
+def test_the_map_is_the_published_one(backend_id: str) -> None:
+    assert sum(agree(backend_id, seed) for seed in range(15)) >= 6, "most cases leave something out"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("backend_id", CASES)
+def test_the_map_is_the_published_one_in_many_cases(backend_id: str) -> None:
+    assert sum(agree(backend_id, seed) for seed in range(100, 400)) >= 150
+
+
+def test_sliding_tiles_of_the_published_size() -> None:
+    grid = TokenGrid(13, 17, 20)
+    call = AttentionCall(*(torch.zeros(1, 1, grid.cells, 8) for _ in range(3)))
+    for window in ((1, 3, 1), (3, 1, 3), (2, 2, 1)):
+        found = selected("sliding_tile_attn", call, grid, {"window_size": list(window)})
+        assert isinstance(found, BlockMap)
+        assert torch.equal(found.mask(), literal.sliding_tile(grid.shape, (6, 8, 8), [window]))
+
+
+LEAVES_OUT: dict[str, dict[str, Any]] = {
+    "sliding_tile_attn": {"window_size": [1, 2, 1]},
+    "subblock_attn": {"topk": 0.2, "min_seq_len": 0},
+    "radial_attn": {"block_size": 64, "decay_factor": 0.2},
+    "sparge_attn": {"topk": 0.3},
+    "nabla_attn": {"P": 0.3, "wT": 1},
+    "ssta_attn": {"ssta_topk": 2, "win_size": [1, 1, 1]},
+    "cube_attn": {"topk": 0.3},
+}
+
+
+@pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 9), (5, 9)], ids=str)
+@pytest.mark.parametrize("backend_id", LEAVES_OUT)
+def test_what_is_computed_is_the_map_with_text_in_full(backend_id: str, text: tuple[int, int]) -> None:
+    torch.manual_seed(sum(text))
+    grid = TokenGrid(7, 11, 17, *text)
+    query, key, value = (torch.randn(1, 2, grid.tokens, 8, dtype=torch.float64) for _ in range(3))
+    options = LEAVES_OUT[backend_id]
+    cells = slice(grid.before, grid.before + grid.cells)
+    on_grid = AttentionCall(query[:, :, cells], key[:, :, cells], value[:, :, cells])
+    found = selected(backend_id, on_grid, grid, options)
+    assert isinstance(found, BlockMap)
+    assert found.pairs < 0.9
+    sees = literal.with_text(found.mask(), *text)
+    assert torch.equal(sees, with_other_tokens(found, grid, grid.after, 64).mask())
+    with account() as run_report:
+        output = attention(
+            query, key, value, backend={"default": {"backend": backend_id, "extra": options}}, grid=grid.shape,
+            tokens_before=grid.before, tokens_after=grid.after,
+        )  # fmt: skip
+    (row,) = run_report.as_dict()["rows"]
+    assert (row["backend"], row["reason"], row["dense"]) == (backend_id, None, {})
+    assert row["kept"] == pytest.approx(sees.double().mean().item(), abs=1e-4)
+    expected = literal.masked_attention(query, key, value, sees)
+    assert (output - expected).norm() <= 1e-12 * expected.norm()
+
+
+KEEPS_ALL: dict[str, list[dict[str, Any]]] = {
+    "sliding_tile_attn": [{"window_size": [99, 99, 99]}],
+    "subblock_attn": [{"sparsity": 0, "min_seq_len": 0}, {"topk": 1, "min_seq_len": 0}, {}],
+    "radial_attn": [{"decay_factor": 1e6, "model_type": "hunyuan"}],
+    "sparge_attn": [{"topk": 1}, {"sparsity_ratio": 0}],
+    "nabla_attn": [{"P": 1}],
+    "ssta_attn": [{"topk": 1}, {}],
+    "cube_attn": [{"topk": 1}, {"topk_ratio_list": [0.1, 1.0]}],
+}
+
+
+@pytest.mark.parametrize("backend_id", KEEPS_ALL)
+def test_nothing_left_out_is_dense_to_the_bit(backend_id: str) -> None:
+    shape = (2, 16, 16)
+    query, key, value = (torch.randn(1, 2, 512, 8) for _ in range(3))
+    for options in KEEPS_ALL[backend_id]:
+        with account() as run_report:
+            output = attention(
+                query, key, value, backend={"default": {"backend": backend_id, "extra": options}}, grid=shape
+            )
+        (row,) = run_report.as_dict()["rows"]
+        assert (row["backend"], list(row["dense"].values())) == (backend_id, [1]), options
+        assert torch.equal(output, attention(query, key, value))
+
+
+@pytest.mark.parametrize("backend_id", ["subblock_attn", "sparge_attn", "cube_attn"])
+def test_of_equal_scores_the_first_blocks_are_kept(backend_id: str) -> None:
+    grid = TokenGrid(4, 16, 16)
+    call = AttentionCall(*(torch.ones(1, 1, grid.cells, 8) for _ in range(3)))
+    options = {**LEAVES_OUT[backend_id], **({"smooth_k": False} if backend_id == "sparge_attn" else {})}
+    found = selected(backend_id, call, grid, options)
+    assert isinstance(found, BlockMap)
+    kept = found.seen[0, 0, 0].int()
+    assert kept.sum() < len(kept)
+    assert torch.equal(kept.sort(descending=True).values, kept)
+
+
+# Steps and layers
+
+
+@pytest.mark.parametrize(
+    ("value", "steps", "expected"),
+    [
+        (0.5, 4, [0.5] * 4),
+        ([1.0, 0.8, 0.5], 3, [1.0, 0.8, 0.5]),
+        ([1.0, 0.5], 4, [1.0, 1.0, 0.5, 0.5]),
+        ([1.0, 0.8, 0.6, 0.4], 2, [1.0, 0.6]),
+        ({"from": 1.0, "to": 0.0}, 5, [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ({"from": 0.2, "to": 0.8, "start": 0.5}, 5, [0.2, 0.2, 0.2, 0.5, 0.8]),
+        ({"from": 0.2, "to": 0.8, "start": 0.25, "end": 0.75}, 5, [0.2, 0.2, 0.5, 0.8, 0.8]),
+        ({"from": 0.2, "to": 0.8}, 1, [0.2]),
+    ],
+    ids=str,
+)
+def test_values_that_change_by_step(value: object, steps: int, expected: list[float]) -> None:
+    assert [value_at(value, at(step, steps)) for step in range(steps)] == pytest.approx(expected)
+    assert value_at(value, OUTSIDE) == pytest.approx(
+        value["to"] if isinstance(value, dict) else value[-1] if isinstance(value, list) else value
+    )
+
+
+def test_a_changing_share_reaches_the_map() -> None:
+    grid = TokenGrid(4, 16, 16)
+    call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
+    kept = []
+    for step in range(4):
+        found = selected("cube_attn", call, grid, {"topk_ratio_list": [0.75, 0.5, 0.25, 0.25]}, at(step, 4))
+        assert isinstance(found, BlockMap)
+        kept.append(found.pairs)
+    assert kept == [0.75, 0.5, 0.25, 0.25]
+
+
+DENSE_STEPS = {
+    "sliding_tile_attn": ("skip_time_steps", 15),
+    "subblock_attn": ("skip_first_steps", 10),
+    "radial_attn": ("dense_timesteps", 0),
+    **dict.fromkeys(("sparge_attn", "nabla_attn", "ssta_attn", "cube_attn"), ("dense_steps", 0)),
+}
+"""Backend -> its option, and how many of 50 steps are computed whole without it."""
+
+
+@pytest.mark.parametrize("backend_id", DENSE_STEPS)
+def test_steps_and_layers_that_are_computed_whole(backend_id: str) -> None:
+    grid = TokenGrid(7, 11, 17)
+    call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
+    name, published = DENSE_STEPS[backend_id]
+
+    def whole(steps: int, layer: int | None = None, **more: int) -> int:
+        """How many of the first steps are computed whole; then no step is."""
+        options = {**LEAVES_OUT[backend_id], **more}
+        found = [
+            isinstance(selected(backend_id, call, grid, options, at(n, steps, layer)), Dense) for n in range(steps)
+        ]
+        assert found == sorted(found, reverse=True)
+        return sum(found)
+
+    assert whole(50) == published
+    assert whole(20) == -(-published * 20 // 50)
+    assert whole(20, **{name: 3}) == 3
+    assert whole(20, **{name: 0}) == 0
+    assert whole(6, dense_steps=6) == 6
+    assert whole(4, layer=1, **{name: 0}, dense_layers=2) == 4
+    assert whole(4, layer=2, **{name: 0}, dense_layers=2) == 0
+    assert whole(4, layer=None, **{name: 0}, dense_layers=2) == 0
+    assert isinstance(selected(backend_id, call, grid, LEAVES_OUT[backend_id]), BlockMap), "outside a sampler"
+
+
+# Options
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("sliding_tile_attn", {"window_size": [3, 3]}, "window_size"),
+    ("sliding_tile_attn", {"window_size": [3, 0, 3]}, "window_size"),
+    ("sliding_tile_attn", {"window_size": [3, 3, 3], "mask_strategy_file_path": "a"}, "give one"),
+    ("sliding_tile_attn", {"sta_mode": "x"}, "STA_inference"),
+    ("sliding_tile_attn", {"skip_time_steps": -1}, "< 0"),
+    ("subblock_attn", {"sparsity": 1.5}, "> 1"),
+    ("subblock_attn", {"sparsity": [0.5, 1.5]}, "> 1"),
+    ("subblock_attn", {"sparsity": []}, "no value"),
+    ("subblock_attn", {"sparsity": {"from": 0.5}}, "to not given"),
+    ("subblock_attn", {"sparsity": {"from": 0.5, "to": 2}}, "> 1"),
+    ("subblock_attn", {"sparsity": {"from": 0.5, "to": 1, "start": 0.5, "end": 0.5}}, ">= end"),
+    ("subblock_attn", {"sparsity": {"from": 0.5, "to": 1, "begin": 0.5}}, "begin"),
+    ("subblock_attn", {"sparsity": 0.5, "topk": 0.5}, "give one"),
+    ("subblock_attn", {"n_q": 3}, "1, 2, 4, 8"),
+    ("radial_attn", {"block_size": 32}, "64, 128"),
+    ("radial_attn", {"decay_factor": -1}, "< 0"),
+    ("sparge_attn", {"topk": 0}, "< 1e-06"),
+    ("sparge_attn", {"block_size": 128}, "not one of 64"),
+    ("sparge_attn", {"topk": 0.5, "cdfthreshd": 0.9}, "give one"),
+    ("nabla_attn", {"P": 1.1}, "> 1"),
+    ("nabla_attn", {"wT": 0}, "< 1"),
+    ("ssta_attn", {"win_size": [[3, 3]]}, "win_size"),
+    ("ssta_attn", {"ssta_topk": 4, "topk": 0.5}, "give one"),
+    ("cube_attn", {"local_cube_size": [4, 4]}, "local_cube_size"),
+    ("cube_attn", {"topk_ratio_list": [0.5, 0]}, "< 1e-06"),
+]
+
+
+@pytest.mark.parametrize(("backend_id", "options", "words"), REFUSED, ids=str)
+def test_wrong_options_are_refused_with_what_is_allowed(backend_id: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AttentionSpec(backend_id, options)
+    assert words in str(caught.value)
+
+
+NOT_BUILT: list[tuple[str, dict[str, Any]]] = [
+    ("sliding_tile_attn", {"sta_mode": "STA_searching"}),
+    ("sliding_tile_attn", {"STA_mode": "STA_tuning"}),
+    ("sliding_tile_attn", {"mask_strategy_file_path": "/no/such/file.json"}),
+    ("radial_attn", {"use_sage_attention": True}),
+]
+
+
+@pytest.mark.parametrize(("backend_id", "options"), NOT_BUILT, ids=str)
+def test_what_is_not_built_falls_back_with_its_reason(backend_id: str, options: dict[str, Any]) -> None:
+    (reason,) = BACKENDS[backend_id].option_reasons(CPU, options)
+    query = torch.randn(1, 1, 60, 8)
+    with account() as run_report:
+        attention(query, query, query, backend={"default": {"backend": backend_id, "extra": options}}, grid=(3, 4, 5))
+    (row,) = run_report.as_dict()["rows"]
+    assert row["backend"] != backend_id
+    assert str(reason) in str(row["reason"])
+
+
+# Mask strategy files
+
+
+def strategy(steps: int, layers: int, heads: int) -> dict[str, list[int]]:
+    return {
+        f"{step}_{layer}_{head}": [1 + step, 1 + layer, 1 + head]
+        for step in range(steps) for layer in range(layers) for head in range(heads)
+    }  # fmt: skip
+
+
+def test_each_head_has_the_window_of_its_step_and_layer(tmp_path: Path) -> None:
+    path = tmp_path / "strategy.json"
+    path.write_text(json.dumps(strategy(2, 3, 2)))
+    grid = TokenGrid(13, 17, 20)
+    call = AttentionCall(*(torch.zeros(1, 2, grid.cells, 8) for _ in range(3)))
+    options = {"mask_strategy_file_path": str(path), "skip_time_steps": 0}
+    for step, steps, expected in ((1, 2, 1), (3, 8, 0), (4, 8, 1), (0, 1, 0), (None, None, 1)):
+        found = selected("sliding_tile_attn", call, grid, options, at(step, steps, layer=1))
+        assert isinstance(found, BlockMap)
+        windows = [(1 + expected, 2, 1 + head) for head in range(2)]
+        assert torch.equal(found.mask(), literal.sliding_tile(grid.shape, (6, 8, 8), windows)), (step, steps)
+    for where in (at(1, 2, layer=None), at(1, 2, layer=3)):
+        assert isinstance(selected("sliding_tile_attn", call, grid, options, where), Dense)
+    of_three = AttentionCall(*(torch.zeros(1, 3, grid.cells, 8) for _ in range(3)))
+    assert isinstance(selected("sliding_tile_attn", of_three, grid, options, at(1, 2, layer=1)), Dense)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a mapping"),
+        ("{}", "not a mapping"),
+        ('{"0_0": [1, 1, 1]}', "step_layer_head"),
+        ('{"0_0_0": [1, 1]}', "0_0_0"),
+        ('{"0_0_0": [1, 1, true]}', "0_0_0"),
+        ('{"0_0_0": [1, 1, 1], "1_1_0": [1, 1, 1]}', "2 steps x 2 layers x 1 heads"),
+        ('{"0_0_1": [1, 1, 1]}', "2 heads"),
+    ],
+)
+def test_a_wrong_strategy_file_says_what_is_wrong(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_strategy(text)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_strategy(str(tmp_path / "a.json"))
+
+
+def test_a_strategy_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(strategy(1, 1, 2)))
+    first = read_strategy(str(path))
+    assert read_strategy(str(path)) is first
+    path.write_text(json.dumps(strategy(1, 2, 2)))
+    assert read_strategy(str(path)).layers == 2
+
+
+def test_static_maps_are_made_once_and_read_nothing_from_a_device() -> None:
+    grid = TokenGrid(13, 17, 20)
+    meta = AttentionCall(*(torch.empty(1, 2, grid.cells, 8, device="meta") for _ in range(3)))
+    for backend_id, options in (("sliding_tile_attn", {"window_size": [1, 1, 1]}), ("radial_attn", {"block_size": 64})):
+        one, two = (selected(backend_id, meta, grid, options) for _ in range(2))
+        assert isinstance(one, BlockMap)
+        assert isinstance(two, BlockMap)
+        assert one.seen is two.seen
+        assert one.counts is not None
+
+
+def test_each_method_is_compared() -> None:
+    methods = {module.BACKENDS[0].id for module in (cube, nabla, radial, sliding_tile, sparge, ssta, subblock)}
+    assert methods == set(CASES) == set(LEAVES_OUT) == set(KEEPS_ALL) == set(DENSE_STEPS)
