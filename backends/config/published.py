@@ -266,11 +266,6 @@ SYSTEMS: tuple[System, ...] = (
             ),
             Published("SLA_ATTN", None, _SLA),
             Published("SAGE_SLA_ATTN", None, _SLA),
-            Published(
-                "NABLA_ATTN",
-                None,
-                "FlexAttention over blocks that Kandinsky 5 chooses; that choice is not implemented here",
-            ),
             Published("NO_ATTENTION", None, _NO_ATTENTION),
         ),
         "FASTVIDEO_ATTENTION_BACKEND",

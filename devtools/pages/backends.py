@@ -165,11 +165,12 @@ def _option(backend: Backend, option: Option) -> tuple[str, ...]:
     high = [] if option.maximum is None else [f"to {option.maximum:g}"]
     allowed += [" ".join(low + high)] if low or high else []
     allowed += [KIND_NAMES.get(also, _code(also)) if isinstance(also, type) else _code(also) for also in option.also]
-    default = _code(option.default) if option.default not in (None, "") else "the package's own"
+    default = "the package's own" if backend.packages else "none"
+    default = _code(option.default) if option.default not in (None, "") else default
     return (
         _code(backend.id),
         _code(option.name),
-        KIND_NAMES[option.kind],
+        KIND_NAMES[option.kind] + (", or by step" if option.by_step else ""),
         default,
         ", ".join(allowed) or "any",
         option.summary,

@@ -15,8 +15,10 @@ torch = pytest.importorskip("torch")
 import literal_sparse as literal  # noqa: E402
 from attention_backends.backends import account, attention  # noqa: E402
 from attention_backends.backends.config import AttentionSpec  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
+from attention_backends.backends.sparse.blocks import Blocks, cut  # noqa: E402
 from attention_backends.backends.sparse.by_step import value_at  # noqa: E402
 from attention_backends.backends.sparse.method import SparseKernel, SparseMethod, Where  # noqa: E402
 from attention_backends.backends.sparse.methods import (  # noqa: E402
@@ -27,6 +29,7 @@ from attention_backends.backends.sparse.methods import (  # noqa: E402
     sparge,
     ssta,
     subblock,
+    video_sparse,
 )  # fmt: skip
 from attention_backends.backends.sparse.methods.sliding_tile import parse_strategy, read_strategy  # noqa: E402
 from attention_backends.backends.values.errors import ConfigError  # noqa: E402
@@ -113,6 +116,13 @@ def cube_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
     )
 
 
+def video_sparse_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    sparsity = rng.choice((0.3, 0.5, 0.8))
+    count = literal.video_sparse_count(sparsity, len(literal.boxes(grid.shape, video_sparse.CUBE)))
+    options = {rng.choice(("sparsity", "VSA_sparsity")): sparsity}
+    return options, literal.video_sparse(call.query, call.key, grid.shape, video_sparse.CUBE, count)
+
+
 CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "sliding_tile_attn": sliding_tile_case,
     "subblock_attn": subblock_case,
@@ -121,11 +131,12 @@ CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "nabla_attn": nabla_case,
     "ssta_attn": ssta_case,
     "cube_attn": cube_case,
+    "video_sparse_attn": video_sparse_case,
 }
 """Backend -> a random case of it."""
 
 SIDES: dict[str, tuple[range, range, range]] = {
-    "radial_attn": (range(4, 12), range(5, 12), range(6, 14)),
+    "radial_attn": (range(4, 10), range(5, 12), range(6, 14)),
     "subblock_attn": (range(2, 5), range(4, 9), range(4, 9)),
 }
 """Backend -> its grids, where others than small ones are asked for."""
@@ -139,6 +150,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nabla, "TILE", (1, 3, 2))
     monkeypatch.setattr(subblock, "BLOCK", 8)
     monkeypatch.setattr(subblock, "MULTIPLE", 3)
+    monkeypatch.setattr(video_sparse, "CUBE", (2, 2, 3))
     monkeypatch.setattr(sparge, "QUERIES", 10)
     monkeypatch.setattr(sparge, "KEYS", 6)
 
@@ -185,10 +197,23 @@ def test_the_map_is_the_published_one_in_many_cases(backend_id: str) -> None:
     assert sum(agree(backend_id, seed) for seed in range(100, 400)) >= 150
 
 
+@pytest.mark.parametrize("model", ["wan", "hunyuan"])
+@pytest.mark.parametrize("block", [6, 12, 16])
+def test_radial_windows_of_many_blocks(block: int, model: str) -> None:
+    rng = random.Random(f"{block}{model}")
+    for _ in range(4):
+        shape, decay = (rng.randint(4, 9), rng.randint(6, 10), rng.randint(6, 10)), rng.choice((0.1, 0.3, 1.0))
+        tokens = shape[1] * shape[2]
+        seen, counts = radial.radial_map(shape[0], tokens, block, decay, model)
+        blocks = Blocks(None, cut(shape[0] * tokens, block))
+        assert torch.equal(BlockMap(blocks, blocks, seen).mask(), literal.radial(shape, block, decay, model)), shape
+        assert seen.sum(-1)[0, 0].tolist() == list(counts)
+
+
 def test_sliding_tiles_of_the_published_size() -> None:
     grid = TokenGrid(13, 17, 20)
     call = AttentionCall(*(torch.zeros(1, 1, grid.cells, 8) for _ in range(3)))
-    for window in ((1, 3, 1), (3, 1, 3), (2, 2, 1)):
+    for window in ((1, 3, 1), (2, 1, 3)):
         found = selected("sliding_tile_attn", call, grid, {"window_size": list(window)})
         assert isinstance(found, BlockMap)
         assert torch.equal(found.mask(), literal.sliding_tile(grid.shape, (6, 8, 8), [window]))
@@ -202,6 +227,7 @@ LEAVES_OUT: dict[str, dict[str, Any]] = {
     "nabla_attn": {"P": 0.3, "wT": 1},
     "ssta_attn": {"ssta_topk": 2, "win_size": [1, 1, 1]},
     "cube_attn": {"topk": 0.3},
+    "video_sparse_attn": {"sparsity": 0.7},
 }
 
 
@@ -239,6 +265,7 @@ KEEPS_ALL: dict[str, list[dict[str, Any]]] = {
     "nabla_attn": [{"P": 1}],
     "ssta_attn": [{"topk": 1}, {}],
     "cube_attn": [{"topk": 1}, {"topk_ratio_list": [0.1, 1.0]}],
+    "video_sparse_attn": [{"sparsity": 0}, {"VSA_sparsity": [0.9, 0]}, {}],
 }
 
 
@@ -256,7 +283,7 @@ def test_nothing_left_out_is_dense_to_the_bit(backend_id: str) -> None:
         assert torch.equal(output, attention(query, key, value))
 
 
-@pytest.mark.parametrize("backend_id", ["subblock_attn", "sparge_attn", "cube_attn"])
+@pytest.mark.parametrize("backend_id", ["subblock_attn", "sparge_attn", "cube_attn", "video_sparse_attn"])
 def test_of_equal_scores_the_first_blocks_are_kept(backend_id: str) -> None:
     grid = TokenGrid(4, 16, 16)
     call = AttentionCall(*(torch.ones(1, 1, grid.cells, 8) for _ in range(3)))
@@ -307,7 +334,7 @@ DENSE_STEPS = {
     "sliding_tile_attn": ("skip_time_steps", 15),
     "subblock_attn": ("skip_first_steps", 10),
     "radial_attn": ("dense_timesteps", 0),
-    **dict.fromkeys(("sparge_attn", "nabla_attn", "ssta_attn", "cube_attn"), ("dense_steps", 0)),
+    **dict.fromkeys(("sparge_attn", "nabla_attn", "ssta_attn", "cube_attn", "video_sparse_attn"), ("dense_steps", 0)),
 }
 """Backend -> its option, and how many of 50 steps are computed whole without it."""
 
@@ -396,6 +423,42 @@ def test_what_is_not_built_falls_back_with_its_reason(backend_id: str, options: 
     assert str(reason) in str(row["reason"])
 
 
+PASTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "--attention-backend sparge_attn --attention-backend-config topk=0.3": ("sparge_attn", {"topk": 0.3}),
+    "infer.attn_type=sparge infer.attn_config.sparsity_ratio=0.5 infer.attn_config.block_size=64": (
+        "sparge_attn",
+        {"sparsity_ratio": 0.5, "block_size": 64},
+    ),
+    "--attention-backend sliding_tile_attn --attention-backend-config skip_time_steps=4,sta_mode=STA_inference": (
+        "sliding_tile_attn",
+        {"skip_time_steps": 4, "sta_mode": "STA_inference"},
+    ),
+    '--attention-backend subblock_sparse_attn --attention-backend-config \'{"sparsity": 0.85, "min_seq_len": 0}\'': (
+        "subblock_attn",
+        {"sparsity": 0.85, "min_seq_len": 0},
+    ),
+    "--component-attention-backends transformer=cube_sparse_attn --attention-backend-config "
+    '\'{"local_cube_size": [4, 4, 4], "topk_ratio_list": [1.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.5]}\'': (
+        "cube_attn",
+        {"local_cube_size": [4, 4, 4], "topk_ratio_list": [1.0, 1.0, 0.8, 0.7, 0.6, 0.5, 0.5]},
+    ),
+}
+
+
+@pytest.mark.parametrize("text", PASTED)
+def test_what_other_systems_document_pastes_and_runs(text: str) -> None:
+    config = parse_config(text)
+    specs = [config.default, *config.per_role.values()]
+    (spec,) = [spec for spec in specs if spec is not None and spec.backend == PASTED[text][0]]
+    assert dict(spec.extra) == PASTED[text][1]
+    query = torch.randn(1, 1, 4 * 33 * 40, 8)
+    with account() as run_report:
+        attention(query, query, query, backend=config, grid=(4, 33, 40))
+    (row,) = run_report.as_dict()["rows"]
+    assert (row["backend"], row["reason"]) == (spec.backend, None)
+    assert row["kept"] < 0.9
+
+
 # Mask strategy files
 
 
@@ -409,7 +472,7 @@ def strategy(steps: int, layers: int, heads: int) -> dict[str, list[int]]:
 def test_each_head_has_the_window_of_its_step_and_layer(tmp_path: Path) -> None:
     path = tmp_path / "strategy.json"
     path.write_text(json.dumps(strategy(2, 3, 2)))
-    grid = TokenGrid(13, 17, 20)
+    grid = TokenGrid(13, 9, 17)
     call = AttentionCall(*(torch.zeros(1, 2, grid.cells, 8) for _ in range(3)))
     options = {"mask_strategy_file_path": str(path), "skip_time_steps": 0}
     for step, steps, expected in ((1, 2, 1), (3, 8, 0), (4, 8, 1), (0, 1, 0), (None, None, 1)):
@@ -466,5 +529,7 @@ def test_static_maps_are_made_once_and_read_nothing_from_a_device() -> None:
 
 
 def test_each_method_is_compared() -> None:
-    methods = {module.BACKENDS[0].id for module in (cube, nabla, radial, sliding_tile, sparge, ssta, subblock)}
+    methods = {
+        module.BACKENDS[0].id for module in (cube, nabla, radial, sliding_tile, sparge, ssta, subblock, video_sparse)
+    }
     assert methods == set(CASES) == set(LEAVES_OUT) == set(KEEPS_ALL) == set(DENSE_STEPS)

@@ -136,11 +136,6 @@ def test_the_example_of_vllms_document_is_refused_for_its_true_reason(snapshot: 
 
 
 PLANNED_TEXTS = {
-    "--attention-backend sparge_attn --attention-backend-config topk=0.3": ("sparge_attn", {"topk": 0.3}),
-    "--attention-backend sliding_tile_attn --attention-backend-config mask_strategy_file_path=a.json,sta_mode=x": (
-        "sliding_tile_attn",
-        {"mask_strategy_file_path": "a.json", "sta_mode": "x"},
-    ),
     '--attention-backend vmoba_attn --attention-backend-config \'{"moba_config": {"st_topk": 2}}\'': (
         "vmoba_attn",
         {"moba_config": {"st_topk": 2}},
@@ -152,10 +147,6 @@ PLANNED_TEXTS = {
     "--attention-backend sparse_video_gen_2_attn --attention-backend-config svg2_top_p_kmeans=0.8": (
         "sparse_video_gen_2_attn",
         {"svg2_top_p_kmeans": 0.8},
-    ),
-    "infer.attn_type=sparge infer.attn_config.sparsity_ratio=0.5 infer.attn_config.block_size=64": (
-        "sparge_attn",
-        {"sparsity_ratio": 0.5, "block_size": 64},
     ),
 }
 

@@ -270,7 +270,7 @@ FORMS: dict[str, dict[str, Any] | str] = {
     "FASTVIDEO_FA4=1 FASTVIDEO_ATTENTION_BACKEND=SAGE_ATTN fastvideo generate --model x": {
         "default": {"backend": "sage_attn"}
     },
-    "FASTVIDEO_ATTENTION_BACKEND=NABLA_ATTN": "of FastVideo",
+    "FASTVIDEO_ATTENTION_BACKEND=NABLA_ATTN": {"default": {"backend": "nabla_attn"}},
     "python main.py --use-sage-attention --listen": {"default": {"backend": "sage_attn"}},
     "python main.py --use-quad-cross-attention": "choose comfy",
     "--use-flash-attention --use-sage-attention": "give one",
@@ -547,8 +547,6 @@ def test_12_an_unknown_name_lists_the_names_and_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "runs_on"),
     [
-        ("cube_sparse_attn", "FlexAttention"),
-        ("subblock_sparse_attn", "FlashInfer"),
         ("video_sparse_attn_h3", "fastvideo-kernel"),
         ("hybrid_window_attn_h3", "FlashAttention"),
     ],

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ...values.aliases import FASTVIDEO, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ..block_map import BlockMap, Dense
@@ -31,6 +32,7 @@ class Nabla(SparseMethod):
 
     id = "nabla_attn"
     summary = "NABLA: each block of 8x8 tokens sees its neighbours and the blocks that hold most of its attention."
+    aliases = (Alias(FASTVIDEO, "NABLA_ATTN", "there for Kandinsky 5 alone"),)
     options = (
         Option(
             "P", float, 0.9, "Share of the attention of block means that is kept.", minimum=0, maximum=1, by_step=True

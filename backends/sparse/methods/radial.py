@@ -25,6 +25,7 @@ from ...values.aliases import WAN_WRAPPER, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ...values.platform import Platform
+from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
 from ..blocks import raster
 from ..by_step import DENSE_STEPS, computed_whole
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from ...values.request import AttentionCall
 
+NO_INT8 = template("radial.int8", "use_sage_attention needs block-sparse attention in INT8, which is not built here")
 SPLIT = 128
 """Tokens below which pairs of frames are left out."""
 
@@ -109,9 +111,9 @@ class Radial(SparseMethod):
         Option("model_type", str, "auto", "The published rule of a model.", choices=("auto", "wan", "hunyuan")),
     )
 
-    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         if options.get("use_sage_attention", False):
-            return ["use_sage_attention needs block-sparse attention in INT8, which is not built here"]
+            return [Reason(NO_INT8)]
         return []
 
     def select_blocks(

@@ -23,6 +23,7 @@ from ...values.aliases import SGLANG, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ...values.platform import Platform
+from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
 from ..blocks import tile_counts, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole
@@ -36,6 +37,10 @@ TILE = (6, 8, 8)
 WINDOW = (3, 3, 3)
 DENSE, OF_STEPS = 15, 50
 MODES = ("STA_inference", "STA_searching", "STA_tuning", "STA_tuning_cfg")
+NO_SEARCH = template(
+    "sliding_tile.mode", "{name} {mode} looks for windows, which is not built here; STA_inference runs them"
+)
+NO_STRATEGY = template("sliding_tile.strategy", "{error}")
 MOST_BYTES = 2**26
 """Of a mask strategy file; one of 50 steps, 60 layers and 40 heads has about 3 MB."""
 
@@ -131,16 +136,16 @@ class SlidingTile(SparseMethod):
             found.append("mask_strategy_file_path and window_size say the same thing; give one")
         return found
 
-    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[str]:
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         for name in ("sta_mode", "STA_mode"):
             if (mode := options.get(name, MODES[0])) != MODES[0]:
-                return [f"{name} {mode} looks for windows, which is not built here; STA_inference runs them"]
+                return [Reason(NO_SEARCH, name=name, mode=str(mode))]
         path = options.get("mask_strategy_file_path")
         try:
             if path is not None:
                 read_strategy(str(path))
         except ValueError as error:
-            return [str(error)]
+            return [Reason(NO_STRATEGY, error=str(error))]
         return []
 
     def load(self, platform: Platform, **options: object) -> Kernel:

@@ -38,6 +38,7 @@ QUERIES, KEYS = 128, 64
 SIMILAR_TOPK, SIMILAR_CDF = -0.1, 0.6
 """The published `simthreshd1` of the two rules."""
 
+BLOCKS = "here the blocks of SpargeAttention in the arithmetic of the call"
 HERE = "there in INT8 and FP8; here the same blocks in the arithmetic of the call"
 
 
@@ -57,8 +58,8 @@ class Sparge(SparseMethod):
     aliases = (
         Alias(VLLM_OMNI, "SPARGE", HERE),
         Alias(SGLANG, "sparge_attn", HERE),
-        Alias(SMART_DIFFUSION, "sparge", f"under this name Smart-Diffusion runs FlashAttention 2; {HERE}"),
-        Alias(SMART_DIFFUSION, "spas_sage", f"Smart-Diffusion's inner name for sparge; {HERE}"),
+        Alias(SMART_DIFFUSION, "sparge", f"under this name Smart-Diffusion runs FlashAttention 2; {BLOCKS}"),
+        Alias(SMART_DIFFUSION, "spas_sage", f"Smart-Diffusion's inner name for sparge; {BLOCKS}"),
         Alias(YUNCHANG, "SPARSE_SAGE", HERE),
         Alias(PEOPLE, "sparge_attn_backend"),
     )

@@ -20,6 +20,7 @@ from ...values.platform import Platform
 from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
 from ..blocks import tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
 from ..choose_blocks import count_of_share, highest
 from ..method import SparseMethod, Where, mean_scores
 
@@ -43,11 +44,13 @@ class VideoSparse(SparseMethod):
         Alias(FASTVIDEO, "VIDEO_SPARSE_ATTN"),
     )
     options = (
-        Option("sparsity", float, None, "Share of cubes of 4x4x4 left out.", minimum=0, maximum=1),
-        Option("VSA_sparsity", float, None, "The same, by its older name.", minimum=0, maximum=1),
+        Option("sparsity", float, None, "Share of cubes of 4x4x4 left out.", minimum=0, maximum=1, by_step=True),
+        Option("VSA_sparsity", float, None, "The same, by its older name.", minimum=0, maximum=1, by_step=True),
         Option("fastvideo_vsa_topk", int, 64, "Without a sparsity: cubes of 4x8x8 kept.", minimum=1),
         Option("fastvideo_vsa_provider", str, "auto", "vLLM-Omni's package; not used.", choices=PROVIDERS),
         Option("fastvideo_vsa_precision", str, "bf16", "vLLM-Omni's arithmetic.", choices=("bf16", "sage")),
+        DENSE_STEPS,
+        DENSE_LAYERS,
     )
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
@@ -62,10 +65,13 @@ class VideoSparse(SparseMethod):
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
+        whole = computed_whole(where, options)
+        if whole is not None:
+            return whole
         sparsity = options["VSA_sparsity"] if options["sparsity"] is None else options["sparsity"]
         blocks = tiles(grid, CUBE_OF_VLLM if sparsity is None else CUBE)
-        if isinstance(sparsity, int | float):
-            count = count_of_share(1 - sparsity, blocks.count)
+        if sparsity is not None:
+            count = count_of_share(1 - value_at(sparsity, where), blocks.count)
         else:
             count = min(int(str(options["fastvideo_vsa_topk"])), blocks.count)
         if count == blocks.count:
