@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from attention_backends.backends.kernels.backend import FLOATING
+from attention_backends.backends.sparse.method import Grid
+from attention_backends.backends.values.grid import TokenGrid
 from attention_backends.backends.values.limits import (
     Causal,
     Dtypes,
@@ -76,7 +78,9 @@ def features(limits: Limits, only: int | None = None) -> Iterator[Feature]:
     only_sizes, causal, wide = limits.get(HeadDimIn), limits[Causal], limits[ValueHeadDim].may_differ
     own_sizes = only_sizes.sizes if only_sizes else ()
     for dtype in dtypes if only is None else dtypes[only % len(dtypes) :][:1]:
-        bases = (AttentionRequest(2, 4, 48, 64, size, dtype) for size in (*own_sizes, *HEAD_DIMS))
+        bases = [AttentionRequest(2, 4, 48, 64, size, dtype) for size in (*own_sizes, *HEAD_DIMS)]
+        if limits.get(Grid):
+            bases = [base._replace(q_len=64, grid=TokenGrid(1, 1, 64)) for base in bases]
         able = [request for request in bases if not limits.reasons(request)]
         if not able:
             yield Feature(f"{dtype}: any call", AttentionRequest(2, 4, 48, 64, 64, dtype))

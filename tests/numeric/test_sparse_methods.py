@@ -202,7 +202,7 @@ def test_the_map_is_the_published_one_in_many_cases(backend_id: str) -> None:
 def test_radial_windows_of_many_blocks(block: int, model: str) -> None:
     rng = random.Random(f"{block}{model}")
     for _ in range(4):
-        shape, decay = (rng.randint(4, 9), rng.randint(6, 10), rng.randint(6, 10)), rng.choice((0.1, 0.3, 1.0))
+        shape, decay = (rng.randint(3, 9), rng.randint(7, 13), rng.randint(7, 13)), rng.choice((0.1, 0.3, 1.0))
         tokens = shape[1] * shape[2]
         seen, counts = radial.radial_map(shape[0], tokens, block, decay, model)
         blocks = Blocks(None, cut(shape[0] * tokens, block))
