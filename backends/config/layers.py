@@ -126,6 +126,11 @@ def asks_for_autotune(layers: tuple[AttentionConfig, ...]) -> bool:
     return any(spec.backend == AUTOTUNE for spec in _specs(layers))
 
 
+def named_backends(layers: tuple[AttentionConfig, ...]) -> Iterator[str]:
+    """The backends of all entries, `auto` and `autotune` among them."""
+    return (spec.backend for spec in _specs(layers))
+
+
 def names_backends(layers: tuple[AttentionConfig, ...]) -> bool:
     """Whether any entry names a backend, other than `auto` and `autotune`."""
     return any(spec.backend not in (AUTO, AUTOTUNE) for spec in _specs(layers))

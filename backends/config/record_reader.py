@@ -12,6 +12,7 @@ from ..kernels.group import BackendGroup
 from ..measure.call_key import TuningKey, key_of
 from ..values.errors import ConfigError
 from ..values.fields import LONGEST_TEXT, Fields
+from ..values.grid import parse_grid
 from ..values.plain_data import check_data
 from ..values.request import DTYPES, MASK_KINDS, AttentionRequest
 from . import AttentionSpec
@@ -160,7 +161,13 @@ class _Reader:
         facts.one_of("mask", MASK_KINDS, "none")
         if facts.data.get("scale") is not None:
             facts.number("scale")
-        return normal(AttentionRequest(**facts.data))
+        data = dict(facts.data)
+        if data.get("grid") is not None:
+            try:
+                data["grid"] = parse_grid(facts.text("grid"))
+            except ValueError as error:
+                raise facts.wrong("", str(error)) from error
+        return normal(AttentionRequest(**data))
 
     def blocks(self, decision: Fields) -> list[tuple[str, Sequence[int | str]]]:
         """(prefix, numbers) for each text of a decision's blocks, such as `blocks.0-3`; one empty pair without any."""

@@ -101,6 +101,11 @@ class Recorded:
         own = [run for run in self.runs if node_id and run.node_id == node_id]
         return own[0] if own else self.runs[min(self._index, len(self.runs) - 1)]
 
+    def backends(self) -> set[str]:
+        """Every backend that ran."""
+        choices = (choice for run in self.runs for timeline in run.timelines for choice in timeline.choices)
+        return {choice.asked for choice in choices if choice.asked is not None}
+
     @property
     def _index(self) -> int:
         number = re.search(r"_(\d{1,3})$", self.component)

@@ -48,6 +48,8 @@ class Window(NamedTuple):
     """The entries of the schedules that are active."""
     segment: int = 0
     """The part of a recorded run that is repeated."""
+    grids: int = 0
+    """The host's number for the token grids of its calls; 0 unless a sparse backend is asked for."""
 
 
 ALWAYS = Window()

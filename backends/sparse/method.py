@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 NO_GRID = template("grid.unknown", "no token grid is known for this call")
+OTHER_KEYS = template("grid.keys", "the {kv_len} keys are not the tokens of the grid")
 NO_PROOF = template("grid.proof", "grid {grid} has {tokens} tokens, and the call has {q_len} queries and {kv_len} keys")
 
 
@@ -37,6 +38,8 @@ class Grid(Rule):
         grid = request.grid
         if grid is None:
             return Reason(NO_GRID)
+        if grid.queries_only:
+            return Reason(OTHER_KEYS, kv_len=request.kv_len)
         if request.q_len == grid.tokens and grid.tokens - grid.after <= request.kv_len <= grid.tokens:
             return None
         return Reason(NO_PROOF, grid=grid.describe(), tokens=grid.tokens, q_len=request.q_len, kv_len=request.kv_len)

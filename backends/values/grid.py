@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol
 MOST_MAPS = 4
 """Block maps that a row keeps until they are counted; of more calls the kept fraction is not read."""
 
+QUERIES_ONLY = "/queries"
+
 
 class TokenGrid(NamedTuple):
     """Frames x height x width of the tokens of one sample, in this order, with other tokens before and after."""
@@ -23,6 +25,8 @@ class TokenGrid(NamedTuple):
     """Tokens before the grid, such as a prompt."""
     after: int = 0
     """Tokens after the grid."""
+    queries_only: bool = False
+    """The keys are other tokens, as in cross-attention."""
 
     @property
     def cells(self) -> int:
@@ -43,7 +47,9 @@ class TokenGrid(NamedTuple):
         text = "x".join(map(str, self.shape))
         if self.before:
             text = f"{self.before}+{text}"
-        return f"{text}+{self.after}" if self.after else text
+        if self.after:
+            text = f"{text}+{self.after}"
+        return text + QUERIES_ONLY if self.queries_only else text
 
 
 def parse_grid(text: str) -> TokenGrid:
@@ -52,7 +58,7 @@ def parse_grid(text: str) -> TokenGrid:
     Raises:
         ValueError: it is no grid; the message says what is expected.
     """
-    parts = text.split("+")
+    parts = text.removesuffix(QUERIES_ONLY).split("+")
     at = next((index for index, part in enumerate(parts) if "x" in part), -1)
     try:
         if at < 0 or at > 1 or len(parts) > at + 2:
@@ -66,7 +72,7 @@ def parse_grid(text: str) -> TokenGrid:
             f"grid {text[:80]!r} is not FRAMESxHEIGHTxWIDTH, such as 21x30x52; other tokens before and after are added "
             "as in 512+21x30x52+77"
         ) from None
-    return TokenGrid(frames, height, width, before, after)
+    return TokenGrid(frames, height, width, before, after, text.endswith(QUERIES_ONLY))
 
 
 class Place(NamedTuple):

@@ -68,19 +68,19 @@ def _tokens(diffusion_model: torch.nn.Module, shape: tuple[float, ...]) -> int:
     sizes = shape[1:]
     if not sizes or (len(sizes) == 1 and shape[0] == 1):  # several latents packed into one row
         return 0
-    patch = _patch(diffusion_model)[-len(sizes) :]
+    patch = patch_size(diffusion_model)[-len(sizes) :]
     patch = (1,) * (len(sizes) - len(patch)) + patch
     return math.prod(math.ceil(size / step) for size, step in zip(sizes, patch, strict=True))
 
 
-def _patch(diffusion_model: torch.nn.Module) -> tuple[int, ...]:
+def patch_size(diffusion_model: torch.nn.Module) -> tuple[int, ...]:
     """How much of the latent is one token, the last dimensions of it; one number means height and width."""
     attributes = diffusion_model.__dict__
     size = attributes.get("patch_size", attributes.get("patch_spatial"))
     if isinstance(size, list | tuple) and all(type(number) is int and number > 0 for number in size):
         return tuple(size)
     if type(size) is int and size > 0:
-        return (attributes.get("patch_temporal", 1), size, size)
+        return (attributes.get("patch_temporal") or attributes.get("patch_size_t") or 1, size, size)
     halved = 2 ** _halvings(diffusion_model)
     return (halved, halved)
 

@@ -13,7 +13,7 @@ from ...backends.config.names import COMFY
 from ...backends.engine.plan import CallKind, Slot
 from ...backends.engine.priorities import LAST_RESORT
 from ...backends.engine.router import forbidden
-from ...backends.engine.sub_calls import calls_of, fits, plan_sub_calls
+from ...backends.engine.sub_calls import calls_of, fits, keeps_grid, plan_sub_calls
 from ...backends.kernels.comfy import HostFunction
 from ...backends.values.mask_plan import NOTHING_HIDDEN, MaskPlan
 from ...backends.values.reasons import Reason
@@ -23,6 +23,7 @@ from .comfy_functions import changed_by_auto, forces_upcast, host_function
 from .compiled import KNOWN_ARGUMENTS
 from .layouts import Layout, only_comfyui
 from .model_call import ModelCall
+from .token_grids import grid_of
 
 
 class OnlyComfyUIError(Exception):
@@ -122,6 +123,7 @@ def _planned(
         kwargs.get("attn_precision"), tensors[0].dtype
     )
     kind = _kind(model_call, ordinal, call.request(exact_only=exact_only))
+    grid = kind.request.grid
     masked = mask_plan is not None and mask_plan.strategy not in ("none", NOTHING_HIDDEN)
     choice = model_call.choice(kind.role, kind.category, masked=masked)
     asked = choice.asked
@@ -137,9 +139,10 @@ def _planned(
         )  # fmt: skip
 
     def planned_sub_call(part: AttentionCall, mask_text: str) -> Slot:
-        return planned(part.request(exact_only=exact_only), mask_text)
+        of_part = grid if mask_plan is not None and keeps_grid(mask_plan) else None
+        return planned(part.request(exact_only=exact_only, grid=of_part), mask_text)
 
-    calls = [] if mask_plan is None or host.runs else calls_of(session, mask_plan, call, asked)
+    calls = [] if mask_plan is None or host.runs else calls_of(session, mask_plan, call, asked, grid)
     if mask_plan is not None and calls:
         hook_plan = HookPlan(
             layout, plan_sub_calls(session, mask_plan, call, calls, planned_sub_call), preferred=host.wish
@@ -161,6 +164,9 @@ def _kind(model_call: ModelCall, ordinal: int, request: AttentionRequest) -> Cal
     if role.guessed:
         path = re.sub(r"\d+", "*", module.path) if module is not None else "an unknown module"
         model_call.run.note(Reason("role.guessed", role=role.name, path=path))
+    if model_call.window.grids:
+        grids = model_call.run.grids[model_call.window.grids]
+        request = request._replace(grid=grid_of(grids, role.name, role.category, request.q_len))
     return CallKind(request, role.name, role.category, module.block if module is not None else "")
 
 

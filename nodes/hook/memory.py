@@ -12,7 +12,9 @@ import logging
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,10 +23,12 @@ from ...backends.config import AttentionConfig
 from ...backends.config.layers import Choice, resolve, settings_of
 from ...backends.values.errors import NoBackendError
 from ...backends.values.faults import is_cuda_fault, is_out_of_memory
+from ...backends.values.grid import TokenGrid
 from ...backends.values.request import AttentionRequest
-from .estimated_calls import expected_requests
+from .estimated_calls import expected_requests, patch_size
 from .roles import Role
 from .run import KEY, RUN_KEY, router_for
+from .token_grids import asks_for_sparse, patches
 
 if TYPE_CHECKING:
     from .hook_plans import HookPlan
@@ -50,7 +54,7 @@ class Kind(NamedTuple):
 
 
 Shape = tuple[float, ...]
-_known: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[Shape, frozenset[Kind]]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[Hashable, frozenset[Kind]]] = weakref.WeakKeyDictionary()
 
 
 class MemoryKey(NamedTuple):
@@ -59,12 +63,19 @@ class MemoryKey(NamedTuple):
     model: weakref.ref[torch.nn.Module]
     shape: Shape
     """Of the latent, without its batch."""
+    grids: bool = False
+    """Whether its calls have token grids."""
+
+    @property
+    def calls(self) -> Hashable:
+        """The part of the key beside the model."""
+        return (self.shape, "grids") if self.grids else self.shape
 
 
-def key_of(model: Any, noise_shape: Any) -> MemoryKey:
-    """The key of a run of a `BaseModel` on a latent of this shape."""
+def key_of(model: Any, noise_shape: Any, grids: bool = False) -> MemoryKey:
+    """The key of a run of a `BaseModel` on a latent of this shape; `grids`: its calls have token grids."""
     diffusion_model = model.diffusion_model
-    return MemoryKey(weakref.ref(getattr(diffusion_model, "_orig_mod", diffusion_model)), tuple(noise_shape[1:]))
+    return MemoryKey(weakref.ref(getattr(diffusion_model, "_orig_mod", diffusion_model)), tuple(noise_shape[1:]), grids)
 
 
 def expected(key: MemoryKey, model: Any, conds: Any) -> frozenset[Kind]:
@@ -73,11 +84,19 @@ def expected(key: MemoryKey, model: Any, conds: Any) -> frozenset[Kind]:
     if diffusion_model is None:
         return frozenset()
     shapes = _known.get(diffusion_model)
-    known = None if shapes is None else shapes.get(key.shape)
+    known = None if shapes is None else shapes.get(key.calls)
     if known is not None:
         return known
     guessed = expected_requests(diffusion_model, model, key.shape, conds)
-    return frozenset(Kind(role, request) for role, request in guessed)
+    kinds = frozenset(Kind(role, request) for role, request in guessed)
+    return frozenset(map(partial(_with_grid, diffusion_model, key.shape), kinds)) if key.grids else kinds
+
+
+def _with_grid(diffusion_model: torch.nn.Module, shape: Shape, kind: Kind) -> Kind:
+    """A guessed kind with a grid of its tokens; what stands beside the grid does not change the memory."""
+    sizes = patches((0, *map(int, shape)), patch_size(diffusion_model))
+    grid = TokenGrid(*sizes, max(kind.request.q_len - prod(sizes), 0), 0, kind.role.category == "cross")
+    return kind._replace(request=kind.request._replace(grid=grid))
 
 
 def learn(run: Run) -> None:
@@ -94,8 +113,8 @@ def _learn(run: Run) -> None:
     if run.memory_key is None or diffusion_model is None or not kinds:
         return
     shapes = _known.setdefault(diffusion_model, OrderedDict())
-    shapes.pop(run.memory_key.shape, None)
-    shapes[run.memory_key.shape] = kinds
+    shapes.pop(run.memory_key.calls, None)
+    shapes[run.memory_key.calls] = kinds
     if len(shapes) > MOST_SHAPES:
         shapes.popitem(last=False)
 
@@ -180,7 +199,7 @@ def _adjusted_shape(override: Any, run: Run | None, model: Any, noise_shape: Any
     """The latent shape that makes ComfyUI reserve what this run takes; the run stores the reported bytes."""
     windowed = _window_of(windows, noise_shape)
     shape = noise_shape if windowed is None else windowed[0]
-    key = key_of(model.model, shape)
+    key = key_of(model.model, shape, asks_for_sparse(override.layers))
     samples = int(shape[0])
     extra = needed(override.layers, expected(key, model.model, conds), samples, model.load_device)
     if run is not None:

@@ -55,8 +55,10 @@ class ModelCall:
         """Finds code of other packs in the running model; set before `begin`."""
         self.begin({})
 
-    def begin(self, options: dict[str, Any], *, in_model_call: bool = False) -> None:
+    def begin(self, options: dict[str, Any], *, in_model_call: bool = False, grids: int = 0) -> None:
         """Start a model call with these transformer options, or a single call outside any.
+
+        `grids`: the run's number for its token grids.
 
         Attributes are replaced, never changed in place, so that `restore` can bring back the former ones.
         """
@@ -73,8 +75,11 @@ class ModelCall:
         """Source tensor of a mask that the running module rebuilds in each block (Qwen-Image)."""
         self.masks = Masks(self.run, self._masks_not_kept if in_model_call else None)
         entries = self._entries()
-        self.window = self.run.begin_model_call(entries) if in_model_call else Window(entries) if entries else ALWAYS
-        """The active entries of the schedules, and the segment of a recorded run."""
+        if in_model_call:
+            self.window = self.run.begin_model_call(entries, grids)
+            """What decides beside the call itself: schedules, the segment of a recorded run, token grids."""
+        else:
+            self.window = Window(entries) if entries else ALWAYS
 
     def state(self) -> tuple[Any, ...]:
         """The values of all attributes, for `restore`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,15 @@ from ...backends.values.devices import synchronise
 from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform
 from ...backends.values.reasons import Reason
-from . import attention_modules
+from . import attention_modules, run_progress
 from .foreign_code import ForeignCode
 from .model_call import ModelCall
 from .other_packs import KEY as KEY
 from .other_packs import OVERRIDE as OVERRIDE
 from .other_packs import Others
 from .roles import bypass_of
+from .run_progress import NO_SAMPLER, WholeSchedule, whole_schedule
+from .token_grids import Grids, asks_for_sparse
 
 if TYPE_CHECKING:
     from .hook_plans import HookPlan
@@ -93,6 +95,13 @@ class Run:
         """The recorded run to repeat; None without one."""
         self._timetables: dict[int, tuple[Any, Timetable]] = {}
         self._windows: dict[Window, Window] = {}
+        self.asks_for_sparse = asks_for_sparse(override.layers)
+        """Whether token grids and progress are needed."""
+        self.grids: dict[int, Grids] = {}
+        """The token grids of its model calls, by the number in `Window.grids`."""
+        self._numbers: dict[Grids, int] = {}
+        self._count = count(1)
+        self._schedule: tuple[Any, WholeSchedule] | None = None
         self.step: int | None = None
         """The sampler's step of the current evaluation of the model, from its loop (`sampler_loop.py`), or None."""
         self._code: dict[int, ForeignCode] = {}
@@ -158,6 +167,16 @@ class Run:
         self._timetables[place] = sigmas, found
         return found
 
+    def whole_schedule(self, model: Any, options: dict[str, Any]) -> WholeSchedule:
+        """Where this sampler's steps lie in the whole schedule; its sigmas are read once per sampler."""
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None:
+            return NO_SAMPLER
+        if self._schedule is None or self._schedule[0] is not sigmas:
+            percent_to_sigma = getattr(getattr(model, "model_sampling", None), "percent_to_sigma", None)
+            self._schedule = sigmas, whole_schedule(sigmas.tolist(), percent_to_sigma)
+        return self._schedule[1]
+
     def foreign_code(self, diffusion_model: torch.nn.Module) -> ForeignCode:
         """Finds other packs' code in a model; the model is searched once in a run."""
         found = self._code.get(id(diffusion_model))
@@ -215,6 +234,7 @@ class Run:
                     model_call.session.guard.flush()
                 if model_call.session.tuner is not None:
                     model_call.session.tuner.close()
+                run_progress.clear(model_call.session.progress)
             self.run_report.collect()  # times of a cancelled run; of others all are there
         finally:
             for marks in self._patches.values():
@@ -242,11 +262,17 @@ class Run:
                     self.note(text)
         return found
 
-    def begin_model_call(self, entries: Entries) -> Window:
-        """The window of the model call that begins: the active entries of the schedules, the segment of a record."""
+    def number_of(self, grids: Grids) -> int:
+        """The number of some token grids in this run: plan keys have it, whose hash costs less than theirs."""
+        number = self._numbers.setdefault(grids, next(self._count)) if grids else 0
+        self.grids[number] = grids
+        return number
+
+    def begin_model_call(self, entries: Entries, grids: int = 0) -> Window:
+        """The window of the model call that begins: entries of the schedules, segment of a record, token grids."""
         number = self.run_report.timeline.model_calls + 1
         segment = 0 if self.record is None else self.record.run_of(self.run_report.node_id).part(number)
-        window = Window(entries, segment) if entries or segment else ALWAYS
+        window = Window(entries, segment, grids) if entries or segment or grids else ALWAYS
         window = self._windows.setdefault(window, window)  # equal ones are the same object, which a key compares first
         if self.run_report.recorder is not None:
             self.run_report.recorder.begin_model_call(number, window)

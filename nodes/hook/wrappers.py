@@ -15,11 +15,12 @@ from ...backends.observe.replay.run_recorder import RunRecorder
 from ...backends.report import outcome
 from ...backends.values.reasons import Reason
 from ..history import runs
-from . import attention_modules, memory
+from . import attention_modules, memory, run_progress
 from .foreign_code import function_wrapper
 from .model_call import ModelCall
 from .run import KEY, OVERRIDE, RUN_KEY, Run
 from .sampler_loop import loop_step
+from .token_grids import grids_of
 
 
 def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,9 +86,7 @@ def calc_cond_batch_wrapper(
     outer, attention_modules.current.run = getattr(attention_modules.current, "run", None), run
     run.is_evaluated = True
     if not run.over and hasattr(model, "diffusion_model"):
-        run.patch_modules(
-            model, options, conds
-        )  # here: a pack may call it without the wrapper below
+        run.patch_modules(model, options, conds)  # here: a pack may call it without the wrapper below
     try:
         return executor(memory.with_estimate(model, run), conds, x_in, timestep, model_options)
     finally:
@@ -124,12 +123,18 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     previous, place, on_top = attention_modules.set_model_call(model_call), model_call.state(), run.others.on_top
     inside = run.step is None and (run.is_sampled or own_run)
     replaced: dict[str, Any] = {}
+    progress = None
     try:
         model_call.timetable = run.timetable(executor.class_obj, options)
         model_call.code = run.foreign_code(executor.class_obj.diffusion_model)
         if inside:  # not from ComfyUI's own batching, which has asked already in the sampler's thread
             run.step = step_in_loop(options.get("sample_sigmas"))
-        model_call.begin(options, in_model_call=True)
+        grids = 0
+        if run.asks_for_sparse:
+            grids = _grids(run, executor.class_obj.diffusion_model, args, kwargs)
+            schedule = run.whole_schedule(executor.class_obj, options)
+            progress = run_progress.begin(model_call.session.progress, run, schedule, options, args[0])
+        model_call.begin(options, in_model_call=True, grids=grids)
         replaced = run.others.watch(options)
         if model_call.session.tuner is not None:
             model_call.session.tuner.model_call(options.get("sigmas"))
@@ -145,10 +150,22 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options.update(replaced)
         attention_modules.set_model_call(previous)
         model_call.restore(place)
+        if progress is not None:
+            run_progress.restore(model_call.session.progress, progress)
         if model_call.in_model_call:  # one inside another, which goes on where it was
             run.others.on_top = on_top
         if own_run:
             run.close()
+
+
+def _grids(run: Run, diffusion_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The number of this model call's token grids; 0, with a note, where its input cannot be read."""
+    family = attention_modules.family_of_model(diffusion_model)
+    try:
+        return 0 if family is None else run.number_of(grids_of(diffusion_model, family.name, args, kwargs))
+    except Exception as error:  # an input of an unknown kind: the calls are computed whole
+        run.note(f"the token grids of this model could not be read: {type(error).__name__}: {error}")
+        return 0
 
 
 def _guarded(
@@ -164,7 +181,7 @@ def _guarded(
         kept = {name: list(parts) if isinstance(parts, list) else parts for name, parts in control.items()}
 
     def again() -> Any:
-        model_call.begin(options, in_model_call=True)
+        model_call.begin(options, in_model_call=True, grids=model_call.window.grids)
         return executor(*(args if kept is None else (*args[:4], kept, *args[5:])), **kwargs)
 
     at = None if options.get("sample_sigmas") is None else _place_in_run(model_call, len(options["sample_sigmas"]) - 1)

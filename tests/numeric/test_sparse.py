@@ -216,7 +216,13 @@ def test_nothing_left_out_is_dense_to_the_bit() -> None:
 
 
 def test_grids_read_back() -> None:
-    for grid in (TokenGrid(21, 30, 52), TokenGrid(1, 4, 4, 512), TokenGrid(1, 4, 4, 0, 77), TokenGrid(2, 3, 4, 5, 6)):
+    for grid in (
+        TokenGrid(21, 30, 52),
+        TokenGrid(1, 4, 4, 512),
+        TokenGrid(2, 3, 4, 1, 2, True),
+        TokenGrid(1, 4, 4, 0, 77),
+        TokenGrid(2, 3, 4, 5, 6),
+    ):
         assert parse_grid(grid.describe()) == grid
     for text in ("", "4", "4x4", "0x4x4", "4x4x4+", "1+2+3x3x3", "ax4x4", "-1+2x2x2"):
         with pytest.raises(ValueError, match="FRAMESxHEIGHTxWIDTH"):

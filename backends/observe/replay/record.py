@@ -81,6 +81,8 @@ def facts_of(request: AttentionRequest) -> dict[str, Any]:
         "v_head_dim": request.head_dim,
     }
     facts = normal(request)._asdict()
+    if request.grid is not None:
+        facts["grid"] = request.grid.describe()
     return {name: value for name, value in facts.items() if name not in defaults or value != defaults[name]}
 
 
