@@ -59,7 +59,9 @@ def support_page() -> str:
             [(_code(backend.id), *row) for backend in built for row in _rows_of(backend)],
         ),
         "## Options",
-        "What a backend takes under `extra`. One without a row here takes none.",
+        "What a backend takes under `extra`. One without a row here takes none. A value *by step* is a number, a list "
+        "with one for each step (spread over a schedule of another length), or `{from, to, start, end}`: evenly from "
+        "one value to the other between two shares of the schedule, by default 0 and 1.",
         _table(
             ("backend", "option", "is", "default", "allowed", "what it does"),
             [_option(backend, option) for backend in built for option in backend.options],
