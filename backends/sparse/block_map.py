@@ -39,9 +39,9 @@ class BlockMap:
         """Share of query-key pairs that are computed, over samples and heads. Reads `seen`."""
         import torch
 
-        of_queries = torch.tensor(self.queries.sizes, dtype=torch.float64, device=self.seen.device)
-        of_keys = torch.tensor(self.keys.sizes, dtype=torch.float64, device=self.seen.device)
-        found = (self.seen.to(torch.float64) @ of_keys) @ of_queries
+        of_queries = torch.tensor(self.queries.sizes, dtype=torch.float64)
+        of_keys = torch.tensor(self.keys.sizes, dtype=torch.float64)
+        found = (self.seen.cpu().to(torch.float64) @ of_keys) @ of_queries  # on Apple GPUs there is no float64
         return float(found.mean()) / (self.queries.tokens * self.keys.tokens)
 
     def mask(self) -> torch.Tensor:

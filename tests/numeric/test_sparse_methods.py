@@ -528,6 +528,16 @@ def test_static_maps_are_made_once_and_read_nothing_from_a_device() -> None:
         assert one.counts is not None
 
 
+@pytest.mark.parametrize("backend_id", LEAVES_OUT)
+def test_choosing_reads_nothing_from_a_device_and_mixes_none(backend_id: str) -> None:
+    grid = TokenGrid(7, 11, 17)
+    meta = AttentionCall(*(torch.empty(1, heads, grid.cells, 8, device="meta") for heads in (4, 2, 2)), enable_gqa=True)
+    found = selected(backend_id, meta, grid, LEAVES_OUT[backend_id])
+    assert isinstance(found, BlockMap)
+    static = backend_id in ("sliding_tile_attn", "radial_attn")
+    assert found.seen.device.type == ("cpu" if static else "meta")
+
+
 def test_each_method_is_compared() -> None:
     methods = {
         module.BACKENDS[0].id for module in (cube, nabla, radial, sliding_tile, sparge, ssta, subblock, video_sparse)

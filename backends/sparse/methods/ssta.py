@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 def importance(call: AttentionCall, blocks: Blocks, weight: float, *, shared: bool) -> torch.Tensor:
     """The scores of tiles, (batch, num_heads or 1, tiles, tiles), float32."""
-    import torch
     from torch.nn.functional import normalize
 
     queries = block_means(call.query, blocks.sizes, blocks.index)
@@ -43,7 +42,7 @@ def importance(call: AttentionCall, blocks: Blocks, weight: float, *, shared: bo
     alike = (keys @ keys.mT + 1) / 2
     others = alike.sum(-2) - alike.diagonal(dim1=-2, dim2=-1)
     redundancy = others / max(blocks.count - 1, 1)
-    return torch.addcmul((queries @ keys.mT + 1) / 2 * weight, redundancy[..., None, :], torch.tensor(weight - 1))
+    return weight * (queries @ keys.mT + 1) / 2 - (1 - weight) * redundancy[..., None, :]
 
 
 class Ssta(SparseMethod):
