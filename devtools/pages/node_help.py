@@ -31,11 +31,8 @@ def sentences(page: str) -> dict[str, str]:
 
 
 def with_list(page: str, words: Mapping[str, str]) -> str:
-    """The page with its list of backends made anew.
-
-    Raises:
-        KeyError: a backend that `words` lacks: the page's language has no sentence for it yet.
-    """
+    """The page with its list of backends made anew; a backend that `words` lacks has its English sentence."""
+    words = {**english(), **words}
     rows = [_row(BACKENDS[name], words[name]) for name in menu("cuda") if name in BACKEND_IDS]
     places = [found.span() for found in ROW.finditer(page)]
     return page[: places[0][0]] + "\n".join(rows) + page[places[-1][1] :]
