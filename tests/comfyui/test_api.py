@@ -223,7 +223,7 @@ def test_a_compiled_function_asks_again_at_every_run() -> None:
         with block, account() as run_report:
             close(compiled(Q), sdpa(Q * 2, K, V) + 1)
         seen.append(run_report.summary())
-    assert seen == ["self sdpa_math 1 calls", "self torch_sdpa 1 calls", "self reference 1 calls"]
+    assert seen == ["self sdpa_math 1 call", "self torch_sdpa 1 call", "self reference 1 call"]
 
 
 # Accounts

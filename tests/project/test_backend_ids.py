@@ -30,7 +30,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "backends/kernels/planned.py": {"sage_attn": "SGLang's word for an option's value"},
     "backends/kernels/xformers.py": {"flash_attn": PACKAGE},
     "comparison/bench_report.py": {"cudnn_attn": "the second backend that ratios are to", "reference": LABEL},
-    **{f"comparison/{file}.py": {"reference": LABEL} for file in ("chart", "picture", "tables")},
+    "comparison/tables.py": {"reference": LABEL},
     "devtools/comfyui.py": {"comfy": MODULE},
     "devtools/contracts/uses.py": dict.fromkeys(
         ("xformers", "flash_attn", "aiter", "flash_attn_2", "flash_attn_3", "flash_attn_4"), PACKAGE
@@ -38,6 +38,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "devtools/demo.py": {"torch_sdpa": WORKFLOW, "sdpa_math": WORKFLOW},
     "nodes/configure/selector.py": {"xformers": "a word for the node search"},
     "nodes/configure/schedule.py": {"torch_sdpa": "the frozen default of a node's input"},
+    "nodes/http/forecast.py": dict.fromkeys(("torch_sdpa", "xformers"), "what ComfyUI's functions of that name run"),
     **{f"nodes/hook/{file}.py": {"comfy": MODULE} for file in ("callers", "foreign_code", "origins", "other_packs")},
 }
 """File -> id -> why it stands there."""
@@ -70,6 +71,7 @@ NAMED: dict[str, set[str]] = {
     "comparison/contenders.py": {"COMFY", "LAST_RESORT"},
     "comparison/run.py": {"COMFY"},
     "nodes/compare/compare_runs.py": {"COMFY"},
+    "nodes/http/forecast.py": {"COMFY"},
     "nodes/hook/comfy_functions.py": {"COMFY"},  # the label of ComfyUI's own functions
     "nodes/hook/hook_calls.py": {"COMFY"},
     "nodes/hook/hook_plans.py": {"COMFY", "LAST_RESORT"},
