@@ -16,8 +16,8 @@ from workflow_graphs import EMBEDDED, Graph, Link, embedded, ksampler, output
 
 pytestmark = pytest.mark.comfy
 
-NO_ACCOUNT = "no account: the model before this sampler has no Attention Backend Selector, or it ran too long ago"
-UNPATCHED = "this sampler ran without our patch"
+UNPATCHED = "no data: this sampler's model has no attention node"
+NO_ACCOUNT = f"{UNPATCHED}, or the run is no longer kept"
 MODEL, SELECTOR, SAMPLER = "1", "5", "6"
 """Ids of these nodes in `workflow`."""
 
@@ -84,7 +84,7 @@ def test_an_older_run_of_the_same_sampler_is_not_this_one(server: Server) -> Non
     text, report = told(server, graph.nodes)
     assert ran(report) == calls("sdpa_math", 3)
     assert report["not_counted"] == []
-    assert "without our patch" not in text
+    assert UNPATCHED not in text
 
     bare = without_selector(graph)
     for steps in (3, 4):
@@ -126,7 +126,7 @@ def test_a_sampler_from_the_cache_keeps_its_account(server: Server, renumbered: 
     assert newest(server) == number, "the sampler ran again: this test shows nothing"
     assert report["run"] == first["run"]
     assert report["not_counted"] == []
-    assert "without our patch" not in text
+    assert UNPATCHED not in text
 
 
 def two_stages(seed: int, second_patched: bool) -> Graph:
