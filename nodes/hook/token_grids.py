@@ -158,21 +158,21 @@ def grids_of(diffusion_model: torch.nn.Module, family: str, args: tuple[Any, ...
 def _placed(layout: Layout, model: Any, patch: tuple[int, ...], sizes: Sizes, given: Mapping[str, Any]) -> Placed:
     frames, height, width = sizes
     multiple = getattr(model, layout.multiple, None) if layout.multiple else None
-    counted = [
+    before, after = (
         sum(_padded(count, multiple) for other in others for count in _tokens(other, model, patch, given))
         for others in (layout.before, layout.after)
-    ]
+    )
     rest = layout.rest
     keyframes = [other for other in layout.after if other.kind == "keyframes"]
     guides = sum(count for other in keyframes for count in _tokens(other, model, patch, given)) // (height * width)
     if guides:  # they may be fewer in the call: what is masked is left out
-        frames, counted[1], rest = frames - guides, 0, "after"
+        frames, after, rest = frames - guides, 0, "after"
     if layout.rest_with and given.get(layout.rest_with):
         rest = "before"
     if multiple:
         cells = frames * height * width
-        counted[1] += _padded(cells, multiple) - cells
-    return Placed(layout.roles, TokenGrid(frames, height, width, *counted), rest)
+        after += _padded(cells, multiple) - cells
+    return Placed(layout.roles, TokenGrid(frames, height, width, before, after), rest)
 
 
 def _padded(count: int, multiple: int | None) -> int:
