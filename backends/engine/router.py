@@ -250,7 +250,9 @@ class Router:
             reasons = self.reasons_against(choice.asked, request, failed, choice.extra)
             if not reasons:
                 against = self.backends[choice.asked].avoid_reasons(request, self.platform)
-                notes = tuple(Reason("named", name=choice.asked, reason=reason) for reason in against) if against else ()
+                notes: tuple[str, ...] = ()
+                if against:
+                    notes = tuple(Reason("named", name=choice.asked, reason=reason) for reason in against)
                 extra = choice.extra
                 return Decision(choice.asked, choice.source, choice.asked, (), extra, extra, notes)
             rejected.append(Rejection(choice.asked, reasons))
