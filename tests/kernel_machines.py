@@ -91,12 +91,14 @@ def places(backend: Backend) -> Iterator[Platform]:
 
 
 def running_on(kind: str) -> list[str]:
-    """The backends that compute on a kind of device by themselves; `comfy` hands each call to ComfyUI.
+    """The dense backends that compute on a kind of device by themselves; `comfy` hands each call to ComfyUI.
 
-    Without what is compiled for each kind of call: test_flex_attn.py, with -m compile.
+    Without what is compiled for each kind of call: test_flex_attn.py, with -m compile. Sparse methods compute their own
+    maps: test_sparse_methods.py.
     """
     return [
         name
         for name, backend in BACKENDS.items()
-        if kind in backend.kinds and not isinstance(backend, Planned) and name != COMFY and not backend.compiled
+        if kind in backend.kinds and not isinstance(backend, Planned) and name != COMFY
+        if not backend.compiled and not backend.sparse
     ]
