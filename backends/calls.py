@@ -338,10 +338,11 @@ def _check_meaning(
 
 def _token_grid(grid: Grid, before: int, after: int) -> TokenGrid:
     """The grid as given to `attention`."""
-    sizes = (*grid, before, after)
-    if len(sizes) != 5 or not all(isinstance(size, int) for size in sizes) or min(grid) < 1 or min(before, after) < 0:
+    sizes = (*(grid if isinstance(grid, tuple | list) else ()), before, after)
+    whole = len(sizes) == 5 and all(type(size) is int for size in sizes)
+    if not whole or min(sizes[:3]) < 1 or min(before, after) < 0:
         raise CheckError(
-            f"grid {tuple(grid)!r} with tokens_before {before!r} and tokens_after {after!r} is not three whole "
+            f"grid {grid!r} with tokens_before {before!r} and tokens_after {after!r} is not three whole "
             "numbers from 1, with whole numbers from 0"
         )
     return TokenGrid(*sizes)

@@ -1,6 +1,7 @@
 /** The words of the line on a node: from what the server foresees, and from what a run came to. No element is made here. */
 
 import { addedUp, outcomeText, shortLine } from './account.js'
+import { inWords } from './phrases.js'
 
 /**
  * @typedef {import('./server.js').Forecast} Forecast
@@ -31,10 +32,11 @@ export function forecastWords(found, { isDefault, allow }, say) {
   const { backend, takes, faster, package: missing } = found
   if (backend === 'auto' && !isDefault) return plain([[say('line.as_without')]])
   if (!takes) {
-    const reasons = say('line.cannot', { backend, reasons: found.reasons.join('; ') })
+    const said = found.reasons.map((reason) => inWords(reason, found.phrases, say))
+    const reasons = say('line.cannot', { backend, reasons: said.join('; ') })
     const first = missing
       ? say('line.install', { backend, package: missing })
-      : say('line.cannot', { backend, reasons: found.reasons[0] ?? '' })
+      : say('line.cannot', { backend, reasons: said[0] ?? '' })
     return { texts: [first, say('line.cannot_short', { backend })], title: reasons, tone: 'bad' }
   }
   const name = [found.without, found.flag && `(${found.flag})`].filter(Boolean).join(' ')
@@ -73,7 +75,9 @@ export function forecastWords(found, { isDefault, allow }, say) {
  */
 export function ranWords(line, warning, say) {
   if (line.state === 'waiting' || !line.totals) return plain([[say('line.waiting')]])
-  const { outcome, step, of_steps: steps } = line
+  const { step, of_steps: steps } = line
+  const words = (/** @type {string} */ text) => inWords(text, line.phrases, say)
+  const outcome = line.outcome && { ...line.outcome, cause: words(line.outcome.cause) }
   const ran = backendsOf(line)
   const time = line.ms_per_step === null ? '' : duration(line.ms_per_step, say)
   if (line.state === 'running') {
@@ -95,7 +99,7 @@ export function ranWords(line, warning, say) {
   const done = kind === 'done' || kind === 'partly'
   const title = [
     warning, said, counted,
-    done ? [time, share, saved, cached].filter(Boolean).join(DOT) : '', tuning, ...line.offers
+    done ? [time, share, saved, cached].filter(Boolean).join(DOT) : '', tuning, ...line.offers.map(words)
   ]
   const short = said || fell || ran || say('line.nothing')
   const texts = !done

@@ -151,7 +151,7 @@ export function nodeLines(app, events, server, say) {
     const found = await server.nodeLines(of).catch(() => undefined)
     if (!found) return
     const all = Object.entries(found.nodes).filter(([, one]) => !(isOver && one.state === 'waiting'))
-    runsOf.keep(found.mark, all.map(([id, one]) => [id, { ...one, prompt: found.prompt_id ?? '' }]))
+    runsOf.keep(found.mark, all.map(([id, one]) => [id, { ...one, prompt: found.prompt_id ?? '', phrases: found.phrases }]))
     refill()
   }
 

@@ -22,10 +22,9 @@ export function inWords(text, phrases, say) {
  * @returns {string}
  */
 function worded({ id, text, values }, say) {
-  const key = `said.${id.replaceAll('.', '_')}`
   const shown = Object.fromEntries(Object.entries(values).map(([name, value]) => [name, valueText(value, say)]))
-  const words = say(key, shown)
-  return words === key ? text : words // a server that is newer than this page
+  const words = say(`said.${id.replaceAll('.', '_')}`, shown)
+  return words.startsWith('said.') ? text : words // the key alone: the server is newer than this page
 }
 
 /**

@@ -49,16 +49,16 @@
  *   backend: string, kind: 'auto' | 'autotune' | 'named', takes: string | null, accuracy: string | null, source: string,
  *   same: boolean | null, without: string, flag: string, without_accuracy: string,
  *   faster: { backend: string, why: 'not_allowed' | 'not_installed', accuracy: string } | null, tries: string[],
- *   reasons: string[], package: string
+ *   reasons: string[], phrases?: Phrases, package: string
  * }} Forecast
  * @typedef {{
  *   class_type: string, state: 'waiting' | 'running' | 'done' | 'stopped', outcome: Outcome, step: number | null,
  *   of_steps: number, steps: number, totals: Total[], calls: number, fallbacks: number, offers: string[],
  *   tuning: boolean, ms_per_step: number | null, attention_share: number | null,
  *   saved: { seconds: number, of: number, than: string[] } | null, inputs: Record<string, any>,
- *   models: Record<string, Record<string, any>>, cached: boolean
+ *   models: Record<string, Record<string, any>>, cached: boolean, phrases?: Phrases
  * }} NodeLine of a node that waits, class and state alone
- * @typedef {{ prompt_id: string | null, mark: string | null, nodes: Record<string, NodeLine> }} NodeLines
+ * @typedef {{ prompt_id: string | null, mark: string | null, nodes: Record<string, NodeLine>, phrases?: Phrases }} NodeLines
  * @typedef {{ value: any, variable: string | null }} MachineSetting
  * @typedef {{
  *   choices: string[], accuracy: string[], guard: string[], roles?: string[], defaults: Record<string, any>, log_levels: string[],

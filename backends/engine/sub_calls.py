@@ -56,7 +56,8 @@ def calls_of(
 
 def keeps_grid(mask_plan: MaskPlan) -> bool:
     """Whether each sub-call has the keys from the first one on, so that the grid of the call is its own too."""
-    return all(isinstance(part.keys, slice) and part.keys.start in (None, 0) for part in mask_plan.sub_calls)
+    seen = [part.keys for part in mask_plan.sub_calls if part.keys is not None]
+    return all(isinstance(keys, slice) and keys.start in (None, 0) for keys in seen)
 
 
 def fits(call: AttentionCall) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..values.grid import TokenGrid
@@ -34,15 +33,28 @@ class BlockMap:
     seen: torch.Tensor
     counts: tuple[int, ...] | None = None
 
-    @cached_property
-    def pairs(self) -> float:
-        """Share of query-key pairs that are computed, over samples and heads. Reads `seen`."""
+    def share(self) -> torch.Tensor | float:
+        """Share of query-key pairs that are computed, over samples and heads; a tensor on the device of `seen`.
+
+        A number where `counts` tell it. Nothing waits for the device.
+        """
         import torch
 
-        of_queries = torch.tensor(self.queries.sizes, dtype=torch.float64)
-        of_keys = torch.tensor(self.keys.sizes, dtype=torch.float64)
-        found = (self.seen.cpu().to(torch.float64) @ of_keys) @ of_queries  # on Apple GPUs there is no float64
-        return float(found.mean()) / (self.queries.tokens * self.keys.tokens)
+        pairs = self.queries.tokens * self.keys.tokens
+        if self.counts is not None and len(set(self.keys.sizes)) == 1:
+            rows = zip(self.counts, self.queries.sizes, strict=True)
+            return self.keys.sizes[0] * sum(count * size for count, size in rows) / pairs
+        samples, heads = self.seen.shape[:2]
+        of_queries, of_keys = (
+            torch.tensor(side.sizes, dtype=torch.float32, device=self.seen.device) for side in (self.queries, self.keys)
+        )
+        found = self.seen.sum((0, 1), dtype=torch.float32)  # on Apple GPUs there is no float64
+        return (found / (samples * heads) @ of_keys / self.keys.tokens) @ of_queries / self.queries.tokens
+
+    @property
+    def pairs(self) -> float:
+        """`share` as a number; it may wait for the device."""
+        return float(self.share())
 
     def mask(self) -> torch.Tensor:
         """The map as a mask of tokens, bool, (batch or 1, num_heads or 1, q_len, kv_len); for tests and pictures."""
@@ -53,7 +65,9 @@ def block_of_token(blocks: Blocks) -> torch.Tensor:
     """The number of each token's block, (tokens,)."""
     import torch
 
-    numbers = torch.repeat_interleave(torch.arange(blocks.count), torch.tensor(blocks.sizes))
+    numbers = torch.repeat_interleave(
+        torch.arange(blocks.count, device="cpu"), torch.tensor(blocks.sizes, device="cpu")
+    )
     if blocks.index is None:
         return numbers
     found = torch.empty_like(numbers)

@@ -64,7 +64,7 @@ def tiles(grid: TokenGrid, tile: tuple[int, int, int]) -> Blocks:
 def _tiles(shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Blocks:
     import torch
 
-    numbers = torch.arange(shape[0] * shape[1] * shape[2]).view(shape)
+    numbers = torch.arange(shape[0] * shape[1] * shape[2], device="cpu").view(shape)
     edges = [list(pairwise([*range(0, length, step), length])) for length, step in zip(shape, tile, strict=True)]
     boxes = [
         numbers[t_from:t_to, h_from:h_to, w_from:w_to].reshape(-1)
@@ -84,7 +84,7 @@ def pixel_major(grid: TokenGrid, block: int) -> Blocks:
     """All frames of one place, then the next place."""
     import torch
 
-    index = torch.arange(grid.cells).view(grid.shape).permute(1, 2, 0).reshape(-1)
+    index = torch.arange(grid.cells, device="cpu").view(grid.shape).permute(1, 2, 0).reshape(-1)
     return Blocks(index, cut(grid.cells, block))
 
 
@@ -101,9 +101,9 @@ def along_curve(grid: TokenGrid, block: int, *, each_frame: bool = False) -> Blo
     bits = max(max(shape) - 1, 1).bit_length()
     places = list(product(*map(range, shape)))
     order = sorted(range(len(places)), key=lambda at: _hilbert(places[at], bits))
-    index = torch.tensor(order, dtype=torch.int64)
+    index = torch.tensor(order, dtype=torch.int64, device="cpu")
     if each_frame:
-        index = (index + torch.arange(grid.frames)[:, None] * len(order)).reshape(-1)
+        index = (index + torch.arange(grid.frames, device="cpu")[:, None] * len(order)).reshape(-1)
     return Blocks(index, cut(grid.cells, block))
 
 
@@ -158,5 +158,5 @@ def with_others(blocks: Blocks, before: int, after: int, block: int) -> Blocks:
     if blocks.index is None:
         return Blocks(None, sizes)
     cells = blocks.tokens
-    rest = torch.arange(before + cells, before + cells + after)
-    return Blocks(torch.cat((torch.arange(before), blocks.index + before, rest)), sizes)
+    rest = torch.arange(before + cells, before + cells + after, device="cpu")
+    return Blocks(torch.cat((torch.arange(before, device="cpu"), blocks.index + before, rest)), sizes)

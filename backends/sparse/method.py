@@ -134,6 +134,8 @@ class SparseKernel:
 
     def bound(self, request: AttentionRequest, place: Place, progress: Progress, kept: Kept, dense: Kernel) -> Kernel:
         """The kernel for calls of one kind at one place of the model."""
+        import torch
+
         grid, layer = request.grid, layer_of(place.block)
         if grid is None:
             return dense
@@ -149,13 +151,16 @@ class SparseKernel:
                 on_grid = call.changed(
                     query=call.query[:, :, cells], key=call.key[:, :, cells], value=call.value[:, :, cells]
                 )
-            selected = method.select_blocks(on_grid, grid, where, options)
-            if isinstance(selected, Dense):
-                kept.add_dense(selected.reason)
+            if not call.query.numel():
                 return dense(call)
-            block_map = with_other_tokens(selected, grid, kv_after, method.other_block)
-            kept.add(block_map)
-            return executor(call, block_map)
+            with torch.autocast(call.query.device.type, enabled=False):  # scores in float32, output in the call's dtype
+                selected = method.select_blocks(on_grid, grid, where, options)
+                if not isinstance(selected, Dense):
+                    block_map = with_other_tokens(selected, grid, kv_after, method.other_block)
+                    kept.add(block_map.share())
+                    return executor(call, block_map)
+            kept.add_dense(selected.reason)
+            return dense(call)
 
         return run
 

@@ -37,7 +37,7 @@ def window_map(tiles: Window, windows: tuple[Window, ...], *, pushed_in: bool) -
     for window in windows:
         by_axis = []
         for count, width in zip(tiles, window, strict=True):
-            place = torch.arange(count)
+            place = torch.arange(count, device="cpu")
             half = width // 2
             centre = place.clamp(min=half).clamp(max=count - 1 - half) if pushed_in else place
             by_axis.append((centre[:, None] - place).abs() <= half)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
-
-MOST_MAPS = 4
-"""Block maps that a row keeps until they are counted; of more calls the kept fraction is not read."""
+from typing import Any, NamedTuple
 
 QUERIES_ONLY = "/queries"
 
@@ -83,14 +80,6 @@ class Place(NamedTuple):
     block: str = ""
 
 
-class SupportsPairs(Protocol):
-    """What `Kept` reads of a block map."""
-
-    @property
-    def pairs(self) -> float:
-        """Share of query-key pairs that are computed."""
-
-
 @dataclass(slots=True)
 class Kept:
     """How much of their work sparse calls computed, of one row of a run report."""
@@ -99,17 +88,13 @@ class Kept:
     """Calls that a method selected blocks for."""
     dense: dict[str, int] = field(default_factory=dict)
     """Reason -> calls that were computed whole."""
-    maps: list[SupportsPairs] = field(default_factory=list)
-    """Block maps that are not counted yet; reading them may wait for the device."""
-    total: float = 0.0
-    """Sum of the kept fractions of `counted` calls."""
-    counted: int = 0
+    total: Any = 0.0
+    """Sum of the kept fractions of these calls: a number, or a tensor on their device until it is read."""
 
-    def add(self, block_map: SupportsPairs) -> None:
-        """Count a call with its map."""
+    def add(self, share: Any) -> None:
+        """Count a call with the share of query-key pairs that it computed: a number, or a tensor on its device."""
         self.calls += 1
-        if len(self.maps) < MOST_MAPS:
-            self.maps.append(block_map)
+        self.total = self.total + share
 
     def add_dense(self, reason: str) -> None:
         """Count a call that was computed whole."""
@@ -117,11 +102,8 @@ class Kept:
 
     @property
     def fraction(self) -> float | None:
-        """Mean kept fraction of the calls with a map; None without any. Reads the maps that are not counted yet."""
-        self.total += sum(block_map.pairs for block_map in self.maps)
-        self.counted += len(self.maps)
-        self.maps.clear()
-        return self.total / self.counted if self.counted else None
+        """Mean kept fraction of the calls with a map; None without any. It may wait for the device."""
+        return float(self.total) / self.calls if self.calls else None
 
     def as_dict(self) -> dict[str, object]:
         """For the run report: the mean kept fraction, and the calls that were computed whole by reason."""

@@ -21,6 +21,7 @@ from ...backends.observe.autotune.candidates import may_win
 from ...backends.values.privacy import clean
 from ...backends.values.tolerance import ACCURACY
 from ..hook.comfy_functions import Started
+from .answers import phrases_of
 
 SAME_AS = {"attention_pytorch": "torch_sdpa", "attention_xformers": "xformers"}
 """ComfyUI's functions of which a backend runs the same kernels, beside those that `comfy_functions.KNOWN` names."""
@@ -37,10 +38,10 @@ def forecast(
     """What a node with this backend and accuracy does on the router's machine.
 
     {"backend", "kind": "auto", "autotune" or "named", "takes", "accuracy", "source", "same", "without", "flag",
-    "without_accuracy", "faster", "tries", "reasons", "package"}: `takes` is the backend that runs, None where the named
-    one cannot. `without` is what this server runs without the node, by `flag`, and `same` whether that is the same
-    kernel. `faster` is {"backend", "why", "accuracy"} or None. `tries` are autotune's candidates. `package` is what to
-    install for a named backend, empty where nothing would help.
+    "without_accuracy", "faster", "tries", "reasons", "phrases", "package"}: `takes` is the backend that runs, None
+    where the named one cannot. `without` is what this server runs without the node, by `flag`, and `same` whether that
+    is the same kernel. `faster` is {"backend", "why", "accuracy"} or None. `tries` are autotune's candidates. `package`
+    is what to install for a named backend, empty where nothing would help.
 
     Args:
         started: ComfyUI's own function; None outside of it.
@@ -71,6 +72,7 @@ def forecast(
         "faster": None,
         "tries": [],
         "reasons": [],
+        "phrases": {},
         "package": "",
         **found,
     }
@@ -81,7 +83,8 @@ def _named(router: Router, asked: str, started: Started | None) -> dict[str, Any
     if not reasons:
         return {"kind": "named", "takes": asked}
     helps = package_that_helps(router.backends[asked], router.platform) if asked in router.backends else ""
-    return {"kind": "named", "takes": None, "reasons": clean(list(reasons)), "package": helps}
+    answer = {"reasons": clean(list(reasons)), "phrases": phrases_of(list(reasons)), "package": helps}
+    return {"kind": "named", "takes": None, **answer}
 
 
 def _chosen(router: Router, asked: str, accuracy: str) -> dict[str, Any]:

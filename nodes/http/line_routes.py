@@ -9,7 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from ..history import node_lines, runs
-from .answers import PREFIX, refused
+from .answers import PREFIX, phrases_of, refused
 from .machine import Machine
 
 LONGEST = 100
@@ -30,9 +30,9 @@ def add_routes(routes: web.RouteTableDef, here: Machine) -> None:
 
     @routes.get(f"{PREFIX}/node_lines")
     async def lines(request: web.Request) -> web.Response:
-        """{"numbering", "prompt_id", "mark", "nodes": {id: {"state", "outcome", "totals", ...}}}."""
+        """{"numbering", "prompt_id", "mark", "nodes": {id: {"state", "outcome", "totals", ...}}, "phrases"}."""
         prompt_id, mark = (request.query.get(name, "")[:LONGEST] for name in ("prompt_id", "mark"))
         if bool(prompt_id) == bool(mark):
             return refused(400, "give prompt_id or mark, one of them")
         found = node_lines.of_prompt(prompt_id) if prompt_id else node_lines.of_mark(mark)
-        return web.json_response({"numbering": runs.NUMBERING, **found})
+        return web.json_response({"numbering": runs.NUMBERING, **found, "phrases": phrases_of(found)})

@@ -76,6 +76,7 @@ def test_a_named_backend_runs_or_has_one_thing_to_do() -> None:
     assert (missing["takes"], missing["package"]) == (None, "sageattention")
     wrong = foreseen("cpu", "sage_attn")
     assert (wrong["takes"], wrong["package"], len(wrong["reasons"])) == (None, "", 1)
+    assert list(wrong["phrases"]) == wrong["reasons"], "a page in another language says it in its words"
 
 
 def test_autotune_names_its_candidates() -> None:

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import literal_sparse as literal  # noqa: E402
-from attention_backends.backends import account, attention  # noqa: E402
+from attention_backends.backends import CheckError, account, attention  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.blocks import Blocks  # noqa: E402
@@ -86,7 +86,7 @@ def test_neighbours_on_the_curve_are_neighbours_on_the_grid() -> None:
 @pytest.mark.parametrize("path", ["by head", "all heads"])
 def test_gather_computes_exactly_its_map(dtype: Any, order: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "all heads":  # what other devices run
-        monkeypatch.setattr(gathering, "_by_head", gathering._all_heads)
+        monkeypatch.setattr(gathering, "_by_head", lambda *args: gathering._all_heads(*args[:-1]))
     rng = random.Random(f"{dtype}{order}{path}")
     torch.manual_seed(rng.randrange(2**31))
     for _ in range(6):
@@ -227,3 +227,94 @@ def test_grids_read_back() -> None:
     for text in ("", "4", "4x4", "0x4x4", "4x4x4+", "1+2+3x3x3", "ax4x4", "-1+2x2x2"):
         with pytest.raises(ValueError, match="FRAMESxHEIGHTxWIDTH"):
             parse_grid(text)
+
+
+Q = torch.randn(1, 2, 270, 8)
+EIGHTH = {"default": {"backend": "video_sparse_attn", "extra": {"sparsity": 0.8}}}
+
+
+def ran_sparsely(*tensors: Any, mask: Any = None) -> Any:
+    with account() as run_report:
+        output = attention(*tensors, mask, backend=EIGHTH, grid=(5, 6, 9))
+    assert [(row.backend, row.reason) for row in run_report.rows.values()] == [("video_sparse_attn", None)]
+    return output
+
+
+def test_buffers_made_under_inference_mode_are_left_alone_outside_it() -> None:
+    with torch.inference_mode():
+        expected = ran_sparsely(Q, Q, Q)
+    assert torch.equal(ran_sparsely(Q, Q, Q), expected)
+    with torch.no_grad():
+        assert torch.equal(ran_sparsely(Q, Q, Q), expected)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+def test_gradients_are_those_of_the_masked_call(trained: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 270, 8, dtype=torch.float64).requires_grad_(at in trained) for at in range(3)]
+    count = literal.video_sparse_count(0.8, 2 * 2 * 3)
+    sees = literal.video_sparse(tensors[0].detach(), tensors[1].detach(), (5, 6, 9), (4, 4, 4), count)
+    given = [tensors[at] for at in trained]
+    expected = torch.autograd.grad(literal.masked_attention(*tensors, sees).square().sum(), given)
+    found = torch.autograd.grad(ran_sparsely(*tensors).square().sum(), given)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_call_within_a_call_has_its_own_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ran_sparsely(Q, Q, Q)
+    sdpa, inner = gathering.scaled_dot_product_attention, []
+
+    def calls_again(*args: Any, **kwargs: Any) -> Any:
+        if not inner:
+            inner.append(None)
+            inner[0] = attention(Q * 3, Q * 2, Q + 1, backend=EIGHTH, grid=(5, 6, 9))
+        return sdpa(*args, **kwargs)
+
+    monkeypatch.setattr(gathering, "scaled_dot_product_attention", calls_again)
+    assert torch.equal(ran_sparsely(Q, Q, Q), expected)
+    assert inner[0] is not None
+
+
+def test_autocast_changes_nothing() -> None:
+    expected = ran_sparsely(Q, Q, Q)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ran_sparsely(Q, Q, Q), expected)
+
+
+def test_a_sample_without_a_visible_key_leaves_the_others_sparse() -> None:
+    batch = torch.randn(2, 2, 270, 8)
+    mask = torch.ones(2, 1, 1, 270, dtype=torch.bool)
+    mask[1] = False
+    output = ran_sparsely(batch, batch, batch, mask=mask)
+    assert torch.equal(output[:1], ran_sparsely(*[batch[:1]] * 3))
+    assert not output[1].any()
+
+
+def test_the_kept_fraction_is_that_of_all_calls_and_keeps_no_map() -> None:
+    with account() as run_report:
+        for sparsity in (0.25, 0.5, 0.75) * 4:
+            backend = {"default": {"backend": "video_sparse_attn", "extra": {"sparsity": sparsity}}}
+            attention(*[torch.ones(1, 1, 256, 8)] * 3, backend=backend, grid=(4, 8, 8))
+    (row,) = run_report.rows.values()
+    assert row.kept is not None
+    assert row.kept.calls == 12
+    assert row.kept.fraction == pytest.approx(0.5)
+    assert isinstance(row.kept.total, float)
+
+
+@pytest.mark.parametrize(
+    "grid", [5, "5x6x9", (True, 30, 9), (5, 6), (5, 6, 9, 1), (5.0, 6, 9), (0, 6, 9), (-5, -6, 9)], ids=str
+)
+def test_a_grid_that_is_none_is_refused_in_words(grid: Any) -> None:
+    with pytest.raises(CheckError, match="three whole"):
+        attention(Q, Q, Q, backend=EIGHTH, grid=grid)
+
+
+def test_a_default_device_does_not_stay_in_an_order() -> None:
+    with torch.device("meta"):
+        for grid in (TokenGrid(3, 5, 7), TokenGrid(2, 9, 5)):
+            for order in ("tiles", "pixels", "curve"):
+                index = ORDERS[order](grid, 12).index
+                assert index is not None
+                assert index.device.type == "cpu"

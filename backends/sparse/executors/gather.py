@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,11 +70,11 @@ class _Group(NamedTuple):
 
 def _groups(block_map: BlockMap) -> list[_Group]:
     """Every row of the map once. Reads the map from its device only where its counts are not known."""
-    sizes = torch.tensor(block_map.keys.sizes)
-    of_queries = torch.tensor(block_map.queries.sizes)
+    sizes = torch.tensor(block_map.keys.sizes, device="cpu")
+    of_queries = torch.tensor(block_map.queries.sizes, device="cpu")
     samples, heads, rows, _ = block_map.seen.shape
     if block_map.counts is not None and len(set(block_map.keys.sizes)) == 1:
-        counts = torch.tensor(block_map.counts).expand(samples, heads, rows)
+        counts = torch.tensor(block_map.counts, device="cpu").expand(samples, heads, rows)
         keys = counts * block_map.keys.sizes[0]
     else:
         seen = block_map.seen.cpu()
@@ -97,22 +98,30 @@ def _tokens(side: _Side, blocks: torch.Tensor, total: int) -> torch.Tensor:
     return tokens if side.index is None else side.index[tokens]
 
 
-class _Scratch(threading.local):
-    """Buffers of this thread, reused by all calls: new memory costs a CPU as much as filling it."""
+Buffers = dict[tuple[str, torch.dtype], torch.Tensor]
+"""Scratch buffers by name and dtype."""
 
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+_free = threading.local()
+"""The buffers of this thread, by whether they were made under inference mode, where torch lets no other write to them.
 
-    def take(self, name: str, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor | None:
-        if like.device.type != "cpu" or rows * columns * like.element_size() > BUDGET:
-            return None
-        buffer = self.buffers.get((name, like.dtype))
-        if buffer is None or buffer.numel() < rows * columns:
-            self.buffers[name, like.dtype] = buffer = torch.empty(rows * columns, dtype=like.dtype)
-        return buffer[: rows * columns].view(rows, columns)
+Reused by its calls: new memory costs a CPU as much as filling it. A call takes them away while it runs, so that a call
+within it makes buffers of its own.
+"""
 
 
-_scratch = _Scratch()
+@contextmanager
+def _buffers(call: AttentionCall) -> Iterator[Buffers | None]:
+    """Buffers for one call; None where a gradient needs what was gathered, or where the device keeps freed memory."""
+    tensors = call.query, call.key, call.value
+    if call.query.device.type != "cpu" or (torch.is_grad_enabled() and any(each.requires_grad for each in tensors)):
+        yield None
+        return
+    mode = f"inference {torch.is_inference_mode_enabled()}"
+    taken: Buffers = _free.__dict__.pop(mode, {})
+    try:
+        yield taken
+    finally:
+        _free.__dict__[mode] = taken
 
 
 def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
@@ -130,11 +139,12 @@ def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
     output = query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
     queries, keys = _side(block_map.queries, query.device), _side(block_map.keys, query.device)
     chosen = torch.argsort(block_map.seen.to(query.device).logical_not().byte(), dim=-1, stable=True)
-    for group in _groups(block_map):
-        if query.device.type == "cpu":
-            _by_head(call, block_map, group, queries, keys, chosen, output)
-        else:
-            _all_heads(call, block_map, group, queries, keys, chosen, output)
+    with _buffers(call) as buffers:
+        for group in _groups(block_map):
+            if query.device.type == "cpu":
+                _by_head(call, block_map, group, queries, keys, chosen, output, buffers)
+            else:
+                _all_heads(call, block_map, group, queries, keys, chosen, output)
     return output
 
 
@@ -145,7 +155,7 @@ def _chunks(group: _Group, call: AttentionCall, most: int) -> Iterator[torch.Ten
 
 def _by_head(
     call: AttentionCall, block_map: BlockMap, group: _Group, queries: _Side, keys: _Side, chosen: torch.Tensor,
-    output: torch.Tensor,
+    output: torch.Tensor, buffers: Buffers | None,
 ) -> None:  # fmt: skip
     """The rows of a group, one head after the other: `index_select` is the fastest way to gather on a CPU."""
     batch, heads = call.query.shape[:2]
@@ -163,8 +173,8 @@ def _by_head(
             for sample in range(batch) if samples_of_map == 1 else (at // heads_of_map,):
                 for head in range(heads) if heads_of_map == 1 else (at % heads_of_map,):
                     query = call.query[sample, head].index_select(0, q_tokens)
-                    key = _select("key", call.key[sample, head // shares], k_tokens)
-                    value = _select("value", call.value[sample, head // shares], k_tokens)
+                    key = _select("key", call.key[sample, head // shares], k_tokens, buffers)
+                    value = _select("value", call.value[sample, head // shares], k_tokens, buffers)
                     part = scaled_dot_product_attention(
                         query.view(1, len(chunk), group.queries, -1),
                         key.view(1, len(chunk), group.keys, -1),
@@ -174,9 +184,14 @@ def _by_head(
                     output[sample, head].index_copy_(0, q_tokens, part.reshape(len(q_tokens), -1))
 
 
-def _select(name: str, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    buffer = None if rows.requires_grad else _scratch.take(name, len(tokens), rows.shape[1], rows)
-    return rows.index_select(0, tokens) if buffer is None else torch.index_select(rows, 0, tokens, out=buffer)
+def _select(name: str, rows: torch.Tensor, tokens: torch.Tensor, buffers: Buffers | None) -> torch.Tensor:
+    size = len(tokens) * rows.shape[1]
+    if buffers is None or size * rows.element_size() > BUDGET:
+        return rows.index_select(0, tokens)
+    buffer = buffers.get((name, rows.dtype))
+    if buffer is None or buffer.numel() < size:
+        buffer = buffers[name, rows.dtype] = torch.empty(size, dtype=rows.dtype, device="cpu")
+    return torch.index_select(rows.detach(), 0, tokens, out=buffer[:size].view(len(tokens), -1))
 
 
 def _all_heads(
@@ -196,7 +211,7 @@ def _all_heads(
     if heads_of_map == 1 and heads > 1:
         sample, row = sample.repeat_interleave(heads), row.repeat_interleave(heads)
         head = torch.arange(heads, device=device).repeat(len(row) // heads)
-    numbers = torch.arange(len(row))
+    numbers = torch.arange(len(row), device="cpu")
     for chunk in _chunks(group._replace(rows=numbers), call, MOST_ROWS_ELSEWHERE):
         part = slice(int(chunk[0]), int(chunk[-1]) + 1)
         b, h, i = sample[part, None], head[part, None], row[part]

@@ -62,26 +62,29 @@ def radial_map(
 
     total = frames * tokens
     count = -(-total // block)
-    column = torch.arange(total)
+    column = torch.arange(total, device="cpu")
     frame, place = column // tokens, column % tokens
     # A segment is what a frame and a block have in common; columns of a block are judged for each frame alone.
     edges = sorted({*range(0, total, block), *range(0, total, tokens)})
-    starts = torch.tensor(edges)
+    starts = torch.tensor(edges, device="cpu")
     segment = torch.bucketize(column, starts, right=True) - 1
     block_of_segment = starts // block
-    seen = torch.zeros(count, count, dtype=torch.bool)
+    seen = torch.zeros(count, count, dtype=torch.bool, device="cpu")
     for start, end in zip(edges, [*edges[1:], total], strict=True):
         row = start // tokens
         width = torch.tensor(
-            [window_of(abs(row - other), tokens, block, decay_factor, model_type) for other in range(frames)]
+            [window_of(abs(row - other), tokens, block, decay_factor, model_type) for other in range(frames)],
+            device="cpu",
         )
         if model_type == "wan":
             width[0] = tokens
         reach, first, last = width[frame], start - row * tokens, end - 1 - row * tokens
         rows = ((place + reach).clamp(max=last) - (place - reach).clamp(min=first) + 1).clamp(min=0)
         rows[reach < 0] = 0
-        some = torch.zeros(len(edges), dtype=torch.int64).index_add_(0, segment, (rows > 0).long())
-        dense = torch.zeros(len(edges), dtype=torch.int64).index_add_(0, segment, (rows * 3 > block).long())
+        some = torch.zeros(len(edges), dtype=torch.int64, device="cpu").index_add_(0, segment, (rows > 0).long())
+        dense = torch.zeros(len(edges), dtype=torch.int64, device="cpu").index_add_(
+            0, segment, (rows * 3 > block).long()
+        )
         seen[start // block, block_of_segment[dense * 5 > some * 3]] = True
     if total % block:
         seen[-1] = True
