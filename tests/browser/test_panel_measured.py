@@ -142,7 +142,7 @@ class TestPanel:
         kb = f"{told['summary']['bytes'] / 1024:.1f}"
         facts = ["3 for this machine, 4 in all", f"measured.sqlite3, {kb} KB"]
         assert shown.locator("dd").all_inner_texts() == facts
-        shown.get_by_text("Of other machines or versions (1)").click()
+        shown.get_by_text("For other machines or versions (1)").click()
         for one in told["entries"]:
             item = shown.locator(".ab-kinds > li").filter(has=page.get_by_text(one["role"], exact=True))
             text = item.inner_text()
@@ -152,7 +152,7 @@ class TestPanel:
                 line = item.locator(".ab-candidates > li").filter(has_text=backend).inner_text()
                 assert float(line.split()[-2]) == pytest.approx(ms, rel=5e-3)
             for backend, reason in one["rejected"].items():
-                assert f"{backend} is out: {reason}" in text
+                assert f"{backend} excluded: {reason}" in text
             assert (ELSEWHERE in text) is not one["here"]
         call = "4096 x 80 tokens, 24 x 128 heads, bfloat16, batch 2, mask key_padding, quantized allowed"
         assert call in shown.inner_text()
@@ -165,33 +165,33 @@ class TestPanel:
     def test_clear_asks_once_and_import_brings_them_back(self, server: Server, shown: Any, tmp_path: Path) -> None:
         page, file = shown.page, tmp_path / "choices.json"
         file.write_text(json.dumps(asked(server, "/measured/export")[1]), encoding="utf-8")
-        forget = shown.get_by_role("button", name="Forget all")
+        forget = shown.get_by_role("button", name="Delete all")
         forget.focus()
         page.keyboard.press("Enter")
-        question = shown.get_by_role("group", name="Forget all 4 measured choices?")
+        question = shown.get_by_role("group", name="Delete all 4 autotune results?")
         question.wait_for()
-        assert page.evaluate("() => document.activeElement.textContent") == "Forget them"
+        assert page.evaluate("() => document.activeElement.textContent") == "Delete"
         page.keyboard.press("Escape")
         question.wait_for(state="detached")
         assert asked(server, "/measured")[1]["summary"]["entries"] == 4
-        assert page.evaluate("() => document.activeElement.textContent") == "Forget all"
+        assert page.evaluate("() => document.activeElement.textContent") == "Delete all"
         page.keyboard.press("Enter")
         page.keyboard.press("Enter")
-        shown.get_by_text("4 choices forgotten.").wait_for()
+        shown.get_by_text("4 results deleted.").wait_for()
         assert asked(server, "/measured")[1]["summary"]["entries"] == 0
-        shown.get_by_text("No choice is kept yet.").wait_for()
+        shown.get_by_text("No results yet.").wait_for()
         assert forget.is_disabled()
 
         picker = shown.locator("input[type=file]")
         picker.set_input_files(file)
-        shown.get_by_text("4 choices imported.").wait_for()
+        shown.get_by_text("4 results imported.").wait_for()
         assert asked(server, "/measured")[1]["summary"]["entries"] == 4
         file.write_text('{"format": "another"}', encoding="utf-8")
         picker.set_input_files(file)
         shown.get_by_text("not a document of measured choices").wait_for()
         file.write_text(" " * ((4 << 20) + 1), encoding="utf-8")
         picker.set_input_files(file)
-        shown.get_by_text("The file has 4194305 bytes; the server takes 4194304.").wait_for()
+        shown.get_by_text("The file is too large: 4194305 bytes (limit 4194304).").wait_for()
         assert shown.locator(".ab-kinds > li").count() == 4  # what was shown stays
         assert [text for text in ours(page) if "400" not in text] == []  # the browser's own line on a refusal
 
@@ -217,7 +217,9 @@ class TestPanel:
         account = run_workflow(page, server)
         tuning, said = account["tuning"], words()["tuning"]
         assert tuning["kinds"] > 0
-        state = f"Run {account['number']}: {said[tuning['state']]}, kinds of call: {tuning['kinds']} ("
+        one, several = said["kinds"].split(" | ")
+        kinds = (one if tuning["kinds"] == 1 else several).format(kinds=tuning["kinds"])
+        state = f"Run {account['number']}: {said[tuning['state']]}, {kinds} ("
         parts = [
             said[name].format(count=tuning[name])
             for name in ("from_store", "decided", "open", "not_tuned")
@@ -234,11 +236,11 @@ class TestPanel:
         panel.evaluate("panel => { panel.style.width = '300px' }")
         page.wait_for_timeout(300)
         shown.screenshot(path=keep(tmp_path, f"measured_{palette}_300.png"))
-        shown.get_by_role("button", name="Forget all").click()
+        shown.get_by_role("button", name="Delete all").click()
         page.screenshot(path=keep(tmp_path, f"measured_page_{palette}.png"))
         assert panel.evaluate("panel => panel.scrollWidth <= panel.clientWidth")
         unnamed = "section => [...section.querySelectorAll('button, summary')].filter(e => !e.innerText.trim()).length"
         assert shown.evaluate(unnamed) == 0
-        shown.get_by_role("button", name="Keep them").click()
+        shown.get_by_role("button", name="Keep").click()
         assert ours(page) == []
         assert barriers(page) == []

@@ -61,7 +61,7 @@ def test_a_graph_without_the_input_runs_as_before(server: Server, tmp_path: Path
 def test_the_input_and_the_route(server: Server) -> None:
     node = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]
     assert list(node["input"]["required"]) == ["model", "backend", "accuracy", "strict", "guard"]
-    assert list(node["input"]["optional"]) == ["recommended"]
+    assert list(node["input"]["optional"]) == ["recommended", "model_2"]
     rows = server.get("/attention_backends/recommended")["recommended"]
     assert [row["families"] for row in rows] == [list(row.families) for row in ADVISORIES]
     wan = next(row for row in rows if row["families"] == ["wan"])

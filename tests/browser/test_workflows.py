@@ -191,8 +191,7 @@ def test_per_role_runs_and_reports_each_role(server: Server, snapshot: SnapshotA
         ["cross", "sdpa_math", "none", "80"],
     ]
     assert " ".join(lines[3]) == snapshot
-    assert " ".join(lines[4]) == snapshot
-    assert len(lines) == 5
+    assert len(lines) == 4, "this model has no attention that is not counted"
 
 
 @pytest.mark.comfy

@@ -50,7 +50,7 @@ def test_a_model_that_is_there_is_timed_and_a_fallback_is_not(
         assert cells[backend]["runs"] == 2
         assert 0 < cells[backend]["least"] <= cells[backend]["seconds"] <= cells[backend]["most"]
     assert cells["cudnn_attn"] == snapshot
-    why, device, _ = cells["flashinfer_attn"]["why"].partition("(cuda)")  # it may not be installed either
+    why, device, _ = cells["flashinfer_attn"]["why"].partition(" (this is a CPU)")  # it may not be installed either
     assert device
     assert why == snapshot
     missing = {cell["why"] for cell in results["qwen_image"].values()}

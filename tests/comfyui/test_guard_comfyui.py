@@ -14,6 +14,7 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
+from attention_backends.backends.config.timetable import ALWAYS  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
@@ -159,7 +160,9 @@ def test_what_a_model_takes_out_of_its_control_is_there_again(monkeypatch: pytes
         return torch.full((2,), float("nan") if len(taken) == 1 else 1.0)
 
     begun: list[Any] = []
-    model_call = SimpleNamespace(session=SimpleNamespace(guard=guard), begin=lambda options, **_: begun.append(options))
+    model_call = SimpleNamespace(
+        window=ALWAYS, session=SimpleNamespace(guard=guard), begin=lambda options, **_: begun.append(options)
+    )
     control = {"output": ["first", "last"], "middle": None}
     output = wrappers._guarded(model_call, {"sigmas": 1}, executor, (0, 0, None, None, control, {}), {})
     assert output.tolist() == [1.0, 1.0]

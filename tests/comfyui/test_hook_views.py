@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
+from attention_backends.backends.config.timetable import Window  # noqa: E402
 from attention_calls import as_comfyui_runs  # noqa: E402
 from hook_side import exact, host, nodes_module, sampling  # noqa: E402
 
@@ -106,7 +107,7 @@ def test_places_that_differ_share_their_layout() -> None:
             sites = nodes_module("hook.attention_modules")
             previous = sites.set_model_call(model_call)
             model_call.begin({})
-            model_call.window = number
+            model_call.window = Window(frozenset({number}))
             override(exact, tensor, query, query, HEADS, transformer_options=options)
             sites.set_model_call(previous)
     plans = list(model_call.session.plans.values())
