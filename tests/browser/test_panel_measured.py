@@ -154,7 +154,7 @@ class TestPanel:
             for backend, reason in one["rejected"].items():
                 assert f"{backend} excluded: {reason}" in text
             assert (ELSEWHERE in text) is not one["here"]
-        call = "4096 x 80 tokens, 24 x 128 heads, bfloat16, batch 2, mask key_padding, quantized allowed"
+        call = "4096 x 80 tokens, heads 24 x 128, bfloat16, batch 2, mask key_padding, quantized allowed"
         assert call in shown.inner_text()
         with page.expect_download() as download:
             shown.get_by_role("button", name="Export").click()
