@@ -274,7 +274,7 @@ def test_a_page_knows_its_own_runs(tmp_path: Path, script: str) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is missing")
-    for name in ("workflow_runs.js", "node_line.js", "line_words.js", "account.js", "dom.js"):
+    for name in ("workflow_runs.js", "node_line.js", "line_words.js", "phrases.js", "account.js", "dom.js"):
         shutil.copy(ROOT / "web" / name, tmp_path)
     (tmp_path / "package.json").write_text('{"type": "module"}')
     (tmp_path / "start.js").write_text(script)
