@@ -32,6 +32,8 @@ LAYERS = ("Linear", "Embedding", "LayerNorm", "GroupNorm", "RMSNorm", "Conv1d", 
 """Another pack's subclass of one of torch's that holds no module computes a layer, such as one of quantised weights."""
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+OF_THE_COMPILER = ("__compiled_fn_", "__resume_at_")
+"""How names begin that torch.compile adds to the module of a function: code that it made of that function."""
 
 
 class ForeignCode:
@@ -164,7 +166,7 @@ def _foreign_functions(kinds: Mapping[type, Any], home: frozenset[str]) -> str:
         name = pending.pop()
         module = sys.modules.get(name)
         for key, value in list(vars(module).items()) if module is not None else ():
-            if not isinstance(value, FUNCTIONS):
+            if not isinstance(value, FUNCTIONS) or key.startswith(OF_THE_COMPILER):
                 continue
             if is_foreign(value, home | {package_of(name)}):
                 return f"{key} of {name} ({described(value)})"

@@ -13,6 +13,7 @@ from ...backends.config.layers import settings_of
 from ...backends.observe.guard.turns import Step
 from ...backends.observe.replay.run_recorder import RunRecorder
 from ...backends.report import outcome
+from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ...backends.values.reasons import Reason
 from ..history import runs
 from . import attention_modules, memory, run_progress
@@ -164,6 +165,8 @@ def _grids(run: Run, diffusion_model: Any, args: tuple[Any, ...], kwargs: dict[s
     try:
         return 0 if family is None else run.number_of(grids_of(diffusion_model, family.name, args, kwargs))
     except Exception as error:  # an input of an unknown kind: the calls are computed whole
+        if is_out_of_memory(error) or is_cuda_fault(error):  # reading sigmas waits for the device
+            raise
         run.note(f"the token grids of this model could not be read: {type(error).__name__}: {error}")
         return 0
 

@@ -433,6 +433,15 @@ def test_another_packs_layers_hold_weights_and_see_no_mask() -> None:
     assert code.found() == f"the module linear ({__name__}.Quantised)"
 
 
+@pytest.mark.parametrize("name", ["__compiled_fn_1_9c23a0ab", "__resume_at_24_3", "attention"])
+def test_what_the_compiler_adds_to_a_module_is_not_another_packs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.ldm.wan.model as wan_model
+
+    monkeypatch.setattr(wan_model, name, lambda *args: None, raising=False)
+    found = foreign_code.ForeignCode(tiny_sampling.build("wan").model.diffusion_model).found()
+    assert bool(found) == (name == "attention"), found
+
+
 @pytest.mark.parametrize("name", sorted(tiny_sampling.FAMILIES))
 def test_no_family_of_comfyui_has_another_packs_code(name: str) -> None:
     if tiny_sampling.unavailable(name):

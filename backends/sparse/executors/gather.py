@@ -105,7 +105,7 @@ _free = threading.local()
 """The buffers of this thread, by whether they were made under inference mode, where torch lets no other write to them.
 
 Reused by its calls: new memory costs a CPU as much as filling it. A call takes them away while it runs, so that a call
-within it makes buffers of its own.
+within it makes others.
 """
 
 
