@@ -35,7 +35,7 @@ with_package.load()
 import card_parts
 from pathlib import Path
 from attention_backends.comparison.card.run import measure
-measure(Path(sys.argv[1]), sys.argv[2].split(","), 1.0, "card", print, source={SOURCE!r})
+measure(Path(sys.argv[1]), sys.argv[2].split(","), 10.0, "card", print, source={SOURCE!r})
 """
 
 
@@ -44,7 +44,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
-def measured(out: Path, *names: str, minutes: float = 1.0) -> dict[str, Any]:
+def measured(out: Path, *names: str, minutes: float = 10.0) -> dict[str, Any]:
     file, interrupted = run.measure(out, names, minutes, "card", lambda text: None, source=SOURCE)
     assert not interrupted
     return store.read(file)
