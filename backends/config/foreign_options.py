@@ -1,4 +1,4 @@
-"""Options of other systems that no backend here has: recognised, and refused as not implemented.
+"""Options of other systems, where a backend does not have them: recognised, and refused with who takes them here.
 
 vLLM-Omni 0.30 writes them beside `backend`, Smart-Diffusion under `attn_config`. An option of the same name that a
 backend declares has precedence. Values are not checked.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+
+from ..kernels import BACKENDS
 
 _SUBBLOCK = "SGLang, for block-sparse backends that are refused here"
 _UNREAD = "Smart-Diffusion, whose documents name it and whose code does not"
@@ -40,4 +42,9 @@ FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
 
 def foreign_problems(given: Iterable[str]) -> list[str]:
     """The reason against each of these options, for a backend that is implemented."""
-    return [f"{name} is an option of {FOREIGN_OPTIONS[name]}; not implemented here" for name in given]
+    found = []
+    for name in given:
+        takes = [backend.id for backend in BACKENDS.values() if any(option.name == name for option in backend.options)]
+        here = f"here one of {', '.join(takes)}: name that backend too" if takes else "not implemented here"
+        found.append(f"{name} is an option of {FOREIGN_OPTIONS[name]}; {here}")
+    return found

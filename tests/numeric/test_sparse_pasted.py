@@ -1,0 +1,77 @@
+"""Every command line and option that the systems' documents name for the sparse methods here pastes and runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from attention_backends.backends import account, attention  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
+
+SGLANG = 'sglang generate \\\n  --model-path <MODEL_PATH_OR_ID> \\\n  --prompt "..." \\\n  --attention-backend {} \\\n'
+STA, VSA = SGLANG.format("sliding_tile_attn"), SGLANG.format("video_sparse_attn")
+DOCUMENTED: dict[str, tuple[str, dict[str, Any]]] = {
+    # SGLang
+    STA + '  --attention-backend-config "mask_strategy_file_path={file}"': (
+        "sliding_tile_attn",
+        {"mask_strategy_file_path": "{file}"},
+    ),
+    STA + '  --attention-backend-config "sta_mode=STA_inference,skip_time_steps=15"': (
+        "sliding_tile_attn",
+        {"sta_mode": "STA_inference", "skip_time_steps": 15},
+    ),
+    VSA + "  --attention-backend-config '{\"sparsity\": 0.5}'": ("video_sparse_attn", {"sparsity": 0.5}),
+    VSA + '  --attention-backend-config "sparsity=0.5"': ("video_sparse_attn", {"sparsity": 0.5}),
+    VSA + "  --attention-backend-config {options}": ("video_sparse_attn", {"sparsity": 0.75}),
+    # Its default keeps everything.
+    VSA + "  --attention-backend-config sparsity=0.0": ("video_sparse_attn", {"sparsity": 0.0}),
+    # Smart-Diffusion
+    "args.infer.attn_type = 'sparge'\nargs.infer.attn_config.sparsity_ratio = 0.5  # 50% sparse\n"
+    "args.infer.attn_config.block_size = 64  # Block size for sparsity": (
+        "sparge_attn",
+        {"sparsity_ratio": 0.5, "block_size": 64},
+    ),
+    # vLLM-Omni
+    "--diffusion-attention-config.per_role.self.backend SPARGE "
+    "--diffusion-attention-config.per_role.self.extra.block_size 64": ("sparge_attn", {"block_size": 64}),
+    # The nodes of WanVideoWrapper and ComfyUI-RadialAttn, as a configuration
+    "default: radial_attn\n": ("radial_attn", {}),
+    '{"default": {"backend": "radial_attn", "extra": {"dense_layers": 1, "dense_timesteps": 2, "decay_factor": 0.2, '
+    '"block_size": 64}}}': (
+        "radial_attn",
+        {"dense_layers": 1, "dense_timesteps": 2, "decay_factor": 0.2, "block_size": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("text", DOCUMENTED, ids=lambda text: text[-60:].strip())
+def test_a_documented_command_pastes_and_runs(text: str, tmp_path: Path) -> None:
+    backend, extra = DOCUMENTED[text]
+    file, options = tmp_path / "mask_strategy.json", tmp_path / "options.json"
+    file.write_text(json.dumps({"0_0_0": [1, 1, 3], "0_0_1": [1, 3, 1]}))
+    options.write_text('{"sparsity": 0.75}')
+    config = parse_config(text.replace("{file}", str(file)).replace("{options}", str(options)))
+    (spec,) = {spec for spec in (config.default, *config.per_role.values()) if not spec.is_auto}
+    wanted = {name: value if value != "{file}" else str(file) for name, value in extra.items()}
+    assert (spec.backend, dict(spec.extra)) == (backend, wanted)
+    query = torch.randn(1, 2, 4 * 32 * 40, 8)
+    with account() as run_report:
+        output = attention(query, query, query, backend=config, grid=(4, 32, 40))
+    (row,) = run_report.as_dict()["rows"]
+    assert (row["backend"], row["reason"]) == (backend, None)
+    # A mask strategy file is by layer, which is unknown outside a model.
+    if extra.get("sparsity") == 0.0 or "mask_strategy_file_path" in extra:
+        assert torch.equal(output, attention(query, query, query))
+        assert sum(row["dense"].values()) == 1
+    else:
+        assert row["kept"] < 0.9
+
+
+def test_an_option_of_a_sparse_backend_without_its_name_says_whose_it_is() -> None:
+    with pytest.raises(ValueError, match=r"sparsity_ratio .* sparge_attn"):
+        parse_config("args.infer.attn_config.sparsity_ratio = 0.5")
