@@ -58,6 +58,7 @@ class Graph:
 
     def selector(self, model: Link, backend: str, title: str = "", **settings: Any) -> Link:
         usual: dict[str, Any] = {"accuracy": "exact", "strict": False, "guard": "off", "recommended": False}
+        usual["extra"] = ""
         return self.add("AttentionBackendSelector", title, model=model, backend=backend, **usual | settings)
 
 
@@ -196,7 +197,7 @@ def schedule() -> Graph:
     model, settings = embedded(graph)
     graph.column = 1
     model = graph.selector(model, "emulated_int8")
-    window = {"when": "precise first and last N", "window": "2", "blocks": "", "role": ""}
+    window = {"when": "precise first and last N", "window": "2", "blocks": "", "role": "", "extra": ""}
     model = graph.add("AttentionSchedule", model=model, backend="torch_sdpa", **window)
     graph.column = 2
     return reported(graph, ksampler(graph, model, **settings, **EMBEDDED))

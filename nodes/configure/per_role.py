@@ -6,15 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...backends.config import LONGEST_ROLE, AttentionSpec
+from ...backends.config import LONGEST_ROLE
 from ...backends.config.names import AUTO
-from ...backends.config.text import parse_extra
 from ...backends.values.bounded import nearest
 from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..hook.roles import known_roles
 from ..inputs import text_of, wrong_link
-from .selector import CATEGORY, backend_menu, check_backend, environment
+from .selector import CATEGORY, backend_menu, check_backend, environment, extra_input, spec_of
 
 
 class PerRoleAttentionConfig(io.ComfyNode):
@@ -49,14 +48,7 @@ class PerRoleAttentionConfig(io.ComfyNode):
                     default=AUTO,
                     tooltip="The backend for this role. auto: as if this node were not there.",
                 ),
-                io.String.Input(
-                    "extra",
-                    display_name="kernel options",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Options of the backend as name=value pairs or JSON. Leave empty for its defaults.",
-                ),
+                extra_input(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -67,16 +59,12 @@ class PerRoleAttentionConfig(io.ComfyNode):
     ) -> bool | str:
         """Everything that can be known before the graph runs; an input that is connected is None here."""
         problem = wrong_link(cls, input_types)
-        checked = problem or check_backend(backend, input_types)
+        checked = problem or check_backend(backend, input_types, extra)
         if checked is not True:
             return checked
         try:
             if isinstance(role, str):
                 known_role(role_name(role))
-            if isinstance(extra, str):
-                options = parse_extra(text_of(extra))
-                if isinstance(backend, str):
-                    AttentionSpec(backend, options)
         except ValueError as error:
             return str(error)
         return True
@@ -87,12 +75,10 @@ class PerRoleAttentionConfig(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, role: str, backend: str, extra: str = "") -> io.NodeOutput:
-        for what, value in (("role", role), ("extra", extra)):
-            if not isinstance(value, str):
-                raise ConfigError(f"{what} must be text, not {type(value).__name__}: {value!r}")
+        if not isinstance(role, str):
+            raise ConfigError(f"role must be text, not {type(role).__name__}: {role!r}")
         name = role_name(role)
-        spec = AttentionSpec(backend, parse_extra(text_of(extra)))
-        return io.NodeOutput(patch.set_role(model, name, spec, patch.line_of_alias(backend)))
+        return io.NodeOutput(patch.set_role(model, name, spec_of(backend, extra), patch.line_of_alias(backend)))
 
 
 def role_name(role: str) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...backends.config import AttentionSpec
 from ...backends.config.names import AUTO
 from ...backends.config.schedule import ScheduleEntry
 from ...backends.kernels import BACKENDS
@@ -14,7 +13,7 @@ from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..inputs import text_of, wrong_link
 from .per_role import known_role
-from .selector import CATEGORY, backend_menu, check_backend, environment
+from .selector import CATEGORY, backend_menu, check_backend, environment, extra_input, spec_of
 
 PRECISE = "precise first and last N"
 DEFAULT_WINDOW = "2"
@@ -54,14 +53,14 @@ def check_precise(backend: str) -> None:
         )
 
 
-def entry_of(backend: str, when: str, window: str, blocks: str, role: str) -> ScheduleEntry:
+def entry_of(backend: str, when: str, window: str, blocks: str, role: str, extra: str = "") -> ScheduleEntry:
     """The schedule entry from the node's inputs.
 
     Raises:
         ConfigError, UnknownBackendError: an input is not understood.
     """
     windowed: dict[str, Any] = {**windows(when, window), "blocks": text_of(blocks), "role": text_of(role)}
-    entry = ScheduleEntry(AttentionSpec(backend), **windowed)
+    entry = ScheduleEntry(spec_of(backend, extra), **windowed)
     if when == PRECISE:
         check_precise(entry.spec.backend)
     return entry
@@ -125,6 +124,7 @@ class AttentionSchedule(io.ComfyNode):
                     advanced=True,
                     tooltip="Only this role or category: self, cross, joint, flux.single and so on. Empty: all.",
                 ),
+                extra_input(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -137,13 +137,14 @@ class AttentionSchedule(io.ComfyNode):
         window: Any = None,
         blocks: Any = "",
         role: Any = "",
+        extra: Any = "",
         input_types: Any = None,
     ) -> bool | str:
         """Everything that can be known before the graph runs; an input that is connected is None here."""
         problem = wrong_link(cls, input_types)
         if problem is None and when is None and input_types is not None and "when" not in input_types:
             problem = f"when must be one of {', '.join(WHEN)}, not null"
-        checked = problem or check_backend(backend, input_types)
+        checked = problem or check_backend(backend, input_types, extra)
         if checked is not True:
             return checked
         if when is None:  # of what is connected, something that is right in any case stands in its place
@@ -164,6 +165,6 @@ class AttentionSchedule(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, backend: str, when: str, window: str, blocks: str = "", role: str = ""
+        cls, model: Any, backend: str, when: str, window: str, blocks: str = "", role: str = "", extra: str = ""
     ) -> io.NodeOutput:
-        return io.NodeOutput(patch.add_to_schedule(model, entry_of(backend, when, window, blocks, role)))
+        return io.NodeOutput(patch.add_to_schedule(model, entry_of(backend, when, window, blocks, role, extra)))

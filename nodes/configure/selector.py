@@ -9,15 +9,15 @@ from comfy import model_management
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ...backends.config import GUARD_MODES
+from ...backends.config import GUARD_MODES, AttentionSpec
 from ...backends.config.names import AUTO, NAMES, canonical, menu
-from ...backends.config.text import from_environment
+from ...backends.config.text import from_environment, parse_extra
 from ...backends.kernels.registry import detect
 from ...backends.values.errors import ConfigError
 from ...backends.values.tolerance import ACCURACY
 from ..history import graph, runs
 from ..hook import patch
-from ..inputs import wrong_link
+from ..inputs import text_of, wrong_link
 
 CATEGORY = "attention"
 SECOND = 1
@@ -41,17 +41,47 @@ def backend_menu() -> list[str]:
     return list(menu(detect(model_management.get_torch_device()).kind))
 
 
-def check_backend(name: Any, input_types: Mapping[str, Any] | None = None) -> bool | str:
-    """For `validate_inputs`: True, or what is wrong with a backend's name."""
-    if name is None:
-        if input_types is None or "backend" in input_types:  # connected to another node: known only when it runs
-            return True
-        return f"backend must be a name, not null; write {AUTO}, or one of: {', '.join(NAMES)}"
+def check_backend(name: Any, input_types: Mapping[str, Any] | None = None, extra: Any = None) -> bool | str:
+    """For `validate_inputs`: True, or what is wrong with a backend's name or with its options as text."""
     try:
+        if isinstance(extra, str):
+            parse_extra(text_of(extra))
+        if name is None:
+            if input_types is None or "backend" in input_types:  # connected to another node: known only when it runs
+                return True
+            return f"backend must be a name, not null; write {AUTO}, or one of: {', '.join(NAMES)}"
         canonical(str(name))
+        if isinstance(extra, str):
+            spec_of(str(name), extra)
     except ValueError as error:
         return str(error)
     return True
+
+
+def extra_input() -> io.String.Input:
+    """The input for a backend's options, the same on every node that names one; it is the last one of each."""
+    return io.String.Input(
+        "extra",
+        display_name="kernel options",
+        default="",
+        optional=True,  # graphs from before it was there have no value for it
+        advanced=True,
+        tooltip=(
+            "Options of the backend as name=value pairs or JSON. Leave empty for its defaults.\n"
+            "For example, for video_sparse_attn: sparsity=0.75, dense_steps=3"
+        ),
+    )
+
+
+def spec_of(backend: str, extra: Any) -> AttentionSpec:
+    """A backend with the options that its node has as text.
+
+    Raises:
+        ConfigError, UnknownBackendError: `extra` is no text, or the backend is unknown or has no such option or value.
+    """
+    if not isinstance(extra, str):
+        raise ConfigError(f"extra must be text, not {type(extra).__name__}: {extra!r}")
+    return AttentionSpec(backend, parse_extra(text_of(extra)))
 
 
 def lacks_second_model() -> bool:
@@ -153,6 +183,7 @@ class AttentionBackendSelector(io.ComfyNode):
                         "and leaves by the second output."
                     ),
                 ),
+                extra_input(),
             ],
             outputs=[
                 io.Model.Output(),
@@ -167,9 +198,12 @@ class AttentionBackendSelector(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, backend: Any = None, model_2: Any = None, input_types: Any = None) -> bool | str:
+    def validate_inputs(
+        cls, backend: Any = None, model_2: Any = None, extra: Any = None, input_types: Any = None
+    ) -> bool | str:
         """Accept every spelling that a configuration may use, so that old and foreign graphs load."""
-        return wrong_link(cls, input_types, model_2=model_2) or check_backend(backend, input_types)
+        problem = wrong_link(cls, input_types, model_2=model_2)
+        return problem or check_backend(backend, input_types, extra)
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> Any:
@@ -185,8 +219,10 @@ class AttentionBackendSelector(io.ComfyNode):
         guard: str,
         recommended: bool = False,
         model_2: Any = None,
+        extra: str = "",
     ) -> io.NodeOutput:
         settings: dict[str, Any] = {"accuracy": accuracy, "strict": strict, "guard": guard, "recommended": recommended}
+        settings["extra"] = spec_of(backend, extra).extra
         first = patch.set_default(model, backend, **settings)
         if model_2 is None:
             if lacks_second_model():

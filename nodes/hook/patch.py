@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,13 +39,21 @@ def current_config(model: Any) -> AttentionConfig:
 
 
 def set_default(
-    model: Any, backend: str, *, accuracy: str, strict: bool, guard: str, recommended: bool | None = None
+    model: Any,
+    backend: str,
+    *,
+    accuracy: str,
+    strict: bool,
+    guard: str,
+    recommended: bool | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> Any:
     """A clone of `model` whose default backend and settings are these; its per-role entries stay.
 
     `recommended` switches the advisories for this model's family on or off; None keeps the earlier setting.
+    `extra`: options of the backend.
     """
-    before, default = current_config(model), AttentionSpec(backend)
+    before, default = current_config(model), AttentionSpec(backend, extra or {})
     config = replace(before, default=default, accuracy=accuracy, strict=strict, guard=guard)
     notes = line_of_alias(backend) + _replaced("the default", before.default, default)
     if recommended is not None:

@@ -467,6 +467,7 @@ def test_a_later_selector_decides_and_other_nodes_leave_it() -> None:
 @pytest.mark.usefixtures("quiet")
 def test_the_input_may_be_missing() -> None:
     inputs = nodes_module("configure.selector").AttentionBackendSelector.define_schema().inputs
-    assert [one.id for one in inputs] == ["model", "backend", "accuracy", "strict", "guard", "recommended", "model_2"]
+    order = ["model", "backend", "accuracy", "strict", "guard", "recommended", "model_2", "extra"]
+    assert [one.id for one in inputs] == order
     last = inputs[5]
     assert (last.optional, last.default, last.display_name) == (True, False, "exceptions for this model")

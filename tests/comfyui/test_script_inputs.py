@@ -179,9 +179,9 @@ def test_defaults_and_required_inputs_alone_are_accepted(name: str) -> None:
 
 
 OPTIONAL = {
-    "AttentionBackendSelector": ["recommended", "model_2"],
+    "AttentionBackendSelector": ["recommended", "model_2", "extra"],
     "PerRoleAttentionConfig": ["extra"],
-    "AttentionSchedule": ["blocks", "role"],
+    "AttentionSchedule": ["blocks", "role", "extra"],
     "AttentionConfigText": ["file", "component"],
 }
 
@@ -236,6 +236,33 @@ def test_no_backend_is_refused_with_what_to_write(name: str, snapshot: SnapshotA
     assert what == snapshot
     assert names.startswith("auto, autotune, torch_sdpa")
     assert checked(name, {**widgets_and_sockets(name), "backend": ["source", TYPES.index("COMBO")]})[0]
+
+
+BEFORE_QUEUEING = {
+    "topk=1.5": "topk 1.5 > 1",
+    "topk=-0.1": "topk -0.1 <",
+    '{"topk": "half"}': "topk must be a number",
+    "top_k=0.5": "did you mean topk?",
+    "topk=0.5 sparsity_ratio=0.5": "topk and sparsity_ratio",
+    "block_size=32": "not one of 64",
+    '{"topk": [0.5, 2]}': "topk 2 > 1",
+    "half": "extra: ",
+}
+
+
+@pytest.mark.parametrize("name", ["AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionSchedule"])
+def test_wrong_options_are_refused_before_queueing_with_what_is_allowed(name: str) -> None:
+    whole = {**widgets_and_sockets(name), "backend": "sparge_attn", "strict": False, "when": "steps", "window": "1-"}
+    whole = {key: value for key, value in whole.items() if key in class_of(name).INPUT_TYPES()["required"]}
+    for extra, said in BEFORE_QUEUEING.items():
+        valid, errors, _ = checked(name, {**whole, "extra": extra})
+        assert not valid, extra
+        assert said in ours(errors[0]), extra
+    assert said in ours(checked(name, {**whole, "backend": ["source", TYPES.index("COMBO")], "extra": extra})[1][0])
+    tooltip = class_of(name).INPUT_TYPES()["optional"]["extra"][1]["tooltip"]
+    example = tooltip.rpartition(": ")[2]
+    assert checked(name, {**whole, "backend": "video_sparse_attn", "extra": example})[0]
+    assert not checked(name, {**whole, "backend": "auto", "extra": example})[0]
 
 
 def test_a_wrong_type_that_is_connected_is_refused_as_comfyui_refuses_it() -> None:

@@ -521,19 +521,29 @@ def test_comfyui_is_told_of_the_executors_workspace(calls: list[Call], monkeypat
     assert estimates[0] == estimates[1] >= least
 
 
-@pytest.mark.parametrize("node", ["text", "role", "schedule"])
-def test_nodes_take_a_sparse_backend_with_its_options(node: str, calls: list[Call]) -> None:
-    stock, half = tiny_sampling.build("wan"), {"backend": "video_sparse_attn", "extra": {"sparsity": 0.5}}
+def configured(node: str, backend: str, extra: dict[str, Any]) -> Any:
+    """A tiny Wan with this backend and options by one of our nodes."""
+    stock, text = tiny_sampling.build("wan"), json.dumps(extra)
+    if node == "selector":
+        selector = nodes_module("configure.selector").AttentionBackendSelector
+        return selector.execute(stock, backend, "exact", False, "off", extra=text).args[0]
     if node == "role":
-        per_role = nodes_module("configure.per_role").PerRoleAttentionConfig
-        model = per_role.execute(stock, "self", "video_sparse_attn", '{"sparsity": 0.5}').args[0]
-    else:
-        text = {"default": half} if node == "text" else {"schedule": [{**half, "steps": "1-", "role": "self"}]}
-        config_text = nodes_module("configure.config_text").AttentionConfigText
-        model = config_text.execute(stock, json.dumps(text)).args[0]
-    tiny_sampling.sample(model, "wan", steps=2)
+        return nodes_module("configure.per_role").PerRoleAttentionConfig.execute(stock, "self", backend, text).args[0]
+    if node == "schedule":
+        schedule = nodes_module("configure.schedule").AttentionSchedule
+        return schedule.execute(stock, backend, "steps", "1-", role="self", extra=text).args[0]
+    whole = json.dumps({"default": {"backend": backend, "extra": extra}})
+    return nodes_module("configure.config_text").AttentionConfigText.execute(stock, whole).args[0]
+
+
+@pytest.mark.parametrize("node", ["selector", "text", "role", "schedule"])
+def test_nodes_take_a_sparse_backend_with_its_options(node: str, calls: list[Call]) -> None:
+    tiny_sampling.sample(configured(node, "video_sparse_attn", {"sparsity": 0.5}), "wan", steps=2)
     steps = {call.step for call in calls if call.backend == "video_sparse_attn"}
     assert steps == ({1} if node == "schedule" else {0, 1})
+    rows = [row for row in last_run()["rows"] if row["backend"] == "video_sparse_attn"]
+    assert rows
+    assert all(0.4 < row["kept"] < 0.7 for row in rows)  # cubes at borders are smaller
 
 
 def test_a_record_repeats_a_sparse_run(calls: list[Call]) -> None:
