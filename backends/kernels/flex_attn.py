@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType, MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..values.aliases import DIFFUSERS, Alias
 from ..values.limits import Batch, Causal, Dtypes, HeadDim, HeadDimIn, Heads, Rule, ValueHeadDim
@@ -28,7 +28,7 @@ from ..values.platform import Platform
 from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .backend import Backend, Kernel, Limits, package_reason
-from .support.flex_blocks import bucket, causal_blocks, filled, masked_blocks, seen_keys
+from .support.flex_blocks import BLOCK, bucket, causal_blocks, filled, masked_blocks, seen_keys
 from .support.layout import INT32_ELEMENTS, Elements, indexable, on_device_of, power
 from .support.sdpa import computes, nothing
 from .support.workspace import item_bytes, key_size, mask_size, output_size, query_size, value_size
@@ -180,10 +180,7 @@ class FlexAttn(Backend):
         return reasons
 
     def load(self, platform: Platform) -> Kernel:
-        import torch
-
-        if platform.kind == "cpu" and not (has := torch.backends.cpu.get_cpu_capability()).startswith("AVX"):
-            raise RuntimeError(f"the CPU's vector instructions are {has}, FlexAttention needs AVX2")
+        check_cpu(platform)
         variants = Variants()
 
         def run(call: AttentionCall) -> torch.Tensor:
@@ -194,6 +191,18 @@ class FlexAttn(Backend):
                 return variants.of(given)(*given)[:, :, : call.query.shape[2]]
 
         return run
+
+
+def check_cpu(platform: Platform) -> None:
+    """Whether FlexAttention's kernel for CPUs runs on this one.
+
+    Raises:
+        RuntimeError: it lacks the vector instructions.
+    """
+    import torch
+
+    if platform.kind == "cpu" and not (has := torch.backends.cpu.get_cpu_capability()).startswith("AVX"):
+        raise RuntimeError(f"the CPU's vector instructions are {has}, FlexAttention needs AVX2")
 
 
 def cpp_compiler(os_name: str) -> tuple[str, str | None]:
@@ -266,7 +275,10 @@ def attend(
     from torch.nn.attention.flex_attention import flex_attention
 
     score_mod = None if bias is None else adds(bias)
-    on_card = query.device.type != "cpu"
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if blocks is not None:  # the kernel's own blocks must divide those of the lists; its defaults divide 128
+        sizes = zip(("BLOCK_M", "BLOCK_N"), blocks.BLOCK_SIZE, strict=True)
+        options |= {name: size for name, size in sizes if size < BLOCK}
     output: torch.Tensor = flex_attention(
         query,
         key,
@@ -275,7 +287,7 @@ def attend(
         block_mask=blocks,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if on_card else None,
+        kernel_options=None if query.device.type == "cpu" else options,  # type: ignore[arg-type]  # a TypedDict
     )
     return output
 
@@ -344,7 +356,7 @@ def kind_of(given: Arguments) -> object:
     *tensors, blocks, scale = given
     facts = [_facts(tensor) for tensor in tensors]
     if blocks is not None:
-        facts += [_facts(blocks.kv_indices), blocks.mask_mod.__code__]
+        facts += [blocks.BLOCK_SIZE, _facts(blocks.kv_indices), blocks.mask_mod.__code__]
         facts += [_facts(cell.cell_contents) for cell in blocks.mask_mod.__closure__ or ()]
     return (*facts, scale)
 

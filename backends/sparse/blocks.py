@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Blocks:
     """Tokens divided into blocks, the same for every sample and head.
 
+    Those that follow from a grid are made once and kept, so that others can keep what they make of one, by identity.
+
     `index`: (tokens,), int64: the numbers of the tokens, block after block; None: in their own order.
     `sizes`: how many tokens each block has; none is empty.
     """
@@ -52,7 +54,13 @@ def cut(tokens: int, block: int) -> tuple[int, ...]:
 
 def raster(grid: TokenGrid, block: int) -> Blocks:
     """Consecutive tokens of the grid, frame by frame."""
-    return Blocks(None, cut(grid.cells, block))
+    return in_order(grid.cells, block)
+
+
+@lru_cache(maxsize=64)
+def in_order(tokens: int, block: int) -> Blocks:
+    """Consecutive tokens."""
+    return Blocks(None, cut(tokens, block))
 
 
 def tiles(grid: TokenGrid, tile: tuple[int, int, int]) -> Blocks:
@@ -148,6 +156,7 @@ def by_label(labels: torch.Tensor, count: int) -> Blocks:
     return Blocks(index, tuple(size for size in sizes if size))
 
 
+@lru_cache(maxsize=64)
 def with_others(blocks: Blocks, before: int, after: int, block: int) -> Blocks:
     """The blocks of a grid with those of the tokens before and after it, which have blocks of their own."""
     import torch

@@ -35,7 +35,7 @@ def value_at(value: object, where: Where) -> float:
     return float(str(value))
 
 
-def computed_whole(where: Where, options: Mapping[str, object], *, steps: str = "", layers: str = "") -> Dense | None:
+def computed_whole(where: Where, options: Mapping[str, object], *, steps: str, layers: str) -> Dense | None:
     """Whether a call lies in the first steps of this schedule, or in the first layers, that are computed whole.
 
     Args:

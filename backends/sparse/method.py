@@ -1,17 +1,20 @@
 """`SparseMethod`: the backend around a published sparse method, which selects blocks and has an executor compute them.
 
-A method's file declares the backend and writes `select_blocks`. The session binds its kernel to a place in the model
-(`Backend.bind`), so that the method knows grid, step and layer of each call.
+A method's file declares the backend and writes `blocks` and `select_blocks`. The session binds its kernel to a place
+in the model (`Backend.bind`), so that the method knows grid, step and layer of each call.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..kernels.backend import Backend, Kernel
+from ..kernels.support.workspace import item_bytes, key_size, query_size
+from ..values.faults import is_cuda_fault, is_out_of_memory
 from ..values.grid import Kept, Place, Progress, TokenGrid
 from ..values.limits import FLOATING, Causal, Dtypes, Limits, Masks, Rule, ValueHeadDim
 from ..values.platform import KINDS, Platform
@@ -19,9 +22,13 @@ from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
 from .block_map import BlockMap, Dense, with_other_tokens
 from .blocks import Blocks
+from .by_step import computed_whole
+from .executor import AUTO, Executor, Run, executors, select
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("attention_backends")
 
 NO_GRID = template("grid.unknown", "no token grid is known for this call")
 OTHER_KEYS = template("grid.keys", "the {kv_len} keys are not the tokens of the grid")
@@ -73,6 +80,19 @@ class SparseMethod(Backend):
     other_block: ClassVar[int] = 64
     """Tokens in a block of those beside the grid."""
 
+    steps_option: ClassVar[str] = "dense_steps"
+    """The method's own name of `dense_steps`; the larger number counts."""
+    layers_option: ClassVar[str] = "dense_layers"
+    """Likewise of `dense_layers`."""
+    published_steps: ClassVar[tuple[int, int] | None] = None
+    """Steps that are computed whole where a person sets none, of how many; scaled to the schedule."""
+    pair_bytes: ClassVar[int] = 20
+    """Bytes that choosing takes at most for each head and pair of blocks: scores, sorted scores and their order."""
+
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        """The blocks of queries and of keys."""
+        raise NotImplementedError
+
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
@@ -87,16 +107,44 @@ class SparseMethod(Backend):
         """
         raise NotImplementedError
 
-    def load(self, platform: Platform, **options: object) -> Kernel:
-        from .executors.gather import gather
+    def select_at(
+        self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
+    ) -> BlockMap | Dense:
+        """`select_blocks` but in steps and layers that are computed whole."""
+        whole = computed_whole(where, options, steps=self.steps_option, layers=self.layers_option)
+        if whole is None and self.published_steps is not None and options[self.steps_option] is None:
+            whole = first_steps(where, *self.published_steps)
+        return self.select_blocks(call, grid, where, options) if whole is None else whole
 
-        values = {option.name: option.default for option in self.options} | options
-        return SparseKernel(self, values, gather)
+    def values(self, options: Mapping[str, object]) -> dict[str, object]:
+        """Every declared option with its value; published steps are None unless given, as they are scaled."""
+        defaults = {option.name: option.default for option in self.options}
+        if self.published_steps is not None:
+            defaults[self.steps_option] = None
+        return defaults | dict(options)
+
+    def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
+        named = options.get("executor", AUTO)
+        return [
+            Reason("named", name=f"executor {named}", reason=reason)
+            for executor in (executors() if named != AUTO else ())
+            for reason in (executor.unavailable_reasons(platform) if executor.id == named else ())
+        ]
+
+    def load(self, platform: Platform, **options: object) -> Kernel:
+        return SparseKernel(self, self.values(options), platform)
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
-        from .executors.gather import workspace_bytes
-
-        return workspace_bytes(request, 8 if request.dtype == "float64" else 4 if request.dtype == "float32" else 2)
+        """What choosing takes with default options, and what the executor takes that comes first here."""
+        grid = request.grid
+        if grid is None:
+            return 0
+        queries, keys = self.blocks(grid, self.values({}))
+        choosing = self.pair_bytes * request.batch * request.num_heads * queries.count * keys.count
+        if queries.index is not None and self.pair_bytes and item_bytes(request) < 4:
+            choosing += 4 * max(query_size(request), key_size(request))  # tokens in float32, for means of blocks
+        able = select(request, platform).able
+        return choosing + (able[0].workspace_bytes(request, platform) if able else 0)
 
     def bind(
         self,
@@ -110,16 +158,14 @@ class SparseMethod(Backend):
         return kernel.bound(request, place, progress, kept, dense()) if isinstance(kernel, SparseKernel) else kernel
 
 
-Executor = Callable[[AttentionCall, BlockMap], "torch.Tensor"]
-
-
 class SparseKernel:
-    """A method with its options and its executor. Called without a place, all tokens lie in one row of one frame."""
+    """A method with its options on one machine. Called without a place, all tokens lie in one row of one frame."""
 
-    def __init__(self, method: SparseMethod, options: Mapping[str, object], executor: Executor) -> None:
+    def __init__(self, method: SparseMethod, options: Mapping[str, object], platform: Platform) -> None:
         self.method = method
         self.options = options
-        self.executor = executor
+        self.platform = platform
+        self._loaded: dict[str, Run] = {}
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         request = call.request()._replace(grid=TokenGrid(1, 1, call.query.shape[2]))
@@ -139,7 +185,8 @@ class SparseKernel:
         grid, layer = request.grid, layer_of(place.block)
         if grid is None:
             return dense
-        method, options, executor = self.method, self.options, self.executor
+        method, options = self.method, self.options
+        compute = self.executor(request)
         cells = slice(grid.before, grid.before + grid.cells)
         kv_after = request.kv_len - grid.before - grid.cells
         beside = grid.tokens > grid.cells
@@ -154,14 +201,50 @@ class SparseKernel:
             if not call.query.numel():
                 return dense(call)
             with torch.autocast(call.query.device.type, enabled=False):  # scores in float32, output in the call's dtype
-                selected = method.select_blocks(on_grid, grid, where, options)
+                selected = method.select_at(on_grid, grid, where, options)
                 if not isinstance(selected, Dense):
                     block_map = with_other_tokens(selected, grid, kv_after, method.other_block)
-                    kept.add(block_map.share())
-                    return executor(call, block_map)
+                    output = compute(call, block_map)
+                    if not isinstance(output, Dense):
+                        kept.add(block_map.share())
+                        return output
+                    selected = output
             kept.add_dense(selected.reason)
             return dense(call)
 
+        return run
+
+    def executor(self, request: AttentionRequest) -> Callable[[AttentionCall, BlockMap], torch.Tensor | Dense]:
+        """What computes the maps of calls of one kind: the first executor that can; or why none can."""
+        named = str(self.options.get("executor", AUTO))
+        able, reasons = select(request, self.platform, named)
+        failed: dict[str, str] = {}
+
+        def compute(call: AttentionCall, block_map: BlockMap) -> torch.Tensor | Dense:
+            against = dict(reasons) if named == AUTO else {named: reasons.get(named, ())}
+            for executor in able:
+                if executor.id in failed:
+                    continue
+                if why := tuple(executor.call_reasons(call, block_map)):
+                    against[executor.id] = why
+                    continue
+                try:
+                    return self._run(executor)(call, block_map)
+                except Exception as error:
+                    if executor is able[-1] or is_out_of_memory(error) or is_cuda_fault(error):
+                        raise
+                    failed[executor.id] = f"{type(error).__name__}: {error}"
+                    log.warning("%s: executor %s failed (%s); the next one runs for: %s", self.method.id, executor.id,
+                                failed[executor.id], request.describe())  # fmt: skip
+            texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items()]
+            return Dense(", ".join(texts))
+
+        return compute
+
+    def _run(self, executor: Executor) -> Run:
+        run = self._loaded.get(executor.id)
+        if run is None:
+            run = self._loaded[executor.id] = executor.load(self.platform)
         return run
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,45 +13,11 @@ import literal_sparse as literal  # noqa: E402
 from attention_backends.backends import CheckError, account, attention  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
-from attention_backends.backends.sparse.blocks import Blocks  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.executors.gather import gather  # noqa: E402
 from attention_backends.backends.values.grid import TokenGrid, parse_grid  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
-
-ORDERS: dict[str, Callable[[TokenGrid, int], Blocks]] = {
-    "raster": orders.raster,
-    "tiles": lambda grid, block: orders.tiles(grid, (2, 3, max(block // 6, 1))),
-    "pixels": orders.pixel_major,
-    "curve": orders.along_curve,
-    "curve in each frame": lambda grid, block: orders.along_curve(grid, block, each_frame=True),
-    "labels": lambda grid, block: orders.by_label(torch.arange(grid.cells) * 7 % 5, 5),
-}
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""Relative L2 of a call: rounding of the output's dtype."""
-
-
-def random_grid(rng: random.Random) -> TokenGrid:
-    sides = rng.randint(1, 5), rng.randint(1, 8), rng.randint(1, 8)
-    return TokenGrid(*sides, rng.choice((0, 0, 5)), rng.choice((0, 0, 9)))
-
-
-def random_call(rng: random.Random, grid: TokenGrid, dtype: Any) -> AttentionCall:
-    """Query with strides of (batch, tokens, heads, size), as models make it."""
-    batch, heads, shares, size = rng.randint(1, 2), rng.choice((2, 4)), rng.choice((1, 2)), rng.choice((8, 16))
-    tensors = [
-        torch.randn(batch, grid.tokens, count, width).to(dtype).transpose(1, 2)
-        for count, width in ((heads, size), (heads // shares, size), (heads // shares, rng.choice((size, 4))))
-    ]
-    return AttentionCall(*tensors, enable_gqa=shares > 1, scale=rng.choice((None, None, 0.3)))
-
-
-def random_map(rng: random.Random, grid: TokenGrid, order: str, call: AttentionCall) -> BlockMap:
-    blocks = ORDERS[order](grid, rng.choice((6, 12)))
-    seen = torch.rand(rng.choice((1, call.query.shape[0])), rng.choice((1, call.query.shape[1])), *[blocks.count] * 2)
-    seen = seen < rng.random()
-    seen[..., 0] |= ~seen.any(-1)
-    return with_other_tokens(BlockMap(blocks, blocks, seen), grid, grid.after, 8)
+from sparse_cases import ORDERS, TOLERANCE, random_call, random_grid, random_map  # noqa: E402
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -56,7 +56,7 @@ def selected(
     AttentionSpec(backend_id, options)  # allowed
     kernel = method.load(CPU, **options)
     assert isinstance(kernel, SparseKernel)
-    return method.select_blocks(call, grid, where, kernel.options)
+    return method.select_at(call, grid, where, kernel.options)
 
 
 def sliding_tile_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:

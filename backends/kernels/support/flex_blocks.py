@@ -105,28 +105,46 @@ def causal_blocks(q_len: int, kv_len: int, device: torch.device) -> BlockMask:
 
 
 def block_mask(
-    some: torch.Tensor, every: torch.Tensor, mask_mod: Callable[..., torch.Tensor], rows: int, keys: int
+    some: torch.Tensor,
+    every: torch.Tensor,
+    mask_mod: Callable[..., torch.Tensor],
+    rows: int,
+    keys: int,
+    *,
+    size: tuple[int, int] = (BLOCK, BLOCK),
+    backward: bool = True,
 ) -> BlockMask:
     """FlexAttention's BlockMask from what blocks (batch or 1, num_heads or 1, query blocks, key blocks) have.
 
-    `some`: a visible key; `every`: nothing hidden. torch's own create_block_mask would build all rows * keys values
-    first.
+    `some`: a visible key; `every`: nothing hidden; the same tensor where no block is in part hidden. torch's own
+    create_block_mask would build all rows * keys values first.
+
+    Args:
+        size: queries and keys of a block.
+        backward: with the lists that only gradients need, where torch can leave them out.
     """
+    import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-    lengths: dict[str, Any] = {"seq_lengths": (rows, keys)} if _takes_lengths() else {}
-    made: BlockMask = BlockMask.from_kv_blocks(
-        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, **lengths
-    )
+    takes = _arguments()
+    further: dict[str, Any] = {}
+    if "seq_lengths" in takes:  # where it is missing, torch counts whole blocks
+        further["seq_lengths"] = (rows, keys)
+    if "compute_q_blocks" in takes and not backward:
+        further["compute_q_blocks"] = False
+    count, listed = _listed(every)
+    # New tensors: one tensor as both lists cannot be compiled for a CPU (torch 2.13).
+    part = (torch.zeros_like(count), torch.zeros_like(listed)) if some is every else _listed(some & ~every)
+    made: BlockMask = BlockMask.from_kv_blocks(*part, count, listed, BLOCK_SIZE=size, mask_mod=mask_mod, **further)
     return made
 
 
 @cache
-def _takes_lengths() -> bool:
-    """Whether from_kv_blocks takes the lengths themselves; where it does not, it counts whole blocks."""
+def _arguments() -> frozenset[str]:
+    """What from_kv_blocks takes in this version of torch."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    return "seq_lengths" in signature(BlockMask.from_kv_blocks).parameters
+    return frozenset(signature(BlockMask.from_kv_blocks).parameters)
 
 
 def _listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,1 +1,7 @@
-"""One file for each way to compute a block map."""
+"""One file for each way to compute a block map; `EXECUTORS` has them, best first."""
+
+from ..executor import Executor
+from .flex import Flex
+from .gather import Gather
+
+EXECUTORS: tuple[Executor, ...] = (Flex(), Gather())

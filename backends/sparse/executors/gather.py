@@ -16,9 +16,12 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...kernels.support.workspace import item_bytes
+from ...values.platform import Platform
 from ...values.request import AttentionCall, AttentionRequest
 from ..block_map import BlockMap
 from ..blocks import Blocks
+from ..executor import Executor, Run
 
 BUDGET = 16 * 2**20
 """Bytes of gathered keys and values at a time, if more than one query block fits."""
@@ -225,3 +228,15 @@ def _all_heads(
             scale=call.scale,
         )
         output[b, h, q_tokens] = result[0]
+
+
+class Gather(Executor):
+    """Gathered keys and SDPA, on any device and for any map."""
+
+    id = "gather"
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        return workspace_bytes(request, item_bytes(request))
+
+    def load(self, platform: Platform) -> Run:
+        return gather

@@ -15,9 +15,10 @@ from ...values.aliases import SGLANG, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ..block_map import BlockMap, Dense
-from ..blocks import tiles
-from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..blocks import Blocks, tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import highest
+from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
 from ..windows import is_window
 
@@ -40,6 +41,7 @@ class Cube(SparseMethod):
         Option("topk", float, None, "Share of cubes kept, instead.", minimum=1e-6, maximum=1, by_step=True),
         DENSE_STEPS,
         DENSE_LAYERS,
+        EXECUTOR,
     )
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
@@ -50,14 +52,15 @@ class Cube(SparseMethod):
             found.append("topk_ratio_list and topk say the same thing; give one")
         return found
 
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        size = options["local_cube_size"]
+        found = tiles(grid, (size[0], size[1], size[2]) if isinstance(size, list) else CUBE)
+        return found, found
+
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        whole = computed_whole(where, options)
-        if whole is not None:
-            return whole
-        size, ratio = options["local_cube_size"], options["topk"]
-        blocks = tiles(grid, (size[0], size[1], size[2]) if isinstance(size, list) else CUBE)
+        ratio, (blocks, _) = options["topk"], self.blocks(grid, options)
         if ratio is None:
             ratio = RATIOS if options["topk_ratio_list"] is None else options["topk_ratio_list"]
         count = max(int(value_at(ratio, where) * blocks.count + 1e-9), 1)

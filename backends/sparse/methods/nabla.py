@@ -15,9 +15,10 @@ from ...values.aliases import FASTVIDEO, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ..block_map import BlockMap, Dense
-from ..blocks import tile_counts, tiles
-from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..blocks import Blocks, tile_counts, tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import until_share
+from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
 from ..windows import window_map
 
@@ -43,15 +44,17 @@ class Nabla(SparseMethod):
         Option("add_sta", bool, True, "Keep the window."),
         DENSE_STEPS,
         DENSE_LAYERS,
+        EXECUTOR,
     )
+
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        found = tiles(grid, TILE)
+        return found, found
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        whole = computed_whole(where, options)
-        if whole is not None:
-            return whole
-        blocks, share = tiles(grid, TILE), value_at(options["P"], where)
+        (blocks, _), share = self.blocks(grid, options), value_at(options["P"], where)
         if share >= 1:
             return Dense(f"all {blocks.count} blocks are kept")
         seen = until_share(mean_scores(call, blocks), share)

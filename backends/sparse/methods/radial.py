@@ -27,8 +27,9 @@ from ...values.options import Option
 from ...values.platform import Platform
 from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
-from ..blocks import raster
-from ..by_step import DENSE_STEPS, computed_whole
+from ..blocks import Blocks, raster
+from ..by_step import DENSE_STEPS
+from ..executor import EXECUTOR
 from ..method import SparseMethod, Where
 
 if TYPE_CHECKING:
@@ -112,27 +113,30 @@ class Radial(SparseMethod):
         Option("block_size", int, 128, "Tokens in a block.", choices=(64, 128)),
         DENSE_STEPS,
         Option("model_type", str, "auto", "The published rule of a model.", choices=("auto", "wan", "hunyuan")),
+        EXECUTOR,
     )
+    steps_option = "dense_timesteps"
+    pair_bytes = 0
 
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         if options.get("use_sage_attention", False):
             return [Reason(NO_INT8)]
-        return []
+        return super().option_reasons(platform, options)
+
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        found = raster(grid, int(str(options["block_size"])))
+        return found, found
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        whole = computed_whole(where, options, steps="dense_timesteps")
-        if whole is not None:
-            return whole
         model_type = str(options["model_type"])
         if model_type == "auto":
             model_type = "hunyuan" if grid.tokens > grid.cells else "wan"
-        block = int(str(options["block_size"]))
+        block, (blocks, _) = int(str(options["block_size"])), self.blocks(grid, options)
         seen, counts = radial_map(
             grid.frames, grid.height * grid.width, block, float(str(options["decay_factor"])), model_type
         )
-        blocks = raster(grid, block)
         if min(counts) == blocks.count:
             return Dense(f"the windows hold all {blocks.count} blocks")
         return BlockMap(blocks, blocks, seen, counts)

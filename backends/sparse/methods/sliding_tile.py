@@ -25,9 +25,10 @@ from ...values.options import Option
 from ...values.platform import Platform
 from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
-from ..blocks import tile_counts, tiles
-from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole
-from ..method import SparseMethod, Where, first_steps
+from ..blocks import Blocks, tile_counts, tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS
+from ..executor import EXECUTOR
+from ..method import SparseMethod, Where
 from ..windows import Window, is_window, window_map
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 TILE = (6, 8, 8)
 WINDOW = (3, 3, 3)
-DENSE, OF_STEPS = 15, 50
 MODES = ("STA_inference", "STA_searching", "STA_tuning", "STA_tuning_cfg")
 NO_SEARCH = template(
     "sliding_tile.mode", "{name} {mode} looks for windows, which is not built here; STA_inference runs them"
@@ -125,7 +125,11 @@ class SlidingTile(SparseMethod):
         Option("window_size", list, None, "Window of all heads without a file, in tiles; default 3, 3, 3."),
         DENSE_STEPS,
         DENSE_LAYERS,
+        EXECUTOR,
     )
+    steps_option = "skip_time_steps"
+    published_steps = (15, 50)
+    pair_bytes = 0
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         window = options.get("window_size")
@@ -146,28 +150,23 @@ class SlidingTile(SparseMethod):
                 read_strategy(str(path))
         except ValueError as error:
             return [Reason(NO_STRATEGY, error=str(error))]
-        return []
+        return super().option_reasons(platform, options)
 
     def load(self, platform: Platform, **options: object) -> Kernel:
         path = options.get("mask_strategy_file_path")
-        return super().load(
-            platform,
-            **{"skip_time_steps": None, **options},
-            strategy=None if path is None else read_strategy(str(path)),
-        )
+        return super().load(platform, **options, strategy=None if path is None else read_strategy(str(path)))
+
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        found = tiles(grid, TILE)
+        return found, found
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        whole = computed_whole(where, options, steps="skip_time_steps")
-        if whole is None and options["skip_time_steps"] is None:
-            whole = first_steps(where, DENSE, OF_STEPS)
-        if whole is not None:
-            return whole
         windows = self._windows(call.query.shape[1], where, options)
         if isinstance(windows, Dense):
             return windows
-        blocks = tiles(grid, TILE)
+        blocks, _ = self.blocks(grid, options)
         seen, count = window_map(tile_counts(grid, TILE), windows, pushed_in=True)
         if count == blocks.count:
             return Dense(f"the windows hold all {count} tiles")

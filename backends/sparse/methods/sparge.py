@@ -24,9 +24,10 @@ from ...values.aliases import PEOPLE, SGLANG, SMART_DIFFUSION, VLLM_OMNI, YUNCHA
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ..block_map import BlockMap, Dense
-from ..blocks import raster
-from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..blocks import Blocks, raster
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import highest
+from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, block_means
 
 if TYPE_CHECKING:
@@ -76,21 +77,22 @@ class Sparge(SparseMethod):
         Option("block_size", int, 64, "Keys in a block.", choices=(KEYS,)),
         DENSE_STEPS,
         DENSE_LAYERS,
+        EXECUTOR,
     )  # fmt: skip
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         given = [name for name in ("topk", "sparsity_ratio", "cdfthreshd") if options.get(name) is not None]
         return [f"{' and '.join(given)} say the same thing; give one"] if len(given) > 1 else []
 
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        return raster(grid, QUERIES), raster(grid, KEYS)
+
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
         import torch
 
-        whole = computed_whole(where, options)
-        if whole is not None:
-            return whole
-        queries, keys = raster(grid, QUERIES), raster(grid, KEYS)
+        queries, keys = self.blocks(grid, options)
         cdf, ratio = options["cdfthreshd"], options["sparsity_ratio"]
         share = value_at(options["topk"], where) if ratio is None else 1 - value_at(ratio, where)
         count = max(int(share * keys.count + 1e-9), 1)

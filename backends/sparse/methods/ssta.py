@@ -16,8 +16,9 @@ from ...values.grid import TokenGrid
 from ...values.options import Option
 from ..block_map import BlockMap, Dense
 from ..blocks import Blocks, tile_counts, tiles
-from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import count_of_share, highest
+from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, block_means
 from ..windows import is_window, window_map
 from .sliding_tile import TILE, WINDOW
@@ -58,6 +59,7 @@ class Ssta(SparseMethod):
         Option("attn_mask_share_within_head", int, 0, "1: all heads see the same tiles.", choices=(0, 1)),
         DENSE_STEPS,
         DENSE_LAYERS,
+        EXECUTOR,
     )
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
@@ -68,13 +70,14 @@ class Ssta(SparseMethod):
             found.append("ssta_topk and topk say the same thing; give one")
         return found
 
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        found = tiles(grid, TILE)
+        return found, found
+
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        whole = computed_whole(where, options)
-        if whole is not None:
-            return whole
-        blocks, topk = tiles(grid, TILE), options["topk"]
+        (blocks, _), topk = self.blocks(grid, options), options["topk"]
         count = int(str(options["ssta_topk"])) if topk is None else count_of_share(value_at(topk, where), blocks.count)
         given = _inner(options["win_size"])
         window = (given[0], given[1], given[2]) if isinstance(given, list) else WINDOW

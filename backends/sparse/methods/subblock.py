@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...kernels.backend import Kernel
 from ...values.aliases import SGLANG, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
-from ...values.platform import Platform
 from ..block_map import BlockMap, Dense
 from ..blocks import Blocks, cut, raster
-from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import count_of_share, highest
-from ..method import SparseMethod, Where, first_steps, mean_scores
+from ..executor import EXECUTOR
+from ..method import SparseMethod, Where, mean_scores
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 MULTIPLE = 8
-DENSE, OF_STEPS = 10, 50
 PARTS = (1, 2, 4, 8)
 
 
@@ -68,25 +66,26 @@ class SubBlock(SparseMethod):
         Option("min_seq_len", int, 4096, "Calls of fewer tokens are computed whole.", minimum=0),
         DENSE_STEPS,
         DENSE_LAYERS,
+        EXECUTOR,
     )
+    steps_option = "skip_first_steps"
+    layers_option = "skip_first_layers"
+    published_steps = (10, 50)
+    pair_bytes = 20 + 2 * 4 * 16  # and the scores of 4 x 4 parts
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         return ["sparsity and topk say the same thing; give one"] if {"sparsity", "topk"} <= set(options) else []
 
-    def load(self, platform: Platform, **options: object) -> Kernel:
-        return super().load(platform, **{"skip_first_steps": None, **options})
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        found = raster(grid, BLOCK)
+        return found, found
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        whole = computed_whole(where, options, steps="skip_first_steps", layers="skip_first_layers")
-        if whole is None and options["skip_first_steps"] is None:
-            whole = first_steps(where, DENSE, OF_STEPS)
-        if whole is not None:
-            return whole
         if grid.cells < int(str(options["min_seq_len"])):
             return Dense(f"fewer than {options['min_seq_len']} tokens")
-        blocks, topk = raster(grid, BLOCK), options["topk"]
+        (blocks, _), topk = self.blocks(grid, options), options["topk"]
         share = 1 - value_at(options["sparsity"], where) if topk is None else value_at(topk, where)
         count = min(-(-count_of_share(share, blocks.count) // MULTIPLE) * MULTIPLE, blocks.count)
         if count == blocks.count:

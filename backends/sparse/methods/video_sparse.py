@@ -19,9 +19,10 @@ from ...values.options import Option
 from ...values.platform import Platform
 from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
-from ..blocks import tiles
-from ..by_step import DENSE_LAYERS, DENSE_STEPS, computed_whole, value_at
+from ..blocks import Blocks, tiles
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import count_of_share, highest
+from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class VideoSparse(SparseMethod):
         Option("fastvideo_vsa_precision", str, "bf16", "vLLM-Omni's arithmetic.", choices=("bf16", "sage")),
         DENSE_STEPS,
         DENSE_LAYERS,
+        EXECUTOR,
     )
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
@@ -60,16 +62,16 @@ class VideoSparse(SparseMethod):
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         if options.get("fastvideo_vsa_precision", "bf16") != "bf16":
             return [Reason(NO_SAGE)]
-        return []
+        return super().option_reasons(platform, options)
+
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+        found = tiles(grid, CUBE_OF_VLLM if _sparsity(options) is None else CUBE)
+        return found, found
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        whole = computed_whole(where, options)
-        if whole is not None:
-            return whole
-        sparsity = options["VSA_sparsity"] if options["sparsity"] is None else options["sparsity"]
-        blocks = tiles(grid, CUBE_OF_VLLM if sparsity is None else CUBE)
+        sparsity, (blocks, _) = _sparsity(options), self.blocks(grid, options)
         if sparsity is not None:
             count = count_of_share(1 - value_at(sparsity, where), blocks.count)
         else:
@@ -78,6 +80,10 @@ class VideoSparse(SparseMethod):
             return Dense(f"all {count} cubes are kept")
         scores = mean_scores(call, blocks)
         return BlockMap(blocks, blocks, highest(scores, count), (count,) * blocks.count)
+
+
+def _sparsity(options: Mapping[str, object]) -> object:
+    return options["VSA_sparsity"] if options["sparsity"] is None else options["sparsity"]
 
 
 BACKENDS = (VideoSparse(),)

@@ -1,0 +1,110 @@
+"""`Executor`: one way to compute a block map, where it runs and why not elsewhere; and the choice among them.
+
+A file in `executors/` declares one, and `executors/__init__.py` lists them, best first. Each answers with reasons:
+about the machine, about a kind of call, about one map. An empty list means yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from ..values.options import Option
+from ..values.platform import Platform
+from ..values.request import AttentionCall, AttentionRequest
+from .block_map import BlockMap
+
+if TYPE_CHECKING:
+    import torch
+
+Run = Callable[[AttentionCall, BlockMap], "torch.Tensor"]
+"""Computes a call, without a mask and not causal, over the pairs of a map; (batch, num_heads, q_len, v_head_dim)."""
+
+AUTO = "auto"
+
+
+class Executor:
+    """One way to compute a block map. A subclass declares `id` and writes `load`."""
+
+    id: ClassVar[str]
+
+    def unavailable_reasons(self, platform: Platform) -> Sequence[str]:
+        """Why it cannot run on this machine at all."""
+        return ()
+
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> Sequence[str]:
+        """Why it cannot run calls of this kind: dtype, head size, lengths."""
+        return ()
+
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> Sequence[str]:
+        """Why `auto` takes this one last for calls of this kind, although it could run them."""
+        return ()
+
+    def call_reasons(self, call: AttentionCall, block_map: BlockMap) -> Sequence[str]:
+        """Why it cannot run one call with its map; asked at each call, so it reads no tensor."""
+        return ()
+
+    def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
+        """Bytes that one call takes at most beyond its tensors and its map."""
+        return 0
+
+    def load(self, platform: Platform) -> Run:
+        """Import what it needs; called once for each loaded method.
+
+        Raises:
+            Exception: what a broken package raises; the next executor is taken, or the named one is refused.
+        """
+        raise NotImplementedError
+
+
+class Selection(NamedTuple):
+    """The executors for calls of one kind."""
+
+    able: tuple[Executor, ...]
+    """Those that can run them, best first; empty: none can."""
+    reasons: dict[str, tuple[str, ...]]
+    """Why each other one than the first of `able` is not taken, by id."""
+
+
+@lru_cache(maxsize=1024)
+def select(request: AttentionRequest, platform: Platform, named: str = AUTO) -> Selection:
+    """Which executors run calls of this kind on this machine.
+
+    Args:
+        named: the only one that may run; `auto`: the first that can and has no reason to be avoided, then the others.
+    """
+    able: list[Executor] = []
+    avoided: list[Executor] = []
+    reasons: dict[str, tuple[str, ...]] = {}
+    for executor in executors():
+        if named not in (AUTO, executor.id):
+            reasons[executor.id] = (f"{named} is named",)
+            continue
+        against = tuple(executor.unavailable_reasons(platform) or executor.unsupported_reasons(request, platform))
+        if against:
+            reasons[executor.id] = against
+        elif named == AUTO and (against := tuple(executor.avoid_reasons(request, platform))):
+            reasons[executor.id] = against
+            avoided.append(executor)
+        else:
+            if able:
+                reasons[executor.id] = (f"{able[0].id} comes first",)
+            able.append(executor)
+    found = (*able, *avoided)
+    if found:
+        reasons.pop(found[0].id, None)
+    return Selection(found, reasons)
+
+
+def executors() -> tuple[Executor, ...]:
+    """All executors, in the order of `executors/__init__.py`."""
+    from .executors import EXECUTORS
+
+    return EXECUTORS
+
+
+EXECUTOR = Option(
+    "executor", str, AUTO, "How the chosen blocks are computed; auto takes the best that runs here.",
+    choices=(AUTO, "gather", "flex"),
+)  # fmt: skip

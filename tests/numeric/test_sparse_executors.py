@@ -1,0 +1,198 @@
+"""Executors: which one runs where, and that FlexAttention's lists of blocks are the map."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import literal_sparse as literal  # noqa: E402
+from attention_backends.backends import account, attention  # noqa: E402
+from attention_backends.backends.kernels.flex_attn import cpp_compiler  # noqa: E402
+from attention_backends.backends.sparse import blocks as orders  # noqa: E402
+from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
+from attention_backends.backends.sparse.executor import Executor, executors, select  # noqa: E402
+from attention_backends.backends.sparse.executors import flex as flexing  # noqa: E402
+from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
+from attention_backends.backends.values.platform import Platform, parse_platform  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from sparse_cases import ORDERS, TOLERANCE, random_call, random_grid, random_map  # noqa: E402
+
+CPU = Platform("cpu", torch="2.13.0", os="linux")
+
+
+def visible(blocks: Any) -> Any:
+    """The tokens that a BlockMask's lists let through, (batch, heads, rows, keys), and how many blocks are in both."""
+    rows, keys = blocks.seq_lengths
+    size_q, size_k = blocks.BLOCK_SIZE
+    q, k = torch.arange(rows)[:, None], torch.arange(keys)
+    found = torch.zeros(*blocks.kv_indices.shape[:2], rows, keys, dtype=torch.bool)
+    twice = 0
+    inside = blocks.mask_mod(torch.tensor(0), torch.tensor(0), q, k).expand(rows, keys)
+    for sample, head, row in torch.cartesian_prod(*map(torch.arange, blocks.kv_indices.shape[:3])).tolist():
+        of_row = slice(row * size_q, (row + 1) * size_q)
+        lists = (blocks.kv_num_blocks, blocks.kv_indices), (blocks.full_kv_num_blocks, blocks.full_kv_indices)
+        part, full = (indices[sample, head, row, : counts[sample, head, row]].tolist() for counts, indices in lists)
+        twice += len({*part} & {*full}) + len(part) - len({*part}) + len(full) - len({*full})
+        for at in part + full:
+            of_keys = slice(at * size_k, (at + 1) * size_k)
+            found[sample, head, of_row, of_keys] = True if at in full else inside[of_row, of_keys]
+    return found, twice
+
+
+def literally(query: Any, key: Any, value: Any, bias: Any, blocks: Any, scale: float | None) -> Any:
+    """In place of the compiled kernel."""
+    sees, twice = visible(blocks)
+    assert (bias, twice) == (None, 0)
+    assert blocks.kv_indices is not blocks.full_kv_indices, "torch cannot compile that for a CPU"
+    return literal.masked_attention(query, key, value, sees, scale).to(query.dtype)
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The executor with a literal kernel and blocks of 16 and 8 tokens."""
+    monkeypatch.setattr(flexing, "SIZES", (16, 8))
+    monkeypatch.setattr(flexing.Variants, "of", lambda self, given: literally)
+    flexing.fill.cache_clear()
+    flexing.filled_length.cache_clear()
+    yield flexing.Flex().load(CPU)
+    flexing.fill.cache_clear()
+    flexing.filled_length.cache_clear()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_flex_is_given_exactly_the_map(order: str, flex: Any) -> None:
+    rng = random.Random(order)
+    torch.manual_seed(rng.randrange(2**31))
+    for _ in range(4):
+        grid = random_grid(rng)
+        call = random_call(rng, grid, torch.float32)
+        block_map = random_map(rng, grid, order, call)
+        expected = literal.masked_attention(call.query, call.key, call.value, block_map.mask(), call.scale)
+        output = flex(call, block_map)
+        assert output.shape == expected.shape
+        assert (output.double() - expected).norm() <= 2e-6 * expected.norm(), (grid, call.query.shape)
+
+
+@pytest.mark.parametrize(("tokens", "masked"), [(64, False), (60, True)])
+def test_flex_masks_only_where_something_is_filled_in(
+    tokens: int, masked: bool, flex: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(flexing.Variants, "of", lambda self, arguments: given.append(arguments) or literally)
+    call = AttentionCall(*(torch.randn(1, 2, tokens, 8) for _ in range(3)))
+    blocks = orders.in_order(tokens, 16)
+    flex(call, BlockMap(blocks, blocks, torch.ones(1, 1, 4, 4, dtype=torch.bool)))
+    ((query, _, _, _, lists, _),) = given
+    assert bool(lists.kv_num_blocks.any()) == masked
+    assert (query is call.query) != masked, "in order and whole: no copy"
+
+
+def test_a_place_without_a_token_has_one_of_its_own_block() -> None:
+    """So that a NaN reaches the queries that see its block, and no others."""
+    blocks = orders.tiles(TokenGrid(1, 9, 13), (1, 8, 8))
+    side = flexing.fill(blocks, torch.device("cpu"))
+    assert (side.size, side.length) == (64, 256)
+    assert side.tokens is not None
+    for places, tokens in zip(side.tokens.split(64), blocks.index.split(list(blocks.sizes)), strict=True):
+        assert set(places.tolist()) == set(tokens.tolist())
+
+
+def test_flex_leaves_what_it_cannot_do_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, blocks of few tokens, and a kernel that fails."""
+    ran: list[str] = []
+
+    class Failing(flexing.Flex):
+        def avoid_reasons(self, request: Any, platform: Any) -> list[str]:
+            return []
+
+        def load(self, platform: Platform) -> Any:
+            def run(call: Any, block_map: Any) -> Any:
+                ran.append("flex")
+                raise RuntimeError("the compiler gave up")
+
+            return run
+
+    gather = executors()[-1]
+    monkeypatch.setattr("attention_backends.backends.sparse.executors.EXECUTORS", (Failing(), gather))
+    select.cache_clear()
+    try:
+        for cube, trained, tried in (([1, 2, 2], False, 0), ([2, 8, 8], True, 0), ([2, 8, 8], False, 1)):
+            ran.clear()
+            query = torch.randn(1, 1, 512, 16, requires_grad=trained)
+            chosen = {"default": {"backend": "cube_attn", "extra": {"local_cube_size": cube, "topk": 0.5}}}
+            with account() as run_report:
+                attention(query, query, query, backend=chosen, grid=(2, 16, 16))
+                attention(query, query, query, backend=chosen, grid=(2, 16, 16))
+            (row,) = run_report.as_dict()["rows"]
+            assert (row["backend"], row["reason"], row["kept"]) == ("cube_attn", None, 0.5)
+            assert len(ran) == tried, "once, not at each call"
+    finally:
+        select.cache_clear()
+
+
+def test_a_named_executor_is_the_only_one() -> None:
+    query = torch.randn(1, 1, 512, 16, dtype=torch.float64)
+    extra = {"local_cube_size": [2, 8, 8], "topk": 0.5}
+    for named, kept in (("gather", 0.5), ("flex", None)):
+        chosen = {"default": {"backend": "cube_attn", "extra": {**extra, "executor": named}}}
+        with account() as run_report:
+            output = attention(query, query, query, backend=chosen, grid=(2, 16, 16))
+        (row,) = run_report.as_dict()["rows"]
+        if row["backend"] == "cube_attn":  # without a compiler flex is not available, and the call falls back
+            assert row["kept"] == kept
+            assert bool(row["dense"]) == (named == "flex"), "it has no float64"
+        if named == "flex":
+            torch.testing.assert_close(output, attention(query, query, query))
+
+
+MACHINES = (
+    *("cpu,os=linux", "cpu,os=win32", "cpu,os=darwin"),
+    "cuda:7.5,packages=triton==3.6.0",
+    *("cuda:8.0", "cuda:8.6,os=win32", "cuda:8.9,packages=triton==3.6.0", "cuda:9.0,packages=triton==3.6.0"),
+    *("cuda:12.0,os=win32,packages=triton-windows==3.6.0", "rocm", "xpu", "mps", "npu"),
+)
+
+
+def test_which_executor_runs_on_which_machine(snapshot: Any) -> None:
+    call = AttentionCall(*(torch.empty(1, 2, 4096, 128, dtype=torch.float16, device="meta") for _ in range(3)))
+    request = call.request(grid=TokenGrid(4, 32, 32))
+    found = {}
+    for machine in MACHINES:
+        able, reasons = select(request, parse_platform(machine))
+        found[machine] = {"runs": [executor.id for executor in able], "not first": reasons}
+    assert found == snapshot
+
+
+def test_each_executor_says_what_it_takes() -> None:
+    call = AttentionCall(*(torch.empty(2, 4, 4096, 64, dtype=torch.float16, device="meta") for _ in range(3)))
+    request = call.request(grid=TokenGrid(4, 32, 32))
+    for executor in executors():
+        assert isinstance(executor, Executor)
+        assert executor.workspace_bytes(request, CPU) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpp_compiler("linux")[1] is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_flex_compiled_computes_exactly_its_map(dtype: Any) -> None:
+    rng = random.Random(str(dtype))
+    torch.manual_seed(0)
+    run = flexing.Flex().load(CPU)
+    for grid, heads, order in (
+        (TokenGrid(2, 16, 16), 2, "raster"),  # whole blocks, no mask
+        (TokenGrid(3, 11, 13, 5, 9), 1, "tiles"),
+    ):
+        size = 64 if order == "raster" else 0
+        blocks = orders.raster(grid, size) if size else orders.tiles(grid, (3, 5, 5))
+        seen = torch.rand(1, 2, blocks.count, blocks.count) < 0.4
+        seen[..., 0] = True
+        block_map = with_other_tokens(BlockMap(blocks, blocks, seen), grid, grid.after, 64)
+        tensors = (torch.randn(1, count, grid.tokens, 16).to(dtype) for count in (2, heads, heads))
+        call = AttentionCall(*tensors, enable_gqa=heads == 1, scale=rng.choice((None, 0.3)))
+        expected = literal.masked_attention(call.query, call.key, call.value, block_map.mask(), call.scale)
+        output = run(call, block_map)
+        assert (output.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm(), order
