@@ -32,6 +32,7 @@ from .backends.measure import remembered
 from .backends.observe.advisories import lines_for
 from .backends.observe.autotune.candidates import with_store
 from .backends.observe.autotune.store import Store, default_path
+from .backends.sparse.executor import AUTO, select
 from .backends.values.bounded import shortened
 from .backends.values.errors import NoBackendError
 from .backends.values.platform import Platform, parse_platform
@@ -296,6 +297,12 @@ def _explain(options: argparse.Namespace) -> int:
             *_about_the_mask(request),
         ],
     }
+    if router.backends[decision.backend].sparse:
+        asked = str(decision.options.get("executor", AUTO))
+        with contextlib.suppress(ImportError):  # without torch
+            able, reasons = select(request, router.platform, asked)
+            why_not = {name: list(why) for name, why in reasons.items()}
+            answer["executors"] = {"able": [one.id for one in able], "reasons": why_not}
     print(json.dumps(answer, indent=2) if options.json else _sentences(answer, request))
     return 0
 
@@ -349,6 +356,9 @@ def _sentences(answer: dict[str, Any], request: AttentionRequest) -> str:
         f"{runs} would run for role {role}{of}.",
         f"That follows from: {answer['source']}{asked}.",
     ]
+    if executors := answer.get("executors"):
+        lines.append(f"Its blocks would be computed by: {executors['able'][0] if executors['able'] else 'none'}.")
+        lines += [f"  not {name}: {'; '.join(why)}" for name, why in executors["reasons"].items()]
     lines += [f"Note: {note}." for note in answer["notes"]]
     if answer["rejected"]:
         lines.append("Refused before it:")

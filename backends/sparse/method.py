@@ -86,8 +86,9 @@ class SparseMethod(Backend):
     """Likewise of `dense_layers`."""
     published_steps: ClassVar[tuple[int, int] | None] = None
     """Steps that are computed whole where a person sets none, of how many; scaled to the schedule."""
-    pair_bytes: ClassVar[int] = 20
-    """Bytes that choosing takes at most for each head and pair of blocks: scores, sorted scores and their order."""
+    pair_bytes: ClassVar[int] = 24
+    """Bytes that choosing takes at most for each head and pair of blocks: scores, sorted scores, their order and sums;
+    0 where a map follows from the grid."""
 
     def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
         """The blocks of queries and of keys."""
@@ -139,12 +140,20 @@ class SparseMethod(Backend):
         grid = request.grid
         if grid is None:
             return 0
-        queries, keys = self.blocks(grid, self.values({}))
-        choosing = self.pair_bytes * request.batch * request.num_heads * queries.count * keys.count
-        if queries.index is not None and self.pair_bytes and item_bytes(request) < 4:
-            choosing += 4 * max(query_size(request), key_size(request))  # tokens in float32, for means of blocks
         able = select(request, platform).able
-        return choosing + (able[0].workspace_bytes(request, platform) if able else 0)
+        return self.choosing_bytes(request, grid) + (able[0].workspace_bytes(request, platform) if able else 0)
+
+    def choosing_bytes(self, request: AttentionRequest, grid: TokenGrid) -> int:
+        """Bytes that `select_blocks` takes at most, with default options."""
+        if not self.pair_bytes:
+            return 0
+        queries, keys = self.blocks(grid, self.values({}))
+        heads = request.batch * request.num_heads
+        means = 4 * 4 * heads * (queries.count + keys.count) * request.head_dim  # in float32, scaled, normalised
+        whole = 0
+        if queries.index is not None and item_bytes(request) < 4:
+            whole = 4 * max(query_size(request), key_size(request))  # tokens in float32, for means of scattered ones
+        return self.pair_bytes * heads * queries.count * keys.count + means + whole
 
     def bind(
         self,

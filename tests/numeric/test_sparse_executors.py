@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -13,12 +14,14 @@ import literal_sparse as literal  # noqa: E402
 from attention_backends.backends import account, attention  # noqa: E402
 from attention_backends.backends.kernels.flex_attn import cpp_compiler  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
+from attention_backends.backends.sparse import executors as package  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.executor import Executor, executors, select  # noqa: E402
 from attention_backends.backends.sparse.executors import flex as flexing  # noqa: E402
 from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
-from attention_backends.backends.values.platform import Platform, parse_platform  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from attention_backends.cli import main  # noqa: E402
 from sparse_cases import ORDERS, TOLERANCE, random_call, random_grid, random_map  # noqa: E402
 
 CPU = Platform("cpu", torch="2.13.0", os="linux")
@@ -117,7 +120,7 @@ def test_flex_leaves_what_it_cannot_do_to_the_next_one(monkeypatch: pytest.Monke
             return run
 
     gather = executors()[-1]
-    monkeypatch.setattr("attention_backends.backends.sparse.executors.EXECUTORS", (Failing(), gather))
+    monkeypatch.setattr(package, "EXECUTORS", (Failing(), gather))
     select.cache_clear()
     try:
         for cube, trained, tried in (([1, 2, 2], False, 0), ([2, 8, 8], True, 0), ([2, 8, 8], False, 1)):
@@ -157,14 +160,18 @@ MACHINES = (
 )
 
 
-def test_which_executor_runs_on_which_machine(snapshot: Any) -> None:
-    call = AttentionCall(*(torch.empty(1, 2, 4096, 128, dtype=torch.float16, device="meta") for _ in range(3)))
-    request = call.request(grid=TokenGrid(4, 32, 32))
+def test_explain_says_which_executor_runs_on_which_machine(capsys: pytest.CaptureFixture[str], snapshot: Any) -> None:
+    call = ("--request", "num_heads=2,q_len=4096,head_dim=128,dtype=fp16,grid=4x32x32", "--config", "subblock_attn")
     found = {}
     for machine in MACHINES:
-        able, reasons = select(request, parse_platform(machine))
-        found[machine] = {"runs": [executor.id for executor in able], "not first": reasons}
+        assert main(["explain", "--json", "--platform", machine, *call]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["backend"] == "subblock_attn"
+        reasons = [f"not {name}: {'; '.join(why)}" for name, why in answer["executors"]["reasons"].items()]
+        found[machine] = [*answer["executors"]["able"], *reasons]
     assert found == snapshot
+    assert main(["explain", "--platform", "cuda:9.0", *call]) == 0
+    assert "by: gather." in capsys.readouterr().out
 
 
 def test_each_executor_says_what_it_takes() -> None:

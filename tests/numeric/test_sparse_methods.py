@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from attention_backends.backends.values.errors import ConfigError  # noqa: E402
 from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 CPU = Platform("cpu", torch="2.13.0", os="linux")
 OUTSIDE = Where(None, None, None, None, "self", ())
@@ -543,3 +545,41 @@ def test_each_method_is_compared() -> None:
         module.BACKENDS[0].id for module in (cube, nabla, radial, sliding_tile, sparge, ssta, subblock, video_sparse)
     }
     assert methods == set(CASES) == set(LEAVES_OUT) == set(KEEPS_ALL) == set(DENSE_STEPS)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of new tensors at a time."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in given}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and (of := tensor.untyped_storage())._cdata not in self.sizes:
+                self.sizes[of._cdata] = of.nbytes()
+                self.now += of.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(of, self._freed, of._cdata)
+        return made
+
+    def _freed(self, of: int) -> None:
+        self.now -= self.sizes.pop(of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend_id", LEAVES_OUT)
+def test_choosing_keeps_to_its_stated_workspace(backend_id: str, dtype: Any) -> None:
+    grid = TokenGrid(4, 24, 20)
+    call = AttentionCall(*(torch.randn(1, 2, grid.cells, 64).to(dtype) for _ in range(3)))
+    method = BACKENDS[backend_id]
+    assert isinstance(method, SparseMethod)
+    extra = LEAVES_OUT[backend_id] | ({"fastvideo_vsa_topk": 2} if backend_id == "video_sparse_attn" else {})
+    if backend_id == "video_sparse_attn":
+        del extra["sparsity"]  # the default's cubes are larger
+    assert isinstance(selected(backend_id, call, grid, extra), BlockMap), "and what is kept for a grid is made"
+    with Peak(call.query, call.key, call.value) as peak:
+        selected(backend_id, call, grid, extra)
+    assert 0.1 * peak.most <= 0.1 * method.choosing_bytes(call.request(grid=grid), grid) <= peak.most

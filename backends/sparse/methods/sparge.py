@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ...kernels.support.workspace import item_bytes, key_size, query_size
 from ...values.aliases import PEOPLE, SGLANG, SMART_DIFFUSION, VLLM_OMNI, YUNCHANG, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
@@ -33,7 +34,7 @@ from ..method import SparseMethod, Where, block_means
 if TYPE_CHECKING:
     import torch
 
-    from ...values.request import AttentionCall
+    from ...values.request import AttentionCall, AttentionRequest
 
 QUERIES, KEYS = 128, 64
 SIMILAR_TOPK, SIMILAR_CDF = -0.1, 0.6
@@ -86,6 +87,11 @@ class Sparge(SparseMethod):
 
     def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
         return raster(grid, QUERIES), raster(grid, KEYS)
+
+    def choosing_bytes(self, request: AttentionRequest, grid: TokenGrid) -> int:
+        smooth = key_size(request) * item_bytes(request)
+        unit = 4 * max(query_size(request), key_size(request)) * (1 if item_bytes(request) == 4 else 2)
+        return super().choosing_bytes(request, grid) + smooth + unit
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]

@@ -71,7 +71,7 @@ class SubBlock(SparseMethod):
     steps_option = "skip_first_steps"
     layers_option = "skip_first_layers"
     published_steps = (10, 50)
-    pair_bytes = 20 + 2 * 4 * 16  # and the scores of 4 x 4 parts
+    pair_bytes = 24 + 2 * 4 * 16  # and the scores of 4 x 4 parts
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         return ["sparsity and topk say the same thing; give one"] if {"sparsity", "topk"} <= set(options) else []
