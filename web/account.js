@@ -13,9 +13,18 @@ const WORST = ['running', 'done', 'partly', 'not_used', 'cancelled', 'refused', 
 /** The backend that a row names whose calls another pack computed. */
 export const BY_ANOTHER = 'by another'
 
-export const COLUMNS = /** @type {const} */ ([
-  'role', 'block', 'backend', 'member', 'calls', 'ms', 'mask', 'asked', 'source', 'reason'
+const COLUMNS = /** @type {const} */ ([
+  'role', 'block', 'backend', 'member', 'calls', 'ms', 'kept', 'expected_gain', 'measured_gain', 'mask', 'asked',
+  'source', 'reason'
 ])
+/** Columns that only runs with a sparse backend have. */
+const OF_SPARSE = /** @type {const} */ (['kept', 'expected_gain', 'measured_gain'])
+
+/** @param {Row[]} rows */
+export const columnsOf = (rows) => {
+  const sparse = rows.some((row) => row.kept !== undefined)
+  return COLUMNS.filter((name) => sparse || !OF_SPARSE.some((one) => one === name))
+}
 
 /**
  * Rows of all blocks of a role that took the same path, as one.
@@ -25,23 +34,49 @@ export const COLUMNS = /** @type {const} */ ([
  * @returns {Row[]}
  */
 export function byRole(rows, words) {
-  /** @type {Map<string, Row & { blocks: Set<string> }>} */
+  /** @type {Map<string, Row & { blocks: Set<string>, same: Row[] }>} */
   const sums = new Map()
   for (const row of rows) {
     const key = JSON.stringify([row.role, row.backend, row.member, row.mask, row.asked, row.reason])
     const sum = sums.get(key)
     if (!sum) {
-      sums.set(key, { ...row, blocks: new Set([row.block]) })
+      sums.set(key, { ...row, blocks: new Set([row.block]), same: [row] })
     } else {
       sum.calls += row.calls
       sum.ms = sum.ms === null || row.ms === null ? null : sum.ms + row.ms
       sum.blocks.add(row.block)
+      sum.same.push(row)
     }
   }
-  return [...sums.values()].map(({ blocks, ...row }) => ({
+  return [...sums.values()].map(({ blocks, same, ...row }) => ({
     ...row,
+    ...(row.kept === undefined ? {} : sparseSum(same)),
     block: blocks.size === 1 ? row.block : words(blocks.size)
   }))
+}
+
+/**
+ * What sparse rows of one role kept and gained together, as `backends/report/kept.of_rows` adds them up.
+ *
+ * @param {Row[]} rows
+ */
+export function sparseSum(rows) {
+  let [calls, kept, time] = [0, 0, 0]
+  /** @type {Record<string, number>} */
+  const dense = {}
+  for (const row of rows) {
+    let whole = 0
+    for (const [reason, count] of Object.entries(row.dense ?? {})) {
+      dense[reason] = (dense[reason] ?? 0) + count
+      whole += count
+    }
+    if (row.kept === null || row.kept === undefined) continue
+    calls += row.calls - whole
+    kept += (row.calls - whole) * row.kept
+    time += row.measured_gain ? (row.calls - whole) / row.measured_gain : NaN
+  }
+  if (!calls) return { kept: null, expected_gain: null, measured_gain: null, dense }
+  return { kept: kept / calls, expected_gain: calls / kept, measured_gain: time ? calls / time : null, dense }
 }
 
 /**
@@ -131,6 +166,7 @@ export function addedUp(totals) {
  */
 export function asCsv(run) {
   const quoted = (/** @type {unknown} */ value) => `"${String(value ?? '').replaceAll('"', '""')}"`
-  const lines = run.rows.map((row) => COLUMNS.map((column) => quoted(row[column])).join(','))
-  return [COLUMNS.map(quoted).join(','), ...lines].join('\r\n') + '\r\n'
+  const columns = columnsOf(run.rows)
+  const lines = run.rows.map((row) => columns.map((column) => quoted(row[column])).join(','))
+  return [columns.map(quoted).join(','), ...lines].join('\r\n') + '\r\n'
 }

@@ -6,7 +6,7 @@ import { element } from './dom.js'
  * @typedef {import('./server.js').Run} Run
  * @typedef {{ role: string, block: string }} Line
  * @typedef {[column: number, line: number]} Place
- * @typedef {{ calls: number, ms: number | null, backend: string, most: number }} Cell
+ * @typedef {{ calls: number, ms: number | null, backend: string, most: number, kept?: number }} Cell
  * @typedef {import('./server.js').Window} Window
  * @typedef {{ first: number, last: number, label: string, cells: Window['cells'] }} Part
  * @typedef {{ first: number, last: number, label: string, cells: Map<number, Cell> }} Column
@@ -69,11 +69,12 @@ export function grid(run) {
   const columns = found.map(({ first, last, label, cells }) => {
     /** @type {Map<number, Cell>} */
     const inside = new Map()
-    for (const [index, calls, ms] of cells) {
+    for (const [index, calls, ms, kept] of cells) {
       const row = run.rows[index]
       if (!row) continue
       const line = numbers.get(`${row.role}\n${row.block}`) ?? 0
       const cell = inside.get(line) ?? { calls: 0, ms: null, backend: row.backend, most: 0 }
+      if (kept !== undefined) cell.kept = ((cell.kept ?? 1) * cell.calls + kept * calls) / (cell.calls + calls)
       cell.calls += calls
       if (ms !== null) cell.ms = (cell.ms ?? 0) + ms
       if (calls > cell.most) [cell.most, cell.backend] = [calls, row.backend]
@@ -137,8 +138,9 @@ export function heatStrip(run, by, say, view) {
     const window = columns[column]
     const { role, block } = lines[line] ?? { role: '', block: '' }
     const cell = window?.cells.get(line)
+    const kept = cell?.kept === undefined ? '' : `, ${say('line.kept', { percent: Math.round(100 * cell.kept) })}`
     const what = cell
-      ? `${cell.backend}, ${cell.calls}${cell.ms === null ? '' : `, ${cell.ms.toFixed(2)} ms`}`
+      ? `${cell.backend}, ${cell.calls}${cell.ms === null ? '' : `, ${cell.ms.toFixed(2)} ms`}${kept}`
       : say('strip.none')
     caption.textContent = say(`strip.at_${unit}`, { role, block: block || '-', where: window?.label ?? '-', what })
   }

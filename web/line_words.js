@@ -78,7 +78,7 @@ export function ranWords(line, warning, say) {
   const { step, of_steps: steps } = line
   const words = (/** @type {string} */ text) => inWords(text, line.phrases, say)
   const outcome = line.outcome && { ...line.outcome, cause: words(line.outcome.cause) }
-  const ran = backendsOf(line)
+  const ran = [backendsOf(line), keptText(line.sparse, say)].filter(Boolean).join(DOT)
   const time = line.ms_per_step === null ? '' : duration(line.ms_per_step, say)
   if (line.state === 'running') {
     const at = step ? say('line.step', { step, steps }) : say('state.running')
@@ -115,6 +115,17 @@ export function ranWords(line, warning, say) {
         ]
   const bad = Boolean(warning || fell) || BAD.includes(kind)
   return { texts: distinct(texts), title: title.filter(Boolean).join('\n'), tone: bad ? 'bad' : 'plain' }
+}
+
+/**
+ * `25 % kept`, or that nothing was left out.
+ *
+ * @param {NodeLine['sparse']} sparse
+ * @param {Say} say
+ */
+function keptText(sparse, say) {
+  if (!sparse || !(sparse.calls || sparse.whole)) return ''
+  return sparse.kept === null ? say('line.all_kept') : say('line.kept', { percent: Math.round(100 * sparse.kept) })
 }
 
 /** @param {string[][]} texts */

@@ -1,6 +1,6 @@
 /** One run in the panel: verdicts, picture, table, reasons, notes, and the files. */
 
-import { BY_ANOTHER, COLUMNS, addedUp, asCsv, byRole, shortLine, sorted } from './account.js'
+import { BY_ANOTHER, addedUp, asCsv, byRole, columnsOf, shortLine, sorted, sparseSum } from './account.js'
 import { download, element, refill } from './dom.js'
 import { heatStrip } from './heat_strip.js'
 import { inWords } from './phrases.js'
@@ -51,6 +51,7 @@ export function showRun(place, run, view, say, phrases, at) {
     audit(run, say),
     ...(run.windows.length ? picture(run, view, say, again) : []), // none where the trace is off
     ...(run.rows.length ? table(run, view, say, again, words) : []),
+    list('ab-sparse', say('run.sparse'), computedWhole(run, say)),
     list('ab-tuned', say('run.tuning'), run.tuning?.state ? [tuned(run.tuning, say)] : []),
     list('ab-reasons', say('run.reasons'), reasons),
     list('ab-guard', say('run.guard'), (run.guard ?? []).slice(0, GUARDED).map((found) => guarded(found, say))),
@@ -131,6 +132,20 @@ function guarded(found, say) {
 }
 
 /**
+ * Calls of sparse backends that were computed whole, by role and reason.
+ *
+ * @param {Run} run
+ * @param {Say} say
+ */
+function computedWhole(run, say) {
+  const names = [...new Set(run.rows.filter((row) => row.dense).map((row) => `${row.role} ${row.backend}`))]
+  return names.flatMap((name) => {
+    const { dense } = sparseSum(run.rows.filter((row) => row.dense && `${row.role} ${row.backend}` === name))
+    return Object.entries(dense).map(([reason, calls]) => say('run.whole', { calls, name, reason }))
+  })
+}
+
+/**
  * What became of the kinds of call for which `measured` was asked for.
  *
  * @param {import('./server.js').Tuning} tuning
@@ -174,6 +189,23 @@ function picture(run, view, say, again) {
   ]
 }
 
+/** @type {string[]} */
+const NUMBERS = ['calls', 'ms', 'kept', 'expected_gain', 'measured_gain']
+
+/**
+ * @param {string} name of a column
+ * @param {unknown} value
+ * @param {(text: string) => string} words of a reason
+ */
+function cellText(name, value, words) {
+  if (value === null || value === undefined) return ''
+  if (name === 'reason') return words(String(value))
+  if (name === 'ms') return Number(value).toFixed(1)
+  if (name === 'kept') return `${Math.round(100 * Number(value))} %`
+  if (name.endsWith('_gain')) return `${Number(value).toFixed(2)}x`
+  return String(value)
+}
+
 /**
  * @param {Run} run
  * @param {View} view
@@ -185,7 +217,7 @@ function table(run, view, say, again, words) {
   const timed = run.rows.some((row) => row.ms !== null)
   const member = run.rows.some((row) => row.member)
   const left = { ms: timed, member, source: false } // the source stands in each row's tooltip
-  const columns = COLUMNS.filter((name) => Reflect.get(left, name) !== false)
+  const columns = columnsOf(run.rows).filter((name) => Reflect.get(left, name) !== false)
   const summed = view.blocks ? run.rows : byRole(run.rows, (blocks) => say('columns.blocks', { blocks }))
   const rows = sorted(summed, view.column, view.descending)
   const shown = view.all ? rows : rows.slice(0, SHOWN)
@@ -193,7 +225,7 @@ function table(run, view, say, again, words) {
     const order = view.column === name ? (view.descending ? 'descending' : 'ascending') : 'none'
     const arrow = { descending: ' ▼', ascending: ' ▲', none: '' }[order]
     const sort = () => {
-      view.descending = view.column === name ? !view.descending : name === 'calls' || name === 'ms'
+      view.descending = view.column === name ? !view.descending : NUMBERS.includes(name)
       view.column = name
       again()
     }
@@ -211,11 +243,9 @@ function table(run, view, say, again, words) {
   const body = shown.map((row) => {
     const cells = columns.map((name) => {
       const value = row[name]
-      const number = name === 'calls' || name === 'ms'
-      const shown = name === 'reason' && value ? words(String(value)) : String(value ?? '')
-      const text = name === 'ms' && value !== null ? Number(value).toFixed(1) : shown
       // The label is shown where the panel is narrow and a row wraps.
-      return element('td', { className: number ? 'ab-number' : '', 'data-label': say(`columns.${name}`) }, text)
+      const className = NUMBERS.includes(name) ? 'ab-number' : ''
+      return element('td', { className, 'data-label': say(`columns.${name}`) }, cellText(name, value, words))
     })
     return element('tr', { className: row.reason ? 'ab-fell-back' : '', title: row.source }, ...cells)
   })

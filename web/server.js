@@ -15,11 +15,12 @@
  * }} RunSummary
  * @typedef {{
  *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,
- *   mask: string, asked: string | null, source: string, reason: string | null
- * }} Row
+ *   mask: string, asked: string | null, source: string, reason: string | null, kept?: number | null,
+ *   expected_gain?: number | null, measured_gain?: number | null, dense?: Record<string, number>
+ * }} Row of sparse backends alone: share of the work that was done, what that gains, reason -> calls computed whole
  * @typedef {{
  *   first: number, last: number, steps?: [first: number, last: number] | null,
- *   cells: [row: number, calls: number, ms: number | null][]
+ *   cells: [row: number, calls: number, ms: number | null, kept?: number][]
  * }} Window
  * @typedef {{
  *   role: string, asked: string, source: string, ran: Record<string, number>, reasons: string[], verdict: string
@@ -56,7 +57,8 @@
  *   of_steps: number, steps: number, totals: Total[], calls: number, fallbacks: number, offers: string[],
  *   tuning: boolean, ms_per_step: number | null, attention_share: number | null,
  *   saved: { seconds: number, of: number, than: string[] } | null, inputs: Record<string, any>,
- *   models: Record<string, Record<string, any>>, cached: boolean, phrases?: Phrases
+ *   models: Record<string, Record<string, any>>, cached: boolean, phrases?: Phrases,
+ *   sparse?: { kept: number | null, calls: number, whole: number } | null
  * }} NodeLine of a node that waits, class and state alone
  * @typedef {{ prompt_id: string | null, mark: string | null, nodes: Record<string, NodeLine>, phrases?: Phrases }} NodeLines
  * @typedef {{ value: any, variable: string | null }} MachineSetting

@@ -19,6 +19,7 @@ from . import outcome
 from .audit import BY_ANOTHER as BY_ANOTHER
 from .audit import asked_and_ran
 from .findings import Findings, worst_first
+from .kept import expected_gain
 from .timeline import Timeline, Window, milliseconds
 from .tuning import Tuning
 
@@ -239,8 +240,11 @@ class RunReport:
         """The run as plain data.
 
         `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed.
-        `kept`, of sparse backends: mean share of query-key pairs that was computed. `dense`: reason -> calls.
+        `kept`, of sparse backends: mean share of query-key pairs that was computed by calls with a map. `dense`: reason
+        -> calls that were computed whole. `expected_gain`: 1 / `kept`; `measured_gain`: time of a call that was
+        computed whole over that of one with a map, None unless this run timed both.
         """
+        gains = self._gains()
         rows = [
             {
                 "role": row.role,
@@ -255,8 +259,8 @@ class RunReport:
                 "source": row.source,
                 "reason": row.reason,
             }
-            | ({} if row.kept is None else row.kept.as_dict())
-            for row in self.rows.values()
+            | ({} if row.kept is None else self._kept(row.kept, gains.get(number)))
+            for number, row in enumerate(self.rows.values())
             if row.calls
         ]
         notes = [text if count == 1 else Reason("times", text=text, count=count) for text, count in self.notes.items()]
@@ -274,6 +278,16 @@ class RunReport:
             "audit": [finding.as_dict() for finding in asked_and_ran(self)],
             "notes": notes,
         }
+
+    def _gains(self) -> dict[int, float | None]:
+        if self.mode == "off" or not any(row.kept for row in self.rows.values()):
+            return {}
+        return self.timeline.gains(list(self.rows.values()))
+
+    @staticmethod
+    def _kept(kept: Kept, gain: float | None) -> dict[str, object]:
+        fraction = kept.fraction
+        return kept.as_dict() | {"expected_gain": expected_gain(fraction), "measured_gain": gain}
 
     def summary(self) -> str:
         """One line: each role with its backends and calls, then how many calls fell back."""

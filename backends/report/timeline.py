@@ -6,10 +6,11 @@ rows' cumulative counts at its end.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
+from .kept import Part, measured_gain
 from .steps import Steps
 
 if TYPE_CHECKING:
@@ -22,11 +23,17 @@ MOST = 64
 class Window:
     """Cumulative counts of each row after model call `last`, rows in order of creation."""
 
-    __slots__ = ("counts", "last", "times")
+    __slots__ = ("counts", "kept", "last", "times")
 
     def __init__(self, last: int, rows: Collection[Row]) -> None:
         self.last = last
         self.counts = [(row.calls, row.launches) for row in rows]
+        self.kept = {
+            number: (row.kept.calls, row.kept.total, sum(row.kept.dense.values()))
+            for number, row in enumerate(rows)
+            if row.kept is not None
+        }
+        """Of sparse rows: calls with a map, the sum of their kept fractions, calls that were computed whole."""
         self.times: list[tuple[int, int]] | None = None
         """(timed, nanoseconds) of each row; None until the device has finished the window."""
 
@@ -62,34 +69,60 @@ class Timeline:
     def as_list(self, rows: Collection[Row]) -> list[dict[str, Any]]:
         """`[{"first", "last", "steps": [first, last] or None, "cells": [[row, calls, ms or None], ...]}]`.
 
-        Rows as in `RunReport.as_dict`; steps from 0. Equal neighbours without times are merged.
+        Rows as in `RunReport.as_dict`; steps from 0. Equal neighbours without times are merged. A cell of a sparse
+        backend has a fourth value, the share of query-key pairs that its calls computed.
         """
-        windows, model_calls = list(self.windows), self.model_calls
-        if model_calls > (windows[-1].last if windows else 0):
-            windows.append(Window(model_calls, rows))
-            windows[-1].add_times(rows)
         number, numbers = 0, {}
         for index, row in enumerate(rows):
             if row.calls:
                 numbers[index] = number
                 number += 1
         merged: list[dict[str, Any]] = []
-        for before, window in zip(chain((NOTHING,), windows), windows, strict=False):
-            cells = [[numbers[row], calls, ms] for row, calls, ms in _cells(before, window) if row in numbers]
-            if merged and _alike(merged[-1], before.last + 1, window.last, cells):
-                for cell, (_, calls, _) in zip(merged[-1]["cells"], cells, strict=True):
+        for first, last, parts in self._parts(rows):
+            cells = [
+                [numbers[row], calls, ms, *([] if part is None else [round(part.fraction, 4)])]
+                for row, calls, ms, part in parts
+                if row in numbers
+            ]
+            if merged and _alike(merged[-1], first, last, cells):
+                for cell, (_, calls, *_) in zip(merged[-1]["cells"], cells, strict=True):
                     cell[1] += calls
-                merged[-1]["last"] = window.last
+                merged[-1]["last"] = last
             else:
-                merged.append({"first": before.last + 1, "last": window.last, "steps": None, "cells": cells})
+                merged.append({"first": first, "last": last, "steps": None, "cells": cells})
         for entry in merged:
             entry["steps"] = self.steps.between(entry["first"], entry["last"])
         return merged
 
+    def gains(self, rows: Collection[Row]) -> dict[int, float | None]:
+        """Number of a sparse row -> how much faster its calls with a map were than those that were computed whole."""
+        found: dict[int, list[Part]] = {}
+        for _, _, parts in self._parts(rows):
+            for row, _, _, part in parts:
+                if part is not None:
+                    found.setdefault(row, []).append(part)
+        return {row: measured_gain(parts) for row, parts in found.items()}
 
-def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]]:
-    """(row, calls, milliseconds or None) of each row with calls between the ends of two windows."""
-    cells = []
+    def _parts(self, rows: Collection[Row]) -> list[tuple[int, int, list[_Cell]]]:
+        """(first model call, last, cells) of each window, and of what came after the last one."""
+        windows, model_calls = list(self.windows), self.model_calls
+        if model_calls > (windows[-1].last if windows else 0):
+            windows.append(Window(model_calls, rows))
+            windows[-1].add_times(rows)
+        kept = _read(windows)
+        return [
+            (before.last + 1, window.last, _cells(before, window, kept))
+            for before, window in zip(chain((NOTHING,), windows), windows, strict=False)
+        ]
+
+
+_Cell = tuple[int, int, float | None, Part | None]
+"""(row, calls, milliseconds or None, of a sparse row what was kept)."""
+
+
+def _cells(before: Window, window: Window, kept: Mapping[int, float]) -> list[_Cell]:
+    """Each row with calls between the ends of two windows."""
+    cells: list[_Cell] = []
     # Rows may be newer than the earlier window, or than the device's end of this one.
     earlier = chain(before.counts, repeat((0, 0)))
     for row, ((calls, launches), (earlier_calls, earlier_launches)) in enumerate(
@@ -97,12 +130,36 @@ def _cells(before: Window, window: Window) -> list[tuple[int, int, float | None]
     ):
         if calls == earlier_calls:
             continue
-        ms = None
+        ms, part = None, None
         if window.times is not None and before.times is not None:
             (timed, nanoseconds), (earlier_timed, earlier_nanoseconds) = _at(window.times, row), _at(before.times, row)
             ms = milliseconds(nanoseconds - earlier_nanoseconds, timed - earlier_timed, launches - earlier_launches)
-        cells.append((row, calls - earlier_calls, ms))
+        if row in window.kept:
+            (mapped, total, dense), (mapped_before, total_before, dense_before) = (
+                one.kept.get(row, (0, 0.0, 0)) for one in (window, before)
+            )
+            both = mapped - mapped_before + dense - dense_before
+            if both:
+                share = kept.get(id(total), total) - kept.get(id(total_before), total_before)
+                part = Part(both, dense - dense_before, share, ms)
+        cells.append((row, calls - earlier_calls, ms, part))
     return cells
+
+
+def _read(windows: Iterable[Window]) -> dict[int, float]:
+    """The sums of kept fractions that are tensors, by identity; each device is waited for once."""
+    tensors = {
+        id(total): total for window in windows for _, total, _ in window.kept.values() if not isinstance(total, float)
+    }
+    if not tensors:
+        return {}
+    import torch
+
+    found: dict[int, float] = {}
+    for device in {tensor.device for tensor in tensors.values()}:
+        here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+        found |= zip(here, torch.stack([tensor.float() for tensor in here.values()]).tolist(), strict=True)
+    return found
 
 
 def _at(times: list[tuple[int, int]], row: int) -> tuple[int, int]:
@@ -118,6 +175,8 @@ def _alike(window: dict[str, Any], first: int, last: int, cells: list[list[Any]]
     """Whether the next window has the same calls per model call, and neither has times."""
     length, length_before = last - first + 1, window["last"] - window["first"] + 1
     return [row for row, *_ in cells] == [row for row, *_ in window["cells"]] and all(
-        ms is None and ms_before is None and calls * length_before == calls_before * length
-        for (_, calls, ms), (_, calls_before, ms_before) in zip(cells, window["cells"], strict=True)
+        ms is None and ms_before is None and kept == kept_before and calls * length_before == calls_before * length
+        for (_, calls, ms, *kept), (_, calls_before, ms_before, *kept_before) in zip(
+            cells, window["cells"], strict=True
+        )
     )

@@ -99,10 +99,25 @@ def joined(name: str, entries: list[Entry]) -> dict[str, Any]:
         "fallbacks": sum(summary["fallbacks"] for summary in summaries),
         "offers": list(dict.fromkeys(offer for summary in summaries for offer in summary["offers"])),
         "tuning": any(summary["tuning"]["state"] == "tuning" for summary in summaries),
+        "sparse": _sparse(summaries),
         **_times(summaries),
         "inputs": dict(asked.get("inputs", {})),
         "models": {other: dict(values) for other, values in asked.get("models", {}).items()},
         "cached": False,
+    }
+
+
+def _sparse(summaries: list[dict[str, Any]] | list[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """{"kept": mean over the calls with a map, or None, "calls": those, "whole": calls that were computed whole}."""
+    found = [(one, sum(one["dense"].values())) for summary in summaries for one in summary["sparse"]]
+    if not found:
+        return None
+    calls = sum(one["calls"] - whole for one, whole in found)
+    kept = sum((one["calls"] - whole) * (one["kept"] or 0.0) for one, whole in found)
+    return {
+        "kept": round(kept / calls, 4) if calls else None,
+        "calls": calls,
+        "whole": sum(whole for _, whole in found),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ...backends.observe.advisories import NOT_USED
 from ...backends.observe.replay import record
-from ...backends.report import BY_ANOTHER, RunReport, audit, outcome
+from ...backends.report import BY_ANOTHER, RunReport, audit, kept, outcome
 from ...backends.values.reasons import Reason
 from . import figures, graph, queued_by
 
@@ -276,6 +276,7 @@ def _summary(
         "fallbacks": sum(row["calls"] for row in report["rows"] if row["reason"] and row["backend"] != BY_ANOTHER),
         "by_another": sum(row["calls"] for row in report["rows"] if row["backend"] == BY_ANOTHER),
         "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
+        "sparse": kept.of_rows(report["rows"]),
         "offers": [note for note in report["notes"] if note.endswith(NOT_USED)],
         **told,
         "saved": None if saved is None else saved.as_dict(),

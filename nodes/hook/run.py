@@ -31,7 +31,7 @@ from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_r
 from ...backends.values.devices import synchronise
 from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform
-from ...backends.values.reasons import Reason
+from ...backends.values.reasons import Reason, template
 from . import attention_modules, run_progress
 from .foreign_code import ForeignCode
 from .model_call import ModelCall
@@ -52,6 +52,13 @@ log = logging.getLogger("attention_backends")
 
 NEVER_INVOKED = "the patch was never invoked: this model does not use ComfyUI's attention hook"
 RUN_KEY = "attention_backends_run"
+SPARSE_NOW = template(
+    "sparse.now", "{backends} skips work from this version on; before, calls for it fell back to another backend"
+)
+ONCE_PLANNED = ("sliding_tile_attn", "video_sparse_attn", "sparge_attn", "radial_attn")
+"""Backends that graphs could name before they were built."""
+_told: set[str] = set()
+"""Those of which a run report of this process said so."""
 
 
 def router_for(device: torch.device) -> Router:
@@ -203,6 +210,13 @@ class Run:
         if self.record is not None:
             for text in self.record.after(self.run_report.node_id, self.run_report.timeline.model_calls):
                 self.note(text)
+
+    def note_sparse_now(self) -> None:
+        """At the end of a whole run: note once in the life of the server which backends used to fall back."""
+        ran = {row.backend for row in self.run_report.rows.values() if row.calls and row.backend in ONCE_PLANNED}
+        if new := sorted(ran - _told):
+            _told.update(new)
+            self.note(Reason(SPARSE_NOW, backends=", ".join(new)))
 
     def offer(self) -> None:
         """At the end of a whole run: note the advisories for this model that were not switched on."""

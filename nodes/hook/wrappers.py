@@ -45,6 +45,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run.stop_clock()
         run.check_called(options)
         run.note_unmatched_roles()
+        run.note_sparse_now()
         run.offer()
         if (refusal := run.unexplained()) is not None:
             run.run_report.stopped = outcome.of_error(refusal, strict=True)

@@ -11,7 +11,7 @@ import comfyui_version
 import torch
 from comfy_api.latest import io
 
-from ...backends.report import BY_ANOTHER, audit, outcome
+from ...backends.report import BY_ANOTHER, audit, kept, outcome
 from ...backends.report import findings as guard_findings
 from ..configure.selector import CATEGORY
 from ..history import graph, runs
@@ -209,6 +209,7 @@ def findings(run: dict[str, Any]) -> list[str]:
     )
     outcome_text = (run.get("outcome") or {}).get("text")
     lines = [*([outcome_text] if outcome_text else []), audit.line(run["audit"]), *reasons]
+    lines += kept.lines(run["rows"])
     lines += guard_findings.lines(run.get("guard", ()))
     lines += [f"note: {note}" for note in run["notes"]]
     if run.get("bypass"):

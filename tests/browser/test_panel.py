@@ -453,6 +453,7 @@ def test_ten_thousand_calls_render_in_under_100_ms(server: Server, tmp_path: Pat
         )
         summary = page.evaluate(TUNED, f"/extensions/{ROOT.name}")
         assert summary == snapshot
+        assert page.evaluate(SPARSE, [f"/extensions/{ROOT.name}", synthetic(3)]) == SPARSE_SHOWN
 
 
 PARTS = """async ([base, windows]) => {
@@ -477,6 +478,33 @@ GUARDED = """async ([base, run]) => {
   return place.querySelector('.ab-guard li').textContent
 }"""
 """What a run's list of bad checks says; words are their keys."""
+
+SPARSE = """async ([base, run]) => {
+  const { showRun, firstView } = await import(`${base}/run_view.js`)
+  const { ranWords } = await import(`${base}/line_words.js`)
+  const { asCsv } = await import(`${base}/account.js`)
+  const place = document.createElement('div')
+  for (const row of run.rows) row.mask = 'none'
+  const [first, second, exact] = run.rows
+  Object.assign(first, { kept: 0.25, expected_gain: 4, measured_gain: 2, calls: 10, dense: { 'first steps': 2 } })
+  Object.assign(second, { kept: 0.5, expected_gain: 2, measured_gain: 2, calls: 10, dense: { 'first steps': 2 } })
+  first.backend = second.backend = 'video_sparse_attn'
+  run.windows = []
+  showRun(place, run, firstView(), (key, values) => (key === 'run.whole' ? Object.values(values).join(' ') : key))
+  const cells = [...place.querySelectorAll('tbody tr:first-child td')].map((cell) => cell.textContent)
+  const said = [...place.querySelectorAll('.ab-sparse li')].map((item) => item.textContent)
+  const line = { state: 'done', totals: [{ role: 'self', backend: 'x', calls: 2 }], calls: 2, fallbacks: 0, offers: [],
+                 tuning: false, ms_per_step: null, attention_share: null, saved: null, cached: false, step: 1 }
+  const say = (key, values) => key + (values?.percent ?? '')
+  const words = (kept) => ranWords({ ...line, sparse: { kept, calls: 2, whole: 2 } }, '', say).texts[0]
+  const short = [0.25, null].map(words)
+  exact.role = 'cross'
+  return [cells.slice(2), said, short, asCsv({ ...run, rows: [exact] }).includes('kept')]
+}"""
+SPARSE_SHOWN = [
+    ["video_sparse_attn", "20", "38 %", "2.67x", "2.00x", "none", "", ""], ["4 self video_sparse_attn first steps"],
+    ["x · line.kept25", "x · line.all_kept"], False,
+]  # fmt: skip
 
 TUNED = """async (base) => {
   const { tuned } = await import(`${base}/run_view.js`)

@@ -177,6 +177,7 @@ def entry(number: int, sampler: str, nodes: dict[str, Any], **changes: Any) -> t
         "number": number, "prompt_id": "p", "node_id": sampler, "state": "done", "step": 2, "steps": 2,
         "nodes": [{"id": "3", "class_type": "AttentionBackendSelector", "backend": "auto"}],
         "outcome": {"kind": "done", "cause": "", "text": ""}, "tuning": {"state": None}, "fallbacks": 0, "offers": [],
+        "sparse": [{"calls": 8, "kept": 0.25, "dense": {"the first 2 steps": 4}}],
         "totals": [{"role": "self", "backend": "torch_sdpa", "calls": 8}], "ms_per_step": 1000.0,
         "attention_share": 0.5, "saved": {"seconds": 1.0, "of": 3.0, "than": ["sage_attn"]},
     }  # fmt: skip
@@ -192,6 +193,7 @@ def test_two_samplers_of_a_split_run_are_one_line() -> None:
     assert (line["steps"], line["ms_per_step"], line["attention_share"]) == (4, 1500.0, 0.7)
     assert line["totals"] == [{"role": "self", "backend": "torch_sdpa", "calls": 16}]
     assert line["saved"] == {"seconds": 2.0, "of": 6.0, "than": ["sage_attn"]}
+    assert line["sparse"] == {"kept": 0.25, "calls": 8, "whole": 8}
     assert line["inputs"] == {"backend": "auto"}
     assert line["models"] == {"1": {"unet_name": "high"}}
     cold = entry(2, "5", nodes, saved=None)

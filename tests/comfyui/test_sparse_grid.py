@@ -19,6 +19,7 @@ import tiny_sampling  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.config.timetable import ALWAYS, Window  # noqa: E402
 from attention_backends.backends.observe.replay.record import as_record  # noqa: E402
+from attention_backends.backends.report import kept  # noqa: E402
 from attention_backends.backends.sparse import method  # noqa: E402
 from attention_backends.backends.values.grid import Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.reasons import TEMPLATES  # noqa: E402
@@ -537,13 +538,24 @@ def configured(node: str, backend: str, extra: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("node", ["selector", "text", "role", "schedule"])
-def test_nodes_take_a_sparse_backend_with_its_options(node: str, calls: list[Call]) -> None:
+def test_nodes_take_a_sparse_backend_with_its_options(
+    node: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes_module("hook.run"), "_told", set())
     tiny_sampling.sample(configured(node, "video_sparse_attn", {"sparsity": 0.5}), "wan", steps=2)
     steps = {call.step for call in calls if call.backend == "video_sparse_attn"}
     assert steps == ({1} if node == "schedule" else {0, 1})
     rows = [row for row in last_run()["rows"] if row["backend"] == "video_sparse_attn"]
     assert rows
     assert all(0.4 < row["kept"] < 0.7 for row in rows)  # cubes at borders are smaller
+    if node == "selector":
+        told = [note for note in last_run()["notes"] if getattr(note, "id", "") == "sparse.now"]
+        tiny_sampling.sample(configured(node, "video_sparse_attn", {"sparsity": 0.5, "dense_steps": 1}), "wan", steps=2)
+        again = [note for note in last_run()["notes"] if getattr(note, "id", "") == "sparse.now"]
+        assert (len(told), again) == (1, [])
+        said = kept.lines(last_run()["rows"])
+        assert len(said) == 1
+        assert "computed whole: the first 1 steps" in said[0]
 
 
 def test_a_record_repeats_a_sparse_run(calls: list[Call]) -> None:

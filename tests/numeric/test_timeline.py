@@ -9,8 +9,10 @@ import pytest
 import torch
 from attention_backends.backends.measure.device_clock import DeviceClock
 from attention_backends.backends.report import Row, RunReport
+from attention_backends.backends.report.kept import of_rows
 from attention_backends.backends.report.steps import Steps
 from attention_backends.backends.report.timeline import MOST
+from attention_backends.backends.values.grid import Kept
 from test_device_clock import Gpu
 
 SIGMAS = torch.linspace(1.0, 0.0, 11)
@@ -81,6 +83,7 @@ class Meanwhile:
     """Stands in for a row; whenever it is read, the thread of another device makes a new one."""
 
     launches = timed = nanoseconds = 0
+    kept = None
 
     def __init__(self, run_report: RunReport) -> None:
         self.run_report = run_report
@@ -101,6 +104,33 @@ def test_another_device_may_make_rows_while_a_model_call_ends() -> None:
     run_report.end_of_model_call(DeviceClock("cpu"))
     assert len(run_report.rows) == 6
     assert run_report.timeline.model_calls == 1
+
+
+def test_a_sparse_row_says_by_step_what_was_kept_and_gains_against_its_own_dense_steps() -> None:
+    """Two dense steps, the first of them cold; then a quarter and an eighth of the pairs. Sums are tensors on a GPU."""
+    run_report = RunReport(mode="full")
+    row = run_report.row("self", "0", "video_sparse_attn", "default", "none", None, None)
+    row.kept = Kept()
+    for milliseconds, share in ((900.0, None), (8.0, None), (2.0, 0.25), (2.0, 0.125), (3.0, 0.125)):
+        row.calls += 2
+        row.launches += 2
+        for _ in range(2):
+            row.add_time(milliseconds)
+            if share is None:
+                row.kept.add_dense("the first 2 of 5 steps")
+            else:
+                row.kept.add(torch.tensor(share))
+        run_report.end_of_model_call(DeviceClock("cpu"))
+    assert [window["cells"][0][3] for window in run_report.windows()] == [1.0, 1.0, 0.25, 0.125, 0.125]
+    (plain,) = run_report.as_dict()["rows"]
+    assert plain["kept"] == pytest.approx(1 / 6, abs=1e-4)
+    assert (plain["expected_gain"], plain["measured_gain"]) == (6.0, 4.0)
+    (both,) = of_rows([plain, {**plain, "block": "1", "kept": 0.5, "measured_gain": 2.0}])
+    assert (both["calls"], both["kept"]) == (20, pytest.approx(1 / 3, abs=1e-4))
+    assert (both["expected_gain"], both["measured_gain"]) == (3.0, 2.67)
+    assert both["dense"] == {"the first 2 of 5 steps": 8}
+    (whole,) = of_rows([{**plain, "kept": None, "measured_gain": None, "dense": {"the first 10 steps": 10}}])
+    assert (whole["kept"], whole["expected_gain"], whole["measured_gain"]) == (None, None, None)
 
 
 def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() -> None:
