@@ -1,7 +1,7 @@
 """The command line: what every backend needs here (`doctor`), what would run for a call and why (`explain`), in which
 order a machine tries backends (`route`), what they do to a picture (`compare`), how long they take (`bench`), which
-is fastest for a kind of call (`tune`), all of that within a given time (`card`), and what a picture's record says
-(`replay`); the last five are in `comparison/`.
+is fastest for a kind of call (`tune`), all of that within a given time (`card`), which blocks a sparse method keeps
+(`blocks`), and what a picture's record says (`replay`); the last six are in `comparison/`.
 
 It reads arguments and prints; what is true is decided in `backends/`. Bad arguments and strict refusals end with
 status 2 and their reason on stderr, everything else with 0.
@@ -38,6 +38,7 @@ from .backends.values.errors import NoBackendError
 from .backends.values.platform import Platform, parse_platform
 from .backends.values.request import AttentionRequest, parse_request
 from .comparison import bench_command as bench
+from .comparison import blocks_command as blocks
 from .comparison import command as compare
 from .comparison import replay_command as replay
 from .comparison import tune_command as tune
@@ -90,7 +91,7 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
         return card_part.child(argv[1:])
     options = _parser(program).parse_args(_joined(argv))
     try:
-        measuring = {"compare": compare, "bench": bench, "tune": tune, "autotune": tune, "card": card}
+        measuring = {"compare": compare, "bench": bench, "tune": tune, "autotune": tune, "card": card, "blocks": blocks}
         if options.command in measuring:
             status: int = measuring[options.command].run(options, program)
         else:
@@ -155,6 +156,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     bench.add_arguments(command("bench", bench.HELP, bench.EXAMPLES))
     tune.add_arguments(command("tune", tune.HELP, tune.EXAMPLES, aliases=("autotune",)))
     card.add_arguments(command("card", card.HELP, card.EXAMPLES))
+    blocks.add_arguments(command("blocks", blocks.HELP, blocks.EXAMPLES))
     replay.add_arguments(command("replay", replay.HELP, replay.EXAMPLES))
     return parser
 

@@ -56,6 +56,12 @@ class BlockMap:
         """`share` as a number; it may wait for the device."""
         return float(self.share())
 
+    def of_head(self, head: int, sample: int = 0) -> BlockMap:
+        """The map of one head of one sample alone."""
+        samples, heads = self.seen.shape[:2]
+        sample, head = min(sample, samples - 1), min(head, heads - 1)
+        return BlockMap(self.queries, self.keys, self.seen[sample : sample + 1, head : head + 1], self.counts)
+
     def mask(self) -> torch.Tensor:
         """The map as a mask of tokens, bool, (batch or 1, num_heads or 1, q_len, kv_len); for tests and pictures."""
         return self.seen[:, :, block_of_token(self.queries)][..., block_of_token(self.keys)]
