@@ -268,7 +268,9 @@ function kindOf(node) {
  * @param {LGraphNode} node
  * @returns {string}
  */
-const linksOf = (node) => JSON.stringify(node.inputs?.filter((one) => one.type === 'MODEL').map((one) => one.link) ?? [])
+const linksOf = (node) => JSON.stringify(
+  node.inputs?.flatMap((one, slot) => (one.type === 'MODEL' ? [node.getInputLink(slot)?.id ?? null] : [])) ?? []
+)
 
 /**
  * Whether a node, and those that its model comes from, are as they were queued.

@@ -1,4 +1,4 @@
-"""The pack in front ends older than the tests' ComfyUI brings: everything works there, and no error is ours."""
+"""The pack in front ends older and newer than the tests' ComfyUI brings: all works there, and no error is ours."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ pytestmark = [
 CASES = [
     pytest.param("1.42.10", False, id="1.42.10-canvas"),  # of ComfyUI 0.18.1, the oldest line that the pack is for
     pytest.param("1.42.10", True, id="1.42.10-nodes_2.0"),
+    pytest.param("1.58.1", False, id="1.58.1-canvas", marks=pytest.mark.slow),  # the newest on the package index
+    pytest.param("1.58.1", True, id="1.58.1-nodes_2.0", marks=pytest.mark.slow),
     pytest.param("1.28.9", False, id="1.28.9", marks=pytest.mark.slow),
     # Much older ones write widgets that are not to be saved into a workflow: ours too, after the node's own (1.15.13).
     pytest.param("1.17.11", False, id="1.17.11", marks=pytest.mark.slow),
@@ -58,6 +60,16 @@ def test_everything_works_in_it(old: tuple[str, Server], nodes_2: bool, tmp_path
         for kind, described in server.get("/object_info").items()
         if described["python_module"].endswith(ROOT.name)
     }
+    defaults = {
+        kind: [
+            rest[0]["default"]
+            for group in described["input"].values()
+            for _, *rest in group.values()
+            if rest and "default" in rest[0]
+        ]
+        for kind, described in server.get("/object_info").items()
+        if kind in nodes
+    }
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         assert page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__") == version
         assert page.evaluate(TITLES, list(nodes)) == list(nodes.values())
@@ -66,9 +78,8 @@ def test_everything_works_in_it(old: tuple[str, Server], nodes_2: bool, tmp_path
         load_workflow(page, saved)
         assert missing_nodes(page) == []
         kept = [[kind, values or []] for kind, values in json.loads(page.evaluate(SAVED))]
-        assert kept == [
-            [node["type"], node.get("widgets_values", [])] for node in saved["nodes"] if "Attention" in node["type"]
-        ]
+        own = [(node["type"], node.get("widgets_values", [])) for node in saved["nodes"] if "Attention" in node["type"]]
+        assert kept == [[kind, [*values, *defaults[kind][len(values) :]]] for kind, values in own]
         calls = 4 * steps
         assert sum(row["calls"] for row in run_workflow(page, server)["rows"]) == 2 * calls
         told_run(page, calls).wait_for(timeout=20_000)
