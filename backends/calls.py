@@ -20,7 +20,7 @@ from .engine.mask_reader import inspect
 from .engine.plan import CPU, CallKind, Slot
 from .engine.router import Router
 from .engine.session import Session
-from .engine.sub_calls import calls_of, keeps_grid, plan_sub_calls
+from .engine.sub_calls import calls_of, plan_sub_calls
 from .kernels import BACKENDS
 from .kernels.comfy import Comfy
 from .kernels.registry import detect
@@ -188,7 +188,7 @@ def attention(
     if return_lse:
         plan_key = (*plan_key, "lse")
     token_grid = None
-    if grid is not None:
+    if grid is not None or tokens_before or tokens_after:
         token_grid = _token_grid(grid, tokens_before, tokens_after)
         plan_key = (*plan_key, token_grid)
     session = own.sessions.get(session_key)
@@ -292,7 +292,9 @@ class CallSession(Session):
         self, key: tuple[object, ...], call: AttentionCall, role: str, grid: TokenGrid | None = None
     ) -> tuple[Slot, MaskPlan]:
         """Read the mask of a call; returns its slot and mask plan."""
-        mask_plan = inspect(call.attn_mask, call.key.shape[2]) if call.attn_mask is not None else passed_on(None)
+        mask_plan = passed_on(None)
+        if call.attn_mask is not None:
+            mask_plan = inspect(call.attn_mask, call.key.shape[2], grid is not None)
         key = (*key, mask_plan.facts)
         slot = self.by_mask.get(key)
         if slot is None:
@@ -306,12 +308,11 @@ class CallSession(Session):
         calls = calls_of(self, mask_plan, call, resolve(self.layers, role, category).asked, grid)
         if not calls:
             return self.plan(CallKind(call.request(grid=grid), role, category))
-        grid = grid if keeps_grid(mask_plan) else None
 
-        def planned(part: AttentionCall, mask_text: str) -> Slot:
-            return self.plan(CallKind(part.request(grid=grid), role, category, mask=mask_text))
+        def planned(part: AttentionCall, mask_text: str, of_part: TokenGrid | None) -> Slot:
+            return self.plan(CallKind(part.request(grid=of_part), role, category, mask=mask_text))
 
-        return plan_sub_calls(self, mask_plan, call, calls, planned)
+        return plan_sub_calls(self, mask_plan, call, calls, planned, grid)
 
 
 def _check_meaning(
@@ -336,8 +337,14 @@ def _check_meaning(
         raise CheckError(f"attn_mask of dtype {mask.dtype} is neither boolean nor a number that is added to scores")
 
 
-def _token_grid(grid: Grid, before: int, after: int) -> TokenGrid:
-    """The grid as given to `attention`."""
+def _token_grid(grid: Grid | None, before: int, after: int) -> TokenGrid:
+    """The grid as given to `attention`.
+
+    Raises:
+        CheckError: it is none, or there is none beside which the other tokens could stand.
+    """
+    if grid is None:
+        raise CheckError(f"tokens_before {before!r} and tokens_after {after!r} stand beside a grid; give grid too")
     sizes = (*(grid if isinstance(grid, tuple | list) else ()), before, after)
     whole = len(sizes) == 5 and all(type(size) is int for size in sizes)
     if not whole or min(sizes[:3]) < 1 or min(before, after) < 0:

@@ -22,6 +22,7 @@ from ..backends.observe import observe
 from ..backends.report import RunReport
 from ..backends.values.devices import device_named, synchronise
 from ..backends.values.errors import NoBackendError
+from ..backends.values.grid import TokenGrid
 from ..backends.values.mask_plan import MaskPlan
 from ..backends.values.platform import KINDS
 from ..backends.values.request import AttentionCall, AttentionRequest, Host
@@ -149,7 +150,7 @@ class Routed:
         if slot is not None:
             return slot
 
-        def planned(part: AttentionCall, mask_text: str = "") -> Slot:
+        def planned(part: AttentionCall, mask_text: str = "", grid: TokenGrid | None = None) -> Slot:
             return self.session.plan(CallKind(part.request(), role, role, block, mask_text))
 
         on_host = self.backend == COMFY  # what ComfyUI would run gets ComfyUI's mask

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..values.limits import FLOATING
 from ..values.mask_plan import ALL, NOTHING_HIDDEN, MaskPlan, SubCall, passed_on, plan_of
 from ..values.masks import stored_once, visible_keys
 
@@ -30,23 +31,22 @@ CPU_KEPT = 15 / 16
 a call is 7 to 9 % faster, with one in 32 3 to 6 % (benchmarks/results/mask-limits-cpu.json, one thread)."""
 
 
-def inspect(mask: torch.Tensor, kv_len: int) -> MaskPlan:
+def inspect(mask: torch.Tensor, kv_len: int, on_grid: bool = False) -> MaskPlan:
     """The plan for a mask (batch, num_heads, q_len, kv_len), with 1 where it is broadcast.
 
     Costs a few passes over the mask and one read-back. A mask of another dtype or length is passed on.
     """
-    import torch
 
     small = stored_once(mask)
-    if small.shape[3] != kv_len or mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
+    if small.shape[3] != kv_len or str(mask.dtype).removeprefix("torch.") not in ("bool", *FLOATING):
         return passed_on(mask)
     if not small.numel():  # of size 0
         return passed_on(mask)
-    facts = _read(small)
+    facts = _read(small, on_grid)
     if facts.not_a_number or facts.finite_row_without_key:
         return passed_on(mask)
     if facts.uniform:
-        return _uniform(small, facts)
+        return _uniform(small, facts, on_grid)
     return _varied(small, facts)
 
 
@@ -63,13 +63,15 @@ class _MaskFacts:
     same_samples: bool
     spans: list[tuple[int, int, int]]
     """Per sample: first visible key, last visible key, number of visible keys; (0, 0, 0) for none."""
+    inner: list[tuple[int, int]]
+    """With `on_grid`, per sample: where the first run of visible keys ends, and where the last one begins."""
     rows: list[tuple[int, int, int]]
     """The same per query, where all samples and heads see the same keys; else empty."""
     seen: torch.Tensor
     """(b, k): keys that at least one query sees."""
 
 
-def _read(mask: torch.Tensor) -> _MaskFacts:
+def _read(mask: torch.Tensor, on_grid: bool) -> _MaskFacts:
     import torch
 
     device = mask.device
@@ -88,11 +90,15 @@ def _read(mask: torch.Tensor) -> _MaskFacts:
     numbers = [torch.stack(flags).long(), _spans(seen).flatten()]
     if visible.shape[2] > 1:
         numbers.append(_spans(first_head[0, 0]).flatten())
+    if on_grid:
+        numbers.append(_inner(seen).flatten())
     values = torch.cat(numbers).tolist()  # the only read-back
     not_a_number, is_biased, finite_row, uniform, same_samples, same = map(bool, values[:6])
-    spans = [(values[at], values[at + 1], values[at + 2]) for at in range(6, len(values), 3)]
+    end = len(values) - (2 * len(seen) if on_grid else 0)
+    spans = [(values[at], values[at + 1], values[at + 2]) for at in range(6, end, 3)]
+    inner = [(values[at], values[at + 1]) for at in range(end, len(values), 2)]
     samples, rows = spans[: len(seen)], spans[len(seen) :] if same else []
-    return _MaskFacts(not_a_number, is_biased, finite_row, uniform, same_samples, samples, rows, seen)
+    return _MaskFacts(not_a_number, is_biased, finite_row, uniform, same_samples, samples, inner, rows, seen)
 
 
 def _spans(visible: torch.Tensor) -> torch.Tensor:
@@ -103,6 +109,23 @@ def _spans(visible: torch.Tensor) -> torch.Tensor:
     last = visible.shape[1] - 1 - bits.flip(1).argmax(1)
     count = visible.sum(1)
     return torch.stack([bits.argmax(1), last * (count > 0), count], dim=1)
+
+
+def _inner(visible: torch.Tensor) -> torch.Tensor:
+    """(n, k) to (n, 2): the first hidden key after a visible one, and one past the last hidden key before one."""
+    import torch
+
+    keys = visible.shape[1]
+    place = torch.arange(keys, device=visible.device)
+    after = ~visible & (visible.cumsum(1) > 0)
+    before = ~visible & (visible.flip(1).cumsum(1).flip(1) > 0)
+    return torch.stack([torch.where(after, place, keys).amin(1), torch.where(before, place + 1, 0).amax(1)], 1)
+
+
+def _runs(span: tuple[int, int, int], inner: tuple[int, int]) -> tuple[tuple[int, int], ...] | None:
+    """The runs of visible keys of a sample; None if there are more than two."""
+    (first, last, count), (end, start) = span, inner
+    return ((first, end), (start, last + 1)) if end - first + last + 1 - start == count else None
 
 
 def _keys(span: tuple[int, int, int], kv_len: int, seen: torch.Tensor) -> torch.Tensor | slice | None:
@@ -123,8 +146,9 @@ def _cut(mask: torch.Tensor, keys: torch.Tensor | slice | None) -> torch.Tensor:
     return mask if keys is None else mask.index_select(3, keys)
 
 
-def _uniform(mask: torch.Tensor, facts: _MaskFacts) -> MaskPlan:
+def _uniform(mask: torch.Tensor, facts: _MaskFacts, on_grid: bool) -> MaskPlan:
     kv_len = mask.shape[3]
+    runs = [_runs(*of) for of in zip(facts.spans, facts.inner, strict=True)] if on_grid else [None] * len(facts.spans)
     if facts.same_samples:
         count = facts.spans[0][2]
         keys = _keys(facts.spans[0], kv_len, facts.seen[0])
@@ -132,16 +156,17 @@ def _uniform(mask: torch.Tensor, facts: _MaskFacts) -> MaskPlan:
         if (
             keys is None
             or (keys == ALL and facts.biased)
-            or (scattered and mask.device.type == "cpu" and count > CPU_KEPT * kv_len)
+            or (scattered and mask.device.type == "cpu" and count > CPU_KEPT * kv_len and not on_grid)
         ):
             return passed_on(mask, only_hides=_only_hides(mask, facts))
         left = _cut(mask, keys) if facts.biased else None
-        return plan_of(_strategy(keys), [SubCall(ALL, ALL, keys, left)])
+        return plan_of(_strategy(keys), [SubCall(ALL, ALL, keys, left, runs=runs[0] if scattered else None)])
     parts = []
     for sample, span in enumerate(facts.spans):
         keys = _keys(span, kv_len, facts.seen[sample])
         left = _cut(mask[sample : sample + 1], keys) if facts.biased else None
-        parts.append(SubCall(slice(sample, sample + 1), ALL, keys, left))
+        of_keys = None if isinstance(keys, slice) else runs[sample]
+        parts.append(SubCall(slice(sample, sample + 1), ALL, keys, left, runs=of_keys))
     return plan_of("per sample", parts)
 
 

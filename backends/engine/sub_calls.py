@@ -11,7 +11,7 @@ from ..kernels.support import varlen
 from ..report import Row
 from ..values.grid import TokenGrid
 from ..values.limits import Batch
-from ..values.mask_plan import PASSED_ON, MaskPlan, call_of, write_part
+from ..values.mask_plan import PASSED_ON, MaskPlan, SubCall, call_of, write_part
 from ..values.request import AttentionCall, AttentionRequest, Host, hosted
 from .plan import Slot, SplitPlan
 
@@ -43,8 +43,10 @@ def calls_of(
     reasons_against = partial(session.router.reasons_against, asked)
 
     def takes(some: Calls) -> bool:
-        of_parts = grid if keeps_grid(mask_plan) else None
-        return all(part is None or not reasons_against(part.request(grid=of_parts)) for part in some)
+        parts = zip(mask_plan.sub_calls, some, strict=True) if some else ()
+        return all(
+            call is None or not reasons_against(call.request(grid=grid_of_part(grid, part))) for part, call in parts
+        )
 
     if not reasons_against(call.request(grid=grid)):
         return calls if takes(calls) else []  # it takes the mask, but not e.g. is_causal
@@ -54,10 +56,22 @@ def calls_of(
     return calls
 
 
-def keeps_grid(mask_plan: MaskPlan) -> bool:
-    """Whether each sub-call has the keys from the first one on, so that the grid of the call is its own too."""
-    seen = [part.keys for part in mask_plan.sub_calls if part.keys is not None]
-    return all(isinstance(keys, slice) and keys.start in (None, 0) for keys in seen)
+def grid_of_part(grid: TokenGrid | None, part: SubCall) -> TokenGrid | None:
+    """The grid of a sub-call, with the tokens before it that are hidden; None where keys on the grid may be hidden."""
+    if grid is None or part.keys is None:
+        return None
+    if isinstance(part.keys, slice):
+        start = part.keys.start or 0
+        if not start:  # a length that ends within the grid is refused with its numbers
+            return grid
+        runs: tuple[tuple[int, int], ...] = ((start, grid.tokens if part.keys.stop is None else part.keys.stop),)
+    else:
+        runs = part.runs or ()
+    first, end = grid.before, grid.before + grid.cells
+    if not any(start <= first and end <= stop for start, stop in runs):
+        return None
+    visible = sum(max(min(stop, first) - start, 0) for start, stop in runs)
+    return grid._replace(hidden_before=grid.before - visible)
 
 
 def fits(call: AttentionCall) -> bool:
@@ -75,21 +89,26 @@ def plan_sub_calls(
     mask_plan: MaskPlan,
     call: AttentionCall,
     calls: Calls,
-    planned: Callable[[AttentionCall, str], Slot],
+    planned: Callable[[AttentionCall, str, TokenGrid | None], Slot],
+    grid: TokenGrid | None = None,
 ) -> Slot:
     """Plan the sub-calls of a mask.
 
     Args:
         call: the whole call, with its mask.
         calls: what `calls_of` returned for it, not empty.
-        planned: plans one sub-call; its text is `CallKind.mask`.
+        planned: plans one sub-call, with its grid; the text is `CallKind.mask`.
+        grid: of the whole call.
     """
     as_booleans = mask_plan.only_hides and any(
         part is not None and part.attn_mask is not None and not part.attn_mask.dtype.is_floating_point for part in calls
     )
     mask_plan = mask_plan.booleans if as_booleans else mask_plan
     mask_text = f"{call.request().mask}, {mask_plan.strategy}"
-    slots = tuple(None if part is None else planned(part, mask_text) for part in calls)
+    slots = tuple(
+        None if made is None else planned(made, mask_text, grid_of_part(grid, part))
+        for part, made in zip(mask_plan.sub_calls, calls, strict=True)
+    )
     whole = _varlen(session, mask_plan, call, [slot for slot in slots if slot is not None])
     return Slot(SplitPlan(slots, whole, _copied(mask_plan, calls, whole is not None), as_booleans))
 

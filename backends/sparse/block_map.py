@@ -91,13 +91,16 @@ def with_other_tokens(on_grid: BlockMap, grid: TokenGrid, kv_after: int, block: 
     """
     from torch.nn.functional import pad
 
+    kv_before = grid.before - grid.hidden_before
     queries = with_others(on_grid.queries, grid.before, grid.after, block)
-    keys = with_others(on_grid.keys, grid.before, kv_after, block)
-    before, q_after, k_after = len(cut(grid.before, block)), len(cut(grid.after, block)), len(cut(kv_after, block))
-    if not (before or q_after or k_after):
+    keys = with_others(on_grid.keys, kv_before, kv_after, block)
+    q_before, q_after, k_before, k_after = (
+        len(cut(tokens, block)) for tokens in (grid.before, grid.after, kv_before, kv_after)
+    )
+    if not (q_before or q_after or k_before or k_after):
         return on_grid
-    seen = pad(on_grid.seen, (before, k_after, before, q_after), value=True)
+    seen = pad(on_grid.seen, (k_before, k_after, q_before, q_after), value=True)
     counts = on_grid.counts
     if counts is not None:
-        counts = (*[keys.count] * before, *(count + before + k_after for count in counts), *[keys.count] * q_after)
+        counts = (*[keys.count] * q_before, *(count + k_before + k_after for count in counts), *[keys.count] * q_after)
     return BlockMap(queries, keys, seen, counts)

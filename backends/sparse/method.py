@@ -37,7 +37,7 @@ NO_PROOF = template("grid.proof", "grid {grid} has {tokens} tokens, and the call
 
 @dataclass(frozen=True)
 class Grid(Rule):
-    """The call needs a token grid that accounts for its queries; of the keys after the grid some may be hidden."""
+    """The call needs a token grid that accounts for its queries; of the keys beside the grid some may be hidden."""
 
     order = 60
 
@@ -47,7 +47,8 @@ class Grid(Rule):
             return Reason(NO_GRID)
         if grid.queries_only:
             return Reason(OTHER_KEYS, kv_len=request.kv_len)
-        if request.q_len == grid.tokens and grid.tokens - grid.after <= request.kv_len <= grid.tokens:
+        most = grid.tokens - grid.hidden_before
+        if request.q_len == grid.tokens and most - grid.after <= request.kv_len <= most:
             return None
         return Reason(NO_PROOF, grid=grid.describe(), tokens=grid.tokens, q_len=request.q_len, kv_len=request.kv_len)
 
@@ -196,8 +197,9 @@ class SparseKernel:
             return dense
         method, options = self.method, self.options
         compute = self.executor(request)
-        cells = slice(grid.before, grid.before + grid.cells)
-        kv_after = request.kv_len - grid.before - grid.cells
+        kv_before = grid.before - grid.hidden_before
+        q_cells, k_cells = (slice(before, before + grid.cells) for before in (grid.before, kv_before))
+        kv_after = request.kv_len - kv_before - grid.cells
         beside = grid.tokens > grid.cells
 
         def run(call: AttentionCall) -> torch.Tensor:
@@ -205,7 +207,7 @@ class SparseKernel:
             on_grid = call
             if beside:
                 on_grid = call.changed(
-                    query=call.query[:, :, cells], key=call.key[:, :, cells], value=call.value[:, :, cells]
+                    query=call.query[:, :, q_cells], key=call.key[:, :, k_cells], value=call.value[:, :, k_cells]
                 )
             if not call.query.numel():
                 return dense(call)

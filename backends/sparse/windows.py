@@ -12,9 +12,20 @@ Window = tuple[int, int, int]
 """Tiles along frames, height and width."""
 
 
+MOST = 999_999
+"""Tiles along one axis of a window; more than a grid has is as good as all."""
+
+
 def is_window(value: object) -> bool:
-    """Whether it is a list of three whole numbers above 0."""
-    return isinstance(value, list) and len(value) == 3 and all(type(size) is int and 0 < size < 2**31 for size in value)
+    """Whether it is a list of three whole numbers from 1 to `MOST`."""
+    return isinstance(value, list) and len(value) == 3 and all(type(size) is int and 0 < size <= MOST for size in value)
+
+
+def window_problem(name: str, value: object) -> list[str]:
+    """What is wrong with an option that is a window; None is not given."""
+    if value is None or is_window(value):
+        return []
+    return [f"{name} {str(value)[:40]} is not three whole numbers from 1 to {MOST}"]
 
 
 @lru_cache(maxsize=256)

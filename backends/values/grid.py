@@ -24,6 +24,8 @@ class TokenGrid(NamedTuple):
     """Tokens after the grid."""
     queries_only: bool = False
     """The keys are other tokens, as in cross-attention."""
+    hidden_before: int = 0
+    """Tokens before the grid that are hidden, and are not among the keys."""
 
     @property
     def cells(self) -> int:
@@ -40,10 +42,11 @@ class TokenGrid(NamedTuple):
         return self.frames, self.height, self.width
 
     def describe(self) -> str:
-        """In one word, e.g. 21x30x52, or 512+21x30x52+77 with other tokens before and after."""
+        """In one word, e.g. 21x30x52, or 512-100+21x30x52+77 with other tokens before and after, 100 of them hidden."""
         text = "x".join(map(str, self.shape))
         if self.before:
-            text = f"{self.before}+{text}"
+            hidden = f"-{self.hidden_before}" if self.hidden_before else ""
+            text = f"{self.before}{hidden}+{text}"
         if self.after:
             text = f"{text}+{self.after}"
         return text + QUERIES_ONLY if self.queries_only else text
@@ -61,15 +64,17 @@ def parse_grid(text: str) -> TokenGrid:
         if at < 0 or at > 1 or len(parts) > at + 2:
             raise ValueError
         frames, height, width = map(int, parts[at].split("x"))
-        before, after = (int(parts[0]) if at else 0), (int(parts[at + 1]) if len(parts) > at + 1 else 0)
-        if min(frames, height, width) < 1 or min(before, after) < 0:
+        before, _, hidden = parts[0].partition("-") if at else ("0", "", "")
+        others = int(before), int(parts[at + 1]) if len(parts) > at + 1 else 0
+        hidden_before = int(hidden or 0)
+        if min(frames, height, width) < 1 or min(*others, hidden_before) < 0 or hidden_before > others[0]:
             raise ValueError
     except ValueError:
         raise ValueError(
             f"grid {text[:80]!r} is not FRAMESxHEIGHTxWIDTH, such as 21x30x52; other tokens before and after are added "
             "as in 512+21x30x52+77"
         ) from None
-    return TokenGrid(frames, height, width, before, after, text.endswith(QUERIES_ONLY))
+    return TokenGrid(frames, height, width, *others, text.endswith(QUERIES_ONLY), hidden_before)
 
 
 class Place(NamedTuple):

@@ -37,6 +37,8 @@ class SubCall(NamedTuple):
     is_causal: bool = False
     memo: dict[object, object] | None = None
     """Cache of kernels for values derived from `mask`; lives as long as the plan."""
+    runs: tuple[tuple[int, int], ...] | None = None
+    """Of indices to gather: the runs of consecutive keys, first and one past the last, if there are at most two."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def plan_of(strategy: str, parts: list[SubCall], pattern: str = "", only_hides: 
             part.samples.start,
             (part.rows.start, part.rows.stop),
             _count(part.keys),
+            part.runs,
             None if part.mask is None else (mask_kind(part.mask), part.mask.shape, part.mask.dtype),
             part.is_causal,
         )

@@ -13,8 +13,9 @@ from ...backends.config.names import COMFY
 from ...backends.engine.plan import CallKind, Slot
 from ...backends.engine.priorities import LAST_RESORT
 from ...backends.engine.router import forbidden
-from ...backends.engine.sub_calls import calls_of, fits, keeps_grid, plan_sub_calls
+from ...backends.engine.sub_calls import calls_of, fits, plan_sub_calls
 from ...backends.kernels.comfy import HostFunction
+from ...backends.values.grid import TokenGrid
 from ...backends.values.mask_plan import NOTHING_HIDDEN, MaskPlan
 from ...backends.values.reasons import Reason
 from ...backends.values.request import AttentionCall, AttentionRequest
@@ -138,14 +139,13 @@ def _planned(
             preferred=host.preferred, function=host.function, last_resort=host.last_resort,
         )  # fmt: skip
 
-    def planned_sub_call(part: AttentionCall, mask_text: str) -> Slot:
-        of_part = grid if mask_plan is not None and keeps_grid(mask_plan) else None
+    def planned_sub_call(part: AttentionCall, mask_text: str, of_part: TokenGrid | None) -> Slot:
         return planned(part.request(exact_only=exact_only, grid=of_part), mask_text)
 
     calls = [] if mask_plan is None or host.runs else calls_of(session, mask_plan, call, asked, grid)
     if mask_plan is not None and calls:
         hook_plan = HookPlan(
-            layout, plan_sub_calls(session, mask_plan, call, calls, planned_sub_call), preferred=host.wish
+            layout, plan_sub_calls(session, mask_plan, call, calls, planned_sub_call, grid), preferred=host.wish
         )
     else:
         pattern = mask_plan.pattern if mask_plan is not None and not host.runs else ""

@@ -83,7 +83,7 @@ class Masks:
 
     def _read(self, mask: torch.Tensor, kv_len: int) -> MaskPlan:
         try:
-            return inspect(as_4d(mask), kv_len)
+            return inspect(as_4d(mask), kv_len, self._run.asks_for_sparse)
         except RuntimeError as error:
             if is_cuda_fault(error):  # an earlier kernel's: reading waits for the device, so it shows here
                 raise

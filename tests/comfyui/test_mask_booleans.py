@@ -71,7 +71,7 @@ def routed(session: Session, call: AttentionCall, mask: torch.Tensor) -> torch.T
         plan,
         whole,
         calls,
-        lambda part, words: session.plan(CallKind(part.request(), "self", "self", mask=words)),
+        lambda part, words, grid: session.plan(CallKind(part.request(), "self", "self", mask=words)),
     )
     return session.attention(parts, whole, plan)
 

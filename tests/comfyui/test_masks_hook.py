@@ -268,7 +268,7 @@ def test_comfyuis_own_attention_is_the_last_resort_of_a_causal_mask_too(monkeypa
 
 
 def test_a_mask_that_cannot_be_read_is_passed_on(monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion) -> None:
-    def unable(mask: torch.Tensor, kv_len: int) -> mask_plan.MaskPlan:
+    def unable(mask: torch.Tensor, kv_len: int, on_grid: bool) -> mask_plan.MaskPlan:
         raise RuntimeError("not implemented on this device")
 
     monkeypatch.setattr(masks, "inspect", unable)
@@ -278,7 +278,7 @@ def test_a_mask_that_cannot_be_read_is_passed_on(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_fault_of_the_gpu_that_shows_while_a_mask_is_read_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    def faulty(mask: torch.Tensor, kv_len: int) -> mask_plan.MaskPlan:
+    def faulty(mask: torch.Tensor, kv_len: int, on_grid: bool) -> mask_plan.MaskPlan:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(masks, "inspect", faulty)

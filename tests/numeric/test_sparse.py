@@ -113,6 +113,46 @@ def test_a_map_with_everything_kept_is_dense() -> None:
     torch.testing.assert_close(gather(call, block_map), expected)
 
 
+HIDDEN: dict[str, list[tuple[list[int], bool]]] = {
+    "the end of the prompt": [([3, 4], True)],
+    "its beginning": [([0, 1], True)],
+    "its middle": [([1, 2], True)],
+    "two places": [([1, 3], False)],
+    "all of it and the last token": [([0, 1, 2, 3, 4, 283], True)],
+    "other keys in each sample": [([3, 4], True), ([0], True)],
+    "a key of the grid": [([4, 5], False)],
+    "one sample sees all": [([], True), ([2, 3, 4, 280, 281, 282, 283], True)],
+}
+"""Which of 5 + 270 + 9 keys each sample hides, and whether the rest is one run before the grid and the grid."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
+@pytest.mark.parametrize("name", HIDDEN)
+def test_padded_prompts_before_the_grid_leave_the_call_sparse(name: str, dtype: Any) -> None:
+    torch.manual_seed(0)
+    samples = HIDDEN[name]
+    query, key, value = (torch.randn(len(samples), 2, 284, 8, dtype=torch.float64) for _ in range(3))
+    shown = torch.ones(len(samples), 1, 1, 284, dtype=torch.bool)
+    for sample, (hidden, _) in enumerate(samples):
+        shown[sample, ..., hidden] = False
+    mask = shown if dtype is torch.bool else torch.zeros(shown.shape, dtype=dtype).masked_fill(~shown, -torch.inf)
+    with account() as run_report:
+        output = attention(
+            query, key, value, mask, backend=SPARSE_HALF, grid=(5, 6, 9), tokens_before=5, tokens_after=9
+        )
+    count = literal.video_sparse_count(0.5, 2 * 2 * 3)
+    cells = slice(5, 275)
+    on_grid = literal.video_sparse(query[:, :, cells], key[:, :, cells], (5, 6, 9), (4, 4, 4), count)
+    sees = literal.with_text(on_grid, 5, 9) & shown
+    if not all(sparse for _, sparse in samples):
+        assert all(row.backend != "video_sparse_attn" for row in run_report.rows.values())
+        sees = shown
+    else:
+        assert {row.backend for row in run_report.rows.values()} == {"video_sparse_attn"}
+    expected = literal.masked_attention(query, key, value, sees)
+    assert (output - expected).norm() <= 1e-6 * expected.norm()
+
+
 SPARSE_HALF = {"default": {"backend": "video_sparse_attn", "extra": {"sparsity": 0.5}}}
 
 
@@ -187,9 +227,10 @@ def test_grids_read_back() -> None:
         TokenGrid(2, 3, 4, 1, 2, True),
         TokenGrid(1, 4, 4, 0, 77),
         TokenGrid(2, 3, 4, 5, 6),
+        TokenGrid(2, 3, 4, 5, 6, hidden_before=5),
     ):
         assert parse_grid(grid.describe()) == grid
-    for text in ("", "4", "4x4", "0x4x4", "4x4x4+", "1+2+3x3x3", "ax4x4", "-1+2x2x2"):
+    for text in ("", "4", "4x4", "0x4x4", "4x4x4+", "1+2+3x3x3", "ax4x4", "-1+2x2x2", "4-5+2x2x2", "4--1+2x2x2"):
         with pytest.raises(ValueError, match="FRAMESxHEIGHTxWIDTH"):
             parse_grid(text)
 
@@ -274,6 +315,12 @@ def test_the_kept_fraction_is_that_of_all_calls_and_keeps_no_map() -> None:
 def test_a_grid_that_is_none_is_refused_in_words(grid: Any) -> None:
     with pytest.raises(CheckError, match="three whole"):
         attention(Q, Q, Q, backend=EIGHTH, grid=grid)
+
+
+@pytest.mark.parametrize("given", [{"tokens_before": 3}, {"tokens_after": 3}], ids=str)
+def test_other_tokens_without_a_grid_are_refused_in_words(given: dict[str, int]) -> None:
+    with pytest.raises(CheckError, match="give grid"):
+        attention(Q, Q, Q, **given)
 
 
 def test_a_default_device_does_not_stay_in_an_order() -> None:

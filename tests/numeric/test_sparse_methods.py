@@ -392,6 +392,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sparge_attn", {"topk": 0.5, "cdfthreshd": 0.9}, "give one"),
     ("nabla_attn", {"P": 1.1}, "> 1"),
     ("nabla_attn", {"wT": 0}, "< 1"),
+    ("nabla_attn", {"wW": 10**6}, "> 999999"),
+    ("cube_attn", {"local_cube_size": [4, 4, 10**6]}, "1 to 999999"),
     ("ssta_attn", {"win_size": [[3, 3]]}, "win_size"),
     ("ssta_attn", {"ssta_topk": 4, "topk": 0.5}, "give one"),
     ("cube_attn", {"local_cube_size": [4, 4]}, "local_cube_size"),
@@ -404,6 +406,23 @@ def test_wrong_options_are_refused_with_what_is_allowed(backend_id: str, options
     with pytest.raises(ConfigError) as caught:
         AttentionSpec(backend_id, options)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("backend_id", LEAVES_OUT)
+def test_the_largest_and_smallest_allowed_values_run(backend_id: str) -> None:
+    grid = TokenGrid(5, 12, 12)
+    call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
+    for option in BACKENDS[backend_id].options:
+        if option.kind not in (int, float) or option.choices:
+            continue
+        largest = 2**100 if option.kind is int else 1e308
+        least, most = option.minimum, largest if option.maximum is None else option.maximum
+        assert least is not None
+        for value in (option.kind(least), option.kind(most)):
+            names = {"win_size", "window_size", "min_seq_len", "block_size"}
+            extra = {name: kept for name, kept in LEAVES_OUT[backend_id].items() if name in names}
+            found = selected(backend_id, call, grid, {**extra, option.name: value}, at(0, 2, 0))
+            assert isinstance(found, Dense) or found.seen.any(-1).all(), option.name
 
 
 NOT_BUILT: list[tuple[str, dict[str, Any]]] = [

@@ -488,7 +488,11 @@ def test_parts_of_a_mask_are_measured_one_by_one(store: Store) -> None:
     def split(session: Session) -> SplitPlan:
         calls = calls_of(session, mask_plan, whole, None)
         slot = plan_sub_calls(
-            session, mask_plan, whole, calls, lambda part, mask: session.plan(CallKind(part.request(), "self", "self"))
+            session,
+            mask_plan,
+            whole,
+            calls,
+            lambda part, *_: session.plan(CallKind(part.request(), "self", "self"))
         )
         return slot.split
 

@@ -20,7 +20,7 @@ from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import highest
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
-from ..windows import is_window
+from ..windows import window_problem
 
 if TYPE_CHECKING:
     from ...values.request import AttentionCall
@@ -45,9 +45,7 @@ class Cube(SparseMethod):
     )
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        size, found = options.get("local_cube_size"), []
-        if size is not None and not is_window(size):
-            found.append(f"local_cube_size {str(size)[:40]} is not three whole numbers above 0")
+        found = window_problem("local_cube_size", options.get("local_cube_size"))
         if {"topk_ratio_list", "topk"} <= set(options):
             found.append("topk_ratio_list and topk say the same thing; give one")
         return found

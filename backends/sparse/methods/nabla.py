@@ -20,7 +20,7 @@ from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import until_share
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
-from ..windows import window_map
+from ..windows import MOST, window_map
 
 if TYPE_CHECKING:
     from ...values.request import AttentionCall
@@ -38,9 +38,9 @@ class Nabla(SparseMethod):
         Option(
             "P", float, 0.9, "Share of the attention of block means that is kept.", minimum=0, maximum=1, by_step=True
         ),
-        Option("wT", int, 11, "Frames in the window.", minimum=1),
-        Option("wH", int, 3, "Blocks along the height of the window.", minimum=1),
-        Option("wW", int, 3, "Blocks along the width of the window.", minimum=1),
+        Option("wT", int, 11, "Frames in the window.", minimum=1, maximum=MOST),
+        Option("wH", int, 3, "Blocks along the height of the window.", minimum=1, maximum=MOST),
+        Option("wW", int, 3, "Blocks along the width of the window.", minimum=1, maximum=MOST),
         Option("add_sta", bool, True, "Keep the window."),
         DENSE_STEPS,
         DENSE_LAYERS,

@@ -51,7 +51,7 @@ def window_of(distance: int, tokens: int, block: int, decay_factor: float, model
         return -1
     if distance == 1:
         return tokens // 2 if model_type == "wan" else tokens
-    return int(max(block, length * decay_factor))
+    return int(min(max(block, length * decay_factor), tokens))
 
 
 @lru_cache(maxsize=32)

@@ -29,7 +29,7 @@ from ..blocks import Blocks, tile_counts, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where
-from ..windows import Window, is_window, window_map
+from ..windows import Window, is_window, window_map, window_problem
 
 if TYPE_CHECKING:
     from ...values.request import AttentionCall
@@ -78,7 +78,7 @@ def parse_strategy(text: str) -> Strategy:
         if place is None:
             raise ValueError(f"key {key[:40]!r} is not step_layer_head, such as 12_0_3")
         if not is_window(window):
-            raise ValueError(f"{key}: {str(window)[:40]} is not three whole numbers above 0")
+            raise ValueError(window_problem(f"{key}:", window)[0])
         step, layer, head = map(int, place.groups())
         found.setdefault((step, layer), {})[head] = (window[0], window[1], window[2])
     steps, layers = (1 + max(place[axis] for place in found) for axis in (0, 1))
@@ -133,9 +133,7 @@ class SlidingTile(SparseMethod):
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         window = options.get("window_size")
-        found = []
-        if window is not None and not is_window(window):
-            found.append(f"window_size {str(window)[:40]} is not three whole numbers above 0")
+        found = window_problem("window_size", window)
         if window is not None and options.get("mask_strategy_file_path") is not None:
             found.append("mask_strategy_file_path and window_size say the same thing; give one")
         return found

@@ -20,7 +20,7 @@ from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import count_of_share, highest
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, block_means
-from ..windows import is_window, window_map
+from ..windows import window_map, window_problem
 from .sliding_tile import TILE, WINDOW
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ class Ssta(SparseMethod):
     )
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        window, found = options.get("win_size"), []
-        if window is not None and not is_window(_inner(window)):
-            found.append(f"win_size {str(window)[:40]} is not three whole numbers above 0")
+        found = window_problem("win_size", _inner(options.get("win_size")))
         if {"ssta_topk", "topk"} <= set(options):
             found.append("ssta_topk and topk say the same thing; give one")
         return found
