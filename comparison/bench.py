@@ -8,18 +8,22 @@ falls back. Presets are in `presets.py`, tables and files in `bench_report.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
+from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
 from ..backends.kernels.support.workspace import lacking_memory
 from ..backends.measure.device_clock import timed
 from ..backends.measure.error import cosine, exact_rows, relative_l2
 from ..backends.values.devices import release
 from ..backends.values.faults import KernelFaultError, is_cuda_fault, is_out_of_memory
+from ..backends.values.grid import Kept, Place
+from ..backends.values.grid import Progress as RunProgress
 from ..backends.values.request import AttentionRequest, Host, HostedCall
 from .bench_inputs import Problem, make_inputs
 from .presets import Preset
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
     import torch
 
 WARM_UP, TIMED = 3, 10
+SHARES = (0.5, 0.25, 0.125)
+"""Shares of blocks that sparse methods keep, where a method has such an option."""
+MOST_SHORT = 4096
+"""Tokens below which a method that leaves short calls alone is told not to: such a case is scaled down."""
 CHECKED_ROWS = 256
 """Query rows of every head that are computed exactly: one row of hv15 is 112 KiB of float64 scores, all are 39 GB."""
 OUTSIDE_COMFYUI = "runs in ComfyUI only: use the node Attention Benchmark"
@@ -55,6 +63,17 @@ class KernelResult:
     """Most memory beyond the inputs, the output included; None where the device does not count it."""
     member: str | None = None
     """What ran, where the backend is a group or ComfyUI's own choice."""
+    options: str = ""
+    """Its options, as `name=value` pairs."""
+    kept: float | None = None
+    """Of a sparse backend: share of query-key pairs that was computed."""
+    whole: str = ""
+    """Of a sparse backend: why the call was computed whole."""
+
+    @property
+    def label(self) -> str:
+        """The backend with its options."""
+        return f"{self.backend} {self.options}".strip()
 
 
 @dataclass
@@ -71,8 +90,8 @@ class Case:
     checked_rows: int = 0
 
     def row(self, backend: str) -> KernelResult | None:
-        """The row of a backend, or None where the run ended before it."""
-        return next((row for row in self.rows if row.backend == backend), None)
+        """The row of a backend with its defaults, or None where the run ended before it."""
+        return next((row for row in self.rows if row.label == backend), None)
 
 
 def make_cases(presets: Sequence[Preset], dtype: str, masks: str, kind: str) -> tuple[list[Case], list[str]]:
@@ -88,6 +107,27 @@ def make_cases(presets: Sequence[Preset], dtype: str, masks: str, kind: str) -> 
     return cases, notes
 
 
+Contender = tuple[str, Mapping[str, object]]
+"""A backend and its options."""
+
+
+def contenders(case: Case, backends: Sequence[str], sparse: Sequence[str], router: Router) -> list[Contender]:
+    """The rows of a case: `backends`; where it has a grid, `sparse` too, at each of `SHARES` where they take one."""
+    if case.request.grid is None:
+        return [(name, {}) for name in backends]
+    found: list[Contender] = []
+    for name in dict.fromkeys((*backends, *sparse)):
+        knobs = {option.name for option in router.backends[name].options} if router.backends[name].sparse else set()
+        short = {"min_seq_len": 0} if "min_seq_len" in knobs and case.request.grid.cells < MOST_SHORT else {}
+        if "topk" in knobs:
+            found += [(name, {"topk": share, **short}) for share in SHARES]
+        elif "sparsity" in knobs:
+            found += [(name, {"sparsity": 1 - share, **short}) for share in SHARES]
+        else:
+            found.append((name, {}))
+    return found
+
+
 def run_cases(
     cases: Sequence[Case],
     backends: Sequence[str],
@@ -95,28 +135,32 @@ def run_cases(
     device: torch.device,
     *,
     seed: int = 0,
+    sparse: Sequence[str] = (),
     host: Host | None = None,
     host_name: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> str | None:
     """Fill in the rows of each case, in the order of `backends`. Returns None, or why the run ended early.
 
-    `host` runs a call with the host's own function (the backend `comfy`); None outside a host. A kernel that
-    leaves the device unusable ends the run, and so does a person; the rows that were finished are kept.
+    `sparse`: further backends, for cases with a grid. `host` runs a call with the host's own function (the backend
+    `comfy`); None outside a host. A kernel that leaves the device unusable ends the run, and so does a person; the rows
+    that were finished are kept.
     """
     import torch
 
-    steps, ended = len(backends), None
+    asked = [contenders(case, backends, sparse, router) for case in cases]
+    steps, ended = sum(map(len, asked)), None
     try:
         # Triton launches on the current device, whatever device the tensors are on.
         with torch.inference_mode(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             try:
                 for number, case in enumerate(cases):
+                    before = sum(map(len, asked[:number]))
 
-                    def tell(position: int, case: Case = case, number: int = number) -> None:
-                        progress(f"{case.name}: {backends[position]}", number * steps + position, len(cases) * steps)
+                    def tell(position: int, case: Case = case, number: int = number, before: int = before) -> None:
+                        progress(f"{case.name}: {asked[number][position][0]}", before + position, steps)
 
-                    _run_case(case, backends, router, device, seed, host, host_name, tell)
+                    _run_case(case, asked[number], router, device, seed, host, host_name, tell)
                     release(device)
             except KernelFaultError as fault:
                 ended = str(fault)
@@ -130,7 +174,7 @@ def run_cases(
 
 def _run_case(
     case: Case,
-    backends: Sequence[str],
+    asked: Sequence[Contender],
     router: Router,
     device: torch.device,
     seed: int,
@@ -138,39 +182,42 @@ def _run_case(
     host_name: str | None,
     tell: Callable[[int], None],
 ) -> None:
-    refused = {name: _refusal(name, case.request, router, host) for name in backends}
     problem: Problem | None = None
     lost = ""
-    for row_index, name in enumerate(backends):
+    for row_index, (name, options) in enumerate(asked):
         tell(row_index)
-        if refused[name] is None and problem is None and not lost:
+        refused = _refusal(name, options, case.request, router, host)
+        text = ", ".join(f"{option}={value:g}" for option, value in options.items())
+        if refused is None and problem is None and not lost:
             problem, lost = _prepare(case, device, seed, host)
-        if refused[name] is not None or problem is None:
-            case.rows.append(KernelResult(name, router.backends[name].accuracy, refused[name] or lost))
+        if refused is not None or problem is None:
+            case.rows.append(KernelResult(name, router.backends[name].accuracy, refused or lost, options=text))
             continue
         backend = router.backends[name]
         member = host_name if backend.hosted else backend.kernel_name(case.request, router.platform)
-        row = KernelResult(name, backend.accuracy, member=member)
+        row = KernelResult(name, backend.accuracy, member=member, options=text)
         try:
-            _measure(row, router, problem, device)
+            _measure(row, options, case.request, router, problem, device)
         except Exception as error:  # one kernel that fails is a row, and the others still run
             row.status = _why(error)
             if is_cuda_fault(error):
                 case.rows.append(row)
                 raise KernelFaultError(
-                    f"{name} left the GPU unusable in {case.name}: {error}; rows before it are kept; to go on, start "
-                    "again without it"
+                    f"{row.label} left the GPU unusable in {case.name}: {error}; rows before it are kept; to go on, "
+                    "start again without it"
                 ) from error
         case.rows.append(row)
         if row.status != "ok":
             release(device)  # the traceback keeps the tensors of a failed call alive until here
 
 
-def _refusal(name: str, request: AttentionRequest, router: Router, host: Host | None) -> str | None:
+def _refusal(
+    name: str, options: Mapping[str, object], request: AttentionRequest, router: Router, host: Host | None
+) -> str | None:
     """Why a backend is not called; None if it is."""
     if router.backends[name].hosted and host is None:
         return OUTSIDE_COMFYUI
-    return "; ".join(router.reasons_against(name, request)) or lacking_memory(
+    return "; ".join(router.reasons_against(name, request, options=options)) or lacking_memory(
         router.backends[name], request, router.platform
     )
 
@@ -190,11 +237,21 @@ def _prepare(case: Case, device: torch.device, seed: int, host: Host | None) -> 
     return Problem(calls, rows, exact), ""
 
 
-def _measure(row: KernelResult, router: Router, problem: Problem, device: torch.device) -> None:
+def _measure(
+    row: KernelResult,
+    options: Mapping[str, object],
+    request: AttentionRequest,
+    router: Router,
+    problem: Problem,
+    device: torch.device,
+) -> None:
     """Run the protocol and write what came of it into `row`."""
     import torch
 
-    kernel = router.kernel(row.backend)
+    kernel, kept = router.kernel(row.backend, options), Kept()
+    if router.backends[row.backend].sparse:
+        backend, dense = router.backends[row.backend], partial(router.kernel, LAST_RESORT)
+        kernel = backend.bind(kernel, request, Place(), RunProgress(), kept, dense)
     counted = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if counted else 0
     times: list[float] = []
@@ -210,6 +267,8 @@ def _measure(row: KernelResult, router: Router, problem: Problem, device: torch.
     row.peak_bytes = torch.cuda.max_memory_allocated(device) - before if counted else None
     times = times[WARM_UP:]
     row.ms, row.low, row.high = median(times), min(times), max(times)
+    if kept.calls or kept.dense:
+        row.kept, row.whole = round(kept.fraction or 1.0, 4), "; ".join(kept.dense)
 
 
 def _score(row: KernelResult, output: torch.Tensor, problem: Problem) -> None:

@@ -61,7 +61,7 @@ def _panel(sheet: Sheet, case: Case) -> None:
         sheet.write("nothing ran", colour=ALARM)
         sheet.y += 0.1
         return
-    axes, middles = labelled_rows(sheet, [(row.backend, DARK) for row in ranked])
+    axes, middles = labelled_rows(sheet, [(row.label, DARK) for row in ranked])
     longest = max(row.high or 0.0 for row in ranked)
     room = INNER - NAMES
     axes.set_xlim(0, (longest or 1.0) * room / (room - TIMES))
@@ -81,7 +81,7 @@ def _not_run(cases: list[Case]) -> list[str]:
     for case in cases:
         for row in case.rows:
             if row not in ranking(case):
-                found.setdefault((row.backend, row.status), []).append(case)
+                found.setdefault((row.label, row.status), []).append(case)
     return [
         f"{backend}: {reason}" + ("" if len(where) == len(cases) else f" ({'; '.join(title(case) for case in where)})")
         for (backend, reason), where in found.items()

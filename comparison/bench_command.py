@@ -17,7 +17,7 @@ from ..backends.kernels import BACKENDS
 from ..backends.kernels.backend import Backend
 from .command import Progress, make_folder
 from .metrics import need
-from .presets import MASK_KINDS, PRESETS
+from .presets import GRIDS, MASK_KINDS, PRESETS
 from .report import ComparisonError
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ EXAMPLES = f"""examples:
   %(prog)s --presets hv15
   %(prog)s --presets hv15,flux2 --backends cudnn,flash_attn,sage --masked
   %(prog)s --tokens 1024            on a CPU: shorter sequences of the same calls
+  %(prog)s --presets wan22_480p --tokens 8192     dense kernels, and sparse methods at 1/2, 1/4 and 1/8
 
 Presets: {", ".join(PRESETS)}.
+With a token grid, only where named, or all as grids: {", ".join(GRIDS)}.
 torch_sdpa always runs: ratios are to it and to cudnn_attn. A backend that cannot run gets a row that says why. Full
 sizes are meant for a GPU; --tokens N scales the longest side down to N, and the other lengths and the hidden keys with
 it. The mask hides the last keys; --mask-kind bias hands it over as a full (1, 1, Q, K) tensor of numbers to add."""

@@ -19,6 +19,10 @@ SDPA, CUDNN = LAST_RESORT, "cudnn_attn"
 """The backends that ratios are to."""
 """What every row is set against."""
 
+NO_MODEL = (
+    "query and key are random numbers without a model's structure: errors of sparse rows say nothing of a model, "
+    "compare its pictures"
+)
 KIND = "attention-backends kernel benchmark"
 FACTS = ("dtype", "seed", "tokens", "device", "card", "machine", "versions", "command", "ended", "notes")
 
@@ -98,10 +102,10 @@ def in_words(case: Case) -> str:
     best = ranked[0]
     lossy = "" if best.accuracy == "exact" else f" ({best.accuracy})"
     if best.backend == SDPA or (gain := ratio(best, case, SDPA)) is None:
-        return f"{title(case)}: {best.backend} is fastest{lossy}"
+        return f"{title(case)}: {best.label} is fastest{lossy}"
     base = case.row(SDPA)
     about = "about " if base is not None and overlap(best, base) else ""
-    return f"{title(case)}: {best.backend} is {about}{gain:.2g}x as fast as {SDPA}{lossy}"
+    return f"{title(case)}: {best.label} is {about}{gain:.2g}x as fast as {SDPA}{lossy}"
 
 
 def subject(case: Case) -> str:
@@ -126,6 +130,8 @@ def result(row: KernelResult, case: Case) -> str:
     base = case.row(SDPA)
     if row.status != "ok" or row.relative_l2 is None:
         return row.status
+    if row.whole:
+        return f"computed whole: {row.whole}"
     if base is None or not base.relative_l2 or row is base:
         return "ok"
     if row.relative_l2 <= ROUNDING * base.relative_l2:
@@ -139,6 +145,8 @@ def notes(report: BenchReport) -> list[str]:
     first = [f"ended early: {report.ended}"] if report.ended else []
     if all(row.peak_bytes is None for case in report.cases for row in case.rows):
         first.append(f"peak MB is blank: torch counts memory on CUDA devices only, this is {report.device}")
+    if any(row.kept is not None for case in report.cases for row in case.rows):
+        first.append(NO_MODEL)
     return [*first, *report.notes]
 
 

@@ -17,6 +17,7 @@ from .bench import Progress, make_cases, run_cases
 from .bench_command import named_only
 from .bench_inputs import device_of
 from .bench_report import CUDNN, SDPA, BenchReport
+from .blocks_command import METHODS
 from .contenders import parse_backends
 from .presets import MASK_KINDS, parse_presets
 from .report import ComparisonError
@@ -109,11 +110,13 @@ def measure(
         router,
         device or device_of(platform),
         seed=asked.seed,
+        sparse=() if asked.backends.strip() else [name for name in METHODS if not router.unavailable(name)],
         host=host,
         host_name=host_name,
         progress=progress,
     )
-    report.notes += _not_here(backends, router, asked.backends)
+    measured = [*backends, *(row.backend for case in cases for row in case.rows)]
+    report.notes += _not_here(measured, router, asked.backends)
     return report
 
 

@@ -12,6 +12,8 @@ from .bench_report import CUDNN, SDPA, BenchReport, blanks, notes, overlap, rank
 from .tables import BROKEN, DID_NOT_RUN, ROUNDING
 
 COLUMNS = ("rank", "backend", "result", "ms", "spread", "vs SDPA", "vs cuDNN", "rel. L2", "cosine", "peak MB")
+KEPT = "kept"
+"""A column of cases with sparse backends: the share of query-key pairs that was computed."""
 
 HOW_TO_READ = f"""\
 ms is the median of {TIMED} calls after {WARM_UP} for warming up, spread the least and the most; the device is waited
@@ -27,10 +29,11 @@ def cells(case: Case) -> list[list[str]]:
     """A heading and a line for each row: those that ran by rank, then the others."""
     ranked = ranking(case)
     others = [row for row in case.rows if row.status != "ok"]
-    return [list(COLUMNS)] + [
+    sparse = any(row.kept is not None for row in case.rows)
+    return [[*COLUMNS, *([KEPT] if sparse else [])]] + [
         [
             str(rank + 1) if row in ranked else "-",
-            row.backend if row.member in (None, row.backend) else f"{row.backend} -> {row.member}",
+            row.label if row.member in (None, row.backend) else f"{row.backend} -> {row.member}",
             result(row, case),
             _number(row.ms),
             f"{_number(row.low)}-{_number(row.high)}" if row.ms is not None else "-",
@@ -39,6 +42,7 @@ def cells(case: Case) -> list[list[str]]:
             "-" if row.relative_l2 is None else f"{row.relative_l2:.2e}",
             _cosine(row.cosine),
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
+            *(["-" if row.kept is None else f"{100 * row.kept:.1f} %"] if sparse else []),
         ]
         for rank, row in enumerate([*ranked, *others])
     ]
@@ -51,7 +55,7 @@ def rank_line(case: Case) -> str:
     for row in ranking(case):
         close = before is not None and overlap(row, before)
         lossy = "" if row.accuracy == "exact" else f" ({row.accuracy})"
-        parts.append(f"{'~' if close else ''}{row.backend} {_number(row.ms)} ms{lossy}")
+        parts.append(f"{'~' if close else ''}{row.label} {_number(row.ms)} ms{lossy}")
         before = row
     return f"{case.name}: {', '.join(parts) or 'nothing ran'}"
 
@@ -64,7 +68,7 @@ def console(report: BenchReport) -> str:
         failed = [row for row in case.rows if row.status != "ok"]
         for line, row in zip(table[len(table) - len(failed) :], failed, strict=True):
             line[2] = DID_NOT_RUN if row.ms is None else BROKEN  # the reason is a note, so that no line wraps
-        widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS) - 1)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(table[0]) - 1)]
         lines = [
             "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
             for line in table
@@ -100,7 +104,7 @@ def _measured(report: BenchReport) -> list[Case]:
 
 
 def _failures(rows: Sequence[KernelResult]) -> list[str]:
-    return [f"{row.backend} {DID_NOT_RUN if row.ms is None else 'gave no usable result'}: {row.status}" for row in rows]
+    return [f"{row.label} {DID_NOT_RUN if row.ms is None else 'gave no usable result'}: {row.status}" for row in rows]
 
 
 def _said(reasons: Sequence[str]) -> list[str]:

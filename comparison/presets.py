@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..backends.values.grid import TokenGrid
 from ..backends.values.request import AttentionRequest
 
 SCRIPT = "vLLM-Omni, benchmarks/diffusion/bench_attention_backends.py: its three presets"
@@ -38,6 +39,8 @@ class Preset:
     batch: int = 1
     full: tuple[int, int, int] | None = None
     """(q_len, kv_len, padded) before scaling; None if not scaled."""
+    grid: TokenGrid | None = None
+    """Of self-attention whose tokens lie in frames, height and width: such a case has rows of sparse methods too."""
 
     @property
     def title(self) -> str:
@@ -52,6 +55,9 @@ class Preset:
         q_len, kv_len = (max(1, round(length * tokens / longest)) for length in (self.q_len, self.kv_len))
         padded = min(kv_len - 1, max(1, round(self.padded * tokens / longest))) if self.padded else 0
         full = (self.q_len, self.kv_len, self.padded)
+        if self.grid is not None:
+            grid = scaled_grid(self.grid, tokens)
+            return replace(self, q_len=grid.tokens, kv_len=grid.tokens, full=full, grid=grid)
         return replace(self, q_len=q_len, kv_len=kv_len, padded=padded, full=full)
 
     def request(self, dtype: str, mask: str = "none") -> AttentionRequest:
@@ -66,7 +72,16 @@ class Preset:
             self.num_heads,
             self.head_dim,
             mask,
+            grid=self.grid,
         )
+
+
+def scaled_grid(grid: TokenGrid, tokens: int) -> TokenGrid:
+    """A grid of about the same shape with at most `tokens` tokens, those beside it in proportion; at least one cell."""
+    before, after = (round(count * tokens / grid.tokens) for count in (grid.before, grid.after))
+    share = (max(tokens - before - after, 1) / grid.cells) ** (1 / 3)
+    frames, height, width = (max(1, int(length * share + 1e-9)) for length in grid.shape)
+    return grid._replace(frames=frames, height=height, width=width, before=before, after=after)
 
 
 PRESETS: dict[str, Preset] = {
@@ -96,17 +111,51 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
+def _video(name: str, model: str, num_heads: int, grid: TokenGrid, source: str) -> Preset:
+    return Preset(name, model, num_heads, grid.tokens, grid.tokens, source, grid=grid)
+
+
+GRIDS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        # Latents have a quarter of the frames and an eighth of the sides (Wan), the patch is 1x2x2.
+        _video(
+            "wan22_480p", "Wan 2.2 14B, 81 frames of 832x480", 40, TokenGrid(21, 30, 52),
+            "ComfyUI, comfy/ldm/wan/model.py: latent 21x60x104, patch 1x2x2",
+        ),
+        _video(
+            "wan22_720p", "Wan 2.2 14B, 81 frames of 1280x720", 40, TokenGrid(21, 45, 80),
+            "ComfyUI, comfy/ldm/wan/model.py: latent 21x90x160, patch 1x2x2",
+        ),
+        # A quarter of the frames, a sixteenth of the sides, patch 1; the prompt stands before the video.
+        _video(
+            "hunyuan_video_15_480p", "HunyuanVideo 1.5, 121 frames of 848x480", 16, TokenGrid(31, 30, 53, before=256),
+            "ComfyUI, comfy/ldm/hunyuan_video/model.py: latent 31x30x53, patch 1; 256 tokens of text as in hv15",
+        ),
+        # An eighth of the frames, a thirty-second of the sides, patch 1.
+        _video(
+            "ltx2_720p", "LTX-2, video self-attention, 121 frames of 1280x704", 32, TokenGrid(16, 22, 40),
+            "ComfyUI, comfy/ldm/lightricks: latent 16x22x40, patch 1",
+        ),
+    )
+}  # fmt: skip
+"""Calls of long videos with their token grids; measured where they are named."""
+
+
 def parse_presets(text: str) -> list[Preset]:
-    """The named presets, in this order; every one for `all` or an empty text.
+    """The named presets, in this order; all of `PRESETS` for `all` or an empty text, all of `GRIDS` for `grids`.
 
     Raises:
         ValueError: an unknown name; the message lists the presets.
     """
     names = list(dict.fromkeys(filter(None, (name.strip().lower() for name in text.split(",")))))
-    unknown = [name for name in names if name not in (*PRESETS, "all")]
+    known = {**PRESETS, **GRIDS}
+    groups = {"all": list(PRESETS.values()), "grids": list(GRIDS.values())}
+    unknown = [name for name in names if name not in known and name not in groups]
     if unknown:
-        raise ValueError(f"no preset is called {', '.join(unknown)}; there are: all, {', '.join(PRESETS)}")
-    return list(PRESETS.values()) if not names or "all" in names else [PRESETS[name] for name in names]
+        raise ValueError(f"no preset is called {', '.join(unknown)}; there are: {', '.join((*groups, *known))}")
+    found = [preset for name in names or ["all"] for preset in groups.get(name) or [known[name]]]
+    return list(dict.fromkeys(found))
 
 
 def largest(presets: Sequence[Preset]) -> int:

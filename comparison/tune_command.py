@@ -34,7 +34,8 @@ HELP = "measure which kernel is fastest for the calls of real models, for the ba
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 ROLES = {
     "wan22": "self", "wan22_14b_self": "self", "ltx2_video": "self", "ltx2_audio": "self",
-    "wan22_14b_cross": "cross", "ltx2_audio_to_video": "cross",
+    "wan22_14b_cross": "cross", "ltx2_audio_to_video": "cross", "wan22_480p": "self", "wan22_720p": "self",
+    "ltx2_720p": "self",
 }  # fmt: skip
 """The role of each preset's call; all others are of text and picture together, `joint`."""
 MOST_CALLS = 2000

@@ -25,6 +25,7 @@ from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa:
 from attention_backends.backends.kernels.support.workspace import lacking_memory  # noqa: E402
 from attention_backends.backends.measure import device_clock, error  # noqa: E402
 from attention_backends.backends.measure.error import exact_rows  # noqa: E402
+from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
 from attention_backends.backends.values.limits import NO_MASK, Dtypes  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
@@ -40,7 +41,7 @@ from attention_backends.comparison import (  # noqa: E402
 from attention_backends.comparison.bench import Case, make_cases, run_cases  # noqa: E402
 from attention_backends.comparison.bench_inputs import make_inputs  # noqa: E402
 from attention_backends.comparison.bench_run import Asked, choose_backends, measure  # noqa: E402
-from attention_backends.comparison.presets import PRESETS, parse_presets  # noqa: E402
+from attention_backends.comparison.presets import GRIDS, PRESETS, Preset, parse_presets  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -202,7 +203,7 @@ def test_memory_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: resets.append(len(spy.calls)))
     problem = bench_inputs.Problem(calls := make_inputs(SMALL, 8, CPU, 0, 13), *exact_rows(calls[0], 7))
     row = bench.KernelResult("aiter", "exact")
-    bench._measure(row, broken.router(broken.Wrong("aiter", spy)), problem, torch.device("cuda"))
+    bench._measure(row, {}, SMALL, broken.router(broken.Wrong("aiter", spy)), problem, torch.device("cuda"))
     assert row.peak_bytes == 120
     assert resets == [1]
 
@@ -522,3 +523,44 @@ def test_what_is_left_out_without_a_name_is_said(
         main(["bench", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert f" but {', '.join(bench_command.ONLY_NAMED)}" in said
+
+
+def test_presets_with_a_grid_are_scaled_as_a_grid_and_named_apart() -> None:
+    assert parse_presets("grids") == list(GRIDS.values())
+    assert not set(GRIDS) & set(PRESETS)
+    assert not {preset.name for preset in parse_presets("all")} & set(GRIDS)
+    for preset in GRIDS.values():
+        assert preset.grid is not None
+        assert preset.q_len == preset.kv_len == preset.grid.tokens
+        for tokens in (1, 777, 4096):
+            small = preset.scaled(tokens)
+            assert small.request("float32").grid == small.grid is not None
+            assert small.q_len == small.grid.tokens
+            assert small.q_len <= max(tokens, 1 + small.grid.before)
+        assert preset.scaled(4096).q_len > 2500
+    assert GRIDS["wan22_480p"].scaled(4096).grid == TokenGrid(10, 15, 26)
+
+
+def test_a_case_with_a_grid_has_a_row_for_each_sparse_method_and_share() -> None:
+    grid = TokenGrid(5, 16, 16, before=20)
+    preset = Preset("video", "Video", 2, grid.tokens, grid.tokens, "here", head_dim=16, grid=grid)
+    cases, _ = make_cases([preset, PRESETS["ltx2_audio"].scaled(16)], "float32", "unmasked", "bool")
+    sparse = ["video_sparse_attn", "nabla_attn"]
+    assert run_cases(cases, ["torch_sdpa", "sparge_attn"], Router(detect(CPU)), CPU, sparse=sparse) is None
+    with_grid, without = cases
+    rows = {row.label: row for row in with_grid.rows}
+    assert {label: row.status for label, row in rows.items()} == dict.fromkeys(rows, "ok")
+    assert [label.partition(" ")[0] for label in rows] == [
+        "torch_sdpa", *["sparge_attn"] * 3, *["video_sparse_attn"] * 3, "nabla_attn",
+    ]  # fmt: skip
+    assert rows["torch_sdpa"].kept is None
+    shares = [rows[f"video_sparse_attn sparsity={sparsity}"].kept for sparsity in (0.5, 0.75, 0.875)]
+    assert all(kept is not None and abs(kept - share) < 0.12 for kept, share in zip(shares, bench.SHARES, strict=True))
+    errors = [rows[f"sparge_attn topk={share:g}"].relative_l2 or 0.0 for share in bench.SHARES]
+    assert 0.01 < errors[0] < errors[1] < errors[2]
+    assert [(row.backend, row.kept) for row in without.rows][1] == ("sparge_attn", None)
+    assert without.rows[1].status != "ok", "no token grid"
+    table = bench_tables.cells(with_grid)
+    assert table[0][-1] == bench_tables.KEPT
+    assert bench_tables.cells(without)[0] == list(bench_tables.COLUMNS)
+    assert all(len(line) == len(table[0]) for line in table)

@@ -19,7 +19,7 @@ from attention_backends.backends.observe.autotune import tuner  # noqa: E402
 from attention_backends.backends.observe.autotune.store import VARIABLE, Store  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
 from attention_backends.comparison import contenders  # noqa: E402
-from attention_backends.comparison.presets import PRESETS  # noqa: E402
+from attention_backends.comparison.presets import GRIDS, PRESETS  # noqa: E402
 from attention_backends.comparison.tune_command import ROLES  # noqa: E402
 from measured_entries import some  # noqa: E402
 from measured_machines import Clock, Costed  # noqa: E402
@@ -185,5 +185,5 @@ def test_explain_knows_the_store(
 
 
 def test_every_preset_has_a_role() -> None:
-    assert set(ROLES) <= set(PRESETS)
+    assert set(ROLES) <= {*PRESETS, *GRIDS}
     assert {ROLES.get(name, "joint") for name in PRESETS if "cross" in name or "_to_" in name} == {"cross"}
