@@ -6,10 +6,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import literal_sparse as literal
+import pytest
 import torch
 from attention_backends.backends.sparse import blocks as orders
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens
 from attention_backends.backends.sparse.blocks import Blocks
+from attention_backends.backends.sparse.executors import flex as flexing
 from attention_backends.backends.values.grid import TokenGrid
 from attention_backends.backends.values.request import AttentionCall
 
@@ -46,3 +49,43 @@ def random_map(rng: random.Random, grid: TokenGrid, order: str, call: AttentionC
     seen = seen < rng.random()
     seen[..., 0] |= ~seen.any(-1)
     return with_other_tokens(BlockMap(blocks, blocks, seen), grid, grid.after, 8)
+
+
+def visible(blocks: Any) -> Any:
+    """The tokens that a BlockMask's lists let through, (batch, heads, rows, keys), and how many blocks are in both."""
+    rows, keys = blocks.seq_lengths
+    size_q, size_k = blocks.BLOCK_SIZE
+    q, k = torch.arange(rows)[:, None], torch.arange(keys)
+    found = torch.zeros(*blocks.kv_indices.shape[:2], rows, keys, dtype=torch.bool)
+    twice = 0
+    inside = blocks.mask_mod(torch.tensor(0), torch.tensor(0), q, k).expand(rows, keys)
+    for sample, head, row in torch.cartesian_prod(*map(torch.arange, blocks.kv_indices.shape[:3])).tolist():
+        of_row = slice(row * size_q, (row + 1) * size_q)
+        lists = (blocks.kv_num_blocks, blocks.kv_indices), (blocks.full_kv_num_blocks, blocks.full_kv_indices)
+        part, full = (indices[sample, head, row, : counts[sample, head, row]].tolist() for counts, indices in lists)
+        twice += len({*part} & {*full}) + len(part) - len({*part}) + len(full) - len({*full})
+        for at in part + full:
+            of_keys = slice(at * size_k, (at + 1) * size_k)
+            found[sample, head, of_row, of_keys] = True if at in full else inside[of_row, of_keys]
+    return found, twice
+
+
+def literally(query: Any, key: Any, value: Any, bias: Any, blocks: Any, scale: float | None) -> Any:
+    """In place of the compiled kernel."""
+    sees, twice = visible(blocks)
+    assert (bias, twice) == (None, 0)
+    assert blocks.kv_indices is not blocks.full_kv_indices, "torch cannot compile that for a CPU"
+    return literal.masked_attention(query, key, value, sees, scale).to(query.dtype)
+
+
+@pytest.fixture
+def literal_flex(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The executor `flex` with a literal kernel, and blocks of 16 and 8 tokens."""
+    monkeypatch.setattr(flexing, "SIZES", (16, 8))
+    monkeypatch.setattr(flexing.Variants, "of", lambda self, given: literally)
+    kept = flexing.fill, flexing.filled_length
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()

@@ -22,48 +22,23 @@ from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
-from sparse_cases import ORDERS, TOLERANCE, random_call, random_grid, random_map  # noqa: E402
+from sparse_cases import (  # noqa: E402
+    ORDERS,
+    TOLERANCE,
+    literal_flex,  # noqa: F401
+    literally,
+    random_call,
+    random_grid,
+    random_map,
+)
 
 CPU = Platform("cpu", torch="2.13.0", os="linux")
 
 
-def visible(blocks: Any) -> Any:
-    """The tokens that a BlockMask's lists let through, (batch, heads, rows, keys), and how many blocks are in both."""
-    rows, keys = blocks.seq_lengths
-    size_q, size_k = blocks.BLOCK_SIZE
-    q, k = torch.arange(rows)[:, None], torch.arange(keys)
-    found = torch.zeros(*blocks.kv_indices.shape[:2], rows, keys, dtype=torch.bool)
-    twice = 0
-    inside = blocks.mask_mod(torch.tensor(0), torch.tensor(0), q, k).expand(rows, keys)
-    for sample, head, row in torch.cartesian_prod(*map(torch.arange, blocks.kv_indices.shape[:3])).tolist():
-        of_row = slice(row * size_q, (row + 1) * size_q)
-        lists = (blocks.kv_num_blocks, blocks.kv_indices), (blocks.full_kv_num_blocks, blocks.full_kv_indices)
-        part, full = (indices[sample, head, row, : counts[sample, head, row]].tolist() for counts, indices in lists)
-        twice += len({*part} & {*full}) + len(part) - len({*part}) + len(full) - len({*full})
-        for at in part + full:
-            of_keys = slice(at * size_k, (at + 1) * size_k)
-            found[sample, head, of_row, of_keys] = True if at in full else inside[of_row, of_keys]
-    return found, twice
-
-
-def literally(query: Any, key: Any, value: Any, bias: Any, blocks: Any, scale: float | None) -> Any:
-    """In place of the compiled kernel."""
-    sees, twice = visible(blocks)
-    assert (bias, twice) == (None, 0)
-    assert blocks.kv_indices is not blocks.full_kv_indices, "torch cannot compile that for a CPU"
-    return literal.masked_attention(query, key, value, sees, scale).to(query.dtype)
-
-
 @pytest.fixture
-def flex(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The executor with a literal kernel and blocks of 16 and 8 tokens."""
-    monkeypatch.setattr(flexing, "SIZES", (16, 8))
-    monkeypatch.setattr(flexing.Variants, "of", lambda self, given: literally)
-    flexing.fill.cache_clear()
-    flexing.filled_length.cache_clear()
-    yield flexing.Flex().load(CPU)
-    flexing.fill.cache_clear()
-    flexing.filled_length.cache_clear()
+def flex(literal_flex: Any) -> Any:  # noqa: F811
+    """The executor with a literal kernel and small blocks."""
+    return flexing.Flex().load(CPU)
 
 
 @pytest.mark.parametrize("order", ORDERS)

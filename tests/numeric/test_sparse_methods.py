@@ -7,6 +7,7 @@ import random
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.blocks import Blocks, cut  # noqa: E402
 from attention_backends.backends.sparse.by_step import value_at  # noqa: E402
+from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.method import SparseKernel, SparseMethod, Where  # noqa: E402
 from attention_backends.backends.sparse.methods import (  # noqa: E402
     cube,
@@ -34,9 +36,10 @@ from attention_backends.backends.sparse.methods import (  # noqa: E402
 )  # fmt: skip
 from attention_backends.backends.sparse.methods.sliding_tile import parse_strategy, read_strategy  # noqa: E402
 from attention_backends.backends.values.errors import ConfigError  # noqa: E402
-from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
+from attention_backends.backends.values.grid import Kept, Place, Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from sparse_cases import TOLERANCE, literal_flex  # noqa: E402, F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 CPU = Platform("cpu", torch="2.13.0", os="linux")
@@ -197,6 +200,77 @@ def test_the_map_is_the_published_one(backend_id: str) -> None:
 @pytest.mark.parametrize("backend_id", CASES)
 def test_the_map_is_the_published_one_in_many_cases(backend_id: str) -> None:
     assert sum(agree(backend_id, seed) for seed in range(100, 400)) >= 150
+
+
+def computes_its_map(backend_id: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """One random case: dtype, executor, text beside the grid, some of it hidden; whether anything was left out."""
+    on_grid, grid, rng = random_case(backend_id, seed)
+    grid = grid._replace(before=rng.choice((0, 5)), after=rng.choice((0, 9)))
+    grid = grid._replace(hidden_before=rng.choice((0, min(grid.before, 2))))
+    dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    executor = rng.choice(("gather", "gather of cards", "flex"))
+    if executor == "gather of cards":
+        monkeypatch.setattr(gathering, "_by_head", lambda *args: gathering._all_heads(*args[:-1]))
+    batch, (query, key) = rng.randint(1, 2), (on_grid.query, on_grid.key)
+    kv_before, kv_after = grid.before - grid.hidden_before, rng.choice((0, grid.after))
+
+    def beside(tensor: Any, before: int, after: int) -> Any:
+        heads, size = tensor.shape[1], tensor.shape[3]
+        others = (torch.randn(batch, heads, count, size, dtype=tensor.dtype) for count in (before, after))
+        first = next(others)
+        return torch.cat((first, tensor.expand(batch, -1, -1, -1), next(others)), 2).to(dtype)
+
+    call = AttentionCall(
+        beside(query, grid.before, grid.after), beside(key, kv_before, kv_after), beside(key, kv_before, kv_after),
+        enable_gqa=on_grid.enable_gqa, scale=rng.choice((None, 0.4)),
+    )  # fmt: skip
+    q_cells, k_cells = (slice(before, before + grid.cells) for before in (grid.before, kv_before))
+    cells = call.changed(query=call.query[:, :, q_cells], key=call.key[:, :, k_cells], value=call.value[:, :, k_cells])
+    options, _ = CASES[backend_id](rng, on_grid, grid)
+    found = selected(backend_id, cells, grid, options)
+    sees = torch.ones(1, 1, grid.tokens, kv_before + grid.cells + kv_after, dtype=torch.bool)
+    if isinstance(found, BlockMap):
+        mask = found.mask()
+        sees = sees.expand(*mask.shape[:2], -1, -1).clone()
+        sees[:, :, q_cells, k_cells] = mask
+    method, named = BACKENDS[backend_id], executor.partition(" ")[0]
+    assert isinstance(method, SparseMethod)
+    kernel, kept = method.load(CPU, **options, executor=named), Kept()
+    assert isinstance(kernel, SparseKernel)
+    whole = SimpleNamespace(called=False)
+
+    def dense(call: AttentionCall) -> Any:
+        whole.called = True
+        return literal.masked_attention(call.query, call.key, call.value, torch.tensor(True), call.scale).to(dtype)
+
+    output = kernel.bound(call.request(grid=grid), Place(), Progress(), kept, dense)(call)
+    if whole.called and not isinstance(found, Dense):
+        assert (named, dtype) == ("flex", torch.float64) or "filled" in str(kept.dense)
+        return False
+    expected = literal.masked_attention(call.query, call.key, call.value, sees, call.scale)
+    assert output.dtype == dtype
+    assert (output.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm(), (grid, options, executor, dtype)
+    return not bool(sees.all())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks", "literal_flex")
+@pytest.mark.parametrize("backend_id", CASES)
+def test_what_is_computed_is_the_map_in_many_cases(backend_id: str) -> None:
+    """10,000 cases in all."""
+    left_out = 0
+    for seed in range(1250):
+        with pytest.MonkeyPatch.context() as patch:
+            left_out += computes_its_map(backend_id, seed, patch)
+    assert left_out >= 300
+
+
+@pytest.mark.usefixtures("small_blocks", "literal_flex")
+@pytest.mark.parametrize("backend_id", CASES)
+def test_what_is_computed_is_the_map_in_some_cases(backend_id: str) -> None:
+    for seed in range(4):
+        with pytest.MonkeyPatch.context() as patch:
+            computes_its_map(backend_id, seed, patch)
 
 
 @pytest.mark.parametrize("model", ["wan", "hunyuan"])
