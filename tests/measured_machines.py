@@ -18,6 +18,7 @@ from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 from attention_backends.backends.observe import observe
 from attention_backends.backends.observe.autotune.store import Store
 from attention_backends.backends.observe.autotune.tuner import Tuner
+from attention_backends.backends.values.grid import Kept
 from attention_backends.backends.values.limits import Causal, Dtypes, ValueHeadDim
 from attention_backends.backends.values.platform import KINDS, Platform
 from attention_backends.backends.values.request import AttentionCall, Host
@@ -87,6 +88,30 @@ class Costed(Backend):
             self.clock.now += ms
             self.spent += ms
             return self.kernel(call)
+
+        return run
+
+
+class CostedSparse(Costed):
+    """A sparse backend, which computes calls whole while `whole` says so."""
+
+    sparse = True
+
+    def __init__(self, name: str, cost: Cost, whole: Callable[[], bool] = lambda: False, kernel: Kernel = sdpa) -> None:
+        super().__init__(name, Clock(), cost, kernel, "sparse")
+        self.whole = whole
+
+    def bind(
+        self, kernel: Kernel, request: Any, place: Any, progress: Any, kept: Kept, dense: Callable[[], Kernel]
+    ) -> Kernel:
+        of_dense = dense()
+
+        def run(call: AttentionCall) -> torch.Tensor:
+            if self.whole():
+                kept.add_dense("the first steps")
+                return of_dense(call)
+            kept.add(0.25)
+            return kernel(call)
 
         return run
 

@@ -288,7 +288,7 @@ class Session:
         )  # fmt: skip
         row.member = None if label else backend.kernel_name(request, self.router.platform)
         if kernel is None:
-            kernel = self._bound(decision, kind, row) if backend.sparse else self.kernel(decision, kind)
+            kernel = self.kernel_of_row(decision, kind, row)
         wrappers = []
         for observer in self.observers:
             wrapper = observer.wrapper(kind, backend, row, self.router.platform)
@@ -305,8 +305,10 @@ class Session:
             clock=clock, function=function, hosted=backend.hosted, device_index=self.device_index,
         )  # fmt: skip
 
-    def _bound(self, decision: Decision, kind: CallKind, row: Row) -> Kernel:
-        """The kernel of a sparse backend, for this place of the model; the row counts what it keeps."""
+    def kernel_of_row(self, decision: Decision, kind: CallKind, row: Row) -> Kernel:
+        """The kernel of a decision; a sparse one knows its place in the model, and the row counts what it keeps."""
+        if not self.router.backends[decision.backend].sparse:
+            return self.kernel(decision, kind)
         row.kept = row.kept or Kept()
         place, dense = Place(kind.role, kind.category, kind.block), partial(self._dense, kind)
         kernel = self.router.kernel(decision.backend, decision.options)

@@ -76,7 +76,6 @@ class SparseMethod(Backend):
     sparse = True
     kinds = tuple(kind for kind in KINDS if kind != "xla")
     limits = Limits(Dtypes(FLOATING), Masks(("none",)), Causal("no"), ValueHeadDim(may_differ=True), Grid())
-    candidate = False
     by_name_only = True
     other_block: ClassVar[int] = 64
     """Tokens in a block of those beside the grid."""

@@ -26,13 +26,15 @@ from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure.call_key import key_of  # noqa: E402
 from attention_backends.backends.observe import observe  # noqa: E402
 from attention_backends.backends.observe.autotune import contest as contest_module  # noqa: E402
+from attention_backends.backends.observe.autotune.candidates import candidates  # noqa: E402
 from attention_backends.backends.observe.autotune.contest import Contest  # noqa: E402
 from attention_backends.backends.observe.autotune.store import Store  # noqa: E402
 from attention_backends.backends.observe.autotune.tuner import Tuner  # noqa: E402
 from attention_backends.backends.observe.guard import Guard  # noqa: E402
 from attention_backends.backends.values.faults import KernelFaultError  # noqa: E402
+from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
-from measured_machines import INCUMBENT, Costed, Machine, noisy, ran, sdpa, small_call, steady  # noqa: E402
+from measured_machines import INCUMBENT, Costed, CostedSparse, Machine, noisy, ran, sdpa, small_call, steady  # noqa: E402
 
 NAMES = ("sdpa_math", "sdpa_flash", "flash_attn_2", "flash_attn_3", "xformers", "aiter")
 
@@ -329,6 +331,68 @@ def test_lossy_kernels_are_tried_only_where_they_are_allowed(store: Store) -> No
     assert {*slot.plan._contest.candidate_times} == {INCUMBENT, "sdpa_math"}
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "ms", "others", "winner"),
+    [
+        ("exact", 4, {}, INCUMBENT),
+        ("quantized", 4, {}, INCUMBENT),
+        ("sparse", 4, {}, "sparse"),
+        ("sparse", 9.9, {}, INCUMBENT),
+        ("sparse", 4, {"faster": 3}, "faster"),
+    ],
+)
+def test_a_sparse_kernel_wins_where_it_is_allowed_and_the_fastest(
+    store: Store, accuracy: str, ms: float, others: dict[str, float], winner: str
+) -> None:
+    sparse = CostedSparse("sparse", lambda: ms)
+    costs = steady(**{INCUMBENT: 10, "slower": 12, **others})
+    machine = Machine(store, costs, accuracy=accuracy, others=[sparse])
+    machine.run(small_call())
+    (entry,) = store.entries()
+    assert entry["winner"] == winner
+    assert bool(sparse.calls) == (accuracy == "sparse")
+
+
+def test_sparse_methods_are_candidates_of_calls_with_a_grid() -> None:
+    router = Router(detect(torch.device("cpu")))
+    call = AttentionCall(*(torch.empty(1, 2, 256, 64, device="meta") for _ in range(3)))
+    sparse = {name for name, backend in BACKENDS.items() if backend.sparse and backend.built}
+
+    def found(accuracy: str, grid: TokenGrid | None) -> set[str]:
+        names = candidates(router, call.request(grid=grid), INCUMBENT, accuracy, {})
+        return sparse & set(names)
+
+    assert found("sparse", TokenGrid(4, 8, 8)) >= {"sparge_attn", "radial_attn", "subblock_attn", "nabla_attn"}
+    assert not found("sparse", None)
+    assert not found("quantized", TokenGrid(4, 8, 8))
+
+
+def test_a_sparse_kernel_that_errs_too_much_is_rejected(store: Store) -> None:
+    sparse = CostedSparse("sparse", lambda: 2, kernel=lambda call: sdpa(call) * 3)
+    machine = Machine(store, steady(**{INCUMBENT: 10}), accuracy="sparse", others=[sparse])
+    machine.run(small_call())
+    (entry,) = store.entries()
+    assert (entry["winner"], list(entry["rejected"]), sparse.calls) == (INCUMBENT, ["sparse"], 1)
+
+
+def test_calls_that_a_sparse_kernel_computes_whole_are_no_evidence(store: Store) -> None:
+    """The dense winner is used at once; later runs try the sparse one, and it wins once it is sparse."""
+    sparse = CostedSparse("sparse", lambda: 2, whole=lambda: machine.tuner.steps < 8)
+    machine = Machine(store, steady(**{INCUMBENT: 10, "faster": 5}), accuracy="sparse", others=[sparse])
+    for run in range(6):
+        session = machine.run(small_call(), steps=6)
+        (entry,) = store.entries()
+        assert (entry["winner"], entry["put_off"], entry["rejected"]) == ("faster", {"sparse": 1}, {})
+        assert not sparse.calls
+        whole = sum(sum(row.kept.dense.values()) for row in session.run_report.rows.values() if row.kept is not None)
+        assert whole <= 6, "once in a step"
+        assert run == 0 or ran(session)["faster"] > 170
+    session = machine.run(small_call(), steps=20)
+    (entry,) = store.entries()
+    assert (entry["winner"], entry["put_off"]) == ("sparse", {})
+    assert ran(session)["sparse"] > 200
+
+
 def test_the_chosen_lossy_kernel_is_watched_as_usual(store: Store) -> None:
     lossy = Costed("sage_attn", None, lambda: 1.5, accuracy="quantized")  # type: ignore[arg-type]
     machine = Machine(store, steady(torch_sdpa=3.0), accuracy="quantized", guard="watch", others=[lossy])
@@ -488,11 +552,7 @@ def test_parts_of_a_mask_are_measured_one_by_one(store: Store) -> None:
     def split(session: Session) -> SplitPlan:
         calls = calls_of(session, mask_plan, whole, None)
         slot = plan_sub_calls(
-            session,
-            mask_plan,
-            whole,
-            calls,
-            lambda part, *_: session.plan(CallKind(part.request(), "self", "self"))
+            session, mask_plan, whole, calls, lambda part, *_: session.plan(CallKind(part.request(), "self", "self"))
         )
         return slot.split
 

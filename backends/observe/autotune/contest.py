@@ -114,6 +114,8 @@ class Contest:
         """The outcome; None while it is open."""
         self.ended: str | None = None
         """Why it ended without an outcome; None otherwise."""
+        self._whole: dict[str, int] = {}
+        """Sparse candidates, each with the step in which it last computed a call whole."""
         self._baseline: list[float] = []
         self._turns: list[str] = []
         self._rounds = 0
@@ -215,6 +217,23 @@ class Contest:
     def untimed(self, name: str) -> None:
         """Withdraw a call that began and has no time."""
         self.candidate_times[name].waiting = max(0, self.candidate_times[name].waiting - 1)
+
+    def computed_whole(self, name: str, step: int) -> None:
+        """Withdraw a call of a sparse candidate that was computed whole.
+
+        The others are decided without it; a later run tries it against their winner, once in each step.
+        """
+        candidate = self.candidate_times[name]
+        self.untimed(name)
+        candidate.started = candidate.first is not None or candidate.waiting > 0
+        self._whole[name] = step
+        if self.before is None and candidate.first is None:
+            candidate.deferred = True
+            self._end_if_done()
+
+    def whole_in(self, step: int) -> set[str]:
+        """The candidates that computed a call whole in this step."""
+        return {name for name, last in self._whole.items() if last == step}
 
     def record_time(self, name: str, ms: float) -> None:
         """Add the milliseconds of a call that began."""

@@ -18,6 +18,7 @@ from ...report import Row
 from ...report.timed_kernel import timed_kernel
 from ...report.tuning import DECIDED, NOT_TUNED
 from ...values.faults import check_output, is_cuda_fault, is_out_of_memory
+from ...values.grid import Kept
 from ...values.request import AttentionCall
 from ..guard import GuardAlarm, GuardedKernel
 
@@ -77,7 +78,8 @@ class TrialPlan(Plan):
             return self._usually(call)
         tuner.clock.collect()
         with tuner.store.lock:
-            name = contest.next(tuner.share(contest), self._refused) if contest.is_open else None
+            refused = self._refused | contest.whole_in(tuner.steps)
+            name = contest.next(tuner.share(contest), refused) if contest.is_open else None
             if name is None or not self._can(name):
                 return self._usually(call)
             is_first = contest.begin(name)
@@ -112,7 +114,7 @@ class TrialPlan(Plan):
         """Run the call with a candidate; None: it was rejected, and the incumbent must run the call."""
         tuner, contest, self._ran = self._tuner, self._contest, self._plans[name]
         call.owned = False  # if it fails, the incumbent needs the tensors
-        run = self._timed(name, self._ran.kernel)
+        run = self._timed(name, self._ran.kernel, self._ran.row.kept)
         guard, router = tuner.guard, tuner.session.router
         backend = router.backends[name]
         try:
@@ -141,14 +143,20 @@ class TrialPlan(Plan):
             torch.cuda.empty_cache()  # memory that the candidate cached
         return None
 
-    def _timed(self, name: str, kernel: Kernel) -> Kernel:
-        """The kernel, with its times recorded in the contest."""
+    def _timed(self, name: str, kernel: Kernel, kept: Kept | None = None) -> Kernel:
+        """The kernel, with its times recorded in the contest.
+
+        `kept`: of a sparse kernel. Where it computes a call whole, its time and its error are no evidence.
+        """
         tuner, contest = self._tuner, self._contest
 
         def run(call: AttentionCall) -> torch.Tensor:
+            before = 0 if kept is None else kept.calls
             token = tuner.clock.start(call.query.device)
             output = kernel(call)
-            if token is None:
+            if kept is not None and kept.calls == before:
+                tuner.computed_whole(contest, name)
+            elif token is None:
                 with tuner.store.lock:
                     contest.untimed(name)
             else:
@@ -170,7 +178,7 @@ class TrialPlan(Plan):
             self.kind.role, self.kind.block, name, decision.source, usual.row.mask, None, decision.asked
         )
         row.member = backend.kernel_name(self.request, platform)
-        kernel = session.kernel(decision, self.kind)
+        kernel = session.kernel_of_row(decision, self.kind, row)
         if session.device_clock is not None:
             kernel = timed_kernel(kernel, session.device_clock, row)
         guard = self._tuner.guard

@@ -221,6 +221,13 @@ class Tuner(Chooser, Observer):
                 contest.record_time(name, ms)
                 self._keep_outcome(contest)
 
+    def computed_whole(self, contest: Contest, name: str) -> None:
+        """A sparse candidate computed a call whole, as some do in the first steps."""
+        with self.store.lock:
+            if contest.is_open:
+                contest.computed_whole(name, self.steps)
+                self._keep_outcome(contest)
+
     def reject(self, contest: Contest, name: str, reason: str) -> None:
         log.info("autotune: %s is rejected for %s: %s", name, contest.request.describe(), reason)
         with self.store.lock:
