@@ -35,7 +35,7 @@ WARM_UP, TIMED = 3, 10
 SHARES = (0.5, 0.25, 0.125)
 """Shares of blocks that sparse methods keep, where a method has such an option."""
 MOST_SHORT = 4096
-"""Tokens below which a method that leaves short calls alone is told not to: such a case is scaled down."""
+"""Cells below which a method's limit for short calls is set to 0: such a case is scaled down."""
 CHECKED_ROWS = 256
 """Query rows of every head that are computed exactly: one row of hv15 is 112 KiB of float64 scores, all are 39 GB."""
 OUTSIDE_COMFYUI = "runs in ComfyUI only: use the node Attention Benchmark"

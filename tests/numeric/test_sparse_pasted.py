@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from attention_backends.backends import account, attention  # noqa: E402
-from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.config import AttentionSpec  # noqa: E402
+from attention_backends.backends.config.text import parse_config, parse_extra  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.comparison.blocks_command import METHODS  # noqa: E402
 
 SGLANG = 'sglang generate \\\n  --model-path <MODEL_PATH_OR_ID> \\\n  --prompt "..." \\\n  --attention-backend {} \\\n'
 STA, VSA = SGLANG.format("sliding_tile_attn"), SGLANG.format("video_sparse_attn")
@@ -75,3 +79,32 @@ def test_a_documented_command_pastes_and_runs(text: str, tmp_path: Path) -> None
 def test_an_option_of_a_sparse_backend_without_its_name_says_whose_it_is() -> None:
     with pytest.raises(ValueError, match=r"sparsity_ratio .* sparge_attn"):
         parse_config("args.infer.attn_config.sparsity_ratio = 0.5")
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "sparse.md").read_text(encoding="utf-8")
+
+
+def test_the_page_knows_every_method_and_its_options() -> None:
+    rows = {name: row for name, row in re.findall(r"^\| `(\w+_attn)` (\|.*)$", PAGE, re.M)}
+    assert rows.keys() == METHODS.keys()
+    for name, row in rows.items():
+        known = {option.name: option.default for option in BACKENDS[name].options}
+        how_much = row.split("|")[2]
+        named = re.findall(r"`(\w+)`(?: ([\d.]+)(?![\d.]*x))?", how_much)
+        assert named
+        for option, default in named:
+            assert option in known, (name, option)
+            if default and known[option] is not None:
+                assert float(default) == float(str(known[option])), (name, option)
+
+
+def test_the_page_has_examples_that_paste() -> None:
+    block = re.search(r"((?:^    .*\n)+)", PAGE.partition("## How to say how much")[2], re.M)
+    assert block is not None
+    pairs, written, flags = (line.strip() for line in block[1].strip().splitlines())
+    assert parse_extra(pairs) == parse_extra(written)
+    examples = [pairs, written, *re.findall(r'`(\{"topk".*?\}+)`', PAGE, re.S)]
+    assert len(examples) == 4
+    for example in examples:
+        assert AttentionSpec("sparge_attn", parse_extra(example)).extra["topk"]
+    assert parse_config(flags).default == AttentionSpec("sparge_attn", {"topk": 0.25})
