@@ -56,7 +56,7 @@ export function forecastWords(found, { isDefault, allow }, say) {
       [say('line.autotune_short', { count: tries.length })]
     ])
   }
-  const head = say('line.auto', { backend: takes })
+  const head = found.by_model ? say('line.auto_model', { backend: takes }) : say('line.auto', { backend: takes })
   const exact = found.without_accuracy !== 'exact' && found.accuracy === 'exact' && found.same === false
   const other = exact ? 'line.exact_slower' : 'line.without'
   const same = found.same === null ? '' : found.same ? say('line.same') : say(other, { name })

@@ -9,6 +9,7 @@
 
 import { element } from './dom.js'
 import { forecastWords, ranWords } from './line_words.js'
+import { modelOf } from './model_of.js'
 import { BYPASSED, MUTED, workflowRuns } from './workflow_runs.js'
 
 /**
@@ -129,10 +130,11 @@ export function nodeLines(app, events, server, say) {
     const line = lines.get(node)
     if (!line || !CHOOSE.includes(classOf(node))) return
     const [backend, accuracy] = ['backend', 'accuracy'].map((name) => String(valueOf(node, name) ?? ''))
-    const wanted = JSON.stringify([backend, accuracy])
+    const model = modelOf(node, rootOf(app))
+    const wanted = JSON.stringify([backend, accuracy, model])
     if (!backend || line.asked === wanted) return
     line.asked = wanted
-    const forecast = await server.forecast(backend, accuracy || 'exact')
+    const forecast = await server.forecast(backend, accuracy || 'exact', model)
     if (line.asked !== wanted) return // changed while we asked
     line.forecast = forecast
     show(node)
@@ -367,6 +369,6 @@ function nodesOf(app) {
  * @param {ComfyApp} app
  * @returns {any}
  */
-function rootOf(app) {
+export function rootOf(app) {
   return app.rootGraph ?? app.canvas?.graph?.rootGraph ?? app.canvas?.graph
 }

@@ -1,12 +1,13 @@
 /**
- * Suggestions for the text widget `role`: the roles of this node's last run first, then those that any model has.
+ * Suggestions for the text widget `role`: the roles of the connected model, else those that any model has.
  *
  * The input stays a text, which can be connected. The suggestions are the browser's own list, put on the field when
  * it gets the focus: the widget's own in Nodes 2.0, that of the dialog which the canvas opens.
  */
 
 import { element } from './dom.js'
-import { classOf } from './node_line.js'
+import { modelOf } from './model_of.js'
+import { classOf, rootOf } from './node_line.js'
 
 /**
  * @typedef {import('./node_line.js').LGraphNode} LGraphNode
@@ -28,9 +29,9 @@ export function suggestRoles(app, server, known) {
     const node = nodeOf(app, field)
     if (!node || !HAVE_ROLES.includes(classOf(node))) return
     suggest(field, known)
-    const { runs } = await server.runs().catch(() => ({ runs: [] }))
-    const last = runs.find((run) => run.nodes?.some(({ id }) => id === String(node.id)))
-    if (last) suggest(field, [...new Set([...last.totals.map(({ role }) => role), ...known])])
+    const file = modelOf(node, rootOf(app))
+    const { roles } = file ? await server.model(file).catch(() => ({ roles: [] })) : { roles: [] }
+    if (roles.length) suggest(field, roles)
   })
 }
 

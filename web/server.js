@@ -50,7 +50,7 @@
  *   backend: string, kind: 'auto' | 'autotune' | 'named', takes: string | null, accuracy: string | null, source: string,
  *   same: boolean | null, without: string, flag: string, without_accuracy: string,
  *   faster: { backend: string, why: 'not_allowed' | 'not_installed', accuracy: string } | null, tries: string[],
- *   reasons: string[], phrases?: Phrases, package: string
+ *   reasons: string[], phrases?: Phrases, package: string, by_model?: boolean
  * }} Forecast
  * @typedef {{
  *   class_type: string, state: 'waiting' | 'running' | 'done' | 'stopped', outcome: Outcome, step: number | null,
@@ -146,6 +146,8 @@ export function serverRoutes(api) {
     exportMeasured: () => json('measured/export'),
     /** @returns {Promise<Measured & { taken: number }>} */
     importMeasured: (/** @type {string} */ document) => post('measured/import', document),
+    /** @returns {Promise<{ family: string, roles: string[] }>} */
+    model: (/** @type {string} */ name) => json(`model?${new URLSearchParams({ name })}`),
     bugReport: async () => (await answer('bug_report')).text(),
 
     /**
@@ -161,9 +163,10 @@ export function serverRoutes(api) {
      *
      * @param {string} backend
      * @param {string} accuracy
+     * @param {string} [model] the name of its file
      */
-    forecast(backend, accuracy) {
-      const query = `${new URLSearchParams({ backend, accuracy })}`
+    forecast(backend, accuracy, model = '') {
+      const query = `${new URLSearchParams({ backend, accuracy, ...(model && { model }) })}`
       let found = asked.get(query)
       if (!found) {
         found = json(`forecast?${query}`).catch((error) => {

@@ -19,12 +19,15 @@ from ...backends.kernels.group import BackendGroup
 from ...backends.measure.device_clock import DeviceClock
 from ...backends.observe.autotune.candidates import may_win
 from ...backends.values.privacy import clean
+from ...backends.values.request import AttentionRequest
 from ...backends.values.tolerance import ACCURACY
 from ..hook.comfy_functions import Started
 from .answers import phrases_of
 
 SAME_AS = {"attention_pytorch": "torch_sdpa", "attention_xformers": "xformers"}
 """ComfyUI's functions of which a backend runs the same kernels, beside those that `comfy_functions.KNOWN` names."""
+USUAL = (64, 128)
+"""Sizes of heads that every kernel for diffusion models takes."""
 NOT_ALLOWED, NOT_INSTALLED = "not_allowed", "not_installed"
 
 
@@ -34,18 +37,21 @@ def forecast(
     accuracy: str,
     started: Started | None,
     environment: Callable[[], tuple[AttentionConfig, ...]] = from_environment,
+    head_dims: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """What a node with this backend and accuracy does on the router's machine.
 
     {"backend", "kind": "auto", "autotune" or "named", "takes", "accuracy", "source", "same", "without", "flag",
-    "without_accuracy", "faster", "tries", "reasons", "phrases", "package"}: `takes` is the backend that runs, None
-    where the named one cannot. `without` is what this server runs without the node, by `flag`, and `same` whether that
-    is the same kernel. `faster` is {"backend", "why", "accuracy"} or None. `tries` are autotune's candidates. `package`
-    is what to install for a named backend, empty where nothing would help.
+    "without_accuracy", "faster", "tries", "reasons", "phrases", "package", "by_model"}: `takes` is the backend that
+    runs, None where the named one cannot; `by_model` whether the model's heads decided that. `without` is what this
+    server runs without the node, by `flag`, and `same` whether that is the same kernel. `faster` is {"backend", "why",
+    "accuracy"} or None. `tries` are autotune's candidates. `package` is what to install for a named backend, empty
+    where nothing would help.
 
     Args:
         started: ComfyUI's own function; None outside of it.
         environment: the configurations that hold where the node says auto.
+        head_dims: sizes of the heads of the node's model; empty where they are not known.
 
     Raises:
         UnknownBackendError: no such name.
@@ -61,7 +67,8 @@ def forecast(
             choice = resolve((), "self", "self")  # the node says when it runs what is wrong with the variable
         if choice.asked is not None:
             asked, source = choice.asked, choice.source.partition(".")[0]
-    found = _named(router, asked, started) if asked not in (AUTO, AUTOTUNE) else _chosen(router, asked, accuracy)
+    named = asked not in (AUTO, AUTOTUNE)
+    found = _named(router, asked, head_dims) if named else _chosen(router, asked, accuracy, head_dims)
     takes = found["takes"]
     kernel = router.backends.get(takes) if takes else None
     return {
@@ -74,29 +81,53 @@ def forecast(
         "reasons": [],
         "phrases": {},
         "package": "",
+        "by_model": False,
         **found,
     }
 
 
-def _named(router: Router, asked: str, started: Started | None) -> dict[str, Any]:
+def _named(router: Router, asked: str, head_dims: tuple[int, ...]) -> dict[str, Any]:
     reasons = router.unavailable(asked)
     if not reasons:
-        return {"kind": "named", "takes": asked}
+        reasons = _against(router, asked, head_dims)
+        if not reasons:
+            return {"kind": "named", "takes": asked}
+        answer = {"reasons": clean(list(reasons)), "phrases": phrases_of(list(reasons))}
+        return {"kind": "named", "takes": None, "by_model": True, **answer}
     helps = package_that_helps(router.backends[asked], router.platform) if asked in router.backends else ""
     answer = {"reasons": clean(list(reasons)), "phrases": phrases_of(list(reasons)), "package": helps}
     return {"kind": "named", "takes": None, **answer}
 
 
-def _chosen(router: Router, asked: str, accuracy: str) -> dict[str, Any]:
+def _against(router: Router, name: str, head_dims: tuple[int, ...]) -> tuple[str, ...]:
+    """Why a backend computes no call of a model with such heads; empty where it computes some, or nothing is known."""
+    backend = router.backends.get(name)
+    if backend is None:
+        return ()
+    dtype = "float32" if router.platform.kind == "cpu" else "bfloat16"
+
+    def reasons(head_dim: int) -> tuple[str, ...]:
+        request = AttentionRequest(1, 8, 4096, 4096, head_dim, dtype)
+        return tuple(backend.unsupported_reasons(request, router.platform))
+
+    if not head_dims or any(reasons(usual) for usual in USUAL):  # something else than the heads is in its way
+        return ()
+    found = [reasons(head_dim) for head_dim in head_dims]
+    return tuple(dict.fromkeys(reason for one in found for reason in one)) if all(found) else ()
+
+
+def _chosen(router: Router, asked: str, accuracy: str, head_dims: tuple[int, ...]) -> dict[str, Any]:
     lossy = router.priority.lossy if accuracy != "exact" else ()
-    order = (*lossy, *router.priority.order)
-    takes = next((name for name in order if not router.unavailable(name)), router.default_backend())
+    runs = [name for name in (*lossy, *router.priority.order) if not router.unavailable(name)]
+    takes = next((name for name in runs if not _against(router, name, head_dims)), router.default_backend())
     found: dict[str, Any] = {"kind": AUTO if asked == AUTO else AUTOTUNE, "takes": takes}
+    found["by_model"] = bool(runs) and takes != runs[0]
     if asked == AUTO:
-        found["faster"] = _faster(router, takes, accuracy)
+        found["faster"] = _faster(router, takes, accuracy, head_dims)
     elif DeviceClock(router.platform.kind).measures_device_time:
         names = (name for name in router.backends if name != takes and may_win(router, name, accuracy))
-        found["tries"] = [takes, *(name for name in names if _is_there(router, name))]
+        tried = (name for name in names if _is_there(router, name) and not _against(router, name, head_dims))
+        found["tries"] = [takes, *tried]
     return found
 
 
@@ -106,7 +137,7 @@ def _is_there(router: Router, name: str) -> bool:
     return not isinstance(backend, BackendGroup) and not backend.unavailable_reasons(router.platform)
 
 
-def _faster(router: Router, takes: str, accuracy: str) -> dict[str, str] | None:
+def _faster(router: Router, takes: str, accuracy: str, head_dims: tuple[int, ...]) -> dict[str, str] | None:
     """The first backend that the priorities put before `takes` and that an installation or a permission would bring.
 
     What is installed comes first.
@@ -120,10 +151,12 @@ def _faster(router: Router, takes: str, accuracy: str) -> dict[str, str] | None:
     found: list[dict[str, str]] = []
     for name in (*lossy, *before):
         backend = router.backends[name]
+        if _against(router, name, head_dims):
+            continue
         allowed = ACCURACY.index(backend.accuracy) <= ACCURACY.index(accuracy)
         if not allowed and not router.unavailable(name):
             return {"backend": name, "why": NOT_ALLOWED, "accuracy": backend.accuracy}
-        elif backend.unavailable_reasons(router.platform) and package_that_helps(backend, router.platform):
+        if backend.unavailable_reasons(router.platform) and package_that_helps(backend, router.platform):
             found.append({"backend": name, "why": NOT_INSTALLED, "accuracy": backend.accuracy})
     return next(iter(found), None)
 

@@ -1,6 +1,8 @@
-"""Routes of the line on our nodes.
+"""Routes of the line on our nodes, and of the model that they are connected to.
 
-GET  forecast?backend=ID&accuracy=CLASS  what a node with these values will do on this machine, before anything runs
+GET  forecast?backend=ID&accuracy=CLASS  what a node with these values will do on this machine, before anything runs;
+                                         with &model=FILE, the model's, on that model
+GET  model?name=FILE                     the roles of a model, from its file's header or its last run
 GET  node_lines?prompt_id=ID or ?mark=M  what a prompt, or the last one of a page's workflow, came to on each node
 """
 
@@ -11,9 +13,12 @@ from aiohttp import web
 from ..history import node_lines, runs
 from .answers import PREFIX, phrases_of, refused
 from .machine import Machine
+from .model_file import ModelFacts
 
 LONGEST = 100
 """Characters of a name, an id or a mark."""
+LONGEST_FILE = 500
+"""Characters of a model's name, which can have folders in it."""
 
 
 def add_routes(routes: web.RouteTableDef, here: Machine) -> None:
@@ -24,9 +29,16 @@ def add_routes(routes: web.RouteTableDef, here: Machine) -> None:
         """As `forecast.forecast` has it."""
         try:
             backend, accuracy = (request.query.get(name, "")[:LONGEST] for name in ("backend", "accuracy"))
-            return web.json_response(await here.forecast(backend or "auto", accuracy or "exact"))
+            model = request.query.get("model", "")[:LONGEST_FILE]
+            return web.json_response(await here.forecast(backend or "auto", accuracy or "exact", model))
         except ValueError as error:
             return refused(400, str(error)[:400])
+
+    @routes.get(f"{PREFIX}/model")
+    async def model(request: web.Request) -> web.Response:
+        """{"family", "roles", "head_dims"}, empty where nothing is known of the file."""
+        known = await here.model(request.query.get("name", "")[:LONGEST_FILE])
+        return web.json_response((known or ModelFacts("", ()))._asdict())
 
     @routes.get(f"{PREFIX}/node_lines")
     async def lines(request: web.Request) -> web.Response:

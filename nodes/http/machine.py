@@ -21,6 +21,7 @@ from ..history import runs
 from ..hook.comfy_functions import started_with
 from .answers import phrases_of
 from .forecast import forecast
+from .model_file import ModelFacts, facts_of
 
 
 class Machine:
@@ -60,14 +61,19 @@ class Machine:
             "backends": [self._rows[platform, name] for name in wanted],
         }
 
-    async def forecast(self, backend: str, accuracy: str) -> dict[str, Any]:
-        """What a node with this backend and accuracy will do here (`forecast.forecast`).
+    async def model(self, name: str) -> ModelFacts | None:
+        """What is known of a model file (`model_file.facts_of`)."""
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(facts_of, name)
+
+    async def forecast(self, backend: str, accuracy: str, model: str = "") -> dict[str, Any]:
+        """What a node with this backend and accuracy, on a model from this file, will do here (`forecast.forecast`).
 
         Raises:
             ValueError: no such backend or accuracy.
         """
         async with self._one_at_a_time:
-            return await asyncio.to_thread(self._forecast, backend, accuracy)
+            return await asyncio.to_thread(self._forecast, backend, accuracy, model)
 
     def _here(self) -> Router:
         platform = detect(comfy.model_management.get_torch_device())
@@ -80,8 +86,10 @@ class Machine:
             (row,) = examine(router, running_interpreter(), [name])
             self._rows[router.platform, name] = as_dict(row)
 
-    def _forecast(self, backend: str, accuracy: str) -> dict[str, Any]:
-        return forecast(self._here(), backend, accuracy, started_with())
+    def _forecast(self, backend: str, accuracy: str, model: str) -> dict[str, Any]:
+        known = facts_of(model) if model else None
+        head_dims = known.head_dims if known is not None else ()
+        return forecast(self._here(), backend, accuracy, started_with(), head_dims=head_dims)
 
 
 def facts(platform: Platform) -> dict[str, Any]:

@@ -215,11 +215,34 @@ def test_a_line_can_be_read_in_both_themes(server: Server, tmp_path: Path) -> No
 TEXT_OF = "(id) => window.app.graph.getNodeById(id).widgets.at(-1).element.textContent"
 
 
+NODES_2 = "Comfy.VueNodes.Enabled"
+MODELS = """async (address) => {
+  const { modelOf } = await import(address)
+  const root = window.app.rootGraph ?? window.app.graph
+  const all = [root, ...root.subgraphs.values()].flatMap((graph) => graph.nodes)
+  return all.filter(({ type }) => /KSampler|Attention(Back|Sch)|PerRole/.test(type)).map((one) => modelOf(one, root))
+}"""
+
+OFFERED = """() => JSON.stringify([...document.querySelectorAll('#attention_backends_roles option')]
+  .map(({ value }) => value)) === '["self","cross"]'"""
+
+
 def test_a_role_that_brings_another_backend_brings_its_warning(server: Server, tmp_path: Path) -> None:
-    """The settings have a backend for each role: a new node takes it as soon as its role is chosen."""
-    setting = "AttentionBackends.NewNodes.Self"
-    with open_comfyui(server.url, tmp_path / "profile", {setting: "cudnn_attn"}) as page:
+    """The settings have a backend for each role: a new node takes it as soon as its role is chosen.
+
+    And only roles of the connected model are offered, which is found through two models on one selector, LoRAs, a
+    shift, and a subgraph.
+    """
+    setting, address = "AttentionBackends.NewNodes.Self", f"/extensions/{ROOT.name}/model_of.js"
+    with open_comfyui(server.url, tmp_path / "profile", {setting: "cudnn_attn", NODES_2: True}) as page:
+        load_workflow(page, template())
+        high, low = (f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors" for noise in ("high", "low"))
+        assert page.evaluate(MODELS, address) == [high, high, low]
         load_workflow(page, workflow())
+        embedded = ["tiny_shapes_wan_fp16.safetensors"] * 3
+        assert page.evaluate(MODELS, address) == embedded
+        page.get_by_label("role", exact=True).first.focus()
+        page.wait_for_function(OFFERED, timeout=20_000)
         (node, *_) = page.evaluate(ADD, "PerRoleAttentionConfig")
         said = f"({TEXT_OF})({node})"
         for role, backend in (("self", "cudnn_attn"), ("cross", "auto")):
@@ -229,6 +252,9 @@ def test_a_role_that_brings_another_backend_brings_its_warning(server: Server, t
             warned = "cudnn_attn cannot run here" in page.evaluate(said)
             assert warned is (backend == "cudnn_attn"), role
         page.evaluate("async (id) => { await window.app.extensionManager.setting.set(id, 'auto') }", setting)
+        load_workflow(page, workflow())
+        page.evaluate(PACKED)
+        assert page.evaluate(MODELS, address) == embedded
         assert ours(page) == []
 
 

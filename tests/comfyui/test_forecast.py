@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,57 @@ def test_an_environment_variable_decides_what_auto_is(monkeypatch: pytest.Monkey
 def test_what_is_not_known_is_refused(asked: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="no_such"):
         foreseen("cpu", *asked)
+
+
+def test_heads_of_the_model_decide_too() -> None:
+    """Sage takes heads up to 128: it computes some calls of SD 1.5, which has 40, 80 and 160."""
+    machine = f"{ADA},{SAGE}"
+    named = foreseen(machine, "sage_attn", head_dims=(160, 256))
+    assert (named["takes"], named["by_model"], named["package"]) == (None, True, "")
+    assert set(named["phrases"]) == set(named["reasons"])
+    auto = foreseen(machine, accuracy="quantized", head_dims=(160, 256))
+    assert (auto["takes"], auto["by_model"], auto["faster"]["backend"]) == ("torch_sdpa", True, "flash_attn")
+    assert foreseen(machine, head_dims=(160, 256))["faster"]["backend"] == "flash_attn", "which takes such heads"
+    for heads in ((), (128,), (40, 80, 160)):
+        assert foreseen(machine, "sage_attn", head_dims=heads)["takes"] == "sage_attn"
+        assert foreseen(machine, accuracy="quantized", head_dims=heads)["by_model"] is False
+
+
+@pytest.fixture(scope="module")
+def facts() -> Any:
+    comfyui()
+    return nodes_module("http.model_file")
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", ["wan_vace", "flux", "sd3", "ltxav", "hunyuan_video", "kandinsky5"])
+def test_a_file_tells_roles_and_heads_by_its_header(facts: Any, name: str, tmp_path: Path, caplog: Any) -> None:
+    """As the model of that file has them when it is loaded; no weight is read, and ComfyUI logs no model."""
+    import tiny_sampling
+
+    model = tiny_sampling.build(name)
+    file = tmp_path / "m.safetensors"
+    tiny_sampling.save(model, name, file)
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    size = file.stat().st_size
+    os.truncate(file, header)  # a sparse file of that size
+    os.truncate(file, size)
+    caplog.clear()
+    caplog.set_level("INFO")
+    found = facts._in_file(str(file), 0, size)
+    assert found == facts._facts(model.model.diffusion_model)
+    assert found.roles
+    assert found.head_dims
+    assert caplog.records == []
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_file_that_tells_nothing(facts: Any, content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(content)
+    assert facts._in_file(str(file), 0, len(content)) is None
+    assert facts.facts_of("../../no such file.safetensors") is None
 
 
 @pytest.mark.comfy

@@ -1,3 +1,9 @@
+from typing import Any
+
+def state_dict_prefix_replace(
+    state_dict: dict[str, Any], replace_prefix: dict[str, str], filter_keys: bool = ...
+) -> dict[str, Any]: ...
+
 class ProgressBar:
     total: int
     def __init__(self, total: int) -> None: ...
