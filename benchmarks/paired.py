@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Read from its file, as two_commits.py must not load this folder as the package: its workers load other trees as that.
 _PAIRED = runpy.run_path(str(Path(__file__).resolve().parent.parent / "comparison" / "paired.py"))
-interval, ratios = _PAIRED["interval"], _PAIRED["ratios"]
+alternated, interval, ratios = _PAIRED["alternated"], _PAIRED["interval"], _PAIRED["ratios"]
 
 
 def machine() -> str:
