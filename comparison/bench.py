@@ -15,7 +15,6 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
 from ..backends.kernels.support.workspace import lacking_memory
 from ..backends.measure.device_clock import timed
@@ -113,10 +112,16 @@ Contender = tuple[str, Mapping[str, object]]
 
 def contenders(case: Case, backends: Sequence[str], sparse: Sequence[str], router: Router) -> list[Contender]:
     """The rows of a case: `backends`; where it has a grid, `sparse` too, at each of `SHARES` where they take one."""
+    from .contenders import spec_of
+
+    specs = {name: spec_of(name) for name in backends}
     if case.request.grid is None:
-        return [(name, {}) for name in backends]
+        return [(spec.backend, dict(spec.extra)) for spec in specs.values()]
     found: list[Contender] = []
     for name in dict.fromkeys((*backends, *sparse)):
+        if name in specs and specs[name].extra:
+            found.append((specs[name].backend, dict(specs[name].extra)))
+            continue
         knobs = {option.name for option in router.backends[name].options} if router.backends[name].sparse else set()
         short = {"min_seq_len": 0} if "min_seq_len" in knobs and case.request.grid.cells < MOST_SHORT else {}
         if "topk" in knobs:
@@ -187,7 +192,7 @@ def _run_case(
     for row_index, (name, options) in enumerate(asked):
         tell(row_index)
         refused = _refusal(name, options, case.request, router, host)
-        text = ", ".join(f"{option}={value:g}" for option, value in options.items())
+        text = " ".join(f"{option}={value}" for option, value in options.items())
         if refused is None and problem is None and not lost:
             problem, lost = _prepare(case, device, seed, host)
         if refused is not None or problem is None:
@@ -248,9 +253,11 @@ def _measure(
     """Run the protocol and write what came of it into `row`."""
     import torch
 
+    from .contenders import REFERENCE
+
     kernel, kept = router.kernel(row.backend, options), Kept()
     if router.backends[row.backend].sparse:
-        backend, dense = router.backends[row.backend], partial(router.kernel, LAST_RESORT)
+        backend, dense = router.backends[row.backend], partial(router.kernel, REFERENCE)
         kernel = backend.bind(kernel, request, Place(), RunProgress(), kept, dense)
     counted = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if counted else 0

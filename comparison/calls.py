@@ -15,6 +15,7 @@ from ..backends.engine.mask_reader import inspect
 from ..backends.engine.router import Router
 from ..backends.measure.device_clock import timed
 from ..backends.measure.error import cosine, exact_rows, relative_l2
+from ..backends.values.grid import TokenGrid
 from ..backends.values.request import AttentionCall, Host
 from . import metrics
 from .contenders import REFERENCE, Routed
@@ -36,6 +37,8 @@ class CapturedCall:
     call: AttentionCall
     host: Host | None = None
     """What ComfyUI would have run, for the backend `comfy`."""
+    grid: TokenGrid | None = None
+    """How its tokens lie, where that is known."""
 
 
 def captured(scene: Scene, router: Router) -> list[CapturedCall]:
@@ -45,7 +48,8 @@ def captured(scene: Scene, router: Router) -> list[CapturedCall]:
     calls: list[CapturedCall] = []
 
     def keep(query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
-        calls.append(CapturedCall(role, str(block), AttentionCall(query, key, value)))
+        grid = scene.grid if role == "self" else None
+        calls.append(CapturedCall(role, str(block), AttentionCall(query, key, value), grid=grid))
         return reference(query, key, value, role=role, block=block)
 
     scene.predict(latent, sigma, keep)
@@ -76,7 +80,9 @@ def compare_calls(
         outputs = []
         for at, item in enumerate(calls):
             call = _copy(item.call)  # a kernel that changes its inputs is not to spoil them for the others
-            output, ms = timed(device, entry.attention.run, call, item.role, item.block, masks[at], item.host)
+            output, ms = timed(
+                device, entry.attention.run, call, item.role, item.block, masks[at], item.host, item.grid
+            )
             times.setdefault((entry.row.asked, at), []).append(ms)
             outputs.append(output)
         return outputs
@@ -92,7 +98,9 @@ def compare_calls(
         for at, output in enumerate(entry.result):
             score = entry.row.calls[at]
             score.ms = Spread.of(passes[at])
-            strategy = entry.attention.mask_strategy(calls[at].call, calls[at].role, calls[at].block, masks[at])
+            strategy = entry.attention.mask_strategy(
+                calls[at].call, calls[at].role, calls[at].block, masks[at], calls[at].grid
+            )
             score.request += f"; mask {strategy}" if strategy else ""
             score.broken = metrics.what_is_not_finite(output)
             rows, wanted = exact[at]

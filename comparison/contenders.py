@@ -5,6 +5,7 @@ Boundary: `backends/` and torch. Names are strict: no other backend runs instead
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config.names import AUTO, AUTOTUNE, COMFY, canonical, options_of
+from ..backends.config.text import parse_extra
 from ..backends.engine.plan import CallKind, Slot
 from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
@@ -33,14 +35,25 @@ REFERENCE = LAST_RESORT
 
 
 def parse_backends(names: Sequence[str]) -> list[str]:
-    """Ids of the backends that are named, the reference put first.
+    """Ids of the backends that are named, the reference put first; with options behind them where some are given.
+
+    Args:
+        names: each a backend's name, which options may follow: `sparge_attn topk=0.25 dense_steps=2`.
 
     Raises:
         ComparisonError: none is named, one is named twice, or a name is a way to choose and not a backend.
+        ConfigError: a backend does not have such an option, or not with this value.
         UnknownBackendError: nothing has that name.
     """
     given: dict[str, str] = {}
     for name in filter(None, (name.strip() for name in names)):
+        if "=" in name:
+            spec = spec_of(name)
+            label = " ".join([spec.backend, *(f"{option}={json.dumps(value)}" for option, value in spec.extra.items())])
+            if label in given:
+                raise ComparisonError(f"{label} is named twice: name each once")
+            given[label] = name
+            continue
         backend = canonical(name)
         if backend in (AUTO, AUTOTUNE):
             raise ComparisonError(f"{name} is a way to choose, not a backend: name the backends to compare")
@@ -57,6 +70,16 @@ def parse_backends(names: Sequence[str]) -> list[str]:
     if not given:
         raise ComparisonError("no backends chosen: name at least one, such as sdpa_math")
     return [REFERENCE, *(backend for backend in given if backend != REFERENCE)]
+
+
+def spec_of(label: str) -> AttentionSpec:
+    """A backend with its options, as `parse_backends` writes it.
+
+    Raises:
+        ConfigError, UnknownBackendError: as `parse_backends`.
+    """
+    name, _, options = label.strip().partition(" ")
+    return AttentionSpec(name, parse_extra(options))
 
 
 def default_backends(router: Router) -> list[str]:
@@ -90,11 +113,19 @@ class RefusedError(RuntimeError):
 
 
 class Routed:
-    """One backend as the `attention` callable that `demo.model` takes; counts what ran and how long."""
+    """One backend as the `attention` callable that `demo.model` takes; counts what ran and how long.
 
-    def __init__(self, router: Router, backend: str) -> None:
-        self.backend = backend
-        config = AttentionConfig(AttentionSpec(backend), strict=True, source="compare")
+    A sparse backend computes calls with a token grid; the reference computes its other calls.
+    """
+
+    def __init__(self, router: Router, backend: str, grid: TokenGrid | None = None) -> None:
+        """`backend`: as in `parse_backends`. `grid`: of the self-attention of the model."""
+        spec = spec_of(backend)
+        self.backend = spec.backend
+        self.grid = grid
+        sparse = spec.backend in router.backends and router.backends[spec.backend].sparse
+        self.beside = Routed(router, REFERENCE) if sparse else None
+        config = AttentionConfig(spec, strict=True, source="compare")
         kind = router.platform.kind  # on other devices than the CPU the times are taken here
         run_report = RunReport(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
         self.session = observe(Session(router, (config,), run_report))
@@ -103,22 +134,37 @@ class Routed:
         self._counted = 0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
-        return self.run(AttentionCall(query, key, value), role, str(block))
+        return self.run(AttentionCall(query, key, value), role, str(block), grid=self.grid if role == "self" else None)
+
+    def at_step(self, step: int | None, steps: int) -> None:
+        """The sampler begins a step, counted from 0; None: none of a whole schedule."""
+        self.session.progress.step, self.session.progress.steps = step, None if step is None else steps
 
     def run(
-        self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None = None, host: Host | None = None
+        self,
+        call: AttentionCall,
+        role: str,
+        block: str,
+        mask_plan: MaskPlan | None = None,
+        host: Host | None = None,
+        grid: TokenGrid | None = None,
     ) -> Tensor:
         """Run one call with its mask and scale.
 
         Args:
+            grid: how its tokens lie; without one, or for queries alone, a sparse backend leaves it to the reference.
             mask_plan: what `inspect` read in the call's mask, to honour it as in ComfyUI; None to pass
                 the mask to the kernel unchanged.
 
         Raises:
             RefusedError: the backend cannot run it, or it failed.
         """
+        if self.beside is None:
+            grid = None  # a fact of calls that only sparse backends need
+        elif grid is None or grid.queries_only:
+            return self.beside.run(call, role, block, mask_plan, host)
         try:
-            slot = self._planned(call, role, block, mask_plan)
+            slot = self._planned(call, role, block, mask_plan, grid)
             if not call.query.is_cuda:
                 return self.session.attention(slot, call, mask_plan, host)
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -132,45 +178,59 @@ class Routed:
             parts = [] if mask_plan is None else [part.request() for part in mask_plan.calls(call) if part is not None]
             refused = (
                 self.session.router.reasons_against(self.backend, request, self.session.failed)
-                for request in (*parts, call.request())
+                for request in (*parts, call.request(grid=grid))
             )
             reasons = "; ".join(next(filter(None, refused), (str(error),)))
             raise RefusedError(f"{role} attention of block {block}: {reasons}") from error
 
-    def mask_strategy(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> str | None:
+    def mask_strategy(
+        self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None, grid: TokenGrid | None = None
+    ) -> str | None:
         """How the mask of a call that ran was honoured, such as `trimmed`; None where its kernel got it whole."""
-        slot = None if mask_plan is None else self._slots.get((role, block, call.request(), mask_plan.facts))
+        if self.beside is None:
+            grid = None
+        elif grid is None or grid.queries_only:
+            return self.beside.mask_strategy(call, role, block, mask_plan)
+        slot = None if mask_plan is None else self._slots.get((role, block, call.request(grid=grid), mask_plan.facts))
         if mask_plan is None or slot is None or slot.split is None:
             return None
         return mask_plan.strategy if slot.split.varlen is None else f"{mask_plan.strategy}, varlen"
 
-    def _planned(self, call: AttentionCall, role: str, block: str, mask_plan: MaskPlan | None) -> Slot:
-        key = role, block, call.request(), None if mask_plan is None else mask_plan.facts
+    def _planned(
+        self,
+        call: AttentionCall,
+        role: str,
+        block: str,
+        mask_plan: MaskPlan | None,
+        grid: TokenGrid | None = None,
+    ) -> Slot:
+        key = role, block, call.request(grid=grid), None if mask_plan is None else mask_plan.facts
         slot = self._slots.get(key)
         if slot is not None:
             return slot
 
         def planned(part: AttentionCall, mask_text: str = "", grid: TokenGrid | None = None) -> Slot:
-            return self.session.plan(CallKind(part.request(), role, role, block, mask_text))
+            return self.session.plan(CallKind(part.request(grid=grid), role, role, block, mask_text))
 
         on_host = self.backend == COMFY  # what ComfyUI would run gets ComfyUI's mask
-        calls = [] if mask_plan is None or on_host else calls_of(self.session, mask_plan, call, self.backend)
+        calls = [] if mask_plan is None or on_host else calls_of(self.session, mask_plan, call, self.backend, grid)
         if mask_plan is None or not calls:
-            slot = self._slots[key] = planned(call)
+            slot = self._slots[key] = planned(call, grid=grid)
         else:
-            slot = self._slots[key] = plan_sub_calls(self.session, mask_plan, call, calls, planned)
+            slot = self._slots[key] = plan_sub_calls(self.session, mask_plan, call, calls, planned, grid)
         return slot
 
     def attention_ms(self, device: torch.device) -> float | None:
         """Time in attention since the last call of this method; None on devices where it cannot be measured."""
+        beside = None if self.beside is None else self.beside.attention_ms(device)
         if device.type == "cuda":
             synchronise(device)
             events, self._events = self._events, []
             total: float = sum(start.elapsed_time(end) for start, end in events)
-            return total
+            return total + (beside or 0.0)
         before = self._counted
         self._counted = sum(row.nanoseconds for row in self.session.run_report.rows.values())
-        return (self._counted - before) / 1e6 if device.type == "cpu" else None
+        return (self._counted - before) / 1e6 + (beside or 0.0) if device.type == "cpu" else None
 
     @property
     def ran(self) -> str | None:

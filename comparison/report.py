@@ -72,7 +72,7 @@ class Row:
     """One backend. What was not measured is None; `failed` and `broken` are sentences without a full stop."""
 
     asked: str
-    """The backend that was asked for, by its id."""
+    """The backend that was asked for, by its id, with its options where some were given."""
     ran: str | None = None
     """What really ran: the same id, or a member of the backend group that was asked for; None if nothing did."""
     label: str | None = None
@@ -115,7 +115,7 @@ class Row:
     def name(self) -> str:
         """What stands over its picture: the name, and what really ran if that is something else."""
         name = self.label or self.asked
-        return name if self.ran in (None, name) else f"{name} -> {self.ran}"
+        return name if self.ran in (None, name, self.asked.partition(" ")[0]) else f"{name} -> {self.ran}"
 
     @property
     def verdict(self) -> str:

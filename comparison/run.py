@@ -20,7 +20,7 @@ from ..demo.model import TinyWan
 from ..demo.sampling import SHIFT
 from . import metrics
 from .calls import captured, compare_calls
-from .contenders import REFERENCE, Routed, router_for
+from .contenders import REFERENCE, Routed, router_for, spec_of
 from .report import ComparisonError, Report, Row
 from .rounds import Entry, Progress, Work, round_robin, why
 from .scene import Scene, Settings, picture_of
@@ -106,7 +106,10 @@ def _sort_out(backends: Sequence[str], router: Router) -> tuple[list[str], list[
     """The backends that are available here, and a row for each, with the reasons of those that are not."""
     rows = []
     for backend in backends:
-        reasons = router.unavailable(backend)
+        spec = spec_of(backend)
+        reasons = router.unavailable(spec.backend)
+        if not reasons and spec.extra:
+            reasons = tuple(map(str, router.backends[spec.backend].option_reasons(router.platform, spec.extra)))
         if backend == COMFY:  # available as such, but only ComfyUI can hand over what it would run
             reasons = ("runs only inside ComfyUI",)
         rows.append(Row(backend, failed="; ".join(reasons) or None))
@@ -117,7 +120,7 @@ def _compare_pictures(
     scene: Scene, backends: Sequence[str], router: Router, progress: Progress
 ) -> tuple[list[Row], bool, dict[str, Tensor]]:
     """Rows, whether a person interrupted it, and the latent of each backend that finished a run."""
-    entries = [Entry(Row(backend), Routed(router, backend)) for backend in backends]
+    entries = [Entry(Row(backend), Routed(router, backend, scene.grid)) for backend in backends]
     warm_up, work = _one_step(scene, router) if scene.settings.mode == "one_step" else _end_to_end(scene)
     interrupted = round_robin(entries, scene.settings.repeat, warm_up, work, scene.device, progress)
     return [entry.row for entry in entries], interrupted, {e.row.asked: e.result[0] for e in entries if e.result}
@@ -128,7 +131,17 @@ def _end_to_end(scene: Scene) -> tuple[Work, Work]:
         return [scene.sample(entry.attention, steps=1)]
 
     def work(entry: Entry, lap: Callable[[], None]) -> list[Tensor]:
-        return [scene.sample(entry.attention, lambda index, latent: lap())]
+        steps = scene.settings.steps
+
+        def on_step(index: int, latent: Tensor) -> None:
+            lap()
+            entry.attention.at_step(index + 1, steps)
+
+        entry.attention.at_step(0, steps)
+        try:
+            return [scene.sample(entry.attention, on_step)]
+        finally:
+            entry.attention.at_step(None, steps)
 
     return warm_up, work
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.values.grid import TokenGrid
 from ..demo import captions, latents, sampling
-from ..demo.model import WEIGHTS, Attention, TinyWan, load
+from ..demo.model import PATCH, WEIGHTS, Attention, TinyWan, load
 from .metrics import WINDOW
 from .report import ComparisonError
 
@@ -81,6 +82,7 @@ class Scene:
                 f"latent of shape {tuple(noise.shape)}: expected {shape}, as batch, channels, frames, height, width"
             )
         self.noise = noise.to(device)
+        self.grid = TokenGrid(settings.frames // PATCH[0], settings.height // PATCH[1], settings.width // PATCH[2])
         self.positive = captions.encode(settings.prompt)[None].to(device)
         self.negative = captions.encode("")[None].to(device)
         self.model = (model or load()).to(device=device, dtype=getattr(torch, self.dtype))

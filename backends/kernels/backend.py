@@ -98,6 +98,8 @@ class Backend:
     probe or benchmark outside can run it."""
     by_name_only: ClassVar[bool] = False
     """Comparisons leave it out unless it is named: its members run anyway, or it takes long."""
+    once_planned: ClassVar[bool] = False
+    """Graphs could name it before it was built; their calls fell back then, and skip work now."""
     compiled: ClassVar[bool] = False
     """torch.compile makes it, so the versions of compilers decide what it computes."""
     rotates: ClassVar[bool] = False

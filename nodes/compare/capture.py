@@ -19,6 +19,7 @@ from ..hook.layouts import Layout
 from ..hook.model_call import ModelCall
 from ..hook.override import Override
 from ..hook.run import KEY, OVERRIDE
+from ..hook.token_grids import grid_of
 
 
 class Capturing(Override):
@@ -48,16 +49,21 @@ class Capturing(Override):
         query, key, value = args[:3]
         call = Layout(query, key, value, given).call(query, key, value, given.get("mask"))
         request = call.request()
-        role = model_call.role(model_call.ordinal, request.q_len, request.kv_len).name
+        found = model_call.role(model_call.ordinal, request.q_len, request.kv_len)
+        role = found.name
         if (role, request) not in self.calls:
             block = model_call.attention_module.block if model_call.attention_module is not None else ""
             func = preferred_function(model_call.attention_module, model_call.ordinal, holder) or func
-            self.calls[role, request] = CapturedCall(role, block, *_kept(call, func))
+            number = model_call.window.grids
+            grids = model_call.run.grids[number] if number else ()
+            grid = grid_of(grids, role, found.category, request.q_len)
+            self.calls[role, request] = CapturedCall(role, block, *_kept(call, func), grid)
 
 
 def capturing(model: Any) -> tuple[Any, dict[tuple[str, AttentionRequest], CapturedCall]]:
     """A clone of `model` on the reference backend, and the calls that sampling with it will put there."""
-    clone = patch.set_default(model, REFERENCE, accuracy="exact", strict=False, guard="off")
+    # Where sparse backends are allowed, model calls have token grids.
+    clone = patch.set_default(model, REFERENCE, accuracy="sparse", strict=False, guard="off")
     options = clone.model_options["transformer_options"]
     before = options[KEY]
     override = Capturing(before.layers, before.foreign, before.notes)

@@ -10,11 +10,12 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ...backends.config import AttentionSpec
 from ...backends.config.names import COMFY
 from ...backends.values.errors import NoBackendError
 from ...comparison import tables
 from ...comparison.calls import compare_calls
-from ...comparison.contenders import REFERENCE, RefusedError, parse_backends
+from ...comparison.contenders import REFERENCE, RefusedError, parse_backends, spec_of
 from ...comparison.report import ComparisonError, Report, Row
 from ...comparison.rounds import Entry, round_robin
 from ..history import runs
@@ -71,9 +72,14 @@ def make_variants(model: Any, backends: str, patched: dict[str, Any]) -> list[Va
     router = router_for(model.load_device)
     variants = []
     for name in backend_names(backends):
-        row = Row(name, failed="; ".join(router.unavailable(name)) or None)
-        patched_model = patch.set_default(model, name, accuracy="sparse", strict=True, guard="off")
-        variants.append(Variant(row, patched_model))
+        spec = spec_of(name)
+        row = Row(name, failed="; ".join(router.unavailable(spec.backend)) or None)
+        sparse = router.backends[spec.backend].sparse
+        default = AttentionSpec(REFERENCE) if sparse else spec  # cross-attention has no grid, and strict would stop
+        patched_model = patch.set_default(
+            model, default.backend, accuracy="sparse", strict=True, guard="off", extra=default.extra
+        )
+        variants.append(Variant(row, patch.set_role(patched_model, "self", spec) if sparse else patched_model))
     variants += [Variant(Row(name, label=name.replace("_", " ")), given) for name, given in patched.items()]
     return variants
 
@@ -145,7 +151,7 @@ def compare_attention(setup: SetUp, backends: str, patched: dict[str, Any], repe
         raise ComparisonError("nothing to compare: name backends, such as sdpa_math")
     router = router_for(setup.guider.model_patcher.load_device)
     names = backend_names(backends)
-    rows = [Row(name, failed="; ".join(router.unavailable(name)) or None) for name in names]
+    rows = [Row(name, failed="; ".join(router.unavailable(spec_of(name).backend)) or None) for name in names]
     model, calls = capturing(setup.guider.model_patcher)
     setup.sample(model)
     if not calls:

@@ -21,6 +21,7 @@ from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import ALWAYS, Entries, Timetable, Window
 from ...backends.engine.router import Router
 from ...backends.engine.session import Session
+from ...backends.kernels import BACKENDS
 from ...backends.kernels.registry import detect
 from ...backends.observe import observe
 from ...backends.observe.advisories import unused_advisories
@@ -55,10 +56,8 @@ RUN_KEY = "attention_backends_run"
 SPARSE_NOW = template(
     "sparse.now", "{backends} skips work from this version on; before, calls for it fell back to another backend"
 )
-ONCE_PLANNED = ("sliding_tile_attn", "video_sparse_attn", "sparge_attn", "radial_attn")
-"""Backends that graphs could name before they were built."""
 _told: set[str] = set()
-"""Those of which a run report of this process said so."""
+"""Backends of which a run report of this process said so."""
 
 
 def router_for(device: torch.device) -> Router:
@@ -213,7 +212,8 @@ class Run:
 
     def note_sparse_now(self) -> None:
         """At the end of a whole run: note once in the life of the server which backends used to fall back."""
-        ran = {row.backend for row in self.run_report.rows.values() if row.calls and row.backend in ONCE_PLANNED}
+        names = {row.backend for row in self.run_report.rows.values() if row.calls}
+        ran = {name for name in names if name in BACKENDS and BACKENDS[name].once_planned}
         if new := sorted(ran - _told):
             _told.update(new)
             self.note(Reason(SPARSE_NOW, backends=", ".join(new)))

@@ -104,6 +104,18 @@ def test_nan_is_named_in_the_row(broken: None) -> None:
     assert "NaN" in rows[NAN].verdict
 
 
+def test_sparse_backends_with_options_are_rows_on_self_attention_alone() -> None:
+    name = "video_sparse_attn sparsity=0.5"
+    rows, _ = compared("wan", name)
+    assert (rows[name].failed, rows[name].fell_back) == (None, 0)
+    assert rows[name].relative_l2 > 1e-3
+    runs = nodes_module("compare.compare_runs")
+    with torch.inference_mode():
+        report = runs.compare_attention(set_up("wan"), name, {}, 1)
+    calls = next(row.calls for row in report.rows if row.asked == name)
+    assert {call.role: call.relative_l2 > 1e-3 for call in calls} == {"self": True, "cross": False}
+
+
 def test_cancel_while_attention_alone_is_compared(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, snapshot: SnapshotAssertion
 ) -> None:

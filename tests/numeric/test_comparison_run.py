@@ -382,6 +382,32 @@ def test_a_reference_that_fails_leaves_the_others_without_differences(snapshot: 
     assert str(caught.value) == snapshot
 
 
+# Sparse backends
+
+
+def test_sparse_backends_are_rows_with_their_options() -> None:
+    names = parse_backends(["sparge_attn topk=0.5", " Sparge topk=1.0", "video_sparse_attn sparsity=0.5 dense_steps=9"])
+    assert names[1:] == ["sparge_attn topk=0.5", "sparge_attn topk=1.0", "video_sparse_attn sparsity=0.5 dense_steps=9"]
+    rows = {row.asked: row for row in compare(small(width=32, height=32), names).report.rows}
+    assert list(rows) == names
+    assert [rows[name].failed for name in names] == [None] * 4
+    assert rows["sparge_attn topk=1.0"].name == "sparge_attn topk=1.0"
+    errors = [rows[name].relative_l2 for name in names[1:]]
+    assert errors[0] is not None
+    assert errors[0] > 1e-3
+    assert errors[1:] == [0.0, 0.0], "everything kept; all steps dense"
+    calls = compare(small(mode="attention", width=32, height=32), names[:2]).report.rows[1].calls
+    wrong = {call.role for call in calls if (call.relative_l2 or 0) > 1e-3}
+    assert wrong == {"self"}
+
+
+def test_options_of_a_row_are_checked() -> None:
+    with pytest.raises(ComparisonError, match="twice"):
+        parse_backends(["sparge_attn topk=0.5", "sparge topk=0.5"])
+    with pytest.raises(ValueError, match=r"topk 2\.0 > 1"):
+        parse_backends(["sparge_attn topk=2.0"])
+
+
 # Bad input
 
 

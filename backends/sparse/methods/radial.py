@@ -98,6 +98,7 @@ class Radial(SparseMethod):
     """A static mask of windows that halve with each doubling of the distance between frames."""
 
     id = "radial_attn"
+    once_planned = True
     summary = "Radial Attention: the farther apart two frames are, the fewer of their tokens see each other."
     aliases = (
         Alias(

@@ -115,6 +115,7 @@ class SlidingTile(SparseMethod):
     """STA with the windows of a mask strategy file, or one window for all heads."""
 
     id = "sliding_tile_attn"
+    once_planned = True
     summary = "Sliding Tile Attention: each tile of tokens sees the tiles in a window around it."
     aliases = (Alias(SGLANG, "sliding_tile_attn", "there three grids only, and a mask strategy file is required"),)
     options = (

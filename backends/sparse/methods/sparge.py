@@ -56,6 +56,7 @@ class Sparge(SparseMethod):
     """Top-k or cumulated probability over self-similar blocks."""
 
     id = "sparge_attn"
+    once_planned = True
     summary = "SpargeAttention: each block of queries sees the most similar blocks of keys, and all blocks that vary."
     aliases = (
         Alias(VLLM_OMNI, "SPARGE", HERE),

@@ -38,6 +38,7 @@ class VideoSparse(SparseMethod):
     """VSA with top-k cubes for each head and query cube."""
 
     id = "video_sparse_attn"
+    once_planned = True
     summary = "Video Sparse Attention: each cube of tokens sees the most similar cubes."
     aliases = (
         Alias(VLLM_OMNI, "FASTVIDEO_VSA", "there with the gate of models trained for it, here without"),
