@@ -352,19 +352,69 @@ def test_a_model_without_a_known_grid_is_computed_whole(name: str, calls: list[C
     torch.testing.assert_close(output, tiny_sampling.sample(patched(name, {}), name, steps=1))
 
 
-def test_batched_and_split_conditions_are_the_same(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+def easy_cache(model: Any) -> Any:
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    return EasyCacheNode.execute(model, 3.0, 0.0, 1.0, False).args[0]
+
+
+def context_windows(model: Any) -> Any:
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    return ContextWindowsManualNode.execute(
+        model, context_length=4, context_overlap=1, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False,
+    ).args[0]  # fmt: skip
+
+
+CHANGING = {"sparsity": {"from": 0.0, "to": 0.75}, "dense_steps": 1}
+BESIDE: dict[str, Callable[[Any], Any]] = {
+    "alone": lambda model: model,
+    "EasyCache": easy_cache,
+    "context windows": context_windows,
+}
+"""Both together fail in ComfyUI itself where windows differ in length."""
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_batched_and_split_conditions_are_the_same(
+    beside: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a share that changes by step, also where calls are skipped; and a cancelled run between leaves nothing."""
+    import comfy.model_management
     from comfy.model_patcher import ModelPatcher
 
-    model = patched("wan")
-    batched = tiny_sampling.sample(model, "wan", steps=2)
-    both = {call.samples for call in calls}
-    assert {len(samples) for samples in both} == {2}
+    if "windows" in beside:
+        long_wan(monkeypatch, 6, 8, 12)
+    model = BESIDE[beside](configured("selector", "video_sparse_attn", CHANGING))
+    steps = 4
+    batched = tiny_sampling.sample(model, "wan", steps=steps)
+    assert {len(call.samples) for call in calls} == {2}
+    seen = {call.step for call in calls}
+    assert (len(seen) < steps) == (beside == "EasyCache"), "EasyCache skipped nothing, or something else did"
+
+    attention, left = sampling.DeviceSession.attention, [len(calls) // 2]
+
+    def cancelled(session: Any, *args: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise comfy.model_management.InterruptProcessingException
+        return attention(session, *args)
+
+    with monkeypatch.context() as during:
+        during.setattr(sampling.DeviceSession, "attention", cancelled)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            tiny_sampling.sample(model, "wan", steps=steps)
+    calls.clear()
+    assert torch.equal(tiny_sampling.sample(model, "wan", steps=steps), batched)
+
     calls.clear()
     monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
-    split = tiny_sampling.sample(model, "wan", steps=2)
+    split = tiny_sampling.sample(model, "wan", steps=steps)
     alone = {call.samples for call in calls}
     assert {len(samples) for samples in alone} == {1}
-    assert len(alone) == 2
+    assert len(alone) >= 2
+    assert {call.step for call in calls} == seen
     assert {call.backend for call in calls if call.role == "self"} == {"video_sparse_attn"}
     torch.testing.assert_close(split, batched, rtol=0, atol=1e-4 * float(batched.abs().max()))
 
@@ -375,14 +425,8 @@ def long_wan(monkeypatch: pytest.MonkeyPatch, *shape: int) -> None:
 
 
 def test_context_windows_have_their_own_frames(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
     long_wan(monkeypatch, 9, 8, 12)
-    model = ContextWindowsManualNode.execute(
-        patched("wan"), context_length=4, context_overlap=1, context_schedule="standard_static", context_stride=1,
-        closed_loop=False, fuse_method="pyramid", dim=2, freenoise=False,
-    ).args[0]  # fmt: skip
-    tiny_sampling.sample(model, "wan", steps=2)
+    tiny_sampling.sample(context_windows(patched("wan")), "wan", steps=2)
     own = [call for call in calls if call.role == "self"]
     assert {call.backend for call in own} == {"video_sparse_attn"}
     assert {call.grid[:3] for call in own} <= {(4, 4, 6), (5, 4, 6)}  # with a frame before, where ComfyUI adds one
