@@ -123,8 +123,9 @@ def memory() -> dict[str, Any]:
             block_map = random_map(8192, share)
 
             def ours(call: Any = call, of: Any = block_map) -> torch.Tensor:
-                gathering._free.__dict__.clear()  # its buffers are counted too
-                return gathering.gather(call, of)
+                output = gathering.gather(call, of)
+                gathering._free.__dict__.clear()  # so that each call makes its buffers anew, and they are counted
+                return output
 
             peak = peak_bytes(ours)
             row[name] = {"bytes": peak, "without_workspace": round((peak - stated) / stock, 2)}

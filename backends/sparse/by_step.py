@@ -41,12 +41,13 @@ def computed_whole(where: Where, options: Mapping[str, object], *, steps: str, l
     Args:
         steps, layers: a method's own names of `dense_steps` and `dense_layers`, of which the larger number counts.
     """
-    most = max(_number(options.get(name)) for name in ("dense_steps", steps))
-    if where.step is not None and where.step < most:
-        return Dense(f"the first {most} steps")
-    most = max(_number(options.get(name)) for name in ("dense_layers", layers))
-    if where.layer is not None and where.layer < most:
-        return Dense(f"the first {most} layers")
+    for at, unit, names in (
+        (where.step, "steps", ("dense_steps", steps)),
+        (where.layer, "layers", ("dense_layers", layers)),
+    ):
+        most = max(_number(options.get(name)) for name in names)
+        if at is not None and at < most:
+            return Dense(f"the first {most} {unit}")
     return None
 
 

@@ -90,9 +90,16 @@ class SparseMethod(Backend):
     """Bytes that choosing takes at most for each head and pair of blocks: scores, sorted scores, their order and sums;
     0 where a map follows from the grid."""
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        """The blocks of queries and of keys."""
+    same_thing: ClassVar[tuple[str, ...]] = ()
+    """Options of which one may be given."""
+
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        """The blocks of queries, and of keys where these are not others (`key_blocks`)."""
         raise NotImplementedError
+
+    def key_blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        """The blocks of keys."""
+        return self.blocks(grid, options)
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
@@ -124,6 +131,10 @@ class SparseMethod(Backend):
             defaults[self.steps_option] = None
         return defaults | dict(options)
 
+    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
+        given = [name for name in self.same_thing if options.get(name) is not None]
+        return [f"{' and '.join(given)} say the same thing; give one"] if len(given) > 1 else []
+
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         named = options.get("executor", AUTO)
         return [
@@ -147,7 +158,8 @@ class SparseMethod(Backend):
         """Bytes that `select_blocks` takes at most, with default options."""
         if not self.pair_bytes:
             return 0
-        queries, keys = self.blocks(grid, self.values({}))
+        values = self.values({})
+        queries, keys = self.blocks(grid, values), self.key_blocks(grid, values)
         heads = request.batch * request.num_heads
         means = 4 * 4 * heads * (queries.count + keys.count) * request.head_dim  # in float32, scaled, normalised
         whole = 0
@@ -315,7 +327,14 @@ def mean_scores(call: AttentionCall, queries: Blocks, keys: Blocks | None = None
     keys = queries if keys is None else keys
     of_queries = block_means(call.query, queries.sizes, queries.index)
     of_keys = block_means(call.key, keys.sizes, keys.index)
-    if call.enable_gqa:
-        of_keys = of_keys.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
-    scale = call.query.shape[3] ** -0.5 if call.scale is None else call.scale
-    return (of_queries * scale) @ of_keys.mT
+    return (of_queries * scale_of(call)) @ for_each_head(call, of_keys).mT
+
+
+def scale_of(call: AttentionCall) -> float:
+    """The factor of the scores."""
+    return float(call.query.shape[3]) ** -0.5 if call.scale is None else call.scale
+
+
+def for_each_head(call: AttentionCall, of_keys: torch.Tensor) -> torch.Tensor:
+    """What each key head has, (batch, num_kv_heads, ...), for each query head."""
+    return of_keys.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1) if call.enable_gqa else of_keys

@@ -43,22 +43,19 @@ class Cube(SparseMethod):
         DENSE_LAYERS,
         EXECUTOR,
     )
+    same_thing = ("topk_ratio_list", "topk")
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        found = window_problem("local_cube_size", options.get("local_cube_size"))
-        if {"topk_ratio_list", "topk"} <= set(options):
-            found.append("topk_ratio_list and topk say the same thing; give one")
-        return found
+        return window_problem("local_cube_size", options.get("local_cube_size")) + super().option_conflicts(options)
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
         size = options["local_cube_size"]
-        found = tiles(grid, (size[0], size[1], size[2]) if isinstance(size, list) else CUBE)
-        return found, found
+        return tiles(grid, (size[0], size[1], size[2]) if isinstance(size, list) else CUBE)
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        ratio, (blocks, _) = options["topk"], self.blocks(grid, options)
+        ratio, blocks = options["topk"], self.blocks(grid, options)
         if ratio is None:
             ratio = RATIOS if options["topk_ratio_list"] is None else options["topk_ratio_list"]
         count = max(int(value_at(ratio, where) * blocks.count + 1e-9), 1)

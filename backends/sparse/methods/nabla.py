@@ -47,14 +47,13 @@ class Nabla(SparseMethod):
         EXECUTOR,
     )
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        found = tiles(grid, TILE)
-        return found, found
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return tiles(grid, TILE)
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        (blocks, _), share = self.blocks(grid, options), value_at(options["P"], where)
+        blocks, share = self.blocks(grid, options), value_at(options["P"], where)
         if share >= 1:
             return Dense(f"all {blocks.count} blocks are kept")
         seen = until_share(mean_scores(call, blocks), share)

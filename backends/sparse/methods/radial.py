@@ -124,9 +124,8 @@ class Radial(SparseMethod):
             return [Reason(NO_INT8)]
         return super().option_reasons(platform, options)
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        found = raster(grid, int(str(options["block_size"])))
-        return found, found
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return raster(grid, int(str(options["block_size"])))
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
@@ -134,7 +133,7 @@ class Radial(SparseMethod):
         model_type = str(options["model_type"])
         if model_type == "auto":
             model_type = "hunyuan" if grid.tokens > grid.cells else "wan"
-        block, (blocks, _) = int(str(options["block_size"])), self.blocks(grid, options)
+        block, blocks = int(str(options["block_size"])), self.blocks(grid, options)
         seen, counts = radial_map(
             grid.frames, grid.height * grid.width, block, float(str(options["decay_factor"])), model_type
         )

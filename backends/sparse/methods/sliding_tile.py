@@ -131,13 +131,10 @@ class SlidingTile(SparseMethod):
     steps_option = "skip_time_steps"
     published_steps = (15, 50)
     pair_bytes = 0
+    same_thing = ("mask_strategy_file_path", "window_size")
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        window = options.get("window_size")
-        found = window_problem("window_size", window)
-        if window is not None and options.get("mask_strategy_file_path") is not None:
-            found.append("mask_strategy_file_path and window_size say the same thing; give one")
-        return found
+        return window_problem("window_size", options.get("window_size")) + super().option_conflicts(options)
 
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         for name in ("sta_mode", "STA_mode"):
@@ -155,9 +152,8 @@ class SlidingTile(SparseMethod):
         path = options.get("mask_strategy_file_path")
         return super().load(platform, **options, strategy=None if path is None else read_strategy(str(path)))
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        found = tiles(grid, TILE)
-        return found, found
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return tiles(grid, TILE)
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
@@ -165,7 +161,7 @@ class SlidingTile(SparseMethod):
         windows = self._windows(call.query.shape[1], where, options)
         if isinstance(windows, Dense):
             return windows
-        blocks, _ = self.blocks(grid, options)
+        blocks = self.blocks(grid, options)
         seen, count = window_map(tile_counts(grid, TILE), windows, pushed_in=True)
         if count == blocks.count:
             return Dense(f"the windows hold all {count} tiles")

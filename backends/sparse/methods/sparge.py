@@ -29,7 +29,7 @@ from ..blocks import Blocks, raster
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import highest
 from ..executor import EXECUTOR
-from ..method import SparseMethod, Where, block_means
+from ..method import SparseMethod, Where, block_means, for_each_head, scale_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,13 +81,13 @@ class Sparge(SparseMethod):
         DENSE_LAYERS,
         EXECUTOR,
     )  # fmt: skip
+    same_thing = ("topk", "sparsity_ratio", "cdfthreshd")
 
-    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        given = [name for name in ("topk", "sparsity_ratio", "cdfthreshd") if options.get(name) is not None]
-        return [f"{' and '.join(given)} say the same thing; give one"] if len(given) > 1 else []
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return raster(grid, QUERIES)
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        return raster(grid, QUERIES), raster(grid, KEYS)
+    def key_blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return raster(grid, KEYS)
 
     def choosing_bytes(self, request: AttentionRequest, grid: TokenGrid) -> int:
         smooth = key_size(request) * item_bytes(request)
@@ -99,7 +99,7 @@ class Sparge(SparseMethod):
     ) -> BlockMap | Dense:
         import torch
 
-        queries, keys = self.blocks(grid, options)
+        queries, keys = self.blocks(grid, options), self.key_blocks(grid, options)
         cdf, ratio = options["cdfthreshd"], options["sparsity_ratio"]
         share = value_at(options["topk"], where) if ratio is None else 1 - value_at(ratio, where)
         count = max(int(share * keys.count + 1e-9), 1)
@@ -113,12 +113,8 @@ class Sparge(SparseMethod):
             key = key - key.mean(2, keepdim=True, dtype=torch.float32).to(key.dtype)
         similar_q = self_similar(call.query, queries.sizes, float(str(threshold)))
         similar_k = self_similar(key, keys.sizes, float(str(threshold)))
-        of_keys = block_means(key, keys.sizes, None)
-        if call.enable_gqa:
-            shares = call.query.shape[1] // key.shape[1]
-            similar_k, of_keys = (one.repeat_interleave(shares, 1) for one in (similar_k, of_keys))
-        scale = call.query.shape[3] ** -0.5 if call.scale is None else call.scale
-        scores = (block_means(call.query, queries.sizes, None) * scale) @ of_keys.mT
+        of_keys, similar_k = (for_each_head(call, one) for one in (block_means(key, keys.sizes, None), similar_k))
+        scores = (block_means(call.query, queries.sizes, None) * scale_of(call)) @ of_keys.mT
         scores = scores.masked_fill(~similar_k[:, :, None], -torch.inf)
         seen = highest(scores, count) if cdf is None else until_above(scores, float(str(cdf)))
         seen |= ~similar_k[:, :, None]

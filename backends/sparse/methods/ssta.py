@@ -19,7 +19,7 @@ from ..blocks import Blocks, tile_counts, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
 from ..choose_blocks import count_of_share, highest
 from ..executor import EXECUTOR
-from ..method import SparseMethod, Where, block_means
+from ..method import SparseMethod, Where, block_means, for_each_head
 from ..windows import window_map, window_problem
 from .sliding_tile import TILE, WINDOW
 
@@ -34,9 +34,7 @@ def importance(call: AttentionCall, blocks: Blocks, weight: float, *, shared: bo
     from torch.nn.functional import normalize
 
     queries = block_means(call.query, blocks.sizes, blocks.index)
-    keys = block_means(call.key, blocks.sizes, blocks.index)
-    if call.enable_gqa:
-        keys = keys.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
+    keys = for_each_head(call, block_means(call.key, blocks.sizes, blocks.index))
     if shared:
         queries, keys = queries.mean(1, keepdim=True), keys.mean(1, keepdim=True)
     queries, keys = normalize(queries, dim=-1), normalize(keys, dim=-1)
@@ -61,21 +59,18 @@ class Ssta(SparseMethod):
         DENSE_LAYERS,
         EXECUTOR,
     )
+    same_thing = ("ssta_topk", "topk")
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        found = window_problem("win_size", _inner(options.get("win_size")))
-        if {"ssta_topk", "topk"} <= set(options):
-            found.append("ssta_topk and topk say the same thing; give one")
-        return found
+        return window_problem("win_size", _inner(options.get("win_size"))) + super().option_conflicts(options)
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        found = tiles(grid, TILE)
-        return found, found
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return tiles(grid, TILE)
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        (blocks, _), topk = self.blocks(grid, options), options["topk"]
+        blocks, topk = self.blocks(grid, options), options["topk"]
         count = int(str(options["ssta_topk"])) if topk is None else count_of_share(value_at(topk, where), blocks.count)
         given = _inner(options["win_size"])
         window = (given[0], given[1], given[2]) if isinstance(given, list) else WINDOW

@@ -72,20 +72,17 @@ class SubBlock(SparseMethod):
     layers_option = "skip_first_layers"
     published_steps = (10, 50)
     pair_bytes = 24 + 2 * 4 * 16  # and the scores of 4 x 4 parts
+    same_thing = ("sparsity", "topk")
 
-    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        return ["sparsity and topk say the same thing; give one"] if {"sparsity", "topk"} <= set(options) else []
-
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        found = raster(grid, BLOCK)
-        return found, found
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return raster(grid, BLOCK)
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
         if grid.cells < int(str(options["min_seq_len"])):
             return Dense(f"fewer than {options['min_seq_len']} tokens")
-        (blocks, _), topk = self.blocks(grid, options), options["topk"]
+        blocks, topk = self.blocks(grid, options), options["topk"]
         share = 1 - value_at(options["sparsity"], where) if topk is None else value_at(topk, where)
         count = min(-(-count_of_share(share, blocks.count) // MULTIPLE) * MULTIPLE, blocks.count)
         if count == blocks.count:

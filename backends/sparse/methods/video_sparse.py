@@ -55,24 +55,20 @@ class VideoSparse(SparseMethod):
         DENSE_LAYERS,
         EXECUTOR,
     )
-
-    def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
-        given = [name for name in ("sparsity", "VSA_sparsity", "fastvideo_vsa_topk") if name in options]
-        return [f"{' and '.join(given)} say the same thing; give one"] if len(given) > 1 else []
+    same_thing = ("sparsity", "VSA_sparsity", "fastvideo_vsa_topk")
 
     def option_reasons(self, platform: Platform, options: Mapping[str, object]) -> list[Reason]:
         if options.get("fastvideo_vsa_precision", "bf16") != "bf16":
             return [Reason(NO_SAGE)]
         return super().option_reasons(platform, options)
 
-    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> tuple[Blocks, Blocks]:
-        found = tiles(grid, CUBE_OF_VLLM if _sparsity(options) is None else CUBE)
-        return found, found
+    def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
+        return tiles(grid, CUBE_OF_VLLM if _sparsity(options) is None else CUBE)
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
-        sparsity, (blocks, _) = _sparsity(options), self.blocks(grid, options)
+        sparsity, blocks = _sparsity(options), self.blocks(grid, options)
         if sparsity is not None:
             count = count_of_share(1 - value_at(sparsity, where), blocks.count)
         else:
