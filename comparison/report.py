@@ -127,7 +127,7 @@ class Row:
         if self.max_difference is None or self.psnr is None:
             return ""
         if self.identical:
-            return "identical to the bit"
+            return "bit-identical"
         if self.max_difference < LEVEL:
             return "same to the eye"
         return "slightly different" if self.psnr >= 30 else "a different picture"

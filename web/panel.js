@@ -219,7 +219,7 @@ export function openPanel(place, events, server, say, titleOf = () => '') {
   function nameOf({ begun, queued_by: mark, sampler, seed, number, model }) {
     const at = begun ? new Date(begun * 1000) : undefined
     const time = at && [at.getHours(), at.getMinutes()].map((part) => String(part).padStart(2, '0')).join(':')
-    const node = sampler?.class_type && `${sampler.class_type} #${sampler.id}`
+    const node = sampler?.class_type && `${titleOfKind(sampler.class_type)} #${sampler.id}`
     const known = typeof seed === 'number' || typeof seed === 'string' ? say('runs.seed', { seed }) : ''
     return [time, mark && titleOf(mark), node || `${number}. ${model || '?'}`, known].filter(Boolean).join(' · ')
   }
@@ -271,3 +271,12 @@ export function openPanel(place, events, server, say, titleOf = () => '') {
     }
   }
 }
+
+/**
+ * The name of a kind of node as menus show it; its class where the page does not know it.
+ *
+ * @param {string} kind
+ * @returns {string}
+ */
+const titleOfKind = (kind) =>
+  /** @type {any} */ (globalThis).LiteGraph?.registered_node_types?.[kind]?.title || kind

@@ -8,7 +8,7 @@
  * @param {{ fetchApi(route: string): Promise<Response> }} api
  * @param {string} language
  * @returns {Promise<Say>} a key such as `runs.none` to its text, `{name}` replaced by values; of a text with two forms,
- *   `{steps} step | {steps} steps`, the first where its number is 1
+ *   `{steps} step | {steps} steps`, the first where its last number is 1
  */
 export async function loadWords(api, language) {
   /** @type {Record<string, any>} */
@@ -35,6 +35,6 @@ export async function loadWords(api, language) {
  */
 function form(text, values) {
   const [one, many] = text.split(' | ')
-  const number = Number(values[text.match(/\{(\w+)\}/)?.[1] ?? ''])
-  return many === undefined || number === 1 ? one : many
+  const numbers = [...one.matchAll(/\{(\w+)\}/g)].map(([, name]) => values[name]).filter(Number.isFinite)
+  return many === undefined || numbers.at(-1) === 1 ? one : many
 }

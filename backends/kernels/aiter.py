@@ -41,7 +41,7 @@ class Aiter(FlashAttention):
         Alias(
             SGLANG,
             "aiter",
-            f"{NAMESAKE}. SGLang takes it by itself on AMD, and vLLM runs it there as FLASH_ATTN; "
+            f"{NAMESAKE}. SGLang uses it automatically on AMD, and vLLM runs it there as FLASH_ATTN; "
             "SGLANG_DIFFUSION_AITER_FP8_ATTN is not read: half precision only",
         ),
         Alias(DIFFUSERS, "aiter", NAMESAKE),

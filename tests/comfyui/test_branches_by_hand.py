@@ -76,7 +76,7 @@ def test_a_fallback_of_some_calls_is_a_note_and_of_all_a_failed_row(
     branches = [branch(graph, each, settings) for each in (plain, mixed, graph.selector(model, "sage_attn"))]
     table = text_of(server, graph, compare(graph, *branches, label_3="my fast one")).splitlines()
     assert table[2].split()[:5] == ["torch_sdpa", "+", "cudnn_attn", "->", "torch_sdpa"]
-    assert "identical to the bit" in table[2]
+    assert "bit-identical" in table[2]
     # A label of one's own does not hide what ran.
     assert table[3].split()[:5] == ["my", "fast", "one", "->", "torch_sdpa"]
     assert "  fell back  " in table[3]

@@ -109,7 +109,7 @@ def test_a_row_of_the_same_picture_is_identical() -> None:
     row = Row("sdpa_math")
     metrics.score(row, noise(1), noise(1))
     assert (row.identical, row.psnr, row.ssim, row.max_difference) == (True, math.inf, 1.0, 0.0)
-    assert row.verdict == "identical to the bit"
+    assert row.verdict == "bit-identical"
 
 
 def test_pictures_under_the_window_have_no_ssim(snapshot: SnapshotAssertion) -> None:
