@@ -45,6 +45,10 @@ class Executor:
         """Why it cannot run one call with its map; asked at each call, so it reads no tensor."""
         return ()
 
+    def avoid_map_reasons(self, block_map: BlockMap) -> Sequence[str]:
+        """Why `auto` does not take it for a call with this map, although it could run it; asked at each call."""
+        return ()
+
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Bytes that one call takes at most beyond its tensors and its map."""
         return 0

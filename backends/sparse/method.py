@@ -243,12 +243,10 @@ class SparseKernel:
         failed: dict[str, str] = {}
 
         def compute(call: AttentionCall, block_map: BlockMap) -> torch.Tensor | Dense:
-            against = dict(reasons) if named == AUTO else {named: reasons.get(named, ())}
             for executor in able:
-                if executor.id in failed:
+                if executor.id in failed or executor.call_reasons(call, block_map):
                     continue
-                if why := tuple(executor.call_reasons(call, block_map)):
-                    against[executor.id] = why
+                if executor is not able[-1] and executor.avoid_map_reasons(block_map):
                     continue
                 try:
                     return self._run(executor)(call, block_map)
@@ -258,7 +256,8 @@ class SparseKernel:
                     failed[executor.id] = f"{type(error).__name__}: {error}"
                     log.warning("%s: executor %s failed (%s); the next one runs for: %s", self.method.id, executor.id,
                                 failed[executor.id], request.describe())  # fmt: skip
-            texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items()]
+            against = {**reasons, **{one.id: tuple(one.call_reasons(call, block_map)) for one in able}}
+            texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items() if named in (AUTO, name)]
             return Dense(", ".join(texts))
 
         return compute

@@ -112,6 +112,19 @@ def test_flex_leaves_what_it_cannot_do_to_the_next_one(monkeypatch: pytest.Monke
         select.cache_clear()
 
 
+def test_blocks_that_fill_in_much_are_left_to_gather_unless_flex_is_named(literal_flex: Any) -> None:  # noqa: F811
+    del literal_flex
+    blocks = orders.in_order(60, 3)
+    (reason,) = flexing.Flex().avoid_map_reasons(BlockMap(blocks, blocks, torch.ones(1, 1, 20, 20, dtype=torch.bool)))
+    assert reason.split()[-1] == "160"
+    query = torch.randn(1, 1, 60, 16)
+    extra = {"local_cube_size": [1, 1, 3], "topk": 0.5, "executor": "flex"}
+    with account() as run_report:
+        attention(query, query, query, backend={"default": {"backend": "cube_attn", "extra": extra}}, grid=(1, 20, 3))
+    (row,) = run_report.as_dict()["rows"]
+    assert row["backend"] != "cube_attn" or (row["kept"], row["dense"]) == (0.5, {})
+
+
 def test_a_named_executor_is_the_only_one() -> None:
     query = torch.randn(1, 1, 512, 16, dtype=torch.float64)
     extra = {"local_cube_size": [2, 8, 8], "topk": 0.5}

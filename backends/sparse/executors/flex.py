@@ -34,7 +34,7 @@ SIZES = (128, 64)
 """Sizes of FlexAttention's blocks; the first one unless the other fills in a tenth less."""
 
 MOST_FILLED = 2.0
-"""Most tokens after blocks are filled up, as a multiple of those that the map has."""
+"""Most tokens after blocks are filled up, as a multiple of those that the map has, unless this one is named."""
 
 FLEX_ATTN = FlexAttn()
 """The dense backend of the same kernel, which knows where it runs."""
@@ -157,9 +157,12 @@ class Flex(Executor):
     def call_reasons(self, call: AttentionCall, block_map: BlockMap) -> Sequence[str]:
         if torch.is_grad_enabled() and any(one.requires_grad for one in (call.query, call.key, call.value)):
             return ("gradients are asked for",)
+        return ()
+
+    def avoid_map_reasons(self, block_map: BlockMap) -> Sequence[str]:
         for side in (block_map.queries, block_map.keys):
             if filled_length(side) > MOST_FILLED * side.tokens:
-                return (f"blocks of at most {max(side.sizes)} tokens would be filled up to {size_of(side)}",)
+                return (f"blocks of {side.tokens} tokens would be filled up to {filled_length(side)}",)
         return ()
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
