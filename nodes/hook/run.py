@@ -212,7 +212,7 @@ class Run:
 
     def note_sparse_now(self) -> None:
         """At the end of a whole run: note once in the life of the server which backends used to fall back."""
-        names = {row.backend for row in self.run_report.rows.values() if row.calls}
+        names = {row.backend for row in self.run_report.rows.values() if row.calls and row.asked == row.backend}
         ran = {name for name in names if name in BACKENDS and BACKENDS[name].once_planned}
         if new := sorted(ran - _told):
             _told.update(new)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -600,6 +601,16 @@ def test_nodes_take_a_sparse_backend_with_its_options(
         said = kept.lines(last_run()["rows"])
         assert len(said) == 1
         assert said[0].endswith("the first 1 steps")
+
+
+def test_only_a_backend_that_was_named_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autotune took did not fall back before."""
+    for asked, told in (("autotune", 0), ("radial_attn", 1)):
+        monkeypatch.setattr(nodes_module("hook.run"), "_told", set())
+        notes: list[str] = []
+        rows = {0: SimpleNamespace(backend="radial_attn", calls=1, asked=asked)}
+        sampling.Run.note_sparse_now(SimpleNamespace(run_report=SimpleNamespace(rows=rows), note=notes.append))
+        assert len(notes) == told
 
 
 def test_a_record_repeats_a_sparse_run(calls: list[Call]) -> None:
