@@ -65,7 +65,7 @@ def plain_comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pass_masks_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave masks as they are, so that kernels get the very calls of the model."""
-    monkeypatch.setattr(masks, "inspect", lambda mask, kv_len: passed_on(mask))
+    monkeypatch.setattr(masks, "inspect", lambda mask, *_: passed_on(mask))
 
 
 def comfyui() -> Path:

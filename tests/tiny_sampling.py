@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,10 @@ def conditioning(name: str, seed: int = 0) -> tuple[list[Any], list[Any]]:
     return prompts[0], prompts[1]
 
 
+_global_generator = threading.Lock()
+"""Held while noise is made: ComfyUI seeds torch's global generator, which two threads would share."""
+
+
 def sample(
     patcher: ModelPatcher,
     name: str,
@@ -142,7 +147,8 @@ def sample(
         positive, negative = conditioning(name, seed)
         latents = [torch.zeros(shape) for shape in family.latents]
         empty = latents[0] if len(latents) == 1 else comfy.nested_tensor.NestedTensor(latents)
-        noise = comfy.sample.prepare_noise(empty, seed)
+        with _global_generator:
+            noise = comfy.sample.prepare_noise(empty, seed)
         out = comfy.sample.sample(
             patcher, noise, steps, family.cfg if cfg is None else cfg, sampler, scheduler, positive, negative, empty,
             disable_pbar=True, seed=seed,

@@ -1,6 +1,6 @@
 """Nothing grows over many runs, with masks and shapes that change and ComfyUI's sparse node before and after ours.
 
-216 runs here; 1,008 with `-m slow`. The sparse node is a stand-in for
+120 runs here; 1,008 with `-m slow`. The sparse node is a stand-in for
 ComfyUI's, which needs a card (`test_other_packs.FakeSparse`).
 """
 
@@ -118,7 +118,7 @@ def resident() -> int:
         return int(file.read().split()[1]) * 4096
 
 
-@pytest.mark.parametrize("count", [9 * ROUND, pytest.param(42 * ROUND, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [5 * ROUND, pytest.param(42 * ROUND, marks=pytest.mark.slow)])
 def test_many_runs_leave_nothing(model: Any, count: int) -> None:
     numbers = itertools.count()
     marks = len(sites._marks)  # of models in other tests, whose runs never ended

@@ -286,7 +286,13 @@ ORDERED = {
 """Family -> a role whose first call sees tokens that no attention has mixed yet, and the patch size by hand."""
 
 
-@pytest.mark.parametrize("name", ORDERED)
+ALIKE = ("wan_vace", "qwen_edit", "cosmos_predict2", "cogvideo", "hunyuan_video_plain", "kandinsky5")
+"""Families whose patches and order another one has; the normal run leaves them to `-m slow`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in ORDERED]
+)
 def test_a_cell_of_the_latent_is_the_token_that_the_grid_says(name: str, calls: list[Call]) -> None:
     """One cell of the latent is changed: one token of the model's query is another one."""
     model, (role, patch) = patched(name), ORDERED[name]
