@@ -18,6 +18,7 @@ from .config import AttentionConfig
 from .config.text import from_environment
 from .engine.call_checks import checks_from_environment
 from .report import Row, RunReport
+from .values.grid import Kept
 
 if TYPE_CHECKING:
     from .calls import CallSession
@@ -98,6 +99,9 @@ def add_up(total: RunReport, more: RunReport) -> None:
         mine.launches += row.launches
         mine.timed += row.timed
         mine.nanoseconds += row.nanoseconds
+        if row.kept is not None:
+            mine.kept = mine.kept or Kept()
+            mine.kept.add_up(row.kept)
     if more.rows:
         total.device = more.device
 

@@ -110,7 +110,7 @@ class CostedSparse(Costed):
             if self.whole():
                 kept.add_dense("the first steps")
                 return of_dense(call)
-            kept.add(0.25)
+            kept.add(0.25, "gather")
             return kernel(call)
 
         return run

@@ -241,8 +241,9 @@ class RunReport:
 
         `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed.
         `kept`, of sparse backends: mean share of query-key pairs that was computed by calls with a map. `dense`: reason
-        -> calls that were computed whole. `expected_gain`: 1 / `kept`; `measured_gain`: time of a call that was
-        computed whole over that of one with a map, None unless this run timed both.
+        -> calls that were computed whole. `executors`: what computed the others -> calls. `expected_gain`: 1 / `kept`;
+        `measured_gain`: time of a call that was computed whole over that of one with a map, None unless this run timed
+        both.
         """
         gains = self._gains()
         rows = [

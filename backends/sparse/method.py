@@ -207,7 +207,7 @@ class SparseKernel:
         if grid is None:
             return dense
         method, options = self.method, self.options
-        compute = self.executor(request)
+        compute = self.executor(request, kept)
         kv_before = grid.before - grid.hidden_before
         q_cells, k_cells = (slice(before, before + grid.cells) for before in (grid.before, kv_before))
         kv_after = request.kv_len - kv_before - grid.cells
@@ -228,7 +228,6 @@ class SparseKernel:
                     block_map = with_other_tokens(selected, grid, kv_after, method.other_block)
                     output = compute(call, block_map)
                     if not isinstance(output, Dense):
-                        kept.add(block_map.share())
                         return output
                     selected = output
             kept.add_dense(selected.reason)
@@ -236,8 +235,13 @@ class SparseKernel:
 
         return run
 
-    def executor(self, request: AttentionRequest) -> Callable[[AttentionCall, BlockMap], torch.Tensor | Dense]:
-        """What computes the maps of calls of one kind: the first executor that can; or why none can."""
+    def executor(
+        self, request: AttentionRequest, kept: Kept
+    ) -> Callable[[AttentionCall, BlockMap], torch.Tensor | Dense]:
+        """What computes the maps of calls of one kind: the first executor that can; or why none can.
+
+        `kept` counts what is computed.
+        """
         named = str(self.options.get("executor", AUTO))
         able, reasons = select(request, self.platform, named)
         failed: dict[str, str] = {}
@@ -249,7 +253,9 @@ class SparseKernel:
                 if executor is not able[-1] and executor.avoid_map_reasons(block_map):
                     continue
                 try:
-                    return self._run(executor)(call, block_map)
+                    output = self._run(executor)(call, block_map)
+                    kept.add(block_map.share(), executor.id)
+                    return output
                 except Exception as error:
                     if executor is able[-1] or is_out_of_memory(error) or is_cuda_fault(error):
                         raise

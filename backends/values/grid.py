@@ -95,15 +95,26 @@ class Kept:
     """Reason -> calls that were computed whole."""
     total: Any = 0.0
     """Sum of the kept fractions of these calls: a number, or a tensor on their device until it is read."""
+    executors: dict[str, int] = field(default_factory=dict)
+    """What computed these calls -> how many."""
 
-    def add(self, share: Any) -> None:
+    def add(self, share: Any, executor: str) -> None:
         """Count a call with the share of query-key pairs that it computed: a number, or a tensor on its device."""
         self.calls += 1
         self.total = self.total + share
+        self.executors[executor] = self.executors.get(executor, 0) + 1
 
     def add_dense(self, reason: str) -> None:
         """Count a call that was computed whole."""
         self.dense[reason] = self.dense.get(reason, 0) + 1
+
+    def add_up(self, more: Kept) -> None:
+        """Add the calls of another one, of any device; it may wait for the device."""
+        self.calls += more.calls
+        self.total = float(self.total) + float(more.total)
+        for mine, others in ((self.dense, more.dense), (self.executors, more.executors)):
+            for name, count in others.items():
+                mine[name] = mine.get(name, 0) + count
 
     @property
     def fraction(self) -> float | None:
@@ -111,9 +122,10 @@ class Kept:
         return float(self.total) / self.calls if self.calls else None
 
     def as_dict(self) -> dict[str, object]:
-        """For the run report: the mean kept fraction, and the calls that were computed whole by reason."""
+        """For the run report: the mean kept fraction, calls by executor, and calls computed whole by reason."""
         fraction = self.fraction
-        return {"kept": None if fraction is None else round(fraction, 4), "dense": dict(self.dense)}
+        kept = None if fraction is None else round(fraction, 4)
+        return {"kept": kept, "dense": dict(self.dense), "executors": dict(self.executors)}
 
 
 @dataclass(slots=True)

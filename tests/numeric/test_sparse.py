@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -307,6 +309,24 @@ def test_the_kept_fraction_is_that_of_all_calls_and_keeps_no_map() -> None:
     assert row.kept.calls == 12
     assert row.kept.fraction == pytest.approx(0.5)
     assert isinstance(row.kept.total, float)
+
+
+def test_what_other_threads_and_inner_blocks_kept_counts_too() -> None:
+    def some(sparsity: float) -> None:
+        backend = {"default": {"backend": "video_sparse_attn", "extra": {"sparsity": sparsity, "executor": "gather"}}}
+        attention(*[torch.ones(1, 1, 256, 8)] * 3, backend=backend, grid=(4, 8, 8))
+
+    with account() as run_report:
+        some(0.25)
+        with account():
+            some(0.5)
+            some(0)
+        thread = threading.Thread(target=copy_context().run, args=(some, 0.75))
+        thread.start()
+        thread.join()
+    (row,) = run_report.as_dict()["rows"]
+    assert (row["calls"], row["kept"], row["executors"]) == (4, 0.5, {"gather": 3})
+    assert list(row["dense"].values()) == [1]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_sparse_row_says_by_step_what_was_kept_and_gains_against_its_own_dense
             if share is None:
                 row.kept.add_dense("the first 2 of 5 steps")
             else:
-                row.kept.add(torch.tensor(share))
+                row.kept.add(torch.tensor(share), "gather")
         run_report.end_of_model_call(DeviceClock("cpu"))
     assert [window["cells"][0][3] for window in run_report.windows()] == [1.0, 1.0, 0.25, 0.125, 0.125]
     (plain,) = run_report.as_dict()["rows"]
