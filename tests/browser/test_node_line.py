@@ -122,6 +122,7 @@ TYPED = """() => {
 def test_a_widget_of_another_pack_keeps_its_value(server: Server, tmp_path: Path) -> None:
     """Behind ours, which are not saved: the front end saves a gap for each and does not expect it when it loads."""
     own = next(node for node in workflow()["nodes"] if node["type"] == "AttentionBackendSelector")["widgets_values"]
+    own = [*own, ""][:6]  # a graph from before there were options has five
     with open_comfyui(server.url, tmp_path / "profile") as page:
         page.evaluate(OTHER_PACK)
         load_workflow(page, workflow())

@@ -158,12 +158,12 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
         load_workflow(page, saved)
         before, *values = page.evaluate(ADD, "AttentionBackendSelector")
         # Nothing was chosen yet. Exceptions are on in a new node; a graph that says nothing of them has them off.
-        assert (defaults[-1], values) == (False, [backend, *defaults[:-1], True])
-        assert page.evaluate(SHOWN, before) == [True, False, False, False, False]  # the plain one first
+        assert (defaults[-1], values) == (False, [backend, *defaults[:-1], True, ""])
+        assert page.evaluate(SHOWN, before) == [True, *[False] * 5]  # the plain one first
         choose(page, CHOSEN)
         assert page.evaluate(VALUES, before) == values  # it exists: it stays
         _, *values = page.evaluate(ADD, "AttentionBackendSelector")
-        assert values == ["torch_sdpa", "quantized", True, "enforce", False]
+        assert values == ["torch_sdpa", "quantized", True, "enforce", False, ""]
         choose(page, {BACKEND: "measured"})  # as an older version stored it
         assert page.evaluate(ADD, "AttentionBackendSelector")[1] == "autotune"
 
@@ -196,7 +196,7 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
         next(node for node in old["nodes"] if node["type"] == "AttentionBackendSelector")["widgets_values"] = ["comfy"]
         load_workflow(page, old)
         found = page.evaluate("() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').id")
-        assert page.evaluate(VALUES, found) == ["comfy", *defaults]
+        assert page.evaluate(VALUES, found) == ["comfy", *defaults, ""]
         assert page.evaluate(COPY, found)[:5] == ["comfy", *defaults]
         choose(page, dict(zip(CHOSEN, (backend, "auto", "auto", *defaults[:3], True), strict=True)))
         assert ours(page) == []
