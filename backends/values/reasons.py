@@ -72,6 +72,7 @@ TEMPLATES: dict[str, str] = {
     "scale": "scale {scale} is not head_dim ** -0.5",
     "runs_on": "the run goes on",
     "runs.joined": "the last of {count} runs of one comparison: {names}",
+    "sparse.now": "{backends} skips work from this version on; before, calls for it fell back to another backend",
     "times": "{text} ({count} times)",
     "torch.cpu_only": "This is a CPU-only build of PyTorch. To use a GPU, install the CUDA or ROCm build from "
     "ComfyUI's install guide.",

@@ -32,7 +32,7 @@ from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_r
 from ...backends.values.devices import synchronise
 from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform
-from ...backends.values.reasons import Reason, template
+from ...backends.values.reasons import Reason
 from . import attention_modules, run_progress
 from .foreign_code import ForeignCode
 from .model_call import ModelCall
@@ -53,9 +53,6 @@ log = logging.getLogger("attention_backends")
 
 NEVER_INVOKED = "the patch was never invoked: this model does not use ComfyUI's attention hook"
 RUN_KEY = "attention_backends_run"
-SPARSE_NOW = template(
-    "sparse.now", "{backends} skips work from this version on; before, calls for it fell back to another backend"
-)
 _told: set[str] = set()
 """Backends of which a run report of this process said so."""
 
@@ -216,7 +213,7 @@ class Run:
         ran = {name for name in names if name in BACKENDS and BACKENDS[name].once_planned}
         if new := sorted(ran - _told):
             _told.update(new)
-            self.note(Reason(SPARSE_NOW, backends=", ".join(new)))
+            self.note(Reason("sparse.now", backends=", ".join(new)))
 
     def offer(self) -> None:
         """At the end of a whole run: note the advisories for this model that were not switched on."""

@@ -68,13 +68,13 @@ def test_gather_computes_exactly_its_map(dtype: Any, order: str, path: str, monk
 
 def test_gather_never_passes_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    sdpa = gathering.scaled_dot_product_attention
+    sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def spied(*args: Any, **kwargs: Any) -> Any:
         given.append((len(args), kwargs.get("attn_mask"), kwargs.get("is_causal", False)))
         return sdpa(*args, **kwargs)
 
-    monkeypatch.setattr(gathering, "scaled_dot_product_attention", spied)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
     rng = random.Random(0)
     for order in ORDERS:
         grid = random_grid(rng)
@@ -88,13 +88,13 @@ def test_gather_keeps_to_its_stated_workspace(monkeypatch: pytest.MonkeyPatch) -
     grid = TokenGrid(4, 16, 16)
     monkeypatch.setattr(gathering, "BUDGET", 200_000)
     sizes: list[int] = []
-    sdpa = gathering.scaled_dot_product_attention
+    sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def spied(query: Any, key: Any, value: Any, **kwargs: Any) -> Any:
         sizes.append(key.nbytes + value.nbytes + 8 * key.shape[1] * key.shape[2])
         return sdpa(query, key, value, **kwargs)
 
-    monkeypatch.setattr(gathering, "scaled_dot_product_attention", spied)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spied)
     call = AttentionCall(*(torch.randn(1, 2, grid.cells, 32) for _ in range(3)))
     blocks = orders.raster(grid, 64)
     for share in (0.1, 0.9):
@@ -271,7 +271,7 @@ def test_gradients_are_those_of_the_masked_call(trained: tuple[int, ...]) -> Non
 
 def test_a_call_within_a_call_has_its_own_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ran_sparsely(Q, Q, Q)
-    sdpa, inner = gathering.scaled_dot_product_attention, []
+    sdpa, inner = torch.nn.functional.scaled_dot_product_attention, []
 
     def calls_again(*args: Any, **kwargs: Any) -> Any:
         if not inner:
@@ -279,7 +279,7 @@ def test_a_call_within_a_call_has_its_own_buffers(monkeypatch: pytest.MonkeyPatc
             inner[0] = attention(Q * 3, Q * 2, Q + 1, backend=EIGHTH, grid=(5, 6, 9))
         return sdpa(*args, **kwargs)
 
-    monkeypatch.setattr(gathering, "scaled_dot_product_attention", calls_again)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", calls_again)
     assert torch.equal(ran_sparsely(Q, Q, Q), expected)
     assert inner[0] is not None
 

@@ -57,6 +57,7 @@ ALLOWED = {
     ("comparison/card/command.py", "signal"): "the command line: its process",
     ("comparison/paired.py", "gc.disable"): "for processes that time and do nothing else",
     ("comparison/paired.py", "gc.enable"): "for processes that time and do nothing else",
+    ("comparison/blocks_command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/replay_command.py", "redirect_stdout"): "the command line: its process, before any thread",
     ("comparison/tune_command.py", "redirect_stdout"): "the command line: its process, before any thread",

@@ -14,9 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch.nn.functional import pad
-
 from ...kernels.flex_attn import FlexAttn, Variants, check_cpu
 from ...kernels.support.flex_blocks import block_mask
 from ...kernels.support.layout import indexable, on_device_of
@@ -28,6 +25,8 @@ from ..blocks import Blocks
 from ..executor import Executor, Run
 
 if TYPE_CHECKING:
+    import torch
+
     from ...kernels.flex_attn import Arguments
 
 SIZES = (128, 64)
@@ -73,6 +72,8 @@ def filled_length(blocks: Blocks) -> int:
 @lru_cache(maxsize=64)
 def fill(blocks: Blocks, device: torch.device) -> Filled:
     """Blocks filled up; on `device`."""
+    import torch
+
     size, length = size_of(blocks), filled_length(blocks)
     in_order = blocks.index is None and all(tokens % size == 0 for tokens in blocks.sizes[:-1])
     with torch.inference_mode(False):  # kept for calls outside of inference mode too
@@ -117,6 +118,8 @@ def arguments(call: AttentionCall, block_map: BlockMap) -> Arguments:
 
 
 def _placed(tensor: torch.Tensor, side: Filled) -> torch.Tensor:
+    from torch.nn.functional import pad
+
     if side.tokens is not None:
         return tensor.index_select(2, side.tokens)
     missing = side.length - tensor.shape[2]
@@ -155,6 +158,8 @@ class Flex(Executor):
         return ("on a CPU gather is faster",) if platform.kind == "cpu" else ()
 
     def call_reasons(self, call: AttentionCall, block_map: BlockMap) -> Sequence[str]:
+        import torch
+
         if torch.is_grad_enabled() and any(one.requires_grad for one in (call.query, call.key, call.value)):
             return ("gradients are asked for",)
         return ()
@@ -172,6 +177,7 @@ class Flex(Executor):
         return round(copies * item_bytes(request) * MOST_FILLED) + 26 * blocks * request.batch * request.num_heads
 
     def load(self, platform: Platform) -> Run:
+
         check_cpu(platform)
         variants = _variants()
 

@@ -11,10 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch.nn.functional import scaled_dot_product_attention
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...kernels.support.workspace import item_bytes
 from ...values.platform import Platform
@@ -22,6 +19,9 @@ from ...values.request import AttentionCall, AttentionRequest
 from ..block_map import BlockMap
 from ..blocks import Blocks
 from ..executor import Executor, Run
+
+if TYPE_CHECKING:
+    import torch
 
 BUDGET = 16 * 2**20
 """Bytes of gathered keys and values at a time, if more than one query block fits."""
@@ -55,6 +55,8 @@ class _Side:
 
 
 def _side(blocks: Blocks, device: torch.device) -> _Side:
+    import torch
+
     index = None if blocks.index is None else blocks.index.to(device)
     sizes = torch.tensor(blocks.sizes, device=device)
     uniform = blocks.sizes[0] if len(set(blocks.sizes)) == 1 else 0
@@ -73,6 +75,8 @@ class _Group(NamedTuple):
 
 def _groups(block_map: BlockMap) -> list[_Group]:
     """Every row of the map once. Reads the map from its device only where its counts are not known."""
+    import torch
+
     sizes = torch.tensor(block_map.keys.sizes, device="cpu")
     of_queries = torch.tensor(block_map.queries.sizes, device="cpu")
     samples, heads, rows, _ = block_map.seen.shape
@@ -91,6 +95,8 @@ def _groups(block_map: BlockMap) -> list[_Group]:
 
 def _tokens(side: _Side, blocks: torch.Tensor, total: int) -> torch.Tensor:
     """Token numbers of some blocks, (rows, total), in the order of the map; `blocks` is (rows, blocks)."""
+    import torch
+
     most = side.uniform or int(side.sizes.max())
     within = torch.arange(most, device=blocks.device)
     tokens = (side.starts[blocks][..., None] + within).flatten(1)
@@ -101,7 +107,7 @@ def _tokens(side: _Side, blocks: torch.Tensor, total: int) -> torch.Tensor:
     return tokens if side.index is None else side.index[tokens]
 
 
-Buffers = dict[tuple[str, torch.dtype], torch.Tensor]
+Buffers = dict[tuple[str, "torch.dtype"], "torch.Tensor"]
 """Scratch buffers by name and dtype."""
 
 _free = threading.local()
@@ -115,6 +121,8 @@ within it makes others.
 @contextmanager
 def _buffers(call: AttentionCall) -> Iterator[Buffers | None]:
     """Buffers for one call; None where a gradient needs what was gathered, or where the device keeps freed memory."""
+    import torch
+
     tensors = call.query, call.key, call.value
     if call.query.device.type != "cpu" or (torch.is_grad_enabled() and any(each.requires_grad for each in tensors)):
         yield None
@@ -137,6 +145,8 @@ def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
     Returns:
         (batch, num_heads, q_len, v_head_dim), a view of (batch, q_len, num_heads, v_head_dim).
     """
+    import torch
+
     query, value = call.query, call.value
     batch, heads, q_len, _ = query.shape
     output = query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
@@ -152,6 +162,8 @@ def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
 
 
 def _chunks(group: _Group, call: AttentionCall, most: int) -> Iterator[torch.Tensor]:
+    import torch
+
     row = _row_bytes(group.keys, call.query.shape[3], call.value.shape[3], call.query.element_size())
     yield from torch.split(group.rows, min(max(BUDGET // row, 1), most))
 
@@ -161,6 +173,8 @@ def _by_head(
     output: torch.Tensor, buffers: Buffers | None,
 ) -> None:  # fmt: skip
     """The rows of a group, one head after the other: `index_select` is the fastest way to gather on a CPU."""
+    from torch.nn.functional import scaled_dot_product_attention
+
     batch, heads = call.query.shape[:2]
     shares = heads // call.key.shape[1]
     samples_of_map, heads_of_map, count, _ = block_map.seen.shape
@@ -188,6 +202,8 @@ def _by_head(
 
 
 def _select(name: str, rows: torch.Tensor, tokens: torch.Tensor, buffers: Buffers | None) -> torch.Tensor:
+    import torch
+
     size = len(tokens) * rows.shape[1]
     if buffers is None or size * rows.element_size() > BUDGET:
         return rows.index_select(0, tokens)
@@ -202,6 +218,9 @@ def _all_heads(
     output: torch.Tensor,
 ) -> None:  # fmt: skip
     """The rows of a group across heads and samples, for devices where each launched kernel costs time."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
     device = call.query.device
     batch, heads = call.query.shape[:2]
     shares = heads // call.key.shape[1]
