@@ -26,6 +26,8 @@ import { BYPASSED, MUTED, workflowRuns } from './workflow_runs.js'
 
 const NAME = 'attention_backends_line'
 const HEIGHT = 38
+/** The width at which Nodes 2.0 show the longest option of a schedule. */
+const LONG_OPTIONS = 340
 const SHOW_RUNS = ['AttentionBackendSelector', 'AttentionConfigText']
 const CHOOSE = ['AttentionBackendSelector', 'PerRoleAttentionConfig', 'AttentionSchedule']
 const LOOK_AGAIN = 400
@@ -118,7 +120,8 @@ export function nodeLines(app, events, server, say) {
     lines.set(node, line)
     if (globalThis.ResizeObserver) new ResizeObserver(() => fit(line)).observe(text)
     const [width, height] = node.computeSize()
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)])
+    const least = classOf(node) === 'AttentionSchedule' ? LONG_OPTIONS : width
+    node.setSize([Math.max(node.size[0], width, least), Math.max(node.size[1], height)])
   }
 
   /**

@@ -56,7 +56,7 @@ export function showRun(place, run, view, say, phrases, at) {
     list('ab-reasons', say('run.reasons'), reasons),
     list('ab-guard', say('run.guard'), (run.guard ?? []).slice(0, GUARDED).map((found) => guarded(found, say))),
     list('ab-notes', say('run.notes'), run.notes.map(words)),
-    run.bypass && list('ab-bypass', say('run.bypass'), [run.bypass]),
+    run.bypass && list('ab-bypass', say('run.bypass'), [words(run.bypass)]),
     element(
       'div',
       { className: 'ab-buttons' },

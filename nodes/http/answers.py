@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -9,7 +11,7 @@ from aiohttp import web
 from ...backends.observe.autotune.entry import MOST_VALUES
 from ...backends.values.plain_data import load_json
 from ...backends.values.privacy import clean, without_paths
-from ...backends.values.reasons import phrases
+from ...backends.values.reasons import TEMPLATES, Reason, phrases
 
 PREFIX = "/attention_backends"
 
@@ -17,6 +19,27 @@ PREFIX = "/attention_backends"
 def phrases_of(data: object) -> dict[str, Any]:
     """The reasons in an answer, by their texts as they are sent: ids and values, for a page in another language."""
     return {without_paths(text): clean(plain) for text, plain in phrases(data).items()}
+
+
+def bypass_reason(text: str) -> str:
+    """What a run could not count, as the reason of its parts; the text itself where a part is not known."""
+    return _joined(text, "; ", "bypass.with", lambda part: _joined(part, ", ", "bypass.and", _bypass_part))
+
+
+def _joined(text: str, mark: str, reason_id: str, worded: Callable[[str], str]) -> str:
+    whole = worded(text)
+    if isinstance(whole, Reason) or mark not in text:
+        return whole
+    for place in (match.start() for match in re.finditer(re.escape(mark), text)):
+        first, rest = worded(text[:place]), text[place + len(mark) :]
+        if isinstance(first, Reason):
+            return Reason(reason_id, first=first, rest=_joined(rest, mark, reason_id, worded))
+    return text
+
+
+def _bypass_part(text: str) -> str:
+    found = next((name for name, words in TEMPLATES.items() if name.startswith("bypass.") and words == text), None)
+    return text if found is None else Reason(found)
 
 
 class RefusedError(Exception):

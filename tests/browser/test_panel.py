@@ -604,18 +604,20 @@ def test_a_run_that_ends_while_the_connection_is_lost_is_told(server: Server, tm
 LABEL = "an_attention_role_with_a_name_of_more_than_sixty_letters_in_one"
 PLANTED = ("self", "KSampler", "cudnn_attn")
 """Names that are replaced by the label in what the server answers: a role, a node's class, a backend."""
-LOOKS = [
-    pytest.param(palette, language, marks=[] if (palette, language) in (("dark", "en"), ("light", "ja")) else [SLOW])
-    for palette in ("dark", "light")
-    for language in ("en", "zh", "ja", "ko")
-]
 
 
-@pytest.mark.parametrize(("palette", "language"), LOOKS)
+def looks(palette: str, language: str) -> Any:
+    """Every theme in every language, all but one behind `slow`."""
+    every = [(one, other) for one in ("dark", "light") for other in ("en", "zh", "ja", "ko")]
+    cases = [pytest.param(*one, marks=[] if one == (palette, language) else [SLOW]) for one in every]
+    return pytest.mark.parametrize(("palette", "language"), cases)
+
+
+@looks("dark", "en")
 def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palette: str, language: str) -> None:
     """At 100 % zoom nothing is cut off or off the screen, also with a long label; and everything has contrast."""
     settings = {"Comfy.ColorPalette": palette, "Comfy.Locale": language}
-    steps = 7 + LOOKS.index(next(one for one in LOOKS if one.values == (palette, language)))
+    steps = 7 + 4 * (palette == "light") + ("en", "zh", "ja", "ko").index(language)
     with open_comfyui(server.url, tmp_path / "profile", settings) as page:
         load_workflow(page, workflow(backend="cudnn_attn", steps=steps))
         run_workflow(page, server)
@@ -670,3 +672,113 @@ CUT_ANYWHERE = """panel => {
   return [...new Set(found)]
 }"""
 """Texts in the panel, or in its table, that end outside of what is seen to the left or right."""
+
+
+CLIPPED = """(selector) => [...document.querySelectorAll(selector)].flatMap((root) => {
+  const found = []
+  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT)
+  for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+    const seen = text.parentElement.checkVisibility({ visibilityProperty: true, opacityProperty: true })
+    if (!seen || !text.data.trim()) continue
+    const range = document.createRange()
+    range.selectNodeContents(text)
+    for (const one of range.getClientRects()) {
+      if (one.width < 1 || one.height < 2) continue
+      const scrolls = { x: false, y: false }
+      let cut = ''
+      for (let above = text.parentElement; above && above !== document.body; above = above.parentElement) {
+        const { overflowX, overflowY, clipPath } = getComputedStyle(above)
+        const box = above.getBoundingClientRect()
+        if (box.width <= 1 && box.height <= 1) { cut = ''; scrolls.x = scrolls.y = true; break } // for screen readers
+        if (/auto|scroll/.test(overflowX)) scrolls.x = true
+        if (/auto|scroll/.test(overflowY)) scrolls.y = true
+        const [wide, high] = [/hidden|clip/.test(overflowX), /hidden|clip/.test(overflowY)]
+        if (!scrolls.x && wide && (one.left < box.left - 1 || one.right > box.right + 1)) cut ||= 'x'
+        if (!scrolls.y && high && (one.top < box.top - 2 || one.bottom > box.bottom + 2)) cut ||= 'y'
+      }
+      if (!scrolls.x && (one.left < -1 || one.right > innerWidth + 1)) cut ||= 'screen x'
+      if (!scrolls.y && (one.top < -1 || one.bottom > innerHeight + 1)) cut ||= 'screen y'
+      if (cut) found.push(`${cut}: ${text.data.trim().slice(0, 60)}`)
+    }
+  }
+  return [...new Set(found)]
+})"""
+"""Texts that end outside of what is seen, to each side: of the screen, or of a box that neither shows nor scrolls."""
+PLACED = """(types) => {
+  const { graph, canvas } = window.app
+  graph.clear()
+  const right = types.map((type, index) => {
+    const node = window.LiteGraph.createNode(type)
+    graph.add(node)
+    node.pos = [40 + 400 * (index % 3), 60 + 420 * Math.floor(index / 3)]
+    return node.id
+  })
+  canvas.ds.scale = 1
+  canvas.ds.offset[0] = 60
+  canvas.ds.offset[1] = 60
+  canvas.setDirty(true, true)
+  return right
+}"""
+CONFIGURE = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionSchedule", "AttentionConfigText")
+
+
+@looks("light", "ja")
+def test_nodes_tooltips_help_and_settings_are_whole(
+    server: Server, tmp_path: Path, palette: str, language: str
+) -> None:
+    """At 100 % zoom, with a long name of a backend on the line and in the settings."""
+
+    def planted(route: Any) -> None:
+        found = route.fetch().json()
+        if "takes" in found:
+            found.update(backend=LABEL, kind="named", takes=None, reasons=[f"{LABEL} {LABEL}"])
+        else:
+            found["environment"] = {"DIFFUSION_ATTENTION_BACKEND": LABEL}
+        route.fulfill(json=found)
+
+    settings = {
+        "Comfy.ColorPalette": palette, "Comfy.Locale": language, "Comfy.VueNodes.Enabled": True,
+        "LiteGraph.Node.TooltipDelay": 0, "Comfy.Node.AlwaysShowAdvancedWidgets": True,
+    }  # fmt: skip
+    with open_comfyui(server.url, tmp_path / "profile", settings) as page:
+        page.route("**/attention_backends/forecast?*", planted)
+        page.route("**/attention_backends/settings", planted)
+        page.reload()
+        page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
+        page.wait_for_timeout(1500)
+        every = (palette, language) != ("light", "ja")  # the sweep
+        types = CONFIGURE if every else CONFIGURE[:1]
+        ids = page.evaluate(PLACED, types)
+        page.locator(SAID).first.wait_for(timeout=20_000)
+        page.wait_for_timeout(1000)
+        page.screenshot(path=keep(tmp_path, f"nodes_{palette}_{language}.png"))
+        found = page.evaluate(CLIPPED, "[data-node-id]")
+        assert LABEL[:10] in page.locator(SAID).first.inner_text()
+        page.evaluate("(line) => { document.querySelector(line).style.width = '9px' }", SAID)
+        assert page.evaluate(CLIPPED, "[data-node-id]") != [], "what is cut off is seen"
+        page.evaluate("(line) => { document.querySelector(line).style.width = '' }", SAID)
+        tips = page.locator(".p-tooltip")
+        for number in ids:
+            for widget in page.locator(f'[data-node-id="{number}"] [data-testid=widget-layout-field-label]').all():
+                widget.hover()
+                tips.first.wait_for(timeout=5_000)
+                found += page.evaluate(CLIPPED, ".p-tooltip")
+                page.mouse.move(5, 5)
+                tips.first.wait_for(state="detached")
+        for kind in types:
+            page.evaluate(ADD_AND_SELECT, kind)
+            page.get_by_test_id("info-button").click()
+            page.locator(f"{HELP} p").first.wait_for(timeout=10_000)
+            page.wait_for_timeout(300)
+            found += page.evaluate(CLIPPED, HELP)
+        page.screenshot(path=keep(tmp_path, f"help_{palette}_{language}.png"))
+        page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
+        dialog = page.get_by_role("dialog")
+        texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))
+        name = texts.get("settingsCategories", {}).get("Attention Backends", "Attention Backends")
+        dialog.get_by_text(name, exact=True).first.click()
+        dialog.get_by_text(LABEL).first.wait_for()
+        page.screenshot(path=keep(tmp_path, f"settings_{palette}_{language}.png"))
+        found += page.evaluate(CLIPPED, "[role=dialog]")
+        assert found == []
+        assert ours(page) == []

@@ -253,3 +253,12 @@ def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
     from attention_backends.backends.values.privacy import without_paths
 
     assert without_paths(text) == shown
+
+
+def test_what_is_not_counted_has_words_in_every_language() -> None:
+    answers, roles = nodes_module("http.answers"), nodes_module("hook.roles")
+    named = {family.bypass for family in roles.FAMILIES if family.bypass}
+    for text in (*named, *(f"{text}; {roles.CONTROLNETS}" for text in named), roles.CONTROLNETS):
+        found = answers.bypass_reason(text)
+        assert (str(found), bool(answers.phrases_of([found]))) == (text, True)
+    assert answers.phrases_of([answers.bypass_reason("the layers of a new model")]) == {}

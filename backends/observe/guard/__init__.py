@@ -23,6 +23,7 @@ from ...engine.observer import KernelVetoed, Observer, Veto
 from ...kernels.backend import Backend, Kernel
 from ...report.findings import Findings
 from ...values.faults import check_output, is_cuda_fault
+from ...values.reasons import Reason
 from ...values.request import AttentionCall
 from ...values.tolerance import Tolerance, tolerance
 from .turns import FIRST_GAP, LONGEST_GAP, NEVER, Step, Turns, following
@@ -242,19 +243,19 @@ class Guard(Observer):
             return output
         if flag.item() or self.refused_everywhere is not None:
             return output
-        text = f"guard: the output of model call {number} was not finite"
+        text = Reason("guard.output", number=number)
         self.refused_everywhere = text
         output = again()
         if all(bool(tensor.isfinite().all()) for tensor in _tensors(output)):
-            self._note(f"{text}; it was computed again with exact kernels, which run from there on")
+            self._note(Reason("guard.output.again", text=text))
         else:
-            self._note(f"{text}, nor with exact kernels: attention is not the cause")
+            self._note(Reason("guard.output.other", text=text))
         return output
 
     def _note_output(self, values: list[float], number: int) -> None:
         if not values[0] and "output" not in self._logged:
             self._logged.add("output")
-            self._note(f"guard: the output of model call {number} was not finite, the first of this run")
+            self._note(Reason("guard.output.first", text=Reason("guard.output", number=number)))
 
     def _note(self, text: str) -> None:
         if self.run_report.note(text):
