@@ -14,9 +14,10 @@ def recommended_page() -> str:
         "",
         "Where trouble is known with kernels that are not exact, by model family. The input *exceptions for this "
         "model* of **Attention Backend Selector** takes an exact kernel there, the one that `auto` takes, and leaves "
-        "the rest of the model to the backend that you chose. New nodes have it on; ComfyUI's settings under Attention "
-        "Backends change that. Where it is off, a run that would have been concerned says so in its report and on the "
-        "selector.",
+        "the rest of the model to the backend that you chose. New nodes have it on; ComfyUI's settings under "
+        "Attention Backends change that. A graph in API form that leaves it out has new nodes where it is opened in "
+        "the page, and has it off where a script sends it. Where it is off, a run that would have been concerned "
+        "says so in its report and on the selector.",
         "",
         "- A role in **Per-Role Attention Config**, a window in **Attention Schedule**, and both in a configuration "
         "from text stand above it, before or after the selector in the graph: it only takes the place of a default.",

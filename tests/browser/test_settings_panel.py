@@ -199,6 +199,11 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
         assert page.evaluate(VALUES, found) == ["comfy", *defaults, ""]
         assert page.evaluate(COPY, found)[:5] == ["comfy", *defaults]
         choose(page, dict(zip(CHOSEN, (backend, "auto", "auto", *defaults[:3], True), strict=True)))
+        # A graph in API form makes new nodes: what it does not say is the person's.
+        for said, recommended in (({}, True), ({"recommended": False}, False)):
+            graph = {"1": {"class_type": "AttentionBackendSelector", "inputs": {"backend": "comfy", **said}}}
+            page.evaluate("async (graph) => { await window.app.loadApiJson(graph, 'graph') }", graph)
+            assert page.evaluate(VALUES, 1) == ["comfy", *defaults[:-1], recommended, ""]
         assert ours(page) == []
 
 
