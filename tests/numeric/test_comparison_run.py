@@ -388,7 +388,7 @@ def test_a_reference_that_fails_leaves_the_others_without_differences(snapshot: 
 def test_sparse_backends_are_rows_with_their_options() -> None:
     names = parse_backends(["sparge_attn topk=0.5", " Sparge topk=1.0", "video_sparse_attn sparsity=0.5 dense_steps=9"])
     assert names[1:] == ["sparge_attn topk=0.5", "sparge_attn topk=1.0", "video_sparse_attn sparsity=0.5 dense_steps=9"]
-    rows = {row.asked: row for row in compare(small(width=32, height=32), names).report.rows}
+    rows = {row.asked: row for row in compare(small(width=32, height=32, repeat=1), names).report.rows}
     assert list(rows) == names
     assert [rows[name].failed for name in names] == [None] * 4
     assert rows["sparge_attn topk=1.0"].name == "sparge_attn topk=1.0"
@@ -396,7 +396,7 @@ def test_sparse_backends_are_rows_with_their_options() -> None:
     assert errors[0] is not None
     assert errors[0] > 1e-3
     assert errors[1:] == [0.0, 0.0], "everything kept; all steps dense"
-    calls = compare(small(mode="attention", width=32, height=32), names[:2]).report.rows[1].calls
+    calls = compare(small(mode="attention", width=32, height=32, repeat=1), names[:2]).report.rows[1].calls
     wrong = {call.role for call in calls if (call.relative_l2 or 0) > 1e-3}
     assert wrong == {"self"}
 
