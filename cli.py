@@ -301,10 +301,9 @@ def _explain(options: argparse.Namespace) -> int:
     }
     if router.backends[decision.backend].sparse:
         asked = str(decision.options.get("executor", AUTO))
-        with contextlib.suppress(ImportError):  # without torch
-            able, reasons = select(request, router.platform, asked)
-            why_not = {name: list(why) for name, why in reasons.items()}
-            answer["executors"] = {"able": [one.id for one in able], "reasons": why_not}
+        able, reasons = select(request, router.platform, asked)
+        why_not = {name: list(why) for name, why in reasons.items()}
+        answer["executors"] = {"able": [one.id for one in able], "reasons": why_not}
     print(json.dumps(answer, indent=2) if options.json else _sentences(answer, request))
     return 0
 

@@ -16,7 +16,7 @@ from attention_backends.backends.kernels.flex_attn import cpp_compiler  # noqa: 
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
 from attention_backends.backends.sparse import executors as package  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
-from attention_backends.backends.sparse.executor import Executor, executors, select  # noqa: E402
+from attention_backends.backends.sparse.executor import EXECUTOR, Executor, executors, select  # noqa: E402
 from attention_backends.backends.sparse.executors import flex as flexing  # noqa: E402
 from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
@@ -165,6 +165,7 @@ def test_explain_says_which_executor_runs_on_which_machine(capsys: pytest.Captur
 def test_each_executor_says_what_it_takes() -> None:
     call = AttentionCall(*(torch.empty(2, 4, 4096, 64, dtype=torch.float16, device="meta") for _ in range(3)))
     request = call.request(grid=TokenGrid(4, 32, 32))
+    assert set(EXECUTOR.choices) == {"auto", *(executor.id for executor in executors())}
     for executor in executors():
         assert isinstance(executor, Executor)
         assert executor.workspace_bytes(request, CPU) > 0

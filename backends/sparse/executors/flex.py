@@ -177,7 +177,6 @@ class Flex(Executor):
         return round(copies * item_bytes(request) * MOST_FILLED) + 26 * blocks * request.batch * request.num_heads
 
     def load(self, platform: Platform) -> Run:
-
         check_cpu(platform)
         variants = _variants()
 
