@@ -125,7 +125,8 @@ export function ranWords(line, warning, say) {
  */
 function keptText(sparse, say) {
   if (!sparse || !(sparse.calls || sparse.whole)) return ''
-  return sparse.kept === null ? say('line.all_kept') : say('line.kept', { percent: Math.round(100 * sparse.kept) })
+  if (sparse.kept !== null) return say('line.kept', { percent: Math.round(100 * sparse.kept) })
+  return sparse.calls ? '' : say('line.all_kept') // known later, while a run goes on
 }
 
 /** @param {string[][]} texts */

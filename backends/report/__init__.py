@@ -221,7 +221,7 @@ class RunReport:
 
     def windows(self) -> list[dict[str, object]]:
         """The timeline as plain data (`Timeline.as_list`); empty in mode `off`."""
-        return [] if self.mode == "off" else self.timeline.as_list(list(self.rows.values()))
+        return [] if self.mode == "off" else self.timeline.as_list(list(self.rows.values()), live=self.is_live)
 
     def steps_reached(self) -> int | None:
         """Number of the step, from 1, of the last finished model call; None if unknown."""
@@ -243,7 +243,7 @@ class RunReport:
         `kept`, of sparse backends: mean share of query-key pairs that was computed by calls with a map. `dense`: reason
         -> calls that were computed whole. `executors`: what computed the others -> calls. `expected_gain`: 1 / `kept`;
         `measured_gain`: time of a call that was computed whole over that of one with a map, None unless this run timed
-        both.
+        both. While a run goes on, what only its device knows is None.
         """
         gains = self._gains()
         rows = [
@@ -283,10 +283,16 @@ class RunReport:
     def _gains(self) -> dict[int, float | None]:
         if self.mode == "off" or not any(row.kept for row in self.rows.values()):
             return {}
-        return self.timeline.gains(list(self.rows.values()))
+        return self.timeline.gains(list(self.rows.values()), live=self.is_live)
 
-    @staticmethod
-    def _kept(kept: Kept, gain: float | None) -> dict[str, object]:
+    @property
+    def is_live(self) -> bool:
+        """Whether this is a copy of a run that goes on, read by another thread, which is not to wait for a device."""
+        return self.stopped is not None and self.stopped.kind == outcome.RUNNING
+
+    def _kept(self, kept: Kept, gain: float | None) -> dict[str, object]:
+        if self.is_live and not isinstance(kept.total, float) and not kept.total.is_cpu:
+            kept = Kept(0, kept.dense, 0.0, kept.executors)  # it is known when the run is over
         fraction = kept.fraction
         return kept.as_dict() | {"expected_gain": expected_gain(fraction), "measured_gain": gain}
 

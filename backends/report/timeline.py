@@ -66,11 +66,12 @@ class Timeline:
             self.windows = [window for window in self.windows if window.last % self._per_window == 0]
         return window
 
-    def as_list(self, rows: Collection[Row]) -> list[dict[str, Any]]:
+    def as_list(self, rows: Collection[Row], *, live: bool = False) -> list[dict[str, Any]]:
         """`[{"first", "last", "steps": [first, last] or None, "cells": [[row, calls, ms or None], ...]}]`.
 
         Rows as in `RunReport.as_dict`; steps from 0. Equal neighbours without times are merged. A cell of a sparse
-        backend has a fourth value, the share of query-key pairs that its calls computed.
+        backend has a fourth value, the share of query-key pairs that its calls computed; `live`: only where that is
+        known without waiting for a device.
         """
         number, numbers = 0, {}
         for index, row in enumerate(rows):
@@ -78,7 +79,7 @@ class Timeline:
                 numbers[index] = number
                 number += 1
         merged: list[dict[str, Any]] = []
-        for first, last, parts in self._parts(rows):
+        for first, last, parts in self._parts(rows, live):
             cells = [
                 [numbers[row], calls, ms, *([] if part is None else [round(part.fraction, 4)])]
                 for row, calls, ms, part in parts
@@ -94,22 +95,22 @@ class Timeline:
             entry["steps"] = self.steps.between(entry["first"], entry["last"])
         return merged
 
-    def gains(self, rows: Collection[Row]) -> dict[int, float | None]:
+    def gains(self, rows: Collection[Row], *, live: bool = False) -> dict[int, float | None]:
         """Number of a sparse row -> how much faster its calls with a map were than those that were computed whole."""
         found: dict[int, list[Part]] = {}
-        for _, _, parts in self._parts(rows):
+        for _, _, parts in self._parts(rows, live):
             for row, _, _, part in parts:
                 if part is not None:
                     found.setdefault(row, []).append(part)
         return {row: measured_gain(parts) for row, parts in found.items()}
 
-    def _parts(self, rows: Collection[Row]) -> list[tuple[int, int, list[_Cell]]]:
+    def _parts(self, rows: Collection[Row], live: bool) -> list[tuple[int, int, list[_Cell]]]:
         """(first model call, last, cells) of each window, and of what came after the last one."""
         windows, model_calls = list(self.windows), self.model_calls
         if model_calls > (windows[-1].last if windows else 0):
             windows.append(Window(model_calls, rows))
             windows[-1].add_times(rows)
-        kept = _read(windows)
+        kept = _read(windows, live)
         return [
             (before.last + 1, window.last, _cells(before, window, kept))
             for before, window in zip(chain((NOTHING,), windows), windows, strict=False)
@@ -139,17 +140,20 @@ def _cells(before: Window, window: Window, kept: Mapping[int, float]) -> list[_C
                 one.kept.get(row, (0, 0.0, 0)) for one in (window, before)
             )
             both = mapped - mapped_before + dense - dense_before
-            if both:
-                share = kept.get(id(total), total) - kept.get(id(total_before), total_before)
-                part = Part(both, dense - dense_before, share, ms)
+            shares = [one if isinstance(one, float) else kept.get(id(one)) for one in (total, total_before)]
+            if both and shares[0] is not None and shares[1] is not None:
+                part = Part(both, dense - dense_before, shares[0] - shares[1], ms)
         cells.append((row, calls - earlier_calls, ms, part))
     return cells
 
 
-def _read(windows: Iterable[Window]) -> dict[int, float]:
-    """The sums of kept fractions that are tensors, by identity; each device is waited for once."""
+def _read(windows: Iterable[Window], live: bool) -> dict[int, float]:
+    """The sums of kept fractions that are tensors, by identity; each device is waited for once, and not if `live`."""
     tensors = {
-        id(total): total for window in windows for _, total, _ in window.kept.values() if not isinstance(total, float)
+        id(total): total
+        for window in windows
+        for _, total, _ in window.kept.values()
+        if not isinstance(total, float) and (not live or total.is_cpu)
     }
     if not tensors:
         return {}

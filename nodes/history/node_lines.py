@@ -108,14 +108,18 @@ def joined(name: str, entries: list[Entry]) -> dict[str, Any]:
 
 
 def _sparse(summaries: list[dict[str, Any]] | list[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """{"kept": mean over the calls with a map, or None, "calls": those, "whole": calls that were computed whole}."""
+    """{"kept": mean over the calls with a map, "calls": those, "whole": calls that were computed whole}.
+
+    `kept` is None without such calls, and while only a device knows it.
+    """
     found = [(one, sum(one["dense"].values())) for summary in summaries for one in summary["sparse"]]
     if not found:
         return None
     calls = sum(one["calls"] - whole for one, whole in found)
     kept = sum((one["calls"] - whole) * (one["kept"] or 0.0) for one, whole in found)
+    known = calls and all(one["kept"] is not None or one["calls"] == whole for one, whole in found)
     return {
-        "kept": round(kept / calls, 4) if calls else None,
+        "kept": round(kept / calls, 4) if known else None,
         "calls": calls,
         "whole": sum(whole for _, whole in found),
     }

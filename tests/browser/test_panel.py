@@ -496,14 +496,14 @@ SPARSE = """async ([base, run]) => {
   const line = { state: 'done', totals: [{ role: 'self', backend: 'x', calls: 2 }], calls: 2, fallbacks: 0, offers: [],
                  tuning: false, ms_per_step: null, attention_share: null, saved: null, cached: false, step: 1 }
   const say = (key, values) => key + (values?.percent ?? '')
-  const words = (kept) => ranWords({ ...line, sparse: { kept, calls: 2, whole: 2 } }, '', say).texts[0]
-  const short = [0.25, null].map(words)
+  const words = (sparse) => ranWords({ ...line, sparse: { whole: 2, ...sparse } }, '', say).texts[0]
+  const short = [{ kept: 0.25, calls: 2 }, { kept: null, calls: 0 }, { kept: null, calls: 2 }].map(words)
   exact.role = 'cross'
   return [cells.slice(2), said, short, asCsv({ ...run, rows: [exact] }).includes('kept')]
 }"""
 SPARSE_SHOWN = [
     ["video_sparse_attn", "20", "38 %", "2.67x", "2.00x", "none", "", ""], ["4 self video_sparse_attn first steps"],
-    ["x · line.kept25", "x · line.all_kept"], False,
+    ["x · line.kept25", "x · line.all_kept", "x"], False,
 ]  # fmt: skip
 
 TUNED = """async (base) => {

@@ -194,6 +194,8 @@ def test_two_samplers_of_a_split_run_are_one_line() -> None:
     assert line["totals"] == [{"role": "self", "backend": "torch_sdpa", "calls": 16}]
     assert line["saved"] == {"seconds": 2.0, "of": 6.0, "than": ["sage_attn"]}
     assert line["sparse"] == {"kept": 0.25, "calls": 8, "whole": 8}
+    live = entry(3, "5", nodes, sparse=[{"calls": 3, "kept": None, "dense": {}}])
+    assert node_lines.lines(nodes, [live, high], [live, high])["3"]["sparse"] == {"kept": None, "calls": 7, "whole": 4}
     assert line["inputs"] == {"backend": "auto"}
     assert line["models"] == {"1": {"unet_name": "high"}}
     cold = entry(2, "5", nodes, saved=None)

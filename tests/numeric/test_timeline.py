@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from attention_backends.backends.measure.device_clock import DeviceClock
 from attention_backends.backends.report import Row, RunReport
 from attention_backends.backends.report.kept import of_rows
+from attention_backends.backends.report.outcome import RUNNING, Outcome
 from attention_backends.backends.report.steps import Steps
 from attention_backends.backends.report.timeline import MOST
 from attention_backends.backends.values.grid import Kept
@@ -131,6 +133,21 @@ def test_a_sparse_row_says_by_step_what_was_kept_and_gains_against_its_own_dense
     assert both["dense"] == {"the first 2 of 5 steps": 8}
     (whole,) = of_rows([{**plain, "kept": None, "measured_gain": None, "dense": {"the first 10 steps": 10}}])
     assert (whole["kept"], whole["expected_gain"], whole["measured_gain"]) == (None, None, None)
+
+
+def test_while_a_run_goes_on_nobody_waits_for_what_its_device_kept() -> None:
+    """A tensor without values stands for one that the GPU has not computed: reading it fails."""
+    run_report = RunReport(mode="full")
+    row = run_report.row("self", "0", "sparge_attn", "default", "none", None, None)
+    row.kept, row.calls, row.launches = Kept(), 1, 1
+    row.kept.add(torch.empty((), device="meta"), "gather")
+    run_report.end_of_model_call(DeviceClock("cpu"))
+    live = replace(run_report, stopped=Outcome(RUNNING))
+    (plain,) = live.as_dict()["rows"]
+    assert (plain["kept"], plain["expected_gain"], plain["measured_gain"]) == (None, None, None)
+    assert live.windows()[0]["cells"] == [[0, 1, None]]
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        run_report.as_dict()
 
 
 def test_times_that_come_late_belong_to_the_model_call_whose_work_they_are_of() -> None:
