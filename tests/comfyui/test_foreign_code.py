@@ -451,7 +451,7 @@ def test_no_family_of_comfyui_has_another_packs_code(name: str) -> None:
 
 def test_a_mask_that_was_written_to_where_torch_counts_is_read_again() -> None:
     """Outside inference mode a tensor knows how often it was written to, whoever did it."""
-    run = SimpleNamespace(note=lambda text: None)
+    run = SimpleNamespace(note=lambda text: None, asks_for_sparse=False)
     kept = masks.Masks(run, lambda: "")
     mask = torch.zeros(1, 1, 1, 8)
     assert kept.plan(mask, None, 8).strategy == "nothing hidden"
