@@ -17,6 +17,7 @@ from ..config.timetable import Timetable
 from ..engine.priorities import PRIORITIES
 from ..kernels import BACKENDS
 from ..values.mask_plan import NOTHING_HIDDEN
+from ..values.reasons import Reason, known
 
 if TYPE_CHECKING:
     from ..report import Row, RunReport
@@ -178,7 +179,8 @@ def unused_advisories(family: str, run_report: RunReport) -> list[str]:
             )
             for row in rows
         ):
-            notes.append(f"recommended for {advisory.title}: {advisory.what} ({advisory.reason}); {NOT_USED}")
+            what, why = known(advisory.what, "offer."), known(advisory.reason, "offer.why.")
+            notes.append(Reason("offer", title=advisory.title, what=what, reason=why))
     return notes
 
 

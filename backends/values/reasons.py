@@ -79,6 +79,31 @@ TEMPLATES: dict[str, str] = {
     "not_a_backend": "not a backend of this version",
     "not_built": "not supported yet",
     "num_heads": "num_heads {num_heads} > {max}",
+    "offer": "recommended for {title}: {what} ({reason}); not used: switch it on in Attention Backend Selector",
+    "offer.cross": "cross-attention exact",
+    "offer.ends": "the first and the last step exact",
+    "offer.last_blocks": "the last 3 blocks exact",
+    "offer.masked": "calls with masked text exact",
+    "offer.why.ltx": (
+        "the prompt comes in there, its masks go wrong in SageAttention without an error, and it is a small "
+        "part of the work"
+    ),
+    "offer.why.minimax_h3": (
+        "morphing near the end of a clip and garbled text: in the last blocks few channels of the keys are "
+        "strong, and SageAttention's error is 5 % in block 49 of 50 against 2 % in block 44"
+    ),
+    "offer.why.qwen_image": (
+        "black pictures with SageAttention, most builds of which take no mask or drop it; whether that is the "
+        "cause is not settled"
+    ),
+    "offer.why.wan": (
+        "FP4 shows in its videos; the authors of SageAttention 3 advise a more precise kernel in the first "
+        "and the last step of models such as this"
+    ),
+    "offer.why.z_image": (
+        "broken and black pictures of Z-Image with SageAttention; ComfyUI 0.18 to 0.33 gives these models no "
+        "mask, so there it changes nothing, and an exact backend for role joint helps"
+    ),
     "only_comfyui": "runs only inside ComfyUI, which hands over its own function with each call",
     "package.missing": "package {package} is not installed",
     "package.needed": "{reason}, which {by} needs",
@@ -159,6 +184,12 @@ class Reason(str):
 def as_reason(text: str) -> Reason:
     """The reason itself, or a plain text as one, which has no translation."""
     return text if isinstance(text, Reason) else Reason("unavailable", why=text)
+
+
+def known(text: str, prefix: str) -> str:
+    """The reason without values that has this English text, of the ids that begin so; else the text itself."""
+    found = next((name for name, words in TEMPLATES.items() if name.startswith(prefix) and words == text), None)
+    return text if found is None else Reason(found)
 
 
 def error_text(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from aiohttp import web
 from ...backends.observe.autotune.entry import MOST_VALUES
 from ...backends.values.plain_data import load_json
 from ...backends.values.privacy import clean, without_paths
-from ...backends.values.reasons import TEMPLATES, Reason, phrases
+from ...backends.values.reasons import Reason, known, phrases
 
 PREFIX = "/attention_backends"
 
@@ -38,8 +38,7 @@ def _joined(text: str, mark: str, reason_id: str, worded: Callable[[str], str]) 
 
 
 def _bypass_part(text: str) -> str:
-    found = next((name for name, words in TEMPLATES.items() if name.startswith("bypass.") and words == text), None)
-    return text if found is None else Reason(found)
+    return known(text, "bypass.")
 
 
 class RefusedError(Exception):

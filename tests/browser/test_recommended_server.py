@@ -61,7 +61,7 @@ def test_a_graph_without_the_input_runs_as_before(server: Server, tmp_path: Path
 def test_the_input_and_the_route(server: Server) -> None:
     node = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]
     assert list(node["input"]["required"]) == ["model", "backend", "accuracy", "strict", "guard"]
-    assert list(node["input"]["optional"]) == ["recommended", "model_2"]
+    assert list(node["input"]["optional"]) == ["recommended", "model_2", "extra"]
     rows = server.get("/attention_backends/recommended")["recommended"]
     assert [row["families"] for row in rows] == [list(row.families) for row in ADVISORIES]
     wan = next(row for row in rows if row["families"] == ["wan"])
@@ -85,7 +85,7 @@ def test_the_line_on_the_node_offers_it(server: Server, tmp_path: Path, snapshot
             "() => window.app.graph.nodes.find((n) => n.type === 'AttentionBackendSelector').widgets"
             ".filter((w) => w.serialize !== false).map((w) => [w.name, w.value])"
         )
-        assert page.evaluate(widgets)[-2:] == [["guard", "watch"], ["recommended", False]]
+        assert page.evaluate(widgets)[-3:] == [["guard", "watch"], ["recommended", False], ["extra", ""]]
         page.evaluate("async () => { await window.app.queuePrompt(0) }")
         line = page.locator(f"{LINE}[title*='{OFFER}']")
         line.wait_for(timeout=20_000)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from attention_backends.backends.observe.advisories import ADVISORIES, NOT_USED
+from attention_backends.backends.values.reasons import TEMPLATES, Reason, known
 from attention_backends.devtools.server import Server
 from hook_side import nodes_module
 from server_harness import start_server
@@ -255,10 +257,14 @@ def test_paths_are_cut_to_their_last_part(text: str, shown: str) -> None:
     assert without_paths(text) == shown
 
 
-def test_what_is_not_counted_has_words_in_every_language() -> None:
+def test_what_is_not_counted_or_offered_has_words_in_every_language() -> None:
     answers, roles = nodes_module("http.answers"), nodes_module("hook.roles")
     named = {family.bypass for family in roles.FAMILIES if family.bypass}
     for text in (*named, *(f"{text}; {roles.CONTROLNETS}" for text in named), roles.CONTROLNETS):
         found = answers.bypass_reason(text)
         assert (str(found), bool(answers.phrases_of([found]))) == (text, True)
     assert answers.phrases_of([answers.bypass_reason("the layers of a new model")]) == {}
+    for row in ADVISORIES:
+        assert isinstance(known(row.what, "offer."), Reason)
+        assert isinstance(known(row.reason, "offer.why."), Reason)
+    assert TEMPLATES["offer"].endswith(NOT_USED)
