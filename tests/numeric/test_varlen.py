@@ -77,7 +77,7 @@ def run(router: Router, backend: str, call: AttentionCall, config: str = "") -> 
         mask_plan,
         call,
         calls,
-        lambda part, words: session.plan(CallKind(part.request(), "self", "self", mask=words)),
+        lambda part, words, grid: session.plan(CallKind(part.request(), "self", "self", mask=words)),
     )
     arithmetic.CALLS.clear()
     session.attention(parts, call, mask_plan)
