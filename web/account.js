@@ -34,23 +34,23 @@ export const columnsOf = (rows) => {
  * @returns {Row[]}
  */
 export function byRole(rows, words) {
-  /** @type {Map<string, Row & { blocks: Set<string>, same: Row[] }>} */
+  /** @type {Map<string, Row & { blocks: Set<string>, same?: Row[] }>} */
   const sums = new Map()
   for (const row of rows) {
     const key = JSON.stringify([row.role, row.backend, row.member, row.mask, row.asked, row.reason])
     const sum = sums.get(key)
     if (!sum) {
-      sums.set(key, { ...row, blocks: new Set([row.block]), same: [row] })
+      sums.set(key, { ...row, blocks: new Set([row.block]), same: row.kept === undefined ? undefined : [row] })
     } else {
       sum.calls += row.calls
       sum.ms = sum.ms === null || row.ms === null ? null : sum.ms + row.ms
       sum.blocks.add(row.block)
-      sum.same.push(row)
+      sum.same?.push(row)
     }
   }
   return [...sums.values()].map(({ blocks, same, ...row }) => ({
     ...row,
-    ...(row.kept === undefined ? {} : sparseSum(same)),
+    ...(same && sparseSum(same)),
     block: blocks.size === 1 ? row.block : words(blocks.size)
   }))
 }
