@@ -168,7 +168,7 @@ def unused_advisories(family: str, run_report: RunReport) -> list[str]:
     rows = [row for row in run_report.rows.values() if row.calls]
     blocks = tuple(dict.fromkeys(row.block for row in rows))
     defaults = {PLATFORM_ROUTE, *(f"{layer.source}.default" for layer in layers)}
-    notes = []
+    notes: list[str] = []
     for advisory in for_family(family):
         trial = Timetable((replace(layers[0], recommended=(advisory,)), *layers[1:]), blocks=blocks)
         if any(

@@ -65,7 +65,7 @@ def test_a_backend_that_did_not_run_has_a_panel_that_says_why() -> None:
 def test_a_speed_that_may_be_chance_is_explained() -> None:
     rows = [Row("torch_sdpa", step_ms=TIME, speedup=1.0), Row("sdpa_math", step_ms=Spread(6.7, 6, 9.5, 3), speedup=1.5)]
     words, _ = drawn(rows, [picture(), picture()])
-    assert "sdpa_math: about 1.5x faster, identical" in words
+    assert "sdpa_math: about 1.5x faster, bit-identical" in words
     assert "chance\na machine; torch" in words
     clear = [Row(name, step_ms=time, total_ms=time) for name, time in (("a", TIME), ("b", Spread(5, 4, 6, 3)))]
     made = report(*clear)
