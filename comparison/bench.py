@@ -102,7 +102,8 @@ def make_cases(presets: Sequence[Preset], dtype: str, masks: str, kind: str) -> 
         if masks != "unmasked" and preset.padded:
             cases.append(Case(f"{preset.name}, masked", preset.request(dtype, kind), preset.padded, preset))
         elif masks != "unmasked":
-            notes.append(f"{preset.name}: no masked case, this model hides no keys")
+            why = "this model hides no keys" if preset.grid is None else "with a token grid none is measured"
+            notes.append(f"{preset.name}: no masked case, {why}")
     return cases, notes
 
 

@@ -87,7 +87,7 @@ def parse(options: argparse.Namespace) -> Asked:
     """
     spec = AttentionSpec(options.method, parse_extra(options.options))
     if spec.backend not in METHODS:
-        raise ComparisonError(f"{options.method} is no sparse method; there are: {', '.join(METHODS)}")
+        raise ComparisonError(f"{options.method} has no blocks to draw; these methods have: {', '.join(METHODS)}")
     grid = parse_grid(options.grid)
     if grid.queries_only or grid.tokens > MOST_TOKENS:
         why = "has no keys of its own" if grid.queries_only else f"has {grid.tokens} tokens > {MOST_TOKENS}"

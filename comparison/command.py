@@ -19,6 +19,7 @@ HELP = "sample the embedded model once per backend: pictures side by side, diffe
 FILES = ("comparison.png", "comparison.json", "comparison.md")
 EXAMPLES = """examples:
   %(prog)s
+  %(prog)s --frames 4 --backends "sparge_attn topk=0.5, sparge_attn topk=0.25"     options behind a name
   %(prog)s --backends sdpa_math,sage_attn --repeat 5 --prompt "a small blue star at the top on black"
   %(prog)s --mode attention --json
 

@@ -57,7 +57,7 @@ def calls_of(
 
 
 def grid_of_part(grid: TokenGrid | None, part: SubCall) -> TokenGrid | None:
-    """The grid of a sub-call, with the tokens before it that are hidden; None where keys on the grid may be hidden."""
+    """The grid of a sub-call, with the tokens before it that are hidden; `queries_only` where keys on it may be."""
     if grid is None or part.keys is None:
         return None
     if isinstance(part.keys, slice):
@@ -69,7 +69,7 @@ def grid_of_part(grid: TokenGrid | None, part: SubCall) -> TokenGrid | None:
         runs = part.runs or ()
     first, end = grid.before, grid.before + grid.cells
     if not any(start <= first and end <= stop for start, stop in runs):
-        return None
+        return grid._replace(queries_only=True)
     visible = sum(max(min(stop, first) - start, 0) for start, stop in runs)
     return grid._replace(hidden_before=grid.before - visible)
 

@@ -18,6 +18,7 @@ from attention_backends.backends.sparse.block_map import BlockMap, with_other_to
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.executors.gather import gather  # noqa: E402
 from attention_backends.backends.values.grid import TokenGrid, parse_grid  # noqa: E402
+from attention_backends.backends.values.reasons import TEMPLATES  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from sparse_cases import ORDERS, TOLERANCE, random_call, random_grid, random_map  # noqa: E402
 
@@ -148,6 +149,7 @@ def test_padded_prompts_before_the_grid_leave_the_call_sparse(name: str, dtype: 
     sees = literal.with_text(on_grid, 5, 9) & shown
     if not all(sparse for _, sparse in samples):
         assert all(row.backend != "video_sparse_attn" for row in run_report.rows.values())
+        assert not any(TEMPLATES["grid.unknown"] in str(row.reason) for row in run_report.rows.values())
         sees = shown
     else:
         assert {row.backend for row in run_report.rows.values()} == {"video_sparse_attn"}
