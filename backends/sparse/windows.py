@@ -28,7 +28,6 @@ def window_problem(name: str, value: object) -> list[str]:
     return [f"{name} {str(value)[:40]} is not three whole numbers from 1 to {MOST}"]
 
 
-@lru_cache(maxsize=256)
 def window_map(tiles: Window, windows: tuple[Window, ...], *, pushed_in: bool) -> tuple[torch.Tensor, int | None]:
     """The key tiles in the window of each query tile, for each of `windows`.
 
@@ -43,19 +42,27 @@ def window_map(tiles: Window, windows: tuple[Window, ...], *, pushed_in: bool) -
     """
     import torch
 
+    found = [_of_window(tiles, window, pushed_in) for window in windows]
+    if len(found) == 1:
+        return found[0]
+    counts = {count for _, count in found}
+    return torch.cat([seen for seen, _ in found], 1), counts.pop() if len(counts) == 1 else None
+
+
+@lru_cache(maxsize=64)
+def _of_window(tiles: Window, window: Window, pushed_in: bool) -> tuple[torch.Tensor, int | None]:
+    """`window_map` of one window; kept alone, as the heads of many layers and steps share a few."""
+    import torch
+
+    by_axis = []
+    for count, width in zip(tiles, window, strict=True):
+        place = torch.arange(count, device="cpu")
+        half = width // 2
+        centre = place.clamp(min=half).clamp(max=count - 1 - half) if pushed_in else place
+        by_axis.append((centre[:, None] - place).abs() <= half)
+    frames, height, width_ = by_axis
+    near = frames[:, None, None, :, None, None] & height[None, :, None, None, :, None] & width_[:, None, None, :]
     total = tiles[0] * tiles[1] * tiles[2]
-    maps = []
-    for window in windows:
-        by_axis = []
-        for count, width in zip(tiles, window, strict=True):
-            place = torch.arange(count, device="cpu")
-            half = width // 2
-            centre = place.clamp(min=half).clamp(max=count - 1 - half) if pushed_in else place
-            by_axis.append((centre[:, None] - place).abs() <= half)
-        frames, height, width_ = by_axis
-        near = frames[:, None, None, :, None, None] & height[None, :, None, None, :, None] & width_[:, None, None, :]
-        maps.append(near.reshape(total, total))
-    found = torch.stack(maps)[None]
-    counts = found.sum(-1)
+    counts = near.sum((3, 4, 5))
     same = int(counts[0, 0, 0]) if bool((counts == counts[0, 0, 0]).all()) else None
-    return found, same
+    return near.reshape(1, 1, total, total), same

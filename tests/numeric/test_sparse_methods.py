@@ -35,6 +35,7 @@ from attention_backends.backends.sparse.methods import (  # noqa: E402
     video_sparse,
 )  # fmt: skip
 from attention_backends.backends.sparse.methods.sliding_tile import parse_strategy, read_strategy  # noqa: E402
+from attention_backends.backends.sparse.windows import window_map  # noqa: E402
 from attention_backends.backends.values.errors import ConfigError  # noqa: E402
 from attention_backends.backends.values.grid import Kept, Place, Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
@@ -621,6 +622,17 @@ def test_static_maps_are_made_once_and_read_nothing_from_a_device() -> None:
         assert isinstance(two, BlockMap)
         assert one.seen is two.seen
         assert one.counts is not None
+
+
+def test_maps_of_many_heads_are_not_kept() -> None:
+    """A mask strategy file has other windows in each step and layer: those maps together would take gigabytes."""
+    several = (1, 1, 3), (3, 1, 1), (3, 3, 3)
+    found, count = window_map((3, 4, 5), several, pushed_in=True)
+    assert (found.shape, count) == ((1, 3, 60, 60), None)
+    gone = weakref.ref(found)
+    del found
+    assert gone() is None
+    assert window_map((3, 4, 5), ((1, 1, 3), (3, 1, 1)), pushed_in=True)[1] == 3
 
 
 @pytest.mark.parametrize("backend_id", LEAVES_OUT)
