@@ -103,6 +103,7 @@ def test_every_text_is_there_and_none_is_left_over() -> None:
     used = set(re.findall(r"""say\(\s*['"]([\w.]+)['"]""", source))
     # Keys that are put together: `say(done ? 'copy.done' : 'copy.failed')` and `columns.${name}`.
     used |= set(re.findall(r"""say\(\w+ \? '([\w.]+)'""", source)) | set(re.findall(r""" : '(copy\.\w+)'\)""", source))
+    used |= {f"{name}.title" for name in re.findall(r"""section\(\s*['"](\w+)['"]""", source)}
     parts = set(re.findall(r"say\(`([\w.]+)\$\{", source))
     known = leaves(words())
     assert used <= known
