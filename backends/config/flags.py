@@ -49,6 +49,8 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
             ),
             "sets sparse kernels of xfuser's own, whose names are refused here",
         ),
+        "vsa_sparsity": "sets what video_sparse_attn leaves out in FastVideo, as its option sparsity does here",
+        "sta_mode": "sets the mode of sliding_tile_attn in FastVideo, as its option sta_mode does here",
         "fastvideo_fa4": "chooses FlashAttention 4 in FastVideo; flash_attn_4 asks for it here",
         "force_upcast_attention": "upcasts attention in ComfyUI; start ComfyUI with it, then it counts here too",
         "dont_upcast_attention": "leaves out upcasts in ComfyUI; give it to ComfyUI when it starts",

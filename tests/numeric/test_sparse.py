@@ -292,6 +292,11 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(ran_sparsely(Q, Q, Q), expected)
 
 
+def test_a_batch_of_no_samples_is_no_failure() -> None:
+    empty = Q[:0]
+    assert ran_sparsely(empty, empty, empty).shape == empty.shape
+
+
 def test_a_sample_without_a_visible_key_leaves_the_others_sparse() -> None:
     batch = torch.randn(2, 2, 270, 8)
     mask = torch.ones(2, 1, 1, 270, dtype=torch.bool)

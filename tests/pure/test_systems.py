@@ -292,6 +292,7 @@ FORMS: dict[str, dict[str, Any] | str] = {
         "default": {"backend": "flashinfer_attn"}
     },
     "DIFFUSION_ATTENTION_QUANT=fp8:fp8": "name a backend",
+    "--VSA-sparsity 0.9": "its option sparsity",
     '{"schedule": [{"start": 0, "end": 2, "profile": "dense"}]}': "diffusion_attention_schedule",
     "--attention-backend sparge_attn --attention-backend-config topk=0.3": {
         "default": {"backend": "sparge_attn", "extra": {"topk": 0.3}}
