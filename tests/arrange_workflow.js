@@ -87,6 +87,7 @@ async ({ name, nodes, columns, folded, fixed, models, about }) => {
 
   graph.setDirtyCanvas(true, true)
   const { workflow, output } = await app.graphToPrompt()
+  for (const { inputs = [] } of workflow.nodes) for (const input of inputs) delete input.label // it is in one language
   workflow.extra.ds = { scale: 1, offset: [70, 70] } // opened as a file: the loaders at 100 %, left of them the toolbar
   return [JSON.stringify(workflow), JSON.stringify(output)]
 }

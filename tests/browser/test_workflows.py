@@ -77,6 +77,8 @@ def test_saved_form_is_flat_and_draws_a_new_seed_for_each_run(name: str) -> None
     workflow = saved(name)
     assert {"nodes", "links", "groups", "version"} <= set(workflow)
     assert "definitions" not in workflow  # subgraphs
+    # A label that is saved hides the one in the page's language.
+    assert not any("label" in entry for node in workflow["nodes"] for entry in node.get("inputs", ()))
     types = sorted(node["type"] for node in workflow["nodes"])
     assert types == sorted([*(node["class_type"] for node in api_form(name).values()), "MarkdownNote"])
     fixed = [int(number) for number in WORKFLOWS[name]().fixed]
