@@ -199,4 +199,4 @@ def note_without_advisory(family: str, layers: tuple[AttentionConfig, ...]) -> s
         return ""
     if any(advisory.applies_to(asked, accuracy) for advisory in for_family(family)):
         return ""
-    return f"exceptions for this model: none are known for {family or 'this family'} with {asked or AUTO}"
+    return Reason("no_exceptions", family=family or Reason("no_exceptions.family"), backend=asked or AUTO)

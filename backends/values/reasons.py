@@ -76,6 +76,8 @@ TEMPLATES: dict[str, str] = {
     "lse.none": "gives no log-sum-exp",
     "mask": "does not support a {mask} mask",
     "named": "{name}: {reason}",
+    "no_exceptions": "exceptions for this model: none are known for {family} with {backend}",
+    "no_exceptions.family": "this family",
     "not_a_backend": "not a backend of this version",
     "not_built": "not supported yet",
     "num_heads": "num_heads {num_heads} > {max}",

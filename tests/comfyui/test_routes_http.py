@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from attention_backends.backends.observe.advisories import ADVISORIES, NOT_USED
+from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.observe.advisories import ADVISORIES, NOT_USED, note_without_advisory
 from attention_backends.backends.values.reasons import TEMPLATES, Reason, known
 from attention_backends.devtools.server import Server
 from hook_side import nodes_module
@@ -268,3 +269,5 @@ def test_what_is_not_counted_or_offered_has_words_in_every_language() -> None:
         assert isinstance(known(row.what, "offer."), Reason)
         assert isinstance(known(row.reason, "offer.why."), Reason)
     assert TEMPLATES["offer"].endswith(NOT_USED)
+    named = (AttentionConfig(default=AttentionSpec("sage_attn")),)
+    assert [isinstance(note_without_advisory(family, named), Reason) for family in ("", "hunyuan_video")] == [True] * 2
