@@ -222,6 +222,9 @@ class SparseKernel:
                 )
             if not call.query.numel():
                 return dense(call)
+            if is_recorded(call):
+                kept.add_dense("a CUDA graph is recorded")
+                return dense(call)
             with torch.autocast(call.query.device.type, enabled=False):  # scores in float32, output in the call's dtype
                 selected = method.select_at(on_grid, grid, where, options)
                 if not isinstance(selected, Dense):
@@ -273,6 +276,15 @@ class SparseKernel:
         if run is None:
             run = self._loaded[executor.id] = executor.load(self.platform)
         return run
+
+
+def is_recorded(call: AttentionCall) -> bool:
+    """Whether a CUDA graph records this call: choosing and computing blocks may read values, and a graph would repeat
+    the blocks of one step.
+    """
+    import torch
+
+    return call.query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def layer_of(block: str) -> int | None:

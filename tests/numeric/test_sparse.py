@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 import literal_sparse as literal  # noqa: E402
 from attention_backends.backends import CheckError, account, attention  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
+from attention_backends.backends.sparse import method  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.executors.gather import gather  # noqa: E402
@@ -290,6 +291,15 @@ def test_autocast_changes_nothing() -> None:
     expected = ran_sparsely(Q, Q, Q)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ran_sparsely(Q, Q, Q), expected)
+
+
+def test_while_a_cuda_graph_is_recorded_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method, "is_recorded", lambda call: True)
+    with account() as run_report:
+        output = attention(Q, Q, Q, backend=EIGHTH, grid=(5, 6, 9))
+    assert torch.equal(output, attention(Q, Q, Q))
+    (row,) = run_report.as_dict()["rows"]
+    assert (row["kept"], sum(row["dense"].values())) == (None, 1)
 
 
 def test_a_batch_of_no_samples_is_no_failure() -> None:
