@@ -67,10 +67,17 @@ class Option:
         if self.choices and value not in self.choices:
             return f"{self.name} {value!r} is not one of {', '.join(str(choice) for choice in self.choices)}"
         if self.minimum is not None and value < self.minimum:  # type: ignore[operator]  # only numbers have limits
-            return f"{self.name} {value} < {self.minimum:g}"
+            return f"{self.name} {value} < {self.minimum:g}{self._allowed}"
         if self.maximum is not None and value > self.maximum:  # type: ignore[operator]
-            return f"{self.name} {value} > {self.maximum:g}"
+            return f"{self.name} {value} > {self.maximum:g}{self._allowed}"
         return None
+
+    @property
+    def _allowed(self) -> str:
+        """The range, where it has two ends: of the other one a message says the limit already."""
+        if self.minimum is None or self.maximum is None:
+            return ""
+        return f" (from {self.minimum:g} to {self.maximum:g})"
 
     def _problem_by_step(self, value: list[object] | dict[str, object]) -> str | None:
         """What is wrong with values that change by step."""
