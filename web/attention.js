@@ -55,7 +55,7 @@ const extension = {
       render(place) {
         if (panel?.element.parentElement === place) return // the front end renders the same place again and again
         panel?.close()
-        panel = openPanel(place, api, server, say, lines.titleOf)
+        panel = openPanel(place, api, server, say, lines.titlesOf)
       },
       destroy() {
         panel?.close()

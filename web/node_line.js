@@ -228,7 +228,7 @@ export function nodeLines(app, events, server, say) {
   timer.unref?.() // only tests run it where that is there
 
   return {
-    titleOf: runsOf.title,
+    titlesOf: runsOf.titles,
     /**
      * Prepares a new node: it tells the server who queued it, and what holds for it is watched.
      *

@@ -34,10 +34,10 @@ const OVER = ['execution_success', 'execution_error', 'execution_interrupted', '
  * @param {import('@comfyorg/comfyui-frontend-types').ComfyApi} events ComfyUI's events
  * @param {Server} server
  * @param {Say} say
- * @param {(mark: string) => string} [titleOf] the open workflow of this page with a mark; empty for another one
+ * @param {(mark: string, id: string) => string[]} [titlesOf] of the open workflow with a mark, and of a node in it
  * @returns {{ element: HTMLElement, close: () => void }}
  */
-export function openPanel(place, events, server, say, titleOf = () => '') {
+export function openPanel(place, events, server, say, titlesOf = () => []) {
   const status = element('p', { className: 'ab-status', role: 'status' })
   const missed = element('p', { className: 'ab-status ab-hint', role: 'status' })
   const runs = element('ul', { className: 'ab-runs' })
@@ -219,9 +219,10 @@ export function openPanel(place, events, server, say, titleOf = () => '') {
   function nameOf({ begun, queued_by: mark, sampler, seed, number, model }) {
     const at = begun ? new Date(begun * 1000) : undefined
     const time = at && [at.getHours(), at.getMinutes()].map((part) => String(part).padStart(2, '0')).join(':')
-    const node = sampler?.class_type && `${titleOfKind(sampler.class_type)} #${sampler.id}`
+    const [workflow, title] = mark ? titlesOf(mark, String(sampler?.id)) : []
+    const node = sampler?.class_type && `${title || titleOfKind(sampler.class_type)} #${sampler.id}`
     const known = typeof seed === 'number' || typeof seed === 'string' ? say('runs.seed', { seed }) : ''
-    return [time, mark && titleOf(mark), node || `${number}. ${model || '?'}`, known].filter(Boolean).join(' · ')
+    return [time, workflow, node || `${number}. ${model || '?'}`, known].filter(Boolean).join(' · ')
   }
 
   /** @param {RunSummary} run */

@@ -149,15 +149,18 @@ export function workflowRuns(app, opened) {
     /** What the nodes of the shown workflow say, by their ids. */
     shown: () => said.get(marks.get(active()) ?? '') ?? new Map(),
     /**
-     * The name of the open workflow that has a mark; empty where none of this page has it.
+     * The names of the open workflow that has a mark, and of a node in it that has a title of its own; empty where
+     * there is none.
      *
      * @param {string} mark
+     * @param {string} id
      */
-    title(mark) {
+    titles(mark, id) {
       /** @type {any[]} */
       const open = /** @type {any} */ (app.extensionManager?.workflow)?.openWorkflows ?? []
       const found = open.find((workflow) => marks.get(workflow) === mark)
-      return found ? String(found.path ?? '').replace(/^.*\//, '').replace(/\.json$/, '') : ''
+      const node = found?.activeState?.nodes?.find((/** @type {any} */ one) => String(one.id) === id)
+      return [String(found?.path ?? '').replace(/^.*\//, '').replace(/\.json$/, ''), String(node?.title ?? '')]
     }
   }
 }

@@ -348,6 +348,7 @@ def test_three_clicks_and_one_queue(server: Server, tmp_path: Path, nodes_2: boo
         assert "of 4000" in cancelled.inner_text()
         assert cancelled.inner_text().startswith("\u26a0")
         assert page.evaluate(OUTSIDE, SAID) == []
+        open_tab(page).get_by_text("Low noise #").first.wait_for()  # runs have the titles of the graph's nodes
         assert ours(page) == []
 
 

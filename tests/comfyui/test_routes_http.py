@@ -269,5 +269,5 @@ def test_what_is_not_counted_or_offered_has_words_in_every_language() -> None:
         assert isinstance(known(row.what, "offer."), Reason)
         assert isinstance(known(row.reason, "offer.why."), Reason)
     assert TEMPLATES["offer"].endswith(NOT_USED)
-    named = (AttentionConfig(default=AttentionSpec("sage_attn")),)
-    assert [isinstance(note_without_advisory(family, named), Reason) for family in ("", "hunyuan_video")] == [True] * 2
+    layers = (AttentionConfig(default=AttentionSpec("sage_attn")),)
+    assert all(isinstance(note_without_advisory(family, layers), Reason) for family in ("", "hunyuan_video"))
