@@ -160,6 +160,10 @@ def test_explain_says_which_executor_runs_on_which_machine(capsys: pytest.Captur
     assert found == snapshot
     assert main(["explain", "--platform", "cuda:9.0", *call]) == 0
     assert "by: gather." in capsys.readouterr().out
+    named = json.dumps({"default": {"backend": "subblock_attn", "extra": {"executor": "flex"}}})
+    request = ("--request", call[1].replace("fp16", "fp64"), "--config", named)
+    assert main(["explain", "--platform", "cuda:9.0,packages=triton==3.6.0", *request]) == 0
+    assert "by: none, so" in capsys.readouterr().out
 
 
 def test_each_executor_says_what_it_takes() -> None:

@@ -22,6 +22,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.blocks import Blocks, cut  # noqa: E402
 from attention_backends.backends.sparse.by_step import value_at  # noqa: E402
+from attention_backends.backends.sparse.choose_blocks import until_share  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.method import SparseKernel, SparseMethod, Where  # noqa: E402
 from attention_backends.backends.sparse.methods import (  # noqa: E402
@@ -370,6 +371,10 @@ def test_of_equal_scores_the_first_blocks_are_kept(backend_id: str) -> None:
     kept = found.seen[0, 0, 0].int()
     assert kept.sum() < len(kept)
     assert torch.equal(kept.sort(descending=True).values, kept)
+
+
+def test_the_block_that_reaches_the_share_is_the_last_one() -> None:
+    assert until_share(torch.zeros(1, 4), 0.5).tolist() == [[True, True, False, False]]
 
 
 # Steps and layers
