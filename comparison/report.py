@@ -115,7 +115,8 @@ class Row:
     def name(self) -> str:
         """What stands over its picture: the name, and what really ran if that is something else."""
         name = self.label or self.asked
-        return name if self.ran in (None, name, self.asked.partition(" ")[0]) else f"{name} -> {self.ran}"
+        backend = self.asked if " + " in self.asked else self.asked.partition(" ")[0]  # of several roles; with options
+        return name if self.ran in (None, name, backend) else f"{name} -> {self.ran}"
 
     @property
     def verdict(self) -> str:

@@ -87,7 +87,7 @@ export function ranWords(line, warning, say) {
   const kind = outcome?.kind ?? 'done'
   const figures = [
     line.attention_share === null ? '' : say('line.share', { percent: Math.round(line.attention_share * 100) }),
-    savedText(line.saved, say)
+    line.fallbacks && line.fallbacks === line.calls ? '' : savedText(line.saved, say) // nothing ran as asked
   ]
   const [share, saved] = figures
   const fell = line.fallbacks ? say('line.fell_back', { fallbacks: line.fallbacks, calls: line.calls }) : ''
@@ -183,7 +183,7 @@ function duration(ms, say) {
  * @param {Say} say
  */
 function savedText(saved, say) {
-  if (!saved) return ''
+  if (!saved || Math.abs(saved.seconds) < 0.05) return '' // 0.0 s
   const backend = listed(saved.than)
   const share = saved.seconds / saved.of
   if (Math.abs(share) < EQUAL) return say('line.equal', { backend })

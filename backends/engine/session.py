@@ -288,7 +288,7 @@ class Session:
         )  # fmt: skip
         row.member = None if label else backend.kernel_name(request, self.router.platform)
         if kernel is None:
-            kernel = self.kernel_of_row(decision, kind, row)
+            kernel = self.kernel_of_row(decision, kind, row) if backend.sparse else self.kernel(decision, kind)
         wrappers = []
         for observer in self.observers:
             wrapper = observer.wrapper(kind, backend, row, self.router.platform)
