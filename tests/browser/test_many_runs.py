@@ -258,6 +258,7 @@ def counters(page: Any) -> dict[str, int]:
     return {"nodes": found["nodes"], "listeners": found["jsEventListeners"], "heap": int(heap)}
 
 
+@pytest.mark.slow
 @pytest.mark.comfy
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
