@@ -257,6 +257,7 @@ def test_the_tests_of_all_backends_pass(pack: Path) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
 
 
+@pytest.mark.slow
 def test_its_numbers_are_compared_and_one_that_drops_something_fails(pack: Path) -> None:
     for dropped, (line, wrong) in DROPPED.items():
         assert FILE.count(line) == 1
