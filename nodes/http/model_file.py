@@ -22,6 +22,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ..history import runs
 from ..hook.attention_modules import family_of_model
 from ..hook.roles import known_roles, roles_at
@@ -79,6 +80,8 @@ def _in_file(path: str, _changed: int, size: int) -> ModelFacts | None:
         weights, metadata = _header(path, size)
         model = _without_weights(weights, metadata)
     except Exception as error:  # a format that this ComfyUI does not know can fail anywhere
+        if is_out_of_memory(error) or is_cuda_fault(error):
+            raise
         log.debug("the header of a model file tells nothing: %s", error)
         return None
     return None if model is None else _facts(model)
