@@ -116,7 +116,7 @@ def memory() -> dict[str, Any]:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         call = tensors(8192, dtype)
-        stated = gathering.workspace_bytes(call.request(), call.query.element_size())
+        stated = gathering.workspace_bytes(call.request(), call.query.element_size(), on_cpu=True)
         stock = peak_bytes(lambda call=call: dense(call))
         row: dict[str, Any] = {"dense_bytes": stock, "stated_workspace": stated}
         for name, share in KEPT.items():
