@@ -64,7 +64,7 @@ export function nodeLines(app, events, server, say) {
   const runsOf = workflowRuns(app, refill)
   /** Marks of which the server was asked since there was a connection. @type {Set<string>} */
   const asked = new Set()
-  let lastAsked = 0
+  let [lastAsked, turns] = [0, 0]
 
   /**
    * Writes what holds for a node now.
@@ -94,9 +94,8 @@ export function nodeLines(app, events, server, say) {
     const { forecast, said } = line
     const foreseen = forecast && forecastWords(forecast, kindOf(node), say)
     const isOff = node.mode === MUTED || node.mode === BYPASSED
-    if (!isOff && said && (isGoing(said) || holds(app, node, said))) {
-      return { ...ranWords(said, foreseen?.tone === 'bad' ? foreseen.title : '', say), of: 'run' }
-    }
+    const run = !isOff && said && (isGoing(said) ? said : lastThatHolds(app, node, said))
+    if (run) return { ...ranWords(run, foreseen?.tone === 'bad' ? foreseen.title : '', say), of: 'run' }
     if (isOff || !foreseen) return { texts: [], title: '', tone: 'plain', of: 'nothing' }
     return { ...foreseen, of: 'forecast' }
   }
@@ -149,14 +148,15 @@ export function nodeLines(app, events, server, say) {
   /**
    * Asks what a prompt, or the last one of a workflow, came to.
    *
-   * @param {{ prompt_id: string } | { mark: string }} of
-   * @param {boolean} isOver a node that still waits will not run
+   * @param {Parameters<typeof server.nodeLines>[0]} of
    */
-  async function ask(of, isOver) {
+  async function ask(of) {
+    const turn = (turns += 1)
     const found = await server.nodeLines(of).catch(() => undefined)
     if (!found) return
-    const all = Object.entries(found.nodes).filter(([, one]) => !(isOver && one.state === 'waiting'))
-    runsOf.keep(found.mark, all.map(([id, one]) => [id, { ...one, prompt: found.prompt_id ?? '', phrases: found.phrases }]))
+    const all = Object.entries(found.nodes)
+    const { prompt_id: prompt, phrases } = found
+    runsOf.keep(found.mark, all.map(([id, one]) => [id, { ...one, prompt: prompt ?? '', phrases }]), turn)
     refill()
   }
 
@@ -166,7 +166,9 @@ export function nodeLines(app, events, server, say) {
   /** @param {Event} event */
   function tellRun(event) {
     const prompt = promptOf(event)
-    if (prompt) ask({ prompt_id: prompt }, OVER.some((name) => name === event.type))
+    const isOver = OVER.some((name) => name === event.type)
+    const ended = event.type === 'execution_success' ? 'success' : 'stopped'
+    if (prompt) ask({ prompt_id: prompt, ...(isOver && { ended }) })
   }
 
   /** @param {Event} event */
@@ -188,7 +190,7 @@ export function nodeLines(app, events, server, say) {
     const mark = runsOf.mark()
     if (!mark || asked.has(mark)) return
     asked.add(mark)
-    ask({ mark }, false)
+    ask({ mark })
   }
 
   /** Hands the shown workflow's lines to its nodes, which are new ones each time that it is opened. */
@@ -276,6 +278,13 @@ function kindOf(node) {
 const linksOf = (node) => JSON.stringify(
   node.inputs?.flatMap((one, slot) => (one.type === 'MODEL' ? [node.getInputLink(slot)?.id ?? null] : [])) ?? []
 )
+
+/**
+ * @param {ComfyApp} app
+ * @param {LGraphNode} node
+ * @param {Said} said
+ */
+const lastThatHolds = (app, node, said) => [said, ...(said.earlier ?? [])].find((one) => holds(app, node, one))
 
 /**
  * Whether a node, and those that its model comes from, are as they were queued.

@@ -153,10 +153,10 @@ export function serverRoutes(api) {
     /**
      * What prompts came to on our nodes: of one prompt, or of the last one with a mark.
      *
-     * @param {{ prompt_id: string } | { mark: string }} of
+     * @param {{ prompt_id: string, ended?: 'success' | 'stopped' } | { mark: string }} of
      * @returns {Promise<NodeLines>}
      */
-    nodeLines: (of) => json(`node_lines?${new URLSearchParams(of)}`),
+    nodeLines: (of) => json(`node_lines?${new URLSearchParams(Object.entries(of))}`),
 
     /**
      * What a node will do on this server; undefined where the server does not know the backend. Asked once per page.

@@ -10,14 +10,17 @@
 /**
  * @typedef {import('@comfyorg/comfyui-frontend-types').ComfyApp} ComfyApp
  * @typedef {import('./node_line.js').LGraphNode} LGraphNode
- * @typedef {import('./server.js').NodeLine & { prompt: string, links?: string }} Said
- *   links: the connections of the node's models when it was first shown
+ * @typedef {import('./server.js').NodeLine & { prompt: string, links?: string, earlier?: Said[] }} Said
+ *   links: the connections of the node's models when it was first shown; earlier: finished runs with other values, the
+ *   last one first
  * @typedef {{ path: string, graph: string, mark: string, gone: [id: string, prompt: string][] }} Stored
  */
 
 const INPUT = 'attention_backends_mark'
 /** Workflows whose runs are remembered, and nodes of each: a page can stay open for weeks. */
 const KEPT = 200
+/** Runs of a node with other values that are remembered. */
+const EARLIER = 8
 const STORED = 'attention_backends_marks'
 /** Values of a node's `mode`. */
 export const [MUTED, BYPASSED] = [2, 4]
@@ -29,7 +32,7 @@ export const [MUTED, BYPASSED] = [2, 4]
 export function workflowRuns(app, opened) {
   /** @type {WeakMap<object, string>} */
   const marks = new WeakMap()
-  /** By mark, the workflow that queued last at the end. @type {Map<string, Map<string, Said>>} */
+  /** By mark, the workflow that queued last at the end. @type {Map<string, { turn: number, lines: Map<string, Said> }>} */
   const said = new Map()
   /** Node and prompt of lines that hold no more, as a later prompt did not have the node. @type {Map<string, Set<string>>} */
   const gone = new Map()
@@ -43,7 +46,7 @@ export function workflowRuns(app, opened) {
     const workflow = active()
     const found = known() ?? random()
     marks.set(workflow, found)
-    put(said, found, said.get(found) ?? new Map())
+    put(said, found, said.get(found) ?? nothing())
     return found
   }
 
@@ -56,7 +59,7 @@ export function workflowRuns(app, opened) {
       const [found] = index < 0 ? [] : before.splice(index, 1) // it is of one workflow
       if (found) {
         marks.set(workflow, found.mark)
-        put(said, found.mark, new Map())
+        put(said, found.mark, nothing())
         put(gone, found.mark, new Set(found.gone.map(([id, prompt]) => key(id, prompt))))
       }
     }
@@ -123,14 +126,15 @@ export function workflowRuns(app, opened) {
      *
      * @param {string | null | undefined} queuedBy
      * @param {(readonly [id: string, said: Said])[]} lines
+     * @param {number} turn of the question that was answered: an answer that comes late changes nothing
      */
-    keep(queuedBy, lines) {
+    keep(queuedBy, lines, turn) {
       const before = said.get(queuedBy ?? '')
-      if (!queuedBy || !before) return
+      if (!queuedBy || !before || turn < before.turn) return
       const lost = gone.get(queuedBy)
       const now = lines.slice(0, KEPT).filter(([id, one]) => !lost?.has(key(id, one.prompt)))
-      for (const [id, one] of now) if (before.get(id)?.prompt === one.prompt) one.links = before.get(id)?.links
-      said.set(queuedBy, new Map(now))
+      for (const [id, one] of now) follow(one, before.lines.get(id))
+      said.set(queuedBy, { turn, lines: new Map(now) })
     },
     /**
      * Forgets what a node of the shown workflow says.
@@ -140,14 +144,14 @@ export function workflowRuns(app, opened) {
     drop(id) {
       const mark = marks.get(active()) ?? ''
       const lost = gone.get(mark) ?? new Set()
-      lost.add(key(id, said.get(mark)?.get(id)?.prompt ?? ''))
+      lost.add(key(id, said.get(mark)?.lines.get(id)?.prompt ?? ''))
       put(gone, mark, lost)
-      said.get(mark)?.delete(id)
+      said.get(mark)?.lines.delete(id)
     },
     /** The mark of the shown workflow, if there is one. */
     mark: known,
     /** What the nodes of the shown workflow say, by their ids. */
-    shown: () => said.get(marks.get(active()) ?? '') ?? new Map(),
+    shown: () => said.get(marks.get(active()) ?? '')?.lines ?? new Map(),
     /**
      * The names of the open workflow that has a mark, and of a node in it that has a title of its own; empty where
      * there is none.
@@ -164,6 +168,27 @@ export function workflowRuns(app, opened) {
     }
   }
 }
+
+const nothing = () => ({ turn: 0, lines: new Map() })
+
+/**
+ * Hands on what a node said before: of the same prompt its connections, of another one the run, unless this one has the
+ * same values.
+ *
+ * @param {Said} now
+ * @param {Said | undefined} before
+ */
+function follow(now, before) {
+  if (!before) return
+  const isSame = before.prompt === now.prompt
+  if (isSame) now.links = before.links
+  const own = valuesOf(now)
+  const found = [...(isSame || before.state !== 'done' ? [] : [before]), ...(before.earlier ?? [])]
+  now.earlier = found.filter((one) => valuesOf(one) !== own).slice(0, EARLIER)
+}
+
+/** @param {Said} line */
+const valuesOf = ({ inputs, models }) => JSON.stringify([inputs, models])
 
 /** @type {(id: string, prompt: string) => string} */
 const key = (id, prompt) => JSON.stringify([id, prompt])

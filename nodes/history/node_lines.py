@@ -1,7 +1,8 @@
 """What the last prompt of a workflow came to on each of our nodes, as plain data; the page makes words of it.
 
-A node has the runs of its prompt. Where ComfyUI took the sampler's output from its cache, it has the run that made it,
-marked as `cached`. While the prompt is executed, a node without either is `waiting`. A node that the prompt did not
+A node has the runs of its prompt. Where the prompt ended well without one, ComfyUI took the sampler's output from its
+cache, and the node has the run that made it, marked as `cached`. While the prompt is executed, a node without a run is
+`waiting`: an equal run of before tells nothing, as its output may have left the cache. A node that the prompt did not
 have, or that no sampler of it used, is not there.
 """
 
@@ -15,16 +16,21 @@ from . import graph, queued_by, runs
 
 MOST_HISTORY = 64
 """Prompts of ComfyUI's history that are searched for a mark."""
+RUNNING, SUCCESS, STOPPED = "running", "success", "stopped"
 Entry = tuple[Mapping[str, Any], runs.SamplerNode]
 
 
-def of_prompt(prompt_id: str) -> dict[str, Any]:
-    """{"prompt_id", "mark", "nodes": {id: line}}; `mark` of the page's workflow that queued it, or None."""
-    prompt, mark, is_running = _queued(prompt_id)
+def of_prompt(prompt_id: str, ended: str = "") -> dict[str, Any]:
+    """{"prompt_id", "mark", "nodes": {id: line}}; `mark` of the page's workflow that queued it, or None.
+
+    ended: `SUCCESS` or `STOPPED` where the page knows; ComfyUI says it before the prompt leaves the queue.
+    """
+    prompt, mark, state = _queued(prompt_id)
+    state = ended if state == RUNNING and ended else state
     entries = runs.entries()
     own: list[Entry] = [entry for entry in entries if entry[0]["prompt_id"] == prompt_id]
     mark = mark or next((sampler.queued_by for _, sampler in own), None)
-    return {"prompt_id": prompt_id, "mark": mark, "nodes": lines(prompt, own, entries, is_running)}
+    return {"prompt_id": prompt_id, "mark": mark, "nodes": lines(prompt, own, entries, state)}
 
 
 def of_mark(mark: str) -> dict[str, Any]:
@@ -35,7 +41,7 @@ def of_mark(mark: str) -> dict[str, Any]:
 
 
 def lines(
-    prompt: graph.Prompt, own: list[Entry], entries: Iterable[Entry], is_running: bool = False
+    prompt: graph.Prompt, own: list[Entry], entries: Iterable[Entry], state: str = SUCCESS
 ) -> dict[str, dict[str, Any]]:
     """The lines of the nodes of a prompt.
 
@@ -43,6 +49,7 @@ def lines(
         prompt: the graph; empty if it is not known any more.
         own: its runs, newest first.
         entries: all runs that are kept, newest first.
+        state: of the prompt: `RUNNING`, `SUCCESS`, or `STOPPED`, where a sampler may not have been reached.
     """
     found: dict[str, list[Entry]] = {}
     for entry in reversed(own):
@@ -52,10 +59,10 @@ def lines(
     missing = [name for name, node in prompt.items() if node.get("class_type") in runs.CONFIG_NODES]
     missing = [name for name in missing if name not in lines]
     for name in missing:
-        if made := _from_cache(prompt, name, entries):
-            lines[name] = {**joined(name, made), "cached": True}
-        elif is_running:
+        if state == RUNNING:
             lines[name] = {"class_type": prompt[name]["class_type"], "state": "waiting"}
+        elif state == SUCCESS and (made := _from_cache(prompt, name, entries)):
+            lines[name] = {**joined(name, made), "cached": True}
     return lines
 
 
@@ -149,14 +156,17 @@ def _queue() -> Any:
     return getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
 
 
-def _queued(prompt_id: str) -> tuple[graph.Prompt, str | None, bool]:
-    """Graph and mark of a prompt that is executed or was, and whether it is; empty where it is not known."""
+def _queued(prompt_id: str) -> tuple[graph.Prompt, str | None, str]:
+    """Graph, mark and state of a prompt that is executed or was; empty where it is not known."""
     prompt, mark = runs.entry_of(prompt_id)
     if prompt:
-        return prompt, mark, True
+        return prompt, mark, RUNNING
     queue = _queue()
     entry = queue.get_history(prompt_id=prompt_id).get(prompt_id) if queue is not None else None
-    return ({}, None, False) if entry is None else (entry["prompt"][2], queued_by.mark_of(entry["prompt"][3]), False)
+    if entry is None:
+        return {}, None, STOPPED
+    ended_well = (entry.get("status") or {}).get("status_str") == "success"
+    return entry["prompt"][2], queued_by.mark_of(entry["prompt"][3]), SUCCESS if ended_well else STOPPED
 
 
 def _last_prompt(mark: str) -> str | None:

@@ -3,7 +3,8 @@
 GET  forecast?backend=ID&accuracy=CLASS  what a node with these values will do on this machine, before anything runs;
                                          with &model=FILE, the model's, on that model
 GET  model?name=FILE                     the roles of a model, from its file's header or its last run
-GET  node_lines?prompt_id=ID or ?mark=M  what a prompt, or the last one of a page's workflow, came to on each node
+GET  node_lines?prompt_id=ID or ?mark=M  what a prompt, or the last one of a page's workflow, came to on each node;
+                                         with &ended=success or stopped where ComfyUI has said that it is over
 """
 
 from __future__ import annotations
@@ -46,5 +47,8 @@ def add_routes(routes: web.RouteTableDef, here: Machine) -> None:
         prompt_id, mark = (request.query.get(name, "")[:LONGEST] for name in ("prompt_id", "mark"))
         if bool(prompt_id) == bool(mark):
             return refused(400, "give prompt_id or mark, one of them")
-        found = node_lines.of_prompt(prompt_id) if prompt_id else node_lines.of_mark(mark)
+        ended = request.query.get("ended", "")
+        if ended not in ("", node_lines.SUCCESS, node_lines.STOPPED):
+            return refused(400, f"ended is {node_lines.SUCCESS} or {node_lines.STOPPED}")
+        found = node_lines.of_prompt(prompt_id, ended) if prompt_id else node_lines.of_mark(mark)
         return web.json_response({"numbering": runs.NUMBERING, **found, "phrases": phrases_of(found)})

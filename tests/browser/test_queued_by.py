@@ -108,31 +108,34 @@ assert.equal(await first.serializeValue(), undefined)
 first.beforeQueued()
 workflow.activeWorkflow = other // the person goes on while the prompt is made
 assert.equal(await first.serializeValue(), mark)
-runs.keep(mark, said('one'))
-runs.keep('0f', said('of another page'))
-runs.keep(null, said('of a script'))
+runs.keep(mark, said('one'), 2)
+runs.keep(mark, said('an answer that came late'), 1)
+runs.keep('0f', said('of another page'), 3)
+runs.keep(null, said('of a script'), 3)
 assert.equal(runs.shown().size, 0)
 assert.notEqual(await queue(first), mark)
 workflow.activeWorkflow = one
 assert.equal(runs.shown().get('5').text, 'one')
 for (let i = 0; i < 1000; i++) {
   workflow.activeWorkflow = {}
-  runs.keep(await queue(first), said(`${i}`))
+  runs.keep(await queue(first), said(`${i}`), 4)
   assert.equal(runs.shown().get('5').text, `${i}`)
 }
 workflow.activeWorkflow = one
 assert.equal(runs.shown().size, 0) // forgotten, as it is the one that queued longest ago
 assert.equal(await queue(first), mark)
-runs.keep(mark, [...Array(1000).keys()].map((i) => [`${i}`, { class_type: 'A', prompt: 'p' }]))
+runs.keep(mark, [...Array(1000).keys()].map((i) => [`${i}`, { class_type: 'A', prompt: 'p' }]), 5)
 assert.equal(runs.shown().size, 200)
-runs.keep(mark, said('p')) // a prompt's lines take the place of those before
+runs.keep(mark, said('p'), 6) // a prompt's lines take the place of those before
 assert.equal(runs.shown().size, 1)
 runs.drop('5') // a later prompt has not got the node
 assert.equal(runs.shown().size, 0)
-runs.keep(mark, said('p'))
+runs.keep(mark, said('p'), 7)
 assert.equal(runs.shown().size, 0)
-runs.keep(mark, said('q'))
+runs.keep(mark, said('q'), 8)
 assert.equal(runs.shown().get('5').prompt, 'q')
+for (let i = 0; i < 20; i++) runs.keep(mark, [['5', { prompt: `${i}`, state: 'done', inputs: { backend: `${i}` } }]], 9)
+assert.equal(runs.shown().get('5').earlier.length, 8)
 
 // A page that is loaded again has its marks, each for one workflow of that path and graph.
 const storage = {}
@@ -149,7 +152,7 @@ assert.equal(page.mark(), undefined)
 let widget
 page.carry({ graph: rootGraph, mode: 0, addCustomWidget: (one) => (widget = one) }, () => {})
 const stays = await queue(widget)
-page.keep(stays, said('p'))
+page.keep(stays, said('p'), 1)
 page.drop('5')
 globalThis.leave()
 const [again, store] = load(file(), file(), { path: 'b.json', activeState: { id: 'g' } })
@@ -160,9 +163,9 @@ assert.equal(again.mark(), stays)
 store.activeWorkflow = store.openWorkflows[1]
 assert.equal(again.mark(), undefined)
 store.activeWorkflow = store.openWorkflows[0]
-again.keep(stays, said('p'))
+again.keep(stays, said('p'), 1)
 assert.equal(again.shown().size, 0) // dropped before
-again.keep(stays, said('q'))
+again.keep(stays, said('q'), 2)
 assert.equal(again.shown().size, 1)
 
 // Nodes that the prompt has not got are never asked, and nothing is called after a request that failed.
@@ -204,21 +207,25 @@ const node = {
 }
 const app = { rootGraph: { nodes: [node], getNodeById: (id) => (id === '5' ? node : undefined) } }
 const events = new EventTarget()
-const answers = {}
+const answers = { 'of another page': { mark: 'ff', nodes: {} } }
+const asked = []
 const server = {
-  nodeLines: async (of) => answers[of.prompt_id ?? of.mark], forecast: async () => undefined, forget() {}, onForget() {}
+  nodeLines: async (of) => asked.push(of) && answers[of.prompt_id ?? of.mark], forecast: async () => undefined,
+  forget() {}, onForget() {}
 }
 nodeLines(app, events, server, (key, { calls } = {}) => `${calls ?? key}`).watch(node)
 const mark = widgets[0]
+const backend = { name: 'backend', type: 'combo', value: 'x' }
+widgets.push(backend)
 const queue = async () => {
   mark.beforeQueued()
   return mark.serializeValue()
 }
-const run = (prompt_id, mark, calls, state = 'done') => ({
+const run = (prompt_id, mark, calls, state = 'done', inputs = { backend: 'x' }) => ({
   prompt_id, mark, nodes: { 5: {
     class_type: node.type, state, outcome: { kind: state, cause: '' }, step: 1, of_steps: 2, steps: 2, fallbacks: 0,
     totals: [{ role: 'self', backend: 'b', calls }], calls, offers: [], tuning: false, ms_per_step: null,
-    attention_share: null, saved: null, inputs: {}, models: {}, cached: false
+    attention_share: null, saved: null, inputs, models: {}, cached: false
   } }
 })
 const line = () => widgets[1]?.element.title
@@ -248,19 +255,40 @@ assert.equal(line(), 'self b 40')
 answers[5] = { prompt_id: '5', mark: ours, nodes: { 5: { class_type: node.type, state: 'waiting' } } }
 await end('5', 'execution_start')
 assert.equal(line(), 'line.waiting')
-const waiting = answers[5]
 answers[5] = run('5', ours, 50, 'running')
 await end('5', 'execution_start')
 assert.equal(line(), 'line.step · b')
-answers[5] = waiting
+answers[5] = { prompt_id: '5', mark: ours, nodes: {} }
 await end('5', 'execution_error')
 assert.equal(line(), '')
+assert.deepEqual(asked.at(-1), { prompt_id: '5', ended: 'stopped' })
 answers[6] = run('6', ours, 60)
 await end('6')
 assert.equal(line(), 'self b 60')
+assert.deepEqual(asked.at(-1), { prompt_id: '6', ended: 'success' })
+// An answer that comes after that of a later question changes nothing.
+let late
+server.nodeLines = () => new Promise((resolve) => (late = resolve))
+await end('6')
+server.nodeLines = async (of) => answers[of.prompt_id]
+answers[7] = run('7', ours, 70)
+await end('7')
+late(answers[6])
+await told()
+assert.equal(line(), 'self b 70')
+// A line is of the last run with the values that the node has now.
+for (const [number, name] of [[8, 'x'], [9, 'y'], [10, 'x']]) {
+  answers[number] = run(`${number}`, ours, 10 * number, 'done', { backend: name })
+  await end(`${number}`)
+}
+for (const [name, words] of [['y', 'self b 90'], ['z', ''], ['x', 'self b 100']]) {
+  backend.value = name
+  await end('of another page') // lines are looked at again
+  assert.equal(line(), words)
+}
 server.nodeLines = async () => { throw new TypeError('no connection') }
 await lost()
-assert.equal(line(), 'self b 60')
+assert.equal(line(), 'self b 100')
 server.nodeLines = async () => ({ prompt_id: null, mark: ours, nodes: {} }) // it was started again
 await lost()
 assert.equal(line(), '')

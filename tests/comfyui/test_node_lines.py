@@ -209,11 +209,32 @@ def test_a_node_has_the_run_that_is_in_the_cache() -> None:
     assert (line["cached"], line["steps"]) == (True, 4)
     changed = prompt(n3_backend="sage_attn")
     assert node_lines.lines(changed, [], before) == {}
-    waiting = {"class_type": "AttentionBackendSelector", "state": "waiting"}
-    assert node_lines.lines(changed, [], before, is_running=True) == {"3": waiting}
     other = copy.deepcopy(nodes)
     del other["3"]  # bypassed
-    assert node_lines.lines(other, [], before, is_running=True) == {}
+    assert node_lines.lines(other, [], before, node_lines.RUNNING) == {}
+
+
+@pytest.mark.parametrize("backend", ["auto", "sage_attn"])
+def test_an_equal_run_of_before_is_told_only_where_the_prompt_ended_well(backend: str) -> None:
+    """Until then its output may have left the cache, so the sampler may run again; or it may not be reached."""
+    nodes = prompt(n3_backend=backend)
+    before = [entry(2, "5", prompt()), entry(1, "4", prompt())]
+    waiting = {"class_type": "AttentionBackendSelector", "state": "waiting"}
+    assert node_lines.lines(nodes, [], before, node_lines.RUNNING) == {"3": waiting}
+    assert node_lines.lines(nodes, [], before, node_lines.STOPPED) == {}
+    later = [entry(4, "5", prompt(), ms_per_step=60.6), entry(3, "4", prompt(), ms_per_step=60.6), *before]
+    if backend == "auto":
+        assert node_lines.lines(nodes, [], later)["3"]["ms_per_step"] == 60.6  # the last one
+
+
+def test_a_prompt_is_over_when_the_page_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI says it before the prompt leaves the queue."""
+    nodes = prompt()
+    monkeypatch.setattr(runs, "entry_of", lambda prompt_id: (nodes, "mark"))
+    monkeypatch.setattr(runs, "entries", lambda: [entry(2, "5", nodes), entry(1, "4", nodes)])
+    assert node_lines.of_prompt("q")["nodes"]["3"]["state"] == "waiting"
+    assert node_lines.of_prompt("q", node_lines.SUCCESS)["nodes"]["3"]["cached"] is True
+    assert node_lines.of_prompt("q", node_lines.STOPPED)["nodes"] == {}
 
 
 def test_a_run_that_stopped_is_never_from_the_cache() -> None:
