@@ -110,7 +110,9 @@ def measure(
         router,
         device or device_of(platform),
         seed=asked.seed,
-        sparse=() if asked.backends.strip() else [name for name in METHODS if not router.unavailable(name)],
+        sparse=()
+        if asked.backends.strip()
+        else [name for name in METHODS if router.backends[name].candidate and not router.unavailable(name)],
         host=host,
         host_name=host_name,
         progress=progress,

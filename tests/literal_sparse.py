@@ -242,6 +242,60 @@ def nabla(query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shape, shar
     return per_head(query, key, of_head)
 
 
+def custom(
+    query: torch.Tensor, key: torch.Tensor, blocks: list[list[int]], near: Callable[[int, int], bool], *,
+    count: int | None = None, share: float | None = None, weight: float | None = None, shared: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """A fixed part OR blocks by score, pair by pair.
+
+    Args:
+        near: whether a query block and a key block are in the fixed part, by their numbers.
+        count: the best blocks; else `share`: the best until their softmax sums to it.
+        weight: of SSTA's importance; None: scaled products of means.
+        shared: all heads by means over heads: of the scores, with `weight` of queries and keys.
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    heads = range(query.shape[1])
+    if shared and weight is not None:
+        query, key, heads = query.mean(1, keepdim=True), key.mean(1, keepdim=True), range(1)
+
+    def unit(vector: torch.Tensor) -> torch.Tensor:
+        return vector / vector.norm()
+
+    tables = []
+    for head in heads:
+        of_queries = [query[0, head, block].double().mean(0) for block in blocks]
+        of_keys = [key[0, head, block].double().mean(0) for block in blocks]
+        table = [[float(one @ other) * len(one) ** -0.5 for other in of_keys] for one in of_queries]
+        if weight is not None:
+            alike = [[(float(unit(one) @ unit(other)) + 1) / 2 for other in of_keys] for one in of_keys]
+            others = max(len(blocks) - 1, 1)
+            redundant = [(sum(row) - row[at]) / others for at, row in enumerate(alike)]
+            table = [
+                [
+                    weight * (float(unit(one) @ unit(other)) + 1) / 2 - (1 - weight) * redundant[at]
+                    for at, other in enumerate(of_keys)
+                ]
+                for one in of_queries
+            ]
+        tables.append(table)
+    if shared:
+        tables = [[[sum(cells) / len(tables) for cells in zip(*rows)] for rows in zip(*tables)]]  # noqa: B905
+    found = []
+    for table in tables:
+        chosen = {}
+        for at, scores in enumerate(table):
+            kept, reached, total = [], 0.0, sum(map(exp, scores))
+            for other in best(scores, len(scores) if count is None else count):
+                if share is not None and kept and reached >= share * total:
+                    break
+                kept.append(other)
+                reached += exp(scores[other])
+            chosen[at] = [*kept, *(other for other in range(len(blocks)) if near(at, other))]
+        found.append(sees_blocks(blocks, chosen, query.shape[2]))
+    return torch.stack(found)[None]
+
+
 def ssta(
     query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shape, count: int, weight: float, *, shared: bool
 ) -> torch.Tensor:

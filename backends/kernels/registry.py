@@ -62,6 +62,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "nabla_attn": "sparse.methods.nabla",
         "ssta_attn": "sparse.methods.ssta",
         "cube_attn": "sparse.methods.cube",
+        "custom_sparse_attn": "sparse.methods.custom",
     }
 )
 """Id -> module, from the folder `backends` on. Ids are public for ever; a new one is added at the end."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..values.grid import TokenGrid
@@ -65,6 +67,28 @@ class BlockMap:
     def mask(self) -> torch.Tensor:
         """The map as a mask of tokens, bool, (batch or 1, num_heads or 1, q_len, kv_len); for tests and pictures."""
         return self.seen[:, :, block_of_token(self.queries)][..., block_of_token(self.keys)]
+
+
+@lru_cache(maxsize=1)
+def _copies() -> MutableMapping[torch.Tensor, dict[torch.device, torch.Tensor]]:
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    found: MutableMapping[torch.Tensor, dict[torch.device, torch.Tensor]] = WeakTensorKeyDictionary()
+    return found
+
+
+def on_device(kept: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor that is kept for a grid, on a device; the copy is made once and lives as long as the tensor."""
+    import torch
+
+    if kept.device == device:
+        return kept
+    copies = _copies().setdefault(kept, {})
+    found = copies.get(device)
+    if found is None:
+        with torch.inference_mode(False):  # for calls outside of inference mode too
+            found = copies[device] = kept.to(device)
+    return found
 
 
 def block_of_token(blocks: Blocks) -> torch.Tensor:

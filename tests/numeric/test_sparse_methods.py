@@ -20,13 +20,14 @@ from attention_backends.backends.config import AttentionSpec  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
-from attention_backends.backends.sparse.blocks import Blocks, cut  # noqa: E402
+from attention_backends.backends.sparse.blocks import Blocks, along_curve, cut  # noqa: E402
 from attention_backends.backends.sparse.by_step import value_at  # noqa: E402
 from attention_backends.backends.sparse.choose_blocks import until_share  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.method import SparseKernel, SparseMethod, Where  # noqa: E402
 from attention_backends.backends.sparse.methods import (  # noqa: E402
     cube,
+    custom,
     nabla,
     radial,
     sliding_tile,
@@ -123,6 +124,52 @@ def cube_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
     )
 
 
+def custom_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    order, tile = (
+        rng.choice(("tiles", "tiles", "raster", "pixels")),
+        (rng.randint(1, 3), *(rng.choice((2, 3)) for _ in range(2))),
+    )
+    window = [rng.randint(1, 3) for _ in range(3)] if order == "tiles" and rng.random() < 0.7 else None
+    pushed_in, neighbours, sink = rng.random() < 0.5, rng.choice((0, 0, 1)), rng.choice((0, 0, 1))
+    options: dict[str, Any] = {"order": order, "neighbours": neighbours, "sink_frames": sink}
+    frames, height, width = grid.shape
+    if order == "tiles":
+        options |= {"tile": list(tile), "pushed_in": pushed_in} | ({} if window is None else {"window": window})
+        blocks = literal.boxes(grid.shape, tile)
+    else:
+        options["block_size"] = 16
+        blocks = literal.rows_of(grid.cells, 16)
+    if order == "pixels":
+        place_major = [(t * height + h) * width + w for h in range(height) for w in range(width) for t in range(frames)]
+        blocks = [[place_major[at] for at in block] for block in blocks]
+    shared, weight = rng.random() < 0.3, rng.choice((None, 0.3, 0.7))
+    options |= {"share_heads": shared} | ({} if weight is None else {"score": "importance", "score_lambda": weight})
+    rule = rng.choice(("topk", "topk_blocks", "none", *(("cdf",) if weight is None else ())))
+    count, share = (rng.randint(1, 3), None) if rule == "topk_blocks" else (0, rng.choice((0.2, 0.4)))
+    if rule == "topk":
+        count = literal.video_sparse_count(1 - share, len(blocks))
+    if rule == "none" and not (window or neighbours or sink):
+        count = 1
+    options |= {"topk": 0} if rule == "none" else {rule: count if share is None else share}
+    near = torch.zeros(1, 1, grid.cells, grid.cells, dtype=torch.bool)
+    if window is not None:
+        near |= literal.sliding_tile(grid.shape, tile, [tuple(window)], pushed_in=pushed_in)
+
+    def fixed(at: int, other: int) -> bool:
+        early = any(token < sink * height * width for token in blocks[other])
+        return (
+            early
+            or (neighbours > 0 and abs(at - other) <= neighbours)
+            or bool(near[0, 0, blocks[at][0], blocks[other][0]])
+        )
+
+    found = literal.custom(
+        call.query, call.key, blocks, fixed, count=None if rule == "cdf" else count,
+        share=share if rule == "cdf" else None, weight=weight, shared=shared,
+    )  # fmt: skip
+    return options, found
+
+
 def video_sparse_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
     sparsity = rng.choice((0.3, 0.5, 0.8))
     count = literal.video_sparse_count(sparsity, len(literal.boxes(grid.shape, video_sparse.CUBE)))
@@ -138,6 +185,7 @@ CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "nabla_attn": nabla_case,
     "ssta_attn": ssta_case,
     "cube_attn": cube_case,
+    "custom_sparse_attn": custom_case,
     "video_sparse_attn": video_sparse_case,
 }
 """Backend -> a random case of it."""
@@ -305,6 +353,7 @@ LEAVES_OUT: dict[str, dict[str, Any]] = {
     "nabla_attn": {"P": 0.3, "wT": 1},
     "ssta_attn": {"ssta_topk": 2, "win_size": [1, 1, 1]},
     "cube_attn": {"topk": 0.3},
+    "custom_sparse_attn": {"topk": 0.3, "window": [1, 3, 1]},
     "video_sparse_attn": {"sparsity": 0.7},
 }
 
@@ -343,6 +392,7 @@ KEEPS_ALL: dict[str, list[dict[str, Any]]] = {
     "nabla_attn": [{"P": 1}],
     "ssta_attn": [{"topk": 1}, {}],
     "cube_attn": [{"topk": 1}, {"topk_ratio_list": [0.1, 1.0]}],
+    "custom_sparse_attn": [{"topk": 1}, {"cdf": 1}, {"topk_blocks": 10**6}, {"topk": 0, "sink_frames": 10**6}],
     "video_sparse_attn": [{"sparsity": 0}, {"VSA_sparsity": [0.9, 0]}, {}],
 }
 
@@ -359,6 +409,44 @@ def test_nothing_left_out_is_dense_to_the_bit(backend_id: str) -> None:
         (row,) = run_report.as_dict()["rows"]
         assert (row["backend"], list(row["dense"].values())) == (backend_id, [1]), options
         assert torch.equal(output, attention(query, key, value))
+
+
+PRESETS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("nabla_attn", {"P": 0.3}, {"tile": [1, 8, 8], "window": [11, 3, 3], "pushed_in": False, "cdf": 0.3}),
+    (
+        "ssta_attn",
+        {"ssta_topk": 2, "win_size": [1, 3, 1]},
+        {"tile": [6, 8, 8], "window": [1, 3, 1], "topk_blocks": 2, "score": "importance"},
+    ),
+    ("cube_attn", {"topk": [1.0, 0.5]}, {"topk": [1.0, 0.5]}),
+]
+
+
+@pytest.mark.parametrize(("backend_id", "options", "own"), PRESETS, ids=lambda value: str(value)[:10])
+def test_published_methods_are_presets_of_the_custom_one(
+    backend_id: str, options: dict[str, Any], own: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    grid = TokenGrid(14, 16, 24)
+    call = AttentionCall(*(torch.randn(1, 2, grid.cells, 8) for _ in range(3)))
+    found, expected = (
+        selected(name, call, grid, given) for name, given in (("custom_sparse_attn", own), (backend_id, options))
+    )
+    assert isinstance(found, BlockMap)
+    assert isinstance(expected, BlockMap)
+    assert found.queries is expected.queries
+    assert torch.equal(found.seen, expected.seen)
+    assert found.pairs < 0.9
+
+
+def test_the_custom_one_follows_a_curve() -> None:
+    grid = TokenGrid(2, 8, 8)
+    call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
+    options = {"order": "curve", "block_size": 16, "topk": 0, "neighbours": 1}
+    found = selected("custom_sparse_attn", call, grid, options)
+    assert isinstance(found, BlockMap)
+    assert found.keys is along_curve(grid, 16)
+    assert found.seen.sum(-1)[0, 0].tolist() == [2, 3, 3, 3, 3, 3, 3, 2]
 
 
 @pytest.mark.parametrize("backend_id", ["subblock_attn", "sparge_attn", "cube_attn", "video_sparse_attn"])
@@ -416,7 +504,10 @@ DENSE_STEPS = {
     "sliding_tile_attn": ("skip_time_steps", 15),
     "subblock_attn": ("skip_first_steps", 10),
     "radial_attn": ("dense_timesteps", 0),
-    **dict.fromkeys(("sparge_attn", "nabla_attn", "ssta_attn", "cube_attn", "video_sparse_attn"), ("dense_steps", 0)),
+    **dict.fromkeys(
+        ("sparge_attn", "nabla_attn", "ssta_attn", "cube_attn", "custom_sparse_attn", "video_sparse_attn"),
+        ("dense_steps", 0),
+    ),
 }
 """Backend -> its option, and how many of 50 steps are computed whole without it."""
 
@@ -478,6 +569,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ssta_attn", {"ssta_topk": 4, "topk": 0.5}, "give one"),
     ("cube_attn", {"local_cube_size": [4, 4]}, "local_cube_size"),
     ("cube_attn", {"topk_ratio_list": [0.5, 0]}, "< 1e-06"),
+    ("custom_sparse_attn", {"window": [3, 3]}, "window"),
+    ("custom_sparse_attn", {"tile": [0, 4, 4]}, "tile"),
+    ("custom_sparse_attn", {"order": "curve", "window": [3, 3, 3]}, "window: only with order tiles"),
+    ("custom_sparse_attn", {"block_size": 64}, "block_size"),
+    ("custom_sparse_attn", {"topk": 0.5, "cdf": 0.9}, "give one"),
+    ("custom_sparse_attn", {"cdf": 0.9, "score": "importance"}, "score mean"),
 ]
 
 
@@ -652,7 +749,8 @@ def test_choosing_reads_nothing_from_a_device_and_mixes_none(backend_id: str) ->
 
 def test_each_method_is_compared() -> None:
     methods = {
-        module.BACKENDS[0].id for module in (cube, nabla, radial, sliding_tile, sparge, ssta, subblock, video_sparse)
+        module.BACKENDS[0].id
+        for module in (cube, custom, nabla, radial, sliding_tile, sparge, ssta, subblock, video_sparse)
     }
     assert methods == set(CASES) == set(LEAVES_OUT) == set(KEEPS_ALL) == set(DENSE_STEPS)
 

@@ -108,3 +108,7 @@ def test_the_page_has_examples_that_paste() -> None:
     for example in examples:
         assert AttentionSpec("sparge_attn", parse_extra(example)).extra["topk"]
     assert parse_config(flags).default == AttentionSpec("sparge_attn", {"topk": 0.25})
+    rules = re.findall(r"^ +(\{.*\})$", PAGE.partition("## A rule of your own")[2].partition("##")[0], re.M)
+    assert len(rules) == 3
+    for rule in rules:
+        assert AttentionSpec("custom_sparse_attn", parse_extra(rule)).extra

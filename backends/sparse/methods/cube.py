@@ -17,7 +17,7 @@ from ...values.options import Option
 from ..block_map import BlockMap, Dense
 from ..blocks import Blocks, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
-from ..choose_blocks import highest
+from ..composed import Scored, composed
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
 from ..windows import window_problem
@@ -59,9 +59,7 @@ class Cube(SparseMethod):
         if ratio is None:
             ratio = RATIOS if options["topk_ratio_list"] is None else options["topk_ratio_list"]
         count = max(int(value_at(ratio, where) * blocks.count + 1e-9), 1)
-        if count == blocks.count:
-            return Dense(f"all {count} cubes are kept")
-        return BlockMap(blocks, blocks, highest(mean_scores(call, blocks), count), (count,) * blocks.count)
+        return composed(blocks, None, Scored(lambda: mean_scores(call, blocks), count), name="cubes")
 
 
 BACKENDS = (Cube(),)

@@ -17,7 +17,7 @@ from ...values.options import Option
 from ..block_map import BlockMap, Dense
 from ..blocks import Blocks, tile_counts, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
-from ..choose_blocks import until_share
+from ..composed import Scored, Static, composed
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
 from ..windows import MOST, window_map
@@ -54,16 +54,11 @@ class Nabla(SparseMethod):
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
     ) -> BlockMap | Dense:
         blocks, share = self.blocks(grid, options), value_at(options["P"], where)
-        if share >= 1:
-            return Dense(f"all {blocks.count} blocks are kept")
-        seen = until_share(mean_scores(call, blocks), share)
+        near = None
         if options["add_sta"]:
             window = int(str(options["wT"])), int(str(options["wH"])), int(str(options["wW"]))
-            near, count = window_map(tile_counts(grid, TILE), (window,), pushed_in=False)
-            if count == blocks.count:
-                return Dense(f"the window holds all {count} blocks")
-            seen |= near.to(seen.device)
-        return BlockMap(blocks, blocks, seen)
+            near = Static(*window_map(tile_counts(grid, TILE), (window,), pushed_in=False))
+        return composed(blocks, near, Scored(lambda: mean_scores(call, blocks), share=share))
 
 
 BACKENDS = (Nabla(),)

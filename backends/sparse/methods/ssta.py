@@ -17,7 +17,8 @@ from ...values.options import Option
 from ..block_map import BlockMap, Dense
 from ..blocks import Blocks, tile_counts, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
-from ..choose_blocks import count_of_share, highest
+from ..choose_blocks import count_of_share
+from ..composed import Scored, Static, composed
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, block_means, for_each_head
 from ..windows import window_map, window_problem
@@ -74,12 +75,11 @@ class Ssta(SparseMethod):
         count = int(str(options["ssta_topk"])) if topk is None else count_of_share(value_at(topk, where), blocks.count)
         given = _inner(options["win_size"])
         window = (given[0], given[1], given[2]) if isinstance(given, list) else WINDOW
-        near, in_window = window_map(tile_counts(grid, TILE), (window,), pushed_in=True)
-        if blocks.count in (in_window, min(count, blocks.count)):
-            return Dense(f"all {blocks.count} tiles are kept")
-        shared = options["attn_mask_share_within_head"] == 1
-        scores = importance(call, blocks, float(str(options["ssta_lambda"])), shared=shared)
-        return BlockMap(blocks, blocks, highest(scores, count) | near.to(scores.device))
+        near = Static(*window_map(tile_counts(grid, TILE), (window,), pushed_in=True))
+        shared, weight = options["attn_mask_share_within_head"] == 1, float(str(options["ssta_lambda"]))
+        return composed(
+            blocks, near, Scored(lambda: importance(call, blocks, weight, shared=shared), count), name="tiles"
+        )
 
 
 def _inner(window: object) -> object:

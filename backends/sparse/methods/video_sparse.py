@@ -21,7 +21,8 @@ from ...values.reasons import Reason, template
 from ..block_map import BlockMap, Dense
 from ..blocks import Blocks, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, value_at
-from ..choose_blocks import count_of_share, highest
+from ..choose_blocks import count_of_share
+from ..composed import Scored, composed
 from ..executor import EXECUTOR
 from ..method import SparseMethod, Where, mean_scores
 
@@ -73,10 +74,7 @@ class VideoSparse(SparseMethod):
             count = count_of_share(1 - value_at(sparsity, where), blocks.count)
         else:
             count = min(int(str(options["fastvideo_vsa_topk"])), blocks.count)
-        if count == blocks.count:
-            return Dense(f"all {count} cubes are kept")
-        scores = mean_scores(call, blocks)
-        return BlockMap(blocks, blocks, highest(scores, count), (count,) * blocks.count)
+        return composed(blocks, None, Scored(lambda: mean_scores(call, blocks), count), name="cubes")
 
 
 def _sparsity(options: Mapping[str, object]) -> object:
