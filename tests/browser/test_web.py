@@ -98,6 +98,20 @@ def test_a_front_end_without_its_manager_gets_no_error(tmp_path: Path, manager: 
     assert (result.returncode, result.stdout) == (0, "works\n"), result.stderr
 
 
+def test_the_file_of_a_model_is_found(tmp_path: Path) -> None:
+    """Behind patches, named connections, bypassed nodes and subgraphs: the roles of that model are offered."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is missing")
+    for name in ("model_of.js", "workflow_runs.js"):
+        shutil.copy(WEB / name, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    script = (CHECK / "models.mjs").read_text(encoding="utf-8").replace("../../web/", "./")
+    (tmp_path / "models.mjs").write_text(script, encoding="utf-8")
+    result = subprocess.run([node, "models.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "works\n"), result.stderr
+
+
 def test_every_text_is_there_and_none_is_left_over() -> None:
     source = "\n".join(script.read_text(encoding="utf-8") for script in SCRIPTS)
     used = set(re.findall(r"""say\(\s*['"]([\w.]+)['"]""", source))
