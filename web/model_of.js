@@ -17,9 +17,20 @@ const FROM_OUTSIDE = '-10'
 const MOST = 100
 const FILE = /\.(safetensors|sft|gguf|ckpt|pt|pth|bin)$/i
 const OURS = 'AttentionBackendSelector'
-/** Nodes of the page alone, of KJNodes and Easy-Use: a getter gives what the setter with the same name is connected to. */
+/** Nodes of the page alone, of KJNodes and Easy-Use: a getter gives what the setter of its name is connected to. */
 const GETTER = /^(easy g|G)etNode$/
 const SETTER = /^(easy s|S)etNode$/
+
+/**
+ * The value that a widget has in a prompt: its own, or that of the widget which stands for it on a subgraph's node.
+ *
+ * @param {any} node
+ * @param {any} widget
+ * @param {any} root the whole graph
+ * @param {any[]} holders the nodes of the subgraphs around it, the outermost first; without, the first that are found
+ * @returns {unknown}
+ */
+export const valueIn = (node, widget, root, holders = []) => shownOf(node, widget, { root, holders, left: MOST })
 
 /**
  * @param {any} node
@@ -131,7 +142,7 @@ const originOf = (subgraph, slot) => subgraph.getLink?.(subgraph.outputs?.[slot]
  * @param {Way} way
  */
 function fileOf(loader, way) {
-  const values = (loader.widgets ?? []).map((/** @type {any} */ one) => valueOf(loader, one, way))
+  const values = (loader.widgets ?? []).map((/** @type {any} */ one) => shownOf(loader, one, way))
   return values.find((/** @type {unknown} */ value) => typeof value === 'string' && FILE.test(value)) ?? ''
 }
 
@@ -141,7 +152,7 @@ function fileOf(loader, way) {
  * @param {Way} way
  * @returns {unknown}
  */
-function valueOf(node, widget, way) {
+function shownOf(node, widget, way) {
   /** @type {any[]} */
   const inputs = node.inputs ?? []
   const link = linkTo(node, inputs.findIndex((one) => one.widget?.name === widget.name))
@@ -149,5 +160,5 @@ function valueOf(node, widget, way) {
   const holder = holderOf(node, way)
   const shown = holder?.inputs?.[link.origin_slot]
   const outer = shown && holder.widgets?.find((/** @type {any} */ one) => one.name === (shown.widget?.name ?? shown.name))
-  return outer ? valueOf(holder, outer, { ...way, holders: way.holders.slice(0, -1) }) : widget.value
+  return outer ? shownOf(holder, outer, { ...way, holders: way.holders.slice(0, -1) }) : widget.value
 }

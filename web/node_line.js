@@ -9,7 +9,7 @@
 
 import { element } from './dom.js'
 import { forecastWords, ranWords } from './line_words.js'
-import { modelOf } from './model_of.js'
+import { modelOf, valueIn } from './model_of.js'
 import { BYPASSED, MUTED, workflowRuns } from './workflow_runs.js'
 
 /**
@@ -131,7 +131,7 @@ export function nodeLines(app, events, server, say) {
   async function check(node) {
     const line = lines.get(node)
     if (!line || !CHOOSE.includes(classOf(node))) return
-    const [backend, accuracy] = ['backend', 'accuracy'].map((name) => String(valueOf(node, name) ?? ''))
+    const [backend, accuracy] = ['backend', 'accuracy'].map((name) => String(valueOf(app, node, name) ?? ''))
     const model = modelOf(node, rootOf(app))
     const wanted = JSON.stringify([backend, accuracy, model])
     if (!backend || line.asked === wanted) return
@@ -257,11 +257,15 @@ export function nodeLines(app, events, server, say) {
 const isGoing = (said) => said.state === 'waiting' || said.state === 'running'
 
 /**
+ * @param {ComfyApp} app
  * @param {LGraphNode} node
  * @param {string} name
  * @returns {unknown}
  */
-const valueOf = (node, name) => node.widgets?.find((widget) => widget.name === name)?.value
+function valueOf(app, node, name) {
+  const widget = node.widgets?.find((one) => one.name === name)
+  return widget && valueIn(node, widget, rootOf(app))
+}
 
 /** @param {LGraphNode} node */
 function kindOf(node) {
@@ -294,24 +298,26 @@ const lastThatHolds = (app, node, said) => [said, ...(said.earlier ?? [])].find(
  * @param {Said} said
  */
 function holds(app, node, said) {
-  if (linksOf(node) !== said.links || !hasValues(node, said.inputs)) return false
+  if (linksOf(node) !== said.links || !hasValues(app, [node], said.inputs)) return false
   return Object.entries(said.models).every(([id, values]) => {
-    const other = nodeOf(app, id)
-    return other && other.mode !== MUTED && other.mode !== BYPASSED && hasValues(other, values)
+    const path = pathOf(app, id)
+    return path.every(({ mode }) => mode !== MUTED && mode !== BYPASSED) && hasValues(app, path, values)
   })
 }
 
 /**
  * Whether the widgets of a node have these values. Text is left out: the front end may queue another one than it shows.
  *
- * @param {LGraphNode} node
+ * @param {ComfyApp} app
+ * @param {LGraphNode[]} path the nodes of the subgraphs around it, and the node; a missing node has none
  * @param {Record<string, unknown>} values
  */
-function hasValues(node, values) {
-  return Object.entries(values).every(([name, value]) => {
+function hasValues(app, path, values) {
+  const [holders, node] = [path.slice(0, -1), path.at(-1)]
+  return node && Object.entries(values).every(([name, value]) => {
     const widget = node.widgets?.find((one) => one.name === name)
     if (!widget || !['combo', 'number', 'toggle'].includes(widget.type)) return true
-    return String(widget.value) === String(value)
+    return String(valueIn(node, widget, rootOf(app), holders)) === String(value)
   })
 }
 
@@ -357,11 +363,24 @@ function saveWithoutGaps(node) {
  * @param {string} id
  * @returns {LGraphNode | undefined}
  */
-function nodeOf(app, id) {
-  let graph = rootOf(app)
-  const path = id.split(':')
-  for (const part of path.slice(0, -1)) graph = graph?.getNodeById(part)?.subgraph
-  return graph?.getNodeById(path.at(-1)) ?? graph?.getNodeById(Number(path.at(-1))) ?? undefined
+const nodeOf = (app, id) => pathOf(app, id).at(-1)
+
+/**
+ * The nodes of the subgraphs around a node that a prompt names, and the node; empty where one of them is missing.
+ *
+ * @param {ComfyApp} app
+ * @param {string} id
+ * @returns {LGraphNode[]}
+ */
+function pathOf(app, id) {
+  const found = []
+  for (let [graph, parts] = [rootOf(app), id.split(':')]; parts.length; parts = parts.slice(1)) {
+    const node = graph?.getNodeById(parts[0]) ?? graph?.getNodeById(Number(parts[0]))
+    if (!node) return []
+    found.push(node)
+    graph = node.subgraph
+  }
+  return found
 }
 
 /**

@@ -1,7 +1,7 @@
 /** The file of a node's model, found in graphs as the front end has them: run by tests/browser/test_web.py. */
 
 import assert from 'node:assert'
-import { modelOf } from '../../web/model_of.js'
+import { modelOf, valueIn } from '../../web/model_of.js'
 
 const [MUTED, BYPASSED] = [2, 4]
 const FILE = 'wan.safetensors'
@@ -89,4 +89,12 @@ assert.equal(found({ a: loader(), s: passed(BYPASSED), end: end('s') }, 'end', [
 const root = graphOf({ a: loader(), s: passed() })
 root.subgraphs = new Map([['through', through]])
 assert.equal(modelOf(through.nodes[0], root), FILE)
+
+// The value of a widget in a prompt.
+const both = graphOf(pair)
+both.subgraphs = new Map([['promoted', promoted]])
+const [asks] = promoted.nodes
+assert.equal(valueIn(asks, asks.widgets[0], both), 'one.sft')
+assert.equal(valueIn(asks, asks.widgets[0], both, [both.getNodeById('t')]), 'two.sft')
+assert.equal(valueIn(asks, asks.widgets[1], both), 'default')
 console.log('works')
