@@ -32,7 +32,7 @@ from .backends.measure import remembered
 from .backends.observe.advisories import lines_for
 from .backends.observe.autotune.candidates import with_store
 from .backends.observe.autotune.store import Store, default_path
-from .backends.sparse.executor import AUTO, select
+from .backends.sparse.method import SparseMethod
 from .backends.values.bounded import shortened
 from .backends.values.errors import NoBackendError
 from .backends.values.platform import Platform, parse_platform
@@ -299,9 +299,9 @@ def _explain(options: argparse.Namespace) -> int:
             *_about_the_mask(request),
         ],
     }
-    if router.backends[decision.backend].sparse:
-        asked = str(decision.options.get("executor", AUTO))
-        able, reasons = select(request, router.platform, asked)
+    method = router.backends[decision.backend]
+    if isinstance(method, SparseMethod):
+        able, reasons = method.executors(request, router.platform, decision.options)
         why_not = {name: list(why) for name, why in reasons.items()}
         answer["executors"] = {"able": [one.id for one in able], "reasons": why_not}
     print(json.dumps(answer, indent=2) if options.json else _sentences(answer, request))

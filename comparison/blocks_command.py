@@ -16,7 +16,6 @@ from ..backends.config import AttentionSpec
 from ..backends.config.text import parse_extra
 from ..backends.kernels import BACKENDS
 from ..backends.sparse.block_map import Dense, with_other_tokens
-from ..backends.sparse.executor import AUTO, select
 from ..backends.sparse.method import SparseKernel, SparseMethod, Where, layer_of
 from ..backends.values.grid import Place, TokenGrid, parse_grid
 from ..backends.values.request import AttentionRequest
@@ -25,7 +24,7 @@ from .report import ComparisonError
 
 if TYPE_CHECKING:
     from ..backends.engine.router import Router
-    from ..backends.sparse.block_map import BlockMap
+    from ..backends.sparse.block_map import Map
 
 HELP = "draw which key blocks a sparse method keeps, and say how much of the work that is"
 METHODS = {name: backend.pair_bytes > 0 for name, backend in BACKENDS.items() if isinstance(backend, SparseMethod)}
@@ -143,7 +142,7 @@ def run(options: argparse.Namespace, program: str) -> int:
     return 0
 
 
-def blocks_of(asked: Asked, router: Router) -> BlockMap | Dense:
+def blocks_of(asked: Asked, router: Router) -> Map | Dense:
     """The map of the whole call, or why it is computed whole."""
     import torch
 
@@ -165,7 +164,7 @@ def blocks_of(asked: Asked, router: Router) -> BlockMap | Dense:
     return with_other_tokens(found, grid, grid.after, method.other_block)
 
 
-def described(asked: Asked, found: BlockMap | Dense, router: Router) -> dict[str, Any]:
+def described(asked: Asked, found: Map | Dense, router: Router) -> dict[str, Any]:
     """{"method", "options", "grid", "head", "step", "steps", "layer", "dense", "kept", "kept_of_head",
     "query_blocks", "key_blocks", "executor", "not"}: `dense` is why the call is computed whole, or None; `kept` the
     share of query-key pairs over all heads; `not` why other executors would not compute it.
@@ -173,7 +172,10 @@ def described(asked: Asked, found: BlockMap | Dense, router: Router) -> dict[str
     head = None
     if not isinstance(found, Dense):
         head = found.of_head(asked.head)
-    able, reasons = select(asked.request, router.platform, str(asked.spec.extra.get("executor", AUTO)))
+    method = router.backends[asked.spec.backend]
+    if not isinstance(method, SparseMethod):
+        raise TypeError(f"{asked.spec.backend} has no blocks")
+    able, reasons = method.executors(asked.request, router.platform, asked.spec.extra)
     return {
         "method": asked.spec.backend,
         "options": dict(asked.spec.extra),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends.sparse.block_map import BlockMap, block_of_token
+from ..backends.sparse.block_map import Map, block_of_token
 from .canvas import DARK, GREY, INNER, LARGE, MARGIN, NORMAL, SMALL, Sheet, bare
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ SIDE = 5.6
 """Inches of the map."""
 
 
-def draw_blocks(answer: Mapping[str, Any], found: BlockMap, asked: Asked, *, by_scores: bool) -> Figure:
+def draw_blocks(answer: Mapping[str, Any], found: Map, asked: Asked, *, by_scores: bool) -> Figure:
     """The figure: the map of one head, and below it the frames with what a block in the middle sees."""
     from matplotlib.colors import ListedColormap
 

@@ -325,3 +325,52 @@ def ssta(
         return sees_blocks(blocks, chosen, len(queries))
 
     return per_head(query, key, of_head)
+
+
+Clusters = tuple[list[int], torch.Tensor]
+"""The cluster of each token, and the centroids."""
+
+
+def clusters(tokens: torch.Tensor, centroids: torch.Tensor, iterations: int) -> Clusters:
+    """Lloyd's k-means of (tokens, size): nearest centroid, the first of equal ones; then the mean of its tokens.
+
+    It ends early where no centroid moves by 1e-4.
+    """
+    for _ in range(iterations):
+        distances = (tokens[:, None] - centroids).square().sum(-1).tolist()
+        labels = [best([-distance for distance in row], 1)[0] for row in distances]
+        moved = centroids.clone()
+        for at in range(len(centroids)):
+            of_cluster = [token for token, label in enumerate(labels) if label == at]
+            if of_cluster:
+                moved[at] = tokens[of_cluster].mean(0)
+        if max((moved - centroids).norm(dim=-1).tolist()) < 1e-4:
+            break
+        centroids = moved
+    return labels, centroids
+
+
+def sparse_video_gen_2(of_queries: Clusters, of_keys: Clusters, share: float, least: float) -> torch.Tensor:
+    """SVG2 (arXiv:2505.18875) of one head: which keys each query sees, (tokens, tokens).
+
+    P is the softmax over key clusters, each weighted by its size; clusters are kept until P passes `share`, the one
+    that passes it too, and at least int(`least` * clusters).
+    """
+    (q_labels, q_centroids), (k_labels, k_centroids) = of_queries, of_keys
+    sizes = [k_labels.count(at) for at in range(len(k_centroids))]
+    sees = torch.zeros(len(q_labels), len(k_labels), dtype=torch.bool)
+    for at in set(q_labels):
+        query = q_centroids[at]
+        weights = [
+            size * exp(float(query @ key) * len(key) ** -0.5) for size, key in zip(sizes, k_centroids, strict=True)
+        ]
+        kept, passed = [], 0.0
+        for number, other in enumerate(best(weights, len(weights))):
+            if passed > share * sum(weights) and number >= int(least * len(weights)):
+                break
+            kept.append(other)
+            passed += weights[other]
+        rows = torch.tensor([label == at for label in q_labels])
+        columns = torch.tensor([label in kept for label in k_labels])
+        sees |= rows[:, None] & columns
+    return sees

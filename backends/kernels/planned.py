@@ -40,18 +40,6 @@ VMOBA = (
     Option("moba_config", dict, None, "The same options together, where SGLang reads them.", fields=_VMOBA),
 )
 
-SPARSE_VIDEO_GEN_2 = (
-    Option("svg2_num_q_centroids", int, 300, "Clusters of queries.", minimum=1),
-    Option("svg2_num_k_centroids", int, 1000, "Clusters of keys.", minimum=1),
-    Option("svg2_top_p_kmeans", float, 0.9, "Share of the attention kept.", minimum=0, maximum=1),
-    Option("svg2_min_kc_ratio", float, 0.1, "Least share of key clusters kept.", minimum=0, maximum=1),
-    Option("svg2_kmeans_iter_init", int, 50, "Iterations of the first clustering.", minimum=0),
-    Option("svg2_kmeans_iter_step", int, 2, "Iterations of each later one.", minimum=0),
-    Option("svg2_zero_step_kmeans_init", bool, False, "Cluster from nothing at the first sparse step."),
-    Option("svg2_first_layers_fp", float, 0.03, "Dense layers: a number, or a share up to 1.", minimum=0),
-    Option("svg2_first_times_fp", float, 0.2, "Dense steps: a number, or a share up to 1.", minimum=0),
-)
-
 SOL = (
     Option("tau", float, 1.0, "Threshold."),
     Option("thresh_type", str, "diag", "What the threshold is compared with."),
@@ -93,13 +81,6 @@ BACKENDS = (
         "VMoBA block attention for video.",
         VMOBA,
         (Alias(SGLANG, "vmoba_attn", NOT_BUILT), Alias(FASTVIDEO, "VMOBA_ATTN", NOT_BUILT)),
-    ),
-    Planned(
-        "sparse_video_gen_2_attn",
-        "half",
-        "Sparse VideoGen 2.",
-        SPARSE_VIDEO_GEN_2,
-        (Alias(SGLANG, "sparse_video_gen_2_attn", NOT_BUILT),),
     ),
     Planned(
         "sol_attn",

@@ -1,14 +1,14 @@
-"""`BlockMap`: which key blocks each query block of each head sees."""
+"""`BlockMap`: which key blocks each query block of each head sees; `HeadMaps` where each head has its own blocks."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ..values.grid import TokenGrid
-from .blocks import Blocks, cut, with_others
+from .blocks import Blocks, cut, extended, with_others
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,40 @@ class BlockMap:
         return self.seen[:, :, block_of_token(self.queries)][..., block_of_token(self.keys)]
 
 
+@dataclass(frozen=True, eq=False)
+class HeadMaps:
+    """Which key blocks each query block sees, where the tokens of each head of each sample have another order.
+
+    `maps`: for each sample those of its heads, each of one head.
+    """
+
+    maps: tuple[tuple[BlockMap, ...], ...]
+
+    def share(self) -> torch.Tensor | float:
+        """As `BlockMap.share`."""
+        shares = [one.share() for heads in self.maps for one in heads]
+        return sum(shares[1:], shares[0]) / len(shares)
+
+    @property
+    def pairs(self) -> float:
+        """`share` as a number; it may wait for the device."""
+        return float(self.share())
+
+    def of_head(self, head: int, sample: int = 0) -> BlockMap:
+        """The map of one head of one sample."""
+        heads = self.maps[min(sample, len(self.maps) - 1)]
+        return heads[min(head, len(heads) - 1)]
+
+    def mask(self) -> torch.Tensor:
+        """As `BlockMap.mask`."""
+        import torch
+
+        return torch.cat([torch.cat([one.mask() for one in heads], 1) for heads in self.maps])
+
+
+Map = BlockMap | HeadMaps
+
+
 @lru_cache(maxsize=1)
 def _copies() -> MutableMapping[torch.Tensor, dict[torch.device, torch.Tensor]]:
     from torch.utils.weak import WeakTensorKeyDictionary
@@ -92,7 +126,7 @@ def on_device(kept: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def block_of_token(blocks: Blocks) -> torch.Tensor:
-    """The number of each token's block, (tokens,)."""
+    """The number of each token's block, (tokens,), on the CPU."""
     import torch
 
     numbers = torch.repeat_interleave(
@@ -101,11 +135,11 @@ def block_of_token(blocks: Blocks) -> torch.Tensor:
     if blocks.index is None:
         return numbers
     found = torch.empty_like(numbers)
-    found[blocks.index] = numbers
+    found[blocks.index.cpu()] = numbers
     return found
 
 
-def with_other_tokens(on_grid: BlockMap, grid: TokenGrid, kv_after: int, block: int) -> BlockMap:
+def with_other_tokens(on_grid: Map, grid: TokenGrid, kv_after: int, block: int) -> Map:
     """The map of a whole call: tokens beside the grid see everything, and everything sees them.
 
     Args:
@@ -113,11 +147,22 @@ def with_other_tokens(on_grid: BlockMap, grid: TokenGrid, kv_after: int, block: 
         kv_after: keys after the grid; queries after it are `grid.after`.
         block: the size of the blocks of the other tokens.
     """
+    if isinstance(on_grid, HeadMaps):
+        return HeadMaps(
+            tuple(tuple(_with_others(one, grid, kv_after, block, extended) for one in heads) for heads in on_grid.maps)
+        )
+    return _with_others(on_grid, grid, kv_after, block, with_others)
+
+
+def _with_others(
+    on_grid: BlockMap, grid: TokenGrid, kv_after: int, block: int, extend: Callable[[Blocks, int, int, int], Blocks]
+) -> BlockMap:
+    """`extend`: `with_others` where the blocks are kept, `extended` where they are those of one call."""
     from torch.nn.functional import pad
 
     kv_before = grid.before - grid.hidden_before
-    queries = with_others(on_grid.queries, grid.before, grid.after, block)
-    keys = with_others(on_grid.keys, kv_before, kv_after, block)
+    queries = extend(on_grid.queries, grid.before, grid.after, block)
+    keys = extend(on_grid.keys, kv_before, kv_after, block)
     q_before, q_after, k_before, k_after = (
         len(cut(tokens, block)) for tokens in (grid.before, grid.after, kv_before, kv_after)
     )

@@ -158,6 +158,11 @@ def by_label(labels: torch.Tensor, count: int) -> Blocks:
 
 @lru_cache(maxsize=64)
 def with_others(blocks: Blocks, before: int, after: int, block: int) -> Blocks:
+    """`extended`, of blocks that are kept."""
+    return extended(blocks, before, after, block)
+
+
+def extended(blocks: Blocks, before: int, after: int, block: int) -> Blocks:
     """The blocks of a grid with those of the tokens before and after it, which have blocks of their own."""
     import torch
 
@@ -166,6 +171,6 @@ def with_others(blocks: Blocks, before: int, after: int, block: int) -> Blocks:
     sizes = (*cut(before, block), *blocks.sizes, *cut(after, block))
     if blocks.index is None:
         return Blocks(None, sizes)
-    cells = blocks.tokens
-    rest = torch.arange(before + cells, before + cells + after, device="cpu")
-    return Blocks(torch.cat((torch.arange(before, device="cpu"), blocks.index + before, rest)), sizes)
+    cells, device = blocks.tokens, blocks.index.device
+    rest = torch.arange(before + cells, before + cells + after, device=device)
+    return Blocks(torch.cat((torch.arange(before, device=device), blocks.index + before, rest)), sizes)

@@ -36,3 +36,17 @@ def until_share(scores: torch.Tensor, share: float, *, least: int = 1) -> torch.
     keep = before < share
     keep[..., :least] = True
     return torch.zeros_like(keep).scatter_(-1, order, keep)
+
+
+def passed_share(scores: torch.Tensor, share: float, *, least: int = 1) -> torch.Tensor:
+    """The highest blocks of each row, as long as the softmax weights before one sum to at most `share`.
+
+    Unlike `until_share` it keeps one more where the sum is `share` itself.
+    """
+    import torch
+
+    weights, order = torch.sort(torch.softmax(scores, -1), dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(weights, dtype=torch.bool)
+    keep[..., 1:] = weights.cumsum(-1)[..., :-1] <= share
+    keep[..., :least] = True
+    return torch.zeros_like(keep).scatter_(-1, order, keep)

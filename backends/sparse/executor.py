@@ -7,13 +7,15 @@ about the machine, about a kind of call, about one map. An empty list means yes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..values.options import Option
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
-from .block_map import BlockMap
+from .block_map import BlockMap, Map
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +110,27 @@ def executors() -> tuple[Executor, ...]:
     return EXECUTORS
 
 
+def run_map(run: Run, call: AttentionCall, block_map: Map) -> torch.Tensor:
+    """Compute a map, head by head where each has its own blocks."""
+    if isinstance(block_map, BlockMap):
+        return run(call, block_map)
+    batch, heads, q_len, _ = call.query.shape
+    shares = heads // call.key.shape[1]
+    output = call.query.new_empty((batch, q_len, heads, call.value.shape[3])).transpose(1, 2)
+    for sample, head in product(range(batch), range(heads)):
+        of_query, of_key = (slice(sample, sample + 1), slice(head, head + 1)), head // shares
+        key, value = (tensor[sample : sample + 1, of_key : of_key + 1] for tensor in (call.key, call.value))
+        part = call.changed(query=call.query[of_query], key=key, value=value, enable_gqa=False)
+        output[of_query] = run(part, block_map.of_head(head, sample))
+    return output
+
+
 EXECUTOR = Option(
     "executor", str, AUTO, "How the chosen blocks are computed; auto takes the best that runs here.",
     choices=(AUTO, "gather", "flex"),
 )  # fmt: skip
+
+
+def only(name: str) -> Option:
+    """`EXECUTOR` of a method whose maps one executor computes (`SparseMethod.only_executor`)."""
+    return replace(EXECUTOR, choices=(AUTO, name))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..kernels.backend import Backend, Kernel
@@ -20,10 +21,10 @@ from ..values.limits import FLOATING, Causal, Dtypes, Limits, Masks, Rule, Value
 from ..values.platform import KINDS, Platform
 from ..values.reasons import Reason, template
 from ..values.request import AttentionCall, AttentionRequest
-from .block_map import BlockMap, Dense, with_other_tokens
+from .block_map import BlockMap, Dense, Map, with_other_tokens
 from .blocks import Blocks
 from .by_step import computed_whole
-from .executor import AUTO, Executor, Run, executors, select
+from .executor import AUTO, Executor, Run, Selection, executors, run_map, select
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,12 @@ class Where(NamedTuple):
     role: str
     samples: tuple[object, ...]
     """Identity of each sample of the batch."""
+    block: str = ""
+    """Name of the block."""
+    blocks: tuple[str, ...] = ()
+    """The blocks of the model, in its order; empty if unknown."""
+    kept: MutableMapping[Hashable, object] = MappingProxyType({})  # type: ignore[assignment]  # nothing is kept
+    """What methods keep for the rest of the run, by their own keys."""
 
 
 class SparseMethod(Backend):
@@ -90,6 +97,9 @@ class SparseMethod(Backend):
     """Bytes that choosing takes at most for each head and pair of blocks: scores, sorted scores, their order and sums;
     0 where a map follows from the grid."""
 
+    only_executor: ClassVar[str | None] = None
+    """The one executor that computes its maps; None: any that can."""
+
     same_thing: ClassVar[tuple[str, ...]] = ()
     """Options of which one may be given."""
 
@@ -103,7 +113,7 @@ class SparseMethod(Backend):
 
     def select_blocks(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
-    ) -> BlockMap | Dense:
+    ) -> Map | Dense:
         """Which key blocks each query block of the grid sees.
 
         Args:
@@ -117,12 +127,25 @@ class SparseMethod(Backend):
 
     def select_at(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
-    ) -> BlockMap | Dense:
+    ) -> Map | Dense:
         """`select_blocks` but in steps and layers that are computed whole."""
+        whole = self.dense_at(where, options)
+        return self.select_blocks(call, grid, where, options) if whole is None else whole
+
+    def dense_at(self, where: Where, options: Mapping[str, object]) -> Dense | None:
+        """Why calls of this step or layer are computed whole; None: they are not."""
         whole = computed_whole(where, options, steps=self.steps_option, layers=self.layers_option)
         if whole is None and self.published_steps is not None and options[self.steps_option] is None:
             whole = first_steps(where, *self.published_steps)
-        return self.select_blocks(call, grid, where, options) if whole is None else whole
+        return whole
+
+    def executors(self, request: AttentionRequest, platform: Platform, options: Mapping[str, object]) -> Selection:
+        """The executors for calls of one kind with these options."""
+        if self.only_executor is None:
+            return select(request, platform, str(options.get("executor", AUTO)))
+        able, reasons = select(request, platform, self.only_executor)
+        alone = (f"{self.only_executor} alone computes its blocks",)
+        return Selection(able, {name: why if name == self.only_executor else alone for name, why in reasons.items()})
 
     def values(self, options: Mapping[str, object]) -> dict[str, object]:
         """Every declared option with its value; published steps are None unless given, as they are scaled."""
@@ -151,7 +174,7 @@ class SparseMethod(Backend):
         grid = request.grid
         if grid is None:
             return 0
-        able = select(request, platform).able
+        able = self.executors(request, platform, {}).able
         return self.choosing_bytes(request, grid) + (able[0].workspace_bytes(request, platform) if able else 0)
 
     def choosing_bytes(self, request: AttentionRequest, grid: TokenGrid) -> int:
@@ -214,7 +237,10 @@ class SparseKernel:
         beside = grid.tokens > grid.cells
 
         def run(call: AttentionCall) -> torch.Tensor:
-            where = Where(progress.step, progress.steps, progress.sigma, layer, place.role, progress.samples)
+            where = Where(
+                progress.step, progress.steps, progress.sigma, layer, place.role, progress.samples,
+                place.block, progress.blocks, progress.kept,
+            )  # fmt: skip
             on_grid = call
             if beside:
                 on_grid = call.changed(
@@ -238,25 +264,24 @@ class SparseKernel:
 
         return run
 
-    def executor(
-        self, request: AttentionRequest, kept: Kept
-    ) -> Callable[[AttentionCall, BlockMap], torch.Tensor | Dense]:
+    def executor(self, request: AttentionRequest, kept: Kept) -> Callable[[AttentionCall, Map], torch.Tensor | Dense]:
         """What computes the maps of calls of one kind: the first executor that can; or why none can.
 
         `kept` counts what is computed.
         """
         named = str(self.options.get("executor", AUTO))
-        able, reasons = select(request, self.platform, named)
+        able, reasons = self.method.executors(request, self.platform, self.options)
         failed: dict[str, str] = {}
 
-        def compute(call: AttentionCall, block_map: BlockMap) -> torch.Tensor | Dense:
+        def compute(call: AttentionCall, block_map: Map) -> torch.Tensor | Dense:
+            one = block_map if isinstance(block_map, BlockMap) else block_map.of_head(0)
             for executor in able:
-                if executor.id in failed or executor.call_reasons(call, block_map):
+                if executor.id in failed or executor.call_reasons(call, one):
                     continue
-                if executor is not able[-1] and executor.avoid_map_reasons(block_map):
+                if executor is not able[-1] and executor.avoid_map_reasons(one):
                     continue
                 try:
-                    output = self._run(executor)(call, block_map)
+                    output = run_map(self._run(executor), call, block_map)
                     kept.add(block_map.share(), executor.id)
                     return output
                 except Exception as error:
@@ -265,7 +290,7 @@ class SparseKernel:
                     failed[executor.id] = f"{type(error).__name__}: {error}"
                     log.warning("%s: executor %s failed (%s); the next one runs for: %s", self.method.id, executor.id,
                                 failed[executor.id], request.describe())  # fmt: skip
-            against = {**reasons, **{one.id: tuple(one.call_reasons(call, block_map)) for one in able}}
+            against = {**reasons, **{each.id: tuple(each.call_reasons(call, one)) for each in able}}
             texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items() if named in (AUTO, name)]
             return Dense(", ".join(texts))
 

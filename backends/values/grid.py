@@ -137,6 +137,8 @@ class Progress:
     steps: int | None = None
     """Steps of the whole schedule."""
     sigma: float | None = None
+    blocks: tuple[str, ...] = ()
+    """The blocks of the model, in its order."""
     samples: tuple[Hashable, ...] = ()
     """Identity of each sample of the batch, the same in every step: its conditioning and its context window."""
     calls: int = 0

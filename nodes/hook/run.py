@@ -177,7 +177,8 @@ class Run:
             return NO_SAMPLER
         if self._schedule is None or self._schedule[0] is not sigmas:
             percent_to_sigma = getattr(getattr(model, "model_sampling", None), "percent_to_sigma", None)
-            self._schedule = sigmas, whole_schedule(sigmas.tolist(), percent_to_sigma)
+            blocks = attention_modules.blocks_of(model.diffusion_model)
+            self._schedule = sigmas, whole_schedule(sigmas.tolist(), percent_to_sigma)._replace(blocks=blocks)
         return self._schedule[1]
 
     def foreign_code(self, diffusion_model: torch.nn.Module) -> ForeignCode:

@@ -24,6 +24,8 @@ class WholeSchedule(NamedTuple):
     """Steps of the schedule before this sampler's first."""
     steps: int = 0
     """Steps of the whole schedule."""
+    blocks: tuple[str, ...] = ()
+    """The blocks of the model, in its order."""
 
 
 NO_SAMPLER = WholeSchedule(())
@@ -68,6 +70,7 @@ def begin(progress: Progress, run: Run, schedule: WholeSchedule, options: dict[s
     if schedule.steps and progress.sigma is not None:
         step = step_of(progress.sigma, schedule.sigmas) if run.step is None else run.step
         progress.step = schedule.before + min(step, len(schedule.sigmas) - 2)
+    progress.blocks = schedule.blocks
     progress.samples = () if run.around_model_calls else samples_of(options, int(x.shape[0]))
     progress.calls += 1
     return before
@@ -75,7 +78,7 @@ def begin(progress: Progress, run: Run, schedule: WholeSchedule, options: dict[s
 
 def restore(progress: Progress, before: Progress) -> None:
     """After a nested model call: the outer one continues."""
-    for name in ("step", "steps", "sigma", "samples"):
+    for name in ("step", "steps", "sigma", "blocks", "samples"):
         setattr(progress, name, getattr(before, name))
 
 

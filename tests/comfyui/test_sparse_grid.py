@@ -517,7 +517,7 @@ def test_a_part_of_a_schedule_tells_where_it_lies(start: int, last: int) -> None
         shifted[start : last + 1], lambda percent: 5 * (1 - percent) / (1 + 4 * (1 - percent))
     )
     assert (found.before, found.steps) == (start, 20)
-    assert progress.whole_schedule(shifted[start : last + 1], None)[1:] == (0, last - start)
+    assert progress.whole_schedule(shifted[start : last + 1], None)[1:3] == (0, last - start)
     assert progress.whole_schedule([1.0], None) == progress.NO_SAMPLER
 
 
@@ -543,6 +543,31 @@ def test_nothing_is_kept_after_a_run(stopped: bool, calls: list[Call], monkeypat
     else:
         tiny_sampling.sample(model, "wan", steps=2)
     assert {session.progress == Progress() for session in sessions} == {True}
+
+
+def test_clusters_are_kept_for_each_condition_and_block_until_the_run_ends(
+    calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[tuple[int, set[object], tuple[str, ...]]] = []
+    attention = sampling.DeviceSession.attention
+
+    def watched(session: Any, *args: Any) -> Any:
+        output, progress = attention(session, *args), session.progress
+        kept.append((len(progress.kept), {place[3] for place in progress.kept}, progress.blocks))
+        return output
+
+    monkeypatch.setattr(sampling.DeviceSession, "attention", watched)
+    options = {"svg2_first_times_fp": 1.5, "svg2_kmeans_iter_init": 2, "svg2_num_k_centroids": 8}
+    svg2 = {"backend": "sparse_video_gen_2_attn", "extra": options}
+    model = patched("wan", {"per_role": {"self": svg2}})
+    tiny_sampling.sample(model, "wan", steps=3)
+    blocks = kept[-1][2]
+    assert len(blocks) > 1
+    assert {names for _, _, names in kept} == {blocks}
+    samples = kept[-1][1]
+    assert kept[-1][0] == 2 * len(samples) * len(blocks), "of queries and of keys"
+    assert kept[0][0] == 0, "the first step is dense"
+    assert len({call.step for call in calls if call.backend == "sparse_video_gen_2_attn"}) == 3
 
 
 def test_a_compiled_model_computes_the_same(calls: list[Call]) -> None:

@@ -144,10 +144,6 @@ PLANNED_TEXTS = {
         "sol_attn",
         {"tau": 1.5, "dense_steps": 4, "dense_backend": "fa"},
     ),
-    "--attention-backend sparse_video_gen_2_attn --attention-backend-config svg2_top_p_kmeans=0.8": (
-        "sparse_video_gen_2_attn",
-        {"svg2_top_p_kmeans": 0.8},
-    ),
 }
 
 

@@ -1,0 +1,135 @@
+"""What sparse methods keep between steps: the centroids of Sparse VideoGen 2, for each sample of each block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import literal_sparse as literal  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.sparse.block_map import Dense, HeadMaps  # noqa: E402
+from attention_backends.backends.sparse.kmeans import cluster, first_tokens  # noqa: E402
+from attention_backends.backends.sparse.method import SparseMethod, Where  # noqa: E402
+from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+
+GRID = TokenGrid(3, 5, 6)
+OPTIONS = {
+    "svg2_num_q_centroids": 4, "svg2_num_k_centroids": 8, "svg2_top_p_kmeans": 0.4, "svg2_first_layers_fp": 0,
+    "svg2_first_times_fp": 0, "svg2_kmeans_iter_init": 4, "svg2_kmeans_iter_step": 1,
+}  # fmt: skip
+METHOD: Any = BACKENDS["sparse_video_gen_2_attn"]
+
+
+def tensors(seed: int, batch: int = 1) -> AttentionCall:
+    torch.manual_seed(seed)
+    return AttentionCall(*(torch.randn(batch, 2, GRID.cells, 8) for _ in range(3)))
+
+
+def select(call: AttentionCall, kept: dict[Any, Any], samples: tuple[str, ...], **more: Any) -> Any:
+    assert isinstance(METHOD, SparseMethod)
+    place = {"step": 3, "steps": 10, "block": "blocks.1", "blocks": ("blocks.0", "blocks.1"), "layer": 1}
+    options = {**OPTIONS, **{name: more.pop(name) for name in list(more) if name.startswith("svg2")}}
+    where = Where(**{**place, "sigma": None, "role": "self", "samples": samples, "kept": kept, **more})
+    return METHOD.select_at(call, GRID, where, METHOD.values(options))
+
+
+def test_a_later_step_goes_on_from_the_centroids_of_the_one_before() -> None:
+    calls, kept = [tensors(seed) for seed in range(3)], {}
+    found = [select(call, kept, ("a",)) for call in calls]
+    for head in range(2):
+        sides = []
+        for name, count in (("query", 4), ("key", 8)):
+            per_step = [getattr(call, name)[0, head].double() for call in calls]
+            before = literal.clusters(per_step[0], per_step[0][first_tokens(GRID.cells, count)], 4)
+            steps = [before]
+            for tokens in per_step[1:]:
+                steps.append(literal.clusters(tokens, steps[-1][1], 1))
+            sides.append(steps)
+        for step, (of_queries, of_keys) in enumerate(zip(*sides, strict=True)):
+            expected = literal.sparse_video_gen_2(of_queries, of_keys, 0.4, 0.1)
+            assert torch.equal(found[step].mask()[0, head], expected), (head, step)
+
+
+def test_each_sample_has_its_own_however_they_are_batched() -> None:
+    kept: dict[Any, Any] = {}
+    apart: dict[Any, Any] = {}
+    for seed, samples in ((0, ("a", "b")), (1, ("b", "a"))):  # ComfyUI batches them in any order, or not at all
+        call = tensors(seed, 2)
+        together = select(call, kept, samples).mask()
+        for at in (1, 0):
+            one = call.changed(**{name: getattr(call, name)[at : at + 1] for name in ("query", "key", "value")})
+            assert torch.equal(select(one, apart, samples[at : at + 1]).mask(), together[at : at + 1])
+    assert kept.keys() == apart.keys()
+    assert len(kept) == 4
+
+
+@pytest.mark.parametrize(
+    "other", [{"samples": ("b",)}, {"block": "blocks.0"}, {"role": "joint"}, {"samples": ()}], ids=str
+)
+def test_what_was_kept_elsewhere_is_not_used(other: dict[str, Any]) -> None:
+    kept: dict[Any, Any] = {}
+    select(tensors(0), kept, ("a",))
+    begun = select(tensors(1), {}, ("a",)).mask()
+    assert not torch.equal(select(tensors(1), dict(kept), ("a",)).mask(), begun)
+    assert torch.equal(select(tensors(1), kept, **{"samples": ("a",), **other}).mask(), begun)
+
+
+def test_a_part_of_a_batch_keeps_nothing() -> None:
+    kept: dict[Any, Any] = {}
+    assert isinstance(select(tensors(0), kept, ("a", "b")), HeadMaps)
+    assert kept == {}
+
+
+@pytest.mark.parametrize(("early", "expected"), [(False, 0), (True, 2)])
+def test_dense_steps_cluster_only_where_a_person_says_so(early: bool, expected: int) -> None:
+    kept: dict[Any, Any] = {}
+    first = {"svg2_first_times_fp": 4, "svg2_zero_step_kmeans_init": early}
+    assert isinstance(select(tensors(0), kept, ("a",), **first), Dense)
+    assert len(kept) == expected
+    kept.clear()
+    assert isinstance(select(tensors(0), kept, ("a",), **first, svg2_first_layers_fp=2), Dense)
+    assert not kept, "this layer is dense in every step"
+
+
+@pytest.mark.parametrize(("share", "dense"), [(0.03, 0), (0.5, 1), (0.99, 1), (1, 2), (2, 2)])
+def test_dense_layers_are_a_share_of_the_whole_model(share: float, dense: int) -> None:
+    blocks = ("double_blocks.0", "single_blocks.0")
+    found = [
+        select(tensors(0), {}, ("a",), svg2_first_layers_fp=share, block=block, blocks=blocks, layer=0)
+        for block in blocks
+    ]
+    assert [isinstance(one, Dense) for one in found] == [at < dense for at in range(2)]
+
+
+def test_the_published_numbers_of_clusters_are_scaled_to_the_tokens() -> None:
+    grid = TokenGrid(1, 63, 60)  # a twentieth of what they are published for
+    call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
+    values = METHOD.values({"svg2_kmeans_iter_init": 1})
+    found = METHOD.select_blocks(call, grid, Where(None, None, None, None, "self", ()), values)
+    assert (found.of_head(0).queries.count, found.of_head(0).keys.count) == (15, 50)
+    assert METHOD.blocks(grid, values).count == 15
+
+
+def test_clusters_are_the_same_each_time_and_leave_torchs_generator_alone() -> None:
+    tokens = torch.randn(1, 2, 300, 8)
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    found = [cluster(tokens, tokens[:, :, first_tokens(300, 9)], 6).labels for _ in range(2)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_equally_near_tokens_go_to_the_first_centroid_and_an_empty_one_stays() -> None:
+    tokens = torch.zeros(1, 1, 6, 2)
+    tokens[..., 0] = torch.tensor([-1.0, -1, 0, 1, 1, 1])
+    begin = torch.tensor([[[[-1.0, 0], [1, 0], [1, 0], [9, 9]]]])
+    found = cluster(tokens, begin, 1)
+    assert found.labels.tolist() == [[[0, 0, 0, 1, 1, 1]]]
+    assert found.sizes.tolist() == [[[3, 3, 0, 0]]]
+    assert found.centroids[0, 0, 2:].tolist() == [[1, 0], [9, 9]]
+    assert found.centroids[0, 0, 0].tolist() == pytest.approx([-2 / 3, 0])
