@@ -39,19 +39,20 @@ export function forecastWords(found, { isDefault, allow }, say) {
       : say('line.cannot', { backend, reasons: said[0] ?? '' })
     return { texts: [first, say('line.cannot_short', { backend })], title: reasons, tone: 'bad' }
   }
+  const apart = (found.exceptions ?? []).map((what) => inWords(what, found.phrases, say)).join('; ')
   const name = [found.without, found.flag && `(${found.flag})`].filter(Boolean).join(' ')
   if (found.kind === 'named') {
     if (takes === 'comfy') return plain([[say('line.comfy'), name], [say('line.comfy')]])
     const runs = say('line.runs', { backend: takes })
     const lossy = found.accuracy && found.accuracy !== 'exact' ? say(`line.lossy_${found.accuracy}`) : ''
     const by = found.source && say('line.by', { source: found.source })
-    return plain([[runs, lossy, by], [runs, by], [runs]])
+    return plain([[runs, lossy, apart, by], [runs, lossy, apart], [runs, apart || by], [runs]])
   }
   if (found.kind === 'autotune') {
     const tries = found.tries
     if (tries.length < 2) return plain([[say('line.autotune_none', { backend: takes })]])
     return plain([
-      [say('line.autotune', { backends: tries.join(', ') })],
+      [say('line.autotune', { backends: tries.join(', ') }), apart],
       [say('line.autotune', { backends: listed(tries) })],
       [say('line.autotune_short', { count: tries.length })]
     ])
@@ -62,7 +63,7 @@ export function forecastWords(found, { isDefault, allow }, say) {
   const same = found.same === null ? '' : found.same ? say('line.same') : say(other, { name })
   const short = exact ? say(other, { name: found.without }) : ''
   const better = faster ? say(`line.${faster.why}`, { backend: faster.backend, allow, accuracy: faster.accuracy }) : ''
-  return plain([[head, same, better], [head, short || better], [head, same], [head]])
+  return plain([[head, apart, same, better], [head, apart || short || better], [head, same], [head]])
 }
 
 /**

@@ -133,10 +133,11 @@ export function nodeLines(app, events, server, say) {
     if (!line || !CHOOSE.includes(classOf(node))) return
     const [backend, accuracy] = ['backend', 'accuracy'].map((name) => String(valueOf(app, node, name) ?? ''))
     const model = modelOf(node, rootOf(app))
-    const wanted = JSON.stringify([backend, accuracy, model])
+    const recommended = valueOf(app, node, 'recommended') === true
+    const wanted = JSON.stringify([backend, accuracy, model, recommended])
     if (!backend || line.asked === wanted) return
     line.asked = wanted
-    const forecast = await server.forecast(backend, accuracy || 'exact', model)
+    const forecast = await server.forecast(backend, accuracy || 'exact', model, recommended)
     if (line.asked !== wanted) return // changed while we asked
     line.forecast = forecast
     show(node)

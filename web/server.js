@@ -50,7 +50,7 @@
  *   backend: string, kind: 'auto' | 'autotune' | 'named', takes: string | null, accuracy: string | null, source: string,
  *   same: boolean | null, without: string, flag: string, without_accuracy: string,
  *   faster: { backend: string, why: 'not_allowed' | 'not_installed', accuracy: string } | null, tries: string[],
- *   reasons: string[], phrases?: Phrases, package: string, by_model?: boolean
+ *   reasons: string[], phrases?: Phrases, package: string, by_model?: boolean, exceptions?: string[]
  * }} Forecast
  * @typedef {{
  *   class_type: string, state: 'waiting' | 'running' | 'done' | 'stopped', outcome: Outcome, step: number | null,
@@ -164,9 +164,11 @@ export function serverRoutes(api) {
      * @param {string} backend
      * @param {string} accuracy
      * @param {string} [model] the name of its file
+     * @param {boolean} [recommended] whether the node makes exceptions for it
      */
-    forecast(backend, accuracy, model = '') {
-      const query = `${new URLSearchParams({ backend, accuracy, ...(model && { model }) })}`
+    forecast(backend, accuracy, model = '', recommended = false) {
+      const of = { backend, accuracy, ...(model && { model }), ...(model && recommended && { recommended: '1' }) }
+      const query = `${new URLSearchParams(of)}`
       let found = asked.get(query)
       if (!found) {
         found = json(`forecast?${query}`).catch((error) => {

@@ -17,8 +17,10 @@ from ...backends.doctor.install import package_that_helps
 from ...backends.engine.router import Router
 from ...backends.kernels.group import BackendGroup
 from ...backends.measure.device_clock import DeviceClock
+from ...backends.observe.advisories import for_family
 from ...backends.observe.autotune.candidates import may_win
 from ...backends.values.privacy import clean
+from ...backends.values.reasons import known
 from ...backends.values.request import AttentionRequest
 from ...backends.values.tolerance import ACCURACY
 from ..hook.comfy_functions import Started
@@ -38,20 +40,25 @@ def forecast(
     started: Started | None,
     environment: Callable[[], tuple[AttentionConfig, ...]] = from_environment,
     head_dims: tuple[int, ...] = (),
+    family: str = "",
+    recommended: bool = False,
 ) -> dict[str, Any]:
     """What a node with this backend and accuracy does on the router's machine.
 
     {"backend", "kind": "auto", "autotune" or "named", "takes", "accuracy", "source", "same", "without", "flag",
-    "without_accuracy", "faster", "tries", "reasons", "phrases", "package", "by_model"}: `takes` is the backend that
-    runs, None where the named one cannot; `by_model` whether the model's heads decided that. `without` is what this
-    server runs without the node, by `flag`, and `same` whether that is the same kernel. `faster` is {"backend", "why",
-    "accuracy"} or None. `tries` are autotune's candidates. `package` is what to install for a named backend, empty
-    where nothing would help.
+    "without_accuracy", "faster", "tries", "reasons", "phrases", "package", "by_model", "exceptions"}: `takes` is the
+    backend that runs, None where the named one cannot; `by_model` whether the model's heads decided that. `without` is
+    what this server runs without the node, by `flag`, and `same` whether that is the same kernel. `faster` is
+    {"backend", "why", "accuracy"} or None. `tries` are autotune's candidates. `package` is what to install for a named
+    backend, empty where nothing would help. `exceptions` names the calls of the model that run exactly instead, such as
+    masked ones.
 
     Args:
         started: ComfyUI's own function; None outside of it.
         environment: the configurations that hold where the node says auto.
         head_dims: sizes of the heads of the node's model; empty where they are not known.
+        family: of that model; empty where it is not known.
+        recommended: whether the node makes the exceptions that are known for the family.
 
     Raises:
         UnknownBackendError: no such name.
@@ -71,6 +78,7 @@ def forecast(
     found = _named(router, asked, head_dims) if named else _chosen(router, asked, accuracy, head_dims)
     takes = found["takes"]
     kernel = router.backends.get(takes) if takes else None
+    exceptions = _exceptions(family, {takes, *found.get("tries", ())}) if recommended else []
     return {
         "backend": canonical(backend),
         "source": source,
@@ -79,11 +87,17 @@ def forecast(
         "faster": None,
         "tries": [],
         "reasons": [],
-        "phrases": {},
         "package": "",
         "by_model": False,
+        "exceptions": exceptions,
         **found,
+        "phrases": {**found.get("phrases", {}), **phrases_of(exceptions)},
     }
+
+
+def _exceptions(family: str, may_run: set[str | None]) -> list[str]:
+    """The calls of a family that run exactly where one of these backends would compute them."""
+    return [known(one.what, "offer.") for one in for_family(family) if may_run & set(one.backends)]
 
 
 def _named(router: Router, asked: str, head_dims: tuple[int, ...]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Routes of the line on our nodes, and of the model that they are connected to.
 
 GET  forecast?backend=ID&accuracy=CLASS  what a node with these values will do on this machine, before anything runs;
-                                         with &model=FILE, the model's, on that model
+                                         with &model=FILE, the model's, on that model, and with
+                                         &recommended=1 with the exceptions that are known for it
 GET  model?name=FILE                     the roles of a model, from its file's header or its last run
 GET  node_lines?prompt_id=ID or ?mark=M  what a prompt, or the last one of a page's workflow, came to on each node;
                                          with &ended=success or stopped where ComfyUI has said that it is over
@@ -31,7 +32,8 @@ def add_routes(routes: web.RouteTableDef, here: Machine) -> None:
         try:
             backend, accuracy = (request.query.get(name, "")[:LONGEST] for name in ("backend", "accuracy"))
             model = request.query.get("model", "")[:LONGEST_FILE]
-            return web.json_response(await here.forecast(backend or "auto", accuracy or "exact", model))
+            recommended = request.query.get("recommended") == "1"
+            return web.json_response(await here.forecast(backend or "auto", accuracy or "exact", model, recommended))
         except ValueError as error:
             return refused(400, str(error)[:400])
 

@@ -66,14 +66,14 @@ class Machine:
         async with self._one_at_a_time:
             return await asyncio.to_thread(facts_of, name)
 
-    async def forecast(self, backend: str, accuracy: str, model: str = "") -> dict[str, Any]:
-        """What a node with this backend and accuracy, on a model from this file, will do here (`forecast.forecast`).
+    async def forecast(self, backend: str, accuracy: str, model: str = "", recommended: bool = False) -> dict[str, Any]:
+        """What a node with these values, on a model from this file, will do here (`forecast.forecast`).
 
         Raises:
             ValueError: no such backend or accuracy.
         """
         async with self._one_at_a_time:
-            return await asyncio.to_thread(self._forecast, backend, accuracy, model)
+            return await asyncio.to_thread(self._forecast, backend, accuracy, model, recommended)
 
     def _here(self) -> Router:
         platform = detect(comfy.model_management.get_torch_device())
@@ -86,10 +86,12 @@ class Machine:
             (row,) = examine(router, running_interpreter(), [name])
             self._rows[router.platform, name] = as_dict(row)
 
-    def _forecast(self, backend: str, accuracy: str, model: str) -> dict[str, Any]:
-        known = facts_of(model) if model else None
-        head_dims = known.head_dims if known is not None else ()
-        return forecast(self._here(), backend, accuracy, started_with(), head_dims=head_dims)
+    def _forecast(self, backend: str, accuracy: str, model: str, recommended: bool) -> dict[str, Any]:
+        known = (facts_of(model) if model else None) or ModelFacts("", ())
+        return forecast(
+            self._here(), backend, accuracy, started_with(),
+            head_dims=known.head_dims, family=known.family, recommended=recommended,
+        )  # fmt: skip
 
 
 def facts(platform: Platform) -> dict[str, Any]:

@@ -118,6 +118,26 @@ def test_heads_of_the_model_decide_too() -> None:
         assert foreseen(machine, accuracy="quantized", head_dims=heads)["by_model"] is False
 
 
+@pytest.mark.parametrize(
+    ("backend", "accuracy", "family", "expected"),
+    [
+        ("sage_attn", "exact", "qwen_image", ["offer.masked"]),
+        ("auto", "quantized", "ltx2", ["offer.cross"]),  # which takes Sage here
+        ("auto", "exact", "ltx2", []),
+        ("torch_sdpa", "exact", "qwen_image", []),
+        ("sage_attn", "exact", "flux", []),
+        ("sage_attn", "exact", "", []),
+    ],
+)
+def test_exceptions_of_the_model_are_said(backend: str, accuracy: str, family: str, expected: list[str]) -> None:
+    """Of calls with masks too, whose values nothing tells before a run."""
+    machine = f"{ADA},{SAGE}"
+    found = foreseen(machine, backend, accuracy, family=family, recommended=True)
+    assert [phrase["id"] for phrase in found["phrases"].values()] == expected
+    assert list(found["phrases"]) == found["exceptions"]
+    assert foreseen(machine, backend, accuracy, family=family)["exceptions"] == []
+
+
 @pytest.fixture(scope="module")
 def facts() -> Any:
     comfyui()
