@@ -374,3 +374,47 @@ def sparse_video_gen_2(of_queries: Clusters, of_keys: Clusters, share: float, le
         columns = torch.tensor([label in kept for label in k_labels])
         sees |= rows[:, None] & columns
     return sees
+
+
+def vmoba(
+    query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shape, *, topk: int | None, threshold: float, over: str
+) -> torch.Tensor:
+    """VMoBA (arXiv:2506.23858) of one sample: which keys each query sees, (1, heads, tokens, tokens).
+
+    `topk` chunks with the query's own; or its own and others in the order of their gates, at least one, until both sum
+    to `threshold` of all, where gates are scaled to 0 to 1 over `over`.
+    """
+    blocks, (heads, tokens) = boxes(shape, box), query.shape[1:3]
+    shares = heads // key.shape[1]
+    own = {token: at for at, block in enumerate(blocks) for token in block}
+    means = [torch.stack([key[0, head, block].double().mean(0) for block in blocks]) for head in range(key.shape[1])]
+    of_head = [(query[0, head].double() @ means[head // shares].mT).tolist() for head in range(heads)]
+    places = list(product(range(len(blocks)), range(heads), range(tokens)))
+    gates = {(at, head, token): of_head[head][token][at] for at, head, token in places}
+    chosen: set[tuple[int, int, int]] = {(own[token], head, token) for head in range(heads) for token in range(tokens)}
+    if topk is not None:
+        for head, token in product(range(heads), range(tokens)):
+            row = [inf if at == own[token] else gates[at, head, token] for at in range(len(blocks))]
+            chosen |= {(at, head, token) for at in best(row, topk)}
+    else:
+        groups: dict[object, list[tuple[int, int, int]]] = {}
+        for at, head, token in gates:
+            group = {"query_head": (head, token), "block": at, "head_global": head, "overall": 0}[over]
+            groups.setdefault(group, []).append((at, head, token))
+        for places in groups.values():
+            row = [gates[place] for place in places]
+            spread = max(row) - min(row)
+            scaled = [(gate - min(row)) / (spread if spread > 1e-6 else 1) for gate in row]
+            mine = [place in chosen and place[0] == own[place[2]] for place in places]
+            total = sum(scaled) + 1e-6
+            passed = sum(gate for gate, is_own in zip(scaled, mine, strict=True) if is_own) / total
+            others = [0.0 if is_own else gate for gate, is_own in zip(scaled, mine, strict=True)]
+            for at in best(others, len(others)):
+                chosen.add(places[at])
+                passed += others[at] / total
+                if passed >= threshold:
+                    break
+    sees = torch.zeros(1, heads, tokens, tokens, dtype=torch.bool)
+    for at, head, token in chosen:
+        sees[0, head, token, blocks[at]] = True
+    return sees

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from ..values.aliases import (
     COMFYUI,
-    FASTVIDEO,
     SGLANG,
     VLLM_OMNI,
     Alias,
@@ -18,27 +17,6 @@ from ..values.options import Option
 from ..values.platform import Platform
 from ..values.reasons import Reason
 from .backend import Backend
-
-_VMOBA = (
-    Option("temporal_chunk_size", int, None, "Frames in a chunk.", minimum=1),
-    Option("temporal_topk", int, None, "Chunks kept.", minimum=1),
-    Option("spatial_chunk_size", list, None, "Height and width of a chunk."),
-    Option("spatial_topk", int, None, "Chunks kept.", minimum=1),
-    Option("st_chunk_size", list, None, "Frames, height and width of a chunk."),
-    Option("st_topk", int, None, "Chunks kept.", minimum=1),
-    Option("moba_select_mode", str, "threshold", "How chunks are chosen."),
-    Option("moba_threshold", float, 0.25, "Threshold of that choice.", minimum=0, maximum=1),
-    Option("moba_threshold_type", str, "query_head", "What the threshold is taken over."),
-    Option("first_full_step", int, 12, "Dense steps at the beginning.", minimum=0),
-    Option("first_full_layer", int, 0, "Dense layers at the beginning.", minimum=0),
-    Option("temporal_layer", int, 1, "Temporal layers in a cycle.", minimum=0),
-    Option("spatial_layer", int, 1, "Spatial layers in a cycle.", minimum=0),
-    Option("st_layer", int, 1, "Spatiotemporal layers in a cycle.", minimum=0),
-)
-VMOBA = (
-    *_VMOBA,
-    Option("moba_config", dict, None, "The same options together, where SGLang reads them.", fields=_VMOBA),
-)
 
 SOL = (
     Option("tau", float, 1.0, "Threshold."),
@@ -75,13 +53,6 @@ class Planned(Backend):
 NOT_BUILT = "not built yet here: calls fall back, counted, or stop with strict"
 
 BACKENDS = (
-    Planned(
-        "vmoba_attn",
-        "half",
-        "VMoBA block attention for video.",
-        VMOBA,
-        (Alias(SGLANG, "vmoba_attn", NOT_BUILT), Alias(FASTVIDEO, "VMOBA_ATTN", NOT_BUILT)),
-    ),
     Planned(
         "sol_attn",
         "half",

@@ -53,7 +53,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "trtllm_attn": "kernels.trtllm_attn",
         "sliding_tile_attn": "sparse.methods.sliding_tile",
         "video_sparse_attn": "sparse.methods.video_sparse",
-        "vmoba_attn": "kernels.planned",
+        "vmoba_attn": "sparse.methods.vmoba",
         "sparse_video_gen_2_attn": "sparse.methods.sparse_video_gen_2",
         "sparge_attn": "sparse.methods.sparge",
         "sol_attn": "kernels.planned",

@@ -75,10 +75,10 @@ class TorchSDPA(Backend):
         return self.limits.but(Batch(MAX_BATCH)) if platform.kind == "cuda" else self.limits
 
     def load_lse(self, platform: Platform) -> LseKernel:
-        return checked(_with_lse(platform))
+        return checked(with_lse(platform))
 
 
-def _with_lse(platform: Platform) -> LseKernel:
+def with_lse(platform: Platform) -> LseKernel:
     """torch's fused kernels that give an LSE, where they take the call; else the whole matrix of scores.
 
     scaled_dot_product_attention itself gives none, on any device.

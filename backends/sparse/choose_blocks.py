@@ -50,3 +50,16 @@ def passed_share(scores: torch.Tensor, share: float, *, least: int = 1) -> torch
     keep[..., 1:] = weights.cumsum(-1)[..., :-1] <= share
     keep[..., :least] = True
     return torch.zeros_like(keep).scatter_(-1, order, keep)
+
+
+def exactly(values: torch.Tensor, least: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The `count` highest values of each row, where the last one of them is known: `least`. May wait for the device.
+
+    Args:
+        values: (rows, entries); `least`, `count`: (rows, 1).
+    """
+    above, equal = values > least, values == least
+    missing = count - above.sum(-1, keepdim=True)
+    if bool((equal.sum(-1, keepdim=True) > missing).any()):
+        equal &= equal.cumsum(-1) <= missing
+    return above | equal

@@ -83,7 +83,7 @@ def select(request: AttentionRequest, platform: Platform, named: str = AUTO) -> 
     able: list[Executor] = []
     avoided: list[Executor] = []
     reasons: dict[str, tuple[str, ...]] = {}
-    for executor in executors():
+    for executor in executors(named):
         if named not in (AUTO, executor.id):
             reasons[executor.id] = (f"{named} is named",)
             continue
@@ -103,11 +103,11 @@ def select(request: AttentionRequest, platform: Platform, named: str = AUTO) -> 
     return Selection(found, reasons)
 
 
-def executors() -> tuple[Executor, ...]:
-    """All executors, in the order of `executors/__init__.py`."""
-    from .executors import EXECUTORS
+def executors(named: str = AUTO) -> tuple[Executor, ...]:
+    """All executors, in the order of `executors/__init__.py`, and the named one where it is for one method."""
+    from .executors import EXECUTORS, FOR_ONE_METHOD
 
-    return EXECUTORS
+    return (*EXECUTORS, *(executor for executor in FOR_ONE_METHOD if executor.id == named))
 
 
 def run_map(run: Run, call: AttentionCall, block_map: Map) -> torch.Tensor:

@@ -37,6 +37,7 @@ from attention_backends.backends.sparse.methods import (  # noqa: E402
     ssta,
     subblock,
     video_sparse,
+    vmoba,
 )  # fmt: skip
 from attention_backends.backends.sparse.methods.sliding_tile import parse_strategy, read_strategy  # noqa: E402
 from attention_backends.backends.sparse.windows import window_map  # noqa: E402
@@ -207,6 +208,24 @@ def sparse_video_gen_2_case(rng: random.Random, call: AttentionCall, grid: Token
     return options, torch.stack(sees)[None]
 
 
+def vmoba_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    kind = rng.choice(vmoba.KINDS)
+    size = {"temporal": [rng.randint(1, 2)], "spatial": [2, 3], "st": [rng.randint(1, 2), 3, 2]}[kind]
+    box = {"temporal": (*size, grid.height, grid.width), "spatial": (grid.frames, *size), "st": tuple(size)}[kind]
+    topk, over, threshold = rng.randint(1, 4), rng.choice(vmoba.OVER), rng.choice((0.05, 0.3, 0.7))
+    mode = rng.choice(vmoba.MODES)
+    options = {
+        f"{kind}_chunk_size": size[0] if kind == "temporal" else size, f"{kind}_topk": topk, "moba_select_mode": mode,
+        "moba_threshold": threshold, "moba_threshold_type": over,
+        **{f"{other}_layer": int(other == kind) for other in vmoba.KINDS},
+    }  # fmt: skip
+    chunks = len(literal.boxes(grid.shape, box))
+    by_count = min(topk, chunks) if mode == "topk" else None
+    return options, literal.vmoba(
+        call.query, call.key, grid.shape, box, topk=by_count, threshold=threshold, over=over
+    )  # fmt: skip
+
+
 CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "sliding_tile_attn": sliding_tile_case,
     "subblock_attn": subblock_case,
@@ -218,12 +237,14 @@ CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "custom_sparse_attn": custom_case,
     "video_sparse_attn": video_sparse_case,
     "sparse_video_gen_2_attn": sparse_video_gen_2_case,
+    "vmoba_attn": vmoba_case,
 }
 """Backend -> a random case of it."""
 
 SIDES: dict[str, tuple[range, range, range]] = {
     "radial_attn": (range(4, 10), range(5, 12), range(6, 14)),
     "subblock_attn": (range(2, 5), range(4, 9), range(4, 9)),
+    "vmoba_attn": (range(1, 4), range(3, 7), range(3, 6)),
 }
 """Backend -> its grids, where others than small ones are asked for."""
 
@@ -388,7 +409,11 @@ LEAVES_OUT: dict[str, dict[str, Any]] = {
     "custom_sparse_attn": {"topk": 0.3, "window": [1, 3, 1]},
     "video_sparse_attn": {"sparsity": 0.7},
     "sparse_video_gen_2_attn": {"svg2_num_k_centroids": 20, "svg2_top_p_kmeans": 0.3, "svg2_kmeans_iter_init": 3},
-}
+    "vmoba_attn": {
+        "moba_config": {"moba_select_mode": "topk", "temporal_chunk_size": 1, "temporal_topk": 2},
+        "spatial_topk": 4, "st_topk": 5,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", [(0, 0), (5, 0), (0, 9), (5, 9)], ids=str)
@@ -427,6 +452,7 @@ KEEPS_ALL: dict[str, list[dict[str, Any]]] = {
     "custom_sparse_attn": [{"topk": 1}, {"cdf": 1}, {"topk_blocks": 10**6}, {"topk": 0, "sink_frames": 10**6}],
     "video_sparse_attn": [{"sparsity": 0}, {"VSA_sparsity": [0.9, 0]}, {}],
     "sparse_video_gen_2_attn": [{"svg2_top_p_kmeans": 1}, {"svg2_min_kc_ratio": 1}],
+    "vmoba_attn": [{"temporal_chunk_size": 1, "moba_threshold": 1}, {"temporal_chunk_size": 99}, {}],
 }
 
 
@@ -538,6 +564,7 @@ DENSE_STEPS = {
     "subblock_attn": ("skip_first_steps", 10),
     "radial_attn": ("dense_timesteps", 0),
     "sparse_video_gen_2_attn": ("svg2_first_times_fp", 10),
+    "vmoba_attn": ("first_full_step", 12),
     **dict.fromkeys(
         ("sparge_attn", "nabla_attn", "ssta_attn", "cube_attn", "custom_sparse_attn", "video_sparse_attn"),
         ("dense_steps", 0),
@@ -609,6 +636,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("custom_sparse_attn", {"block_size": 64}, "block_size"),
     ("custom_sparse_attn", {"topk": 0.5, "cdf": 0.9}, "give one"),
     ("custom_sparse_attn", {"cdf": 0.9, "score": "importance"}, "score mean"),
+    ("vmoba_attn", {"spatial_chunk_size": [3]}, "spatial_chunk_size"),
+    ("vmoba_attn", {"moba_config": {"st_chunk_size": [3, 0, 3]}}, "st_chunk_size"),
+    ("vmoba_attn", {"st_topk": 2, "moba_config": {"st_topk": 3}}, "give one"),
+    ("vmoba_attn", {"moba_select_mode": "best"}, "threshold, topk"),
+    ("vmoba_attn", {"temporal_layer": 0, "spatial_layer": 0, "st_layer": 0}, "all 0"),
+    ("vmoba_attn", {"executor": "gather"}, "auto, merge"),
+    ("sparse_video_gen_2_attn", {"executor": "flex"}, "auto, gather"),
+    ("sparse_video_gen_2_attn", {"svg2_top_p_kmeans": 1.1}, "> 1"),
 ]
 
 
@@ -771,8 +806,8 @@ def test_maps_of_many_heads_are_not_kept() -> None:
     assert window_map((3, 4, 5), ((1, 1, 3), (3, 1, 1)), pushed_in=True)[1] == 3
 
 
-READ = ("sparse_video_gen_2_attn",)
-"""Methods whose blocks the host reads once in a call."""
+READ = ("sparse_video_gen_2_attn", "vmoba_attn")
+"""Methods for which the host reads from the device in a call."""
 
 
 @pytest.mark.parametrize("backend_id", [name for name in LEAVES_OUT if name not in READ])
@@ -786,7 +821,7 @@ def test_choosing_reads_nothing_from_a_device_and_mixes_none(backend_id: str) ->
 
 
 def test_each_method_is_compared() -> None:
-    modules = cube, custom, nabla, radial, sliding_tile, sparge, sparse_video_gen_2, ssta, subblock, video_sparse
+    modules = cube, custom, nabla, radial, sliding_tile, sparge, sparse_video_gen_2, ssta, subblock, video_sparse, vmoba
     methods = {module.BACKENDS[0].id for module in modules}
     assert methods == set(CASES) == set(LEAVES_OUT) == set(KEEPS_ALL) == set(DENSE_STEPS)
 
@@ -820,9 +855,11 @@ def test_choosing_keeps_to_its_stated_workspace(backend_id: str, dtype: Any) -> 
     call = AttentionCall(*(torch.randn(1, 2, grid.cells, 64).to(dtype) for _ in range(3)))
     method = BACKENDS[backend_id]
     assert isinstance(method, SparseMethod)
-    extra = LEAVES_OUT[backend_id] | ({"fastvideo_vsa_topk": 2} if backend_id == "video_sparse_attn" else {})
+    extra = LEAVES_OUT[backend_id]
     if backend_id == "video_sparse_attn":
-        del extra["sparsity"]  # the default's cubes are larger
+        extra = {"fastvideo_vsa_topk": 2}  # the default's cubes are larger
+    if backend_id == "vmoba_attn":
+        extra = {"temporal_layer": 0, "st_layer": 0}  # the layers with most chunks
     assert not isinstance(selected(backend_id, call, grid, extra), Dense), "and what is kept for a grid is made"
     with Peak(call.query, call.key, call.value) as peak:
         selected(backend_id, call, grid, extra)

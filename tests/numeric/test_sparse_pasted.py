@@ -34,6 +34,35 @@ DOCUMENTED: dict[str, tuple[str, dict[str, Any]]] = {
     VSA + "  --attention-backend-config {options}": ("video_sparse_attn", {"sparsity": 0.75}),
     # Its default keeps everything.
     VSA + "  --attention-backend-config sparsity=0.0": ("video_sparse_attn", {"sparsity": 0.0}),
+    SGLANG.format("vmoba_attn")
+    + '  --attention-backend-config \'{"temporal_chunk_size": 2, "temporal_topk": 1, "spatial_chunk_size": [4, 13], '
+    '"spatial_topk": 6, "st_chunk_size": [4, 4, 13], "st_topk": 18, "moba_select_mode": "topk", '
+    '"moba_threshold": 0.25, "moba_threshold_type": "query_head", "first_full_step": 12, "first_full_layer": 0, '
+    '"temporal_layer": 1, "spatial_layer": 1, "st_layer": 1}\'': (
+        "vmoba_attn",
+        {
+            **{"temporal_chunk_size": 2, "temporal_topk": 1, "spatial_chunk_size": [4, 13], "spatial_topk": 6},
+            **{"st_chunk_size": [4, 4, 13], "st_topk": 18, "moba_select_mode": "topk", "moba_threshold": 0.25},
+            **{"moba_threshold_type": "query_head", "first_full_step": 12, "first_full_layer": 0},
+            **{"temporal_layer": 1, "spatial_layer": 1, "st_layer": 1},
+        },
+    ),
+    SGLANG.format("vmoba_attn")
+    + '  --attention-backend-config \'{"moba_config": {"moba_threshold": 0.1, "temporal_chunk_size": 1}}\'': (
+        "vmoba_attn",
+        {"moba_config": {"moba_threshold": 0.1, "temporal_chunk_size": 1}},
+    ),
+    SGLANG.format("sparse_video_gen_2_attn")
+    + '  --attention-backend-config "svg2_num_q_centroids=30,svg2_num_k_centroids=100,svg2_top_p_kmeans=0.5,'
+    "svg2_min_kc_ratio=0.1,svg2_kmeans_iter_init=5,svg2_kmeans_iter_step=2,svg2_zero_step_kmeans_init=false,"
+    'svg2_first_layers_fp=0.03,svg2_first_times_fp=0.2"': (
+        "sparse_video_gen_2_attn",
+        {
+            **{"svg2_num_q_centroids": 30, "svg2_num_k_centroids": 100, "svg2_top_p_kmeans": 0.5},
+            **{"svg2_min_kc_ratio": 0.1, "svg2_kmeans_iter_init": 5, "svg2_kmeans_iter_step": 2},
+            **{"svg2_zero_step_kmeans_init": False, "svg2_first_layers_fp": 0.03, "svg2_first_times_fp": 0.2},
+        },
+    ),
     # Smart-Diffusion
     "args.infer.attn_type = 'sparge'\nargs.infer.attn_config.sparsity_ratio = 0.5  # 50% sparse\n"
     "args.infer.attn_config.block_size = 64  # Block size for sparsity": (

@@ -136,10 +136,6 @@ def test_the_example_of_vllms_document_is_refused_for_its_true_reason(snapshot: 
 
 
 PLANNED_TEXTS = {
-    '--attention-backend vmoba_attn --attention-backend-config \'{"moba_config": {"st_topk": 2}}\'': (
-        "vmoba_attn",
-        {"moba_config": {"st_topk": 2}},
-    ),
     "--attention-backend sol_attn --attention-backend-config tau=1.5,dense_steps=4,dense_backend=fa": (
         "sol_attn",
         {"tau": 1.5, "dense_steps": 4, "dense_backend": "fa"},
