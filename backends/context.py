@@ -94,7 +94,7 @@ def add_up(total: RunReport, more: RunReport) -> None:
         mine = total.rows.get(key)
         if mine is None:
             mine = total.rows[key] = Row(row.role, row.block, row.backend, row.source, row.mask, row.reason, row.asked)
-            mine.member = row.member
+            mine.member, mine.expected = row.member, row.expected
         mine.calls += row.calls
         mine.launches += row.launches
         mine.timed += row.timed

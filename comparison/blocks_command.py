@@ -88,8 +88,8 @@ def parse(options: argparse.Namespace) -> Asked:
     if spec.backend not in METHODS:
         raise ComparisonError(f"{options.method} has no blocks to draw; these methods have: {', '.join(METHODS)}")
     grid = parse_grid(options.grid)
-    if grid.queries_only or grid.tokens > MOST_TOKENS:
-        why = "has no keys of its own" if grid.queries_only else f"has {grid.tokens} tokens > {MOST_TOKENS}"
+    if grid.queries_only or not 1 <= grid.tokens <= MOST_TOKENS:
+        why = "is of queries alone" if grid.queries_only else f"has {grid.tokens} tokens, not 1 to {MOST_TOKENS}"
         raise ComparisonError(f"grid {options.grid} {why}")
     if options.dtype not in ("bfloat16", "float16", "float32"):
         raise ComparisonError(f"--dtype {options.dtype} is not bfloat16, float16 or float32")

@@ -161,7 +161,7 @@ class Routed:
         """
         if self.beside is None:
             grid = None  # a fact of calls that only sparse backends need
-        elif grid is None or grid.queries_only:
+        elif grid is None or grid.queries_only or not grid.cells:
             return self.beside.run(call, role, block, mask_plan, host)
         try:
             slot = self._planned(call, role, block, mask_plan, grid)
@@ -189,7 +189,7 @@ class Routed:
         """How the mask of a call that ran was honoured, such as `trimmed`; None where its kernel got it whole."""
         if self.beside is None:
             grid = None
-        elif grid is None or grid.queries_only:
+        elif grid is None or grid.queries_only or not grid.cells:
             return self.beside.mask_strategy(call, role, block, mask_plan)
         slot = None if mask_plan is None else self._slots.get((role, block, call.request(grid=grid), mask_plan.facts))
         if mask_plan is None or slot is None or slot.split is None:

@@ -20,6 +20,14 @@ const COLUMNS = /** @type {const} */ ([
 /** Columns that only runs with a sparse backend have. */
 const OF_SPARSE = /** @type {const} */ (['kept', 'expected_gain', 'measured_gain'])
 
+/**
+ * Whether a row ran something else than was asked for, by a decision of ours; not where the backend that was asked for
+ * in all roles is for no calls of this one.
+ *
+ * @param {Row} row
+ */
+export const fellBack = (row) => Boolean(row.reason) && !row.expected && row.backend !== BY_ANOTHER
+
 /** @param {Row[]} rows */
 export const columnsOf = (rows) => {
   const sparse = rows.some((row) => row.kept !== undefined)

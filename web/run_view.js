@@ -1,6 +1,6 @@
 /** One run in the panel: verdicts, picture, table, reasons, notes, and the files. */
 
-import { BY_ANOTHER, addedUp, asCsv, byRole, columnsOf, shortLine, sorted, sparseSum } from './account.js'
+import { addedUp, asCsv, byRole, columnsOf, fellBack, shortLine, sorted, sparseSum } from './account.js'
 import { download, element, refill } from './dom.js'
 import { heatStrip } from './heat_strip.js'
 import { inWords } from './phrases.js'
@@ -42,7 +42,7 @@ export function showRun(place, run, view, say, phrases, at) {
   const why = (/** @type {Row} */ row) => `${row.role}: ${words(row.reason ?? '')}`
   const reasons = [...new Set(run.rows.filter((row) => row.reason).map(why))]
   const outcome = run.outcome && { ...run.outcome, cause: words(run.outcome.cause) }
-  const fallbacks = run.rows.reduce((sum, row) => sum + (row.reason && row.backend !== BY_ANOTHER ? row.calls : 0), 0)
+  const fallbacks = run.rows.reduce((sum, row) => sum + (fellBack(row) ? row.calls : 0), 0)
   const totals = addedUp(run.rows.map(({ role, backend, calls }) => ({ role, backend, calls })))
   const name = `attention_run_${run.number}`
   refill(
@@ -107,7 +107,7 @@ function audit(run, say) {
  * @param {Say} say
  */
 function verdict(finding, say) {
-  const known = ['as asked', 'explained', 'unexplained', 'role never called', 'not reached']
+  const known = ['as asked', 'not for this role', 'explained', 'unexplained', 'role never called', 'not reached']
   const kind = known.includes(finding.verdict) ? finding.verdict.replaceAll(' ', '_') : 'unexplained'
   const ran = Object.entries(finding.ran).map(([backend, calls]) => `${backend} ${calls}`).join(', ') || '-'
   return element(
@@ -247,7 +247,7 @@ function table(run, view, say, again, words) {
       const className = NUMBERS.includes(name) ? 'ab-number' : ''
       return element('td', { className, 'data-label': say(`columns.${name}`) }, cellText(name, value, words))
     })
-    return element('tr', { className: row.reason ? 'ab-fell-back' : '', title: row.source }, ...cells)
+    return element('tr', { className: row.reason && !row.expected ? 'ab-fell-back' : '', title: row.source }, ...cells)
   })
   const blocks = element('input', {
     type: 'checkbox', checked: view.blocks, 'data-key': `blocks ${run.number}`,

@@ -15,7 +15,7 @@
  * }} RunSummary
  * @typedef {{
  *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,
- *   mask: string, asked: string | null, source: string, reason: string | null, kept?: number | null,
+ *   mask: string, asked: string | null, source: string, reason: string | null, expected?: boolean, kept?: number | null,
  *   expected_gain?: number | null, measured_gain?: number | null, dense?: Record<string, number>
  * }} Row of sparse backends alone: share of the work that was done, what that gains, reason -> calls computed whole
  * @typedef {{

@@ -83,6 +83,8 @@ class Choice:
     """The least exact class allowed for it; None: the run's."""
     from_default: bool = field(default=False, compare=False)
     """Whether it is a default: no role entry and no schedule window applied."""
+    for_all_roles: bool = field(default=False, compare=False)
+    """Whether nothing named the role: a default, or a schedule window without one."""
     record: Recorded | None = None
     """If set, overrides the fields above for every call found in it (`observe/replay/replay.py`)."""
 
@@ -110,7 +112,8 @@ def resolve(
             return Choice(spec.backend, source, spec.extra, record=record)
         record, spec = record or layer.record, layer.default
         if spec.backend != AUTO:
-            return Choice(spec.backend, f"{layer.source}.default", spec.extra, from_default=True, record=record)
+            source = f"{layer.source}.default"
+            return Choice(spec.backend, source, spec.extra, from_default=True, for_all_roles=True, record=record)
     return Choice(None, PLATFORM_ROUTE, from_default=True, record=record)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from . import AttentionConfig, AttentionSpec
@@ -166,10 +167,10 @@ class Timetable:
         self, active: Entries, role: str, category: str, block: str, masked: bool = False
     ) -> tuple[Choice, str]:
         """(choice, note) for a call with these active entries; the note, or "", is about windows that overlap."""
-        note = ""
+        note, of_all_roles = "", ""
 
         def scheduled(layer: AttentionConfig) -> tuple[AttentionSpec, str] | None:
-            nonlocal note
+            nonlocal note, of_all_roles
             matching = [
                 (number, placed)
                 for number, placed in enumerate(self._entries)
@@ -185,11 +186,14 @@ class Timetable:
             lost = [placed.source for _, placed in earlier if placed.entry.spec != last.entry.spec]
             if lost and not note:
                 note = f"windows of the schedule overlap: {last.source} wins over {', '.join(lost)}"
+            of_all_roles = "" if last.entry.role else last.source
             return last.entry.spec, last.source
 
         choice = resolve(self.layers, role, category, scheduled)
         if choice.from_default and (source := self.advisory(active, role, category, block, masked)):
             choice = Choice(None, source, accuracy="exact", record=choice.record)
+        if of_all_roles and choice.source == of_all_roles:
+            choice = replace(choice, for_all_roles=True)
         return choice, note
 
     def advisory(self, active: Entries, role: str, category: str, block: str, masked: bool) -> str:

@@ -75,6 +75,8 @@ class Decision:
     """Why the priorities would have avoided a backend that was named (`Backend.avoid_reasons`)."""
     accuracy: str | None = None
     """The least exact class allowed for this call; None: the run's."""
+    expected: bool = False
+    """The backend was asked for in all roles and is not for this one (`Backend.is_not_for`), so nothing failed."""
 
     @property
     def is_fallback(self) -> bool:
@@ -234,8 +236,9 @@ class Router:
         accuracy: str = "exact",
         strict: bool = False,
         failed: Failures = NO_FAILURES,
+        category: str = "self",
     ) -> Decision:
-        """Choose the backend for `request`.
+        """Choose the backend for `request`, of a role of this category.
 
         A named backend runs if it can. Otherwise, and for `auto` and `autotune`, the first of the platform's
         priorities without a reason against it runs, within the accuracy of `choice`, else `accuracy`; lossy backends
@@ -243,9 +246,11 @@ class Router:
 
         Raises:
             NoBackendError: `strict`, and the named backend cannot run the call, except where the model forbids low
-                precision (`request.exact_only`); or no backend can. The message has the request and every rejection.
+                precision (`request.exact_only`) or the backend is `expected` not to; or no backend can. The message has
+                the request and every rejection.
         """
         rejected: list[Rejection] = []
+        expected = False
         if choice.asked not in (None, AUTOTUNE):
             reasons = self.reasons_against(choice.asked, request, failed, choice.extra)
             if not reasons:
@@ -257,7 +262,9 @@ class Router:
                 return Decision(choice.asked, choice.source, choice.asked, (), extra, extra, notes)
             rejected.append(Rejection(choice.asked, reasons))
             forbidden = request.exact_only and self._accuracy(choice.asked) != "exact"
-            if strict and not forbidden:
+            named = self.backends.get(choice.asked)
+            expected = choice.for_all_roles and named is not None and named.is_not_for(category, reasons)
+            if strict and not forbidden and not expected:
                 raise NoBackendError(self.explain_refusal(request, choice, rejected, strict=True))
         accuracy = choice.accuracy or accuracy
         allowed = ACCURACY[: ACCURACY.index(accuracy) + 1]
@@ -271,19 +278,21 @@ class Router:
             if not reasons:
                 reasons = tuple(self.backends[backend_id].avoid_reasons(request, self.platform))
             if not reasons:
-                return self._fallback_decision(backend_id, choice, rejected)
+                return self._fallback_decision(backend_id, choice, rejected, expected)
             rejected.append(Rejection(backend_id, reasons))
         if choice.asked != COMFY:
             reasons = self.reasons_against(COMFY, request, failed)
             if not reasons:
-                return self._fallback_decision(COMFY, choice, rejected)
+                return self._fallback_decision(COMFY, choice, rejected, expected)
             rejected.append(Rejection(COMFY, reasons))
         raise NoBackendError(self.explain_refusal(request, choice, rejected))
 
-    def _fallback_decision(self, backend_id: str, choice: Choice, rejected: list[Rejection]) -> Decision:
+    def _fallback_decision(
+        self, backend_id: str, choice: Choice, rejected: list[Rejection], expected: bool
+    ) -> Decision:
         extra, accuracy = choice.extra, choice.accuracy
         notes = (NOTHING_MEASURES,) if choice.asked == AUTOTUNE else ()
-        return Decision(backend_id, choice.source, choice.asked, tuple(rejected), {}, extra, notes, accuracy)
+        return Decision(backend_id, choice.source, choice.asked, tuple(rejected), {}, extra, notes, accuracy, expected)
 
     def decide(
         self, request: AttentionRequest, layers: tuple[AttentionConfig, ...], role: str, category: str
@@ -291,7 +300,7 @@ class Router:
         """Resolve the role in `layers`, then select."""
         settings = settings_of(layers)
         choice = resolve(layers, role, category)
-        return self.select(request, choice, accuracy=settings.accuracy, strict=settings.strict)
+        return self.select(request, choice, accuracy=settings.accuracy, strict=settings.strict, category=category)
 
     def default_backend(self) -> str:
         """The first available backend of the priorities, before any call is known."""

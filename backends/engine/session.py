@@ -182,6 +182,7 @@ class Session:
                 refused = Rejection(function.id, (forbidden(function.accuracy),))
                 choice = Choice(None, preferred.source)
         decision = self.select(kind, choice, strict=strict)
+        strict = strict and not decision.expected
         if refused is not None:
             decision = replace(decision, asked=refused.backend, rejected=(refused, *decision.rejected))
         if decision.options:
@@ -215,8 +216,10 @@ class Session:
         Raises:
             NoBackendError: strict, and the named backend cannot run.
         """
-        accuracy = self.settings.accuracy
-        return self.router.select(kind.request, choice, accuracy=accuracy, strict=strict, failed=self.failed)
+        return self.router.select(
+            kind.request, choice, accuracy=self.settings.accuracy, strict=strict, failed=self.failed,
+            category=kind.category,
+        )  # fmt: skip
 
     def _resolved(self, kind: CallKind) -> Choice:
         """The choice outside a sampler, where only schedule entries without a time window apply."""
@@ -286,6 +289,7 @@ class Session:
             kind.role, kind.block, label or decision.backend, decision.source, kind.mask or request.mask,
             reason or (decision.reason if decision.rejected else None), label or decision.asked,
         )  # fmt: skip
+        row.expected = row.expected or (decision.expected and reason is None)
         row.member = None if label else backend.kernel_name(request, self.router.platform)
         if kernel is None:
             kernel = self.kernel_of_row(decision, kind, row) if backend.sparse else self.kernel(decision, kind)
@@ -422,7 +426,8 @@ class Session:
                 self.run_report.note(note)
         if decision.rejected and decision.reason and (role, decision.reason) not in self._logged:
             self._logged.add((role, decision.reason))
-            log.warning("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)
+            say = log.info if decision.expected else log.warning
+            say("role %s: %s runs instead of %s (%s)", role, decision.backend, decision.asked, decision.reason)
 
 
 def reraise_if_fatal(plan: Plan, error: Exception) -> None:

@@ -58,8 +58,8 @@ def calls_of(
 
 def grid_of_part(grid: TokenGrid | None, part: SubCall) -> TokenGrid | None:
     """The grid of a sub-call, with the tokens before it that are hidden; `queries_only` where keys on it may be."""
-    if grid is None or part.keys is None:
-        return None
+    if grid is None or not grid.cells or part.keys is None:
+        return grid if part.keys is not None else None
     if isinstance(part.keys, slice):
         start = part.keys.start or 0
         if not start:  # a length that ends within the grid is refused with its numbers

@@ -212,6 +212,14 @@ class Backend:
         """
         raise NotImplementedError
 
+    def is_not_for(self, category: str, reasons: Sequence[str]) -> bool:
+        """Whether `reasons`, of a refused call, say that the backend is for no calls of this role at all.
+
+        Cross-attention is such a role for sparse methods. There it is no failure that another backend runs, unless a
+        person named this one for that role.
+        """
+        return False
+
     def bind(
         self,
         kernel: Kernel,

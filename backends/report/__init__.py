@@ -72,6 +72,8 @@ class Row:
     """The guard's figures; None if no call was checked."""
     kept: Kept | None = None
     """How much of its work a sparse backend computed; None for others."""
+    expected: bool = False
+    """The backend that was asked for in all roles is for no calls of this one: with a reason, and no fallback."""
 
     @property
     def by_another(self) -> bool:
@@ -239,7 +241,8 @@ class RunReport:
     def as_dict(self) -> dict[str, object]:
         """The run as plain data.
 
-        `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed.
+        `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed. `expected`,
+        only where true: the backend that was asked for in all roles is not for this one (`audit.fell_back`).
         `kept`, of sparse backends: mean share of query-key pairs that was computed by calls with a map. `dense`: reason
         -> calls that were computed whole. `executors`: what computed the others -> calls. `expected_gain`: 1 / `kept`;
         `measured_gain`: time of a call that was computed whole over that of one with a map, None unless this run timed
@@ -260,6 +263,7 @@ class RunReport:
                 "source": row.source,
                 "reason": row.reason,
             }
+            | ({"expected": True} if row.expected else {})
             | ({} if row.kept is None else self._kept(row.kept, gains.get(number)))
             for number, row in enumerate(self.rows.values())
             if row.calls
@@ -304,7 +308,7 @@ class RunReport:
             if row.calls:
                 totals[row.role, row.backend] = totals.get((row.role, row.backend), 0) + row.calls
                 others += row.calls if row.by_another else 0
-                fallbacks += row.calls if row.reason and not row.by_another else 0
+                fallbacks += row.calls if row.reason and not row.by_another and not row.expected else 0
         parts = [f"{role} {backend} {counted(calls, 'call')}" for (role, backend), calls in totals.items()]
         ended = [counted(fallbacks, "fallback")] if fallbacks else []
         sentence = outcome.of_run_report(self).text

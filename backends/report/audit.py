@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 AS_ASKED = "as asked"
 EXPLAINED = "explained"
 UNEXPLAINED = "unexplained"
+NOT_FOR_IT = "not for this role"
+"""The backend was asked for in all roles, and is for no calls of this one."""
 NEVER_CALLED = "role never called"
 NOT_REACHED = "not reached"
 BY_ANOTHER = "by another"
@@ -45,7 +47,8 @@ class Finding:
     reasons: tuple[str, ...]
     """Reasons of fallbacks, each once."""
     verdict: str
-    """`as asked`, `explained`, `unexplained`, `role never called`; `not reached`: no evidence in the run."""
+    """`as asked`, `not for this role`, `explained`, `unexplained`, `role never called`; `not reached`: no evidence in
+    the run."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -56,6 +59,14 @@ class Finding:
             "reasons": list(self.reasons),
             "verdict": self.verdict,
         }
+
+
+def fell_back(row: Mapping[str, Any]) -> bool:
+    """Whether a row, as in `RunReport.as_dict`, ran something else than was asked for, by a decision of ours.
+
+    Not where the backend that was asked for in all roles is for no calls of this one.
+    """
+    return bool(row["reason"]) and row["backend"] != BY_ANOTHER and not row.get("expected")
 
 
 def asked_and_ran(run_report: RunReport) -> tuple[Finding, ...]:
@@ -90,7 +101,7 @@ def merged(audits: Iterable[Iterable[Mapping[str, Any]]]) -> list[dict[str, Any]
 
     `role never called` is dropped for roles that another stage called.
     """
-    worst = (NEVER_CALLED, NOT_REACHED, AS_ASKED, EXPLAINED, UNEXPLAINED)
+    worst = (NEVER_CALLED, NOT_REACHED, AS_ASKED, NOT_FOR_IT, EXPLAINED, UNEXPLAINED)
     total: dict[tuple[str, str], dict[str, Any]] = {}
     for finding in (finding for audit in audits for finding in audit):
         key = finding["role"], finding["asked"]
@@ -131,6 +142,8 @@ def _finding(role: str, asked: str, source: str, rows: list[Row]) -> Finding:
     other = [row for row in rows if row.by_another or (asked not in (AUTO, AUTOTUNE) and row.backend != asked)]
     reasons = tuple(dict.fromkeys(row.reason for row in other if row.reason))
     verdict = AS_ASKED if not other else EXPLAINED if all(row.reason for row in other) else UNEXPLAINED
+    if other and all(row.expected for row in other):
+        verdict = NOT_FOR_IT
     return Finding(role, asked, source, ran, reasons, verdict)
 
 

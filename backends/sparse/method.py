@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -19,7 +19,7 @@ from ..values.faults import is_cuda_fault, is_out_of_memory
 from ..values.grid import Kept, Place, Progress, TokenGrid
 from ..values.limits import FLOATING, Causal, Dtypes, Limits, Masks, Rule, ValueHeadDim
 from ..values.platform import KINDS, Platform
-from ..values.reasons import Reason, template
+from ..values.reasons import Reason, reason_id, template
 from ..values.request import AttentionCall, AttentionRequest
 from .block_map import BlockMap, Dense, Map, with_other_tokens
 from .blocks import Blocks
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("attention_backends")
 
+NOT_ON_A_GRID = template("grid.off", "the tokens of this role lie on no grid")
 NO_GRID = template("grid.unknown", "no token grid is known for this call")
 OTHER_KEYS = template("grid.keys", "the {kv_len} keys are not the tokens of the grid")
 NO_PROOF = template("grid.proof", "grid {grid} has {tokens} tokens, and the call has {q_len} queries and {kv_len} keys")
@@ -46,6 +47,8 @@ class Grid(Rule):
         grid = request.grid
         if grid is None:
             return Reason(NO_GRID)
+        if not grid.cells:
+            return Reason(NOT_ON_A_GRID)
         if grid.queries_only:
             return Reason(OTHER_KEYS, kv_len=request.kv_len)
         most = grid.tokens - grid.hidden_before
@@ -124,6 +127,12 @@ class SparseMethod(Backend):
             The map of the tokens on the grid, or why this call is computed whole.
         """
         raise NotImplementedError
+
+    def is_not_for(self, category: str, reasons: Sequence[str]) -> bool:
+        found = set(map(reason_id, reasons))
+        # The last one is asked before the grid.
+        of_cross = {NO_GRID, OTHER_KEYS, "accuracy.forbidden"}
+        return NOT_ON_A_GRID in found or (category == "cross" and bool(found & of_cross))
 
     def select_at(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]

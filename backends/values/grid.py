@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 QUERIES_ONLY = "/queries"
+NONE = "0x0x0"
 
 
 class TokenGrid(NamedTuple):
@@ -52,12 +53,18 @@ class TokenGrid(NamedTuple):
         return text + QUERIES_ONLY if self.queries_only else text
 
 
+OFF_GRID = TokenGrid(0, 0, 0)
+"""Of calls whose tokens lie on no grid, such as those of sound or text alone; None: nothing is known of them."""
+
+
 def parse_grid(text: str) -> TokenGrid:
     """Parse what `TokenGrid.describe` gives.
 
     Raises:
         ValueError: it is no grid; the message says what is expected.
     """
+    if text == NONE:
+        return OFF_GRID
     parts = text.removesuffix(QUERIES_ONLY).split("+")
     at = next((index for index, part in enumerate(parts) if "x" in part), -1)
     try:

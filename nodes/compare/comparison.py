@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ...backends.report import BY_ANOTHER
+from ...backends.report.audit import fell_back
 from ...backends.report.outcome import NOT_USED, PARTLY
 from ...backends.values.plain_data import load_json
 from ...comparison import metrics, picture, tables
@@ -178,12 +178,12 @@ def make_row(number: int, label: str, report: dict[str, Any]) -> Row:
     paths = run["rows"]
     ran = " + ".join(dict.fromkeys(path["member"] or path["backend"] for path in paths)) or None
     asked = " + ".join(dict.fromkeys(path["asked"] or "auto" for path in paths)) or f"branch {number}"
-    fell_back = sum(path["calls"] for path in paths if path["reason"])
-    row = Row(asked, ran=ran, label=label or None, fell_back=fell_back, runs=1)
+    others = sum(path["calls"] for path in paths if path["reason"] and not path.get("expected"))
+    row = Row(asked, ran=ran, label=label or None, fell_back=others, runs=1)
     outcome = run.get("outcome") or {}
     if outcome.get("kind") == NOT_USED:
         row.failed = outcome["text"]
-    elif paths and all(path["reason"] and path["backend"] != BY_ANOTHER for path in paths):
+    elif paths and all(fell_back(path) for path in paths):
         row.failed = "fell back: " + ", ".join(dict.fromkeys(path["reason"] for path in paths))
     if run.get("seconds"):
         row.total_ms = Spread.of([1e3 * run["seconds"]])
@@ -199,7 +199,7 @@ def fallback_notes(rows: list[Row], reports: dict[int, dict[str, Any]]) -> list[
     notes = []
     for row, (number, report) in zip(rows, reports.items(), strict=True):
         paths = (report.get("run") or {"rows": []})["rows"]
-        fallen = [path for path in paths if path["reason"] and path["backend"] != BY_ANOTHER]
+        fallen = [path for path in paths if fell_back(path)]
         if fallen and not row.failed:
             calls, total = (sum(path["calls"] for path in some) for some in (fallen, paths))
             reasons = ", ".join(dict.fromkeys(path["reason"] for path in fallen))

@@ -273,7 +273,7 @@ def _summary(
         "tuning": report["tuning"],
         "calls": sum(totals.values()),
         "outcome": report["outcome"],
-        "fallbacks": sum(row["calls"] for row in report["rows"] if row["reason"] and row["backend"] != BY_ANOTHER),
+        "fallbacks": sum(row["calls"] for row in report["rows"] if audit.fell_back(row)),
         "by_another": sum(row["calls"] for row in report["rows"] if row["backend"] == BY_ANOTHER),
         "totals": [{"role": role, "backend": backend, "calls": n} for (role, backend), n in totals.items()],
         "sparse": kept.of_rows(report["rows"]),

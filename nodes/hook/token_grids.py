@@ -19,7 +19,7 @@ import torch
 from ...backends.config import AttentionConfig
 from ...backends.config.layers import named_backends, record_of, settings_of
 from ...backends.kernels import BACKENDS
-from ...backends.values.grid import TokenGrid
+from ...backends.values.grid import OFF_GRID, TokenGrid
 from .estimated_calls import patch_size
 
 Sizes = tuple[int, int, int]
@@ -208,7 +208,7 @@ def patches(shape: tuple[int, ...], patch: tuple[int, ...]) -> Sizes:
 
 
 def grid_of(grids: Grids, role: str, category: str, q_len: int) -> TokenGrid | None:
-    """The grid of calls of a role; None where it is unknown."""
+    """The grid of calls of a role; `OFF_GRID` where the table knows that there is none, None where it is unknown."""
     for roles, grid, rest in grids:
         if category == "cross":
             return grid._replace(queries_only=True)
@@ -217,4 +217,4 @@ def grid_of(grids: Grids, role: str, category: str, q_len: int) -> TokenGrid | N
                 others = q_len - grid.tokens
                 grid = grid._replace(**{rest: getattr(grid, rest) + others}) if others >= 0 else grid
             return grid
-    return None
+    return OFF_GRID if grids else None

@@ -202,11 +202,7 @@ def not_counted(report: dict[str, Any]) -> list[str]:
 
 def findings(run: dict[str, Any]) -> list[str]:
     """What a person should know beside the figures: asked and ran, fallbacks, the guard, notes."""
-    reasons = dict.fromkeys(
-        f"{'by another' if row['backend'] == BY_ANOTHER else 'fallback'}: {row['role']}: {row['reason']}"
-        for row in run["rows"]
-        if row["reason"]
-    )
+    reasons = dict.fromkeys(f"{_kind(row)}: {row['role']}: {row['reason']}" for row in run["rows"] if row["reason"])
     outcome_text = (run.get("outcome") or {}).get("text")
     lines = [*([outcome_text] if outcome_text else []), audit.line(run["audit"]), *reasons]
     lines += kept.lines(run["rows"])
@@ -215,6 +211,13 @@ def findings(run: dict[str, Any]) -> list[str]:
     if run.get("bypass"):
         lines.append(f"not counted (bypasses ComfyUI's attention hook): {run['bypass']}")
     return lines
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """What the reason of a row is about."""
+    if row["backend"] == BY_ANOTHER:
+        return "by another"
+    return "fallback" if audit.fell_back(row) else f"{row['asked']} {audit.NOT_FOR_IT}"
 
 
 def remarks(report: dict[str, Any]) -> list[str]:

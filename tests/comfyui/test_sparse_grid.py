@@ -21,6 +21,7 @@ from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.config.timetable import ALWAYS, Window  # noqa: E402
 from attention_backends.backends.observe.replay.record import as_record  # noqa: E402
 from attention_backends.backends.report import kept  # noqa: E402
+from attention_backends.backends.report.audit import fell_back  # noqa: E402
 from attention_backends.backends.sparse import method  # noqa: E402
 from attention_backends.backends.values.grid import Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.reasons import TEMPLATES  # noqa: E402
@@ -242,6 +243,8 @@ def test_each_family_computes_sparsely_on_its_grid(name: str, calls: list[Call])
         expected = expected_output(call, grid)
         assert (call.output - expected).norm() <= 1e-5 * expected.norm(), role
     assert all(call.grid is None or call.grid.queries_only for call in calls if call.category == "cross")
+    other = [row for row in last_run()["rows"] if row["role"] not in grids]
+    assert all(row["expected"] and row["reason"] for row in other), "no failure: it was asked for in all roles"
 
 
 def first_query(calls: list[Call], model: Any, name: str, role: str, cell: tuple[int, ...] | None) -> torch.Tensor:
@@ -598,12 +601,12 @@ def test_comfyui_is_told_of_the_executors_workspace(calls: list[Call], monkeypat
     assert estimates[0] == estimates[1] >= least
 
 
-def configured(node: str, backend: str, extra: dict[str, Any]) -> Any:
+def configured(node: str, backend: str, extra: dict[str, Any], *, strict: bool = False) -> Any:
     """A tiny Wan with this backend and options by one of our nodes."""
     stock, text = tiny_sampling.build("wan"), json.dumps(extra)
     if node == "selector":
         selector = nodes_module("configure.selector").AttentionBackendSelector
-        return selector.execute(stock, backend, "exact", False, "off", extra=text).args[0]
+        return selector.execute(stock, backend, "exact", strict, "off", extra=text).args[0]
     if node == "role":
         return nodes_module("configure.per_role").PerRoleAttentionConfig.execute(stock, "self", backend, text).args[0]
     if node == "schedule":
@@ -626,7 +629,12 @@ def test_nodes_take_a_sparse_backend_with_its_options(
     assert all(0.4 < row["kept"] < 0.7 for row in rows)  # cubes at borders are smaller
     if node == "selector":
         told = [note for note in last_run()["notes"] if getattr(note, "id", "") == "sparse.now"]
-        tiny_sampling.sample(configured(node, "video_sparse_attn", {"sparsity": 0.5, "dense_steps": 1}), "wan", steps=2)
+        later = {"sparsity": 0.5, "dense_steps": 1}
+        tiny_sampling.sample(configured(node, "video_sparse_attn", later, strict=True), "wan", steps=2)
+        assert {one["role"]: one["verdict"] for one in last_run()["audit"]} == {
+            "self": "as asked", "cross": "not for this role",
+        }  # fmt: skip
+        assert not any(fell_back(row) for row in last_run()["rows"])
         again = [note for note in last_run()["notes"] if getattr(note, "id", "") == "sparse.now"]
         assert (len(told), again) == (1, [])
         said = kept.lines(last_run()["rows"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from contextvars import copy_context
@@ -13,14 +14,20 @@ torch = pytest.importorskip("torch")
 
 import literal_sparse as literal  # noqa: E402
 from attention_backends.backends import CheckError, account, attention  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.config.timetable import Timetable  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.report.audit import asked_and_ran, fell_back  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
 from attention_backends.backends.sparse import method  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.executors.gather import gather  # noqa: E402
-from attention_backends.backends.values.grid import TokenGrid, parse_grid  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
+from attention_backends.backends.values.grid import OFF_GRID, TokenGrid, parse_grid  # noqa: E402
 from attention_backends.backends.values.reasons import TEMPLATES  # noqa: E402
-from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest  # noqa: E402
 from sparse_cases import ORDERS, TOLERANCE, random_call, random_grid, random_map  # noqa: E402
 
 
@@ -213,6 +220,59 @@ def test_what_the_method_cannot_know_is_computed_whole(given: dict[str, Any], re
         query, query, query, is_causal=given.get("is_causal", False)
     )
     torch.testing.assert_close(output, expected)
+
+
+CROSS = {"per_role": {"cross": SPARSE_HALF["default"]}}
+WINDOW = {"schedule": [{**SPARSE_HALF["default"], "blocks": "0-9"}]}
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "expected"),
+    [
+        (SPARSE_HALF, {"role": "cross"}, True),
+        (SPARSE_HALF, {"role": "ltx2.audio_to_video"}, True),
+        (SPARSE_HALF, {}, False),
+        (SPARSE_HALF, {"grid": (5, 6, 8)}, False),
+        (SPARSE_HALF, {"role": "cross", "grid": (5, 6, 9), "is_causal": True}, False),
+        (CROSS, {"role": "cross"}, False),
+    ],
+    ids=str,
+)
+def test_a_role_that_the_method_is_not_for_is_no_failure_unless_it_was_named(
+    config: dict[str, Any], given: dict[str, Any], expected: bool
+) -> None:
+    query = torch.randn(1, 2, 270, 8)
+    with account() as run_report:
+        attention(query, query, query, backend=config, **given)
+    (row,) = run_report.as_dict()["rows"]
+    assert row["reason"]
+    assert row.get("expected", False) == expected
+    assert fell_back(row) != expected
+    (finding,) = asked_and_ran(run_report)
+    assert finding.verdict == ("not for this role" if expected else "explained")
+    assert ("fallback" in run_report.summary()) != expected
+    strict = {**config, "strict": True}
+    with contextlib.nullcontext() if expected else pytest.raises(NoBackendError):
+        attention(query, query, query, backend=strict, **given)
+
+
+def test_a_window_of_a_schedule_names_no_role_unless_it_says_one() -> None:
+    for role, named in ((None, False), ("cross", True)):
+        entry = {**WINDOW["schedule"][0], **({} if role is None else {"role": role})}
+        layers = (parse_config({"schedule": [entry]}),)
+        timetable = Timetable(layers, blocks=("blocks.0",))
+        choice, _ = timetable.resolve(timetable.at(None), "cross", "cross", "blocks.0")
+        assert (choice.asked, choice.for_all_roles) == ("video_sparse_attn", not named)
+
+
+def test_a_role_without_any_grid_is_told_from_an_unknown_one() -> None:
+    request = AttentionRequest(1, 2, 60, 60, 8, "float32")
+    method = BACKENDS["video_sparse_attn"]
+    for grid, is_not_for_it in ((OFF_GRID, True), (None, False), (TokenGrid(3, 4, 5, queries_only=True), False)):
+        reasons = method.unsupported_reasons(request._replace(grid=grid), detect())
+        assert method.is_not_for("self", reasons) == is_not_for_it
+        assert method.is_not_for("cross", reasons)
+    assert parse_grid(OFF_GRID.describe()) == OFF_GRID
 
 
 def test_nothing_left_out_is_dense_to_the_bit() -> None:
