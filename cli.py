@@ -358,8 +358,7 @@ def _sentences(answer: dict[str, Any], request: AttentionRequest) -> str:
         f"That follows from: {answer['source']}{asked}.",
     ]
     if executors := answer.get("executors"):
-        by = executors["able"][0] if executors["able"] else "none, so the call would run whole"
-        lines.append(f"Its blocks would be computed by: {by}.")
+        lines.append(f"Its blocks would be computed by: {executors['able'][0]}.")
         lines += [f"  not {name}: {'; '.join(why)}" for name, why in executors["reasons"].items()]
     lines += [f"Note: {note}." for note in answer["notes"]]
     if answer["rejected"]:

@@ -226,6 +226,8 @@ class Router:
         if request.exact_only and backend.accuracy != "exact":
             return (forbidden(backend.accuracy),)
         reasons = tuple(backend.unsupported_reasons(request, self.platform))
+        if options and not reasons:
+            reasons = tuple(backend.unsupported_option_reasons(request, self.platform, options))
         return reasons if reasons or not request.lse else self._without_lse(backend_id, request, options)
 
     def select(

@@ -212,6 +212,12 @@ class Backend:
         """
         raise NotImplementedError
 
+    def unsupported_option_reasons(
+        self, request: AttentionRequest, platform: Platform, options: Mapping[str, object]
+    ) -> list[Reason]:
+        """Why it cannot run calls of this kind with these options, where it could without them."""
+        return []
+
     def is_not_for(self, category: str, reasons: Sequence[str]) -> bool:
         """Whether `reasons`, of a refused call, say that the backend is for no calls of this role at all.
 

@@ -244,9 +244,10 @@ class RunReport:
         `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed. `expected`,
         only where true: the backend that was asked for in all roles is not for this one (`audit.fell_back`).
         `kept`, of sparse backends: mean share of query-key pairs that was computed by calls with a map. `dense`: reason
-        -> calls that were computed whole. `executors`: what computed the others -> calls. `expected_gain`: 1 / `kept`;
-        `measured_gain`: time of a call that was computed whole over that of one with a map, None unless this run timed
-        both. While a run goes on, what only its device knows is None.
+        -> calls that were computed whole. `executors`: what computed the others -> calls. `read_back`: how many of them
+        waited to read from their device. `expected_gain`: 1 / `kept`; `measured_gain`: time of a call that was computed
+        whole over that of one with a map, None unless this run timed both. While a run goes on, what only its device
+        knows is None.
         """
         gains = self._gains()
         rows = [
@@ -296,7 +297,8 @@ class RunReport:
 
     def _kept(self, kept: Kept, gain: float | None) -> dict[str, object]:
         if self.is_live and not isinstance(kept.total, float) and not kept.total.is_cpu:
-            kept = Kept(0, kept.dense, 0.0, kept.executors)  # it is known when the run is over
+            # It is known when the run is over.
+            kept = Kept(0, kept.dense, 0.0, kept.executors, kept.read_back)
         fraction = kept.fraction
         return kept.as_dict() | {"expected_gain": expected_gain(fraction), "measured_gain": gain}
 

@@ -45,8 +45,9 @@ def measured_gain(parts: Sequence[Part]) -> float | None:
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each role and sparse backend: its blocks together.
 
-    {"role", "backend", "calls", "kept", "expected_gain", "measured_gain", "dense"}: `kept`, `expected_gain` and
-    `measured_gain` of the calls with a map, None without any; `dense`: reason -> calls that were computed whole.
+    {"role", "backend", "calls", "kept", "expected_gain", "measured_gain", "dense", "read_back"}: `kept`,
+    `expected_gain` and `measured_gain` of the calls with a map, None without any; `dense`: reason -> calls that were
+    computed whole; `read_back`: calls that waited to read from their device.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -73,6 +74,7 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 if known
                 else None,
                 "dense": dense,
+                "read_back": sum(row.get("read_back", 0) for row in same),
             }
         )
     return found
@@ -92,5 +94,7 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
             gain = "not measured" if one["measured_gain"] is None else f"measured {one['measured_gain']:.2f}x"
             parts.append(f"{100 * one['kept']:.0f} % kept, gain expected {one['expected_gain']:.2f}x, {gain}")
         parts += [f"{counted(calls, 'call')} computed whole: {reason}" for reason, calls in one["dense"].items()]
+        if one["read_back"]:
+            parts.append(f"{counted(one['read_back'], 'call')} waited for the device to read what is kept")
         found.append(f"{one['role']} {one['backend']}: {'; '.join(parts)}")
     return found

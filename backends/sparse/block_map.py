@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -104,25 +104,28 @@ Map = BlockMap | HeadMaps
 
 
 @lru_cache(maxsize=1)
-def _copies() -> MutableMapping[torch.Tensor, dict[torch.device, torch.Tensor]]:
+def _derived() -> MutableMapping[torch.Tensor, dict[Hashable, torch.Tensor]]:
     from torch.utils.weak import WeakTensorKeyDictionary
 
-    found: MutableMapping[torch.Tensor, dict[torch.device, torch.Tensor]] = WeakTensorKeyDictionary()
+    found: MutableMapping[torch.Tensor, dict[Hashable, torch.Tensor]] = WeakTensorKeyDictionary()
+    return found
+
+
+def derived(kept: torch.Tensor, key: Hashable, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What `make` gives for a tensor that is kept for a grid; made once, and kept as long as the tensor."""
+    import torch
+
+    of_tensor = _derived().setdefault(kept, {})
+    found = of_tensor.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # for calls outside of inference mode too
+            found = of_tensor[key] = make(kept)
     return found
 
 
 def on_device(kept: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor that is kept for a grid, on a device; the copy is made once and lives as long as the tensor."""
-    import torch
-
-    if kept.device == device:
-        return kept
-    copies = _copies().setdefault(kept, {})
-    found = copies.get(device)
-    if found is None:
-        with torch.inference_mode(False):  # for calls outside of inference mode too
-            found = copies[device] = kept.to(device)
-    return found
+    """A tensor that is kept for a grid, on a device."""
+    return kept if kept.device == device else derived(kept, device, lambda tensor: tensor.to(device))
 
 
 def block_of_token(blocks: Blocks) -> torch.Tensor:
@@ -168,7 +171,11 @@ def _with_others(
     )
     if not (q_before or q_after or k_before or k_after):
         return on_grid
-    seen = pad(on_grid.seen, (k_before, k_after, q_before, q_after), value=True)
+    beside = k_before, k_after, q_before, q_after
+    if on_grid.seen.is_cpu:  # it may be kept for its grid
+        seen = derived(on_grid.seen, beside, lambda tensor: pad(tensor, beside, value=True))
+    else:
+        seen = pad(on_grid.seen, beside, value=True)
     counts = on_grid.counts
     if counts is not None:
         counts = (*[keys.count] * q_before, *(count + k_before + k_after for count in counts), *[keys.count] * q_after)

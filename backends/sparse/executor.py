@@ -51,6 +51,10 @@ class Executor:
         """Why `auto` does not take it for a call with this map, although it could run it; asked at each call."""
         return ()
 
+    def reads_back(self, block_map: BlockMap) -> bool:
+        """Whether a call with this map, on another device than the CPU, waits to read how many blocks are kept."""
+        return False
+
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         """Bytes that one call takes at most beyond its tensors and its map."""
         return 0

@@ -21,7 +21,7 @@ from ..values.limits import FLOATING, Causal, Dtypes, Limits, Masks, Rule, Value
 from ..values.platform import KINDS, Platform
 from ..values.reasons import Reason, reason_id, template
 from ..values.request import AttentionCall, AttentionRequest
-from .block_map import BlockMap, Dense, Map, with_other_tokens
+from .block_map import BlockMap, Dense, Map, on_device, with_other_tokens
 from .blocks import Blocks
 from .by_step import computed_whole
 from .executor import AUTO, Executor, Run, Selection, executors, run_map, select
@@ -100,6 +100,9 @@ class SparseMethod(Backend):
     """Bytes that choosing takes at most for each head and pair of blocks: scores, sorted scores, their order and sums;
     0 where a map follows from the grid."""
 
+    reads_back: ClassVar[bool] = False
+    """Whether choosing waits, in each call, to read from another device than the CPU."""
+
     only_executor: ClassVar[str | None] = None
     """The one executor that computes its maps; None: any that can."""
 
@@ -175,6 +178,17 @@ class SparseMethod(Backend):
             for reason in (executor.unavailable_reasons(platform) if executor.id == named else ())
         ]
 
+    def unsupported_option_reasons(
+        self, request: AttentionRequest, platform: Platform, options: Mapping[str, object]
+    ) -> list[Reason]:
+        named = options.get("executor", AUTO)
+        return [
+            Reason("named", name=f"executor {named}", reason=reason)
+            for executor in (executors(str(named)) if named != AUTO else ())
+            if executor.id == named
+            for reason in executor.unsupported_reasons(request, platform)
+        ]
+
     def load(self, platform: Platform, **options: object) -> Kernel:
         return SparseKernel(self, self.values(options), platform)
 
@@ -209,6 +223,10 @@ class SparseMethod(Backend):
         dense: Callable[[], Kernel],
     ) -> Kernel:
         return kernel.bound(request, place, progress, kept, dense()) if isinstance(kernel, SparseKernel) else kernel
+
+
+class NoExecutorError(RuntimeError):
+    """The executor that was named cannot compute a call."""
 
 
 class SparseKernel:
@@ -291,7 +309,8 @@ class SparseKernel:
                     continue
                 try:
                     output = run_map(self._run(executor), call, block_map)
-                    kept.add(block_map.share(), executor.id)
+                    waits = not call.query.is_cpu and (self.method.reads_back or executor.reads_back(one))
+                    kept.add(block_map.share(), executor.id, waits)
                     return output
                 except Exception as error:
                     if executor is able[-1] or is_out_of_memory(error) or is_cuda_fault(error):
@@ -301,6 +320,8 @@ class SparseKernel:
                                 failed[executor.id], request.describe())  # fmt: skip
             against = {**reasons, **{each.id: tuple(each.call_reasons(call, one)) for each in able}}
             texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items() if named in (AUTO, name)]
+            if named != AUTO:  # as any kernel that was named and cannot run: strict stops
+                raise NoExecutorError(texts[0])
             return Dense(", ".join(texts))
 
         return compute
@@ -362,7 +383,7 @@ def block_means(tensor: torch.Tensor, blocks: tuple[int, ...], index: torch.Tens
     numbers = torch.repeat_interleave(torch.arange(len(blocks), device=tensor.device), sizes, output_size=sum(blocks))
     if index is not None:
         of_token = torch.empty_like(numbers)
-        of_token[index.to(tensor.device)] = numbers
+        of_token[on_device(index, tensor.device)] = numbers
         numbers = of_token
     sums = tensor.new_zeros((*tensor.shape[:2], len(blocks), tensor.shape[3]), dtype=torch.float32)
     sums.index_add_(2, numbers, tensor.float())

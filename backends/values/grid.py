@@ -104,10 +104,13 @@ class Kept:
     """Sum of the kept fractions of these calls: a number, or a tensor on their device until it is read."""
     executors: dict[str, int] = field(default_factory=dict)
     """What computed these calls -> how many."""
+    read_back: int = 0
+    """Of them, those that waited to read from their device."""
 
-    def add(self, share: Any, executor: str) -> None:
+    def add(self, share: Any, executor: str, read_back: bool = False) -> None:
         """Count a call with the share of query-key pairs that it computed: a number, or a tensor on its device."""
         self.calls += 1
+        self.read_back += read_back
         self.total = self.total + share
         self.executors[executor] = self.executors.get(executor, 0) + 1
 
@@ -118,6 +121,7 @@ class Kept:
     def add_up(self, more: Kept) -> None:
         """Add the calls of another one, of any device; it may wait for the device."""
         self.calls += more.calls
+        self.read_back += more.read_back
         self.total = float(self.total) + float(more.total)
         for mine, others in ((self.dense, more.dense), (self.executors, more.executors)):
             for name, count in others.items():
@@ -129,10 +133,14 @@ class Kept:
         return float(self.total) / self.calls if self.calls else None
 
     def as_dict(self) -> dict[str, object]:
-        """For the run report: the mean kept fraction, calls by executor, and calls computed whole by reason."""
+        """For the run report: the mean kept fraction, calls by executor, calls computed whole by reason, and calls that
+        waited for their device.
+        """
         fraction = self.fraction
         kept = None if fraction is None else round(fraction, 4)
-        return {"kept": kept, "dense": dict(self.dense), "executors": dict(self.executors)}
+        return {
+            "kept": kept, "dense": dict(self.dense), "executors": dict(self.executors), "read_back": self.read_back,
+        }  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ torch = pytest.importorskip("torch")
 import literal_sparse as literal  # noqa: E402
 from attention_backends.backends import account, attention  # noqa: E402
 from attention_backends.backends.kernels.flex_attn import cpp_compiler  # noqa: E402
+from attention_backends.backends.report import kept as kept_lines  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
 from attention_backends.backends.sparse import executors as package  # noqa: E402
-from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
+from attention_backends.backends.sparse.block_map import BlockMap, on_device, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.executor import EXECUTOR, Executor, executors, select  # noqa: E402
 from attention_backends.backends.sparse.executors import flex as flexing  # noqa: E402
-from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
+from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
+from attention_backends.backends.values.errors import NoBackendError  # noqa: E402
+from attention_backends.backends.values.grid import Kept, TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_backends.cli import main  # noqa: E402
@@ -133,11 +137,63 @@ def test_a_named_executor_is_the_only_one() -> None:
         with account() as run_report:
             output = attention(query, query, query, backend=chosen, grid=(2, 16, 16))
         (row,) = run_report.as_dict()["rows"]
-        if row["backend"] == "cube_attn":  # without a compiler flex is not available, and the call falls back
-            assert row["kept"] == kept
-            assert bool(row["dense"]) == (named == "flex"), "it has no float64"
+        assert ((row["backend"] == "cube_attn"), row.get("kept")) == (named == "gather", kept), "it has no float64"
         if named == "flex":
+            assert str(row["reason"]).startswith("cube_attn: executor flex: ")
+            with pytest.raises(NoBackendError, match="executor flex"):
+                attention(query, query, query, backend={**chosen, "strict": True}, grid=(2, 16, 16))
             torch.testing.assert_close(output, attention(query, query, query))
+
+
+def test_a_named_executor_that_cannot_compute_one_call_is_a_fallback_and_stops_strict(literal_flex: Any) -> None:  # noqa: F811
+    del literal_flex
+    query = torch.randn(1, 1, 512, 16, requires_grad=True)
+    extra = {"local_cube_size": [2, 8, 8], "topk": 0.5, "executor": "flex"}
+    chosen = {"default": {"backend": "cube_attn", "extra": extra}}
+    with account() as run_report:
+        attention(query, query, query, backend=chosen, grid=(2, 16, 16))
+    (row,) = (row for row in run_report.as_dict()["rows"] if row["calls"])
+    assert row["backend"] != "cube_attn"
+    assert "executor flex" in str(row["reason"])
+    with pytest.raises(NoBackendError, match="executor flex"):
+        attention(query, query, query, backend={**chosen, "strict": True}, grid=(2, 16, 16))
+
+
+def test_calls_that_wait_for_their_device_are_counted() -> None:
+    """The map tells whether its counts are known; here on a device that has no values to read."""
+    even, uneven = orders.in_order(60, 20), orders.in_order(60, 25)
+    for device, blocks, counts, waits in (
+        ("meta", even, None, True),
+        ("meta", uneven, (2, 2, 2), True),
+        ("meta", even, (2, 2, 2), False),
+        ("cpu", uneven, None, False),
+    ):
+        found = BlockMap(blocks, blocks, torch.empty(1, 1, 3, 3, dtype=torch.bool, device=device), counts)
+        assert gathering.Gather().reads_back(found) == waits, (device, counts)
+    rows = [{"role": "self", "backend": "x", "calls": 3, "dense": {}, "measured_gain": None}]
+    one, two = Kept(), Kept()
+    one.add(0.5, "gather", True)
+    two.add(0.5, "gather", False)
+    two.add_up(one)
+    (found_,) = kept_lines.of_rows([{**rows[0], **two.as_dict()}])
+    assert found_["read_back"] == 1
+    assert "1 call waited" in kept_lines.lines([{**rows[0], **two.as_dict()}])[0]
+    assert "waited" not in kept_lines.lines([{**rows[0], **Kept(1, total=0.5).as_dict()}])[0]
+
+
+def test_what_is_kept_for_a_grid_is_copied_to_a_device_once() -> None:
+    blocks = orders.in_order(60, 25)
+    seen = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    meta = torch.device("meta")
+    assert on_device(seen, meta) is on_device(seen, meta)
+    assert on_device(seen, seen.device) is seen
+    assert gathering._side(blocks, meta) is gathering._side(blocks, meta)
+    on_grid, grid = BlockMap(blocks, blocks, seen), TokenGrid(1, 6, 10, 5)
+    first, again = (with_other_tokens(on_grid, grid, 0, 64) for _ in range(2))
+    assert first.seen is again.seen
+    gone = weakref.ref(first.seen)
+    del first, again, on_grid, seen
+    assert gone() is None
 
 
 MACHINES = (
@@ -162,8 +218,9 @@ def test_explain_says_which_executor_runs_on_which_machine(capsys: pytest.Captur
     assert "by: gather." in capsys.readouterr().out
     named = json.dumps({"default": {"backend": "subblock_attn", "extra": {"executor": "flex"}}})
     request = ("--request", call[1].replace("fp16", "fp64"), "--config", named)
-    assert main(["explain", "--platform", "cuda:9.0,packages=triton==3.6.0", *request]) == 0
-    assert "by: none, so" in capsys.readouterr().out
+    assert main(["explain", "--json", "--platform", "cuda:9.0,packages=triton==3.6.0", *request]) == 0
+    (refused, *_) = json.loads(capsys.readouterr().out)["rejected"]
+    assert refused["reasons"][0].startswith("executor flex: ")
 
 
 def test_each_executor_says_what_it_takes() -> None:

@@ -20,7 +20,7 @@ from ...kernels.support.layout import indexable, on_device_of
 from ...kernels.support.workspace import item_bytes, key_size, output_size, query_size, value_size
 from ...values.platform import Platform
 from ...values.request import AttentionCall, AttentionRequest
-from ..block_map import BlockMap
+from ..block_map import BlockMap, on_device
 from ..blocks import Blocks
 from ..executor import Executor, Run
 
@@ -104,7 +104,7 @@ def arguments(call: AttentionCall, block_map: BlockMap) -> Arguments:
     device = call.query.device
     queries, keys = fill(block_map.queries, device), fill(block_map.keys, device)
     query, key, value = _placed(call.query, queries), _placed(call.key, keys), _placed(call.value, keys)
-    seen = block_map.seen.to(device)
+    seen = on_device(block_map.seen, device)
     for axis, side in ((2, queries), (3, keys)):
         if side.parts is not None:
             seen = seen.repeat_interleave(side.parts, axis, output_size=side.length // side.size)

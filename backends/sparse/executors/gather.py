@@ -8,15 +8,16 @@ attention of each query over the keys of its blocks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 from ...kernels.support.workspace import item_bytes
 from ...values.platform import Platform
 from ...values.request import AttentionCall, AttentionRequest
-from ..block_map import BlockMap
+from ..block_map import BlockMap, on_device
 from ..blocks import Blocks
 from ..executor import Executor, Run
 
@@ -53,17 +54,27 @@ class _Side:
     index: torch.Tensor | None
     starts: torch.Tensor
     sizes: torch.Tensor
-    uniform: int
-    """The size of every block; 0 where they differ."""
+    most: int
+    """The size of the largest block."""
+    uniform: bool
+    """Whether all blocks have that size."""
+
+
+_sides: MutableMapping[Blocks, dict[torch.device, _Side]] = WeakKeyDictionary()
+"""What blocks become on each device, as long as they live."""
 
 
 def _side(blocks: Blocks, device: torch.device) -> _Side:
     import torch
 
-    index = None if blocks.index is None else blocks.index.to(device)
-    sizes = torch.tensor(blocks.sizes, device=device)
-    uniform = blocks.sizes[0] if len(set(blocks.sizes)) == 1 else 0
-    return _Side(index, torch.tensor(blocks.starts, device=device), sizes, uniform)
+    of_devices = _sides.setdefault(blocks, {})
+    found = of_devices.get(device)
+    if found is None:
+        with torch.inference_mode(False):  # for calls outside of inference mode too
+            index = None if blocks.index is None else blocks.index.to(device)
+            starts, sizes = (torch.tensor(numbers, device=device) for numbers in (blocks.starts, blocks.sizes))
+        found = of_devices[device] = _Side(index, starts, sizes, max(blocks.sizes), len(set(blocks.sizes)) == 1)
+    return found
 
 
 class _Group(NamedTuple):
@@ -83,7 +94,7 @@ def _groups(block_map: BlockMap) -> list[_Group]:
     sizes = torch.tensor(block_map.keys.sizes, device="cpu")
     of_queries = torch.tensor(block_map.queries.sizes, device="cpu")
     samples, heads, rows, _ = block_map.seen.shape
-    if block_map.counts is not None and len(set(block_map.keys.sizes)) == 1:
+    if block_map.counts is not None and len(set(block_map.keys.sizes)) == 1:  # as in `Gather.reads_back`
         counts = torch.tensor(block_map.counts, device="cpu").expand(samples, heads, rows)
         keys = counts * block_map.keys.sizes[0]
     else:
@@ -96,16 +107,21 @@ def _groups(block_map: BlockMap) -> list[_Group]:
     return [_Group((which == at).nonzero().view(-1), *kind) for at, kind in enumerate(found.tolist())]
 
 
-def _tokens(side: _Side, blocks: torch.Tensor, total: int) -> torch.Tensor:
-    """Token numbers of some blocks, (rows, total), in the order of the map; `blocks` is (rows, blocks)."""
+def _tokens(side: _Side, blocks: torch.Tensor, total: int, *, sort: bool = False) -> torch.Tensor:
+    """Token numbers of some blocks, (rows, total), in the order of the map; `blocks` is (rows, blocks).
+
+    `sort`: places without a token are sorted out, which waits for no device; else they are left out, faster on a CPU.
+    """
     import torch
 
-    most = side.uniform or int(side.sizes.max())
-    within = torch.arange(most, device=blocks.device)
+    within = torch.arange(side.most, device=blocks.device)
     tokens = (side.starts[blocks][..., None] + within).flatten(1)
     if not side.uniform:
         live = (within < side.sizes[blocks][..., None]).flatten(1)
-        if int(live.shape[1]) != total:
+        if int(live.shape[1]) != total and sort:
+            first = torch.argsort(live.logical_not().byte(), dim=-1, stable=True)[:, :total]
+            tokens = tokens.gather(1, first)
+        elif int(live.shape[1]) != total:
             tokens = tokens[live].view(-1, total)
     return tokens if side.index is None else side.index[tokens]
 
@@ -154,7 +170,7 @@ def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
     batch, heads, q_len, _ = query.shape
     output = query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
     queries, keys = _side(block_map.queries, query.device), _side(block_map.keys, query.device)
-    chosen = torch.argsort(block_map.seen.to(query.device).logical_not().byte(), dim=-1, stable=True)
+    chosen = torch.argsort(on_device(block_map.seen, query.device).logical_not().byte(), dim=-1, stable=True)
     with _buffers(call) as buffers:
         for group in _groups(block_map):
             if query.device.type == "cpu":
@@ -241,8 +257,8 @@ def _all_heads(
         part = slice(int(chunk[0]), int(chunk[-1]) + 1)
         b, h, i = sample[part, None], head[part, None], row[part]
         in_map = chosen[b[:, 0] if samples_of_map > 1 else 0, h[:, 0] if heads_of_map > 1 else 0, i, : group.blocks]
-        q_tokens = _tokens(queries, i[:, None], group.queries)
-        k_tokens = _tokens(keys, in_map, group.keys)
+        q_tokens = _tokens(queries, i[:, None], group.queries, sort=True)
+        k_tokens = _tokens(keys, in_map, group.keys, sort=True)
         result = scaled_dot_product_attention(
             call.query[b, h, q_tokens][None],
             call.key[b, h // shares, k_tokens][None],
@@ -256,6 +272,9 @@ class Gather(Executor):
     """Gathered keys and SDPA, on any device and for any map."""
 
     id = "gather"
+
+    def reads_back(self, block_map: BlockMap) -> bool:
+        return not block_map.seen.is_cpu and (block_map.counts is None or len(set(block_map.keys.sizes)) > 1)
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         return workspace_bytes(request, item_bytes(request), platform.kind == "cpu")

@@ -30,6 +30,9 @@ class Merge(Executor):
 
     id = "merge"
 
+    def reads_back(self, block_map: BlockMap) -> bool:
+        return True
+
     def call_reasons(self, call: AttentionCall, block_map: BlockMap) -> Sequence[str]:
         import torch
 

@@ -69,6 +69,7 @@ class SparseVideoGen2(SparseMethod):
         only("gather"),
     )
     only_executor = "gather"
+    reads_back = True
 
     def values(self, options: Mapping[str, object]) -> dict[str, object]:
         scaled: dict[str, object] = {Q_CLUSTERS: None, K_CLUSTERS: None}

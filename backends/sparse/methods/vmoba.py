@@ -76,6 +76,7 @@ class Vmoba(SparseMethod):
     layers_option = "first_full_layer"
     published_steps = (12, 50)
     only_executor = "merge"
+    reads_back = True
 
     def values(self, options: Mapping[str, object]) -> dict[str, object]:
         together = options.get("moba_config")
