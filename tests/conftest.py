@@ -10,7 +10,9 @@ import importlib.util
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +63,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in items:
                 if item.get_closest_marker("gpu"):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[Any]:
+    from server_harness import start_server
+
+    with start_server(extra_nodes=()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(shared_server: Any) -> Any:
+    """A real ComfyUI server with this pack alone. All modules of a process share it: starting one takes 8 s of a core.
+
+    It has runs of the tests before; what a page sets is set back by the next one that is opened.
+    """
+    shared_server.post("/free", {"free_memory": True})  # no answer from the cache of the module before
+    return shared_server
+
+
+@pytest.fixture(scope="session")
+def tiny_models_server() -> Iterator[Any]:
+    """The same, started as stock ComfyUI with PyTorch attention is, with nodes that give tiny models of any family."""
+    from server_harness import start_server
+
+    nodes = [ROOT / "tests" / "server_nodes" / name for name in ("tiny_models_node.py", "shaky_model_node.py")]
+    environ = {"ATTENTION_BACKENDS_TESTS": str(ROOT / "tests")}
+    with start_server(extra_nodes=nodes, flags=["--use-pytorch-cross-attention"], environ=environ) as running:
+        yield running
 
 
 def _why_no_cuda() -> str | None:

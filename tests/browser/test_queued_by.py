@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from attention_backends.devtools.server import Server
 from browser import load_workflow, open_comfyui, why_no_browser
 from hook_side import nodes_module
 from panel_pictures import keep
-from server_harness import ROOT, start_server
+from server_harness import ROOT
 from test_panel import LINE, RENDERERS, SAVED, ours, workflow
 from workflow_graphs import Graph, embedded, ksampler
 
@@ -311,12 +310,6 @@ def test_a_page_knows_its_own_runs(tmp_path: Path, script: str) -> None:
 
 
 # On a server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server(extra_nodes=()) as running:
-        yield running
 
 
 def small(steps: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,11 @@ from attention_backends.comparison.metadata import PNG, texts_of
 from attention_backends.comparison.replay_command import load
 from attention_backends.devtools.server import Server
 from browser import alerts, open_comfyui, why_no_browser
-from server_harness import start_server
 from syrupy.assertion import SnapshotAssertion
 from workflow_graphs import EMBEDDED, Graph, Link, embedded, ksampler, output
 
 pytestmark = pytest.mark.comfy
 Nodes = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server(extra_nodes=()) as running:
-        yield running
 
 
 class Workflow(Graph):

@@ -14,7 +14,7 @@ from browser import load_workflow, open_comfyui, why_no_browser
 from make_workflows import ui_file
 from panel_pictures import keep
 from server_harness import start_server
-from test_panel import RENDERERS, open_tab, ours, run_workflow, workflow
+from test_panel import CANVAS_IS_SLOW, open_tab, ours, run_workflow, workflow
 from test_routes_http import changed
 
 pytestmark = [
@@ -147,7 +147,7 @@ def choose(page: Any, values: dict[str, Any]) -> None:
     )
 
 
-@RENDERERS
+@CANVAS_IS_SLOW
 def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     saved = json.loads(ui_file("per_role").read_text(encoding="utf-8"))
     groups = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]["input"]
@@ -239,7 +239,7 @@ def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tm
         assert ours(page) == []
 
 
-@RENDERERS
+@CANVAS_IS_SLOW
 def test_a_changed_setting_holds_for_the_next_run(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     steps = 5 + nodes_2  # the second time nothing may come from the cache
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:

@@ -13,7 +13,6 @@ import make_locales
 import pytest
 from attention_backends.devtools.server import Server
 from browser import open_comfyui, ours, why_no_browser
-from server_harness import start_server
 
 ROOT = Path(__file__).resolve().parents[2]
 WEB = ROOT / "web"
@@ -133,12 +132,6 @@ def test_scripts_keep_to_themselves() -> None:
     for script in SCRIPTS:
         text = script.read_text(encoding="utf-8")
         assert [pattern for pattern in forbidden if re.search(pattern, text)] == [], script.name
-
-
-@pytest.fixture(scope="module")
-def server() -> Any:
-    with start_server(extra_nodes=()) as running:
-        yield running
 
 
 @pytest.mark.comfy

@@ -156,12 +156,6 @@ def test_thumbnail_is_a_small_jpeg(name: str) -> None:
     assert len(data) <= MOST_BYTES
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server(extra_nodes=()) as running:
-        yield running
-
-
 @pytest.mark.comfy
 def test_templates_are_listed_with_thumbnails(server: Server) -> None:
     assert set(server.get("/api/workflow_templates")[ROOT.name]) == set(TITLES.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,16 +15,9 @@ from attention_backends.backends.kernels.reference import reference_attention  #
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
 from hook_side import comfyui, nodes_module  # noqa: E402
-from server_harness import start_server  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 SETTINGS = {"presets": "ltx2_audio", "tokens": 32, "masked": "both", "backends": "", "dtype": "float32", "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server() as running:
-        yield running
 
 
 def graph(**changed: Any) -> dict[str, Any]:

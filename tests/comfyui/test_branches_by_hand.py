@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from attention_backends.devtools.server import Server, WorkflowError
-from server_harness import start_server
 from syrupy.assertion import SnapshotAssertion
 from workflow_graphs import EMBEDDED, Graph, Link, embedded, ksampler, output
 
 pytestmark = pytest.mark.comfy
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server(extra_nodes=()) as running:
-        yield running
 
 
 def text_of(server: Server, graph: Graph, link: Link) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,14 @@ from attention_backends.backends.measure.error import exact_rows  # noqa: E402
 from attention_backends.comparison.report import Row  # noqa: E402
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
 from hook_side import comfyui, nodes_module  # noqa: E402
-from server_harness import start_server  # noqa: E402
 
 NODES = Path(__file__).parents[1] / "server_nodes" / "tiny_models_node.py"
 comfy_only = pytest.mark.comfy
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    environ = {"ATTENTION_BACKENDS_TESTS": str(Path(__file__).parents[1])}
-    with start_server(extra_nodes=[NODES], flags=["--use-pytorch-cross-attention"], environ=environ) as running:
-        yield running
+def server(tiny_models_server: Server) -> Server:
+    return tiny_models_server
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

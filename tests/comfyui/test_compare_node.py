@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ pytest.importorskip("torch", reason="torch is not installed")
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp, which ComfyUI needs, is not installed")
 
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
-from server_harness import start_server  # noqa: E402
 from test_bad_input import without_names  # noqa: E402
 
 pytestmark = pytest.mark.comfy
@@ -24,11 +23,8 @@ OUR_NODE = "compare"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    nodes = [NODES / "tiny_models_node.py", NODES / "shaky_model_node.py"]
-    environ = {"ATTENTION_BACKENDS_TESTS": str(Path(__file__).parents[1])}
-    with start_server(extra_nodes=nodes, flags=["--use-pytorch-cross-attention"], environ=environ) as running:
-        yield running
+def server(tiny_models_server: Server) -> Server:
+    return tiny_models_server
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,15 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.devtools.server import Server, WorkflowError  # noqa: E402
 from hostile_texts import TEXTS, products  # noqa: E402
-from server_harness import start_server  # noqa: E402
 from test_bad_input import without_names  # noqa: E402
-from test_server_families import NODES, branch, last_run  # noqa: E402
+from test_server_families import branch, last_run  # noqa: E402
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    environ = {"ATTENTION_BACKENDS_TESTS": str(Path(__file__).parents[1])}
-    with start_server(extra_nodes=[NODES], flags=["--use-pytorch-cross-attention"], environ=environ) as running:
-        yield running
+def server(tiny_models_server: Server) -> Server:
+    return tiny_models_server
 
 
 def run(server: Server, tmp_path: Path, **inputs: Any) -> set[tuple[str, str]]:

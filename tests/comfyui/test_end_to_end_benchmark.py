@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from attention_backends.devtools.server import Server
 from make_workflows import API_FORM
-from server_harness import ROOT, start_server
+from server_harness import ROOT
 from syrupy.assertion import SnapshotAssertion
 
 pytestmark = pytest.mark.comfy
@@ -27,12 +26,6 @@ def _script() -> ModuleType:
 
 
 end_to_end = _script()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server(extra_nodes=()) as running:
-        yield running
 
 
 def test_a_model_that_is_there_is_timed_and_a_fallback_is_not(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from attention_backends.devtools.server import Server
 from hook_side import nodes_module
-from server_harness import start_server
 from syrupy.assertion import SnapshotAssertion
 from workflow_graphs import EMBEDDED, Graph, Link, embedded, ksampler, output
 
@@ -20,12 +18,6 @@ UNPATCHED = "no data: this sampler's model has no attention node"
 NO_ACCOUNT = f"{UNPATCHED}, or the run is no longer kept"
 MODEL, SELECTOR, SAMPLER = "1", "5", "6"
 """Ids of these nodes in `workflow`."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server(extra_nodes=()) as running:
-        yield running
 
 
 def add_report(graph: Graph, samples: Link) -> None:

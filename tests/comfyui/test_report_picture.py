@@ -13,10 +13,10 @@ from syrupy.assertion import SnapshotAssertion
 torch = pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
+from attention_backends.devtools.server import Server  # noqa: E402
 from hook_side import nodes_module  # noqa: E402
 from panel_pictures import keep  # noqa: E402
 from picture_texts import LABEL, check_readable, says  # noqa: E402
-from server_harness import start_server  # noqa: E402
 from workflow_graphs import EMBEDDED, Graph, embedded, ksampler, output  # noqa: E402
 
 picture, graph = nodes_module("report.report_picture"), nodes_module("history.graph")
@@ -93,7 +93,7 @@ def test_it_is_drawn_where_a_node_takes_it() -> None:
 
 
 @pytest.mark.comfy
-def test_a_saved_picture_is_that_of_the_report(tmp_path: Path) -> None:
+def test_a_saved_picture_is_that_of_the_report(server: Server, tmp_path: Path) -> None:
     """Also where the node ran before without it: its answer from the cache has no picture."""
     from PIL import Image
 
@@ -103,14 +103,13 @@ def test_a_saved_picture_is_that_of_the_report(tmp_path: Path) -> None:
     sampled = ksampler(nodes, model, **settings, **{**EMBEDDED, "steps": 3})
     told = nodes.add("AttentionReport", samples=sampled)
     text, data = (nodes.add("PreviewAny", source=output(told, number))[0] for number in (1, 2))
-    with start_server(extra_nodes=()) as server:
-        before = server.run(nodes.nodes)["outputs"][data]["text"][0]
-        number = server.get("/attention_backends/runs")["runs"][0]["number"]
-        nodes.add("SaveImage", images=output(told, 3), filename_prefix="report")
-        outputs = server.run(nodes.nodes)["outputs"]
-        assert server.get("/attention_backends/runs")["runs"][0]["number"] == number  # the sampler came from the cache
-        saved = keep(tmp_path, "report_picture.png")
-        shutil.copy(next((server.folder / "output").glob("report*.png")), saved)
+    before = server.run(nodes.nodes)["outputs"][data]["text"][0]
+    number = server.get("/attention_backends/runs")["runs"][0]["number"]
+    nodes.add("SaveImage", images=output(told, 3), filename_prefix="report")
+    outputs = server.run(nodes.nodes)["outputs"]
+    assert server.get("/attention_backends/runs")["runs"][0]["number"] == number  # the sampler came from the cache
+    saved = keep(tmp_path, "report_picture.png")
+    shutil.copy(next((server.folder / "output").glob("report*.png")), saved)
     after = json.loads(outputs[data]["text"][0])
     assert after == json.loads(before)
     remarks = [line for line in outputs[text]["text"][0].splitlines() if ":" in line]

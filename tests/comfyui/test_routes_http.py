@@ -6,7 +6,6 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,19 +14,12 @@ from attention_backends.backends.observe.advisories import ADVISORIES, NOT_USED,
 from attention_backends.backends.values.reasons import TEMPLATES, Reason, known
 from attention_backends.devtools.server import Server
 from hook_side import nodes_module
-from server_harness import start_server
 from syrupy.assertion import SnapshotAssertion
 from workflow_graphs import Graph, embedded, ksampler
 
 pytestmark = pytest.mark.comfy
 PREFIX = "/attention_backends"
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with start_server(extra_nodes=()) as running:
-        yield running
 
 
 def asked(server: Server, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, Any]]:

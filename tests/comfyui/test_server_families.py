@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attention_backends.devtools.server import Server, WorkflowError
-from server_harness import start_server
 from syrupy.assertion import SnapshotAssertion
 from tiny_models import FAMILIES
 
@@ -36,11 +34,8 @@ ROLES = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One server, started as stock ComfyUI with PyTorch attention is."""
-    environ = {"ATTENTION_BACKENDS_TESTS": str(Path(__file__).parents[1]), "DIFFUSION_ATTENTION_BACKEND": ""}
-    with start_server(extra_nodes=[NODES], flags=["--use-pytorch-cross-attention"], environ=environ) as running:
-        yield running
+def server(tiny_models_server: Server) -> Server:
+    return tiny_models_server
 
 
 def selector(backend: str, strict: bool = False, model: Any = ("tiny", 0)) -> dict[str, Any]:
