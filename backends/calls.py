@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import lru_cache
+from operator import index
 from typing import TYPE_CHECKING, Literal, overload
 
 from .config import AttentionConfig
@@ -345,14 +346,18 @@ def _token_grid(grid: Grid | None, before: int, after: int) -> TokenGrid:
     """
     if grid is None:
         raise CheckError(f"tokens_before {before!r} and tokens_after {after!r} stand beside a grid; give grid too")
-    sizes = (*(grid if isinstance(grid, tuple | list) else ()), before, after)
-    whole = len(sizes) == 5 and all(type(size) is int for size in sizes)
-    if not whole or min(sizes[:3]) < 1 or min(before, after) < 0:
+    given = (*(grid if isinstance(grid, tuple | list) else ()), before, after)
+    try:
+        sizes = [index(size) for size in given if not isinstance(size, bool)]  # NumPy's numbers too
+    except TypeError:
+        sizes = []
+    if len(given) != 5 or len(sizes) != 5 or min(sizes[:3]) < 1 or min(sizes) < 0:
         raise CheckError(
             f"grid {grid!r} with tokens_before {before!r} and tokens_after {after!r} is not three whole "
             "numbers from 1, with whole numbers from 0"
         )
-    return TokenGrid(*sizes)
+    frames, height, width, before, after = sizes
+    return TokenGrid(frames, height, width, before, after)
 
 
 def _only_tensors(*given: object) -> None:

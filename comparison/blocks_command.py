@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", required=True, help="FRAMESxHEIGHTxWIDTH in tokens")
     parser.add_argument("--options", default="", help="of the method: name=value pairs or JSON; default: its own")
     parser.add_argument("--step", type=_whole, help="of the sampler, from 0; default: none, no step is dense")
-    parser.add_argument("--steps", type=_whole, help="of the whole schedule; default: 50 with --step")
+    parser.add_argument("--steps", type=_whole, help="of the whole schedule, with --step; default: 50")
     parser.add_argument("--layer", type=_whole, default=0, help="number of the block; default: %(default)s")
     parser.add_argument("--head", type=_whole, default=0, help="which head is drawn; default: %(default)s")
     parser.add_argument("--heads", type=_whole, help="heads of the model; default: up to the one that is drawn")
@@ -98,6 +98,8 @@ def parse(options: argparse.Namespace) -> Asked:
         raise ComparisonError(f"--head {options.head}: there are {heads} heads, counted from 0")
     if not 1 <= options.head_dim <= 1024 or heads * grid.tokens * options.head_dim > 2**31:
         raise ComparisonError(f"{heads} heads of {options.head_dim} for {grid.tokens} tokens are not drawn")
+    if options.step is None and options.steps is not None:
+        raise ComparisonError("--steps needs --step: without it no step is dense, and the last value of a list counts")
     steps = (50 if options.steps is None else options.steps) if options.step is not None else None
     if options.step is not None and steps is not None and options.step >= steps:
         raise ComparisonError(f"--step {options.step}: there are {steps} steps, counted from 0")

@@ -6,6 +6,7 @@ value instead of a connection, and it makes the text "None" of a text input that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,25 @@ def wrong_link(node: Any, input_types: Mapping[str, Any] | None, **sockets: Any)
                 if category == "required":
                     return f"{name} is not connected: connect an output of type {wanted}"
     return None
+
+
+NOT_OPTIONS = re.compile(
+    r"true|false|null|undefined|nan|[-+]?\d+(\.\d*)?|fixed|increment|decrement|randomize|\[object \w+\]", re.IGNORECASE
+)
+"""Values that are no options, and that other packs store behind a node's widgets; ComfyUI gives them to the last widget
+of the node, which older graphs did not have."""
+
+
+def options_of(value: Any) -> Any:
+    """The text of `kernel options`; empty where it is one of `NOT_OPTIONS`."""
+    text = text_of(value)
+    return "" if isinstance(text, str) and NOT_OPTIONS.fullmatch(text.strip()) else text
+
+
+def about_options(value: Any) -> tuple[str, ...]:
+    """The note about a value that `options_of` leaves out."""
+    left_out = isinstance(value, str) and value.strip() and not options_of(value) and text_of(value)
+    return (f"kernel options {value!r} are no options of a backend and were left out",) if left_out else ()
 
 
 def text_of(value: Any, default: str = "") -> Any:

@@ -12,7 +12,7 @@ from ...backends.values.bounded import nearest
 from ...backends.values.errors import ConfigError
 from ..hook import patch
 from ..hook.roles import known_roles
-from ..inputs import text_of, wrong_link
+from ..inputs import about_options, text_of, wrong_link
 from .selector import CATEGORY, backend_menu, check_backend, environment, extra_input, spec_of
 
 
@@ -78,7 +78,9 @@ class PerRoleAttentionConfig(io.ComfyNode):
         if not isinstance(role, str):
             raise ConfigError(f"role must be text, not {type(role).__name__}: {role!r}")
         name = role_name(role)
-        return io.NodeOutput(patch.set_role(model, name, spec_of(backend, extra), patch.line_of_alias(backend)))
+        spec = spec_of(backend, extra)
+        said = patch.line_of_alias(backend) + about_options(extra)
+        return io.NodeOutput(patch.set_role(model, name, spec, said))
 
 
 def role_name(role: str) -> str:

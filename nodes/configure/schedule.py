@@ -11,7 +11,7 @@ from ...backends.config.schedule import ScheduleEntry
 from ...backends.kernels import BACKENDS
 from ...backends.values.errors import ConfigError
 from ..hook import patch
-from ..inputs import text_of, wrong_link
+from ..inputs import about_options, text_of, wrong_link
 from .per_role import known_role
 from .selector import CATEGORY, backend_menu, check_backend, environment, extra_input, spec_of
 
@@ -167,4 +167,5 @@ class AttentionSchedule(io.ComfyNode):
     def execute(
         cls, model: Any, backend: str, when: str, window: str, blocks: str = "", role: str = "", extra: str = ""
     ) -> io.NodeOutput:
-        return io.NodeOutput(patch.add_to_schedule(model, entry_of(backend, when, window, blocks, role, extra)))
+        entry = entry_of(backend, when, window, blocks, role, extra)
+        return io.NodeOutput(patch.add_to_schedule(model, entry, about_options(extra)))

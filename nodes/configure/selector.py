@@ -17,7 +17,7 @@ from ...backends.values.errors import ConfigError
 from ...backends.values.tolerance import ACCURACY
 from ..history import graph, runs
 from ..hook import patch
-from ..inputs import text_of, wrong_link
+from ..inputs import about_options, options_of, wrong_link
 
 CATEGORY = "attention"
 SECOND = 1
@@ -45,7 +45,7 @@ def check_backend(name: Any, input_types: Mapping[str, Any] | None = None, extra
     """For `validate_inputs`: True, or what is wrong with a backend's name or with its options as text."""
     try:
         if isinstance(extra, str):
-            parse_extra(text_of(extra))
+            parse_extra(options_of(extra))
         if name is None:
             if input_types is None or "backend" in input_types:  # connected to another node: known only when it runs
                 return True
@@ -81,7 +81,7 @@ def spec_of(backend: str, extra: Any) -> AttentionSpec:
     """
     if not isinstance(extra, str):
         raise ConfigError(f"extra must be text, not {type(extra).__name__}: {extra!r}")
-    return AttentionSpec(backend, parse_extra(text_of(extra)))
+    return AttentionSpec(backend, parse_extra(options_of(extra)))
 
 
 def lacks_second_model() -> bool:
@@ -222,7 +222,7 @@ class AttentionBackendSelector(io.ComfyNode):
         extra: str = "",
     ) -> io.NodeOutput:
         settings: dict[str, Any] = {"accuracy": accuracy, "strict": strict, "guard": guard, "recommended": recommended}
-        settings["extra"] = spec_of(backend, extra).extra
+        settings |= {"extra": spec_of(backend, extra).extra, "said": about_options(extra)}
         first = patch.set_default(model, backend, **settings)
         if model_2 is None:
             if lacks_second_model():

@@ -47,15 +47,16 @@ def set_default(
     guard: str,
     recommended: bool | None = None,
     extra: Mapping[str, object] | None = None,
+    said: tuple[str, ...] = (),
 ) -> Any:
     """A clone of `model` whose default backend and settings are these; its per-role entries stay.
 
     `recommended` switches the advisories for this model's family on or off; None keeps the earlier setting.
-    `extra`: options of the backend.
+    `extra`: options of the backend. `said`: notes about what the person wrote.
     """
     before, default = current_config(model), AttentionSpec(backend, extra or {})
     config = replace(before, default=default, accuracy=accuracy, strict=strict, guard=guard)
-    notes = line_of_alias(backend) + _replaced("the default", before.default, default)
+    notes = line_of_alias(backend) + said + _replaced("the default", before.default, default)
     if recommended is not None:
         family = attention_modules.family_of_model(model.model.diffusion_model)
         name = family.name if family is not None else ""
@@ -85,11 +86,11 @@ def line_of_alias(name: str) -> tuple[str, ...]:
     return (line,) if line else ()
 
 
-def add_to_schedule(model: Any, entry: ScheduleEntry) -> Any:
+def add_to_schedule(model: Any, entry: ScheduleEntry, said: tuple[str, ...] = ()) -> Any:
     """A clone of `model` with one more entry in its schedule; where windows overlap, the last writer wins."""
     config = current_config(model)
     covers = config.joint_is_self or entry.role == "self"
-    return _patched(model, replace(config, schedule=(*config.schedule, entry), joint_is_self=covers), ())
+    return _patched(model, replace(config, schedule=(*config.schedule, entry), joint_is_self=covers), said)
 
 
 def set_config(model: Any, config: AttentionConfig) -> Any:

@@ -259,6 +259,11 @@ def test_wrong_options_are_refused_before_queueing_with_what_is_allowed(name: st
         assert not valid, extra
         assert said in ours(errors[0]), extra
     assert said in ours(checked(name, {**whole, "backend": ["source", TYPES.index("COMBO")], "extra": extra})[1][0])
+    inputs = nodes_module("inputs")
+    for stray in (False, 0, 1.5, "randomize", "null"):  # what other packs store behind our widgets
+        assert checked(name, {**whole, "extra": stray})[0], stray
+        assert len(inputs.about_options(str(stray))) == 1
+    assert not any(inputs.about_options(text) for text in ("", "None", "topk=0.5", "half"))
     tooltip = class_of(name).INPUT_TYPES()["optional"]["extra"][1]["tooltip"]
     example = tooltip.rpartition(": ")[2]
     assert checked(name, {**whole, "backend": "video_sparse_attn", "extra": example})[0]

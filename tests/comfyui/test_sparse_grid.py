@@ -657,7 +657,10 @@ def test_a_record_repeats_a_sparse_run(calls: list[Call]) -> None:
     set_config = nodes_module("hook.patch").set_config
     made = tiny_sampling.sample(set_config(model, parse_config(EVERYWHERE)), "wan", steps=2)
     runs = nodes_module("history.runs")
-    record = json.dumps(as_record([runs.decisions(last_run()["number"])], {}))
+    run = runs.decisions(last_run()["number"])
+    assert run["sparse"] == kept.of_rows(last_run()["rows"])
+    assert run["sparse"][0]["kept"] < 0.7
+    record = json.dumps(as_record([run], {}))
     calls.clear()
     repeating = set_config(model, parse_config(record, "text", read_files=False))
     again = tiny_sampling.sample(repeating, "wan", steps=2)

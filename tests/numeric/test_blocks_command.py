@@ -94,6 +94,7 @@ def test_every_method_has_a_picture_that_can_be_read() -> None:
         (["--options", "topk=2"], "topk 2 > 1"),
         (["--head", "3", "--heads", "2"], "2 heads"),
         (["--step", "9", "--steps", "9"], "9 steps"),
+        (["--steps", "9"], "--steps needs --step"),
         (["--dtype", "int8"], "bfloat16"),
         (["--output", "map.jpg"], ".png"),
     ],

@@ -275,6 +275,18 @@ def test_a_role_without_any_grid_is_told_from_an_unknown_one() -> None:
     assert parse_grid(OFF_GRID.describe()) == OFF_GRID
 
 
+def test_a_grid_may_be_of_the_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    query = torch.randn(1, 2, 275, 8)
+    output = attention(query, query, query, backend=SPARSE_HALF, grid=(5, 6, 9), tokens_after=5)
+    sizes = numpy.array([5, 6, 9, 5])
+    again = attention(query, query, query, backend=SPARSE_HALF, grid=tuple(sizes[:3]), tokens_after=sizes[3])
+    assert torch.equal(again, output)
+    for wrong in ((5.0, 6, 9), (True, 6, 9), (5, 6), (5, 6, 9, 1), (5, 6, 0), numpy.array([5, 6, 9]) / 2):
+        with pytest.raises(CheckError, match="three whole numbers"):
+            attention(query, query, query, backend=SPARSE_HALF, grid=wrong)
+
+
 def test_nothing_left_out_is_dense_to_the_bit() -> None:
     query = torch.randn(1, 2, 270, 8)
     everything = {"default": {"backend": "video_sparse_attn", "extra": {"sparsity": 0.0}}}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ...config.layers import settings_of
 from ...config.recorded import FORMAT, MARK, normal
 from ...measure.environment import machine_of, own_version
+from ...report.kept import of_rows
 from ...values.request import AttentionRequest
 from .run_recorder import KernelUsed, RunRecorder
 
@@ -29,6 +30,8 @@ def of_run(run_report: RunReport) -> dict[str, Any] | None:
         return None
     decisions = _decisions(recorder)
     used = {ran["backend"] for decision in decisions for ran in decision["ran"]}
+    sparse = any(row.kept for row in run_report.rows.values())
+    kept = of_rows(run_report.as_dict()["rows"]) if sparse else []  # type: ignore[arg-type]  # plain data
     alarms = [row.guard for row in run_report.rows.values() if row.guard is not None and row.guard.alarms]
     return {
         "node_id": run_report.node_id,
@@ -43,6 +46,7 @@ def of_run(run_report: RunReport) -> dict[str, Any] | None:
         "guard_alarms": sum(findings.alarms for findings in alarms),
         "first_alarm": alarms[0].first_alarm if alarms else None,
         "decisions": decisions,
+        **({"sparse": kept} if kept else {}),  # what sparse backends kept and gained, for display only
     }
 
 
