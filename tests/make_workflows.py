@@ -44,6 +44,8 @@ TITLES = {
 """Names of the files in workflows/: ComfyUI shows them as titles, in this order where its list is sorted."""
 SIDE = 512
 MOST_BYTES = 60_000
+BADGE = 68
+"""Height that the template browser's badge takes at the top of the smallest card, of `SIDE`."""
 
 ARRANGE = (ROOT / "tests" / "arrange_workflow.js").read_text(encoding="utf-8")
 # No overlays, and text at every zoom.
@@ -134,8 +136,8 @@ def card(title: str, graph: Graph, picture: bytes | None) -> Any:
     for word in title.lstrip("0123456789 ").replace("_", " ").split():
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if draw.textlength(longer, large) < SIDE - 48 else [*lines, word]
-    draw.multiline_text((28, 24), "\n".join(lines), "white", large, spacing=10)
-    top = 60 + 58 * len(lines)
+    draw.multiline_text((28, BADGE), "\n".join(lines), "white", large, spacing=10)
+    top = BADGE + 30 + 58 * len(lines)
     if picture is not None:
         shown = Image.open(BytesIO(picture)).convert("RGB")
         shown = shown.resize(_within(shown.size, (SIDE - 56, SIDE - top - 28)), Image.Resampling.LANCZOS)

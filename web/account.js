@@ -1,5 +1,7 @@
 /** Figures of a run: sums, the short line, and files. No element is made here. */
 
+import { inRow } from './words.js'
+
 /**
  * @typedef {import('./server.js').Row} Row
  * @typedef {import('./server.js').Run} Run
@@ -12,6 +14,12 @@ const GOOD = ['running', 'done']
 const WORST = ['running', 'done', 'partly', 'not_used', 'cancelled', 'refused', 'failed', 'out_of_memory']
 /** The backend that a row names whose calls another pack computed. */
 export const BY_ANOTHER = 'by another'
+
+/**
+ * @param {string} backend
+ * @param {import('./words.js').Say} say
+ */
+export const backendName = (backend, say) => (backend === BY_ANOTHER ? say('run.by_another') : backend)
 
 const COLUMNS = /** @type {const} */ ([
   'role', 'block', 'backend', 'member', 'calls', 'ms', 'kept', 'expected_gain', 'measured_gain', 'mask', 'asked',
@@ -145,10 +153,9 @@ export function shortLine(totals, fallbacks, outcome, say, at) {
   if (!totals.length) return said || say('line.nothing')
   const parts = totals.map(({ role, backend, calls }, index) => {
     const counted = index === 0 ? say('line.calls', { calls }) : calls
-    return `${role} ${backend} ${counted}`
+    return `${role} ${backendName(backend, say)} ${counted}`
   })
-  const figures = parts.join(', ') + (fallbacks ? `; ${say('line.fallbacks', { fallbacks })}` : '')
-  return said ? `${said}; ${figures}` : figures
+  return inRow([said, inRow(parts, say), fallbacks ? say('line.fallbacks', { fallbacks }) : ''], say, 'then')
 }
 
 /**

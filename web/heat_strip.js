@@ -1,6 +1,8 @@
 /** A picture of a run: roles and blocks downwards, steps to the right, coloured by backend or by time. */
 
+import { backendName } from './account.js'
 import { element } from './dom.js'
+import { inRow } from './words.js'
 
 /**
  * @typedef {import('./server.js').Run} Run
@@ -101,6 +103,7 @@ export function heatStrip(run, by, say, view) {
   const scale = Math.min(1, MOST_COLUMNS / length)
   const unit = steps ? 'steps' : 'calls'
   const backends = [...new Set(run.rows.map((row) => row.backend))]
+  const names = backends.map((one) => backendName(one, say))
   const colour = (/** @type {string} */ backend) => COLOURS[backends.indexOf(backend) % COLOURS.length]
   const rate = (/** @type {Cell} */ cell, /** @type {{ first: number, last: number }} */ window) =>
     (cell.ms ?? 0) / (window.last - window.first + 1)
@@ -113,7 +116,7 @@ export function heatStrip(run, by, say, view) {
     height: Math.max(1, lines.length),
     tabIndex: 0,
     role: 'img',
-    'aria-label': say(`strip.label_${unit}`, { lines: lines.length, count: length, backends: backends.join(', ') }),
+    'aria-label': say(`strip.label_${unit}`, { lines: lines.length, count: length, backends: inRow(names, say) }),
     'data-key': `strip ${run.number}`
   })
   canvas.style.height = `${Math.min(280, Math.max(24, lines.length * 6))}px`
@@ -138,10 +141,9 @@ export function heatStrip(run, by, say, view) {
     const window = columns[column]
     const { role, block } = lines[line] ?? { role: '', block: '' }
     const cell = window?.cells.get(line)
-    const kept = cell?.kept === undefined ? '' : `, ${say('line.kept', { percent: Math.round(100 * cell.kept) })}`
-    const what = cell
-      ? `${cell.backend}, ${cell.calls}${cell.ms === null ? '' : `, ${cell.ms.toFixed(2)} ms`}${kept}`
-      : say('strip.none')
+    const kept = cell?.kept !== undefined && say('line.kept', { percent: Math.round(100 * cell.kept) })
+    const ms = cell && cell.ms !== null && `${cell.ms.toFixed(2)} ms`
+    const what = cell ? inRow([backendName(cell.backend, say), `${cell.calls}`, ms, kept], say) : say('strip.none')
     caption.textContent = say(`strip.at_${unit}`, { role, block: block || '-', where: window?.label ?? '-', what })
   }
   canvas.addEventListener('pointermove', (event) => {
@@ -172,7 +174,7 @@ export function heatStrip(run, by, say, view) {
   }
   const legend =
     by === 'backend'
-      ? backends.map((backend) => swatch(colour(backend), backend))
+      ? backends.map((backend, index) => swatch(colour(backend), names[index]))
       : [
           swatch(`color-mix(in srgb, ${TIME_COLOUR} 12%, transparent)`, say('strip.fast')),
           swatch(TIME_COLOUR, say(`strip.slow_${unit}`, { ms: slowest.toFixed(2) }))

@@ -1,7 +1,8 @@
 /** The words of the line on a node: from what the server foresees, and from what a run came to. No element is made here. */
 
-import { addedUp, outcomeText, shortLine } from './account.js'
+import { addedUp, backendName, outcomeText, shortLine } from './account.js'
 import { inWords } from './phrases.js'
+import { inRow } from './words.js'
 
 /**
  * @typedef {import('./server.js').Forecast} Forecast
@@ -33,13 +34,13 @@ export function forecastWords(found, { isDefault, allow }, say) {
   if (backend === 'auto' && !isDefault) return plain([[say('line.as_without')]])
   if (!takes) {
     const said = found.reasons.map((reason) => inWords(reason, found.phrases, say))
-    const reasons = say('line.cannot', { backend, reasons: said.join('; ') })
+    const reasons = say('line.cannot', { backend, reasons: inRow(said, say, 'then') })
     const first = missing
       ? say('line.install', { backend, package: missing })
       : say('line.cannot', { backend, reasons: said[0] ?? '' })
     return { texts: [first, say('line.cannot_short', { backend })], title: reasons, tone: 'bad' }
   }
-  const apart = (found.exceptions ?? []).map((what) => inWords(what, found.phrases, say)).join('; ')
+  const apart = inRow((found.exceptions ?? []).map((what) => inWords(what, found.phrases, say)), say, 'then')
   const name = [found.without, found.flag && `(${found.flag})`].filter(Boolean).join(' ')
   if (found.kind === 'named') {
     if (takes === 'comfy') return plain([[say('line.comfy'), name], [say('line.comfy')]])
@@ -52,8 +53,8 @@ export function forecastWords(found, { isDefault, allow }, say) {
     const tries = found.tries
     if (tries.length < 2) return plain([[say('line.autotune_none', { backend: takes })]])
     return plain([
-      [say('line.autotune', { backends: tries.join(', ') }), apart],
-      [say('line.autotune', { backends: listed(tries) })],
+      [say('line.autotune', { backends: inRow(tries, say) }), apart],
+      [say('line.autotune', { backends: listed(tries, say) })],
       [say('line.autotune_short', { count: tries.length })]
     ])
   }
@@ -79,7 +80,7 @@ export function ranWords(line, warning, say) {
   const { step, of_steps: steps } = line
   const words = (/** @type {string} */ text) => inWords(text, line.phrases, say)
   const outcome = line.outcome && { ...line.outcome, cause: words(line.outcome.cause) }
-  const ran = [backendsOf(line), keptText(line.sparse, say)].filter(Boolean).join(DOT)
+  const ran = [backendsOf(line, say), keptText(line.sparse, say)].filter(Boolean).join(DOT)
   const time = line.ms_per_step === null ? '' : duration(line.ms_per_step, say)
   if (line.state === 'running') {
     const at = step ? say('line.step', { step, steps }) : say('state.running')
@@ -146,8 +147,9 @@ function plain(texts) {
  * `sage_attn`, or `sage_attn (self), torch_sdpa (cross)`.
  *
  * @param {NodeLine} line
+ * @param {Say} say
  */
-function backendsOf({ totals }) {
+function backendsOf({ totals }, say) {
   /** @type {Map<string, { roles: string[], calls: number }>} */
   const found = new Map()
   for (const { role, backend, calls } of totals) {
@@ -156,18 +158,19 @@ function backendsOf({ totals }) {
     found.set(backend, { ...one, calls: one.calls + calls })
   }
   const most = [...found].sort(([, a], [, b]) => b.calls - a.calls)
-  if (most.length === 1) return most[0][0]
-  return listed(most.map(([backend, { roles }]) => `${backend} (${listed(roles)})`))
+  if (most.length === 1) return backendName(most[0][0], say)
+  return listed(most.map(([backend, { roles }]) => `${backendName(backend, say)} (${listed(roles, say)})`), say)
 }
 
 /**
  * The first names, and the number of the others.
  *
  * @param {string[]} names
+ * @param {Say} say
  */
-function listed(names) {
+function listed(names, say) {
   const rest = names.length - NAMED
-  return rest > 1 ? `${names.slice(0, NAMED).join(', ')} +${rest}` : names.join(', ')
+  return rest > 1 ? `${inRow(names.slice(0, NAMED), say)} +${rest}` : inRow(names, say)
 }
 
 /**
@@ -185,7 +188,7 @@ function duration(ms, say) {
  */
 function savedText(saved, say) {
   if (!saved || Math.abs(saved.seconds) < 0.05) return '' // 0.0 s
-  const backend = listed(saved.than)
+  const backend = listed(saved.than, say)
   const share = saved.seconds / saved.of
   if (Math.abs(share) < EQUAL) return say('line.equal', { backend })
   const values = { seconds: Math.abs(saved.seconds).toFixed(1), percent: Math.round(Math.abs(share) * 100), backend }

@@ -2,6 +2,7 @@
 
 import { copy, element, linked } from './dom.js'
 import { inWords } from './phrases.js'
+import { inRow } from './words.js'
 
 /**
  * @typedef {import('./server.js').Machine} Machine
@@ -37,11 +38,11 @@ export function machineView(machine, say, open = true) {
   const { platform, backends } = machine
   const ready = backends.filter((backend) => backend.available)
   const card = [platform.card || platform.kind.toUpperCase(), platform.architecture, platform.sm]
-  const packages = Object.entries(platform.packages).map(([name, version]) => `${name} ${version}`).join(', ')
+  const packages = inRow(Object.entries(platform.packages).map(([name, version]) => `${name} ${version}`), say)
   const facts = {
-    card: card.filter(Boolean).join(', '),
+    card: inRow(card, say),
     driver: platform.driver,
-    torch: [platform.torch, platform.cuda && `CUDA ${platform.cuda}`].filter(Boolean).join(', '),
+    torch: inRow([platform.torch, platform.cuda && `CUDA ${platform.cuda}`], say),
     cudnn: platform.cudnn,
     kernels: packages || say('machine.no_kernels'),
     auto: machine.auto,
@@ -93,7 +94,7 @@ function group(title, key, open, backends, say) {
  */
 function entry(backend, say) {
   const words = (/** @type {string} */ text) => inWords(text, backend.phrases, say)
-  const said = backend.available ? backend.version ?? say('machine.built_in') : backend.reasons.map(words).join('; ')
+  const said = backend.available ? backend.version ?? say('machine.built_in') : inRow(backend.reasons.map(words), say, 'then')
   const advice = backend.install
   const repeated = advice?.kind === 'nothing' && backend.reasons.some((reason) => advice.text.endsWith(reason))
   return element(

@@ -1,8 +1,9 @@
 /** The measured choices in the panel: what is kept on this server, what was found, and clear, export and import. */
 
 import { download, element, refill } from './dom.js'
-import { tuned } from './run_view.js'
+import { maskText, tuned } from './run_view.js'
 import { Refused } from './server.js'
+import { inRow } from './words.js'
 
 /**
  * @typedef {import('./server.js').Measured} Measured
@@ -188,7 +189,7 @@ function kind(entry, say) {
     say('measured.call', {
       q_len: entry.q_len, kv_len: entry.kv_len, heads: headsOf(entry), dtype: entry.dtype, batch: entry.batch
     }),
-    entry.mask !== 'none' && say('measured.mask', { mask: entry.mask }),
+    entry.mask !== 'none' && say('measured.mask', { mask: maskText(entry.mask, say) }),
     entry.is_causal && say('measured.causal'),
     entry.exact_only && say('measured.exact_only'),
     entry.accuracy !== 'exact' && say('measured.allowed', { accuracy: say(`accuracy.${entry.accuracy}`) })
@@ -198,7 +199,7 @@ function kind(entry, say) {
     {},
     element('strong', {}, entry.role),
     ' ',
-    element('span', { className: 'ab-class' }, facts.filter(Boolean).join(', ')),
+    element('span', { className: 'ab-class' }, inRow(facts, say)),
     element(
       'ul',
       { className: 'ab-candidates' },

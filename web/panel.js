@@ -10,6 +10,7 @@ import { measuredSection } from './measured_view.js'
 import { inWords } from './phrases.js'
 import { firstView, showRun } from './run_view.js'
 import { Refused } from './server.js'
+import { inRow } from './words.js'
 
 /**
  * @typedef {import('./server.js').RunSummary} RunSummary
@@ -235,7 +236,7 @@ export function openPanel(place, events, server, say, titlesOf = () => []) {
       ms && say('runs.ms_per_step', { ms: ms < 10 ? ms.toFixed(1) : ms.toFixed(0) }),
       share && say('runs.share', { percent: (100 * share).toFixed(0) })
     ]
-    return parts.filter(Boolean).join(', ')
+    return inRow(parts.map((part) => part || ''), say)
   }
 
   /** @param {RunSummary} summary */

@@ -1,5 +1,7 @@
 /** Reasons and notes of the server in the page's language: by id and values where it sent them, else as they are. */
 
+import { inRow } from './words.js'
+
 /**
  * @typedef {import('./words.js').Say} Say
  * @typedef {{ id: string, text: string, values: Record<string, unknown> }} Phrase
@@ -34,7 +36,7 @@ function worded({ id, text, values }, say) {
 function valueText(value, say) {
   if (Array.isArray(value)) {
     const parts = value.map((one) => (one?.id ? worded(one, say) : String(one)))
-    return value[0]?.id ? parts.join('; ') : `(${parts.join(', ')})`
+    return value[0]?.id ? inRow(parts, say, 'then') : `(${parts.join(', ')})`
   }
   return value?.id ? worded(value, say) : String(value)
 }

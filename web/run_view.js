@@ -1,9 +1,10 @@
 /** One run in the panel: verdicts, picture, table, reasons, notes, and the files. */
 
-import { addedUp, asCsv, byRole, columnsOf, fellBack, shortLine, sorted, sparseSum } from './account.js'
+import { addedUp, asCsv, backendName, byRole, columnsOf, fellBack, shortLine, sorted, sparseSum } from './account.js'
 import { download, element, refill } from './dom.js'
 import { heatStrip } from './heat_strip.js'
 import { inWords } from './phrases.js'
+import { inRow } from './words.js'
 
 /**
  * @typedef {import('./server.js').Run} Run
@@ -51,10 +52,10 @@ export function showRun(place, run, view, say, phrases, at) {
     audit(run, say),
     ...(run.windows.length ? picture(run, view, say, again) : []), // none where the trace is off
     ...(run.rows.length ? table(run, view, say, again, words) : []),
-    list('ab-sparse', say('run.sparse'), computedWhole(run, say)),
+    list('ab-sparse', say('run.sparse'), computedWhole(run, say, words)),
     list('ab-tuned', say('run.tuning'), run.tuning?.state ? [tuned(run.tuning, say)] : []),
     list('ab-reasons', say('run.reasons'), reasons),
-    list('ab-guard', say('run.guard'), (run.guard ?? []).slice(0, GUARDED).map((found) => guarded(found, say))),
+    list('ab-guard', say('run.guard'), (run.guard ?? []).slice(0, GUARDED).map((found) => guarded(found, say, words))),
     list('ab-notes', say('run.notes'), run.notes.map(words)),
     run.bypass && list('ab-bypass', say('run.bypass'), [words(run.bypass)]),
     element(
@@ -98,7 +99,8 @@ function audit(run, say) {
   if (!run.audit.length || run.audit.some((finding) => finding.verdict !== 'as asked')) {
     return list('ab-audit', title, run.audit.map((finding) => verdict(finding, say)))
   }
-  const ran = run.audit.map(({ role, ran }) => `${role} ${Object.keys(ran).join(' + ')}`).join(', ')
+  const names = (/** @type {string[]} */ backends) => backends.map((one) => backendName(one, say)).join(' + ')
+  const ran = inRow(run.audit.map(({ role, ran }) => `${role} ${names(Object.keys(ran))}`), say)
   return element('p', { className: 'ab-audit ab-as_asked' }, `✓ ${say('run.all_as_asked', { ran })}`)
 }
 
@@ -109,12 +111,12 @@ function audit(run, say) {
 function verdict(finding, say) {
   const known = ['as asked', 'not for this role', 'explained', 'unexplained', 'role never called', 'not reached']
   const kind = known.includes(finding.verdict) ? finding.verdict.replaceAll(' ', '_') : 'unexplained'
-  const ran = Object.entries(finding.ran).map(([backend, calls]) => `${backend} ${calls}`).join(', ') || '-'
+  const ran = Object.entries(finding.ran).map(([backend, calls]) => `${backendName(backend, say)} ${calls}`)
   return element(
     'span',
     { title: finding.source },
     element('strong', {}, finding.role),
-    ` ${say('run.asked', { asked: finding.asked, ran })} `,
+    ` ${say('run.asked', { asked: finding.asked, ran: inRow(ran, say) || '-' })} `,
     element('span', { className: `ab-verdict ab-${kind}` }, say(`verdict.${kind}`))
   )
 }
@@ -122,13 +124,15 @@ function verdict(finding, say) {
 /**
  * @param {import('./server.js').Guarded} found
  * @param {Say} say
+ * @param {(text: string) => string} words of a reason
  */
-function guarded(found, say) {
+function guarded(found, say, words) {
   const { role, block, backend, checked, alarms, relative_l2: error, relative_l2_limit: limit } = found
   const text = say('run.guarded', {
     role, block: block || '-', backend, checked, alarms, error: error ?? 'inf', limit: limit ?? '-'
   })
-  return alarms ? element('span', { className: 'ab-unexplained' }, `${text}; ${found.first_alarm ?? ''}`) : text
+  if (!alarms) return text
+  return element('span', { className: 'ab-unexplained' }, inRow([text, words(found.first_alarm ?? '')], say, 'then'))
 }
 
 /**
@@ -136,12 +140,13 @@ function guarded(found, say) {
  *
  * @param {Run} run
  * @param {Say} say
+ * @param {(text: string) => string} words of a reason
  */
-function computedWhole(run, say) {
+function computedWhole(run, say, words) {
   const names = [...new Set(run.rows.filter((row) => row.dense).map((row) => `${row.role} ${row.backend}`))]
   return names.flatMap((name) => {
     const { dense } = sparseSum(run.rows.filter((row) => row.dense && `${row.role} ${row.backend}` === name))
-    return Object.entries(dense).map(([reason, calls]) => say('run.whole', { calls, name, reason }))
+    return Object.entries(dense).map(([reason, calls]) => say('run.whole', { calls, name, reason: words(reason) }))
   })
 }
 
@@ -153,12 +158,12 @@ function computedWhole(run, say) {
  */
 export function tuned(tuning, say) {
   const counts = /** @type {const} */ (['from_store', 'decided', 'open', 'not_tuned']).filter((name) => tuning[name])
-  const words = counts.map((name) => say(`tuning.${name}`, { count: tuning[name] })).join(', ')
+  const counted = inRow(counts.map((name) => say(`tuning.${name}`, { count: tuning[name] })), say)
   return element(
     'span',
     {},
     element('strong', { className: `ab-${tuning.state}` }, say(`tuning.${tuning.state}`)),
-    `, ${say('tuning.kinds', { kinds: tuning.kinds })} (${words})`
+    say('row.and', { before: '', next: `${say('tuning.kinds', { kinds: tuning.kinds })} (${counted})` })
   )
 }
 
@@ -195,15 +200,34 @@ const NUMBERS = ['calls', 'ms', 'kept', 'expected_gain', 'measured_gain']
 /**
  * @param {string} name of a column
  * @param {unknown} value
+ * @param {Say} say
  * @param {(text: string) => string} words of a reason
  */
-function cellText(name, value, words) {
+function cellText(name, value, say, words) {
   if (value === null || value === undefined) return ''
   if (name === 'reason') return words(String(value))
+  if (name === 'backend') return backendName(String(value), say)
+  if (name === 'mask') return maskText(String(value), say)
   if (name === 'ms') return Number(value).toFixed(1)
   if (name === 'kept') return `${Math.round(100 * Number(value))} %`
   if (name.endsWith('_gain')) return `${Number(value).toFixed(2)}x`
   return String(value)
+}
+
+/**
+ * The kind of a mask and what was done with it, e.g. `key_padding, trimmed`; a name without words is shown as it is.
+ *
+ * @param {string} mask
+ * @param {Say} say
+ */
+export function maskText(mask, say) {
+  const worded = (/** @type {string} */ part) => {
+    const [, before, after] = part.match(/^(\d+) before and (\d+) after$/) ?? []
+    if (before) return say('mask.window', { before, after })
+    const words = say(`mask.${part.replaceAll(' ', '_')}`)
+    return words.startsWith('mask.') ? part : words
+  }
+  return inRow(mask.split(', ').map(worded), say)
 }
 
 /**
@@ -245,7 +269,7 @@ function table(run, view, say, again, words) {
       const value = row[name]
       // The label is shown where the panel is narrow and a row wraps.
       const className = NUMBERS.includes(name) ? 'ab-number' : ''
-      return element('td', { className, 'data-label': say(`columns.${name}`) }, cellText(name, value, words))
+      return element('td', { className, 'data-label': say(`columns.${name}`) }, cellText(name, value, say, words))
     })
     return element('tr', { className: row.reason && !row.expected ? 'ab-fell-back' : '', title: row.source }, ...cells)
   })

@@ -30,6 +30,21 @@ export async function loadWords(api, language) {
 }
 
 /**
+ * Texts in a row, empty ones left out, with the language's own mark between them: `a, b`.
+ *
+ * @param {(string | false | null | undefined)[]} texts
+ * @param {Say} say
+ * @param {'and' | 'then'} [mark] `then` where they have commas of their own: `a, b; c`
+ */
+export function inRow(texts, say, mark = 'and') {
+  const [first = '', ...rest] = texts.flatMap((text) => text || [])
+  return rest.reduce((before, next) => {
+    const said = say(`row.${mark}`, { before, next })
+    return said === `row.${mark}` ? `${before}${mark === 'and' ? ',' : ';'} ${next}` : said // no texts were loaded
+  }, first)
+}
+
+/**
  * @param {string} text
  * @param {Record<string, string | number>} values
  */

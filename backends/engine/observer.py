@@ -29,6 +29,10 @@ class Veto(NamedTuple):
 class KernelVetoed(Exception):  # no Error in the name: the session handles it
     """Raised by an observer's wrapper to reject a result; the inputs are unchanged, an exact backend runs instead."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
 
 class Chooser:
     """Decides before a plan is made. Choosers are called in the order of registration."""

@@ -349,7 +349,7 @@ class Session:
             if isinstance(error, NoBackendError):
                 raise error  # from another configuration, called by the host's function
             if isinstance(error, KernelVetoed):
-                self._replace_vetoed(slot, str(error))
+                self._replace_vetoed(slot, error.reason)
             else:
                 self._replace_failed(slot, error)
                 if call.query is None:  # an owned call whose kernel has freed its tensors

@@ -59,10 +59,18 @@ TEMPLATES: dict[str, str] = {
     "failed.later": "{earlier}; {reason}",
     "failed_before": "failed before on this call: {error}",
     "grouped": "does not support grouped query heads ({num_heads}/{num_kv_heads})",
+    "guard.alarm": "guard: {reason}",
+    "guard.alarm.call": "{reason} in call {number} of the block",
+    "guard.changed": "the kernel changed query, key or value",
+    "guard.l2.call": "relative L2 {found} of the whole call > {most}",
+    "guard.l2.head": "relative L2 {found} of a head > {most}",
+    "guard.not_finite": "output is not finite",
     "guard.output": "guard: the output of model call {number} was not finite",
     "guard.output.again": "{text}; it was computed again with exact kernels, which run from there on",
     "guard.output.first": "{text}, the first of this run",
     "guard.output.other": "{text}, nor with exact kernels: attention is not the cause",
+    "guard.row": "error {found} of a row > {most}",
+    "guard.unmasked": "the output is nearer to the result without the mask",
     "head_dim.in": "head_dim {head_dim} not in {taken}",
     "head_dim.max": "head_dim {head_dim} > {max}",
     "head_dim.min": "head_dim {head_dim} < {min}",
@@ -215,7 +223,7 @@ def phrases(data: object) -> dict[str, object]:
         if isinstance(one, Reason):
             found[str(one)] = one.plain()
         elif isinstance(one, Mapping):
-            pending += one.values()
+            pending += [*one, *one.values()]
         elif isinstance(one, list | tuple):
             pending += one
     return found

@@ -23,6 +23,7 @@ OTHERS = ("zh", "ja", "ko")
 FILES = ("main", "nodeDefs", "settings", "commands")
 SAME_EVERYWHERE = re.compile(
     r"[a-z0-9_]*|cfg|vae|ms|torch|cuDNN|Python|ComfyUI|JSON\.?|Latent|CLIP.*|Attention Backends|[A-Z]+|\{\w+\}"
+    r"|\{\w+\}[,;] \{\w+\}"
 )
 """Names that other languages write as English does."""
 FIELDS = re.compile(r"(?:head_dim|kv_len|num_heads|\{\w+\}|[A-Z]+|NVIDIA|Apple|Ascend|Intel|[^a-zA-Z])*")

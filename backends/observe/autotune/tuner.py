@@ -20,6 +20,7 @@ from ...measure.call_key import TuningKey, key_of
 from ...measure.device_clock import DeviceClock
 from ...report import RunReport
 from ...report.tuning import FROM_STORE, NOT_TUNED, OPEN
+from ...values.reasons import Reason
 from ...values.request import AttentionRequest
 from ..guard import Guard
 from .candidates import candidates, may_win
@@ -103,7 +104,7 @@ class Tuner(Chooser, Observer):
         run_report = self.session.run_report
         for row in list(run_report.rows.values()):
             if row.asked == AUTOTUNE and row.guard is not None and row.guard.first_alarm:
-                names, alarm = self._names(row.role), f"guard: {row.guard.first_alarm}"
+                names, alarm = self._names(row.role), Reason("guard.alarm", reason=row.guard.first_alarm)
                 self._dismiss(row.backend, lambda key, names=names: key.role in names, alarm)  # type: ignore[misc]
         self.store.flush()
         if text := run_report.tuning.note():

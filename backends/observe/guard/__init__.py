@@ -203,10 +203,10 @@ class Guard(Observer):
         reason = _reason(figures, guarded.budget)
         if reason is None:
             return None
-        reason = f"guard: {reason} in call {number + 1} of the block"
+        alarm = Reason("guard.alarm.call", reason=reason, number=number + 1)
         findings.alarms += 1
-        findings.first_alarm = findings.first_alarm or reason.removeprefix("guard: ")
-        return reason
+        findings.first_alarm = findings.first_alarm or alarm
+        return Reason("guard.alarm", reason=alarm)
 
     def _warn(self, guarded: GuardedKernel, figures: Figures, number: int) -> None:
         reason = self._judged(guarded, figures, number)
@@ -353,17 +353,17 @@ def _restore(inputs: list[torch.Tensor], before: list[torch.Tensor]) -> None:
 def _reason(figures: Figures, budget: Budget) -> str | None:
     """Value and limit of what is wrong; None where the check is good."""
     if figures.changed:
-        return "the kernel changed query, key or value"
+        return Reason("guard.changed")
     if figures.unmasked > 0.5:
-        return "the output is nearer to the result without the mask"
+        return Reason("guard.unmasked")
     if figures.relative_l2 != figures.relative_l2:
-        return "output is not finite"
+        return Reason("guard.not_finite")
     if figures.relative_l2 > budget.relative_l2:
-        return f"relative L2 {figures.relative_l2:.3g} of a head > {budget.relative_l2:g}"
+        return Reason("guard.l2.head", found=f"{figures.relative_l2:.3g}", most=f"{budget.relative_l2:g}")
     if figures.call_l2 > budget.call_l2:
-        return f"relative L2 {figures.call_l2:.3g} of the whole call > {budget.call_l2:g}"
+        return Reason("guard.l2.call", found=f"{figures.call_l2:.3g}", most=f"{budget.call_l2:g}")
     if figures.row_error > budget.row_error:
-        return f"error {figures.row_error:.3g} of a row > {budget.row_error:g}"
+        return Reason("guard.row", found=f"{figures.row_error:.3g}", most=f"{budget.row_error:g}")
     return None
 
 
