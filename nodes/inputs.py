@@ -12,6 +12,8 @@ from typing import Any
 
 from comfy_execution.validation import validate_node_input
 
+from ..backends.values.reasons import Reason
+
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 """Types of inputs that may hold a value; all others are connected."""
 
@@ -58,7 +60,7 @@ def options_of(value: Any) -> Any:
 def about_options(value: Any) -> tuple[str, ...]:
     """The note about a value that `options_of` leaves out."""
     left_out = isinstance(value, str) and value.strip() and not options_of(value) and text_of(value)
-    return (f"kernel options {value!r} are no options of a backend and were left out",) if left_out else ()
+    return (Reason("options.left_out", value=repr(value)),) if left_out else ()
 
 
 def text_of(value: Any, default: str = "") -> Any:

@@ -71,6 +71,26 @@ def video_sparse(query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shap
     return torch.stack(found).view(*query.shape[:3], -1)
 
 
+def coarse_branch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, shape: Shape, box: Shape
+) -> torch.Tensor:
+    """VSA's branch over means of boxes, times the gate, token by token."""
+    blocks = boxes(shape, box)
+    shares = query.shape[1] // key.shape[1]
+    output = torch.empty(*query.shape[:3], value.shape[3], dtype=torch.float64)
+    for sample in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            of_keys = [key[sample, head // shares, block].double().mean(0) for block in blocks]
+            of_values = [value[sample, head // shares, block].double().mean(0) for block in blocks]
+            for block in blocks:
+                mean = query[sample, head, block].double().mean(0)
+                weights = [exp(float(mean @ other) * len(mean) ** -0.5) for other in of_keys]
+                row = sum(weight * one for weight, one in zip(weights, of_values, strict=True)) / sum(weights)
+                for token in block:
+                    output[sample, head, token] = row * gate[sample, head, token].double()
+    return output
+
+
 def video_sparse_count(sparsity: float, blocks: int) -> int:
     """SGLang: ceil((1 - sparsity) * blocks), between 1 and all."""
     return min(max(ceil((1 - sparsity) * blocks), 1), blocks)

@@ -115,6 +115,7 @@ TEMPLATES: dict[str, str] = {
         "mask, so there it changes nothing, and an exact backend for role joint helps"
     ),
     "only_comfyui": "runs only inside ComfyUI, which hands over its own function with each call",
+    "options.left_out": "kernel options {value} are no options of a backend and were left out",
     "package.missing": "package {package} is not installed",
     "package.needed": "{reason}, which {by} needs",
     "package.unreadable": "package {package} has no readable version: {found}",

@@ -472,6 +472,23 @@ def test_nothing_left_out_is_dense_to_the_bit(backend_id: str) -> None:
         assert torch.equal(output, attention(query, key, value))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_branch_of_a_trained_gate_is_the_published_one(dtype: Any) -> None:
+    torch.manual_seed(0)
+    shape, box = (3, 7, 9), (2, 4, 4)
+    query, key, value, gate = (
+        torch.randn(2, heads, 189, size).to(dtype) for heads, size in ((4, 8), (2, 8), (2, 6), (4, 6))
+    )
+    found = video_sparse.coarse_branch(query, key, value, gate, shape, cube=box)
+    expected = literal.coarse_branch(query, key, value, gate, shape, box)
+    assert found.dtype == dtype
+    assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    one_gate = video_sparse.coarse_branch(query, key, value, gate[:, :, :1], shape, cube=box)
+    assert torch.equal(one_gate[:, :, :1], found[:, :, :1])
+    with pytest.raises(ValueError, match="189"):
+        video_sparse.coarse_branch(query, key, value, gate, (3, 7, 8))
+
+
 PRESETS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("nabla_attn", {"P": 0.3}, {"tile": [1, 8, 8], "window": [11, 3, 3], "pushed_in": False, "cdf": 0.3}),
     (
