@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,8 @@ from .presets import Preset
 
 if TYPE_CHECKING:
     import torch
+
+    from ..backends.kernels.backend import Kernel
 
 WARM_UP, TIMED = 3, 10
 SHARES = (0.5, 0.25, 0.125)
@@ -258,7 +259,11 @@ def _measure(
 
     kernel, kept = router.kernel(row.backend, options), Kept()
     if router.backends[row.backend].sparse:
-        backend, dense = router.backends[row.backend], partial(router.kernel, REFERENCE)
+        backend = router.backends[row.backend]
+
+        def dense(named: str = REFERENCE) -> Kernel:
+            return router.kernel(named)
+
         kernel = backend.bind(kernel, request, Place(), RunProgress(), kept, dense)
     counted = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if counted else 0

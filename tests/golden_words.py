@@ -86,7 +86,7 @@ PHRASES: tuple[tuple[str, Any], ...] = (
     (r"mask kind (\w+) not in \([^)]*\)", r"does not support a \1 mask"),
     (r"is_causal is not supported", "does not support is_causal"),
     (r"grouped query heads (\S+) are not supported", r"does not support grouped query heads (\1)"),
-    (r"not built into this version of attention-backends", TEMPLATES["not_built"]),
+    (r"not built into this version of attention-backends", "not supported yet"),
     (r"the account of the run says so", "the run report says so"),
     (r"Put it between the sampler and the node that saves, best right", "Place it just"),
     (r"^(Place it just before) that one:", r"\1 Save Image or Save Video:"),

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from attention_backends.backends.config.names import COMFY
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend
-from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.values.platform import Platform, parse_platform
 
 CARD = Platform("cuda", capability=(8, 9), torch="2.12.0", cuda="13.0", cudnn=91002, os="linux")
@@ -99,6 +98,6 @@ def running_on(kind: str) -> list[str]:
     return [
         name
         for name, backend in BACKENDS.items()
-        if kind in backend.kinds and not isinstance(backend, Planned) and name != COMFY
+        if kind in backend.kinds and name != COMFY
         if not backend.compiled and not backend.sparse
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from math import ceil, exp, inf, log
+from math import ceil, e, exp, inf, log, log2
 
 import torch
 
@@ -438,3 +438,64 @@ def vmoba(
     for at, head, token in chosen:
         sees[0, head, token, blocks[at]] = True
     return sees
+
+
+def sol(
+    query: torch.Tensor, key: torch.Tensor, block: int, *, tau: float | None, share: float, sink: range
+) -> torch.Tensor:
+    """Sol-Attn (arXiv:2607.24027): blocks above the threshold, or above the (count + 1)-th highest score; and always
+    neighbours and the sink.
+    """
+
+    def of_head(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        blocks, two = rows_of(len(queries), block), len(queries[0]) ** -0.5 * log2(e)
+        of_queries = [queries[rows].mean(0) for rows in blocks]
+        of_keys = torch.stack([keys[rows].mean(0) for rows in blocks])
+        of_keys = of_keys - of_keys.mean(0)
+        chosen = {}
+        for at, mean in enumerate(of_queries):
+            scores = [float((queries[blocks[at]] @ other).mean()) * two for other in of_keys]
+            if tau is not None:
+                least = tau * (float((mean**2 * (of_keys**2).mean(0)).sum()) * two**2 + 1e-6) ** 0.5
+            else:
+                count = max(1, min(len(blocks) - 1, round(share * len(blocks))))
+                least = sorted(scores, reverse=True)[count]
+            chosen[at] = [
+                other for other, score in enumerate(scores)
+                if score > least or abs(other - at) <= 1 or any(token in sink for token in blocks[other])
+            ]  # fmt: skip
+        return sees_blocks(blocks, chosen, len(queries))
+
+    return per_head(query, key, of_head)
+
+
+def with_pooled_terms(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sees: torch.Tensor, block: int, before: int,
+    kv_before: int, cells: int, scale: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of visible keys and, for each block of the grid that a query of the grid does not see, of one more key.
+
+    Its score is that of the mean query of the query's block and the block's mean key, both to the mean of these means;
+    it weighs as much as its tokens, and its value is their mean.
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    shares, factor = query.shape[1] // key.shape[1], query.shape[3] ** -0.5 if scale is None else scale
+    sees = sees.expand(*query.shape[:3], key.shape[2])
+    output = masked_attention(query, key, value, sees, scale)
+    blocks = rows_of(cells, block)
+    for sample, head in product(range(query.shape[0]), range(query.shape[1])):
+        keys, values = key[sample, head // shares], value[sample, head // shares]
+        on_grid = [[kv_before + cell for cell in cells_of] for cells_of in blocks]
+        means = torch.stack([keys[columns].mean(0) for columns in on_grid])
+        centre = means.mean(0)
+        for rows in blocks:
+            tokens = [before + cell for cell in rows]
+            queries, shown = query[sample, head, tokens], sees[sample, head, tokens]
+            weights = torch.exp(queries @ (keys - centre).mT * factor) * shown
+            top, total = weights @ values, weights.sum(-1)
+            for columns, of_block in zip(on_grid, means, strict=True):
+                weight = torch.exp(queries.mean(0) @ (of_block - centre) * factor) * len(columns)
+                weight = weight * ~shown[:, columns[0]]
+                top, total = top + weight[:, None] * values[columns].mean(0), total + weight
+            output[sample, head, tokens] = top / total[:, None]
+    return output

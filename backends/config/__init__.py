@@ -77,8 +77,7 @@ class AttentionSpec:
         declared = {option.name for option in backend.options}
         foreign = [name for name in self.extra if name in FOREIGN_OPTIONS and name not in declared]
         wrong = problems(backend.options, {name: self.extra[name] for name in self.extra if name not in foreign})
-        # A planned backend falls back, so its options are not refused.
-        wrong += foreign_problems(foreign) if backend.built else []
+        wrong += foreign_problems(foreign)
         if wrong:
             raise ConfigError(f"extra of {self.backend}: {'; '.join(wrong)}")
         conflicts = backend.option_conflicts(self.extra)

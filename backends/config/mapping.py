@@ -126,10 +126,6 @@ def spec_of(value: object, where: str, reading: Reading, system: str = "") -> At
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     reading.note(line_of(name, system) if value.get("backend") is not None else "")
-    if spec.extra and not BACKENDS[spec.backend].built:
-        reading.note(
-            f"options of {spec.backend} ({', '.join(spec.extra)}): without effect, as it is not built yet here"
-        )
     return spec
 
 

@@ -106,14 +106,13 @@ FAVOURITES: tuple[str, ...] = (
 def menu(kind: str) -> tuple[str, ...]:
     """`CHOICES` in the order of a node's menu on a platform of this kind.
 
-    First `auto` and `autotune`, then the backends that run on such a platform, then those that run on others, then
-    names without a kernel, and `measured` last. What is installed does not count, so the order is always the same on
-    one machine.
+    First `auto` and `autotune`, then the backends that run on such a platform, then those that run on others, and
+    `measured` last. What is installed does not count, so the order is always the same on one machine.
     """
 
     def place(name: str) -> tuple[int, int]:
         backend = registry.BACKENDS[name]
-        group = 2 if not backend.built else 0 if kind in backend.runs_on else 1
+        group = 0 if kind in backend.runs_on else 1
         return group, FAVOURITES.index(name) if name in FAVOURITES else len(FAVOURITES)
 
     return (AUTO, AUTOTUNE, *sorted(BACKEND_IDS, key=place), MEASURED)

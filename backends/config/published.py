@@ -161,7 +161,6 @@ SYSTEMS: tuple[System, ...] = (
             Published("sub_quad", None, _CORE_START.format(flag="--use-quad-cross-attention")),
             Published("sub-quadratic", None, _CORE_START.format(flag="--use-quad-cross-attention")),
             Published("split", None, _CORE_START.format(flag="--use-split-cross-attention")),
-            Published("sla", None, _CORE_SPARSE),
             Published("vsa", None, f"{_CORE_SPARSE}. It is for MiniMax H3 alone"),
             Published("block_sparse", None, _CORE_SPARSE),
             Published(

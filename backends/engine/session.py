@@ -319,9 +319,10 @@ class Session:
         backend = self.router.backends[decision.backend]
         return backend.bind(kernel, kind.request, place, self.progress, row.kept, dense)
 
-    def _dense(self, kind: CallKind) -> Kernel:
-        """The exact kernel of the platform's priorities."""
-        return self.kernel(self.router.select(kind.request, Choice(None, "the platform's priorities")), kind)
+    def _dense(self, kind: CallKind, named: str | None = None) -> Kernel:
+        """The exact kernel of the platform's priorities, or of a backend where it can run such calls."""
+        source = "the platform's priorities" if named is None else "dense_backend"
+        return self.kernel(self.router.select(kind.request, Choice(named, source)), kind)
 
     def kernel(self, decision: Decision, kind: CallKind) -> Kernel:
         """The kernel of a decision, with scale and LSE as the request needs."""

@@ -67,8 +67,6 @@ class Backend:
     """It skips work that has a weight."""
     accuracy: ClassVar[str] = cast("str", _ByArithmetic())
     """One of `tolerance.ACCURACY`; follows from `arithmetic` and `sparse`."""
-    built: ClassVar[bool] = True
-    """False for a name that has no kernel yet."""
     kinds: ClassVar[tuple[str, ...]] = ("cuda",)
     """Kinds of platform it runs on (`platform.KINDS`)."""
     min_capability: ClassVar[tuple[int, int] | None] = None
@@ -233,7 +231,7 @@ class Backend:
         place: Place,
         progress: Progress,
         kept: Kept,
-        dense: Callable[[], Kernel],
+        dense: Callable[..., Kernel],
     ) -> Kernel:
         """The kernel of a plan; asked only where `sparse`. Override where the kernel depends on the place of a call.
 
@@ -241,7 +239,7 @@ class Backend:
             request: of the plan's calls.
             progress: where in the run the model call is; it changes between calls.
             kept: counts how much was computed.
-            dense: loads the exact kernel that runs calls, or steps, that are not sparse.
+            dense: loads the exact kernel that runs calls, or steps, that are not sparse; with an id that backend's.
         """
         return kernel
 

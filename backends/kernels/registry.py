@@ -56,7 +56,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "vmoba_attn": "sparse.methods.vmoba",
         "sparse_video_gen_2_attn": "sparse.methods.sparse_video_gen_2",
         "sparge_attn": "sparse.methods.sparge",
-        "sol_attn": "kernels.planned",
+        "sol_attn": "sparse.methods.sol",
         "radial_attn": "sparse.methods.radial",
         "subblock_attn": "sparse.methods.subblock",
         "nabla_attn": "sparse.methods.nabla",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from typing import TYPE_CHECKING
 
 from ..values.grid import TokenGrid
@@ -22,6 +23,18 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
+class Tail:
+    """What each query sees besides its key blocks, merged into its softmax: the same output for a whole query block."""
+
+    output: torch.Tensor
+    """(batch, num_heads, query blocks, v_head_dim), float32."""
+    lse: torch.Tensor
+    """(batch, num_heads, query blocks), float32, natural logarithm; -inf: nothing."""
+    shift: torch.Tensor
+    """(batch, num_heads, tokens), float32: what each query adds to its block's `lse`."""
+
+
+@dataclass(frozen=True, eq=False)
 class BlockMap:
     """Which key blocks each query block sees.
 
@@ -34,6 +47,8 @@ class BlockMap:
     keys: Blocks
     seen: torch.Tensor
     counts: tuple[int, ...] | None = None
+    tail: Tail | None = None
+    """No part of `share` and `mask`."""
 
     def share(self) -> torch.Tensor | float:
         """Share of query-key pairs that are computed, over samples and heads; a tensor on the device of `seen`.
@@ -179,4 +194,10 @@ def _with_others(
     counts = on_grid.counts
     if counts is not None:
         counts = (*[keys.count] * q_before, *(count + k_before + k_after for count in counts), *[keys.count] * q_after)
-    return BlockMap(queries, keys, seen, counts)
+    tail = on_grid.tail
+    if tail is not None:
+        tail = Tail(
+            pad(tail.output, (0, 0, q_before, q_after)), pad(tail.lse, (q_before, q_after), value=-inf),
+            pad(tail.shift, (grid.before, grid.after)),
+        )  # fmt: skip
+    return BlockMap(queries, keys, seen, counts, tail)

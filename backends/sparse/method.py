@@ -220,9 +220,15 @@ class SparseMethod(Backend):
         place: Place,
         progress: Progress,
         kept: Kept,
-        dense: Callable[[], Kernel],
+        dense: Callable[..., Kernel],
     ) -> Kernel:
-        return kernel.bound(request, place, progress, kept, dense()) if isinstance(kernel, SparseKernel) else kernel
+        if not isinstance(kernel, SparseKernel):
+            return kernel
+        return kernel.bound(request, place, progress, kept, self.dense_kernel(dense, kernel.options))
+
+    def dense_kernel(self, dense: Callable[..., Kernel], options: Mapping[str, object]) -> Kernel:
+        """What computes calls whole: the exact kernel of the machine, or that of a named backend, `dense(name)`."""
+        return dense()
 
 
 class NoExecutorError(RuntimeError):

@@ -1,7 +1,6 @@
 """`Option`: the declaration of a backend's option, with type and limits, checked when a configuration is read.
 
-Backends declare them in `Backend.options` and get them as keyword arguments of `load`. Those of planned
-backends (`kernels/planned.py`) are declared and checked too.
+Backends declare them in `Backend.options` and get them as keyword arguments of `load`.
 """
 
 from __future__ import annotations

@@ -87,7 +87,6 @@ TEMPLATES: dict[str, str] = {
     "no_exceptions": "exceptions for this model: none are known for {family} with {backend}",
     "no_exceptions.family": "this family",
     "not_a_backend": "not a backend of this version",
-    "not_built": "not supported yet",
     "num_heads": "num_heads {num_heads} > {max}",
     "offer": "recommended for {title}: {what} ({reason}); not used: switch it on in Attention Backend Selector",
     "offer.cross": "cross-attention exact",

@@ -46,17 +46,18 @@ end of this page, and passes over one that cannot run a call.
 
 def support_page() -> str:
     """The text of docs/backends.md."""
-    built = [backend for backend in BACKENDS.values() if backend.built]
-    planned = [backend for backend in BACKENDS.values() if not backend.built]
     parts = [
         INTRO.format(cards=", ".join(map(card_name, CARDS))),
         "## What there is",
-        _table(("backend", "accuracy", "what it is", "needs", "runs on", "LSE"), [_what(backend) for backend in built]),
+        _table(
+            ("backend", "accuracy", "what it is", "needs", "runs on", "LSE"),
+            [_what(backend) for backend in BACKENDS.values()],
+        ),
         "## What a call may be",
         _LIMITS_INTRO,
         _table(
             ("backend", "where", *COLUMNS),
-            [(_code(backend.id), *row) for backend in built for row in _rows_of(backend)],
+            [(_code(backend.id), *row) for backend in BACKENDS.values() for row in _rows_of(backend)],
         ),
         "## Options",
         "What a backend takes under `extra`. One without a row here takes none. A value *by step* is a number, a list "
@@ -64,7 +65,7 @@ def support_page() -> str:
         "one value to the other between two shares of the schedule, by default 0 and 1.",
         _table(
             ("backend", "option", "is", "default", "allowed", "what it does"),
-            [_option(backend, option) for backend in built for option in backend.options],
+            [_option(backend, option) for backend in BACKENDS.values() for option in backend.options],
         ),
         "## Routes",
         "What `auto` tries, best first; the last one runs everywhere. The second order is tried before the first one "
@@ -79,12 +80,6 @@ def support_page() -> str:
         "A configuration of one of these pastes unchanged; what differs there is in [systems.md](systems.md).",
         _table(("backend", "names there"), _names()),
     ]
-    if planned:
-        parts += [
-            "## Names without a kernel yet",
-            "They are accepted in configurations, say that they are not built, and fall back.",
-            _table(("backend", "accuracy", "what it is"), [(_code(b.id), b.accuracy, b.summary) for b in planned]),
-        ]
     return "\n\n".join(parts) + "\n"
 
 

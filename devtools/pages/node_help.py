@@ -19,10 +19,7 @@ ROW = re.compile(r"^\| `(\w+)` \|(?:[^|\n]*\|){2} (.*?) \|$", re.MULTILINE)
 
 def english() -> dict[str, str]:
     """Id -> what it is."""
-    return {
-        name: backend.summary if backend.built else f"{backend.summary} Not supported yet."
-        for name, backend in BACKENDS.items()
-    }
+    return {name: backend.summary for name, backend in BACKENDS.items()}
 
 
 def sentences(page: str) -> dict[str, str]:

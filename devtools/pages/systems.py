@@ -67,9 +67,8 @@ def systems_page() -> str:
         "",
         "## Options",
         "",
-        "Options stand under `extra` and are checked when they are read. Those of a backend that is not built yet are "
-        "treated as its name is: calls fall back, counted, and a note says so. These belong to no backend here: beside "
-        "one that can run they are refused as not implemented, whatever their value.",
+        "Options stand under `extra` and are checked when they are read. These belong to no backend here: they are "
+        "refused as not implemented, whatever their value.",
         "",
         "| option | of |",
         "|---|---|",

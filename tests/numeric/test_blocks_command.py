@@ -66,7 +66,7 @@ def test_every_method_has_a_picture_that_can_be_read() -> None:
     router = router_for("cpu")
     for method, by_scores in blocks_command.METHODS.items():
         options = {"subblock_attn": "min_seq_len=0, sparsity=0.75", "ssta_attn": "topk=0.05 win_size=[1,1,1]",
-                   "cube_attn": "topk=0.25", "video_sparse_attn": "sparsity=0.5",
+                   "cube_attn": "topk=0.25", "video_sparse_attn": "sparsity=0.5", "sol_attn": "dense_layers=9",
                    "sliding_tile_attn": "window_size=[1,1,1]"}.get(method, "")  # fmt: skip
         if "[" in options:
             options = (

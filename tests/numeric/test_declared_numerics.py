@@ -19,7 +19,6 @@ from attention_backends.backends.config.names import COMFY  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS, flex_attn, torch_sdpa  # noqa: E402
 from attention_backends.backends.kernels.backend import FLOATING, Backend, Limits  # noqa: E402
-from attention_backends.backends.kernels.planned import Planned  # noqa: E402
 from attention_backends.backends.kernels.reference import reference_attention  # noqa: E402
 from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sdpa  # noqa: E402
 from attention_backends.backends.kernels.support.varlen import VarlenCall  # noqa: E402
@@ -38,7 +37,7 @@ from tolerance import Error, allowed, error, truth  # noqa: E402
 EVERYTHING = (Causal("any"), MaskWithCausal(taken=True), ValueHeadDim(may_differ=True))
 """What limits may allow beyond the usual."""
 
-RUN = [name for name, backend in BACKENDS.items() if not isinstance(backend, Planned)]
+RUN = list(BACKENDS)
 
 
 @pytest.fixture(autouse=True)

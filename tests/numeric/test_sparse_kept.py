@@ -1,7 +1,8 @@
-"""What sparse methods keep between steps: the centroids of Sparse VideoGen 2, for each sample of each block."""
+"""What Sparse VideoGen 2 keeps between steps for each sample of each block, and what Sol-Attn computes whole."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,13 +10,21 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import literal_sparse as literal  # noqa: E402
+from attention_backends.backends.config.names import RefusedBackendError  # noqa: E402
+from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.engine.plan import CallKind  # noqa: E402
+from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse.block_map import Dense, HeadMaps  # noqa: E402
 from attention_backends.backends.sparse.kmeans import cluster, first_tokens  # noqa: E402
 from attention_backends.backends.sparse.method import SparseMethod, Where  # noqa: E402
+from attention_backends.backends.sparse.methods.sol import parse_layers  # noqa: E402
 from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
+from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 
+CPU = Platform("cpu", torch="2.13.0", os="linux")
 GRID = TokenGrid(3, 5, 6)
 OPTIONS = {
     "svg2_num_q_centroids": 4, "svg2_num_k_centroids": 8, "svg2_top_p_kmeans": 0.4, "svg2_first_layers_fp": 0,
@@ -133,3 +142,48 @@ def test_equally_near_tokens_go_to_the_first_centroid_and_an_empty_one_stays() -
     assert found.sizes.tolist() == [[[3, 3, 0, 0]]]
     assert found.centroids[0, 0, 2:].tolist() == [[1, 0], [9, 9]]
     assert found.centroids[0, 0, 0].tolist() == pytest.approx([-2 / 3, 0])
+
+
+SOL: Any = BACKENDS["sol_attn"]
+
+
+@pytest.mark.parametrize(
+    ("written", "dense"), [("0,1", {0, 1}), ("0-3, 5", {0, 1, 2, 3, 5}), (4, {4}), ("", set()), (None, set())], ids=str
+)
+def test_dense_layers_are_written_as_numbers_and_ranges(written: object, dense: set[int]) -> None:
+    options = SOL.values({"dense_layers": written, "dense_steps": 0})
+    where = Where(3, 10, None, None, "self", ())
+    assert {layer for layer in range(8) if SOL.dense_at(where._replace(layer=layer), options)} == dense
+    assert SOL.dense_at(where, options) is None
+
+
+def test_dense_calls_run_on_the_backend_that_a_person_names() -> None:
+    call = tensors(0)
+    session = Session(Router(CPU))
+    kind = CallKind(call.request(), "self", "self")
+    output = SOL.dense_kernel(partial(session._dense, kind), {"dense_backend": "emulated_int8"})(call)
+    assert torch.equal(output, BACKENDS["emulated_int8"].load(CPU)(call))
+    exact = SOL.dense_kernel(partial(session._dense, kind), {"dense_backend": "fa"})(call)
+    assert 0 < (output - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_dense_backend_that_cannot_run_here_is_a_reason() -> None:
+    reasons = SOL.option_reasons(CPU, {"dense_backend": "sage_attn"})
+    assert reasons
+    assert SOL.option_reasons(CPU, {"dense_backend": "fa"}) == []
+
+
+@pytest.mark.parametrize(("name", "layers"), [("sol-attn", 2), ("sla", 0), ("SOL_ATTN", 2)])
+def test_the_words_of_comfyuis_node_are_accepted(name: str, layers: int) -> None:
+    spec = parse_config(f"default: {name}\n").default
+    assert spec.backend == "sol_attn"
+    values = SOL.values(spec.extra)
+    assert values["min_tokens"] == (0 if layers else 12288)
+    assert sum(map(len, parse_layers(values["dense_layers"]))) == layers
+    assert (values["keep_percent"] is None) == (name != "sla")
+
+
+def test_thu_mls_method_of_that_name_is_refused() -> None:
+    for name in ("SLA_ATTN", "sla_attn", "sage_sla_attn"):
+        with pytest.raises(RefusedBackendError):
+            parse_config(f"default: {name}\n")

@@ -32,6 +32,7 @@ from attention_backends.backends.sparse.methods import (  # noqa: E402
     nabla,
     radial,
     sliding_tile,
+    sol,
     sparge,
     sparse_video_gen_2,
     ssta,
@@ -49,6 +50,8 @@ from sparse_cases import TOLERANCE, literal_flex  # noqa: E402, F401
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 CPU = Platform("cpu", torch="2.13.0", os="linux")
+POOLED = 2e-6
+"""Relative L2 of a call with pooled terms, which are computed in float32."""
 OUTSIDE = Where(None, None, None, None, "self", ())
 Case = tuple[dict[str, Any], Any]
 """Options, and which tokens of the grid see which."""
@@ -226,6 +229,26 @@ def vmoba_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case
     )  # fmt: skip
 
 
+def sol_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    rule, start, count = rng.choice(("tau", "keep_percent")), rng.randint(0, grid.cells), rng.choice((0, 0, 1, 9))
+    value = rng.choice((0.3, 1.0)) if rule == "tau" else rng.choice((10, 30))
+    sees = literal.sol(
+        call.query, call.key, sol.BLOCK, tau=value if rule == "tau" else None, share=value / 100,
+        sink=range(start, start + count),
+    )  # fmt: skip
+    return {rule: value, "sink_start": grid.before + start, "sink_tokens": count}, sees
+
+
+def expected_output(backend_id: str, call: AttentionCall, sees: Any, grid: TokenGrid) -> Any:
+    """The literal result of a call in which each query sees these keys."""
+    if backend_id == "sol_attn" and not sees.all():
+        kv_before = grid.before - grid.hidden_before
+        return literal.with_pooled_terms(
+            call.query, call.key, call.value, sees, sol.BLOCK, grid.before, kv_before, grid.cells, call.scale
+        )
+    return literal.masked_attention(call.query, call.key, call.value, sees, call.scale)
+
+
 CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "sliding_tile_attn": sliding_tile_case,
     "subblock_attn": subblock_case,
@@ -238,6 +261,7 @@ CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "video_sparse_attn": video_sparse_case,
     "sparse_video_gen_2_attn": sparse_video_gen_2_case,
     "vmoba_attn": vmoba_case,
+    "sol_attn": sol_case,
 }
 """Backend -> a random case of it."""
 
@@ -245,6 +269,7 @@ SIDES: dict[str, tuple[range, range, range]] = {
     "radial_attn": (range(4, 10), range(5, 12), range(6, 14)),
     "subblock_attn": (range(2, 5), range(4, 9), range(4, 9)),
     "vmoba_attn": (range(1, 4), range(3, 7), range(3, 6)),
+    "sol_attn": (range(1, 4), range(3, 7), range(3, 7)),
 }
 """Backend -> its grids, where others than small ones are asked for."""
 
@@ -260,6 +285,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_sparse, "CUBE", (2, 2, 3))
     monkeypatch.setattr(sparge, "QUERIES", 10)
     monkeypatch.setattr(sparge, "KEYS", 6)
+    monkeypatch.setattr(sol, "BLOCK", 5)
 
 
 def random_case(backend_id: str, seed: object) -> tuple[AttentionCall, TokenGrid, random.Random]:
@@ -352,9 +378,11 @@ def computes_its_map(backend_id: str, seed: int, monkeypatch: pytest.MonkeyPatch
         assert (named, dtype) == ("flex", torch.float64)
         return False
     assert not whole.called or isinstance(found, Dense)
-    expected = literal.masked_attention(call.query, call.key, call.value, sees, call.scale)
+    expected = expected_output(backend_id, call, sees, grid)
     assert output.dtype == dtype
-    assert (output.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm(), (grid, options, executor, dtype)
+    least = POOLED if backend_id == "sol_attn" else 0
+    allowed = max(TOLERANCE[dtype], least) * expected.norm()
+    assert (output.double() - expected).norm() <= allowed, (grid, options, executor, dtype)
     return not bool(sees.all())
 
 
@@ -411,6 +439,7 @@ LEAVES_OUT: dict[str, dict[str, Any]] = {
     "custom_sparse_attn": {"topk": 0.3, "window": [1, 3, 1]},
     "video_sparse_attn": {"sparsity": 0.7},
     "sparse_video_gen_2_attn": {"svg2_num_k_centroids": 20, "svg2_top_p_kmeans": 0.3, "svg2_kmeans_iter_init": 3},
+    "sol_attn": {"tau": 1.0},
     "vmoba_attn": {
         "moba_config": {"moba_select_mode": "topk", "temporal_chunk_size": 1, "temporal_topk": 2},
         "spatial_topk": 4, "st_topk": 5,
@@ -439,8 +468,9 @@ def test_what_is_computed_is_the_map_with_text_in_full(backend_id: str, text: tu
     (row,) = run_report.as_dict()["rows"]
     assert (row["backend"], row["reason"], row["dense"]) == (backend_id, None, {})
     assert row["kept"] == pytest.approx(sees.double().mean().item(), abs=1e-4)
-    expected = literal.masked_attention(query, key, value, sees)
-    assert (output - expected).norm() <= 1e-12 * expected.norm()
+    expected = expected_output(backend_id, AttentionCall(query, key, value), sees, grid)
+    exact = POOLED if backend_id == "sol_attn" else 1e-12
+    assert (output - expected).norm() <= exact * expected.norm()
 
 
 KEEPS_ALL: dict[str, list[dict[str, Any]]] = {
@@ -455,6 +485,7 @@ KEEPS_ALL: dict[str, list[dict[str, Any]]] = {
     "video_sparse_attn": [{"sparsity": 0}, {"VSA_sparsity": [0.9, 0]}, {}],
     "sparse_video_gen_2_attn": [{"svg2_top_p_kmeans": 1}, {"svg2_min_kc_ratio": 1}],
     "vmoba_attn": [{"temporal_chunk_size": 1, "moba_threshold": 1}, {"temporal_chunk_size": 99}, {}],
+    "sol_attn": [{"keep_percent": 100}, {"sink_tokens": 512}, {"min_tokens": 513}],
 }
 
 
@@ -584,6 +615,7 @@ DENSE_STEPS = {
     "radial_attn": ("dense_timesteps", 0),
     "sparse_video_gen_2_attn": ("svg2_first_times_fp", 10),
     "vmoba_attn": ("first_full_step", 12),
+    "sol_attn": ("dense_steps", 10),
     **dict.fromkeys(
         ("sparge_attn", "nabla_attn", "ssta_attn", "cube_attn", "custom_sparse_attn", "video_sparse_attn"),
         ("dense_steps", 0),
@@ -598,7 +630,7 @@ def test_steps_and_layers_that_are_computed_whole(backend_id: str) -> None:
     call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
     name, published = DENSE_STEPS[backend_id]
 
-    def whole(steps: int, layer: int | None = None, **more: int) -> int:
+    def whole(steps: int, layer: int | None = None, **more: Any) -> int:
         """How many of the first steps are computed whole; then no step is."""
         options = {**LEAVES_OUT[backend_id], **more}
         found = [
@@ -612,9 +644,10 @@ def test_steps_and_layers_that_are_computed_whole(backend_id: str) -> None:
     assert whole(20, **{name: 3}) == 3
     assert whole(20, **{name: 0}) == 0
     assert whole(6, dense_steps=6) == 6
-    assert whole(4, layer=1, **{name: 0}, dense_layers=2) == 4
-    assert whole(4, layer=2, **{name: 0}, dense_layers=2) == 0
-    assert whole(4, layer=None, **{name: 0}, dense_layers=2) == 0
+    two: Any = "0-1" if backend_id == "sol_attn" else 2
+    assert whole(4, layer=1, **{name: 0}, dense_layers=two) == 4
+    assert whole(4, layer=2, **{name: 0}, dense_layers=two) == 0
+    assert whole(4, layer=None, **{name: 0}, dense_layers=two) == 0
     assert not isinstance(selected(backend_id, call, grid, LEAVES_OUT[backend_id]), Dense), "outside a sampler"
 
 
@@ -662,6 +695,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("vmoba_attn", {"temporal_layer": 0, "spatial_layer": 0, "st_layer": 0}, "all 0"),
     ("vmoba_attn", {"executor": "gather"}, "auto, merge"),
     ("sparse_video_gen_2_attn", {"executor": "flex"}, "auto, gather"),
+    ("sol_attn", {"dense_layers": "0-x"}, "0-3,38"),
+    ("sol_attn", {"tau": 1.5, "keep_percent": 10}, "give one"),
+    ("sol_attn", {"keep_percent": 101}, "> 100"),
     ("sparse_video_gen_2_attn", {"svg2_top_p_kmeans": 1.1}, "> 1"),
 ]
 
@@ -695,6 +731,7 @@ NOT_BUILT: list[tuple[str, dict[str, Any]]] = [
     ("sliding_tile_attn", {"STA_mode": "STA_tuning"}),
     ("sliding_tile_attn", {"mask_strategy_file_path": "/no/such/file.json"}),
     ("radial_attn", {"use_sage_attention": True}),
+    ("sol_attn", {"thresh_type": "exact"}),
 ]
 
 
@@ -840,7 +877,8 @@ def test_choosing_reads_nothing_from_a_device_and_mixes_none(backend_id: str) ->
 
 
 def test_each_method_is_compared() -> None:
-    modules = cube, custom, nabla, radial, sliding_tile, sparge, sparse_video_gen_2, ssta, subblock, video_sparse, vmoba
+    modules = (cube, custom, nabla, radial, sliding_tile, sol, sparge, sparse_video_gen_2, ssta, subblock, video_sparse,
+               vmoba)  # fmt: skip
     methods = {module.BACKENDS[0].id for module in modules}
     assert methods == set(CASES) == set(LEAVES_OUT) == set(KEEPS_ALL) == set(DENSE_STEPS)
 

@@ -63,6 +63,15 @@ DOCUMENTED: dict[str, tuple[str, dict[str, Any]]] = {
             **{"svg2_zero_step_kmeans_init": False, "svg2_first_layers_fp": 0.03, "svg2_first_times_fp": 0.2},
         },
     ),
+    SGLANG.format("sol_attn")
+    + '  --attention-backend-config "tau=1.5,thresh_type=diag,kv_splits=auto,sink_tokens=64,sink_start=0,'
+    'dense_steps=10,dense_layers=0-1,dense_backend=fa"': (
+        "sol_attn",
+        {
+            **{"tau": 1.5, "thresh_type": "diag", "kv_splits": "auto", "sink_tokens": 64, "sink_start": 0},
+            **{"dense_steps": 10, "dense_layers": "0-1", "dense_backend": "fa"},
+        },
+    ),
     # Smart-Diffusion
     "args.infer.attn_type = 'sparge'\nargs.infer.attn_config.sparsity_ratio = 0.5  # 50% sparse\n"
     "args.infer.attn_config.block_size = 64  # Block size for sparsity": (

@@ -27,8 +27,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         ("sage_fp16_triton", "sage_fp16_cuda", "sage_fp8_cuda", "sage_fp8_sm90"),
         "the kernels of the same package that its own function picks from: each id once",
     ),
-    "backends/kernels/planned.py": {"sage_attn": "SGLang's word for an option's value"},
     "backends/kernels/xformers.py": {"flash_attn": PACKAGE},
+    "backends/sparse/methods/sol.py": {"sage_attn": "SGLang's word for an option's value"},
     "comparison/bench_report.py": {"cudnn_attn": "the second backend that ratios are to", "reference": LABEL},
     "comparison/tables.py": {"reference": LABEL},
     "devtools/comfyui.py": {"comfy": MODULE},
@@ -47,7 +47,7 @@ ONCE = {
     "backends/kernels/sage_attn.py",
     "nodes/configure/schedule.py",
     "comparison/bench_report.py",
-    "backends/kernels/planned.py",
+    "backends/sparse/methods/sol.py",
 }
 """Where each of them stands once."""
 

@@ -14,7 +14,6 @@ from attention_backends.backends.engine.priorities import PRIORITIES
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Limits
-from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.values.grid import TokenGrid
 from attention_backends.backends.values.limits import SHORT, GroupedHeads, HeadDim, HeadDimIn, Masks
 from attention_backends.backends.values.options import Option
@@ -48,9 +47,7 @@ def test_the_page_is_up_to_date() -> None:
 def test_every_backend_has_its_rows() -> None:
     tables = _tables(support_page())
     listed = [row[0] for row in tables["What there is"]]
-    planned = [row[0] for row in tables.get("Names without a kernel yet", [])]
-    assert listed == [f"`{backend.id}`" for backend in BACKENDS.values() if not isinstance(backend, Planned)]
-    assert planned == [f"`{backend.id}`" for backend in BACKENDS.values() if isinstance(backend, Planned)]
+    assert listed == [f"`{name}`" for name in BACKENDS]
     assert [row[0] for row in tables["What a call may be"]] == sorted(
         (row[0] for row in tables["What a call may be"]), key=listed.index
     )
@@ -63,10 +60,7 @@ def test_routes_and_options_are_all_there() -> None:
         (route.title, route.evidence, route.source) for route in PRIORITIES
     ]
     assert [(row[0], row[1]) for row in tables["Options"]] == [
-        (f"`{backend.id}`", f"`{option.name}`")
-        for backend in BACKENDS.values()
-        if not isinstance(backend, Planned)
-        for option in backend.options
+        (f"`{backend.id}`", f"`{option.name}`") for backend in BACKENDS.values() for option in backend.options
     ]
 
 
@@ -133,7 +127,7 @@ def test_a_new_backend_makes_the_page_stale(monkeypatch: pytest.MonkeyPatch) -> 
     assert support_page() != before
 
 
-BUILT = [name for name, backend in BACKENDS.items() if not isinstance(backend, Planned)]
+BUILT = list(BACKENDS)
 
 
 def _named(places: str) -> set[Platform]:

@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.backends.config import AttentionConfig, AttentionSpec
-from attention_backends.backends.config.names import MENU, RefusedBackendError
-from attention_backends.backends.config.print import to_json
+from attention_backends.backends.config import AttentionSpec
+from attention_backends.backends.config.names import RefusedBackendError
 from attention_backends.backends.config.text import parse_config
-from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.values.errors import ConfigError, NoBackendError
-from attention_backends.backends.values.platform import parse_platform
-from attention_backends.backends.values.request import AttentionRequest
+from attention_backends.backends.values.errors import ConfigError
 from option_backend import WithOptions
 from syrupy.assertion import SnapshotAssertion
 
@@ -133,37 +129,3 @@ def test_the_example_of_vllms_document_is_refused_for_its_true_reason(snapshot: 
     with pytest.raises(RefusedBackendError) as caught:
         parse_config(text)
     assert str(caught.value) == snapshot
-
-
-PLANNED_TEXTS = {
-    "--attention-backend sol_attn --attention-backend-config tau=1.5,dense_steps=4,dense_backend=fa": (
-        "sol_attn",
-        {"tau": 1.5, "dense_steps": 4, "dense_backend": "fa"},
-    ),
-}
-
-
-@pytest.mark.parametrize("text", PLANNED_TEXTS)
-def test_a_planned_backend_with_its_options_falls_back_as_its_name_alone_does(
-    text: str, snapshot: SnapshotAssertion
-) -> None:
-    backend, options = PLANNED_TEXTS[text]
-    config = parse_config(text)
-    assert (config.default.backend, dict(config.default.extra)) == (backend, options)
-    listed = {name: BACKENDS[name] for name in BACKENDS if name in MENU}  # the error's text holds no new kernel
-    router = Router(parse_platform("cuda:9.0"), listed)
-    request = AttentionRequest(1, 8, 4096, 4096, 128, "bfloat16")
-    with_options, alone = (
-        router.decide(request, (AttentionConfig(spec, accuracy="sparse"),), "self", "self")
-        for spec in (config.default, AttentionSpec(backend))
-    )
-    assert with_options.backend == alone.backend
-    assert [(one.backend, one.reasons) for one in with_options.rejected] == [
-        (one.backend, one.reasons) for one in alone.rejected
-    ]
-    with pytest.raises(NoBackendError) as caught:
-        router.decide(request, (AttentionConfig(config.default, strict=True),), "self", "self")
-    assert str(caught.value) == snapshot
-    assert next(note for note in config.notes if ", ".join(options) in note) == snapshot(name="note")
-    again = parse_config(to_json(config))
-    assert again.default == config.default

@@ -13,7 +13,6 @@ import pytest
 from attention_backends.backends.doctor.doctor import Cards, cards_of
 from attention_backends.backends.doctor.symbols import find, needs_of
 from attention_backends.backends.kernels import BACKENDS
-from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.values.platform import KINDS, Platform, parse_platform
 from attention_backends.backends.values.reasons import reason_id
 from packaging.requirements import Requirement
@@ -211,7 +210,7 @@ def test_every_backend_of_a_package_declares_its_names() -> None:
     from attention_backends.backends.kernels.group import BackendGroup
 
     for backend in BACKENDS.values():
-        if backend.packages and not isinstance(backend, Planned | BackendGroup):
+        if backend.packages and not isinstance(backend, BackendGroup):
             assert backend.symbols, backend.id
 
 
@@ -274,8 +273,6 @@ def test_a_kernel_without_one_of_its_declared_names_does_not_load(
     ],
 )
 def test_the_cards_in_words(backend: str, machine: str, snapshot: SnapshotAssertion) -> None:
-    if isinstance(BACKENDS[backend], Planned):
-        pytest.skip(f"other: {backend} is only planned")
     assert cards_of(BACKENDS[backend], parse_platform(machine)).text == snapshot
 
 
@@ -298,7 +295,7 @@ CARDS += [f"rocm:{gfx}" for gfx in ("gfx90a", "gfx942", "gfx950", "gfx1030", "gf
 @pytest.mark.parametrize("backend_id", BACKENDS)
 def test_the_cards_that_are_shown_are_those_that_are_refused_by_no_check(backend_id: str) -> None:
     backend = BACKENDS[backend_id]
-    if isinstance(backend, Planned) or cards_of(backend, Platform("cpu")).members:
+    if cards_of(backend, Platform("cpu")).members:
         return
     for card in CARDS:
         platform = parse_platform(card)
@@ -338,8 +335,6 @@ def test_the_lowest_version_is_exactly_the_one_agreed(
     backend_id: str, package: str, accepted: tuple[str, ...], refused: tuple[str, ...]
 ) -> None:
     backend = BACKENDS[backend_id]
-    if isinstance(backend, Planned):
-        pytest.skip(f"other: {backend_id} is only planned")
     needs = [Requirement(need) for need in backend.requires if Requirement(need).name == package]
     assert needs, f"{backend_id} requires nothing of {package}"
 
@@ -352,8 +347,6 @@ def test_the_lowest_version_is_exactly_the_one_agreed(
 
 @pytest.mark.parametrize(("torch", "refused"), [("2.4.1", True), ("2.5.0", False)])
 def test_flex_attention_asks_the_torch_that_is_there(torch: str, refused: bool) -> None:
-    if isinstance(BACKENDS["flex_attn"], Planned):
-        pytest.skip("other: flex_attn is only planned")
     reasons = BACKENDS["flex_attn"].unavailable_reasons(
         parse_platform(f"cuda:9.0,torch={torch},packages=triton==3.6.0")
     )

@@ -80,7 +80,7 @@ def test_a_reason_within_another_keeps_its_id_and_values() -> None:
     assert [(one.id, one.values["max"]) for one in outer.causes()] == [("head_dim.max", 32)]
 
 
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS.values() if backend.built], ids=lambda one: one.id)
+@pytest.mark.parametrize("backend", list(BACKENDS.values()), ids=lambda one: one.id)
 def test_every_refusal_of_a_request_is_a_reason(backend: Backend) -> None:
     odd = {"dtype": "float64", "head_dim": 1031, "mask": "bias", "is_causal": True, "q_len": 2**20, "kv_len": 2**21 + 1}
     changes = [{name: value} for name, value in odd.items()] + [odd, {"num_kv_heads": 2}, {"batch": 2**17}]

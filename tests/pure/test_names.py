@@ -47,7 +47,7 @@ def test_the_menu_begins_with_what_runs_on_the_platform_and_loses_nothing(kind: 
     assert sorted(options) == sorted(CHOICES)
     assert (*options[:2], options[-1]) == (AUTO, AUTOTUNE, MEASURED)
     backends = [BACKENDS[name] for name in options[2:-1]]
-    groups = [2 if not one.built else int(kind not in one.runs_on) for one in backends]
+    groups = [int(kind not in one.runs_on) for one in backends]
     assert groups == sorted(groups)
 
 

@@ -13,7 +13,6 @@ from attention_backends.backends.engine.router import Router
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend
-from attention_backends.backends.kernels.planned import Planned
 from attention_backends.backends.sparse.method import SparseMethod
 from attention_backends.backends.values.errors import ConfigError, NoBackendError
 from attention_backends.backends.values.options import Option, problems
@@ -76,7 +75,7 @@ def test_specs_with_other_options_differ(tunable: Backend) -> None:
 
 def test_declared_options_are_keywords_of_load_with_the_same_defaults() -> None:
     for backend in BACKENDS.values():
-        if isinstance(backend, Planned | SparseMethod):  # the second takes any of its options by name
+        if isinstance(backend, SparseMethod):  # it takes any of its options by name
             continue
         keywords = {
             name: parameter.default

@@ -8,16 +8,20 @@ attention of each query over the keys of its blocks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from ...kernels.backend import LseKernel
+from ...kernels.support.merge import merge
 from ...kernels.support.workspace import item_bytes
+from ...kernels.torch_sdpa import with_lse
 from ...values.platform import Platform
 from ...values.request import AttentionCall, AttentionRequest
-from ..block_map import BlockMap, on_device
+from ..block_map import BlockMap, Tail, on_device
 from ..blocks import Blocks
 from ..executor import Executor, Run
 
@@ -154,12 +158,13 @@ def _buffers(call: AttentionCall) -> Iterator[Buffers | None]:
         _free.__dict__[mode] = taken
 
 
-def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
+def gather(call: AttentionCall, block_map: BlockMap, attend: LseKernel | None = None) -> torch.Tensor:
     """Attention of each query over the keys that its block sees.
 
     Args:
         call: without a mask, not causal; query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads,
             kv_len, ...), with the tokens of `block_map`.
+        attend: computes attention with its LSE, which a map with a tail needs.
 
     Returns:
         (batch, num_heads, q_len, v_head_dim), a view of (batch, q_len, num_heads, v_head_dim).
@@ -174,9 +179,9 @@ def gather(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
     with _buffers(call) as buffers:
         for group in _groups(block_map):
             if query.device.type == "cpu":
-                _by_head(call, block_map, group, queries, keys, chosen, output, buffers)
+                _by_head(call, block_map, group, queries, keys, chosen, output, attend, buffers)
             else:
-                _all_heads(call, block_map, group, queries, keys, chosen, output)
+                _all_heads(call, block_map, group, queries, keys, chosen, output, attend)
     return output
 
 
@@ -189,7 +194,7 @@ def _chunks(group: _Group, call: AttentionCall, budget: int, most: int) -> Itera
 
 def _by_head(
     call: AttentionCall, block_map: BlockMap, group: _Group, queries: _Side, keys: _Side, chosen: torch.Tensor,
-    output: torch.Tensor, buffers: Buffers | None,
+    output: torch.Tensor, attend: LseKernel | None, buffers: Buffers | None,
 ) -> None:  # fmt: skip
     """The rows of a group, one head after the other: `index_select` is the fastest way to gather on a CPU."""
     from torch.nn.functional import scaled_dot_product_attention
@@ -211,12 +216,16 @@ def _by_head(
                     query = call.query[sample, head].index_select(0, q_tokens)
                     key = _select("key", call.key[sample, head // shares], k_tokens, buffers)
                     value = _select("value", call.value[sample, head // shares], k_tokens, buffers)
-                    part = scaled_dot_product_attention(
+                    given = (
                         query.view(1, len(chunk), group.queries, -1),
                         key.view(1, len(chunk), group.keys, -1),
                         value.view(1, len(chunk), group.keys, -1),
-                        scale=call.scale,
                     )
+                    if block_map.tail is None:
+                        part = scaled_dot_product_attention(*given, scale=call.scale)
+                    else:
+                        rows_of_tail = _tail_of(block_map.tail, (sample, head, chunk), (sample, head, q_tokens))
+                        part = _with_tail(AttentionCall(*given, scale=call.scale), rows_of_tail, attend)
                     output[sample, head].index_copy_(0, q_tokens, part.reshape(len(q_tokens), -1))
 
 
@@ -234,7 +243,7 @@ def _select(name: str, rows: torch.Tensor, tokens: torch.Tensor, buffers: Buffer
 
 def _all_heads(
     call: AttentionCall, block_map: BlockMap, group: _Group, queries: _Side, keys: _Side, chosen: torch.Tensor,
-    output: torch.Tensor,
+    output: torch.Tensor, attend: LseKernel | None,
 ) -> None:  # fmt: skip
     """The rows of a group across heads and samples, for devices where each launched kernel costs time."""
     import torch
@@ -259,13 +268,32 @@ def _all_heads(
         in_map = chosen[b[:, 0] if samples_of_map > 1 else 0, h[:, 0] if heads_of_map > 1 else 0, i, : group.blocks]
         q_tokens = _tokens(queries, i[:, None], group.queries, sort=True)
         k_tokens = _tokens(keys, in_map, group.keys, sort=True)
-        result = scaled_dot_product_attention(
+        given = (
             call.query[b, h, q_tokens][None],
             call.key[b, h // shares, k_tokens][None],
             call.value[b, h // shares, k_tokens][None],
-            scale=call.scale,
         )
+        if block_map.tail is None:
+            result = scaled_dot_product_attention(*given, scale=call.scale)
+        else:
+            rows_of_tail = _tail_of(block_map.tail, (b[:, 0], h[:, 0], i), (b, h, q_tokens))
+            result = _with_tail(AttentionCall(*given, scale=call.scale), rows_of_tail, attend)
         output[b, h, q_tokens] = result[0]
+
+
+def _tail_of(
+    tail: Tail, rows: tuple[Any, Any, torch.Tensor], tokens: tuple[Any, Any, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (1, rows, 1, v_head_dim) and LSE (1, rows, queries) of some query blocks; by sample, head and number."""
+    lse = tail.lse[rows][:, None]
+    return tail.output[rows][None, :, None], (lse + tail.shift[tokens].view(len(lse), -1))[None]
+
+
+def _with_tail(call: AttentionCall, tail: tuple[torch.Tensor, torch.Tensor], attend: LseKernel | None) -> torch.Tensor:
+    if attend is None:
+        raise TypeError("a map with a tail needs a kernel that gives the LSE")
+    output, lse = attend(call)
+    return merge(((output, lse), (tail[0].expand(output.shape), tail[1])))[0]
 
 
 class Gather(Executor):
@@ -279,5 +307,13 @@ class Gather(Executor):
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
         return workspace_bytes(request, item_bytes(request), platform.kind == "cpu")
 
+    def call_reasons(self, call: AttentionCall, block_map: BlockMap) -> Sequence[str]:
+        import torch
+
+        tensors = call.query, call.key, call.value
+        if block_map.tail is not None and torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+            return ("gradients are asked for",)
+        return ()
+
     def load(self, platform: Platform) -> Run:
-        return gather
+        return partial(gather, attend=with_lse(platform))
