@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from ..kernels.backend import Backend
 from ..values.options import Option
 from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
@@ -30,6 +31,8 @@ class Executor:
     """One way to compute a block map. A subclass declares `id` and writes `load`."""
 
     id: ClassVar[str]
+    by_name_only: ClassVar[bool] = False
+    """`auto` does not take it, not even last: it runs where a person names it."""
 
     def unavailable_reasons(self, platform: Platform) -> Sequence[str]:
         """Why it cannot run on this machine at all."""
@@ -68,6 +71,32 @@ class Executor:
         raise NotImplementedError
 
 
+class PackageExecutor(Executor):
+    """An executor of an installed package. It runs where it is named: on no card was one measured.
+
+    `declared` says where it runs, what its package is and which names it takes from it. No menu has it.
+    """
+
+    by_name_only = True
+    declared: ClassVar[Backend]
+
+    def unavailable_reasons(self, platform: Platform) -> Sequence[str]:
+        return self.declared.unavailable_reasons(platform)
+
+    def unsupported_reasons(self, request: AttentionRequest, platform: Platform) -> Sequence[str]:
+        return self.declared.unsupported_reasons(request, platform)
+
+    def avoid_reasons(self, request: AttentionRequest, platform: Platform) -> Sequence[str]:
+        return ("not measured on this card; it runs where it is named",)
+
+    def call_reasons(self, call: AttentionCall, block_map: BlockMap) -> Sequence[str]:
+        import torch
+
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (call.query, call.key, call.value)):
+            return ("gradients are asked for",)
+        return ()
+
+
 class Selection(NamedTuple):
     """The executors for calls of one kind."""
 
@@ -82,7 +111,8 @@ def select(request: AttentionRequest, platform: Platform, named: str = AUTO) -> 
     """Which executors run calls of this kind on this machine.
 
     Args:
-        named: the only one that may run; `auto`: the first that can and has no reason to be avoided, then the others.
+        named: the only one that may run; `auto`: the first that can and has no reason to be avoided, then the others,
+            without those that run by name only.
     """
     able: list[Executor] = []
     avoided: list[Executor] = []
@@ -96,7 +126,8 @@ def select(request: AttentionRequest, platform: Platform, named: str = AUTO) -> 
             reasons[executor.id] = against
         elif named == AUTO and (against := tuple(executor.avoid_reasons(request, platform))):
             reasons[executor.id] = against
-            avoided.append(executor)
+            if not executor.by_name_only:
+                avoided.append(executor)
         else:
             if able:
                 reasons[executor.id] = (f"{able[0].id} comes first",)
@@ -131,7 +162,7 @@ def run_map(run: Run, call: AttentionCall, block_map: Map) -> torch.Tensor:
 
 EXECUTOR = Option(
     "executor", str, AUTO, "How the chosen blocks are computed; auto takes the best that runs here.",
-    choices=(AUTO, "gather", "flex"),
+    choices=(AUTO, "gather", "flex", "flashinfer"),
 )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ class Use(NamedTuple):
     name: str
     """`module:name`."""
     at: str = ""
-    """`file:function:what is called there`, below backends/kernels; empty for a name that is not called."""
+    """`file:function:what is called there`, below backends/kernels, or below backends for a folder there; empty for a
+    name that is not called."""
     also: tuple[str, ...] = ()
     """Arguments in the call's `**`."""
     asked: tuple[str, ...] = ()
@@ -181,6 +182,45 @@ USES = (
         "flashinfer.prefill:trtllm_ragged_attention_deepseek",
         "trtllm_attn.py:load:attend",
         asked=("q_seq_lens_cpu", "kv_seq_lens_cpu"),
+        returns=(1,),
+    ),
+    Use(
+        "flashinfer-python",
+        "flashinfer:BlockSparseAttentionWrapper",
+        "sparse/executors/flashinfer.py:load:wrapper_class",
+        order=("float_workspace_buffer",),
+    ),
+    Use(
+        "flashinfer-python",
+        "flashinfer:VariableBlockSparseAttentionWrapper",
+        "sparse/executors/flashinfer.py:load:wrapper_class",
+        order=("float_workspace_buffer",),
+    ),
+    Use(
+        "flashinfer-python",
+        "flashinfer:BlockSparseAttentionWrapper.plan",
+        "sparse/executors/flashinfer.py:plan_pages:wrapper.plan",
+        order=("indptr", "indices", "M", "N", "R", "C", "num_qo_heads", "num_kv_heads", "head_dim"),
+    ),
+    Use(
+        "flashinfer-python",
+        "flashinfer:VariableBlockSparseAttentionWrapper.plan",
+        "sparse/executors/flashinfer.py:plan_lists:wrapper.plan",
+        order=(
+            *("block_mask_map", "block_row_sz", "block_col_sz"),
+            *("num_qo_heads", "num_kv_heads", "head_dim"),
+        ),
+    ),
+    Use(
+        "flashinfer-python",
+        "flashinfer:BlockSparseAttentionWrapper.run",
+        "sparse/executors/flashinfer.py:load:plan.wrapper.run",
+        returns=(1,),
+    ),
+    Use(
+        "flashinfer-python",
+        "flashinfer:VariableBlockSparseAttentionWrapper.run",
+        "sparse/executors/flashinfer.py:_run_lists:wrapper.run",
         returns=(1,),
     ),
     Use("xformers", "xformers.ops:memory_efficient_attention", "xformers.py:load:attention", returns=(1,)),
@@ -436,4 +476,5 @@ def call_of(use: Use) -> Call | None:
 
 @cache
 def _parsed(file: str) -> ast.Module:
-    return ast.parse((KERNELS / file).read_text(encoding="utf-8"))
+    path = KERNELS / file
+    return ast.parse((path if path.exists() else KERNELS.parent / file).read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from attention_backends.backends.config import foreign_options, mapping, names, systems
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.sparse.executors import OF_PACKAGES
 from attention_backends.devtools.contracts import compare, page, signatures, uses
 from attention_backends.devtools.contracts import index as on_index
 from attention_backends.devtools.contracts.compare import ABSENT, DIFFERENT, SAME, Row
@@ -31,12 +32,13 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "benchmarks" / "results" / "contracts.md"
 SEED, RENAMED = 1, 20
+DECLARED = (*BACKENDS.values(), *(executor.declared for executor in OF_PACKAGES))
 
 
 def floors() -> dict[str, str]:
     """The versions of each package that kernels take, as a specifier."""
     found: dict[str, set[str]] = {}
-    for backend in BACKENDS.values():
+    for backend in DECLARED:
         for text in backend.requires:
             need = Requirement(text)
             if need.name not in uses.FLOORS and str(need.specifier) != uses.SECOND:  # which is of some kernels only
@@ -47,7 +49,7 @@ def floors() -> dict[str, str]:
 def declared_names() -> list[tuple[str, str, str]]:
     """The names that kernels declare: package, `module:name`, and the versions that have them."""
     found = []
-    for backend in BACKENDS.values():
+    for backend in DECLARED:
         for need in backend.symbols:
             top = need.module.partition(".")[0]
             package = next((one.distribution for one in backend.packages if one.module.partition(".")[0] == top), top)
@@ -57,7 +59,7 @@ def declared_names() -> list[tuple[str, str, str]]:
 
 
 USES = uses.all_uses(declared_names())
-FAKES = uses.all_fakes((one.distribution, one.module) for backend in BACKENDS.values() for one in backend.packages)
+FAKES = uses.all_fakes((one.distribution, one.module) for backend in DECLARED for one in backend.packages)
 
 
 class Run:
@@ -97,9 +99,7 @@ class Run:
             minors = {one.version.release[:2]: one for one in found}  # the last of each
             chosen = [minors[minor] for minor in sorted(minors)]
         else:
-            named = {
-                one.version for backend in BACKENDS.values() for one in backend.packages if one.distribution == package
-            }
+            named = {one.version for backend in DECLARED for one in backend.packages if one.distribution == package}
             chosen = [one for one in found if one in (found[0], found[-1]) or str(one.version) in named]
         self.all[package] = found
         self.read[package] = [*chosen, *sorted(own, key=lambda one: one.version)]
@@ -165,7 +165,7 @@ def fake_source(file: str) -> str:
 def pin_rows(run: Run) -> list[Row]:
     """Versions that install commands name, against the index."""
     rows = []
-    for package in dict.fromkeys(one for backend in BACKENDS.values() for one in backend.packages):
+    for package in dict.fromkeys(one for backend in DECLARED for one in backend.packages):
         releases = run.all.get(package.distribution, [])
         if not releases or "+" in package.version:
             continue

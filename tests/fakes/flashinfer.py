@@ -1,4 +1,7 @@
-"""flashinfer 0.7.2: prefill functions as flashinfer/prefill.py, quantization/packbits.py and include/ have them."""
+"""flashinfer 0.7.2: prefill functions as flashinfer/prefill.py, quantization/packbits.py and include/ have them.
+
+The block-sparse wrappers are those of flashinfer/sparse.py in 0.6.0, which has the least room.
+"""
 
 from __future__ import annotations
 
@@ -156,6 +159,153 @@ class BatchPrefillWithRaggedKVCacheWrapper:
             scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
             lse.append(arithmetic.log_sum_exp(query, key, scale, visible, base_2=True)[0].T)  # (tokens, heads)
         return (torch.cat(outputs), torch.cat(lse)) if return_lse else torch.cat(outputs)
+
+
+class _Sparse:
+    """What both block-sparse wrappers do: the kernel and the room for lengths are chosen once."""
+
+    def __init__(self, float_workspace_buffer: torch.Tensor, backend: str = "auto") -> None:
+        arithmetic.CALLS.append(type(self).__name__)
+        if float_workspace_buffer.numel() < 128 * 1024 * 1024:
+            raise ValueError("the workspace must have at least 128 MB")
+        self.kernel = backend
+        self.room = torch.empty(32768, dtype=torch.int32)
+
+    def _planned(self, lengths: torch.Tensor, dtype: torch.dtype, head_dim: int) -> None:
+        arithmetic.CALLS.append(f"{type(self).__name__}.plan")
+        self.room[: len(lengths)].copy_(lengths)  # which raises where there is no room
+        if dtype not in (torch.float16, torch.bfloat16) or head_dim not in HEAD_DIMS:
+            raise RuntimeError(f"no kernel for {dtype} and head_dim {head_dim}")
+        if self.kernel not in ("auto", f"{dtype} {head_dim}"):
+            raise RuntimeError(f"the kernel is that of {self.kernel}")
+        self.kernel, self.dtype, self.head_dim = f"{dtype} {head_dim}", dtype, head_dim
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head_dim), as a kernel of the dtype that was planned reads them."""
+        if any(tensor.dtype != self.dtype or tensor.shape[-1] != self.head_dim for tensor in (q, k, v)):
+            raise RuntimeError("the tensors are not what plan() was told")
+        if not all(tensor.is_contiguous() for tensor in (q, k, v)):
+            raise RuntimeError("the last dimension must be contiguous")
+        return _one(q, k, v, self.scale, visible)
+
+
+class BlockSparseAttentionWrapper(_Sparse):
+    def __init__(self, float_workspace_buffer: torch.Tensor, backend: str = "auto") -> None:
+        super().__init__(float_workspace_buffer, backend)
+
+    def plan(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        M: int,
+        N: int,
+        R: int,
+        C: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        mask: torch.Tensor | None = None,
+        packed_mask: torch.Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: str | torch.dtype = "float16",
+        kv_data_type: str | torch.dtype | None = None,
+        o_data_type: str | torch.dtype = "float16",
+        non_blocking: bool = True,
+    ) -> None:
+        """The output is float16 unless `o_data_type` says otherwise, whatever the query is."""
+        if indptr.dtype != torch.int32 or indices.dtype != torch.int32:
+            raise RuntimeError("Unsupported idtype")
+        if int(indices.max()) * C > N:
+            raise ValueError("indices out of bound")
+        if num_qo_heads % num_kv_heads or mask is not None or packed_mask is not None or causal:
+            raise NotImplementedError
+        self._planned((indptr[1:] - indptr[:-1]) * C, q_data_type, head_dim)
+        self.output, self.scale = getattr(torch, str(o_data_type).removeprefix("torch.")), sm_scale
+        rows = R * torch.arange(len(indptr))
+        rows[-1] = M
+        if R * (num_qo_heads // num_kv_heads) < 4:  # the decoding kernel computes one query of each row
+            rows = torch.arange(len(indptr))
+        self.rows, self.pages = rows.tolist(), [indices[a:b].long() for a, b in pairwise(indptr.tolist())]
+        self.size, self.shapes = C, (M, num_qo_heads, num_kv_heads)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
+        arithmetic.CALLS.append("BlockSparseAttentionWrapper.run")
+        if (len(q), q.shape[1], k.shape[1]) != self.shapes:
+            raise ValueError("the tensors are not what plan() was told")
+        key, value = (tensor.reshape(-1, self.size, *tensor.shape[1:]) for tensor in (k, v))
+        output = torch.full_like(q, float("nan"), dtype=self.output)
+        for (start, stop), pages in zip(pairwise(self.rows), self.pages, strict=True):
+            own = (tensor[pages].flatten(0, 1) for tensor in (key, value))
+            visible = torch.ones(stop - start, len(pages) * self.size, dtype=torch.bool)
+            output[start:stop] = self._attend(q[start:stop], *own, visible)
+        return output
+
+
+class VariableBlockSparseAttentionWrapper(_Sparse):
+    def __init__(self, float_workspace_buffer: torch.Tensor, backend: str = "auto") -> None:
+        super().__init__(float_workspace_buffer, backend)
+
+    def plan(
+        self,
+        block_mask_map: torch.Tensor,
+        block_row_sz: torch.Tensor,
+        block_col_sz: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        non_blocking: bool = True,
+        q_data_type: str | torch.dtype = "float16",
+        kv_data_type: str | torch.dtype | None = None,
+    ) -> None:
+        lengths = (block_mask_map * block_col_sz[:, None, :]).sum(-1)
+        if int(lengths.sum()) > arithmetic.INT32:
+            raise RuntimeError("offsets wrap")
+        assert num_qo_heads % num_kv_heads == 0, "num_qo_heads must be a multiple of num_kv_heads"
+        assert num_kv_heads == block_mask_map.shape[0] == block_row_sz.shape[0] == block_col_sz.shape[0]
+        assert block_mask_map.shape[1:] == (block_row_sz.shape[-1], block_col_sz.shape[-1])
+        if causal:
+            raise NotImplementedError
+        self._planned(lengths.flatten(), q_data_type, head_dim)
+        self.scale, self.shapes = sm_scale, (num_qo_heads, num_kv_heads)
+        self.visible = [
+            seen.repeat_interleave(rows.long(), 0).repeat_interleave(columns.long(), 1)
+            for seen, rows, columns in zip(block_mask_map, block_row_sz, block_col_sz, strict=True)
+        ]
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
+        """(heads, tokens, head_dim)."""
+        arithmetic.CALLS.append("VariableBlockSparseAttentionWrapper.run")
+        if (len(q), len(k)) != self.shapes:
+            raise ValueError("the tensors are not what plan() was told")
+        shares = len(q) // len(k)
+        heads = [
+            self._attend(q[at, :, None], k[at // shares, :, None], v[at // shares, :, None], self.visible[at // shares])
+            for at in range(len(q))
+        ]
+        return torch.stack(heads)[:, :, 0]
 
 
 def trtllm_ragged_attention_deepseek(

@@ -98,7 +98,7 @@ def test_flex_leaves_what_it_cannot_do_to_the_next_one(monkeypatch: pytest.Monke
 
             return run
 
-    gather = executors()[-1]
+    gather = gathering.Gather()
     monkeypatch.setattr(package, "EXECUTORS", (Failing(), gather))
     select.cache_clear()
     try:
@@ -199,7 +199,8 @@ def test_what_is_kept_for_a_grid_is_copied_to_a_device_once() -> None:
 MACHINES = (
     *("cpu,os=linux", "cpu,os=win32", "cpu,os=darwin"),
     "cuda:7.5,packages=triton==3.6.0",
-    *("cuda:8.0", "cuda:8.6,os=win32", "cuda:8.9,packages=triton==3.6.0", "cuda:9.0,packages=triton==3.6.0"),
+    "cuda:8.0,packages=flashinfer-python==0.7.4",
+    *("cuda:8.6,os=win32", "cuda:8.9,packages=triton==3.6.0", "cuda:9.0,packages=triton==3.6.0"),
     *("cuda:12.0,os=win32,packages=triton-windows==3.6.0", "rocm", "xpu", "mps", "npu"),
 )
 

@@ -1,0 +1,176 @@
+"""Executors of installed packages: each computes the map of each method, on machines with fakes of the packages."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import literal_sparse as literal  # noqa: E402
+from attention_backends.backends.kernels import BACKENDS  # noqa: E402
+from attention_backends.backends.sparse import blocks as orders  # noqa: E402
+from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
+from attention_backends.backends.sparse.executors import OF_PACKAGES  # noqa: E402
+from attention_backends.backends.sparse.executors import flashinfer as by_flashinfer  # noqa: E402
+from attention_backends.backends.sparse.method import NoExecutorError, SparseKernel, SparseMethod, Where  # noqa: E402
+from attention_backends.backends.values.grid import Kept, Place, Progress, TokenGrid  # noqa: E402
+from attention_backends.backends.values.request import AttentionCall  # noqa: E402
+from fakes import arithmetic, machine  # noqa: E402
+from sparse_cases import ORDERS, TOLERANCE, random_grid, random_map  # noqa: E402
+
+EXECUTORS = {executor.id: executor for executor in OF_PACKAGES}
+PACKAGES = {"flashinfer": ("flashinfer-python==0.7.4", (9, 0))}
+OUTSIDE = Where(None, None, None, None, "self", ())
+METHODS = {
+    "sliding_tile_attn": {"window_size": [1, 1, 1]},
+    "video_sparse_attn": {"sparsity": 0.5},
+    "sparge_attn": {"topk": 0.4},
+    "radial_attn": {"decay_factor": 0.2, "block_size": 64, "model_type": "wan"},
+    "subblock_attn": {"sparsity": 0.6, "min_seq_len": 0},
+    "nabla_attn": {"P": 0.3, "wT": 1, "wH": 1, "wW": 1},
+    "ssta_attn": {"ssta_topk": 1, "win_size": [[1, 1, 1]]},
+    "cube_attn": {"topk": 0.3},
+    "custom_sparse_attn": {},
+}
+"""Options with which a method leaves something out of a small grid."""
+
+
+def installed(executor_id: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The platform of a machine with a fake of the executor's package."""
+    return machine(monkeypatch, *PACKAGES[executor_id]).platform
+
+
+def near(output: Any, expected: Any, dtype: Any, k: float = 3) -> bool:
+    """Kernels round weights to the dtype before they multiply with the values."""
+    return bool(output.dtype == dtype and (output.double() - expected).norm() <= k * TOLERANCE[dtype] * expected.norm())
+
+
+def random_call(rng: random.Random, grid: TokenGrid, dtype: Any, shares: int = 1) -> AttentionCall:
+    batch, heads = rng.randint(1, 2), 2
+    query, key, value = (
+        torch.randn(batch, grid.tokens, count, 64).to(dtype).transpose(1, 2)
+        for count in (heads, heads // shares, heads // shares)
+    )
+    return AttentionCall(query, key, value, enable_gqa=shares > 1, scale=rng.choice((None, 0.2)))
+
+
+@pytest.mark.parametrize("executor_id", EXECUTORS)
+def test_each_executor_computes_any_map(executor_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = installed(executor_id, monkeypatch)
+    run, rng = EXECUTORS[executor_id].load(platform), random.Random(executor_id)
+    torch.manual_seed(0)
+    for order in ORDERS:
+        for shares in (1, 2):
+            dtype = rng.choice((torch.float16, torch.bfloat16))
+            grid = random_grid(rng)
+            call = random_call(rng, grid, dtype, shares)
+            block_map = random_map(rng, grid, order, call)
+            expected = literal.masked_attention(call.query, call.key, call.value, block_map.mask(), call.scale)
+            for _ in range(2):
+                assert near(run(call, block_map), expected, dtype), (order, shares, grid)
+
+
+@pytest.mark.parametrize("executor_id", EXECUTORS)
+def test_each_executor_computes_the_maps_of_each_method(executor_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = installed(executor_id, monkeypatch)
+    torch.manual_seed(0)
+    able = {
+        name for name in BACKENDS if isinstance(method := BACKENDS[name], SparseMethod) and method.only_executor is None
+    }
+    assert able == set(METHODS)
+    grid, rng = TokenGrid(3, 15, 15, 0, 9), random.Random(1)
+    left_out: list[str] = []
+    for name, options in METHODS.items():
+        method = BACKENDS[name]
+        assert isinstance(method, SparseMethod)
+        call = random_call(rng, grid, torch.bfloat16)
+        cells = call.changed(**{side: getattr(call, side)[:, :, : grid.cells] for side in ("query", "key", "value")})
+        kernel = method.load(platform, **options, executor=executor_id)
+        assert isinstance(kernel, SparseKernel)
+        found = method.select_at(cells, grid, OUTSIDE, kernel.options)
+        if isinstance(found, Dense):
+            continue
+        seen = with_other_tokens(found, grid, grid.after, method.other_block)
+        assert isinstance(seen, BlockMap)
+        if EXECUTORS[executor_id].call_reasons(call, seen):
+            continue
+        kept = Kept()
+        output = kernel.bound(call.request(grid=grid), Place(), Progress(), kept, pytest.fail)(call)
+        expected = literal.masked_attention(call.query, call.key, call.value, seen.mask(), call.scale)
+        assert near(output, expected, torch.bfloat16), name
+        assert kept.executors == {executor_id: 1}
+        left_out.append(name) if not seen.seen.all() else None
+    assert set(METHODS) - {*left_out} <= {"radial_attn"}, "it keeps all of a small grid"
+
+
+def block_map(tokens: int = 128, size: int = 32, heads: int = 2) -> BlockMap:
+    blocks = orders.in_order(tokens, size)
+    seen = torch.rand(1, heads, blocks.count, blocks.count) < 0.5
+    seen[..., 0] = True
+    return BlockMap(blocks, blocks, seen)
+
+
+def halves(tokens: int = 128, heads: int = 2, size: int = 64) -> AttentionCall:
+    return AttentionCall(*(torch.randn(1, heads, tokens, size).bfloat16() for _ in range(3)))
+
+
+def test_flashinfer_plans_a_map_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = EXECUTORS["flashinfer"].load(installed("flashinfer", monkeypatch))
+    call = halves()
+    for size, wrapper in ((32, "BlockSparse"), (48, "VariableBlockSparse"), (2, "VariableBlockSparse")):
+        one, two = block_map(size=size), block_map(size=size)
+        arithmetic.CALLS.clear()
+        for used in (one, one, two, one, two):
+            expected = literal.masked_attention(call.query, call.key, call.value, used.mask())
+            assert near(run(call, used), expected, torch.bfloat16)
+        assert arithmetic.CALLS.count(f"{wrapper}AttentionWrapper.plan") == 2
+        del one, used
+        arithmetic.CALLS.clear()
+        run(call, block_map(size=size))
+        assert arithmetic.CALLS[0].endswith(".plan"), "the wrapper of a map that is gone is planned again"
+    run(halves(size=128), block_map(size=32))
+    assert arithmetic.CALLS[-3].endswith("Wrapper"), "another kernel has another wrapper"
+
+
+def test_flashinfer_plans_many_heads_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = EXECUTORS["flashinfer"].load(installed("flashinfer", monkeypatch))
+    monkeypatch.setattr(by_flashinfer, "MOST_ROWS", 12)
+    for size, listed in ((32, 2**26), (48, 3 * 128)):
+        monkeypatch.setattr(by_flashinfer, "MOST_LISTED", listed)
+        call, found = halves(heads=4), block_map(size=size, heads=4)
+        key, value = (tensor[:, :2].contiguous() for tensor in (call.key, call.value))
+        for each in (call, call.changed(key=key, value=value, enable_gqa=True)):
+            expected = literal.masked_attention(each.query, each.key, each.value, found.mask())
+            assert near(run(each, found), expected, torch.bfloat16)
+            assert len(by_flashinfer.parts(each, found)) == (2 if size == 32 else 4)
+
+
+REFUSED = (
+    ("flashinfer", {"size": 72}, {}, "head_dim"),
+    ("flashinfer", {"dtype": torch.float32}, {}, "float32"),
+    ("flashinfer", {"trained": True}, {}, "gradients"),
+    ("flashinfer", {}, {"MOST_ROWS": 3}, "query blocks"),
+)
+
+
+@pytest.mark.parametrize(("executor_id", "changed", "limits", "words"), REFUSED, ids=str)
+def test_what_a_package_does_not_compute_is_refused(
+    executor_id: str, changed: dict[str, Any], limits: dict[str, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = installed(executor_id, monkeypatch)
+    for name, value in limits.items():
+        monkeypatch.setattr(by_flashinfer, name, value)
+    method = BACKENDS["custom_sparse_attn"]
+    assert isinstance(method, SparseMethod)
+    kernel = method.load(platform, executor=executor_id)
+    assert isinstance(kernel, SparseKernel)
+    wanted = SimpleNamespace(size=64, dtype=torch.bfloat16, trained=False, **{})
+    vars(wanted).update(changed)
+    tensors = [torch.randn(1, 2, 256, wanted.size, dtype=wanted.dtype, requires_grad=wanted.trained) for _ in range(3)]
+    call = AttentionCall(*tensors)
+    with pytest.raises(NoExecutorError, match=words):
+        kernel.bound(call.request(grid=TokenGrid(1, 16, 16)), Place(), Progress(), Kept(), pytest.fail)(call)
