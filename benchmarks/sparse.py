@@ -1,13 +1,14 @@
 """Sparse attention on a CPU: what the executor `gather` gains and takes, and what that is in a model in ComfyUI.
 
-- calls: random maps of blocks of 128, against dense SDPA on the same tensors; and what choosing blocks costs.
+- calls: random maps of blocks of 128, against dense SDPA on the same tensors.
+- choosing: what choosing blocks costs, as a share of dense SDPA.
 - memory: the peak of `gather` against that of dense SDPA, and the workspace that it states.
 - model: attention of a tiny Wan of 8,192 tokens, a quarter kept, against the same model with `torch_sdpa`. Needs a
   ComfyUI. Every call of the model's self-attention is timed, choosing included.
 
 All alternate in one process. Figures of a CPU say nothing about a card.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/sparse.py [calls] [memory] [model] [--json FILE]   (about five minutes)
+Run: OMP_NUM_THREADS=1 python benchmarks/sparse.py [calls] [choosing] [memory] [model] [--json FILE]   (five minutes)
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from paired import alternated, interval, machine  # noqa: E402
 HEADS, HEAD_DIM, BLOCK = 4, 64, 128
 KEPT = {"a half": 0.5, "a quarter": 0.25, "3 of 32": 3 / 32}
 GRIDS = {4096: (4, 32, 32), 8192: (8, 32, 32)}
+ST = {"temporal_layer": 0, "spatial_layer": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "video_sparse_attn": {"sparsity": 0.75},
     "cube_attn": {"local_cube_size": [2, 8, 8], "topk": 0.25},
@@ -44,8 +46,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "ssta_attn": {"topk": 0.25, "win_size": [1, 1, 1]},
     "radial_attn": {"decay_factor": 0.2},
     "sliding_tile_attn": {"window_size": [1, 1, 3]},
+    "sparse_video_gen_2_attn": {},
+    "sparse_video_gen_2_attn, first use": {},
+    "vmoba_attn, chunks of 256": {**ST, "st_chunk_size": [4, 8, 8]},
+    "vmoba_attn, chunks of 96": ST,
+    "sol_attn": {},
 }
-"""Options with which each method leaves out much of a grid of 8 x 32 x 32."""
+"""Options with which each method leaves out much of a grid of 8 x 32 x 32; what follows a comma is not its id."""
 
 
 def tensors(tokens: int, dtype: torch.dtype) -> Any:
@@ -77,11 +84,7 @@ def faster(stock: list[float], ours: list[float]) -> dict[str, Any]:
 
 
 def calls(rounds: int) -> dict[str, Any]:
-    from attention_backends.backends.kernels import BACKENDS
-    from attention_backends.backends.kernels.registry import detect
     from attention_backends.backends.sparse.executors.gather import gather
-    from attention_backends.backends.sparse.method import Where
-    from attention_backends.backends.values.grid import TokenGrid
 
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -95,19 +98,29 @@ def calls(rounds: int) -> dict[str, Any]:
             found[f"{str(dtype).removeprefix('torch.')}, {tokens} tokens"] = {
                 "dense_ms": round(statistics.median(times["dense"]), 2), **row
             }  # fmt: skip
+    return found
+
+
+def choosing(rounds: int) -> dict[str, Any]:
+    from attention_backends.backends.kernels import BACKENDS
+    from attention_backends.backends.kernels.registry import detect
+    from attention_backends.backends.sparse.method import Where
+    from attention_backends.backends.values.grid import TokenGrid
+
+    load = os.getloadavg()[0]
     call, grid, here = tensors(8192, torch.float32), TokenGrid(*GRIDS[8192]), detect(torch.device("cpu"))
-    where = Where(None, None, None, None, "self", ())
-    kinds = {"dense": lambda: dense(call)}
+    kinds: dict[str, Callable[[], Any]] = {"dense": lambda: dense(call)}
     for name, options in METHODS.items():
-        method: Any = BACKENDS[name]
+        method: Any = BACKENDS[name.partition(",")[0]]
         values = method.load(here, **options).options
-        kinds[name] = lambda method=method, values=values: method.select_blocks(call, grid, where, values)
+        where = Where(None, None, None, None, "self", () if "first use" in name else ("a sample",), kept={})
+        kinds[name] = lambda method=method, values=values, where=where: method.select_blocks(call, grid, where, values)
     times = alternated(kinds, rounds)
-    found["choosing, share of dense, float32, 8192 tokens"] = {
+    shares = {
         name: interval([one / other for one, other in zip(times[name], times["dense"], strict=True)], 4)
         for name in METHODS
     }
-    return found
+    return {"share of dense, float32, 8192 tokens": shares, "load": [load, os.getloadavg()[0]]}
 
 
 def memory() -> dict[str, Any]:
@@ -185,16 +198,17 @@ def model(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="calls, memory, model; default: all")
+    parser.add_argument("parts", nargs="*", help="calls, choosing, memory, model; default: all")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    parts = arguments.parts or ["calls", "memory", "model"]
+    timed = {"calls": calls, "choosing": choosing, "model": model}
+    parts = arguments.parts or ["calls", "choosing", "memory", "model"]
     found: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "load_before": os.getloadavg()[0]}
     with torch.inference_mode():
         for part in parts:
-            found[part] = memory() if part == "memory" else {"calls": calls, "model": model}[part](arguments.rounds)
+            found[part] = memory() if part == "memory" else timed[part](arguments.rounds)
     found["load_after"] = os.getloadavg()[0]
     text = json.dumps(found, indent=2)
     print(text)

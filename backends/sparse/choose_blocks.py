@@ -58,8 +58,8 @@ def exactly(values: torch.Tensor, least: torch.Tensor, count: torch.Tensor) -> t
     Args:
         values: (rows, entries); `least`, `count`: (rows, 1).
     """
+    found = values >= least
+    if bool((found.sum(-1, keepdim=True) == count).all()):
+        return found
     above, equal = values > least, values == least
-    missing = count - above.sum(-1, keepdim=True)
-    if bool((equal.sum(-1, keepdim=True) > missing).any()):
-        equal &= equal.cumsum(-1) <= missing
-    return above | equal
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))

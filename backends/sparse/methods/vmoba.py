@@ -119,7 +119,7 @@ class Vmoba(SparseMethod):
         if keys.count == 1 or (count == keys.count if by_count else threshold >= 1):
             return Dense(f"all {keys.count} chunks are kept")
         means = block_means(call.key, keys.sizes, keys.index)
-        own = block_of_token(keys).to(call.query.device)[:, None] == torch.arange(keys.count, device=call.query.device)
+        own = block_of_token(keys).to(call.query.device)[:, None]
         over = str(options["moba_threshold_type"])
         shares = call.query.shape[1] // call.key.shape[1]
 
@@ -171,49 +171,56 @@ def highest_with_own(gate: torch.Tensor, own: torch.Tensor, count: int) -> torch
     """The `count` chunks with the highest gates of each query, its own one among them, (tokens, chunks)."""
     import torch
 
-    gate = gate.masked_fill(own, torch.inf)
-    return exactly(
-        gate, torch.topk(gate, count, -1).values[:, -1:], torch.full_like(own[:, :1], count, dtype=torch.long)
-    )
+    gate.scatter_(-1, own, torch.inf)
+    return exactly(gate, torch.topk(gate, count, -1).values[:, -1:], torch.full_like(own, count))
 
 
 def enough(gate: torch.Tensor, own: torch.Tensor, threshold: float) -> torch.Tensor:
     """The own entries of each row, and its others until both sum to `threshold` of the sum of all.
 
+    Gates are scaled to 0 to 1 in each row; an own entry counts as one of 0 among the others.
+
     Args:
-        gate: (rows, entries), float32, scaled to 0 to 1 in each row.
-        own: (rows, entries), bool.
+        gate: (rows, entries), float32; may be written to.
+        own: (rows, 1), the number of the one own entry, or (rows, entries), bool.
     """
     import torch
 
     low, high = gate.aminmax(dim=-1, keepdim=True)
-    spread = high - low
-    scaled = (gate - low) / spread.masked_fill(spread <= EPSILON, 1)
-    total = scaled.sum(-1, keepdim=True) + EPSILON
-    others = scaled.masked_fill(own, 0)
-    missing = (threshold - scaled.masked_fill(~own, 0).sum(-1, keepdim=True) / total).clamp(min=0)
-    entries, most = gate.shape[-1], 16
+    spread = (high - low).masked_fill(high - low <= EPSILON, 1)
+    total = (gate.sum(-1, keepdim=True) - gate.shape[-1] * low) / spread + EPSILON
+    one = own.dtype is not torch.bool
+    of_own = gate.gather(-1, own) - low if one else (gate - low).masked_fill(~own, 0).sum(-1, keepdim=True)
+    missing = (threshold - of_own / spread / total).clamp(min=0)
+    others = gate.scatter_(-1, own, low) if one else torch.where(own, low, gate)
     count, least = torch.empty_like(total, dtype=torch.long), torch.empty_like(total)
-    rows = torch.arange(len(gate), device=gate.device)
-    while len(rows):  # a few of the highest are enough in most rows, and found sooner than all are sorted
+    rows: slice | torch.Tensor = slice(None)
+    most, entries = 16, gate.shape[-1]
+    while True:  # a few of the highest are enough in most rows, and found sooner than all are sorted
         most = min(most, entries)
         best = torch.topk(others[rows], most, -1).values
-        reached = best.cumsum(-1) / total[rows] >= missing[rows]
+        reached = ((best - low[rows]) / spread[rows]).cumsum(-1) / total[rows] >= missing[rows]
         number = torch.where(reached[:, -1:], reached.byte().argmax(-1, keepdim=True) + 1, most)
         count[rows], least[rows] = number, best.gather(-1, number - 1)
-        rows = rows[~reached[:, -1]] if most < entries else rows[:0]
-        most *= 2
-    return own | exactly(others, least, count)
+        left = torch.arange(len(gate), device=gate.device)[rows][~reached[:, -1]]
+        if most == entries or not len(left):
+            break
+        rows, most = left, 2 * most
+    seen = exactly(others, least, count)
+    return seen.scatter_(-1, own, True) if one else seen | own
 
 
 def enough_over(over: str, gate: torch.Tensor, own: torch.Tensor, threshold: float) -> torch.Tensor:
     """`enough` of the gates of all heads, (num_heads, tokens, chunks), over more than one query."""
+    import torch
+
     rows = {"block": (2, 0, 1), "overall": (2, 0, 1), "head_global": (0, 2, 1)}[over]
     back = [rows.index(axis) for axis in range(3)]
     ordered = gate.permute(rows)
     shape = ordered.shape
     of_rows = 1 if over == "overall" else shape[0]
-    mine = own.expand_as(gate).permute(rows).reshape(of_rows, -1)
+    mine = torch.zeros_like(gate, dtype=torch.bool).scatter_(-1, own.expand(*gate.shape[:2], 1), True)
+    mine = mine.permute(rows).reshape(of_rows, -1)
     return enough(ordered.reshape(of_rows, -1), mine, threshold).view(shape).permute(back)
 
 
