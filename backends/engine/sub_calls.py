@@ -190,6 +190,7 @@ def run_sub_calls(
     last = max((at for at, slot in enumerate(split.slots) if slot is not None), default=0)
     whole = mask_plan.empty_output(call)
     rows: list[Row] = []
+    progress, samples = session.progress, session.progress.samples
     for at, (part, slot) in enumerate(zip(mask_plan.sub_calls, split.slots, strict=True)):
         if slot is None:
             continue
@@ -199,10 +200,13 @@ def run_sub_calls(
             call.query = call.key = call.value = None  # type: ignore[assignment]  # the sub-call has them
         if slot.plan.hosted:
             sub_call = hosted(sub_call, host, arguments)
+        progress.samples = samples[part.samples]
         try:
             output = slot.plan.compute(sub_call)
         except Exception as error:
             output = session.recover(slot, sub_call, error, host, arguments)
+        finally:
+            progress.samples = samples
         whole = write_part(output, part, whole)
         if not any(slot.plan.row is row for row in rows):  # once per row: the model made one call
             rows.append(slot.plan.row)

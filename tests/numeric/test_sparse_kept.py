@@ -10,8 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import literal_sparse as literal  # noqa: E402
+from attention_backends.backends import account, attention  # noqa: E402
 from attention_backends.backends.config.names import RefusedBackendError  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
+from attention_backends.backends.engine import session as sessions  # noqa: E402
 from attention_backends.backends.engine.plan import CallKind  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
@@ -20,7 +22,7 @@ from attention_backends.backends.sparse.block_map import Dense, HeadMaps  # noqa
 from attention_backends.backends.sparse.kmeans import cluster, first_tokens  # noqa: E402
 from attention_backends.backends.sparse.method import SparseMethod, Where  # noqa: E402
 from attention_backends.backends.sparse.methods.sol import parse_layers  # noqa: E402
-from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
+from attention_backends.backends.values.grid import Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 
@@ -91,6 +93,20 @@ def test_a_part_of_a_batch_keeps_nothing() -> None:
     kept: dict[Any, Any] = {}
     assert isinstance(select(tensors(0), kept, ("a", "b")), HeadMaps)
     assert kept == {}
+
+
+def test_prompts_of_different_lengths_leave_each_sample_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[Any, Any] = {}
+    monkeypatch.setattr(sessions, "Progress", lambda: Progress(3, 10, samples=("a", "b"), kept=kept))
+    query = torch.randn(2, 2, 5 + GRID.cells, 8)
+    mask = torch.ones(2, 1, 1, query.shape[2], dtype=torch.bool)
+    mask[0, ..., :2] = False
+    mask[1, ..., :4] = False
+    svg2 = {"default": {"backend": METHOD.id, "extra": OPTIONS}}
+    with account() as run_report:
+        attention(query, query, query, mask, backend=svg2, grid=GRID.shape, tokens_before=5)
+    assert {row.backend for row in run_report.rows.values()} == {METHOD.id}
+    assert [place[3] for place in kept] == ["a", "a", "b", "b"], "of queries and of keys"
 
 
 @pytest.mark.parametrize(("early", "expected"), [(False, 0), (True, 2)])

@@ -22,7 +22,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.blocks import Blocks, along_curve, cut  # noqa: E402
 from attention_backends.backends.sparse.by_step import value_at  # noqa: E402
-from attention_backends.backends.sparse.choose_blocks import until_share  # noqa: E402
+from attention_backends.backends.sparse.choose_blocks import passed_share, until_share  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.kmeans import first_tokens  # noqa: E402
 from attention_backends.backends.sparse.method import NoExecutorError, SparseKernel, SparseMethod, Where  # noqa: E402
@@ -570,8 +570,40 @@ def test_of_equal_scores_the_first_blocks_are_kept(backend_id: str) -> None:
     assert torch.equal(kept.sort(descending=True).values, kept)
 
 
+def test_of_equal_gates_the_first_chunks_are_kept_with_the_own_one() -> None:
+    grid = TokenGrid(4, 6, 6)
+    call = AttentionCall(*(torch.ones(1, 1, grid.cells, 8) for _ in range(3)))
+    found = selected("vmoba_attn", call, grid, {"moba_select_mode": "topk", "temporal_chunk_size": 1})
+    assert found.seen[0, 0, ::36].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+def test_layers_take_turns_with_their_chunks_after_those_that_are_dense() -> None:
+    grid = TokenGrid(4, 6, 6)
+    call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
+    options = {
+        "moba_config": {"temporal_chunk_size": 1, "spatial_chunk_size": [2, 3], "spatial_layer": 2},
+        "st_chunk_size": [2, 3, 3], "first_full_layer": 1,
+    }  # fmt: skip
+    found = [selected("vmoba_attn", call, grid, options, at(layer=layer)) for layer in range(6)]
+    assert isinstance(found[0], Dense)
+    assert [one.keys.count for one in found[1:]] == [4, 6, 6, 8, 4]
+
+
+def test_of_equal_scores_no_block_stands_out_but_its_neighbours() -> None:
+    grid = TokenGrid(1, 16, 20)
+    call = AttentionCall(*(torch.ones(1, 1, grid.cells, 8) for _ in range(3)))
+    for options in ({"keep_percent": 60}, {"tau": 0.5}):
+        near = selected("sol_attn", call, grid, options).seen[0, 0].int()
+        assert near.tolist() == [[int(abs(row - other) <= 1) for other in range(5)] for row in range(5)]
+
+
 def test_the_block_that_reaches_the_share_is_the_last_one() -> None:
     assert until_share(torch.zeros(1, 4), 0.5).tolist() == [[True, True, False, False]]
+
+
+def test_the_block_that_passes_the_share_is_the_last_one() -> None:
+    assert passed_share(torch.zeros(1, 4), 0.5).tolist() == [[True, True, True, False]]
+    assert passed_share(torch.zeros(1, 4), 0.0).tolist() == [[True, False, False, False]]
 
 
 # Steps and layers
