@@ -264,7 +264,8 @@ def _measure(
         def dense(named: str = REFERENCE) -> Kernel:
             return router.kernel(named)
 
-        kernel = backend.bind(kernel, request, Place(), RunProgress(), kept, dense)
+        progress = RunProgress(samples=tuple(range(request.batch)))  # what is kept between steps is kept between calls
+        kernel = backend.bind(kernel, request, Place(), progress, kept, dense)
     counted = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if counted else 0
     times: list[float] = []

@@ -64,7 +64,7 @@ class Call(NamedTuple):
 
 SECOND = ">=2"
 WITHOUT_KERNEL = ("fastvideo-kernel", "vsa", "st_attn", "spas-sage-attn")
-"""Packages of backends that are planned: nothing of them is called yet, so there is nothing to compare."""
+"""Packages of sparse methods that run here without them: nothing of them is called, so there is nothing to compare."""
 SDPA_PARAMS = (*OPERATOR, "attn_mask", "dropout", "is_causal", "enable_gqa")
 IN_C = "registered by the compiled part"
 NPU_META = "torch_npu.op_plugin.meta._meta_registrations:npu_fusion_attention_forward"
