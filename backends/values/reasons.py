@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 TEMPLATES: dict[str, str] = {
@@ -135,6 +136,22 @@ TEMPLATES: dict[str, str] = {
     "unavailable": "{why}",
     "unfinished": "the run did not finish: {cause}",
     "unreached": "no attention call of this model reached this node; {packs} runs the model in its own way",
+    "whole.few": "fewer than {count} tokens",
+    "whole.first.layers": "the first {count} layers",
+    "whole.first.of": "the first {count} of {steps} steps",
+    "whole.first.scaled": "the first {count} of {steps} steps ({published} of {all} in the publication)",
+    "whole.first.steps": "the first {count} steps",
+    "whole.heads": "{heads} heads, and the mask strategy file has {count}",
+    "whole.kept.blocks": "all {count} blocks are kept",
+    "whole.kept.chunks": "all {count} chunks are kept",
+    "whole.kept.clusters": "all {count} clusters are kept",
+    "whole.kept.cubes": "all {count} cubes are kept",
+    "whole.kept.tiles": "all {count} tiles are kept",
+    "whole.layer.dense": "layer {layer} is one of dense_layers",
+    "whole.layer.missing": "layer {layer} is not among the {count} of the mask strategy file",
+    "whole.layer.unknown": "the layer's number, which a mask strategy file needs, is unknown",
+    "whole.windows.blocks": "the windows hold all {count} blocks",
+    "whole.windows.tiles": "the windows hold all {count} tiles",
 }
 """Id -> text with values in braces. Kernels add theirs with `template`."""
 
@@ -200,6 +217,19 @@ def known(text: str, prefix: str) -> str:
     """The reason without values that has this English text, of the ids that begin so; else the text itself."""
     found = next((name for name, words in TEMPLATES.items() if name.startswith(prefix) and words == text), None)
     return text if found is None else Reason(found)
+
+
+def with_values(text: str, prefix: str) -> str:
+    """The reason that has this English text, with its values, of the ids that begin so; else the text itself.
+
+    For texts that are made often and read seldom. A value is one word.
+    """
+    for name, words in TEMPLATES.items():
+        if name.startswith(prefix):
+            pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^\\s,]+)", re.escape(words))
+            if found := re.fullmatch(pattern, text):
+                return Reason(name, **found.groupdict())
+    return text
 
 
 def error_text(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -11,7 +11,7 @@ from aiohttp import web
 from ...backends.observe.autotune.entry import MOST_VALUES
 from ...backends.values.plain_data import load_json
 from ...backends.values.privacy import clean, without_paths
-from ...backends.values.reasons import Reason, known, phrases
+from ...backends.values.reasons import Reason, known, phrases, with_values
 
 PREFIX = "/attention_backends"
 
@@ -24,6 +24,12 @@ def phrases_of(data: object) -> dict[str, Any]:
 def bypass_reason(text: str) -> str:
     """What a run could not count, as the reason of its parts; the text itself where a part is not known."""
     return _joined(text, "; ", "bypass.with", lambda part: _joined(part, ", ", "bypass.and", _bypass_part))
+
+
+def computed_whole(run: Mapping[str, Any]) -> list[str]:
+    """Why calls of a run's sparse backends were computed whole, as reasons where they are known."""
+    texts = dict.fromkeys(text for row in run["rows"] for text in row.get("dense") or ())
+    return [with_values(text, "whole.") for text in texts]
 
 
 def _joined(text: str, mark: str, reason_id: str, worded: Callable[[str], str]) -> str:

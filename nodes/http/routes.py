@@ -35,7 +35,7 @@ from ..configure.selector import AttentionBackendSelector, backend_menu
 from ..history import queued_by, runs
 from ..hook.roles import known_roles
 from . import line_routes, machine, measured_routes, recommended_routes
-from .answers import PREFIX, RefusedError, bypass_reason, phrases_of, posted, refused
+from .answers import PREFIX, RefusedError, bypass_reason, computed_whole, phrases_of, posted, refused
 from .machine_settings import LEVELS, MachineSettings, checked
 
 MOST_BYTES = 4096
@@ -82,9 +82,8 @@ def add_routes(routes: web.RouteTableDef, settings: MachineSettings, here: machi
         run = runs.find(int(text))
         if run is None:
             return refused(404, f"run {text} is not kept; the last {runs.KEPT} are")
-        return web.json_response(
-            {"numbering": runs.NUMBERING, "run": clean(run), "phrases": phrases_of([run, bypass_reason(run["bypass"])])}
-        )
+        said = phrases_of([run, bypass_reason(run["bypass"]), computed_whole(run)])
+        return web.json_response({"numbering": runs.NUMBERING, "run": clean(run), "phrases": said})
 
     @routes.get(f"{PREFIX}/machine")
     async def this_machine(request: web.Request) -> web.Response:

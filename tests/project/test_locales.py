@@ -90,6 +90,41 @@ def test_every_reason_of_the_server_has_words() -> None:
     assert read("en", "main")["attentionBackends"]["said"] == phrases()
 
 
+def whole_texts() -> set[str]:
+    """What the sparse methods say of calls that they compute whole, with 7 as every number."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "backends" / "sparse").rglob("*.py")]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    words = {"name": {"blocks"}, "unit": {"steps", "layers"}, "scaled": {"", " (7 of 7 in the publication)"}}
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id == "composed":
+            words["name"] |= {k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+    found: set[str] = set()
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id == "Dense":
+            parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else [call.args[0]]
+            texts = {""}
+            for part in parts:
+                if isinstance(part, ast.FormattedValue):
+                    of = words.get(ast.unparse(part.value), {"7"})
+                elif isinstance(part, ast.Constant):
+                    of = {str(part.value)}
+                else:
+                    of = set()  # made of reasons
+                texts = {text + one for text in texts for one in of}
+            found |= texts
+    return found
+
+
+def test_every_call_that_is_computed_whole_has_words() -> None:
+    """The report has plain English; the server reads it back: a new text needs a line in backends/values/reasons.py."""
+    from attention_backends.backends.values.reasons import with_values
+
+    made = {text: with_values(text, "whole.") for text in whole_texts()}
+    assert len(made) > 10
+    assert [text for text, reason in made.items() if type(reason) is str] == []
+    assert all(str(reason) == text for text, reason in made.items())
+
+
 @lru_cache(maxsize=1)
 def schemas() -> dict[str, Any]:
     """The schema of every node that the pack offers, by id; skips where there is no ComfyUI."""
