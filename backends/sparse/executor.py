@@ -94,7 +94,7 @@ class PackageExecutor(Executor):
 
         if torch.is_grad_enabled() and any(one.requires_grad for one in (call.query, call.key, call.value)):
             return ("gradients are asked for",)
-        return ()
+        return ("pooled terms of what is left out are not built for it",) if block_map.tail is not None else ()
 
 
 class Selection(NamedTuple):
@@ -162,7 +162,7 @@ def run_map(run: Run, call: AttentionCall, block_map: Map) -> torch.Tensor:
 
 EXECUTOR = Option(
     "executor", str, AUTO, "How the chosen blocks are computed; auto takes the best that runs here.",
-    choices=(AUTO, "gather", "flex", "flashinfer"),
+    choices=(AUTO, "gather", "flex", "flashinfer", "fastvideo", "spas_sage"),
 )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
 
 SECOND = ">=2"
-WITHOUT_KERNEL = ("fastvideo-kernel", "vsa", "st_attn", "spas-sage-attn")
+WITHOUT_KERNEL = ("vsa", "st_attn")
 """Packages of sparse methods that run here without them: nothing of them is called, so there is nothing to compare."""
 SDPA_PARAMS = (*OPERATOR, "attn_mask", "dropout", "is_causal", "enable_gqa")
 IN_C = "registered by the compiled part"
@@ -221,6 +221,19 @@ USES = (
         "flashinfer-python",
         "flashinfer:VariableBlockSparseAttentionWrapper.run",
         "sparse/executors/flashinfer.py:_run_lists:wrapper.run",
+        returns=(1,),
+    ),
+    Use(
+        "fastvideo-kernel",
+        "fastvideo_kernel:block_sparse_attn",
+        "sparse/executors/fastvideo.py:load:block_sparse_attn",
+        order=(*QKV, "block_map", "variable_block_sizes"),
+        returns=(2,),
+    ),
+    Use(
+        "spas-sage-attn",
+        "spas_sage_attn:block_sparse_sage2_attn_cuda",
+        "sparse/executors/spas_sage.py:load:block_sparse_sage2_attn_cuda",
         returns=(1,),
     ),
     Use("xformers", "xformers.ops:memory_efficient_attention", "xformers.py:load:attention", returns=(1,)),

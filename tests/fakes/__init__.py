@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 from attention_backends.backends.engine.router import Router
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.sparse.executors import OF_PACKAGES
 from attention_backends.backends.values.platform import Platform
 
 from . import (
@@ -87,7 +88,8 @@ def _modules(packages: dict[str, str]) -> dict[str, ModuleType]:
         modules.update(torch_xla.modules(packages["torch-xla"]))
     if "kernels" in packages:
         modules["kernels"] = hub
-    for package in {package for backend in BACKENDS.values() for package in backend.packages}:
+    declared = (*BACKENDS.values(), *(executor.declared for executor in OF_PACKAGES))
+    for package in {package for backend in declared for package in backend.packages}:
         if (
             package.distribution in packages
             and package.module not in modules

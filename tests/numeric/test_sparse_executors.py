@@ -199,7 +199,7 @@ def test_what_is_kept_for_a_grid_is_copied_to_a_device_once() -> None:
 MACHINES = (
     *("cpu,os=linux", "cpu,os=win32", "cpu,os=darwin"),
     "cuda:7.5,packages=triton==3.6.0",
-    "cuda:8.0,packages=flashinfer-python==0.7.4",
+    "cuda:8.0,packages=flashinfer-python==0.7.4;fastvideo-kernel==0.3.5;spas-sage-attn==0.1.0",
     *("cuda:8.6,os=win32", "cuda:8.9,packages=triton==3.6.0", "cuda:9.0,packages=triton==3.6.0"),
     *("cuda:12.0,os=win32,packages=triton-windows==3.6.0", "rocm", "xpu", "mps", "npu"),
 )

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from attention_backends.backends.kernels import BACKENDS
+from attention_backends.backends.sparse.executors import OF_PACKAGES
 from attention_backends.devtools.contracts import compare, index, page, signatures, systems, uses
 from attention_backends.devtools.contracts.compare import ABSENT, DIFFERENT, SAME, UNREAD, Row
 from attention_backends.devtools.contracts.signatures import Function, Parameter, Sources, Thing
 from packaging.version import Version
 
+DECLARED = (*BACKENDS.values(), *(executor.declared for executor in OF_PACKAGES))
 FILES = {
     "kern/__init__.py": """
 from .core import *
@@ -188,7 +190,7 @@ def test_a_fake_is_compared_with_the_release_that_is_nearest_among_those_that_ca
 
 def test_every_fake_of_a_package_is_compared() -> None:
     inner = {"__init__", "arithmetic", "torch_operators"}  # the last one calls the real operators itself
-    declared = [(package.distribution, package.module) for backend in BACKENDS.values() for package in backend.packages]
+    declared = [(package.distribution, package.module) for backend in DECLARED for package in backend.packages]
     compared = {fake.file for fake in uses.all_fakes(declared)}
     assert {path.stem for path in uses.FAKES.glob("*.py")} - inner == compared
 
@@ -338,5 +340,5 @@ def test_the_page_has_a_row_for_each_difference() -> None:
 
 
 def test_what_is_said_to_have_no_kernel_has_none() -> None:
-    declared = {package.distribution for backend in BACKENDS.values() for package in backend.packages}
+    declared = {package.distribution for backend in DECLARED for package in backend.packages}
     assert not {*uses.WITHOUT_KERNEL} & {*declared, *(use.package for use in uses.USES)}

@@ -1,12 +1,14 @@
 """One file for each way to compute a block map; `EXECUTORS` has them, best first."""
 
 from ..executor import Executor, PackageExecutor
+from .fastvideo import FastVideo
 from .flashinfer import FlashInfer
 from .flex import Flex
 from .gather import Gather
 from .merge import Merge
+from .spas_sage import SpasSage
 
-OF_PACKAGES: tuple[PackageExecutor, ...] = (FlashInfer(),)
+OF_PACKAGES: tuple[PackageExecutor, ...] = (FlashInfer(), FastVideo(), SpasSage())
 """Those of installed packages, which run where they are named."""
 
 EXECUTORS: tuple[Executor, ...] = (Flex(), Gather(), *OF_PACKAGES)

@@ -64,17 +64,17 @@ def size_of(blocks: Blocks) -> int:
 
 
 @lru_cache(maxsize=64)
-def filled_length(blocks: Blocks) -> int:
-    size = size_of(blocks)
+def filled_length(blocks: Blocks, size: int | None = None) -> int:
+    size = size or size_of(blocks)
     return sum(-(-tokens // size) * size for tokens in blocks.sizes)
 
 
 @lru_cache(maxsize=64)
-def fill(blocks: Blocks, device: torch.device) -> Filled:
-    """Blocks filled up; on `device`."""
+def fill(blocks: Blocks, device: torch.device, size: int | None = None) -> Filled:
+    """Blocks filled up to whole ones of `size`, or of the size that fills in least; on `device`."""
     import torch
 
-    size, length = size_of(blocks), filled_length(blocks)
+    size, length = size or size_of(blocks), filled_length(blocks, size)
     in_order = blocks.index is None and all(tokens % size == 0 for tokens in blocks.sizes[:-1])
     with torch.inference_mode(False):  # kept for calls outside of inference mode too
         sizes = torch.tensor(blocks.sizes, device="cpu")
@@ -103,11 +103,8 @@ def arguments(call: AttentionCall, block_map: BlockMap) -> Arguments:
 
     device = call.query.device
     queries, keys = fill(block_map.queries, device), fill(block_map.keys, device)
-    query, key, value = _placed(call.query, queries), _placed(call.key, keys), _placed(call.value, keys)
-    seen = on_device(block_map.seen, device)
-    for axis, side in ((2, queries), (3, keys)):
-        if side.parts is not None:
-            seen = seen.repeat_interleave(side.parts, axis, output_size=side.length // side.size)
+    query, key, value = placed(call.query, queries), placed(call.key, keys), placed(call.value, keys)
+    seen = filled_map(block_map, queries, keys, device)
     every, mask_mod = seen, noop_mask
     if keys.full is not None and keys.live is not None:
         every, mask_mod = seen & keys.full, _hides(keys.live)
@@ -117,7 +114,17 @@ def arguments(call: AttentionCall, block_map: BlockMap) -> Arguments:
     return query, key, value, None, blocks, call.scale
 
 
-def _placed(tensor: torch.Tensor, side: Filled) -> torch.Tensor:
+def filled_map(block_map: BlockMap, queries: Filled, keys: Filled, device: torch.device) -> torch.Tensor:
+    """`BlockMap.seen` of the blocks that were filled up; on `device`."""
+    seen = on_device(block_map.seen, device)
+    for axis, side in ((2, queries), (3, keys)):
+        if side.parts is not None:
+            seen = seen.repeat_interleave(side.parts, axis, output_size=side.length // side.size)
+    return seen
+
+
+def placed(tensor: torch.Tensor, side: Filled) -> torch.Tensor:
+    """(batch, heads, tokens, size) with a token at each place."""
     from torch.nn.functional import pad
 
     if side.tokens is not None:
@@ -135,12 +142,11 @@ def _hides(live: torch.Tensor) -> Callable[..., torch.Tensor]:
     return mask_mod
 
 
-def result(output: torch.Tensor, block_map: BlockMap) -> torch.Tensor:
+def result(output: torch.Tensor, queries: Filled, tokens: int) -> torch.Tensor:
     """The output of the call's tokens, in their own order, from that of all places."""
-    queries = fill(block_map.queries, output.device)
     if queries.places is not None:
         return output.index_select(2, queries.places)
-    return output[:, :, : block_map.queries.tokens]
+    return output[:, :, :tokens]
 
 
 class Flex(Executor):
@@ -183,7 +189,8 @@ class Flex(Executor):
         def run(call: AttentionCall, block_map: BlockMap) -> torch.Tensor:
             with on_device_of(call.query):
                 given = arguments(call, block_map)
-                return result(variants.of(given)(*given), block_map)
+                queries = fill(block_map.queries, call.query.device)
+                return result(variants.of(given)(*given), queries, block_map.queries.tokens)
 
         return run
 

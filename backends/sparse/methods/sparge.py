@@ -57,7 +57,6 @@ class Sparge(SparseMethod):
 
     id = "sparge_attn"
     once_planned = True
-    asks_for = ("spas-sage-attn",)
     summary = "SpargeAttention: each block of queries sees the most similar blocks of keys, and all blocks that vary."
     aliases = (
         Alias(VLLM_OMNI, "SPARGE", HERE),

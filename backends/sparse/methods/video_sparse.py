@@ -42,7 +42,6 @@ class VideoSparse(SparseMethod):
 
     id = "video_sparse_attn"
     once_planned = True
-    asks_for = ("fastvideo-kernel",)
     summary = "Video Sparse Attention: each cube of tokens sees the most similar cubes."
     aliases = (
         Alias(VLLM_OMNI, "FASTVIDEO_VSA", "there with the gate of models trained for it, here without"),
