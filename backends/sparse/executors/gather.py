@@ -12,7 +12,7 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ...kernels.backend import LseKernel
@@ -21,7 +21,7 @@ from ...kernels.support.workspace import item_bytes
 from ...kernels.torch_sdpa import with_lse
 from ...values.platform import Platform
 from ...values.request import AttentionCall, AttentionRequest
-from ..block_map import BlockMap, Tail, on_device
+from ..block_map import BlockMap, Tail, block_of_token, on_device
 from ..blocks import Blocks
 from ..executor import Executor, Run
 
@@ -176,13 +176,39 @@ def gather(call: AttentionCall, block_map: BlockMap, attend: LseKernel | None = 
     output = query.new_empty((batch, q_len, heads, value.shape[3])).transpose(1, 2)
     queries, keys = _side(block_map.queries, query.device), _side(block_map.keys, query.device)
     chosen = torch.argsort(on_device(block_map.seen, query.device).logical_not().byte(), dim=-1, stable=True)
+    tail, with_tail = block_map.tail, None
+    if tail is not None:
+        if attend is None:
+            raise TypeError("a map with a tail needs a kernel that gives the LSE")
+        with_tail = _WithLse(attend, query.new_empty((batch, heads, q_len), dtype=torch.float32))
     with _buffers(call) as buffers:
         for group in _groups(block_map):
             if query.device.type == "cpu":
-                _by_head(call, block_map, group, queries, keys, chosen, output, attend, buffers)
+                _by_head(call, block_map, group, queries, keys, chosen, output, with_tail, buffers)
             else:
-                _all_heads(call, block_map, group, queries, keys, chosen, output, attend)
+                _all_heads(call, block_map, group, queries, keys, chosen, output, with_tail)
+    if tail is not None and with_tail is not None:
+        _merge_tail(tail, block_map.queries, output, with_tail.lse)
     return output
+
+
+class _WithLse(NamedTuple):
+    """How the rows of a map with a tail are computed."""
+
+    attend: LseKernel
+    lse: torch.Tensor
+    """(batch, num_heads, q_len), float32: where their LSE goes."""
+
+
+def _merge_tail(tail: Tail, queries: Blocks, output: torch.Tensor, lse: torch.Tensor) -> None:
+    """Merge a tail into the output, one head after the other: what is in float32 meanwhile is of one head."""
+    block = block_of_token(queries).to(output.device)
+    for sample in range(len(output)):
+        for head in range(output.shape[1]):
+            of_tail = tail.output[sample, head].index_select(0, block)
+            its_lse = tail.lse[sample, head].index_select(0, block) + tail.shift[sample, head]
+            part = output[sample : sample + 1, head : head + 1], lse[sample : sample + 1, head : head + 1]
+            part[0].copy_(merge((part, (of_tail[None, None], its_lse[None, None])))[0])
 
 
 def _chunks(group: _Group, call: AttentionCall, budget: int, most: int) -> Iterator[torch.Tensor]:
@@ -194,7 +220,7 @@ def _chunks(group: _Group, call: AttentionCall, budget: int, most: int) -> Itera
 
 def _by_head(
     call: AttentionCall, block_map: BlockMap, group: _Group, queries: _Side, keys: _Side, chosen: torch.Tensor,
-    output: torch.Tensor, attend: LseKernel | None, buffers: Buffers | None,
+    output: torch.Tensor, with_tail: _WithLse | None, buffers: Buffers | None,
 ) -> None:  # fmt: skip
     """The rows of a group, one head after the other: `index_select` is the fastest way to gather on a CPU."""
     from torch.nn.functional import scaled_dot_product_attention
@@ -221,11 +247,11 @@ def _by_head(
                         key.view(1, len(chunk), group.keys, -1),
                         value.view(1, len(chunk), group.keys, -1),
                     )
-                    if block_map.tail is None:
+                    if with_tail is None:
                         part = scaled_dot_product_attention(*given, scale=call.scale)
                     else:
-                        rows_of_tail = _tail_of(block_map.tail, (sample, head, chunk), (sample, head, q_tokens))
-                        part = _with_tail(AttentionCall(*given, scale=call.scale), rows_of_tail, attend)
+                        part, lse = with_tail.attend(AttentionCall(*given, scale=call.scale))
+                        with_tail.lse[sample, head].index_copy_(0, q_tokens, lse.reshape(-1).float())
                     output[sample, head].index_copy_(0, q_tokens, part.reshape(len(q_tokens), -1))
 
 
@@ -243,7 +269,7 @@ def _select(name: str, rows: torch.Tensor, tokens: torch.Tensor, buffers: Buffer
 
 def _all_heads(
     call: AttentionCall, block_map: BlockMap, group: _Group, queries: _Side, keys: _Side, chosen: torch.Tensor,
-    output: torch.Tensor, attend: LseKernel | None,
+    output: torch.Tensor, with_tail: _WithLse | None,
 ) -> None:  # fmt: skip
     """The rows of a group across heads and samples, for devices where each launched kernel costs time."""
     import torch
@@ -273,27 +299,12 @@ def _all_heads(
             call.key[b, h // shares, k_tokens][None],
             call.value[b, h // shares, k_tokens][None],
         )
-        if block_map.tail is None:
+        if with_tail is None:
             result = scaled_dot_product_attention(*given, scale=call.scale)
         else:
-            rows_of_tail = _tail_of(block_map.tail, (b[:, 0], h[:, 0], i), (b, h, q_tokens))
-            result = _with_tail(AttentionCall(*given, scale=call.scale), rows_of_tail, attend)
+            result, lse = with_tail.attend(AttentionCall(*given, scale=call.scale))
+            with_tail.lse[b, h, q_tokens] = lse[0].float()
         output[b, h, q_tokens] = result[0]
-
-
-def _tail_of(
-    tail: Tail, rows: tuple[Any, Any, torch.Tensor], tokens: tuple[Any, Any, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (1, rows, 1, v_head_dim) and LSE (1, rows, queries) of some query blocks; by sample, head and number."""
-    lse = tail.lse[rows][:, None]
-    return tail.output[rows][None, :, None], (lse + tail.shift[tokens].view(len(lse), -1))[None]
-
-
-def _with_tail(call: AttentionCall, tail: tuple[torch.Tensor, torch.Tensor], attend: LseKernel | None) -> torch.Tensor:
-    if attend is None:
-        raise TypeError("a map with a tail needs a kernel that gives the LSE")
-    output, lse = attend(call)
-    return merge(((output, lse), (tail[0].expand(output.shape), tail[1])))[0]
 
 
 class Gather(Executor):
