@@ -1,9 +1,9 @@
 """What the last prompt of a workflow came to on each of our nodes, as plain data; the page makes words of it.
 
-A node has the runs of its prompt. Where the prompt ended well without one, ComfyUI took the sampler's output from its
-cache, and the node has the run that made it, marked as `cached`. While the prompt is executed, a node without a run is
-`waiting`: an equal run of before tells nothing, as its output may have left the cache. A node that the prompt did not
-have, or that no sampler of it used, is not there.
+A node has the runs of its prompt; between two samplers of a split run it is `running`. Where the prompt ended well
+without one, ComfyUI took the sampler's output from its cache, and the node has the run that made it, marked as
+`cached`. While the prompt is executed, a node without a run is `waiting`: an equal run of before tells nothing, as its
+output may have left the cache. A node that the prompt did not have, or that no sampler of it used, is not there.
 """
 
 from __future__ import annotations
@@ -58,12 +58,22 @@ def lines(
     lines = {name: joined(name, theirs) for name, theirs in found.items()}
     missing = [name for name, node in prompt.items() if node.get("class_type") in runs.CONFIG_NODES]
     missing = [name for name in missing if name not in lines]
+    if state == RUNNING:
+        lines.update({name: {**lines[name], "state": RUNNING} for name in found if _goes_on(prompt, name, found[name])})
     for name in missing:
         if state == RUNNING:
             lines[name] = {"class_type": prompt[name]["class_type"], "state": "waiting"}
         elif state == SUCCESS and (made := _from_cache(prompt, name, entries)):
             lines[name] = {**joined(name, made), "cached": True}
     return lines
+
+
+def _goes_on(prompt: graph.Prompt, name: str, done: list[Entry]) -> bool:
+    """Whether another sampler of these runs' kind is behind a node and has no run yet, as of a split run."""
+    kinds = {sampler.class_type for _, sampler in done}
+    ran = {sampler.node_id for _, sampler in done}
+    behind = (other for other in graph.descendants(prompt, name) if other not in ran)
+    return done[-1][0]["state"] == "done" and any(prompt[other].get("class_type") in kinds for other in behind)
 
 
 def _from_cache(prompt: graph.Prompt, name: str, entries: Iterable[Entry]) -> list[Entry]:

@@ -202,6 +202,17 @@ def test_two_samplers_of_a_split_run_are_one_line() -> None:
     assert node_lines.lines(nodes, [cold, high], [cold, high])["3"]["saved"] is None
 
 
+def test_a_split_run_goes_on_between_its_samplers() -> None:
+    nodes = prompt()
+    high, low = entry(1, "4", nodes), entry(2, "5", nodes)
+
+    def state(*own: Any, of: str = node_lines.RUNNING) -> str:
+        return str(node_lines.lines(nodes, [*own], [*own], of)["3"]["state"])
+
+    assert [state(high), state(low, high), state(high, of=node_lines.STOPPED)] == ["running", "done", "done"]
+    assert state(entry(1, "4", nodes, state="stopped")) == "stopped"
+
+
 def test_a_node_has_the_run_that_is_in_the_cache() -> None:
     nodes = prompt()
     before = [entry(2, "5", nodes), entry(1, "4", nodes)]
