@@ -326,7 +326,8 @@ class SparseKernel:
                     log.warning("%s: executor %s failed (%s); the next one runs for: %s", self.method.id, executor.id,
                                 failed[executor.id], request.describe())  # fmt: skip
             against = {**reasons, **{each.id: tuple(each.call_reasons(call, one)) for each in able}}
-            texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items() if named in (AUTO, name)]
+            wanted = self.method.only_executor or named
+            texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items() if wanted in (AUTO, name)]
             if named != AUTO:  # as any kernel that was named and cannot run: strict stops
                 raise NoExecutorError(texts[0])
             return Dense(", ".join(texts))

@@ -109,6 +109,11 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = {
 }  # fmt: skip
 """Family (`roles.FAMILIES`) -> its layouts; the first one that names a role, and fits the model's class, has it."""
 
+WITHOUT_GRID = ("text_self", "image_self", "ltx2.audio_self")
+"""Roles without a grid where no layout above names them: text or sound alone, and the picture and each reference in
+turn (OmniGen2). Nothing is known of other roles, such as guessed ones.
+"""
+
 
 class Placed(NamedTuple):
     """The grid of some roles in one model call."""
@@ -217,4 +222,4 @@ def grid_of(grids: Grids, role: str, category: str, q_len: int) -> TokenGrid | N
                 others = q_len - grid.tokens
                 grid = grid._replace(**{rest: getattr(grid, rest) + others}) if others >= 0 else grid
             return grid
-    return OFF_GRID if grids else None
+    return OFF_GRID if grids and role in WITHOUT_GRID else None

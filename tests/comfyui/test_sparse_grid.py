@@ -23,7 +23,7 @@ from attention_backends.backends.observe.replay.record import as_record  # noqa:
 from attention_backends.backends.report import kept  # noqa: E402
 from attention_backends.backends.report.audit import fell_back  # noqa: E402
 from attention_backends.backends.sparse import method  # noqa: E402
-from attention_backends.backends.values.grid import Progress, TokenGrid  # noqa: E402
+from attention_backends.backends.values.grid import OFF_GRID, Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.reasons import TEMPLATES  # noqa: E402
 from hook_side import last_run, nodes_module, plain_comfyui, sampling, wrappers  # noqa: E402
 
@@ -335,6 +335,14 @@ def test_the_order_of_the_prompt_does_not_matter(calls: list[Call], monkeypatch:
     output = tiny_sampling.sample(model, "flux", steps=2)  # FLUX's prompt has no positions
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert {call.backend for call in calls} == {"video_sparse_attn"}
+
+
+def test_of_a_role_that_no_table_names_nothing_is_known() -> None:
+    grids = nodes_module("hook.token_grids")
+    placed = (grids.Placed(("flux.double",), TokenGrid(1, 2, 3)),)
+    found = [grids.grid_of(placed, role, "self", 6) for role in ("flux.double", "text_self", "self")]
+    assert found == [TokenGrid(1, 2, 3), OFF_GRID, None], "the last one is guessed"
+    assert grids.grid_of((), "text_self", "self", 6) is None
 
 
 def test_cross_attention_falls_back_with_its_reason(calls: list[Call]) -> None:

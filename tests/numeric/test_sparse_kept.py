@@ -130,6 +130,14 @@ def test_dense_layers_are_a_share_of_the_whole_model(share: float, dense: int) -
     assert [isinstance(one, Dense) for one in found] == [at < dense for at in range(2)]
 
 
+@pytest.mark.parametrize(("share", "steps", "dense"), [(0.2, 1, 1), (0.2, 4, 1), (0.2, 8, 1), (0.2, 50, 10), (0, 4, 0)])
+def test_a_short_run_has_a_dense_step_unless_there_shall_be_none(share: float, steps: int, dense: int) -> None:
+    values, whole = METHOD.values({"svg2_first_times_fp": share}), 0
+    for step in range(steps):
+        whole += METHOD.dense_at(Where(step, steps, None, 9, "self", ()), values) is not None
+    assert whole == dense
+
+
 def test_the_published_numbers_of_clusters_are_scaled_to_the_tokens() -> None:
     grid = TokenGrid(1, 63, 60)  # a twentieth of what they are published for
     call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))
@@ -181,6 +189,17 @@ def test_dense_calls_run_on_the_backend_that_a_person_names() -> None:
     assert torch.equal(output, BACKENDS["emulated_int8"].load(CPU)(call))
     exact = SOL.dense_kernel(partial(session._dense, kind), {"dense_backend": "fa"})(call)
     assert 0 < (output - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(("name", "executor"), [("sol_attn", "gather"), ("vmoba_attn", "merge")])
+def test_of_a_method_with_one_executor_only_its_reasons_count(name: str, executor: str) -> None:
+    tokens = torch.randn(1, 1, 6 * 8 * 8, 8, requires_grad=True)
+    with account() as run_report:
+        attention(tokens, tokens, tokens, backend={"default": {"backend": name}}, grid=(6, 8, 8))
+    (row,) = run_report.as_dict()["rows"]
+    ((reason, calls),) = row["dense"].items()
+    assert (reason.count("executor"), calls) == (1, 1)
+    assert executor in reason
 
 
 def test_a_dense_backend_that_cannot_run_here_is_a_reason() -> None:

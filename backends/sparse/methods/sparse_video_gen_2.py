@@ -101,7 +101,8 @@ class SparseVideoGen2(SparseMethod):
         first = _first(options["svg2_first_layers_fp"], len(where.blocks))
         if at is not None and at < first:
             return Dense(f"the first {first} layers")
-        first = _first(options["svg2_first_times_fp"], where.steps or 0)
+        share = options["svg2_first_times_fp"]
+        first = max(_first(share, where.steps or 0), 1 if share else 0)  # as other published dense steps in short runs
         if where.step is not None and where.step < first:
             return Dense(f"the first {first} steps")
         return super().dense_at(where, options)

@@ -103,6 +103,8 @@ def coarse_branch(
     Raises:
         ValueError: the tokens are not those of the grid.
     """
+    import torch
+
     from ...values.request import AttentionCall
 
     frames, height, width = grid
@@ -111,8 +113,9 @@ def coarse_branch(
         lengths = f"{query.shape[2]} queries, {key.shape[2]} keys and {value.shape[2]} values"
         raise ValueError(f"grid {grid} has {blocks.tokens} tokens, and there are {lengths}")
     call = AttentionCall(query, key, value, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    means = for_each_head(call, block_means(value, blocks.sizes, blocks.index))
-    rows = mean_scores(call, blocks).softmax(-1) @ means
+    with torch.autocast(query.device.type, enabled=False):
+        means = for_each_head(call, block_means(value, blocks.sizes, blocks.index))
+        rows = mean_scores(call, blocks).softmax(-1) @ means
     of_tokens = rows.index_select(2, on_device(block_of_token(blocks), query.device))
     return (of_tokens * gate_compress).to(query.dtype)
 
