@@ -23,7 +23,7 @@ from ..values.reasons import Reason, reason_id, template
 from ..values.request import AttentionCall, AttentionRequest
 from .block_map import BlockMap, Dense, Map, on_device, with_other_tokens
 from .blocks import Blocks
-from .by_step import computed_whole
+from .by_step import DENSE_STEPS, computed_whole
 from .executor import AUTO, Executor, Run, Selection, executors, run_map, select
 
 if TYPE_CHECKING:
@@ -161,10 +161,12 @@ class SparseMethod(Backend):
         return Selection(able, {name: why if name == self.only_executor else alone for name, why in reasons.items()})
 
     def values(self, options: Mapping[str, object]) -> dict[str, object]:
-        """Every declared option with its value; published steps are None unless given, as they are scaled."""
+        """Every declared option with its value; published steps are None, as they are scaled, unless a person says how
+        many steps are dense.
+        """
         defaults = {option.name: option.default for option in self.options}
         if self.published_steps is not None:
-            defaults[self.steps_option] = None
+            defaults[self.steps_option] = 0 if DENSE_STEPS.name in options else None
         return defaults | dict(options)
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:

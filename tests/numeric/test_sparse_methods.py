@@ -678,6 +678,7 @@ def test_steps_and_layers_that_are_computed_whole(backend_id: str) -> None:
     assert whole(20, **{name: 3}) == 3
     assert whole(20, **{name: 0}) == 0
     assert whole(6, dense_steps=6) == 6
+    assert [whole(20, dense_steps=count) for count in (0, 2)] == [0, 2], "the published number is a default"
     two: Any = "0-1" if backend_id == "sol_attn" else 2
     assert whole(4, layer=1, **{name: 0}, dense_layers=two) == 4
     assert whole(4, layer=2, **{name: 0}, dense_layers=two) == 0

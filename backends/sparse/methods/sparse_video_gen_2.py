@@ -73,7 +73,9 @@ class SparseVideoGen2(SparseMethod):
 
     def values(self, options: Mapping[str, object]) -> dict[str, object]:
         scaled: dict[str, object] = {Q_CLUSTERS: None, K_CLUSTERS: None}
-        return super().values({}) | scaled | dict(options)
+        published = ((DENSE_STEPS.name, "svg2_first_times_fp"), (DENSE_LAYERS.name, "svg2_first_layers_fp"))
+        said: dict[str, object] = {name: 0 for number, name in published if number in options}
+        return super().values({}) | scaled | said | dict(options)
 
     def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
         """As many blocks as clusters; which tokens these have depends on the call."""
