@@ -23,7 +23,7 @@ from .backends.config import AttentionConfig
 from .backends.config.layers import default_of, joint_note, record_of, settings_of
 from .backends.config.names import canonical
 from .backends.config.text import from_environment, parse_config
-from .backends.doctor import probe, route_report
+from .backends.doctor import probe, route_report, sparse_executors
 from .backends.doctor.doctor import Row, examine, probe_all, this_machine, why_no_card
 from .backends.doctor.install import Interpreter, running_interpreter
 from .backends.engine.router import Router
@@ -203,6 +203,7 @@ def _doctor(options: argparse.Namespace) -> int:
             found = probe_all(Router(platform), ids, lambda name: probe.probe(name, options.timeout), print)
         rows = examine(Router(platform), interpreter, ids, without_torch)
         rows = [row if row.probed else replace(row, probed=found.get(row.id)) for row in rows]
+        executors = [] if ids else _executors(platform, interpreter, options, without_torch)
         hint = None if without_torch else why_no_card(platform)
     if options.json:
         report = {
@@ -210,38 +211,65 @@ def _doctor(options: argparse.Namespace) -> int:
             "interpreter": interpreter.path,
             "hint": hint,
             "backends": [row.as_dict() for row in rows],
+            "executors": [row.as_dict() for row in executors],
         }
         print(json.dumps(report, indent=2))
     else:
-        print(_doctor_text(platform, interpreter, hint, rows, everything=bool(ids) or options.verbose))
+        print(_doctor_text(platform, interpreter, hint, rows, executors, everything=bool(ids) or options.verbose))
     return 0
 
 
+def _executors(
+    platform: Platform, interpreter: Interpreter, options: argparse.Namespace, without_torch: str | None
+) -> list[Row]:
+    """Rows of the packages that compute the blocks of sparse methods, probed first where that is asked for."""
+    found = {}
+    if options.probe and without_torch is None:
+        for name in sparse_executors.to_probe(platform):
+            print(f"probing {name} ...")
+            found[name] = probe.probe(name, options.timeout)
+    return sparse_executors.examine(platform, interpreter, found, without_torch)
+
+
 def _doctor_text(
-    platform: Platform, interpreter: Interpreter, hint: str | None, rows: list[Row], *, everything: bool
+    platform: Platform,
+    interpreter: Interpreter,
+    hint: str | None,
+    rows: list[Row],
+    executors: list[Row],
+    *,
+    everything: bool,
 ) -> str:
+    """Executors without a trace of their package are left out, unless everything is asked for."""
     lines = [
         f"Machine:     {platform.describe()}",
         f"Interpreter: {interpreter.path} ({interpreter.python}, {interpreter.machine})",
     ]
     lines += [f"Note:        {hint}", ""] if hint else [""]
-    width = max(len(row.id) for row in rows)
-    lines.append(f"{'BACKEND':{width}}  ACCURACY   AVAILABLE")
-    for row in rows:
-        details = [", ".join(filter(None, (row.version, row.file)))] if row.available else list(row.reasons)
-        if row.probed and row.probed.status != "unavailable":
-            details.append(f"probed: {row.probed.summary}")
-        state = "yes" if row.available else "no "
-        lines.append(f"{row.id:{width}}  {row.accuracy:9}  {state}  {'; '.join(filter(None, details))}".rstrip())
-        if everything:
-            lines += [f"    cards: {row.cards.text}"]
-            lines += [f"    names: {row.symbols.text}"] if row.symbols.needed else []
-            lines += [f"    stderr of the probe: {line}" for line in (row.probed.stderr if row.probed else ())]
-        elif row.symbols.problem and row.symbols.installed:
-            lines.append(f"    names: {row.symbols.problem}")
-        if row.advice and (everything or row.advice.kind != "nothing"):
-            lines += [f"    {text}" for text in (row.advice.text, row.advice.note) if text]
+    shown = [row for row in executors if everything or row.version]
+    for title, some in (("BACKEND", rows), ("SPARSE EXECUTOR", shown)):
+        width = max((len(text) for text in (title, *(row.id for row in some))), default=0)
+        lines += [f"{title:{width}}  ACCURACY   AVAILABLE"] if some else []
+        for row in some:
+            lines += _row_lines(row, width, everything=everything)
     return "\n".join(lines)
+
+
+def _row_lines(row: Row, width: int, *, everything: bool) -> list[str]:
+    details = [", ".join(filter(None, (row.version, row.file)))] if row.available else list(row.reasons)
+    if row.probed and row.probed.status != "unavailable":
+        details.append(f"probed: {row.probed.summary}")
+    state = "yes" if row.available else "no "
+    lines = [f"{row.id:{width}}  {row.accuracy:9}  {state}  {'; '.join(filter(None, details))}".rstrip()]
+    if everything:
+        lines += [f"    cards: {row.cards.text}"]
+        lines += [f"    names: {row.symbols.text}"] if row.symbols.needed else []
+        lines += [f"    stderr of the probe: {line}" for line in (row.probed.stderr if row.probed else ())]
+    elif row.symbols.problem and row.symbols.installed:
+        lines.append(f"    names: {row.symbols.problem}")
+    if row.advice and (everything or row.advice.kind != "nothing"):
+        lines += [f"    {text}" for text in (row.advice.text, row.advice.note) if text]
+    return lines
 
 
 def _route(options: argparse.Namespace) -> int:

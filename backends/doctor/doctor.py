@@ -139,7 +139,7 @@ def examine(
         else:
             reasons, advice = (without_torch,), Advice("nothing", NO_TORCH)
             names = symbols.without_import(backend, router.platform, "not looked for: there is no torch")
-        version, module = _made_of(backend, router.platform)
+        version, module = made_of(backend, router.platform)
         file, cards = module and file_of(module), cards_of(backend, router.platform)
         rows.append(Row(backend_id, backend.accuracy, reasons, version, file, advice, cards, names, probed))
     return rows
@@ -197,7 +197,7 @@ def _ask(router: Router, backend_id: str, interpreter: Interpreter) -> tuple[tup
         return (Reason("asking", error=error_text(error)),), None
 
 
-def _made_of(backend: Backend, platform: Platform) -> tuple[str | None, str | None]:
+def made_of(backend: Backend, platform: Platform) -> tuple[str | None, str | None]:
     """The installed package that computes, with its version, and the module to look for."""
     origin = backend.origin(platform)
     if origin is not None:

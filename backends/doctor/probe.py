@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..engine.router import Router
 from ..kernels import BACKENDS
@@ -29,8 +30,12 @@ from ..values.devices import device_named
 from ..values.faults import is_out_of_memory
 from ..values.platform import Platform
 from ..values.request import AttentionRequest
+from . import sparse_executors
 from .isolated import run, same_interpreter, words_of
 from .problems import harder, problems, tried
+
+if TYPE_CHECKING:
+    import torch
 
 CHILD = "probe-child"
 """The first argument of a child process; not a command for people."""
@@ -103,7 +108,12 @@ def child(arguments: list[str]) -> int:
 
     with torch.inference_mode():
         platform = detect()
-        outcome = judge(backend_id, platform, _backends(source[0] if source else ""), file)
+        if backend_id.startswith(sparse_executors.PREFIX):
+            _write(file, {"stage": RUNNING})
+            executor = sparse_executors.by_id(backend_id.removeprefix(sparse_executors.PREFIX))
+            outcome = sparse_executors.judge(executor, platform, _device(platform))
+        else:
+            outcome = judge(backend_id, platform, _backends(source[0] if source else ""), file)
     _write(file, asdict(outcome))
     if outcome.status != "ok":
         print(outcome.summary, file=sys.stderr)
@@ -137,7 +147,7 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
         why = backend.unsupported_reasons(next(problems()), platform)
         return Outcome("untested", f"takes none of the probe's calls: {'; '.join(why)}")
 
-    device = device_named("cuda" if platform.kind == "rocm" else platform.kind)
+    device = _device(platform)
     _write(stages, {"stage": RUNNING})
     try:
         outcome = tried(router, backend, request, device)
@@ -153,6 +163,10 @@ def judge(backend_id: str, platform: Platform, backends: Mapping[str, Backend], 
             return Outcome("untested", f"out of memory: {text}")
         return Outcome("failed", f"raised {text}")
     return outcome
+
+
+def _device(platform: Platform) -> torch.device:
+    return device_named("cuda" if platform.kind == "rocm" else platform.kind)
 
 
 def _different(request: AttentionRequest, plain: AttentionRequest) -> str:

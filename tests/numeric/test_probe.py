@@ -32,6 +32,7 @@ from attention_backends.backends.kernels.support.sage import KeyBlock  # noqa: E
 from attention_backends.backends.kernels.support.sdpa import plain_sdpa  # noqa: E402
 from attention_backends.backends.measure import remembered  # noqa: E402
 from attention_backends.backends.measure.remembered import Outcome  # noqa: E402
+from attention_backends.backends.sparse.executors import OF_PACKAGES  # noqa: E402
 from attention_backends.backends.values.limits import Dtypes, HeadDimIn  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
@@ -507,7 +508,7 @@ def test_what_the_command_says_of_a_named_backend_and_of_all(
     assert "stderr of the probe" not in overview
     assert " ".join(next(line for line in overview.splitlines() if line.startswith("sdpa_math ")).split()) == snapshot
     assert main(["doctor", "--verbose"]) == 0
-    assert capsys.readouterr().out.count("    cards: ") == len(BACKENDS)
+    assert capsys.readouterr().out.count("    cards: ") == len(BACKENDS) + len(OF_PACKAGES)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "inf", "nan"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import literal_sparse as literal  # noqa: E402
+from attention_backends.backends.doctor import probe, sparse_executors  # noqa: E402
+from attention_backends.backends.doctor.install import running_interpreter  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
@@ -241,3 +244,42 @@ def test_spas_sage_takes_keys_in_any_order_with_a_last_block_of_fewer(monkeypatc
             assert near(run(call, found), expected, torch.float16, "spas_sage")
     assert executor.call_reasons(call, BlockMap(orders.in_order(81, 8), blocks, seen)), "filled up to 16 times as many"
     assert executor.unavailable_reasons(Platform("cuda", capability=(9, 0), packages=platform.packages))
+
+
+@pytest.mark.parametrize("executor_id", EXECUTORS)
+def test_a_probe_compares_each_executor_with_gather(executor_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform, executor = installed(executor_id, monkeypatch), EXECUTORS[executor_id]
+    assert sparse_executors.to_probe(platform) == [f"executor:{executor_id}"]
+
+    def judged() -> Any:
+        return sparse_executors.judge(executor, platform, torch.device("cpu"))
+
+    assert judged().status == "ok"
+    exact = arithmetic.exact
+    monkeypatch.setattr(arithmetic, "exact", lambda *args: exact(*args) * 1.5)
+    assert judged().reason.startswith("wrong")
+    monkeypatch.setattr(arithmetic, "exact", lambda *args: exact(*args) * float("nan"))
+    assert judged().reason.startswith("wrong")
+    monkeypatch.delattr(arithmetic, "exact")
+    assert judged().reason.startswith("raised AttributeError")
+    assert sparse_executors.judge(executor, Platform("cpu"), torch.device("cpu")).status == "unavailable"
+
+
+@pytest.mark.parametrize("executor_id", EXECUTORS)
+def test_the_doctor_has_a_row_for_each_executor(executor_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform, declared = installed(executor_id, monkeypatch), EXECUTORS[executor_id].declared
+
+    def row() -> Any:
+        rows = sparse_executors.examine(platform, running_interpreter(), {})
+        assert [one.id for one in rows if one.available] in ([executor_id], [])
+        return next(one for one in rows if one.id == executor_id)
+
+    assert (row().available, row().symbols.missing) == (True, ())
+    (need,) = declared.symbols
+    monkeypatch.delattr(sys.modules[need.module], need.names[0])
+    assert (row().available, row().symbols.missing) == (False, (f"{need.module}.{need.names[0]}",))
+
+
+@pytest.mark.slow
+def test_a_probe_of_an_executor_has_a_process_for_itself() -> None:
+    assert probe.probe("executor:flashinfer").status in ("unavailable", "ok")
