@@ -205,7 +205,7 @@ CHOOSE = """(backend) => {
 }"""
 
 
-@CANVAS_IS_SLOW
+@RENDERERS
 def test_a_backend_that_cannot_run_is_said_before_queueing(
     server: Server, tmp_path: Path, nodes_2: bool, snapshot: SnapshotAssertion
 ) -> None:

@@ -250,9 +250,13 @@ def _by_head(
                     if with_tail is None:
                         part = scaled_dot_product_attention(*given, scale=call.scale)
                     else:
-                        part, lse = with_tail.attend(AttentionCall(*given, scale=call.scale))
+                        part, lse = with_tail.attend(_part(call, *given))
                         with_tail.lse[sample, head].index_copy_(0, q_tokens, lse.reshape(-1).float())
                     output[sample, head].index_copy_(0, q_tokens, part.reshape(len(q_tokens), -1))
+
+
+def _part(call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
+    return call.changed(query=query, key=key, value=value, enable_gqa=False)
 
 
 def _select(name: str, rows: torch.Tensor, tokens: torch.Tensor, buffers: Buffers | None) -> torch.Tensor:
@@ -302,7 +306,7 @@ def _all_heads(
         if with_tail is None:
             result = scaled_dot_product_attention(*given, scale=call.scale)
         else:
-            result, lse = with_tail.attend(AttentionCall(*given, scale=call.scale))
+            result, lse = with_tail.attend(_part(call, *given))
             with_tail.lse[b, h, q_tokens] = lse[0].float()
         output[b, h, q_tokens] = result[0]
 

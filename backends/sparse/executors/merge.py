@@ -75,9 +75,9 @@ class Merge(Executor):
                 for rows, columns in zip(torch.split(queries, seen.sum(0).tolist()), blocks, strict=True):
                     if not len(rows):
                         continue
-                    part, its_lse = attend(AttentionCall(
-                        query.index_select(0, rows)[None, None], key.index_select(0, columns)[None, None],
-                        value.index_select(0, columns)[None, None], scale=call.scale,
+                    part, its_lse = attend(call.changed(
+                        query=query.index_select(0, rows)[None, None], key=key.index_select(0, columns)[None, None],
+                        value=value.index_select(0, columns)[None, None], enable_gqa=False,
                     ))  # fmt: skip
                     before = done.index_select(2, rows), lse.index_select(2, rows)
                     joined, joined_lse = merge((before, (part, its_lse)))
