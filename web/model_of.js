@@ -22,7 +22,7 @@ const GETTER = /^(easy g|G)etNode$/
 const SETTER = /^(easy s|S)etNode$/
 
 /**
- * The value that a widget has in a prompt: its own, or that of the widget which stands for it on a subgraph's node.
+ * The value that a widget has in a prompt: its own, or that of the widget on a subgraph's node that it is promoted to.
  *
  * @param {any} node
  * @param {any} widget

@@ -215,7 +215,7 @@ function cellText(name, value, say, words) {
 }
 
 /**
- * The kind of a mask and what was done with it, e.g. `key_padding, trimmed`; a name without words is shown as it is.
+ * The kind of a mask and what was done with it, e.g. `key_padding, trimmed`; a name without a translation is shown unchanged.
  *
  * @param {string} mask
  * @param {Say} say

@@ -153,8 +153,8 @@ export function workflowRuns(app, opened) {
     /** What the nodes of the shown workflow say, by their ids. */
     shown: () => said.get(marks.get(active()) ?? '')?.lines ?? new Map(),
     /**
-     * The names of the open workflow that has a mark, and of a node in it that has a title of its own; empty where
-     * there is none.
+     * The names of the open workflow that has a mark, and of a node in it whose title was changed; empty where there
+     * is none.
      *
      * @param {string} mark
      * @param {string} id
