@@ -55,6 +55,7 @@ POSITIONS = {
     "at the bottom right": (1, 1),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "ring", "cross")
+MOTION_WORDS = ("moving", "up", "down", "slowly", "fast", "from", "and")  # of the video model, in `motion`
 ALIASES = {"center": "centre", "gray": "grey"}
 MARGIN = 0.05  # between a shape and the border of the picture
 # How much size and place vary by chance. More than this blurs what a small model draws: see the model card.
@@ -63,7 +64,7 @@ SIZE_JITTER, PLACE_JITTER = 0.02, 0.005
 
 def vocabulary() -> tuple[str, ...]:
     """All known words, sorted."""
-    phrases = ["a", "on", *SIZES, *COLOURS, *BACKGROUNDS, *POSITIONS, *SHAPES]
+    phrases = ["a", "on", *MOTION_WORDS, *SIZES, *COLOURS, *BACKGROUNDS, *POSITIONS, *SHAPES]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
@@ -78,7 +79,9 @@ def word_vector(word: str) -> Tensor:
 def encode(caption: str) -> Tensor:
     """Conditioning (16, 4096) of a caption; the empty caption (all zeros) is the unconditional one.
 
-    Raises ValueError for a word that the model has not learned, and for a caption over 16 words.
+    The models see words without their order. So a word has another vector right after "moving" (a direction, not a
+    place) and another after "and" (of the second shape). Raises ValueError for a word that neither embedded model has
+    learned, and for a caption over 16 words.
     """
     words = [ALIASES.get(word, word) for word in caption.lower().replace(",", " ").replace(".", " ").split()]
     if len(words) > TOKENS:
@@ -90,8 +93,12 @@ def encode(caption: str) -> Tensor:
             f"{shortened(', '.join(unknown), 200)}; use these: {', '.join(vocabulary())}"
         )
     table = torch.zeros(TOKENS, TEXT_DIM)
+    second = ""
     for row, word in enumerate(words):
-        table[row] = word_vector(word)
+        moving = "moving " if row and words[row - 1] == "moving" else ""
+        table[row] = word_vector(second + moving + word)
+        if word == "and":
+            second = "and "
     return table
 
 

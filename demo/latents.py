@@ -102,21 +102,27 @@ def rgb_to_latent(rgb: Tensor) -> Tensor:
     Decoding gives the picture back exactly: it sees three of sixteen directions, where the pseudo-inverse of
     the factors puts it. Of the others, three carry the picture too, so that it stands out from the noise, and
     six carry the place of each cell, from edge to edge. The model knows only relative places (rotary
-    positions), so it learns to lay out this grid as it denoises, and draws on it.
+    positions), so it learns to lay out this grid as it denoises, and draws on it. In a clip (more than one frame)
+    three more carry the time of each frame, which tells the first frame from the last.
     """
     factors = RGB_FACTORS.double()
     channel = (torch.arange(CHANNELS).double() + 0.5) / CHANNELS
-    cosines = torch.cos(math.pi * torch.arange(1, 10) * channel[:, None])
+    cosines = torch.cos(math.pi * torch.arange(1, 13) * channel[:, None])
     spare = torch.linalg.qr(torch.cat([factors, cosines], dim=1)).Q[:, 3:].T.float()  # unseen by the factors
     inverse = torch.linalg.pinv(factors).float()
 
     rgb = rgb.movedim(1, -1) * 2 - 1
-    height, width = rgb.shape[-3:-1]
+    frames, height, width = rgb.shape[-4:-1]
     places = []
     for axis, size in enumerate((height, width)):
         place = (torch.arange(size) * 2 + 1) / size - 1
         place = place[:, None].expand(height, width) if axis == 0 else place[None].expand(height, width)
         places += [1.5 * place, torch.sin(math.pi * place), torch.cos(math.pi * place)]
     grid = torch.stack(places, dim=-1).expand(*rgb.shape[:-1], 6)
-    latent: Tensor = (rgb - RGB_BIAS) @ inverse + 2 * torch.cat([rgb, grid], dim=-1) @ spare
+    hidden = torch.cat([rgb, grid], dim=-1)
+    if frames > 1:
+        time = torch.arange(frames) / 4 - 1  # of frames, not of the clip: a shorter one is the start of a longer one
+        waves = torch.stack([1.5 * time, torch.sin(math.pi * time), torch.cos(math.pi * time)], dim=-1)
+        hidden = torch.cat([hidden, waves[:, None, None].expand(*rgb.shape[:-1], 3)], dim=-1)
+    latent: Tensor = (rgb - RGB_BIAS) @ inverse + 2 * hidden @ spare[: hidden.shape[-1]]
     return latent.movedim(-1, 1)

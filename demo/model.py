@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Conv3d, LayerNorm, Linear  # by name: comfy-test takes them for a node's, which has comfy.ops
 
 WEIGHTS = Path(__file__).parent / "weights" / "tiny_shapes_wan_fp16.safetensors"
+VIDEO_WEIGHTS = WEIGHTS.with_name("tiny_motion_wan_fp16.safetensors")
 PATCH = (1, 2, 2)
 HEAD_DIM = 128  # Wan's, and what ComfyUI assumes when it derives the number of heads from the width
 EPS = 1e-6

@@ -2,13 +2,15 @@
 
     python -m attention_backends.demo.train --work DIR
     python -m attention_backends.demo.train --work DIR --from-weights FILE
+    python -m attention_backends.demo.train --work DIR --video
 
 The second form runs only the last stage, from the weights in FILE: with a fresh optimiser, warmed up, because a
-released file holds no other state. Nothing is downloaded. Everything is written to the work directory: the
-checkpoint, from which training resumes, sheets of samples, and at the end the averaged weights as float16 and
-the loss curve. Compare them with `demo.evaluate` before they replace the files in demo/. Each step has its own
-random generator, seeded by the seed and the number of the step, so a resumed run sees the same data as one that
-was not stopped.
+released file holds no other state. The third trains the video model, from the released image model's weights (or
+--from-weights) through all its stages. Training waits while a benchmark of this project runs. Nothing is downloaded.
+Everything is written to the work directory: the checkpoint, from which training resumes, sheets of samples, and at
+the end the averaged weights as float16 and the loss curve. Compare them with `demo.evaluate` (of clips, with
+`demo.judge_motion`) before they replace the files in demo/. Each step has its own random generator, seeded by the
+seed and the number of the step, so a resumed run sees the same data as one that was not stopped.
 
 Boundary: a program for a person. Nothing imports it.
 """
@@ -20,7 +22,8 @@ import copy
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -30,7 +33,9 @@ from torch import Tensor, autocast, nn
 
 from .captions import SHAPES, draw, encode, random_scene
 from .latents import latent_to_rgb, rgb_to_latent
-from .model import WEIGHTS, TinyWan, WanBlock, load
+from .model import VIDEO_WEIGHTS, WEIGHTS, TinyWan, WanBlock, load
+from .motion import draw_clip, random_clip
+from .pause import wait
 from .sampling import TIMESTEPS, sample, seed_noise, shifted
 
 TOKENS = 2048  # patches of latent in one step
@@ -47,25 +52,30 @@ AVERAGE = 0.999  # decay of the moving average of the weights
 
 
 class Stage(NamedTuple):
-    """Some steps at latent sizes (height, width) drawn by chance; `rate`: first and last learning rate."""
+    """Some steps at latent sizes (frames, height, width) drawn by chance; `rate`: first and last learning rate."""
 
     steps: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[int, int, int], ...]
     rate: tuple[float, float]
 
 
-MIXED = ((32, 32), (32, 32), (32, 32), (24, 24), (16, 16))
+MIXED = ((1, 32, 32), (1, 32, 32), (1, 32, 32), (1, 24, 24), (1, 16, 16))
 STAGES = (
-    Stage(2000, ((16, 16),), (1e-3, 1e-3)),
+    Stage(2000, ((1, 16, 16),), (1e-3, 1e-3)),
     Stage(1500, MIXED, (1e-3, 1e-3)),
     Stage(1500, MIXED, (6e-4, 0)),
-    Stage(5500, ((32, 32),) * 14 + ((24, 24), (16, 16)), (6e-4, 0)),
+    Stage(5500, ((1, 32, 32),) * 14 + ((1, 24, 24), (1, 16, 16)), (6e-4, 0)),
+)
+VIDEO_STAGES = (
+    Stage(1000, ((4, 16, 16),), (1e-3, 1e-3)),
+    Stage(1500, ((8, 16, 16),), (1e-3, 8e-4)),
+    Stage(4000, ((8, 32, 32),) * 3 + ((8, 16, 16),), (8e-4, 0)),
 )
 
 
-def stage_at(step: int) -> tuple[Stage, float]:
+def stage_at(step: int, stages: Sequence[Stage] = STAGES) -> tuple[Stage, float]:
     """The stage that a step belongs to, and how much of that stage is done (0..1)."""
-    for stage in STAGES:
+    for stage in stages:
         if step < stage.steps:
             return stage, step / stage.steps
         step -= stage.steps
@@ -87,66 +97,107 @@ def initialise(model: TinyWan) -> None:
         block.modulation.data[:, [2, 5]] = 1.0
 
 
-def make_batch(seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Latents, noise (batch, 16, 1, height, width), times (batch,), captions (batch, 16, 4096), weights (batch,)."""
+def make_batch(seed: int, step: int, stages: Sequence[Stage] = STAGES) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a step learns from, of pictures or, at more than one frame, of clips.
+
+    Returns latents and noise (batch, 16, frames, height, width), times (batch,), captions (batch, 16, 4096) and
+    weights (batch,).
+    """
     rng = random.Random(f"{seed} {step}")  # noqa: S311
     generator = torch.Generator().manual_seed(rng.getrandbits(48))
-    stage, _ = stage_at(step)
-    height, width = rng.choice(stage.sizes)
-    batch = TOKENS // (height * width // 4)
-    scenes = [random_scene(rng, OFTEN if stage is STAGES[-1] else SHAPES) for _ in range(batch)]
-    pictures = torch.stack([draw(scene, height, width, rng) for scene in scenes])[:, :, None]
-    captions = ["" if rng.random() < CAPTION_DROPOUT else scene.caption() for scene in scenes]
+    stage, _ = stage_at(step, stages)
+    frames, height, width = rng.choice(stage.sizes)
+    batch = max(1, TOKENS // (frames * height * width // 4))
+    if frames == 1:
+        examples = [_picture(rng, OFTEN if stage is STAGES[-1] else SHAPES, height, width) for _ in range(batch)]
+    else:
+        examples = [_clip(rng, frames, height, width) for _ in range(batch)]
+    pictures, captions, weights = zip(*examples, strict=True)
     # One time in each equal part of 0..1: less noise in the loss than independent times.
     times = shifted((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch)
-    latents = rgb_to_latent(pictures)
+    latents = rgb_to_latent(torch.stack(pictures))
     noise = torch.randn(latents.shape, generator=generator)
-    weights = [
-        DROPPED_WEIGHT if not caption else 1.0 if scene.size and scene.position else OPEN_WEIGHT
-        for scene, caption in zip(scenes, captions, strict=True)
-    ]
     return latents, noise, times, torch.stack([encode(caption) for caption in captions]), torch.tensor(weights)
 
 
-def learning_rate(step: int, begin: int, spent: float = 0.0) -> float:
+def _picture(rng: random.Random, shapes: Sequence[str], height: int, width: int) -> tuple[Tensor, str, float]:
+    scene = random_scene(rng, shapes)
+    picture = draw(scene, height, width, rng)[:, None]
+    if rng.random() < CAPTION_DROPOUT:
+        return picture, "", DROPPED_WEIGHT
+    return picture, scene.caption(), 1.0 if scene.size and scene.position else OPEN_WEIGHT
+
+
+def _clip(rng: random.Random, frames: int, height: int, width: int) -> tuple[Tensor, str, float]:
+    clip = random_clip(rng)
+    drawn = draw_clip(clip, frames, height, width)
+    if rng.random() < CAPTION_DROPOUT:
+        return drawn, "", DROPPED_WEIGHT
+    return drawn, clip.caption(), 1.0
+
+
+def learning_rate(step: int, begin: int, spent: float = 0.0, stages: Sequence[Stage] = STAGES) -> float:
     """Warm-up after the step that training begins at, then what the stage says; `spent`: share of the time (0..1)."""
-    stage, done = stage_at(step)
+    stage, done = stage_at(step, stages)
     first, last = stage.rate
     warm_up = WARM_UP_AGAIN if begin else WARM_UP
     return min(1.0, (step - begin + 1) / warm_up) * (first + (last - first) * max(done, spent))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
-    """Attention as plain products: on a CPU a step with gradients takes a seventh less time than with SDPA."""
+    """Attention with gradients on a CPU: plain products are a seventh faster in bfloat16, SDPA a third in float32."""
+    if not fast_bfloat16():
+        return F.scaled_dot_product_attention(query, key, value)
     weights: Tensor = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
     return weights.to(value.dtype) @ value
 
 
-def save_sheet(model: TinyWan, path: Path, height: int, width: int) -> None:
-    """A sheet of samples, to be looked at: eight captions."""
+SHEET = (
+    "a large red circle on the left",
+    "a small blue square at the top right",
+    "a medium green triangle in the centre on black",
+    "a large yellow star at the bottom on grey",
+    "a large purple heart on the right on beige",
+    "a medium orange ring at the top left",
+    "a small pink diamond at the bottom left on black",
+    "a large cyan cross in the centre",
+)
+VIDEO_SHEET = (
+    "a medium red circle moving right fast from the left",
+    "a small blue square moving down slowly from the top right on black",
+    "a medium green triangle moving left slowly from the centre on grey",
+    "a red star moving right and a blue ring moving left",
+)
+
+
+def save_sheet(model: TinyWan, path: Path, frames: int, height: int, width: int) -> None:
+    """Samples to be looked at: a row of pictures, or at more than one frame a row of frames for each clip."""
     from PIL import Image
 
-    captions = (
-        "a large red circle on the left",
-        "a small blue square at the top right",
-        "a medium green triangle in the centre on black",
-        "a large yellow star at the bottom on grey",
-        "a large purple heart on the right on beige",
-        "a medium orange ring at the top left",
-        "a small pink diamond at the bottom left on black",
-        "a large cyan cross in the centre",
-    )
+    captions = SHEET if frames == 1 else VIDEO_SHEET
     context = torch.stack([encode(caption) for caption in captions])
-    noise = seed_noise(0, len(captions), 1, height, width)
-    with autocast("cpu", torch.bfloat16):
-        pictures = latent_to_rgb(sample(model, noise, context, torch.zeros_like(context), attention=attend))[:, 0]
-    row = torch.cat(list(F.pad(pictures, (0, 0, 1, 1, 1, 1), value=0.5)), dim=1)
+    noise = seed_noise(0, len(captions), frames, height, width)
+    with products():
+        pictures = latent_to_rgb(sample(model, noise, context, torch.zeros_like(context), attention=attend))
+    rows = pictures.movedim(1, 0) if frames == 1 else pictures
+    padded = F.pad(rows, (0, 0, 1, 1, 1, 1), value=0.5)
+    row = torch.cat([torch.cat(list(pictures), dim=1) for pictures in padded])
     sheet = Image.fromarray((row * 255).round().byte().numpy())
     scale = max(1, 160 // height)
     sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(path)
 
 
-def save_curve(losses: list[float], begin: int, path: Path) -> None:
+def products() -> autocast:
+    """Products in bfloat16 where the CPU has units for it: half the time there, ten times as long elsewhere."""
+    return autocast("cpu", torch.bfloat16, enabled=fast_bfloat16())
+
+
+@cache
+def fast_bfloat16() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def save_curve(losses: list[float], begin: int, path: Path, stages: Sequence[Stage] = STAGES) -> None:
     """The loss of every step from `begin` on, and its running mean, as a picture."""
     import matplotlib
 
@@ -159,8 +210,8 @@ def save_curve(losses: list[float], begin: int, path: Path) -> None:
     smooth = torch.tensor(losses).unfold(0, window, 1).mean(1)
     axes.plot(range(begin + window - 1, begin + len(losses)), smooth, color="C0", label=f"mean of {window}")
     start = 0
-    for stage in STAGES:
-        label = ", ".join(f"{height} x {width}" for height, width in sorted(set(stage.sizes)))
+    for stage in stages:
+        label = ", ".join(" x ".join(map(str, size[size[0] == 1 :])) for size in sorted(set(stage.sizes)))
         if start >= begin:
             axes.axvline(start, color="C1", linewidth=0.8)
             axes.text(start, 0.98, " " + label, transform=axes.get_xaxis_transform(), fontsize=6, va="top")
@@ -172,21 +223,32 @@ def save_curve(losses: list[float], begin: int, path: Path) -> None:
     pyplot.close(figure)
 
 
-def train(work: Path, seed: int, every: int, weights: Path | None = None, minutes: float | None = None) -> None:
+def train(
+    work: Path,
+    seed: int,
+    every: int,
+    weights: Path | None = None,
+    minutes: float | None = None,
+    stages: Sequence[Stage] | None = None,
+    name: str = WEIGHTS.name,
+) -> None:
     """Train from the checkpoint in `work`, from `weights` at the last stage, or from the start, to the end.
 
+    Given `stages` (those of the video model) begin at the first also from `weights`. `name`: of the file written.
     With `minutes`, training also ends after so many (over all resumed runs), and the rate falls in that time.
     """
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / "checkpoint.pt"
-    total = sum(stage.steps for stage in STAGES)
+    whole = stages is not None
+    stages = STAGES if stages is None else stages
+    total = sum(stage.steps for stage in stages)
     torch.manual_seed(seed)
     model = TinyWan()
     initialise(model)
     begin = 0
     if weights is not None:
         model = load(weights).requires_grad_(True).train()
-        begin = total - STAGES[-1].steps
+        begin = 0 if whole else total - stages[-1].steps
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     losses: list[float] = []
@@ -200,19 +262,19 @@ def train(work: Path, seed: int, every: int, weights: Path | None = None, minute
         print(f"resumed at step {begin + len(losses)}")
     began = time.perf_counter() - before
     for step in range(begin + len(losses), total):
+        began += wait()
         seconds = time.perf_counter() - began
         spent = seconds / (60 * minutes) if minutes else 0.0
-        latents, noise, times, context, weight = make_batch(seed, step)
+        latents, noise, times, context, weight = make_batch(seed, step, stages)
         level = times.view(-1, 1, 1, 1, 1)
-        # The products in bfloat16: half the time on CPUs that have it, and the weights stay float32.
-        with autocast("cpu", torch.bfloat16):
+        with products():
             flow = model((1 - level) * latents + level * noise, times * TIMESTEPS, context, attend)
         error = (flow.float() - (noise - latents)).square().mean((1, 2, 3, 4))
         loss = (weight * error).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, begin, min(1.0, spent))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, begin, min(1.0, spent), stages)
         optimizer.step()
         keep = min(AVERAGE, (len(losses) + 1) / (len(losses) + 10))
         with torch.no_grad():
@@ -234,11 +296,11 @@ def train(work: Path, seed: int, every: int, weights: Path | None = None, minute
             }
             torch.save(state, checkpoint.with_suffix(".new"))
             os.replace(checkpoint.with_suffix(".new"), checkpoint)
-            save_sheet(average, work / f"samples-{done:06}.png", *stage_at(step)[0].sizes[0])
+            save_sheet(average, work / f"samples-{done:06}.png", *stage_at(step, stages)[0].sizes[0])
         if last:
             break
-    save_curve(losses, begin, work / "loss.png")
-    save_weights(average, work / WEIGHTS.name, seed, begin + len(losses))
+    save_curve(losses, begin, work / "loss.png", stages)
+    save_weights(average, work / name, seed, begin + len(losses))
 
 
 def save_weights(model: TinyWan, path: Path, seed: int, steps: int) -> None:
@@ -255,13 +317,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model.")
     parser.add_argument("--work", type=Path, required=True, help="directory for checkpoints and samples")
     parser.add_argument("--from-weights", type=Path, help="released file to run the last stage from")
+    parser.add_argument("--video", action="store_true", help="train the video model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--minutes", type=float, help="end after so long, with the learning rate falling in time")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(options.work, options.seed, options.every, options.from_weights, options.minutes)
+    kind = (options.from_weights or WEIGHTS, options.minutes, VIDEO_STAGES, VIDEO_WEIGHTS.name)
+    images = (options.from_weights, options.minutes)
+    train(options.work, options.seed, options.every, *(kind if options.video else images))
 
 
 if __name__ == "__main__":

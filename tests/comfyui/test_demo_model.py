@@ -143,7 +143,8 @@ def test_training_continues_from_released_weights(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(train, "TOKENS", 64)
-    monkeypatch.setattr(train, "STAGES", (train.Stage(5, ((8, 8),), (1.0, 1.0)), train.Stage(2, ((8, 8),), (1e-5, 0))))
+    sizes = ((1, 8, 8),)
+    monkeypatch.setattr(train, "STAGES", (train.Stage(5, sizes, (1.0, 1.0)), train.Stage(2, sizes, (1e-5, 0))))
     train.train(tmp_path, seed=0, every=1, weights=WEIGHTS)
     after = load(tmp_path / WEIGHTS.name).state_dict()
     for name, value in model.state_dict().items():
