@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_backends.demo import captions, latents, motion, pause, train
+from attention_backends.demo import captions, judge_motion, latents, motion, pause, train
 
 
 def test_every_clip_stays_in_the_picture_and_its_caption_is_known() -> None:
@@ -91,3 +91,31 @@ def test_a_batch_of_the_video_model() -> None:
     assert times.shape == weights.shape == (8,)
     assert context.shape == (8, 16, 4096)
     assert torch.equal(latent, train.make_batch(0, 0, stages)[0])
+
+
+@pytest.fixture(scope="module")
+def drawn_clips() -> tuple[list[motion.Clip], torch.Tensor]:
+    rng = random.Random(5)
+    wanted = [motion.random_clip(rng, crossing=0.3) for _ in range(40)]
+    rgb = torch.stack([motion.draw_clip(clip, 8, 32, 32).permute(1, 2, 3, 0) for clip in wanted])
+    noise = 0.03 * torch.randn(rgb.shape, generator=torch.Generator().manual_seed(0))
+    return wanted, (rgb + noise).clamp(0, 1)
+
+
+def test_the_judge_passes_drawings(drawn_clips: tuple[list[motion.Clip], torch.Tensor]) -> None:
+    for name, (right, count) in judge_motion.table(*drawn_clips).items():
+        assert right == count, name
+
+
+@pytest.mark.parametrize("name", judge_motion.spoiled(1))
+def test_the_judge_fails_spoiled_films(name: str, drawn_clips: tuple[list[motion.Clip], torch.Tensor]) -> None:
+    wanted, rgb = drawn_clips
+    right, count = judge_motion.table(wanted, judge_motion.spoiled(len(wanted))[name](rgb))["shape and direction"]
+    assert right <= count / 20
+
+
+def test_the_judge_fails_noise_and_plain_films() -> None:
+    clip = motion.random_clip(random.Random(0), crossing=0)
+    generator = torch.Generator().manual_seed(0)
+    for film in (torch.rand(8, 32, 32, 3, generator=generator), torch.full((8, 32, 32, 3), 0.97)):
+        assert not judge_motion.both(judge_motion.score(clip, film))
