@@ -169,4 +169,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from paired import training_paused
+
+    with training_paused():
+        sys.exit(main())

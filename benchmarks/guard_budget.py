@@ -26,7 +26,7 @@ import conftest  # noqa: E402, F401  # loads this folder as the package attentio
 import tolerance  # noqa: E402
 import torch  # noqa: E402
 from attention_backends.comparison.card.costs import guard_cost  # noqa: E402
-from paired import machine  # noqa: E402
+from paired import machine, training_paused  # noqa: E402
 
 SCENES = (
     ("a large red circle on the left on white", 1),
@@ -182,4 +182,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

@@ -28,7 +28,7 @@ import conftest  # noqa: E402, F401  # loads this folder as the package attentio
 import tolerance  # noqa: E402
 import torch  # noqa: E402
 from guarded_runs import int8, sdpa  # noqa: E402
-from paired import machine  # noqa: E402
+from paired import machine, training_paused  # noqa: E402
 
 HEADS, TOKENS, HEAD_DIM = 24, 256, 64
 CALLS = 40
@@ -219,4 +219,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

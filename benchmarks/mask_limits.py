@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import masks  # loads this folder as the package attention_backends
 import torch
-from paired import machine
+from paired import machine, training_paused
 
 SIZES = (1024, 2048, 4096)
 HIDDEN = (2, 4, 8, 16, 32, 64)
@@ -70,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 
 import conftest  # noqa: E402, F401  # loads this folder as the package attention_backends
 import torch  # noqa: E402
-from paired import machine  # noqa: E402
+from paired import machine, training_paused  # noqa: E402
 
 HEADS, HEAD_DIM = 8, 64
 TOKENS = 2048
@@ -169,4 +169,5 @@ def measure(tokens: int = TOKENS) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"machine": machine(), "torch": torch.__version__, **measure()}, indent=2))
+    with training_paused():
+        print(json.dumps({"machine": machine(), "torch": torch.__version__, **measure()}, indent=2))

@@ -36,7 +36,7 @@ import conftest  # noqa: E402, F401  # loads this folder as the package attentio
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
 import torch  # noqa: E402
-from paired import interval, machine  # noqa: E402
+from paired import interval, machine, training_paused  # noqa: E402
 
 LAYERS = 8
 BLOCK = 10
@@ -217,4 +217,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

@@ -1,4 +1,4 @@
-"""Paired timing, that of `comparison/paired.py`, and the name of this machine."""
+"""Paired timing, that of `comparison/paired.py`, the lock of `demo/pause.py`, and the name of this machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import runpy
 from pathlib import Path
 
 # Read from its file, as two_commits.py must not load this folder as the package: its workers load other trees as that.
-_PAIRED = runpy.run_path(str(Path(__file__).resolve().parent.parent / "comparison" / "paired.py"))
+_ROOT = Path(__file__).resolve().parent.parent
+_PAIRED = runpy.run_path(str(_ROOT / "comparison" / "paired.py"))
 alternated, interval, ratios = _PAIRED["alternated"], _PAIRED["interval"], _PAIRED["ratios"]
+training_paused = runpy.run_path(str(_ROOT / "demo" / "pause.py"))["training_paused"]
 
 
 def machine() -> str:

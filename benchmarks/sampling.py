@@ -22,7 +22,7 @@ import comfy_location  # noqa: E402
 import conftest  # noqa: E402, F401  # loads this folder as the package attention_backends
 import tiny_sampling  # noqa: E402
 import torch  # noqa: E402
-from paired import machine, ratios  # noqa: E402
+from paired import machine, ratios, training_paused  # noqa: E402
 
 LATENTS = {2048: (64, 128), 4096: (128, 128)}
 """Tokens, and the height and width of a latent that has them: a patch is 2 x 2."""
@@ -78,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 import conftest  # noqa: E402, F401  # loads this folder as the package attention_backends
 import torch  # noqa: E402
 from memory import peak_bytes  # noqa: E402
-from paired import alternated, interval, machine  # noqa: E402
+from paired import alternated, interval, machine, training_paused  # noqa: E402
 
 HEADS, HEAD_DIM, BLOCK = 4, 64, 128
 KEPT = {"a half": 0.5, "a quarter": 0.25, "3 of 32": 3 / 32}
@@ -217,4 +217,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

@@ -193,4 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from paired import training_paused
+
+    with training_paused():
+        sys.exit(main())

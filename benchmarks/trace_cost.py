@@ -32,7 +32,7 @@ import conftest  # noqa: E402, F401  # loads this folder as the package attentio
 import tiny_models  # noqa: E402
 import tiny_sampling  # noqa: E402
 import torch  # noqa: E402
-from paired import interval, machine  # noqa: E402
+from paired import interval, machine, training_paused  # noqa: E402
 
 MODES = ("full", "sampled", "off")
 STEPS = 20
@@ -194,4 +194,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

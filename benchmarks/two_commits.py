@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from paired import interval, machine
+from paired import interval, machine, training_paused
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {
@@ -159,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with training_paused():
+        main()

@@ -110,13 +110,8 @@ def score(clip: Clip, rgb: Tensor) -> dict[str, bool]:
     right = {
         "background": background == (clip.background or DEFAULT_BACKGROUND),
         "colour": all(seen) and most == {mover.colour for mover in clip.movers},
-        "shape": all(
-            found is not None and found.shape == mover.shape for found, mover in zip(seen, clip.movers, strict=True)
-        ),
-        "direction": all(
-            found is not None and found.direction == mover.direction
-            for found, mover in zip(seen, clip.movers, strict=True)
-        ),
+        "shape": all(found is not None and found.shape == mover.shape for found, mover in pairs),
+        "direction": all(found is not None and found.direction == mover.direction for found, mover in pairs),
     }
     if len(clip.movers) == 1:
         mover, found = clip.movers[0], seen[0]
