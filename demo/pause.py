@@ -27,15 +27,15 @@ def training_paused() -> Iterator[None]:
         lock.unlink(missing_ok=True)
 
 
-def held() -> bool:
+def locked() -> bool:
     """Does a process that runs hold a lock?"""
     return any(_runs(lock.name.removeprefix(PREFIX)) for lock in Path(tempfile.gettempdir()).glob(PREFIX + "*"))
 
 
 def wait(seconds: float = 1.0) -> float:
-    """Return when no lock is held, looking every so many seconds; the answer is how long that took."""
+    """Return when nothing is locked, looking every so many seconds; the answer is how long that took."""
     began = time.perf_counter()
-    while held():
+    while locked():
         time.sleep(seconds)
     return time.perf_counter() - began
 

@@ -27,14 +27,19 @@ class TinyShapesCaption(io.ComfyNode):
             display_name="Demo Caption",
             category=CATEGORY,
             description=(
-                "Turns a caption into conditioning for the embedded demo model (tiny_shapes_wan). Leave it empty for "
-                "the negative prompt. Known words: " + ", ".join(captions.vocabulary()) + "."
+                "Turns a caption into conditioning for the embedded demo models: tiny_shapes_wan draws a picture, "
+                "tiny_motion_wan a clip of moving shapes. Leave it empty for the negative prompt. Known words: "
+                + ", ".join(captions.vocabulary())
+                + "."
             ),
             inputs=[
                 io.String.Input(
                     "caption",
                     default="a large red circle on the left",
-                    tooltip="Size, colour, shape, position, background: a small blue star at the top right on beige.",
+                    tooltip=(
+                        "A picture: a small blue star at the top right on beige. A clip: a small blue star moving left "
+                        "slowly from the right on beige, or a red ring moving up and a blue star moving left."
+                    ),
                 )
             ],
             outputs=[io.Conditioning.Output()],
@@ -66,8 +71,8 @@ class TinyShapesImage(io.ComfyNode):
             display_name="Demo Latent To Image",
             category=CATEGORY,
             description=(
-                "Shows latents of the embedded demo model. It has no VAE: the picture is Wan's linear preview of the "
-                "latent, one pixel a cell."
+                "Shows latents of the embedded demo models. They have no VAE: a picture is Wan's linear preview of the "
+                "latent, one pixel a cell; a clip gives one picture a frame."
             ),
             inputs=[
                 io.Latent.Input("samples"),

@@ -75,12 +75,12 @@ def test_a_picture_keeps_its_latent_and_a_clip_carries_its_time() -> None:
 
 def test_training_waits_for_a_lock_of_a_process_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pause.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert not pause.held()
+    assert not pause.locked()
     with pause.training_paused():
-        assert pause.held()
+        assert pause.locked()
     (tmp_path / f"{pause.PREFIX}99999999").touch()
     (tmp_path / f"{pause.PREFIX}nonsense").touch()
-    assert not pause.held()
+    assert not pause.locked()
     assert pause.wait(0.01) < 1
 
 
