@@ -579,6 +579,43 @@ def test_of_equal_gates_the_first_chunks_are_kept_with_the_own_one() -> None:
     assert found.seen[0, 0, ::36].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
 
 
+def sorted_gates(gate: Any, own: Any, threshold: float | None, count: int) -> Any:
+    """VMoBA's chunks by a stable sort of all gates: the `count` highest with the own one, or until the threshold."""
+    low, high = gate.aminmax(dim=-1, keepdim=True)
+    others = gate.scatter(-1, own, torch.inf) if threshold is None else gate.scatter(-1, own, low)
+    values, order = torch.sort(others, dim=-1, descending=True, stable=True)
+    if threshold is None:
+        return torch.zeros_like(gate, dtype=torch.bool).scatter(-1, order[:, :count], True)
+    spread = torch.where(high - low > vmoba.EPSILON, high - low, 1)
+    total = (gate.sum(-1, keepdim=True) - gate.shape[-1] * low) / spread + vmoba.EPSILON
+    missing = (threshold - (gate.gather(-1, own) - low) / spread / total).clamp(min=0)
+    kept = torch.ones_like(gate, dtype=torch.bool)
+    kept[:, 1:] = (((values - low) / spread).cumsum(-1) / total)[:, :-1] < missing
+    return torch.zeros_like(kept).scatter(-1, order, kept).scatter(-1, own, True)
+
+
+@pytest.mark.parametrize("with_numpy", [True, False])
+def test_chunks_are_those_of_a_sort_also_among_equal_gates(with_numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_numpy:
+
+        def missing(tensor: Any) -> Any:
+            raise RuntimeError("Numpy is not available")
+
+        monkeypatch.setattr(torch.Tensor, "numpy", missing)
+    rng = random.Random(0)
+    torch.manual_seed(0)
+    for _ in range(200):
+        rows, chunks = rng.choice((1, 60)), rng.choice((2, 3, 16, 33, 96))
+        gate = torch.randn(rows, chunks) * rng.choice((1e-7, 0.3, 5)) + rng.choice((0, -3))
+        gate = rng.choice((gate, gate.round()))
+        own, count = torch.randint(0, chunks, (rows, 1)), rng.randint(1, chunks)
+        threshold = rng.choice((0.0, 0.01, 0.25, 0.6, 0.999, 1.0))
+        found = vmoba.enough(gate.clone(), own, threshold)
+        assert torch.equal(found, sorted_gates(gate, own, threshold, count)), (rows, chunks, threshold)
+        found = vmoba.highest_with_own(gate.clone(), own, count)
+        assert torch.equal(found, sorted_gates(gate, own, None, count)), (rows, chunks, count)
+
+
 def test_layers_take_turns_with_their_chunks_after_those_that_are_dense() -> None:
     grid = TokenGrid(4, 6, 6)
     call = AttentionCall(*(torch.randn(1, 1, grid.cells, 8) for _ in range(3)))

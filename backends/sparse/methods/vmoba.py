@@ -25,7 +25,7 @@ from ...values.options import Option
 from ..block_map import BlockMap, Dense, block_of_token
 from ..blocks import Blocks, in_order, raster, tiles
 from ..by_step import DENSE_LAYERS, DENSE_STEPS
-from ..choose_blocks import exactly
+from ..choose_blocks import descending, exactly
 from ..executor import only
 from ..method import SparseMethod, Where, block_means
 
@@ -172,7 +172,8 @@ def highest_with_own(gate: torch.Tensor, own: torch.Tensor, count: int) -> torch
     import torch
 
     gate.scatter_(-1, own, torch.inf)
-    return exactly(gate, torch.topk(gate, count, -1).values[:, -1:], torch.full_like(own, count))
+    best = descending(gate, min(count + 1, gate.shape[-1]))
+    return exactly(gate, best, torch.full_like(own, count))
 
 
 def enough(gate: torch.Tensor, own: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -186,27 +187,24 @@ def enough(gate: torch.Tensor, own: torch.Tensor, threshold: float) -> torch.Ten
     """
     import torch
 
-    low, high = gate.aminmax(dim=-1, keepdim=True)
+    low, high = gate.amin(-1, keepdim=True), gate.amax(-1, keepdim=True)
     spread = (high - low).masked_fill(high - low <= EPSILON, 1)
     total = (gate.sum(-1, keepdim=True) - gate.shape[-1] * low) / spread + EPSILON
     one = own.dtype is not torch.bool
     of_own = gate.gather(-1, own) - low if one else (gate - low).masked_fill(~own, 0).sum(-1, keepdim=True)
     missing = (threshold - of_own / spread / total).clamp(min=0)
     others = gate.scatter_(-1, own, low) if one else torch.where(own, low, gate)
-    count, least = torch.empty_like(total, dtype=torch.long), torch.empty_like(total)
-    rows: slice | torch.Tensor = slice(None)
-    most, entries = 16, gate.shape[-1]
-    while True:  # a few of the highest are enough in most rows, and found sooner than all are sorted
-        most = min(most, entries)
-        best = torch.topk(others[rows], most, -1).values
-        reached = ((best - low[rows]) / spread[rows]).cumsum(-1) / total[rows] >= missing[rows]
-        number = torch.where(reached[:, -1:], reached.byte().argmax(-1, keepdim=True) + 1, most)
-        count[rows], least[rows] = number, best.gather(-1, number - 1)
-        left = torch.arange(len(gate), device=gate.device)[rows][~reached[:, -1]]
-        if most == entries or not len(left):
+    entries = gate.shape[-1]
+    # The highest entries have at least the mean of all, so this share of them is enough, but for rounding.
+    most = min(int(threshold * entries) + 2, entries)
+    while True:
+        best = descending(others, min(most + 1, entries))
+        reached = ((best[:, :most] - low) / spread).cumsum(-1) / total >= missing
+        if most == entries or bool(reached[:, -1].all()):
             break
-        rows, most = left, 2 * most
-    seen = exactly(others, least, count)
+        most = entries
+    count = torch.where(reached[:, -1:], reached.byte().argmax(-1, keepdim=True) + 1, most)
+    seen = exactly(others, best, count)
     return seen.scatter_(-1, own, True) if one else seen | own
 
 
