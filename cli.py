@@ -1,7 +1,8 @@
 """The command line: what every backend needs here (`doctor`), what would run for a call and why (`explain`), in which
 order a machine tries backends (`route`), what they do to a picture (`compare`), how long they take (`bench`), which
 is fastest for a kind of call (`tune`), all of that within a given time (`card`), which blocks a sparse method keeps
-(`blocks`), and what a picture's record says (`replay`); the last six are in `comparison/`.
+(`blocks`), what backends do to clips (`quality`), and what a picture's record says (`replay`); the last seven are in
+`comparison/`.
 
 It reads arguments and prints; what is true is decided in `backends/`. Bad arguments and strict refusals end with
 status 2 and their reason on stderr, everything else with 0.
@@ -40,6 +41,7 @@ from .backends.values.request import AttentionRequest, parse_request
 from .comparison import bench_command as bench
 from .comparison import blocks_command as blocks
 from .comparison import command as compare
+from .comparison import quality_command as quality
 from .comparison import replay_command as replay
 from .comparison import tune_command as tune
 from .comparison.card import command as card
@@ -91,7 +93,10 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
         return card_part.child(argv[1:])
     options = _parser(program).parse_args(_joined(argv))
     try:
-        measuring = {"compare": compare, "bench": bench, "tune": tune, "autotune": tune, "card": card, "blocks": blocks}
+        measuring = {
+            "compare": compare, "bench": bench, "tune": tune, "autotune": tune, "card": card, "blocks": blocks,
+            "quality": quality,
+        }  # fmt: skip
         if options.command in measuring:
             status: int = measuring[options.command].run(options, program)
         else:
@@ -157,6 +162,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     tune.add_arguments(command("tune", tune.HELP, tune.EXAMPLES, aliases=("autotune",)))
     card.add_arguments(command("card", card.HELP, card.EXAMPLES))
     blocks.add_arguments(command("blocks", blocks.HELP, blocks.EXAMPLES))
+    quality.add_arguments(command("quality", quality.HELP, quality.EXAMPLES))
     replay.add_arguments(command("replay", replay.HELP, replay.EXAMPLES))
     return parser
 

@@ -6,6 +6,7 @@ Boundary: `backends/` and torch. Names are strict: no other backend runs instead
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import torch
@@ -72,6 +73,11 @@ def parse_backends(names: Sequence[str]) -> list[str]:
     return [REFERENCE, *(backend for backend in given if backend != REFERENCE)]
 
 
+def split_backends(text: str) -> list[str]:
+    """The names of a text such as `sdpa_math,sparge_attn topk=0.5`, divided at commas that stand in no brackets."""
+    return re.split(r",(?![^\[{]*[\]}])", text)
+
+
 def spec_of(label: str) -> AttentionSpec:
     """A backend with its options, as `parse_backends` writes it.
 
@@ -118,14 +124,14 @@ class Routed:
     A sparse backend computes calls with a token grid; the reference computes its other calls.
     """
 
-    def __init__(self, router: Router, backend: str, grid: TokenGrid | None = None) -> None:
-        """`backend`: as in `parse_backends`. `grid`: of the self-attention of the model."""
+    def __init__(self, router: Router, backend: str, grid: TokenGrid | None = None, guard: str | None = None) -> None:
+        """`backend`: as in `parse_backends`. `grid`: of the self-attention of the model. `guard`: None: as usual."""
         spec = spec_of(backend)
         self.backend = spec.backend
         self.grid = grid
         sparse = spec.backend in router.backends and router.backends[spec.backend].sparse
-        self.beside = Routed(router, REFERENCE) if sparse else None
-        config = AttentionConfig(spec, strict=True, source="compare")
+        self.beside = Routed(router, REFERENCE, guard=guard) if sparse else None
+        config = AttentionConfig(spec, strict=True, guard=guard, source="compare")
         kind = router.platform.kind  # on other devices than the CPU the times are taken here
         run_report = RunReport(device=kind, layers=(config,), mode="full" if kind == "cpu" else "off")
         self.session = observe(Session(router, (config,), run_report))
@@ -135,6 +141,11 @@ class Routed:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, role: str, block: int) -> Tensor:
         return self.run(AttentionCall(query, key, value), role, str(block), grid=self.grid if role == "self" else None)
+
+    def begin(self, samples: Sequence[str]) -> None:
+        """A run begins: drop what methods kept of the one before. `samples`: a name for each sample of its batch."""
+        self.session.progress.kept.clear()
+        self.session.progress.samples = tuple(samples)
 
     def at_step(self, step: int | None, steps: int) -> None:
         """The sampler begins a step, counted from 0; None: none of a whole schedule."""

@@ -170,7 +170,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data that JSON can hold: NaN and infinity become null."""
-        data: dict[str, Any] = _plain(asdict(self))
+        data: dict[str, Any] = plain(asdict(self))
         for found, row in zip(data["rows"], self.rows, strict=True):
             found["verdict"] = row.verdict
         return data
@@ -187,11 +187,12 @@ class Report:
         return f'"{prompt}", {facts}' if prompt else facts
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Data that JSON can hold: NaN and infinity become None."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

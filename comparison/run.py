@@ -72,7 +72,7 @@ def compare(
         settings.steps, settings.guidance, f"euler, simple, shift {SHIFT:g}", scene.dtype,
         environment.in_words(router.platform), environment.versions(router.platform),
     )  # fmt: skip
-    able, report.rows = _sort_out(list(dict.fromkeys([REFERENCE, *backends])), router)
+    able, report.rows = sort_out(list(dict.fromkeys([REFERENCE, *backends])), router)
     if settings.mode == "attention":
         with _said_plainly("sampling with torch_sdpa, to get calls to compare"):
             calls = captured(scene, router)
@@ -102,7 +102,7 @@ def _said_plainly(what: str) -> Iterator[None]:
         raise ComparisonError(f"{what}: {why(error)}") from error
 
 
-def _sort_out(backends: Sequence[str], router: Router) -> tuple[list[str], list[Row]]:
+def sort_out(backends: Sequence[str], router: Router) -> tuple[list[str], list[Row]]:
     """The backends that are available here, and a row for each, with the reasons of those that are not."""
     rows = []
     for backend in backends:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Scene:
         self.settings = settings
         self.device = device
         self.dtype = settings.dtype or ("float32" if device.type in ("cpu", "mps") else "float16")
-        self.name = _name_of_weights() if model is None else "another model"
+        self.name = name_of_weights() if model is None else "another model"
         shape = (1, latents.CHANNELS, settings.frames, settings.height, settings.width)
         if noise is None:
             noise = sampling.seed_noise(settings.seed, 1, *shape[2:])
@@ -117,6 +118,6 @@ def picture_of(latent: Tensor) -> Tensor:
     return latents.latent_to_rgb(latent)[0]
 
 
-def _name_of_weights() -> str:
+def name_of_weights(path: Path = WEIGHTS) -> str:
     """The file and its digest: pictures of different weights are not to be compared."""
-    return f"{WEIGHTS.name} (sha256 {hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]})"
+    return f"{path.name} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"

@@ -79,13 +79,18 @@ def console(report: Report) -> str:
         if (row.failed or row.broken) and len(line[1]) > MOST_RESULT:
             long.append(f"{row.name}: {line[1]}")
             line[1] = BROKEN if row.broken else FELL_BACK if line[1].startswith(FELL_BACK) else _failure(row)
+    lines = aligned(table)
+    unclear = [OVERLAP] if any(speed(row, report).startswith("~") for row in report.rows) else []
+    return "\n".join([*lines, *(f"Note: {note}" for note in [*long, *unclear, *report.notes])])
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Lines of text with columns of equal width."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]) - 1)]
-    lines = [
+    return [
         "  ".join([*(text.ljust(width) for text, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
         for line in table
     ]
-    unclear = [OVERLAP] if any(speed(row, report).startswith("~") for row in report.rows) else []
-    return "\n".join([*lines, *(f"Note: {note}" for note in [*long, *unclear, *report.notes])])
 
 
 def markdown(report: Report) -> str:
@@ -95,13 +100,13 @@ def markdown(report: Report) -> str:
         "# Attention backends compared",
         f"{report.subject()}. Model: {report.model}. Sampling: {report.sampling}. Mode: {report.mode}.",
         "" if report.mode == "attention" else "![Pictures and differences](comparison.png)",
-        _markdown_table(cells(report)),
+        markdown_table(cells(report)),
         _how_to_read(report),
     ]
     if report.mode == "attention":
-        parts += ["![Errors and times](comparison.png)", "## Call by call", _markdown_table(_calls(report))]
+        parts += ["![Errors and times](comparison.png)", "## Call by call", markdown_table(_calls(report))]
     if report.frames > 1 and any(row.frame_scores for row in report.rows):
-        parts += ["## Frame by frame", _markdown_table(_frames(report))]
+        parts += ["## Frame by frame", markdown_table(_frames(report))]
     parts += ["\n".join(f"- {note}" for note in [OVERLAP, *report.notes])]
     parts += [f"Machine: {report.machine}\n\nVersions: {versions}", f"    {report.command}" if report.command else ""]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -219,7 +224,8 @@ def result(row: Row, report: Report) -> str:
     return f"{sentence}; runs differ" if row.repeatable is False else sentence
 
 
-def _markdown_table(table: list[list[str]]) -> str:
+def markdown_table(table: list[list[str]]) -> str:
+    """A heading and lines as a Markdown table."""
     lines = [f"| {' | '.join(text.replace('|', '/') for text in line)} |" for line in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 

@@ -67,6 +67,11 @@ def predict(
     return unwanted + guidance * (wanted - unwanted)
 
 
+def euler(x: Tensor, clean: Tensor, sigma: Tensor, following: Tensor) -> Tensor:
+    """One step from noise level sigma to the following one, towards the noise-free latent `clean`."""
+    return x + (x - clean) / sigma * (following - sigma)
+
+
 @torch.inference_mode()
 def sample(
     model: TinyWan,
@@ -85,7 +90,7 @@ def sample(
     x = noise.float()
     for index, (sigma, following) in enumerate(pairwise(simple_sigmas(steps).to(x.device))):
         clean = predict(model, x, sigma, positive, negative, guidance, attention)
-        x = x + (x - clean) / sigma * (following - sigma)
+        x = euler(x, clean, sigma, following)
         if on_step is not None:
             on_step(index, x)
     return x

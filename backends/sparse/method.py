@@ -110,6 +110,9 @@ class SparseMethod(Backend):
     same_thing: ClassVar[tuple[str, ...]] = ()
     """Options of which one may be given."""
 
+    trained: ClassVar[bool] = False
+    """Whether it was published for models that were trained with it; on others it only approximates."""
+
     def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
         """The blocks of queries, and of keys where these are not others (`key_blocks`)."""
         raise NotImplementedError
@@ -131,6 +134,17 @@ class SparseMethod(Backend):
             The map of the tokens on the grid, or why this call is computed whole.
         """
         raise NotImplementedError
+
+    def keeping(self, share: float, grid: TokenGrid) -> dict[str, object] | None:
+        """Options that keep about this share of the pairs of a grid, in every layer and for any number of tokens.
+
+        None: its options do not say a share.
+        """
+        names = {option.name for option in self.options}
+        short: dict[str, object] = {"min_seq_len": 0} if "min_seq_len" in names else {}
+        if "topk" in names:
+            return {"topk": share, **short}
+        return {"sparsity": 1 - share, **short} if "sparsity" in names else None
 
     def is_not_for(self, category: str, reasons: Sequence[str]) -> bool:
         found = set(map(reason_id, reasons))

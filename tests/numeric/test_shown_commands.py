@@ -26,7 +26,7 @@ PAGES = sorted(
 )
 TEXTS = sorted([*ROOT.glob("locales/**/*.json"), *ROOT.glob("web/*.js"), *ROOT.glob("nodes/*.py")])
 PROGRAM = re.compile(r"python[\w.]*(?:\\python\.exe)? (?:-m attention_backends|\S*attention-backends)\b")
-NAMES = ("doctor", "explain", "route", "compare", "bench", "tune", "replay", "card", "blocks")
+NAMES = ("doctor", "explain", "route", "compare", "bench", "tune", "replay", "card", "blocks", "quality")
 
 DRIVER = """
 import json, os, runpy, sys, traceback

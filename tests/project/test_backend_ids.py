@@ -31,6 +31,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "backends/sparse/methods/sol.py": {"sage_attn": "SGLang's word for an option's value"},
     "comparison/bench_report.py": {"cudnn_attn": "the second backend that ratios are to", "reference": LABEL},
     "comparison/tables.py": {"reference": LABEL},
+    "comparison/quality_chart.py": {"reference": LABEL},
     "devtools/comfyui.py": {"comfy": MODULE},
     "devtools/contracts/uses.py": dict.fromkeys(
         ("xformers", "flash_attn", "aiter", "flash_attn_2", "flash_attn_3", "flash_attn_4"), PACKAGE

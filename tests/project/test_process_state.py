@@ -47,6 +47,7 @@ ALLOWED = {
     ("backends/kernels/support/hub.py", "filterwarnings"): "under that lock",
     ("backends/doctor/probe.py", "faulthandler.enable"): "the child of a probe has a process of its own",
     ("comparison/bench_command.py", "redirect_stdout"): "the command line: its process, before any thread",
+    ("comparison/quality_command.py", "redirect_stdout"): "the command line: its process, before any thread",
     **{
         ("comparison/card/work.py", name): "a part of `card` has a process of its own"
         for name in ("faulthandler.enable", "sys.stdout", "os.environ")

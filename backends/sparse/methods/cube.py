@@ -33,6 +33,7 @@ class Cube(SparseMethod):
     """Top-k cubes, as many as the step's ratio says."""
 
     id = "cube_attn"
+    trained = True
     summary = "Cube attention: each cube of tokens sees the most similar cubes, at a ratio for each step."
     aliases = (Alias(SGLANG, "cube_sparse_attn", "there for MiniMax H3 alone"),)
     options = (

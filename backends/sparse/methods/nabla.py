@@ -32,6 +32,7 @@ class Nabla(SparseMethod):
     """Cumulated probability or a static window."""
 
     id = "nabla_attn"
+    trained = True
     summary = "NABLA: each block of 8x8 tokens sees its neighbours and the blocks that hold most of its attention."
     aliases = (Alias(FASTVIDEO, "NABLA_ATTN", "there for Kandinsky 5 alone"),)
     options = (

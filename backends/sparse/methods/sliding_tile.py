@@ -15,6 +15,8 @@ import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -151,6 +153,17 @@ class SlidingTile(SparseMethod):
     def load(self, platform: Platform, **options: object) -> Kernel:
         path = options.get("mask_strategy_file_path")
         return super().load(platform, **options, strategy=None if path is None else read_strategy(str(path)))
+
+    def keeping(self, share: float, grid: TokenGrid) -> dict[str, object]:
+        """The window whose share of the tiles is nearest; of several the one that holds more frames."""
+        counts = tile_counts(grid, TILE)
+        windows = product(*(range(1, count + 2, 2) for count in counts))
+        found = [
+            (abs(prod(min(size, count) / count for size, count in zip(window, counts, strict=True)) - share), window)
+            for window in windows
+        ]
+        _, best = min(found, key=lambda entry: (entry[0], -entry[1][0]))
+        return {"window_size": list(best)}
 
     def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
         return tiles(grid, TILE)

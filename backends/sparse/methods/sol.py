@@ -82,6 +82,9 @@ class Sol(SparseMethod):
     same_thing = ("tau", "keep_percent")
     only_executor = "gather"
 
+    def keeping(self, share: float, grid: TokenGrid) -> dict[str, object]:
+        return {"keep_percent": 100 * share, "dense_layers": ""}
+
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         try:
             parse_layers(options.get("dense_layers"))

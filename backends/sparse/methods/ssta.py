@@ -49,6 +49,7 @@ class Ssta(SparseMethod):
     """Top-k tiles by importance or a static window."""
 
     id = "ssta_attn"
+    trained = True
     summary = "SSTA of HunyuanVideo 1.5: each tile sees a window around it and the tiles that matter most."
     options = (
         Option("ssta_topk", int, 64, "Tiles kept by score.", minimum=1),
@@ -64,6 +65,10 @@ class Ssta(SparseMethod):
 
     def option_conflicts(self, options: Mapping[str, object]) -> list[str]:
         return window_problem("win_size", _inner(options.get("win_size"))) + super().option_conflicts(options)
+
+    def keeping(self, share: float, grid: TokenGrid) -> dict[str, object]:
+        """Without its window, which is all of a small grid."""
+        return {"topk": share, "win_size": [1, 1, 1]}
 
     def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
         return tiles(grid, TILE)

@@ -41,6 +41,7 @@ class VideoSparse(SparseMethod):
     """VSA with top-k cubes for each head and query cube."""
 
     id = "video_sparse_attn"
+    trained = True
     once_planned = True
     summary = "Video Sparse Attention: each cube of tokens sees the most similar cubes."
     aliases = (

@@ -95,6 +95,16 @@ class Vmoba(SparseMethod):
             found.append("temporal_layer, spatial_layer and st_layer are all 0")
         return found + super().option_conflicts(options)
 
+    def keeping(self, share: float, grid: TokenGrid) -> dict[str, object]:
+        """The best chunks of 1 frame, of 4 x 4 places and of 4 x 4 x 4 tokens, of which small grids have enough."""
+        given: dict[str, object] = {
+            "moba_select_mode": "topk", "temporal_chunk_size": 1, "spatial_chunk_size": [4, 4],
+            "st_chunk_size": [4, 4, 4],
+        }  # fmt: skip
+        values = self.values(given)
+        counts = {f"{kind}_topk": max(1, round(share * chunks(grid, kind, values).count)) for kind in KINDS}
+        return given | counts
+
     def blocks(self, grid: TokenGrid, options: Mapping[str, object]) -> Blocks:
         return in_order(grid.cells, 1)
 
