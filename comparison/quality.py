@@ -143,8 +143,8 @@ def _load(path: Path) -> TinyWan:
     """The model in a file, or a sentence about the file."""
     if not path.is_file():
         raise ComparisonError(
-            f"weights {path} are not there: name a file of the embedded video model with --weights, or train one with "
-            "python -m attention_backends.demo.train --work DIR --video"
+            f"weights {path} are not there: name a file of the embedded video model with --weights, or train one in "
+            "a checkout: python -m attention_backends.demo.train --work DIR --video"
         )
     try:
         return load(path)
