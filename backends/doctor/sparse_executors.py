@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 PREFIX = "executor:"
 """Before the id of an executor, where a probe's child expects that of a backend."""
 
-LENGTHS = (320, 344)
-"""Tokens of the maps, in blocks of 64; the last block of the second one has fewer."""
+BLOCKS, REST = 5, 24
+"""Whole blocks of the maps, and the tokens in the last block of the second one."""
 
 
 def by_id(executor_id: str) -> PackageExecutor:
@@ -86,7 +86,7 @@ def judge(executor: PackageExecutor, platform: Platform, device: torch.device) -
     limit, worst, first = executor.declared.tolerance_on(platform).relative_l2, 0.0, 0.0
     try:
         run = executor.load(platform)
-        for call, block_map in _problems():
+        for call, block_map in _problems(executor.probed_block):
             moved = call.changed(query=call.query.to(device), key=call.key.to(device), value=call.value.to(device))
             output, ms = timed(device, lambda given, on=block_map: run(given, on), moved)
             wide = call.changed(query=call.query.double(), key=call.key.double(), value=call.value.double())
@@ -100,13 +100,13 @@ def judge(executor: PackageExecutor, platform: Platform, device: torch.device) -
     return Outcome("ok", "", worst, round(first, 3))
 
 
-def _problems() -> Iterator[tuple[AttentionCall, BlockMap]]:
+def _problems(block: int) -> Iterator[tuple[AttentionCall, BlockMap]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    for tokens in LENGTHS:
+    for tokens in (BLOCKS * block, BLOCKS * block + REST):
         query, key, value = (torch.randn(1, 2, tokens, 64, generator=generator).bfloat16() for _ in range(3))
-        blocks = in_order(tokens, 64)
+        blocks = in_order(tokens, block)
         seen = torch.rand(1, 2, blocks.count, blocks.count, generator=generator) < 0.5
         seen[..., 0] = True
         yield AttentionCall(query, key, value), BlockMap(blocks, blocks, seen)

@@ -79,6 +79,8 @@ class PackageExecutor(Executor):
 
     by_name_only = True
     declared: ClassVar[Backend]
+    probed_block: ClassVar[int] = 64
+    """Tokens in the blocks of the maps that a probe gives it."""
 
     def unavailable_reasons(self, platform: Platform) -> Sequence[str]:
         return self.declared.unavailable_reasons(platform)
@@ -162,7 +164,7 @@ def run_map(run: Run, call: AttentionCall, block_map: Map) -> torch.Tensor:
 
 EXECUTOR = Option(
     "executor", str, AUTO, "How the chosen blocks are computed; auto takes the best that runs here.",
-    choices=(AUTO, "gather", "flex", "flashinfer", "fastvideo", "spas_sage"),
+    choices=(AUTO, "gather", "flex", "flashinfer", "fastvideo", "spas_sage", "fa4"),
 )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class SparseMethod(Backend):
     """A sparse method. A subclass declares its options and writes `select_blocks`."""
 
     sparse = True
-    asks_for = ("flashinfer-python", "fastvideo-kernel", "spas-sage-attn")
+    asks_for = ("flashinfer-python", "fastvideo-kernel", "spas-sage-attn", "flash-attn-4")
     kinds = tuple(kind for kind in KINDS if kind != "xla")
     limits = Limits(Dtypes(FLOATING), Masks(("none",)), Causal("no"), ValueHeadDim(may_differ=True), Grid())
     by_name_only = True

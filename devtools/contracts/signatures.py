@@ -165,6 +165,14 @@ class Sources:
             return found if static else found._replace(parameters=found.parameters[1:])
         if any(wanted in _binds(one) for one in inside):
             return Thing("a value of the class")
+        if not names and any(ast.unparse(base).endswith("NamedTuple") for base in node.bases):
+            return Function(
+                tuple(
+                    Parameter(one.target.id, "positional", _code(one.value))
+                    for one in inside
+                    if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
+                )
+            )
         for base in node.bases:
             name = ast.unparse(base)
             found_in_base = self._bound(module, [*name.split("."), *names], depth - 1)

@@ -236,6 +236,19 @@ USES = (
         "sparse/executors/spas_sage.py:load:block_sparse_sage2_attn_cuda",
         returns=(1,),
     ),
+    Use(
+        "flash-attn-4",
+        "flash_attn.cute:flash_attn_func",
+        "sparse/executors/fa4.py:load:flash_attn_func",
+        when=">=4.0.0b33",
+        returns=(2,),
+    ),
+    Use(
+        "flash-attn-4",
+        "flash_attn.cute.block_sparsity:BlockSparseTensorsTorch",
+        "sparse/executors/fa4.py:load:BlockSparseTensorsTorch",
+        when=">=4.0.0b33",
+    ),
     Use("xformers", "xformers.ops:memory_efficient_attention", "xformers.py:load:attention", returns=(1,)),
     Use(
         "xformers",

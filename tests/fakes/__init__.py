@@ -69,7 +69,7 @@ def _modules(packages: dict[str, str]) -> dict[str, ModuleType]:
         # Alone it makes `flash_attn` importable: a bare folder, without flash_attn_func.
         modules["flash_attn"] = ModuleType("flash_attn")
         modules["flash_attn"].__path__ = []  # type: ignore[attr-defined]
-        modules["flash_attn.cute"] = flash_attn_4
+        modules["flash_attn.cute"] = modules["flash_attn.cute.block_sparsity"] = flash_attn_4
     if "flash-attn" in packages:
         modules["flash_attn"] = flash_attn_2
     if "flash-attn-3" in packages:

@@ -201,6 +201,7 @@ MACHINES = (
     "cuda:7.5,packages=triton==3.6.0",
     "cuda:8.0,packages=flashinfer-python==0.7.4;fastvideo-kernel==0.3.5;spas-sage-attn==0.1.0",
     *("cuda:8.6,os=win32", "cuda:8.9,packages=triton==3.6.0", "cuda:9.0,packages=triton==3.6.0"),
+    "cuda:10.0,packages=flash-attn-4==4.0.0b36",
     *("cuda:12.0,os=win32,packages=triton-windows==3.6.0", "rocm", "xpu", "mps", "npu"),
 )
 

@@ -18,13 +18,14 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, Dense, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.executors import OF_PACKAGES  # noqa: E402
+from attention_backends.backends.sparse.executors import fa4 as by_flash  # noqa: E402
 from attention_backends.backends.sparse.executors import fastvideo as by_fastvideo  # noqa: E402
 from attention_backends.backends.sparse.executors import flashinfer as by_flashinfer  # noqa: E402
 from attention_backends.backends.sparse.method import NoExecutorError, SparseKernel, SparseMethod, Where  # noqa: E402
 from attention_backends.backends.values.grid import Kept, Place, Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
-from fakes import arithmetic, machine  # noqa: E402
+from fakes import arithmetic, flash_attn_4, machine  # noqa: E402
 from sparse_cases import ORDERS, TOLERANCE, random_grid, random_map  # noqa: E402
 
 EXECUTORS = {executor.id: executor for executor in OF_PACKAGES}
@@ -32,9 +33,12 @@ PACKAGES = {
     "flashinfer": ("flashinfer-python==0.7.4", (9, 0)),
     "fastvideo": ("fastvideo-kernel==0.3.5 triton==3.6.0", (9, 0)),
     "spas_sage": ("spas-sage-attn==0.1.0 triton==3.6.0", (8, 9)),
+    "fa4": ("flash-attn-4==4.0.0b36", (10, 0)),
 }
 HALVES = (torch.float16, torch.bfloat16)
-DTYPES = {"flashinfer": HALVES, "fastvideo": (torch.bfloat16,), "spas_sage": HALVES}
+DTYPES = {"flashinfer": HALVES, "fastvideo": (torch.bfloat16,), "spas_sage": HALVES, "fa4": HALVES}
+WHOLE = ("spas_sage", "fa4")
+"""They hide no keys within a block, so blocks of keys consist of whole ones."""
 OUTSIDE = Where(None, None, None, None, "self", ())
 METHODS = {
     "sliding_tile_attn": {"window_size": [1, 1, 1]},
@@ -75,7 +79,7 @@ def suited(executor_id: str, call: AttentionCall) -> AttentionCall:
     return call.changed(scale=None) if executor_id == "fastvideo" else call
 
 
-@pytest.mark.parametrize("executor_id", [name for name in EXECUTORS if name != "spas_sage"])
+@pytest.mark.parametrize("executor_id", [name for name in EXECUTORS if name not in WHOLE])
 def test_each_executor_computes_any_map(executor_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_fastvideo, "MOST_FILLED", 64)
     platform = installed(executor_id, monkeypatch)
@@ -99,7 +103,10 @@ def test_each_executor_computes_the_maps_of_each_method(executor_id: str, monkey
         name for name in BACKENDS if isinstance(method := BACKENDS[name], SparseMethod) and method.only_executor is None
     }
     assert able == set(METHODS)
-    whole = executor_id == "spas_sage"  # which hides no keys within a block
+    if executor_id == "fa4":
+        monkeypatch.setattr(by_flash, "is_hopper", lambda device: True)  # where key blocks may have 64 tokens
+        monkeypatch.setattr(flash_attn_4, "CAPABILITY", (9, 0))
+    whole = executor_id in WHOLE
     grid, rng = TokenGrid(4, 8, 16, 0, 9) if whole else TokenGrid(3, 11, 13, 0, 9), random.Random(1)
     left_out: list[str] = []
     for name, options in METHODS.items():
@@ -171,6 +178,7 @@ WANTED = {
     **{"size": 64, "dtype": torch.bfloat16, "trained": False, "scale": None},
     **{"grid": TokenGrid(1, 16, 16), "options": {}},
 }
+TILES = {"tile": [1, 8, 16]}
 REFUSED = (
     ("flashinfer", {"size": 72}, {}, "head_dim"),
     ("flashinfer", {"dtype": torch.float32}, {}, "float32"),
@@ -184,6 +192,12 @@ REFUSED = (
     ("spas_sage", {"size": 80}, {}, "head_dim"),
     ("spas_sage", {"dtype": torch.float32}, {}, "float32"),
     ("spas_sage", {"grid": TokenGrid(1, 15, 15)}, {}, "block of keys"),
+    ("fa4", {"size": 136}, {}, "head_dim"),
+    ("fa4", {"size": 60}, {}, "head_dim"),
+    ("fa4", {"dtype": torch.float32}, {}, "float32"),
+    ("fa4", {"trained": True, "options": TILES}, {}, "gradients"),
+    ("fa4", {}, {}, "128 tokens"),
+    ("fa4", {"options": {"tile": [1, 1, 48]}}, {}, "128 tokens"),
 )
 
 
@@ -246,6 +260,56 @@ def test_spas_sage_takes_keys_in_any_order_with_a_last_block_of_fewer(monkeypatc
     assert executor.unavailable_reasons(Platform("cuda", capability=(9, 0), packages=platform.packages))
 
 
+@pytest.mark.parametrize(("capability", "size"), [((9, 0), 64), ((9, 0), 128), ((10, 0), 128), ((10, 3), 256)])
+def test_fa4_takes_keys_in_any_order_with_a_last_block_of_fewer(
+    capability: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, platform = (
+        EXECUTORS["fa4"],
+        machine(monkeypatch, PACKAGES["fa4"][0], capability).platform,
+    )
+    monkeypatch.setattr(by_flash, "is_hopper", lambda device: capability[0] == 9)
+    run = executor.load(platform)
+    torch.manual_seed(0)
+    for grid, order in ((TokenGrid(2, 16, 13), orders.along_curve), (TokenGrid(1, 19, 19), orders.raster)):
+        keys, queries = order(grid, size), order(grid, 100)
+        for heads, shares in ((2, 1), (2, 2), (1, 1)):
+            seen = torch.rand(1, heads, queries.count, keys.count) < 0.5
+            seen[..., 0, -1] = seen[..., 1, 0] = True
+            seen[..., 0] |= ~seen.any(-1)
+            found, call = BlockMap(queries, keys, seen), random_call(random.Random(0), grid, torch.float16, shares)
+            expected = literal.masked_attention(call.query, call.key, call.value, found.mask(), call.scale)
+            assert not executor.call_reasons(call, found)
+            assert near(run(call, found), expected, torch.float16)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)])
+def test_fa4_is_not_taken_where_it_reads_no_lists(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On sm8x its kernel drops the lists without an error, and the call would be computed whole."""
+    platform = machine(monkeypatch, PACKAGES["fa4"][0], capability).platform
+    executor, call = EXECUTORS["fa4"], halves(tokens=256)
+    assert executor.unavailable_reasons(platform)
+    found = block_map(tokens=256, size=128)
+    found.seen[..., 1] = False
+    run = executor.load(platform)
+    if capability[0] == 12:
+        with pytest.raises(AssertionError, match="not supported"):
+            run(call, found)
+    else:
+        whole = literal.masked_attention(call.query, call.key, call.value, torch.ones(256, 256, dtype=torch.bool))
+        assert near(run(call, found), whole, torch.bfloat16)
+
+
+def test_fa4_is_not_taken_beside_a_card_of_another_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    generations = {0: (9, 0), 1: (10, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", generations.__getitem__)
+    for count, differ in ((1, False), (2, True)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        by_flash.cards_differ.cache_clear()
+        assert by_flash.cards_differ() == differ
+    by_flash.cards_differ.cache_clear()
+
+
 @pytest.mark.parametrize("executor_id", EXECUTORS)
 def test_a_probe_compares_each_executor_with_gather(executor_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     platform, executor = installed(executor_id, monkeypatch), EXECUTORS[executor_id]
@@ -275,7 +339,7 @@ def test_the_doctor_has_a_row_for_each_executor(executor_id: str, monkeypatch: p
         return next(one for one in rows if one.id == executor_id)
 
     assert (row().available, row().symbols.missing) == (True, ())
-    (need,) = declared.symbols
+    need = declared.symbols[0]
     monkeypatch.delattr(sys.modules[need.module], need.names[0])
     assert (row().available, row().symbols.missing) == (False, (f"{need.module}.{need.names[0]}",))
 

@@ -31,6 +31,9 @@ except ImportError:
     fast = None
 class Wrapper(Base):
     pass
+class Lists(NamedTuple):
+    counts: Tensor
+    size: int | None = None
 class Base:
     def __init__(self, workspace, layout='NHD'): ...
     @staticmethod
@@ -79,6 +82,10 @@ def test_names_are_followed_to_their_definitions(sources: Sources) -> None:
     assert attend.returns == {2}
     assert [one.name for one in function(sources, "kern:Wrapper").parameters] == ["workspace", "layout"]
     assert [one.name for one in function(sources, "kern:Wrapper.free").parameters] == ["x"]
+    assert function(sources, "kern:Lists").parameters == (
+        Parameter("counts", "positional"),
+        Parameter("size", "positional", "None"),
+    )
     assert function(sources, "kern.core:Wrapper.run").returns == {1, 2}
     assert isinstance(sources.find("kern:flag"), Thing)
     assert isinstance(sources.find("kern:far"), Thing)
