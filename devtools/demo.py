@@ -1,6 +1,7 @@
 """`dev.py demo`: the pack at work in a real ComfyUI, or, without one, what the library shows alone.
 
-Two things: a tiny random Wan with a backend per role, and the embedded model compared over several backends.
+Three things: a tiny random Wan with a backend per role, the embedded model compared over several backends, and films of
+the embedded video model with dense and with sparse attention.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .server import Server, WorkflowError, base_folder, serve
 INSIDE = Path(__file__).resolve().parent / "inside"
 MODEL = "tiny_wan_random.safetensors"
 EMBEDDED = "tiny_shapes_wan_fp16.safetensors"
+VIDEO = "tiny_motion_wan_fp16.safetensors"
 CAPTION = "a large red circle on the left on white"
 BACKENDS = "torch_sdpa, sdpa_math, emulated_int8, sdpa_flash, cudnn_attn, flash_attn, sage_attn"
 ACCELERATOR = """
@@ -120,18 +122,36 @@ def demo(root: Path) -> int:
                 record = None
         _keep(root / "demo_output", folder / "output", report)
     if record is None:
-        return _compare_directly(root)
+        return _compare_directly(root) or _make_films(root, python)
     say()
     say(record["outputs"]["table"]["text"][0])
     say(f"The picture: {root / 'demo_output' / record['outputs']['picture']['images'][0]['filename']}")
-    return 0
+    return _make_films(root, python)
 
 
 def _compare_directly(root: Path) -> int:
     """The same comparison without ComfyUI, by the command line, in our own environment."""
     command = [str(prepare(root)), str(root), "compare", "--repeat", "1", "--output", str(root / "demo_output")]
-    # Threads that wait by spinning slow each other down on a machine that is busy with something else.
-    return subprocess.run(command, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}).returncode
+    return subprocess.run(command, env=_patient()).returncode
+
+
+def _make_films(root: Path, python: Path) -> int:
+    """Films of the embedded video model, where its weights are there."""
+    if not (root / "demo" / "weights" / VIDEO).is_file():
+        say(f"No film: demo/weights/{VIDEO} is not there.")
+        return 0
+    say("Now two films of the embedded video model, which take a minute or two on a CPU.")
+    target = root / "demo_output"
+    command = [str(python), str(INSIDE / "with_package.py"), str(INSIDE / "make_films.py"), str(target)]
+    result = subprocess.run(command, env=_patient()).returncode
+    if result == 0:
+        say(f"The films: {target}")
+    return result
+
+
+def _patient() -> dict[str, str]:
+    """Threads that wait by spinning slow each other down on a machine that is busy with something else."""
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _run(server: Server, graph: dict[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -182,7 +202,7 @@ def _without_comfyui(root: Path) -> int:
     say("The library works without it. What this machine has:")
     status = doctor(root, [])
     say()
-    return status or _compare_kernels(root) or _compare_directly(root)
+    return status or _compare_kernels(root) or _compare_directly(root) or _make_films(root, prepare(root))
 
 
 def _compare_kernels(root: Path) -> int:

@@ -10,6 +10,9 @@ torch = pytest.importorskip("torch")
 
 from attention_backends.comparison.film import MS, NAN_COLOUR, SEAM, save_film, side_by_side  # noqa: E402
 from attention_backends.comparison.report import ComparisonError  # noqa: E402
+from attention_backends.comparison.scene import Settings  # noqa: E402
+from attention_backends.demo.model import WEIGHTS  # noqa: E402
+from attention_backends.devtools.inside import make_films  # noqa: E402
 from PIL import Image, ImageSequence  # noqa: E402
 
 
@@ -44,3 +47,19 @@ def test_frames_stand_side_by_side() -> None:
     assert torch.equal(strip[:, :5], clip[0])
     assert torch.equal(strip[2, 5 + SEAM + 3], torch.tensor(NAN_COLOUR))
     assert torch.equal(strip[:, -5:], clip[2])
+
+
+def test_the_demo_makes_a_film_of_each_and_one_of_both(tmp_path: Path) -> None:
+    settings = Settings(prompt=make_films.CAPTION, frames=3, width=16, height=16, steps=5, device="cpu")
+    lines = make_films.make_films(tmp_path / "out", WEIGHTS, settings)
+    sizes = {}
+    for path in sorted((tmp_path / "out").iterdir()):
+        with Image.open(path) as film:
+            sizes[path.name] = (film.size, film.n_frames)
+    assert sizes == {
+        "film_both.webp": ((6 * (16 + SEAM + 16), 6 * 16), 3),
+        "film_dense.webp": ((6 * 16, 6 * 16), 3),
+        "film_sparse.webp": ((6 * 16, 6 * 16), 3),
+    }
+    assert [any(name in line for line in lines) for name in sizes] == [True, True, True]
+    assert "PSNR" in lines[-1], "the sparse method left something out in the last step"

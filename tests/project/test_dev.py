@@ -16,6 +16,7 @@ import pytest
 from attention_backends.devtools import comfyui, console, environment, web
 from attention_backends.devtools.commands import FORMATTED, RINGS
 from attention_backends.devtools.console import Stop
+from attention_backends.devtools.demo import VIDEO
 from attention_backends.devtools.inside.check_types import CHECKED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,8 +206,11 @@ class TestStarting:
 
     def test_the_demo_without_comfyui(self, tmp_path: Path) -> None:
         folder = _copy(tmp_path / "pack")
+        video = folder / "demo" / "weights" / VIDEO
+        video.unlink(missing_ok=True)  # a film takes minutes; test_film.py makes one
         result = _dev(folder, "demo", home=tmp_path)
         assert result.returncode == 0, result.stdout + result.stderr
+        assert video.name in result.stdout
         assert str(tmp_path / "comfy" / "ComfyUI") in result.stdout
         assert "COMFYUI_PATH: not set" in result.stdout
         assert "comfy install" in result.stdout
