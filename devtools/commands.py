@@ -90,6 +90,7 @@ RINGS = {
     "pure": "choosing and configuring, without torch",
     "project": "this folder itself: pages, sources, archive, commands, hostile files, the golden set",
     "numeric": "kernels, masks and the Python API, with torch",
+    "integrations": "real models of Diffusers with tiny weights",
     "comfyui": "the hook, the nodes and the server in a real ComfyUI",
     "browser": "the front end in a Chromium",
 }
@@ -101,7 +102,7 @@ def _test(root: Path, words: list[str]) -> int:
     rings = list(itertools.takewhile(RINGS.__contains__, words))
     arguments = words[len(rings) :]
     if arguments and not arguments[0].startswith("-"):
-        listed = "".join(f"\n  {name:8} {text}" for name, text in RINGS.items())
+        listed = "".join(f"\n  {name:12} {text}" for name, text in RINGS.items())
         raise Stop(f"No ring of tests is called {arguments[0]}; there are:{listed}\nArguments of pytest follow --")
     if arguments[:1] == ["--"]:
         arguments = arguments[1:]

@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKED = ("backends", "nodes", "comparison", "demo", "devtools", "cli.py", "__init__.py", "__main__.py")
+FOLDERS = ("backends", "nodes", "comparison", "demo", "integrations", "devtools")
+CHECKED = (*FOLDERS, "cli.py", "__init__.py", "__main__.py")
 
 
 def main(arguments: list[str]) -> int:

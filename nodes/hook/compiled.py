@@ -8,13 +8,12 @@ the op runs, its handles are looked up and the call goes the way of every other 
 
 from __future__ import annotations
 
-import itertools
-import threading
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ...backends.engine.opaque import Handles, define
 
 if TYPE_CHECKING:
     from .attention_modules import AttentionModule
@@ -29,8 +28,6 @@ KNOWN_ARGUMENTS = frozenset(
 """A call with another argument than these goes to ComfyUI's own function."""
 UNKNOWN_ARGUMENT = "an argument of the call is not known to this version"
 
-T = TypeVar("T")
-
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Query, key and value where the call names some of them, as each of ComfyUI's functions does; takes those out."""
@@ -40,27 +37,6 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
             raise TypeError(f"attention: no {names[1]} was given")
         args = (*args, kwargs.pop(name))
     return args
-
-
-class Handles(Generic[T]):
-    """Numbers for objects, as tensors; an object is not kept alive by its number."""
-
-    def __init__(self) -> None:
-        self._objects: weakref.WeakValueDictionary[int, T] = weakref.WeakValueDictionary()
-        self._numbers = itertools.count(1)
-        self._lock = threading.Lock()
-
-    def new(self, thing: T) -> torch.Tensor:
-        """A handle for `thing`: int64, no dimensions, always on the CPU, so that reading it does not wait."""
-        with self._lock:
-            number = next(self._numbers)
-            self._objects[number] = thing
-        with torch.inference_mode(False):  # guards treat inference tensors as another type
-            return torch.tensor(number, dtype=torch.int64, device="cpu")
-
-    def get(self, handle: torch.Tensor | None) -> T | None:
-        """The object of a handle; None when it is gone."""
-        return None if handle is None else self._objects.get(int(handle))
 
 
 overrides: Handles[Override] = Handles()
@@ -235,28 +211,6 @@ def _as_op(
     return output
 
 
-_library = torch.library.Library("attention_backends", "FRAGMENT")  # ops live as long as this object
-
-
-def _define(
-    name: str, schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    """Make `run` an op. Each copy of this package in a process has its own ops, since it has its own handles.
-
-    `torch.library.custom_op` would do it in one call, but costs another 12 us at each run.
-    """
-    ops = torch.ops.attention_backends
-    free = (f"{name}_{n}" if n > 1 else name for n in itertools.count(1))
-    name = next(candidate for candidate in free if not hasattr(ops, candidate))
-    # Exclude it from CUDA graphs: a replay would skip our Python, so neither schedule nor counting.
-    tags = ("pt2_compliant_tag", "cudagraph_unsafe", "needs_exact_strides")
-    _library.define(name + schema, tags=[getattr(torch.Tag, tag) for tag in tags if hasattr(torch.Tag, tag)])
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"attention_backends::{name}", fake, lib=_library)
-    op: Callable[..., torch.Tensor] = getattr(ops, name).default
-    return op
-
-
 def comfys_attention() -> Callable[..., torch.Tensor]:
     """What ComfyUI's models call; a graph holds no functions, so it is looked up when the op runs."""
     from comfy.ldm.modules.attention import optimized_attention
@@ -356,7 +310,7 @@ def _fake_counted(output: torch.Tensor, *rest: object) -> torch.Tensor:
     return torch.empty_like(output)
 
 
-_attention = _define(
+_attention = define(
     "attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt heads, bool skip_reshape, bool enable_gqa,"
     " float? scale, ScalarType? attn_precision, bool? low_precision, Tensor override, Tensor? module, int ordinal,"
@@ -364,12 +318,10 @@ _attention = _define(
     _run_attention,
     _fake_attention,
 )
-_counted = _define(
+_counted = define(
     "counted",
     "(Tensor output, Tensor query, Tensor key, Tensor override, Tensor? module, int ordinal, bool by_other) -> Tensor",
     _run_counted,
     _fake_counted,
 )
-_reported = _define(
-    "reported", "(Tensor output, Tensor? stranger, int modules) -> Tensor", _run_reported, _fake_counted
-)
+_reported = define("reported", "(Tensor output, Tensor? stranger, int modules) -> Tensor", _run_reported, _fake_counted)

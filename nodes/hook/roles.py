@@ -9,43 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
-
-class Role(NamedTuple):
-    """A role and the category it falls back to: `self`, `cross` or `joint`."""
-
-    name: str
-    category: str
-    guessed: bool = False
-
-
-SELF = Role("self", "self")
-CROSS = Role("cross", "cross")
-JOINT = Role("joint", "joint")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model family: how to know it, the roles of its attention modules, and what never reaches the hook."""
-
-    name: str
-    classes: tuple[str, ...]
-    """Class names of the diffusion model or any of its bases; with the end of its module where two share a name."""
-    roles_at_paths: tuple[tuple[str, tuple[Role, ...]], ...]
-    """Regular expression over `path` or `path:ModuleClass`, and the roles of the calls its forward makes."""
-    bypass: str = ""
-    """Attention of this family that ComfyUI does not route, beside what `BYPASS_EVERYWHERE` names."""
-    preferred_at: tuple[str, ...] = ()
-    """Below an attention module: the modules whose preferred attention its calls are made with, in order."""
-    mask_argument: str = ""
-    """Where each block makes its mask anew: the argument of the attention module's forward that it makes it from."""
-
+from ...backends.values.roles import CROSS as CROSS
+from ...backends.values.roles import IMAGE_SELF, JOINT, TEXT_SELF
+from ...backends.values.roles import SELF as SELF
+from ...backends.values.roles import Family as Family
+from ...backends.values.roles import Role as Role
+from ...backends.values.roles import block_of as block_of
+from ...backends.values.roles import guess as guess
+from ...backends.values.roles import roles_at as roles_at
 
 EVERY_CALL = "every attention call of this model"
-TEXT_SELF = Role("text_self", "self")
-IMAGE_SELF = Role("image_self", "self")
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -328,33 +302,7 @@ def family_of(class_names: tuple[str, ...]) -> Family | None:
     return next((family for family in FAMILIES if set(family.classes) & set(class_names)), None)
 
 
-def roles_at(family: Family | None, path: str, module_class: str) -> tuple[Role, ...]:
-    """The roles of the calls made by the module at `path`, in order; empty when the table does not know it."""
-    if family is None:
-        return ()
-    for pattern, roles in family.roles_at_paths:
-        if re.fullmatch(pattern, f"{path}:{module_class}" if ":" in pattern else path):
-            return roles
-    return ()
-
-
 def known_roles() -> tuple[str, ...]:
     """Every role of the table, the categories first, then the families' own in their order."""
     found = [role.name for family in FAMILIES for _, roles in family.roles_at_paths for role in roles]
     return tuple(dict.fromkeys((SELF.name, CROSS.name, JOINT.name, *found)))
-
-
-def guess(path: str, q_len: int, kv_len: int) -> Role:
-    """A role for a call that the table does not know, from its path and then its lengths."""
-    last = path.rsplit(".", 1)[-1].lower()
-    if "cross" in last or last == "attn2":
-        return Role("cross", "cross", guessed=True)
-    if "self" in last or last == "attn1" or q_len == kv_len:
-        return Role("self", "self", guessed=True)
-    return Role("cross", "cross", guessed=True)
-
-
-def block_of(path: str) -> str:
-    """The block a module belongs to: its path up to the first number, e.g. `double_blocks.3`, `blocks.block0`."""
-    match = re.match(r"(?:[^.]+\.)*?(?:block)?\d+(?=\.|$)", path)
-    return match.group(0) if match else ""

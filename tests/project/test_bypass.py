@@ -49,9 +49,13 @@ VAES = ("vae.py", "audio_vae.py", "layers3d.py", "model.py of modules/diffusionm
 ATTENTION = ("optimized_attention", "optimized_attention_masked", "scaled_dot_product_attention")
 
 
+ROLES = ROOT / "nodes" / "hook" / "roles.py"
+
+
 def roles() -> Any:
-    """`nodes/hook/roles.py` needs nothing, but its package needs ComfyUI."""
-    spec = importlib.util.spec_from_file_location("roles_of_the_bypass", ROOT / "nodes" / "hook" / "roles.py")
+    """`nodes/hook/roles.py` needs no ComfyUI, but its package does."""
+    # A name inside the package, for its relative imports.
+    spec = importlib.util.spec_from_file_location("attention_backends.nodes.hook.roles_of_the_bypass", ROLES)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

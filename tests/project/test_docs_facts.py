@@ -79,9 +79,13 @@ def test_the_cost_of_routing_is_that_of_the_results() -> None:
     assert (int(said[1]), int(said[2])) == (round(over_stock), round(in_wan))
 
 
+ROLES = ROOT / "nodes" / "hook" / "roles.py"
+
+
 def families() -> tuple[Any, ...]:
-    """`nodes/hook/roles.py` needs nothing, but its package needs ComfyUI."""
-    spec = importlib.util.spec_from_file_location("roles_of_the_docs", ROOT / "nodes" / "hook" / "roles.py")
+    """`nodes/hook/roles.py` needs no ComfyUI, but its package does."""
+    # A name inside the package, for its relative imports.
+    spec = importlib.util.spec_from_file_location("attention_backends.nodes.hook.roles_of_the_docs", ROLES)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -54,7 +54,7 @@ def test_requirements_dev_txt_equals_the_dev_group(pyproject: dict[str, Any]) ->
 
 def test_torch_is_no_need_of_ours(pyproject: dict[str, Any]) -> None:
     groups = pyproject["project"]["optional-dependencies"]
-    assert set(groups) == {"flash", "sage", "flashinfer", "dev"}
+    assert set(groups) == {"flash", "sage", "flashinfer", "diffusers", "dev"}
     for need in [*pyproject["project"]["dependencies"], *(need for group in groups.values() for need in group)]:
         assert not need.startswith("torch")
 

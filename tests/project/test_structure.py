@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "demo": {"backends", "demo"},
     "comparison": {"backends", "comparison", "demo"},
     "cli": {"backends", "comparison", "demo"},
+    "integrations": {"backends", "integrations"},
     "nodes": {"backends", "comparison", "demo", "nodes"},
 }
 FLOORS = {

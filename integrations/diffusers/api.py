@@ -1,0 +1,210 @@
+"""`apply`, `attention_backend`, `reset` and `report` for models and pipelines of Diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...backends.calls import router_for
+from ...backends.config import AttentionConfig
+from ...backends.config.layers import named_backends, settings_of
+from ...backends.config.names import AUTO, AUTOTUNE
+from ...backends.config.text import from_environment, parse_config
+from ...backends.observe.replay.record import as_record
+from ...backends.report import RunReport
+from ...backends.values.errors import ConfigError, NoBackendError
+from .routing import Chosen, Routing, close_block, open_block, routing_of
+
+DIFFUSION_MODELS = ("transformer", "transformer_2", "unet")
+"""Components of a pipeline that a configuration without component names is for."""
+
+
+class Applied:
+    """A configuration in use on one or several models; what `apply` returns."""
+
+    def __init__(self, chosen: dict[str, Chosen]) -> None:
+        self._chosen = chosen
+
+    @property
+    def reports(self) -> dict[str, RunReport]:
+        """The report of the latest run of each component."""
+        return {name: chosen.report() for name, chosen in self._chosen.items()}
+
+    def summary(self) -> str:
+        """A line for each component: roles with backends and calls, fallbacks, and what was not reached."""
+        lines = []
+        for name, run_report in self.reports.items():
+            bypass = f"; not reached: {run_report.bypass}" if run_report.bypass else ""
+            lines.append(f"{name}: {run_report.summary()}{bypass}")
+        return "\n".join(lines)
+
+    def record(self) -> dict[str, Any]:
+        """The decisions of the latest runs, for metadata of a picture and for replay as a configuration."""
+        return as_record([report.as_dict() for report in self.reports.values()], {}, [])
+
+    def reset(self) -> None:
+        """Restore the models."""
+        for chosen in self._chosen.values():
+            if chosen.routing.applied is chosen:
+                _remove_applied(chosen.routing)
+
+
+def apply(
+    model: object, config: object, *, strict: bool | None = None, accuracy: str | None = None,
+    guard: str | None = None, scheduler: object = None,
+) -> Applied:  # fmt: skip
+    """Route the attention calls of a model through the backends that `config` names, until `reset`.
+
+    A configuration that was applied before is replaced. Other models, and Diffusers' own registry, are not changed.
+
+    Args:
+        model: a model of Diffusers, a pipeline, or a mapping from names to models.
+        config: anything that `parse_config` reads. For a pipeline it is for its diffusion models (`transformer`,
+            `transformer_2`, `unet`), unless it is a mapping whose keys are all names of the pipeline's components.
+        strict, accuracy, guard: as in a configuration; None leaves it to `config`.
+        scheduler: whose steps count for schedules; default: the pipeline's.
+
+    Raises:
+        UnknownBackendError, ConfigError: invalid; nothing was changed.
+        NoBackendError: strict and a named backend cannot run here, or the model has context parallel attention;
+            nothing was changed.
+    """
+    parsed = _parsed(model, config, "apply", strict=strict, accuracy=accuracy, guard=guard)
+    steps = scheduler if scheduler is not None else getattr(model, "scheduler", None)
+    made = {}
+    for name, (component, layers) in parsed.items():
+        routing = _routing(component)
+        chosen = Chosen(routing, layers, steps)
+        before, routing.applied = routing.applied, chosen
+        if before is None:
+            routing.use()
+        else:
+            before.close()
+        made[name] = chosen
+    return Applied(made)
+
+
+def reset(model: object) -> None:
+    """Restore a model, or all models of a pipeline or mapping; does nothing where nothing is applied."""
+    for component in _models(model).values():
+        routing = routing_of(component)
+        if routing is not None and routing.applied is not None:
+            _remove_applied(routing)
+
+
+@contextmanager
+def attention_backend(
+    model: object, config: object, *, strict: bool | None = None, accuracy: str | None = None,
+    guard: str | None = None, scheduler: object = None,
+) -> Iterator[Applied]:  # fmt: skip
+    """As `apply`, for forwards that this thread's context makes inside the block.
+
+    Blocks nest, above what is applied: the inner one has precedence, what it does not set comes from the outer one.
+    """
+    parsed = _parsed(model, config, "attention_backend", strict=strict, accuracy=accuracy, guard=guard)
+    steps = scheduler if scheduler is not None else getattr(model, "scheduler", None)
+    with ExitStack() as stack:
+        made = {}
+        for name, (component, layers) in parsed.items():
+            routing = _routing(component)
+            chosen = made[name] = Chosen(routing, layers, steps)
+            routing.use()
+            stack.callback(routing.release)
+            open_block(chosen)
+            stack.callback(close_block, chosen)
+        yield Applied(made)
+
+
+def report(model: object) -> dict[str, RunReport]:
+    """The run report of the latest run of each model that a configuration is applied to."""
+    found = {}
+    for name, component in _models(model).items():
+        routing = routing_of(component)
+        if routing is not None and routing.applied is not None:
+            found[name] = routing.applied.report()
+    return found
+
+
+def _remove_applied(routing: Routing) -> None:
+    chosen, routing.applied = routing.applied, None
+    if chosen is not None:
+        chosen.close()
+        routing.release()
+
+
+def _routing(component: torch.nn.Module) -> Routing:
+    routing = routing_of(component, make=True)
+    assert routing is not None  # noqa: S101  # `make`
+    return routing
+
+
+def _models(model: object) -> dict[str, torch.nn.Module]:
+    """Models by component name."""
+    if isinstance(model, torch.nn.Module):
+        return {"model": model}
+    components = model if isinstance(model, Mapping) else getattr(model, "components", None)
+    if not isinstance(components, Mapping):
+        raise ConfigError(f"{type(model).__name__} is neither a model, nor a pipeline, nor a mapping of models")
+    return {name: one for name, one in components.items() if isinstance(one, torch.nn.Module)}
+
+
+def _parsed(
+    model: object, config: object, where: str, **given: Any
+) -> dict[str, tuple[torch.nn.Module, tuple[AttentionConfig, ...]]]:
+    """Each model with its layers: the configuration, then the environment; everything is checked before a change."""
+    models = _models(model)
+    settings = {name: value for name, value in given.items() if value is not None}
+    if isinstance(config, Mapping) and config and set(config) <= set(models) and set(models) != {"model"}:
+        chosen = {name: (config[name], f"{where}[{name!r}]") for name in config}
+    else:
+        names = [name for name in models if name in DIFFUSION_MODELS] or list(models)
+        if not isinstance(model, torch.nn.Module | Mapping):
+            names = [name for name in models if name in DIFFUSION_MODELS]
+        chosen = {name: (config, where) for name in names}
+    if not chosen:
+        raise ConfigError(
+            f"{where}: {type(model).__name__} has none of the components {', '.join(DIFFUSION_MODELS)}; "
+            "name others in a mapping, such as {'text_encoder': 'torch_sdpa'}"
+        )
+    parsed = {}
+    for name, (value, source) in chosen.items():
+        component = name if name != "model" else "transformer"
+        read = parse_config(value, source, component=component)
+        own = replace(read, **settings) if settings else read
+        layers = (own, *from_environment(above=(own,)))
+        _must_run(models[name], layers)
+        parsed[name] = models[name], layers
+    return parsed
+
+
+def _must_run(model: torch.nn.Module, layers: tuple[AttentionConfig, ...]) -> None:
+    """Raise where the model has context parallel attention, or a strict configuration names what cannot run here."""
+    module = getattr(model, "_orig_mod", model)
+    parallel = getattr(module, "_parallel_config", None)
+    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
+        raise NoBackendError(
+            f"{type(module).__name__} has context parallel attention (enable_parallelism): its ring and all-to-all "
+            "wrap Diffusers' own kernels and need their log-sum-exp, which this integration does not give\n"
+            "  what to do: use set_attention_backend of Diffusers on this model, or leave context parallelism off"
+        )
+    if not settings_of(layers).strict:
+        return
+    parameter = next(module.parameters(), None)
+    router = router_for(None if parameter is None or parameter.device.type == "meta" else parameter.device)
+    named = set(named_backends(layers)) - {AUTO, AUTOTUNE}
+    refused = [f"  {name}: {'; '.join(reasons)}" for name in sorted(named) if (reasons := router.unavailable(name))]
+    if refused:
+        raise NoBackendError(
+            "\n".join(
+                [
+                    f"{layers[0].source}: asked for strictly, and it cannot run here",
+                    f"  machine: {router.platform.describe()}",
+                    *refused,
+                    "  what to do: choose one that can run, or leave strict off to fall back",
+                ]
+            )
+        )

@@ -1,0 +1,289 @@
+"""A run of a chosen model: its run report, a session for each device, and where in the scheduler's steps it is.
+
+A run begins with the first forward after the scheduler's `set_timesteps`, and ends with the next one, with `reset`, or
+with the `with` block. Without a scheduler there is one run. Each thread has runs of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from itertools import chain
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...backends.calls import router_for
+from ...backends.config import AttentionConfig
+from ...backends.config.layers import asks_for_autotune, named_backends, record_of, settings_of
+from ...backends.config.schedule import is_scheduled
+from ...backends.config.timetable import ALWAYS, Timetable, Window
+from ...backends.engine.plan import Slot
+from ...backends.engine.session import Session
+from ...backends.kernels import BACKENDS
+from ...backends.observe import observe
+from ...backends.observe.advisories import unused_advisories
+from ...backends.observe.autotune.tuner import Tuner
+from ...backends.observe.guard import Guard
+from ...backends.observe.guard.turns import Step
+from ...backends.observe.replay.run_recorder import RunRecorder
+from ...backends.report import RunReport
+from ...backends.report.audit import NEVER_CALLED, asked_and_ran
+from ...backends.values.devices import synchronise
+from .model_calls import CallPlan, ModelCall
+
+if TYPE_CHECKING:
+    from .routing import Routing
+
+log = logging.getLogger("attention_backends")
+
+
+def asks_for_sparse(layers: tuple[AttentionConfig, ...]) -> bool:
+    """Whether a sparse backend may run: one is named, or in a record, or any is allowed."""
+    record = record_of(layers)
+    named = {*named_backends(layers), *(record.backends() if record is not None else ())}
+    return settings_of(layers).accuracy == "sparse" or any(name in BACKENDS and BACKENDS[name].sparse for name in named)
+
+
+class DeviceSession(Session):
+    """A session with the plans of one run on one device."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        super().__init__(router_for(device), run.layers, run.run_report, device=device)
+        observe(self)
+        self.guard = self.registered(Guard)
+        self.tuner = _tuner_of(self)
+        if self.tuner is not None:
+            self.register(self.tuner)
+        self.plans: dict[tuple[Any, ...], CallPlan] = {}
+        self.by_mask: dict[tuple[Any, ...], Slot] = {}
+
+
+def _tuner_of(session: Session) -> Tuner | None:
+    if not asks_for_autotune(session.layers):
+        return None
+    from ...backends.observe.autotune.store import default_path, shared_store
+
+    return Tuner(session, shared_store(default_path()))
+
+
+class Steps:
+    """The steps of a scheduler, as host numbers, from its last `set_timesteps`."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.timesteps = getattr(scheduler, "timesteps", None)
+        times = self.timesteps
+        self.times: list[float] = times.flatten().tolist() if isinstance(times, torch.Tensor) else []
+        self.count = len(self.times)
+        self.sigmas = self._sigmas()
+
+    def _sigmas(self) -> list[float]:
+        """One more than steps: the scheduler's own, else those of its training noise at its timesteps."""
+        own = getattr(self.scheduler, "sigmas", None)
+        if isinstance(own, torch.Tensor) and len(own) > self.count:
+            return [float(sigma) for sigma in own.flatten().tolist()[: self.count + 1]]
+        shares = getattr(self.scheduler, "alphas_cumprod", None)
+        if isinstance(shares, torch.Tensor):
+            values = shares.tolist()
+            kept = [values[min(max(round(time), 0), len(values) - 1)] for time in self.times]
+            return [((1 - share) / share) ** 0.5 for share in kept] + [0.0]
+        return [1 - at / max(self.count, 1) for at in range(self.count + 1)]
+
+    def percent_to_sigma(self, percent: float) -> float:
+        """The sigma at this share of the steps."""
+        at = min(max(percent, 0.0), 1.0) * self.count
+        first = min(int(at), self.count)
+        last = min(first + 1, self.count)
+        return self.sigmas[first] + (at - first) * (self.sigmas[last] - self.sigmas[first])
+
+    def now(self, timestep: Any) -> int | None:
+        """The step of a forward that begins, from 0; None without a scheduler's steps.
+
+        The scheduler counts its steps, but for a few that do not; there the forward's own timestep tells, which is
+        read from its device.
+        """
+        if not self.count:
+            return None
+        if hasattr(self.scheduler, "step_index"):
+            index = self.scheduler.step_index
+            if index is None:
+                index = getattr(self.scheduler, "begin_index", None) or 0
+            return min(int(index), self.count - 1)
+        if timestep is None:
+            return None
+        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        return min(range(self.count), key=lambda at: abs(self.times[at] - value))
+
+
+class Run:
+    """One run in one thread."""
+
+    def __init__(self, routing: Routing, layers: tuple[AttentionConfig, ...], scheduler: Any) -> None:
+        self.routing = routing
+        self.layers = layers
+        self.steps = Steps(scheduler) if scheduler is not None else None
+        self.run_report = RunReport(layers=layers)
+        self.run_report.recorder = RunRecorder()
+        self.run_report.model = type(routing.model).__name__
+        self.run_report.steps = 0 if self.steps is None else self.steps.count
+        self.record = record_of(layers)
+        self.is_over = False
+        self.finds_grid = asks_for_sparse(layers)
+        self.timetable = self._timetable() if is_scheduled(layers) else None
+        self._model_calls: dict[torch.device, ModelCall] = {}
+        self._sessions: dict[torch.device, DeviceSession] = {}
+        self._marks: dict[int, object] = {}
+        self._windows: dict[Window, Window] = {}
+        self._samples: list[tuple[Any, int]] = []
+
+    def is_of(self, scheduler: Any) -> bool:
+        """Whether the scheduler's steps are still those of this run."""
+        if self.is_over:
+            return False
+        if self.steps is None or scheduler is None:
+            return self.steps is None and scheduler is None
+        return self.steps.scheduler is scheduler and self.steps.timesteps is getattr(scheduler, "timesteps", None)
+
+    def _timetable(self) -> Timetable:
+        steps = self.steps
+        if steps is None or not steps.count:
+            return Timetable(self.layers, blocks=self.routing.blocks)
+        return Timetable(self.layers, steps.sigmas, steps.percent_to_sigma, self.routing.blocks)
+
+    def note(self, text: str) -> None:
+        """Put a note into the run report; log it the first time."""
+        if self.run_report.note(text):
+            log.warning("%s", text)
+
+    def session(self, device: torch.device) -> DeviceSession:
+        """The session of a device, made on first use."""
+        found = self._sessions.get(device)
+        if found is None:
+            self.run_report.device = device.type
+            found = self._sessions[device] = DeviceSession(self, device)
+            if self.record is not None:
+                for text in self.record.remarks(self.run_report.node_id, found.router.platform):
+                    self.note(text)
+        return found
+
+    def begin(self, device: torch.device, given: dict[str, Any]) -> ModelCall:
+        """A forward of the model begins.
+
+        Args:
+            device: of its first tensor.
+            given: its arguments by name.
+        """
+        self.run_report.started = self.run_report.started or perf_counter()
+        session = self.session(device)
+        model_call = self._model_calls.get(device)
+        if model_call is None:
+            model_call = self._model_calls[device] = ModelCall(self, session)
+        step = self.steps.now(given.get("timestep")) if self.steps is not None else None
+        model_call.step, model_call.module, model_call.routed = step, None, 0
+        model_call.mask_plans.clear()
+        entries = ALWAYS.entries
+        if self.timetable is not None:
+            sigma = None if step is None or self.steps is None else self.steps.sigmas[step]
+            entries = self.timetable.at(sigma, step)
+        number = self.run_report.timeline.model_calls + 1
+        segment = 0 if self.record is None else self.record.run_of(self.run_report.node_id).part(number)
+        grids = 0
+        if self.finds_grid:
+            model_call.grids, grids = self.routing.grids(given)
+            self._progress(session, step, given)
+        window = Window(entries, segment, grids) if entries or segment or grids else ALWAYS
+        model_call.window = self._windows.setdefault(window, window)
+        if self.run_report.recorder is not None:
+            self.run_report.recorder.begin_model_call(number, model_call.window)
+        if session.tuner is not None:
+            session.tuner.model_call(self.mark(step))
+        return model_call
+
+    def _progress(self, session: DeviceSession, step: int | None, given: dict[str, Any]) -> None:
+        progress = session.progress
+        progress.step = step
+        progress.steps = self.steps.count if self.steps is not None and self.steps.count else None
+        progress.sigma = None if step is None or self.steps is None else self.steps.sigmas[step]
+        progress.blocks = self.routing.blocks
+        progress.samples = self._identities(given)
+        progress.calls += 1
+
+    def _identities(self, given: dict[str, Any]) -> tuple[Hashable, ...]:
+        """The identity of each sample: the prompt's tensor, which a pipeline gives at each step, and its number."""
+        prompt, image = given.get("encoder_hidden_states"), given.get("hidden_states", given.get("sample"))
+        if not isinstance(prompt, torch.Tensor) or not isinstance(image, torch.Tensor):
+            return ()
+        number = next((number for known, number in self._samples if known is prompt), None)
+        if number is None:
+            if len(self._samples) >= 16:  # made anew at each step: the samples cannot be told apart
+                return ()
+            number = len(self._samples)
+            self._samples.append((prompt, number))
+        return tuple((number, at) for at in range(image.shape[0]))
+
+    def mark(self, step: int | None) -> object | None:
+        """One object for all forwards of a step."""
+        return None if step is None else self._marks.setdefault(step, object())
+
+    def guarded(self, model_call: ModelCall, forward: Callable[[], Any]) -> Any:
+        """The forward, whose output the guard looks at where one is on."""
+        guard = model_call.session.guard
+        if guard is None:
+            return forward()
+        step, at = model_call.step, None
+        if step is not None and self.steps is not None:
+            unchanged = self.timetable.unchanged(step) if self.timetable is not None and self.timetable.timed else None
+            at = Step(step, self.steps.count, unchanged)
+        return guard.model_call(self.mark(step), forward, forward, at)
+
+    def end(self, model_call: ModelCall, device: torch.device) -> None:
+        """A forward of the model has ended."""
+        clock = model_call.session.device_clock
+        model_call.mask_plans.clear()
+        self.run_report.end_of_model_call(clock, device, step=model_call.step)
+
+    def settle(self) -> None:
+        """Wait for the devices and add what they know."""
+        for device, session in self._sessions.items():
+            synchronise(device)
+            if session.guard is not None:
+                session.guard.flush()
+        if self.run_report.started is not None:
+            self.run_report.seconds = round((self.run_report.last_time or perf_counter()) - self.run_report.started, 6)
+        self.run_report.end_of_run()
+
+    def close(self) -> None:
+        """The run is over: notes on what had no effect, and nothing is kept."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self.settle()
+        if self.run_report.timeline.model_calls:
+            self._note_unmatched()
+        for session in self._sessions.values():
+            if session.tuner is not None:
+                session.tuner.close()
+            session.progress.kept.clear()
+            session.plans.clear()
+            session.by_mask.clear()
+        self._model_calls.clear()
+        self._samples.clear()
+
+    def _note_unmatched(self) -> None:
+        if self.timetable is not None:
+            for text in chain(self.timetable.unused(self.run_report.categories), self.timetable.remarks()):
+                self.note(text)
+        for finding in asked_and_ran(self.run_report):
+            if finding.verdict == NEVER_CALLED:
+                self.note(*finding.reasons)
+        if self.record is not None:
+            for text in self.record.after(self.run_report.node_id, self.run_report.timeline.model_calls):
+                self.note(text)
+        family = self.routing.family
+        for text in unused_advisories(family.name if family is not None else "", self.run_report):
+            self.run_report.note(text)
+
+
+__all__ = ["DeviceSession", "Run", "Steps", "asks_for_sparse"]

@@ -1,0 +1,212 @@
+"""Twins of processors' functions: the same code, with globals in which attention calls lead to `calls.py`.
+
+Diffusers' processors call `dispatch_attention_fn`, which 59 of its files import by name, or
+`torch.nn.functional.scaled_dot_product_attention`. A twin shares the code object of the original function and has
+another dictionary of globals, so that neither the module nor anything else that uses it changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+from . import calls
+
+DISPATCH = "dispatch_attention_fn"
+SDPA = "scaled_dot_product_attention"
+_lock = threading.RLock()
+
+
+def names_of(code: CodeType) -> Iterator[str]:
+    """Names that a function's code uses, with those of functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_of(constant)
+
+
+def reaches_attention(function: Any, seen: frozenset[CodeType] = frozenset()) -> bool:
+    """Whether a Python function makes attention calls: itself, in a function of its module, or one that it wraps."""
+    if not isinstance(function, FunctionType) or function.__code__ in seen:
+        return False
+    names = set(names_of(function.__code__))
+    if DISPATCH in names or SDPA in names:
+        return True
+    seen |= {function.__code__}
+    own = function.__globals__
+    helpers = (own[name] for name in names if isinstance(own.get(name), FunctionType))
+    inside = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
+    return any(
+        reaches_attention(other, seen) for other in (*(one for one in helpers if one.__globals__ is own), *inside)
+    )
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return bool(cell.cell_contents) or True
+    except ValueError:
+        return False
+
+
+class _Space:
+    """The globals of twins from one module: a copy of the module's, with ours for what calls attention."""
+
+    def __init__(self, source: dict[str, Any]) -> None:
+        self.source = source
+        self.names: dict[str, Any] = {}
+        self._seen: dict[str, Any] = {}
+        self.renew()
+
+    def renew(self) -> None:
+        """Copy the module's globals again if they have changed."""
+        source, seen = self.source, self._seen
+        if len(source) == len(seen) and all(seen.get(name, self) is value for name, value in source.items()):
+            return
+        self._seen = dict(source)
+        made = {name: self._replaced(name, value) for name, value in source.items() if name != "__name__"}
+        # Without `__name__`, by which torch.compile would look globals up in the original module.
+        self.names.update(made)
+
+    def _replaced(self, name: str, value: Any) -> Any:
+        if name == DISPATCH and callable(value):
+            return calls.routed_dispatch(value)
+        if value is functional:
+            return _functional()
+        if value is torch and self._reads_torch():
+            return _torch()
+        if value is functional.scaled_dot_product_attention:
+            return calls.routed_sdpa(value)
+        if isinstance(value, FunctionType) and value.__globals__ is self.source and reaches_attention(value):
+            return self.twin(value)
+        return value
+
+    def _reads_torch(self) -> bool:
+        """Whether the module's functions spell out `torch.nn.functional.scaled_dot_product_attention`."""
+        kinds = [value for value in self.source.values() if isinstance(value, type)]
+        functions = [*self.source.values(), *(method for kind in kinds for method in vars(kind).values())]
+        return any(
+            isinstance(function, FunctionType) and {"functional", SDPA} <= set(names_of(function.__code__))
+            for function in functions
+        )
+
+    def twin(self, function: FunctionType) -> FunctionType:
+        """The twin of a function of this module."""
+        return _with_globals(function, self.names)
+
+
+def _with_globals(
+    function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None = None
+) -> FunctionType:
+    cells = function.__closure__ if closure is None else closure
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    made.__qualname__, made.__doc__, made.__module__ = function.__qualname__, function.__doc__, function.__module__
+    made.__annotations__ = function.__annotations__
+    return made
+
+
+_spaces: dict[int, _Space] = {}
+"""By the id of a module's globals, which the space keeps alive."""
+
+
+def twin(function: FunctionType) -> FunctionType:
+    """The twin of a function that reaches attention. A decorator's wrapper keeps its globals, and wraps a twin."""
+    with _lock:
+        inside = tuple(
+            CellType(twin(cell.cell_contents)) if _is_filled(cell) and reaches_attention(cell.cell_contents) else cell
+            for cell in function.__closure__ or ()
+        )
+        wraps = any(new is not old for new, old in zip(inside, function.__closure__ or (), strict=True))
+        if wraps:
+            return _with_globals(function, function.__globals__, inside)
+        own = function.__globals__
+        space = _spaces.get(id(own))
+        if space is None:
+            space = _spaces[id(own)] = _Space(own)
+        return space.twin(function)
+
+
+def renew() -> None:
+    """Follow changes of the modules whose functions have twins; before a model is patched."""
+    with _lock:
+        for space in list(_spaces.values()):
+            space.renew()
+
+
+def _copied(module: ModuleType, **replaced: Any) -> ModuleType:
+    made = ModuleType(module.__name__, module.__doc__)
+    made.__dict__.update({**vars(module), **replaced})
+    return made
+
+
+_modules: dict[str, ModuleType] = {}
+
+
+def _functional() -> ModuleType:
+    """`torch.nn.functional` with our attention."""
+    if "functional" not in _modules:
+        _modules["functional"] = _copied(functional, **{SDPA: calls.routed_sdpa(getattr(functional, SDPA))})
+    return _modules["functional"]
+
+
+def _torch() -> ModuleType:
+    """`torch` with our `torch.nn.functional`."""
+    if "torch" not in _modules:
+        _modules["torch"] = _copied(torch, nn=_copied(torch.nn, functional=_functional()))
+    return _modules["torch"]
+
+
+_classes: dict[type, dict[tuple[str, ...], type]] = {}
+
+
+def methods_of(kind: type) -> dict[str, FunctionType]:
+    """The methods of a class that make attention calls, without those of torch's."""
+    found: dict[str, FunctionType] = {}
+    hidden: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.") or base is object:
+            continue
+        for name, method in vars(base).items():
+            if name in hidden or name in found:
+                continue
+            if name not in ("__init__", "__new__") and isinstance(method, FunctionType) and reaches_attention(method):
+                found[name] = method
+            hidden.add(name)
+    return found
+
+
+def subclass(kind: type, slots: tuple[str, ...] = (), properties: dict[str, property] | None = None) -> type:
+    """A subclass with the twins of the methods that make attention calls, and the same name; one for each class."""
+    with _lock:
+        made = _classes.setdefault(kind, {})
+        key = (*slots, *(properties or ()), "properties" if properties else "")
+        if key not in made:
+            body: dict[str, Any] = {name: twin(method) for name, method in methods_of(kind).items()}
+            body |= {"__slots__": slots, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            made[key] = type(kind)(kind.__name__, (kind,), body | (properties or {}))
+        return made[key]
+
+
+def view_of(thing: Any, slots: tuple[str, ...] = (), properties: dict[str, property] | None = None) -> Any:
+    """Another object with the attributes of `thing`, now and later, whose methods are twins.
+
+    The two share one `__dict__`. `slots`: attributes that the view has for itself, unset; `properties`: others.
+    """
+    made: Any = object.__new__(subclass(type(thing), slots, properties))
+    object.__setattr__(made, "__dict__", thing.__dict__)
+    return made
+
+
+def routed(processor: Any) -> Any | None:
+    """A processor like this one whose attention calls are routed; None if it makes none that can be."""
+    if isinstance(processor, FunctionType):
+        return twin(processor) if reaches_attention(processor) else None
+    if not methods_of(type(processor)) or not hasattr(processor, "__dict__"):
+        return None
+    return view_of(processor)

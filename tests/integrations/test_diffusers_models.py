@@ -1,0 +1,241 @@
+"""Real models of diffusers with tiny weights: routed, they give the same bits, and roles are right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import tiny_diffusers as tiny
+import torch
+from attention_backends.backends.values.errors import NoBackendError
+from attention_backends.integrations.diffusers import apply, attention_backend, report, reset
+
+ROLES: dict[str, dict[str, int]] = {
+    # Written from the models' own code: calls of one forward.
+    "wan": {"self": 2, "cross": 2},
+    "wan_image": {"self": 2, "wan.image_cross": 2, "cross": 2},
+    "flux": {"flux.double": 2, "flux.single": 2},
+    "qwen_image": {"joint": 2},
+    "qwen_image_masked": {"joint": 2},
+    "sd3": {"joint": 3, "sd3.image_self": 1},
+    "sdxl": {"self": 4, "cross": 4},
+    "sdxl_masked": {"self": 4, "cross": 4},
+    "ltx2": {
+        "self": 2, "cross": 2, "ltx2.audio_self": 2, "ltx2.audio_text_cross": 2, "ltx2.audio_to_video": 2,
+        "ltx2.video_to_audio": 2,
+    },
+    "ltx2_masked": {
+        "self": 2, "cross": 2, "ltx2.audio_self": 2, "ltx2.audio_text_cross": 2, "ltx2.audio_to_video": 2,
+        "ltx2.video_to_audio": 2,
+    },
+    "hunyuan_video_15": {"text_self": 1, "hunyuan_video.double": 2},
+    "z_image": {"image_self": 1, "text_self": 1, "joint": 2},
+}  # fmt: skip
+MASKED = {
+    "qwen_image": {"joint"},  # of True alone
+    "qwen_image_masked": {"joint"},
+    "sdxl_masked": {"cross"},
+    "ltx2_masked": {"cross", "ltx2.audio_text_cross"},
+    "hunyuan_video_15": {"text_self", "hunyuan_video.double"},
+    "z_image": {"text_self", "joint"},
+}
+
+
+def state(model: Any) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Every attribute of every module, and the identity of each processor, as far as the model has them."""
+    return {path: (type(module), dict(vars(module))) for path, module in model.named_modules()}
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before.keys() == after.keys()
+    for path, (kind, attributes) in before.items():
+        assert after[path][0] is kind
+        assert after[path][1].keys() == attributes.keys(), path
+        assert all(after[path][1][name] is value for name, value in attributes.items()), path
+
+
+def registry() -> dict[str, Any]:
+    """Diffusers' registry of backends, and the functions of its modules that processors call."""
+    import sys
+
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    facts = {name: getattr(Registry, name) for name in ("_active_backend", "_checks_enabled")}
+    facts |= {f"backend {name}": function for name, function in Registry._backends.items()}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("diffusers.models") and "dispatch_attention_fn" in vars(module):
+            facts[name] = vars(module)["dispatch_attention_fn"]
+    facts["sdpa"] = torch.nn.functional.scaled_dot_product_attention
+    return facts
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_every_call_is_routed_and_the_output_is_that_of_the_unpatched_model(name: str) -> None:
+    model, given = tiny.MODELS[name]()
+    expected, before, of_diffusers = tiny.forward(model, given), state(model), registry()
+    applied = apply(model, "torch_sdpa", strict=True)
+    output = tiny.forward(model, given)
+    assert all(torch.equal(one, other) for one, other in zip(expected, output, strict=True))
+    run_report = applied.reports["model"]
+    counts: Counter[str] = Counter()
+    for row in run_report.rows.values():
+        counts[row.role] += row.calls
+        assert (row.backend, row.reason) == ("torch_sdpa", None)
+        assert (row.mask != "none") == (row.role in MASKED.get(name, ()))
+    assert counts == ROLES[name]
+    assert not run_report.bypass
+    assert not run_report.notes
+    assert registry() == of_diffusers
+    reset(model)
+    assert_same_state(before, state(model))
+    assert all(torch.equal(one, other) for one, other in zip(expected, tiny.forward(model, given), strict=True))
+
+
+@pytest.mark.parametrize("name", ["wan", "sdxl_masked", "z_image", "ltx2_masked"])
+def test_another_backend_computes_the_same(name: str) -> None:
+    model, given = tiny.MODELS[name]()
+    expected = tiny.forward(model, given)
+    with attention_backend(model, "reference", strict=True) as chosen:
+        output = tiny.forward(model, given)
+    for one, other in zip(expected, output, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    rows = chosen.reports["model"].rows.values()
+    assert {row.backend for row in rows} == {"reference"}
+    assert sum(row.calls for row in rows) == sum(ROLES[name].values())
+
+
+def test_roles_choose_their_backends() -> None:
+    model, given = tiny.ltx2()
+    entries = {"self": "sdpa_math", "ltx2.audio_to_video": "reference", "cross": "torch_sdpa"}
+    applied = apply(model, {"default": "reference", "per_role": entries})
+    tiny.forward(model, given)
+    ran = {row.role: row.backend for row in applied.reports["model"].rows.values()}
+    assert ran == {
+        "self": "sdpa_math", "ltx2.audio_self": "sdpa_math", "cross": "torch_sdpa",
+        "ltx2.audio_text_cross": "torch_sdpa", "ltx2.audio_to_video": "reference",
+        "ltx2.video_to_audio": "torch_sdpa",
+    }  # fmt: skip
+    reset(model)
+
+
+class GroupedProcessor:
+    """Calls that few models make: grouped heads, causal, a scale, and dropout."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, **call: Any) -> None:
+        self.call = call
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        query = attn.to_q(hidden_states).unflatten(2, (4, -1))
+        key = attn.to_k(hidden_states).unflatten(2, (4, -1))[:, :, : 4 // self.call.get("groups", 1)]
+        value = attn.to_v(hidden_states).unflatten(2, (4, -1))[:, :, : 4 // self.call.get("groups", 1)]
+        more = {name: one for name, one in self.call.items() if name != "groups"}
+        output = dispatch_attention_fn(query, key, value, backend=self._attention_backend, **more)
+        return attn.to_out[1](attn.to_out[0](output.flatten(2, 3)))
+
+
+def with_processor(**call: Any) -> tuple[Any, torch.Tensor]:
+    """A model with one attention module that makes such calls."""
+    from diffusers.models.attention_processor import Attention
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn1 = Attention(16, heads=4, dim_head=4, processor=GroupedProcessor(**call))
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return self.attn1(hidden_states)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Model()
+    return model.eval(), tiny.noise(2, 6, 16)
+
+
+try:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+except ImportError:
+    dispatch_attention_fn = None
+MASK = torch.ones(6, 6, dtype=torch.bool).tril()
+CALLS: dict[str, dict[str, Any]] = {
+    "grouped": {"groups": 2, "enable_gqa": True},
+    "grouped, masked": {"groups": 4, "enable_gqa": True, "attn_mask": MASK},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.1},
+    "bool mask": {"attn_mask": MASK},
+    "float mask": {"attn_mask": torch.where(MASK, 0.5, float("-inf"))},
+    "key padding": {"attn_mask": torch.tensor([[True] * 6, [True] * 4 + [False] * 2])},
+    "mask by head": {"attn_mask": tiny.noise(2, 4, 6, 6)},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("backend", ["torch_sdpa", "reference"])
+def test_no_argument_is_dropped(name: str, backend: str) -> None:
+    model, given = with_processor(**CALLS[name])
+    with torch.no_grad():
+        expected = model(given)
+        model.attn1.processor.call = {key: one for key, one in CALLS[name].items() if key in ("groups", "enable_gqa")}
+        assert name == "grouped" or not torch.allclose(expected, model(given), atol=1e-3)  # the argument matters
+        model.attn1.processor.call = CALLS[name]
+        with attention_backend(model, backend, strict=True) as chosen:
+            output = model(given)
+    if backend == "torch_sdpa":
+        assert torch.equal(output, expected)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+    (row,) = chosen.reports["model"].rows.values()
+    assert (row.backend, row.calls) == (backend, 1)
+
+
+@pytest.mark.parametrize(
+    "call", [{"dropout_p": 0.5}, {"attention_kwargs": {"window": 3}}, {"is_causal": True, "attn_mask": MASK}]
+)
+def test_what_only_diffusers_computes_is_counted_or_refused(call: dict[str, Any]) -> None:
+    model, given = with_processor(**call)
+    applied = apply(model, "reference")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        try:
+            expected: Any = reference_of(model, given)
+            torch.manual_seed(3)
+            assert torch.equal(model(given), expected)
+        except (RuntimeError, TypeError) as error:  # SDPA refuses it, patched or not
+            with pytest.raises(type(error)):
+                model(given)
+        else:
+            (row,) = applied.reports["model"].rows.values()
+            assert (row.backend, row.asked) == ("diffusers", "reference")
+            assert row.reason
+        apply(model, "reference", strict=True)
+        with pytest.raises(NoBackendError):
+            model(given)
+    reset(model)
+
+
+def reference_of(model: Any, given: torch.Tensor) -> torch.Tensor:
+    """The unpatched module's output."""
+    return type(model.attn1).forward(model.attn1, given)  # type: ignore[no-any-return]
+
+
+def test_a_call_that_needs_a_gradient_gets_it() -> None:
+    model, given = with_processor()
+    given.requires_grad_()
+    model(given).sum().backward()
+    expected, given.grad = given.grad, None
+    applied = apply(model, "reference")
+    model(given).sum().backward()
+    assert torch.equal(given.grad, expected)
+    (row,) = (row for row in applied.reports["model"].rows.values() if row.calls)
+    assert row.backend == "diffusers"
+    reset(model)
+
+
+def test_report_and_reset_of_a_model_that_was_never_chosen() -> None:
+    model, _ = tiny.wan()
+    before = state(model)
+    assert report(model) == {}
+    reset(model)
+    assert_same_state(before, state(model))
