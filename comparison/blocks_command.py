@@ -16,7 +16,8 @@ from ..backends.config import AttentionSpec
 from ..backends.config.text import parse_extra
 from ..backends.kernels import BACKENDS
 from ..backends.sparse.block_map import Dense, with_other_tokens
-from ..backends.sparse.method import SparseKernel, SparseMethod, Where, layer_of
+from ..backends.sparse.kernel import SparseKernel
+from ..backends.sparse.method import SparseMethod, Where, layer_of
 from ..backends.values.grid import Place, TokenGrid, parse_grid
 from ..backends.values.request import AttentionRequest
 from .metrics import need

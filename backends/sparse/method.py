@@ -1,12 +1,11 @@
 """`SparseMethod`: the backend around a published sparse method, which selects blocks and has an executor compute them.
 
-A method's file declares the backend and writes `blocks` and `select_blocks`. The session binds its kernel to a place
-in the model (`Backend.bind`), so that the method knows grid, step and layer of each call.
+A method's file declares the backend and writes `blocks` and `select_blocks`. The session binds its kernel (`kernel.py`)
+to a place in the model (`Backend.bind`), so that the method knows grid, step and layer of each call.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -15,21 +14,18 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..kernels.backend import Backend, Kernel
 from ..kernels.support.workspace import item_bytes, key_size, query_size
-from ..values.faults import is_cuda_fault, is_out_of_memory
 from ..values.grid import Kept, Place, Progress, TokenGrid
 from ..values.limits import FLOATING, Causal, Dtypes, Limits, Masks, Rule, ValueHeadDim
 from ..values.platform import KINDS, Platform
 from ..values.reasons import Reason, reason_id, template
 from ..values.request import AttentionCall, AttentionRequest
-from .block_map import BlockMap, Dense, Map, on_device, with_other_tokens
+from .block_map import Dense, Map, on_device
 from .blocks import Blocks
 from .by_step import DENSE_STEPS, computed_whole
-from .executor import AUTO, Executor, Run, Selection, executors, run_map, select
+from .executor import AUTO, Selection, executors, select
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger("attention_backends")
 
 NOT_ON_A_GRID = template("grid.off", "the tokens of this role lie on no grid")
 NO_GRID = template("grid.unknown", "no token grid is known for this call")
@@ -207,6 +203,8 @@ class SparseMethod(Backend):
         ]
 
     def load(self, platform: Platform, **options: object) -> Kernel:
+        from .kernel import SparseKernel
+
         return SparseKernel(self, self.values(options), platform)
 
     def workspace_bytes(self, request: AttentionRequest, platform: Platform) -> int:
@@ -239,6 +237,8 @@ class SparseMethod(Backend):
         kept: Kept,
         dense: Callable[..., Kernel],
     ) -> Kernel:
+        from .kernel import SparseKernel
+
         if not isinstance(kernel, SparseKernel):
             return kernel
         return kernel.bound(request, place, progress, kept, self.dense_kernel(dense, kernel.options))
@@ -246,124 +246,6 @@ class SparseMethod(Backend):
     def dense_kernel(self, dense: Callable[..., Kernel], options: Mapping[str, object]) -> Kernel:
         """What computes calls whole: the exact kernel of the machine, or that of a named backend, `dense(name)`."""
         return dense()
-
-
-class NoExecutorError(RuntimeError):
-    """The executor that was named cannot compute a call."""
-
-
-class SparseKernel:
-    """A method with its options on one machine. Called without a place, all tokens lie in one row of one frame."""
-
-    def __init__(self, method: SparseMethod, options: Mapping[str, object], platform: Platform) -> None:
-        self.method = method
-        self.options = options
-        self.platform = platform
-        self._loaded: dict[str, Run] = {}
-
-    def __call__(self, call: AttentionCall) -> torch.Tensor:
-        request = call.request()._replace(grid=TokenGrid(1, 1, call.query.shape[2]))
-        return self.bound(request, Place(), Progress(), Kept(), self._dense)(call)
-
-    def _dense(self, call: AttentionCall) -> torch.Tensor:
-        from torch.nn.functional import scaled_dot_product_attention
-
-        return scaled_dot_product_attention(
-            call.query, call.key, call.value, scale=call.scale, enable_gqa=call.enable_gqa
-        )
-
-    def bound(self, request: AttentionRequest, place: Place, progress: Progress, kept: Kept, dense: Kernel) -> Kernel:
-        """The kernel for calls of one kind at one place of the model."""
-        import torch
-
-        grid, layer = request.grid, layer_of(place.block)
-        if grid is None:
-            return dense
-        method, options = self.method, self.options
-        compute = self.executor(request, kept)
-        kv_before = grid.before - grid.hidden_before
-        q_cells, k_cells = (slice(before, before + grid.cells) for before in (grid.before, kv_before))
-        kv_after = request.kv_len - kv_before - grid.cells
-        beside = grid.tokens > grid.cells
-
-        def run(call: AttentionCall) -> torch.Tensor:
-            where = Where(
-                progress.step, progress.steps, progress.sigma, layer, place.role, progress.samples,
-                place.block, progress.blocks, progress.kept,
-            )  # fmt: skip
-            on_grid = call
-            if beside:
-                on_grid = call.changed(
-                    query=call.query[:, :, q_cells], key=call.key[:, :, k_cells], value=call.value[:, :, k_cells]
-                )
-            if not call.query.numel():
-                return dense(call)
-            if is_recorded(call):
-                kept.add_dense("a CUDA graph is recorded")
-                return dense(call)
-            with torch.autocast(call.query.device.type, enabled=False):  # scores in float32, output in the call's dtype
-                selected = method.select_at(on_grid, grid, where, options)
-                if not isinstance(selected, Dense):
-                    block_map = with_other_tokens(selected, grid, kv_after, method.other_block)
-                    output = compute(call, block_map)
-                    if not isinstance(output, Dense):
-                        return output
-                    selected = output
-            kept.add_dense(selected.reason)
-            return dense(call)
-
-        return run
-
-    def executor(self, request: AttentionRequest, kept: Kept) -> Callable[[AttentionCall, Map], torch.Tensor | Dense]:
-        """What computes the maps of calls of one kind: the first executor that can; or why none can.
-
-        `kept` counts what is computed.
-        """
-        named = str(self.options.get("executor", AUTO))
-        able, reasons = self.method.executors(request, self.platform, self.options)
-        failed: dict[str, str] = {}
-
-        def compute(call: AttentionCall, block_map: Map) -> torch.Tensor | Dense:
-            one = block_map if isinstance(block_map, BlockMap) else block_map.of_head(0)
-            for executor in able:
-                if executor.id in failed or executor.call_reasons(call, one):
-                    continue
-                if executor is not able[-1] and executor.avoid_map_reasons(one):
-                    continue
-                try:
-                    output = run_map(self._run(executor), call, block_map)
-                    waits = not call.query.is_cpu and (self.method.reads_back or executor.reads_back(one))
-                    kept.add(block_map.share(), executor.id, waits)
-                    return output
-                except Exception as error:
-                    if executor is able[-1] or is_out_of_memory(error) or is_cuda_fault(error):
-                        raise
-                    failed[executor.id] = f"{type(error).__name__}: {error}"
-                    log.warning("%s: executor %s failed (%s); the next one runs for: %s", self.method.id, executor.id,
-                                failed[executor.id], request.describe())  # fmt: skip
-            against = {**reasons, **{each.id: tuple(each.call_reasons(call, one)) for each in able}}
-            wanted = self.method.only_executor or named
-            texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items() if wanted in (AUTO, name)]
-            if named != AUTO:  # as any kernel that was named and cannot run: strict stops
-                raise NoExecutorError(texts[0])
-            return Dense(", ".join(texts))
-
-        return compute
-
-    def _run(self, executor: Executor) -> Run:
-        run = self._loaded.get(executor.id)
-        if run is None:
-            run = self._loaded[executor.id] = executor.load(self.platform)
-        return run
-
-
-def is_recorded(call: AttentionCall) -> bool:
-    """Whether a CUDA graph records this call: choosing and computing blocks may read values, and a graph would repeat
-    the blocks of one step.
-    """
-    import torch
-
-    return call.query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def layer_of(block: str) -> int | None:

@@ -23,7 +23,8 @@ from attention_backends.backends.kernels.reference import reference_attention  #
 from attention_backends.backends.kernels.support.sdpa import expand_kv, plain_sdpa  # noqa: E402
 from attention_backends.backends.kernels.support.varlen import VarlenCall  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap  # noqa: E402
-from attention_backends.backends.sparse.method import SparseKernel, Where  # noqa: E402
+from attention_backends.backends.sparse.kernel import SparseKernel  # noqa: E402
+from attention_backends.backends.sparse.method import Where  # noqa: E402
 from attention_backends.backends.values.grid import TokenGrid  # noqa: E402
 from attention_backends.backends.values.limits import Causal, Dtypes, Masks, MaskWithCausal, ValueHeadDim  # noqa: E402
 from attention_backends.backends.values.platform import KINDS, Platform  # noqa: E402

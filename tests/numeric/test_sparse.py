@@ -20,7 +20,7 @@ from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.report.audit import asked_and_ran, fell_back  # noqa: E402
 from attention_backends.backends.sparse import blocks as orders  # noqa: E402
-from attention_backends.backends.sparse import method  # noqa: E402
+from attention_backends.backends.sparse import kernel as sparse_kernel  # noqa: E402
 from attention_backends.backends.sparse.block_map import BlockMap, with_other_tokens  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
 from attention_backends.backends.sparse.executors.gather import gather  # noqa: E402
@@ -366,7 +366,7 @@ def test_autocast_changes_nothing() -> None:
 
 
 def test_while_a_cuda_graph_is_recorded_nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(method, "is_recorded", lambda call: True)
+    monkeypatch.setattr(sparse_kernel, "is_recorded", lambda call: True)
     with account() as run_report:
         output = attention(Q, Q, Q, backend=EIGHTH, grid=(5, 6, 9))
     assert torch.equal(output, attention(Q, Q, Q))

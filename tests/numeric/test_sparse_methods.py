@@ -24,8 +24,9 @@ from attention_backends.backends.sparse.blocks import Blocks, along_curve, cut  
 from attention_backends.backends.sparse.by_step import value_at  # noqa: E402
 from attention_backends.backends.sparse.choose_blocks import passed_share, until_share  # noqa: E402
 from attention_backends.backends.sparse.executors import gather as gathering  # noqa: E402
+from attention_backends.backends.sparse.kernel import NoExecutorError, SparseKernel  # noqa: E402
 from attention_backends.backends.sparse.kmeans import first_tokens  # noqa: E402
-from attention_backends.backends.sparse.method import NoExecutorError, SparseKernel, SparseMethod, Where  # noqa: E402
+from attention_backends.backends.sparse.method import SparseMethod, Where  # noqa: E402
 from attention_backends.backends.sparse.methods import (  # noqa: E402
     cube,
     custom,

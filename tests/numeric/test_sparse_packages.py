@@ -21,7 +21,8 @@ from attention_backends.backends.sparse.executors import OF_PACKAGES  # noqa: E4
 from attention_backends.backends.sparse.executors import fa4 as by_flash  # noqa: E402
 from attention_backends.backends.sparse.executors import fastvideo as by_fastvideo  # noqa: E402
 from attention_backends.backends.sparse.executors import flashinfer as by_flashinfer  # noqa: E402
-from attention_backends.backends.sparse.method import NoExecutorError, SparseKernel, SparseMethod, Where  # noqa: E402
+from attention_backends.backends.sparse.kernel import NoExecutorError, SparseKernel  # noqa: E402
+from attention_backends.backends.sparse.method import SparseMethod, Where  # noqa: E402
 from attention_backends.backends.values.grid import Kept, Place, Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
