@@ -222,6 +222,10 @@ def renamed_parameter(source: str, function: str, parameter: str) -> str:
             for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
                 if argument.arg == parameter:
                     argument.arg = f"{parameter}_renamed"
+        elif isinstance(node, ast.ClassDef) and function.endswith((f":{node.name}", f".{node.name}")):
+            for field in node.body:  # of a NamedTuple
+                if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == parameter:
+                    field.target = ast.Name(f"{parameter}_renamed")
     return ast.unparse(tree)
 
 

@@ -140,6 +140,12 @@ def test_a_use_is_compared(source: str, item: str, state: str) -> None:
     assert states(source)[item] == state
 
 
+def test_a_renamed_field_of_a_named_tuple_is_seen() -> None:
+    renamed = compare.renamed_parameter(FILES["kern/core.py"], "kern.core:Lists", "size")
+    found = function(Sources(index.Memory({"kern.py": renamed})), "kern:Lists")
+    assert [one.name for one in found.parameters] == ["counts", "size_renamed"]
+
+
 def test_what_no_release_has_is_a_difference() -> None:
     row = Row("kern", "1", "kern:attend", "lse", "", "", ABSENT, asked=True)
     assert [one.state for one in compare.never_there([row])] == [DIFFERENT]
