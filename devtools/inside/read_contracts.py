@@ -223,7 +223,8 @@ class Copy:
             schema = rf"^- func: {re.escape(compare.defined_as(self.function))}\(.*$"
             changed = rf"\b{self.parameter}\b(?=[,=)])"
             return re.sub(schema, lambda m: re.sub(changed, f"{self.parameter}_renamed", m[0]), source, flags=re.M)
-        if f"def {compare.defined_as(self.function)}(" in source:
+        name = self.function.rpartition(":")[2].rpartition(".")[2]
+        if f"def {compare.defined_as(self.function)}(" in source or f"class {name}(NamedTuple)" in source:
             return compare.renamed_parameter(source, self.function, self.parameter)
         return source
 
