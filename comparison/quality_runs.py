@@ -24,9 +24,6 @@ from .report import ComparisonError
 from .rounds import Progress, why
 from .scene import Scene
 
-BY_SAMPLE = ("with the caption", "without")
-"""The two samples of a batch, for methods that keep something for each between steps."""
-
 
 @dataclass
 class Runner:
@@ -51,7 +48,7 @@ def warm_up(runners: Sequence[Runner], scene: Scene, progress: Progress, total: 
     steps = scene.settings.steps
     for runner in runners:
         progress(f"{runner.row.name}: the warm-up", 0, total)
-        runner.attention.begin(_samples(scene))
+        runner.attention.begin(scene.samples)
         for index in (0, steps - 1):
             runner.latent = scene.noise
             _guarded(runner, scene, index, "the warm-up")
@@ -67,15 +64,11 @@ def sample(runners: Sequence[Runner], scene: Scene, number: int, tell: Callable[
     rng = random.Random(number)  # noqa: S311
     for runner in able(runners):
         runner.latent, runner.step_ms, runner.attention_ms = scene.noise.float(), [], []
-        runner.attention.begin(_samples(scene))
+        runner.attention.begin(scene.samples)
     for index in range(scene.settings.steps):
         tell(index)
         for runner in rng.sample(able(runners), len(able(runners))):
             _guarded(runner, scene, index, f"step {index + 1} of prompt {number + 1}")
-
-
-def _samples(scene: Scene) -> tuple[str, ...]:
-    return BY_SAMPLE[: 1 if scene.settings.guidance == 1 else 2]
 
 
 def _step(runner: Runner, scene: Scene, index: int) -> None:

@@ -23,7 +23,8 @@ self-attention calls, where dense steps and other calls that were computed whole
 s** (one clip): median, then least and most; sampling alone, without loading and decoding. **speed-up**: the time of
 the reference's clip divided by this one's, prompt by prompt, the median with its 95 % interval; ~ where the interval
 holds 1, so that it may be chance. All backends take turns at each step, in a new order each time. **attention ms**:
-time in attention for one step, self- and cross-attention, with the choice of blocks. **PSNR** and **SSIM** compare
+time in attention for one step, self- and cross-attention, with the choice of blocks. **peak MB**: the most memory of a
+step, model included, and how far it is from the reference's. **PSNR** and **SSIM** compare
 each frame with the same frame of the reference's clip: the mean over all frames of all prompts, and the worst frame. A
 frame that is equal to the bit counts as {EQUAL:g} dB. **temporal**: how much neighbouring frames differ (mean absolute
 difference, in levels of an 8-bit colour), and that divided by the reference's own: below 1 the clip moves or flickers
@@ -75,7 +76,7 @@ def _line(row: QualityRow, found: Summary, report: QualityReport) -> list[str]:
         _speed(found.speedup),
         "-" if found.attention_ms is None else f"{found.attention_ms:.4g}",
         _speed(found.attention_speedup),
-        "-" if row.peak_memory is None else f"{row.peak_memory / 1e6:.1f}",
+        _memory(row, report.rows[0]),
         "identical" if found.identical else _number(found.psnr, ".1f"),
         _number(found.psnr_worst, ".1f"),
         _number(found.ssim, ".3f"),
@@ -143,6 +144,15 @@ def notes(report: QualityReport) -> list[str]:
     if report.ended is not None:
         found.append(report.ended)
     return found
+
+
+def _memory(row: QualityRow, first: QualityRow) -> str:
+    """Peak in MB, model included, and how far it is from the reference's."""
+    if row.peak_memory is None:
+        return "-"
+    base = first.peak_memory if row is not first else None
+    change = f" ({100 * (row.peak_memory / base - 1):+.0f} %)" if base else ""
+    return f"{row.peak_memory / 1e6:.1f}{change}"
 
 
 def _percent(value: float | None) -> str:

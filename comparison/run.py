@@ -137,6 +137,7 @@ def _end_to_end(scene: Scene) -> tuple[Work, Work]:
             lap()
             entry.attention.at_step(index + 1, steps)
 
+        entry.attention.begin(scene.samples)
         entry.attention.at_step(0, steps)
         try:
             return [scene.sample(entry.attention, on_step)]

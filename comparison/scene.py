@@ -24,6 +24,10 @@ MODES = ("end_to_end", "one_step", "attention")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
+BY_SAMPLE = ("with the caption", "without")
+"""The samples of a batch, for methods that keep something for each between steps; with guidance 1 the first alone."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is sampled, and how often. Sizes are latent cells, which are the embedded model's pixels."""
@@ -86,6 +90,7 @@ class Scene:
         self.grid = TokenGrid(settings.frames // PATCH[0], settings.height // PATCH[1], settings.width // PATCH[2])
         self.positive = captions.encode(settings.prompt)[None].to(device)
         self.negative = captions.encode("")[None].to(device)
+        self.samples = BY_SAMPLE[: 1 if settings.guidance == 1 else 2]
         self.model = (model or load()).to(device=device, dtype=getattr(torch, self.dtype))
 
     def sample(

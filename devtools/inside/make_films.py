@@ -38,6 +38,7 @@ def make_films(folder: Path, weights: Path = VIDEO_WEIGHTS, settings: Settings =
 
         scene.sample(attention, steps=1)  # what is planned and compiled once counts for neither
         attention.attention_ms(device)
+        attention.begin(scene.samples)
         attention.at_step(0, settings.steps)
         start = perf_counter()
         films.append(picture_of(scene.sample(attention, on_step).cpu()))

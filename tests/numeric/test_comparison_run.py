@@ -65,6 +65,17 @@ def test_the_same_seed_gives_the_same_picture_to_the_bit(plain: Comparison) -> N
     assert [row.repeatable for row in plain.report.rows] == [True, True, True]
 
 
+def test_methods_keep_what_they_learn_within_a_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def begin(self: Routed, samples: tuple[str, ...]) -> None:
+        begun.append((self.backend, samples))
+
+    monkeypatch.setattr(Routed, "begin", begin)
+    compare(small(steps=1), ["torch_sdpa"])
+    assert begun == 2 * [("torch_sdpa", ("with the caption", "without"))]
+
+
 def test_another_seed_gives_another_picture(plain: Comparison) -> None:
     other = compare(small(steps=6, seed=2), ["torch_sdpa"]).pictures[0]
     assert other is not None

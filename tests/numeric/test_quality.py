@@ -30,6 +30,7 @@ from attention_backends.comparison.quality_report import (  # noqa: E402
 )
 from attention_backends.comparison.quality_tables import cells, markdown, notes  # noqa: E402
 from attention_backends.comparison.report import ComparisonError  # noqa: E402
+from attention_backends.demo import judge_motion  # noqa: E402
 from attention_backends.demo.model import VIDEO_WEIGHTS, WEIGHTS  # noqa: E402
 from syrupy.assertion import SnapshotAssertion  # noqa: E402
 
@@ -132,6 +133,20 @@ def test_backends_take_turns_at_each_step(turns: list[tuple[str, int]]) -> None:
     assert len(set(orders)) > 3, "in an order that is drawn anew"
 
 
+def test_a_clip_is_judged_and_its_neighbouring_frames_compared(turns: list[tuple[str, int]]) -> None:
+    what = asked(backends="sdpa_math", prompts=2)
+    found = quality.measure(what)
+    for shown, result in zip(found.clips, found.report.rows, strict=True):
+        assert shown is not None
+        first, second = result.clips
+        differences = [float((shown[at + 1] - shown[at]).abs().mean()) for at in range(len(shown) - 1)]
+        assert first.temporal == pytest.approx(sum(differences) / 3)
+        assert first.right == judge_motion.score(what.clips()[0], shown)
+        assert [one.prompt for one in result.clips] == [clip.caption() for clip in what.clips()]
+        assert (first.seed, second.seed) == (0, 1)
+        assert first.temporal != second.temporal, "each prompt has its own noise"
+
+
 def test_a_backend_that_fails_keeps_its_finished_prompts(
     turns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, snapshot: SnapshotAssertion
 ) -> None:
@@ -175,6 +190,22 @@ def test_an_interruption_keeps_the_prompts_that_all_finished(turns: list[tuple[s
         quality.measure(asked(backends="sdpa_math"), progress=at_once)
 
 
+def test_a_prompt_that_only_some_were_judged_on_is_left_out(
+    turns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[bool] = []
+
+    def stop(clip: object, rgb: object) -> dict[str, bool]:
+        judged.append(True)
+        if len(judged) == 4:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(judge_motion, "score", stop)
+    report = quality.measure(asked(backends="sdpa_math")).report
+    assert [len(row.clips) for row in report.rows] == [1, 1]
+
+
 def row(name: str, *clips: ClipScore) -> QualityRow:
     return QualityRow(name, name, clips=list(clips))
 
@@ -204,6 +235,14 @@ def test_what_follows_from_clips() -> None:
     assert first[heading.index("speed-up")] == "-"
     assert second[heading.index("speed-up")] == "2.50x (2.00-3.00)"
     assert second[heading.index("right")] == "1 of 2"
+
+
+def test_memory_is_compared_where_it_was_counted() -> None:
+    report = report_of(row("torch_sdpa", clip(10, 8, 0.02)), row("sparge_attn", clip(9, 8, 0.02, 30)))
+    report.rows[0].peak_memory, report.rows[1].peak_memory = 200_000_000, 150_000_000
+    heading, *lines = cells(report)
+    assert [line[heading.index("peak MB")] for line in lines] == ["200.0", "150.0 (-25 %)"]
+    assert notes(report) == []
 
 
 def test_a_broken_clip_is_a_finding(snapshot: SnapshotAssertion) -> None:
