@@ -130,7 +130,7 @@ def _lint(root: Path, python: Path) -> int:
 
 
 FORMATTED = (
-    *("backends", "benchmarks", "comparison", "demo", "devtools", "nodes", "tests"),
+    *("backends", "benchmarks", "comparison", "demo", "devtools", "integrations", "nodes", "tests"),
     *("__init__.py", "__main__.py", "cli.py", "dev.py"),
 )
 """All code. ruff would also set the examples in README.md, whose comments stand in columns."""

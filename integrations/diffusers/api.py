@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ...backends.config import AttentionConfig
 from ...backends.config.layers import named_backends, settings_of
 from ...backends.config.names import AUTO, AUTOTUNE
 from ...backends.config.text import from_environment, parse_config
-from ...backends.observe.replay.record import as_record
+from ...backends.observe.replay.record import as_record, of_run
 from ...backends.report import RunReport
 from ...backends.values.errors import ConfigError, NoBackendError
 from .routing import Chosen, Routing, close_block, open_block, routing_of
@@ -44,7 +45,8 @@ class Applied:
 
     def record(self) -> dict[str, Any]:
         """The decisions of the latest runs, for metadata of a picture and for replay as a configuration."""
-        return as_record([report.as_dict() for report in self.reports.values()], {}, [])
+        runs = [run for report in self.reports.values() if (run := of_run(report)) is not None]
+        return as_record(runs, {"diffusers": version("diffusers")})
 
     def reset(self) -> None:
         """Restore the models."""

@@ -1,0 +1,161 @@
+"""Whole pipelines: steps of schedules, the run report, the guard, the record, sparse methods, interruption, compile."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_diffusers as tiny
+import torch
+from attention_backends.integrations.diffusers import apply, attention_backend, reset
+from test_diffusers_models import assert_same_state, state
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "integrations" / "examples"
+CALLS: dict[str, dict[str, Any]] = {
+    "flux": {
+        "prompt_embeds": tiny.noise(1, 5, 32), "pooled_prompt_embeds": tiny.noise(1, 32), "height": 64, "width": 64,
+    },
+    "wan": {
+        "prompt_embeds": tiny.noise(1, 7, 16), "negative_prompt_embeds": tiny.noise(1, 7, 16, seed=2), "height": 64,
+        "width": 64, "num_frames": 5,
+    },
+}  # fmt: skip
+PER_STEP = {"flux": 4, "wan": 8}
+"""Attention calls of a step; Wan calls the model for the prompt and for the negative one."""
+
+
+def pipeline(name: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = runpy.run_path(str(EXAMPLES / f"diffusers_{name}.py"))["tiny_pipeline"]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe: Any, name: str, steps: int = 3, **more: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    output = pipe(
+        **CALLS[name], num_inference_steps=steps, generator=generator, output_type="latent", return_dict=False, **more
+    )
+    return output[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_pipeline_gives_the_same_bits_and_each_run_has_a_report(name: str) -> None:
+    pipe = pipeline(name)
+    expected, before = sample(pipe, name), state(pipe.transformer)
+    applied = apply(pipe, "torch_sdpa")
+    for _ in range(2):
+        assert torch.equal(sample(pipe, name), expected)
+        run_report = applied.reports["transformer"]
+        assert run_report.calls == 3 * PER_STEP[name]
+        assert run_report.as_dict()["steps"] == 3
+        assert run_report.steps_reached() == 3
+    reset(pipe)
+    assert_same_state(before, state(pipe.transformer))
+    assert torch.equal(sample(pipe, name), expected)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_schedule_goes_by_the_scheduler_s_steps(name: str) -> None:
+    pipe = pipeline(name)
+    for entry, share in (({"steps": "1-2"}, 2), ({"steps": "last 1"}, 1), ({"percent": "0-0.4"}, 2)):
+        applied = apply(pipe, {"default": "torch_sdpa", "schedule": [{"backend": "sdpa_math", **entry}]})
+        sample(pipe, name, steps=4)
+        counts: dict[str, int] = {}
+        for row in applied.reports["transformer"].rows.values():
+            counts[row.backend] = counts.get(row.backend, 0) + row.calls
+        assert counts["sdpa_math"] == share * PER_STEP[name], entry
+        assert counts["torch_sdpa"] == (4 - share) * PER_STEP[name], entry
+        reset(pipe)
+
+
+def test_a_record_repeats_the_decisions() -> None:
+    pipe = pipeline("flux")
+    applied = apply(pipe, {"default": "sdpa_math", "schedule": [{"backend": "torch_sdpa", "steps": "0"}]})
+    first = sample(pipe, "flux")
+    record = applied.record()
+    reset(pipe)
+    applied = apply(pipe, record)
+    assert torch.equal(sample(pipe, "flux"), first)
+    rows = applied.reports["transformer"].rows.values()
+    assert sorted((row.backend, row.calls) for row in rows if row.calls) == sorted(
+        [("torch_sdpa", 1)] * 4 + [("sdpa_math", 2)] * 4
+    )
+    reset(pipe)
+
+
+def test_the_guard_checks_an_inexact_kernel() -> None:
+    pipe = pipeline("flux")
+    with attention_backend(pipe, "emulated_int8", guard="watch") as chosen:
+        sample(pipe, "flux")
+        rows = list(chosen.reports["transformer"].rows.values())
+    assert {row.backend for row in rows} == {"emulated_int8"}
+    assert all(row.guard is not None for row in rows)
+
+
+def test_a_sparse_method_knows_the_grid() -> None:
+    pipe = pipeline("wan")
+    config = {"per_role": {"self": {"backend": "custom_sparse_attn", "extra": {"topk": 0.5}}}}
+    with attention_backend(pipe, config, strict=True) as chosen:
+        pipe(
+            **{**CALLS["wan"], "height": 128, "width": 128, "num_frames": 13},
+            num_inference_steps=2,
+            output_type="latent",
+        )
+        rows = list(chosen.reports["transformer"].rows.values())
+    sparse = [row for row in rows if row.role == "self"]
+    assert sum(row.kept.calls for row in sparse if row.kept is not None) == 8
+    assert all(row.kept is not None and 0 < float(row.kept.fraction or 0) < 1 for row in sparse)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_an_interrupted_pipeline_leaves_a_model_that_runs_as_before(name: str) -> None:
+    pipe = pipeline(name)
+    expected, before = sample(pipe, name), state(pipe.transformer)
+
+    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with attention_backend(pipe, "sdpa_math"), pytest.raises(KeyboardInterrupt):
+        sample(pipe, name, callback_on_step_end=stop)
+    assert_same_state(before, state(pipe.transformer))
+    assert torch.equal(sample(pipe, name), expected)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("diffusers_*.py")), ids=lambda path: path.stem)
+def test_each_example_runs_as_it_says(path: Path) -> None:
+    summary = runpy.run_path(str(path))["main"]()
+    assert {
+        "diffusers_flux": "flux.double torch_sdpa 4 calls, flux.single sdpa_math 4 calls",
+        "diffusers_wan": "self custom_sparse_attn 12 calls, cross torch_sdpa 12 calls",
+        "diffusers_sdxl": "self emulated_int8 8 calls, cross torch_sdpa 8 calls",
+    }[path.stem] in summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan", "flux", "sdxl", "qwen_image_masked"])
+@pytest.mark.parametrize("way", ["whole, chosen first", "whole, compiled first", "blocks"])
+def test_compiled_models_are_routed_in_one_graph(name: str, way: str) -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    model, given = tiny.MODELS[name]()
+    expected = tiny.forward(model, given)
+    chosen: Any = model
+    if way == "whole, compiled first":
+        chosen = torch.compile(model, backend="eager", fullgraph=True)
+    elif way == "blocks":
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    applied = apply(chosen, "sdpa_math")
+    called = torch.compile(model, backend="eager", fullgraph=True) if way == "whole, chosen first" else chosen
+    for _ in range(2):
+        output = tiny.forward(called, given)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+    rows = [row for row in applied.reports["model"].rows.values() if row.calls]
+    assert {row.backend for row in rows} == {"sdpa_math"}
+    assert {row.calls for row in rows} <= {2}
+    reset(chosen)
+    torch.testing.assert_close(tiny.forward(called, given), expected, rtol=1e-3, atol=1e-4)
