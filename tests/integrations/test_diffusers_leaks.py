@@ -9,6 +9,7 @@ import copy
 import functools
 import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,3 +314,63 @@ def test_diffusers_names_and_variables_mean_the_same(monkeypatch: pytest.MonkeyP
     backends = {row.role: row.backend for row in applied.reports["model"].rows.values()}
     assert backends == {"flux.double": "sdpa_math", "flux.single": "torch_sdpa"}
     reset(model)
+
+
+def test_nothing_of_diffusers_is_imported_before_a_model_of_it_comes() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; import attention_backends.integrations; assert 'torch' not in sys.modules;"
+        "from attention_backends.integrations.diffusers import apply; assert 'diffusers' not in sys.modules"
+    )
+    root = Path(__file__).resolve().parents[2]
+    loader = (
+        "import importlib.util, sys;"
+        f"spec = importlib.util.spec_from_file_location('attention_backends', {str(root / '__init__.py')!r}, "
+        f"submodule_search_locations=[{str(root)!r}]);"
+        "sys.modules['attention_backends'] = importlib.util.module_from_spec(spec);"
+        "spec.loader.exec_module(sys.modules['attention_backends']);"
+    )
+    subprocess.run([sys.executable, "-c", loader + code], check=True)
+
+
+def test_an_ip_adapter_is_followed() -> None:
+    """Its processors are modules; the text's keys come first, then the picture's."""
+    model, given = tiny.sdxl()
+    applied = apply(model, "torch_sdpa")
+    processors: dict[str, Any] = {}
+    from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
+
+    for path in model.attn_processors:
+        attention = model.get_submodule(path.removesuffix(".processor"))
+        if path.endswith("attn2.processor"):
+            processors[path] = IPAdapterAttnProcessor2_0(attention.to_q.in_features, 16, num_tokens=(3,))
+        else:
+            processors[path] = AttnProcessor2_0()
+    model.set_attn_processor(processors)
+    states = given["encoder_hidden_states"], [tiny.noise(1, 1, 3, 16)]
+    with torch.no_grad():
+        attention = model.mid_block.attentions[0].transformer_blocks[0].attn2
+        hidden = tiny.noise(1, 4, attention.to_q.in_features)
+        expected = type(attention).forward(attention, hidden, encoder_hidden_states=states)
+        output = tiny.forward(_Around(model, attention), {"hidden": hidden, "states": states})
+    assert torch.equal(output[0], expected)
+    rows = {row.role: row.calls for row in applied.reports["model"].rows.values() if row.calls}
+    assert rows == {"cross": 1, "unet.image_cross": 1}
+    reset(model)
+
+
+class _Around:
+    """Calls one attention module inside a forward of the model."""
+
+    def __init__(self, model: Any, attention: Any) -> None:
+        self.model, self.attention = model, attention
+
+    def __call__(self, hidden: torch.Tensor, states: Any, return_dict: bool) -> Any:
+        entry = self.model.forward.__self__
+        original, entry.original = entry.original, lambda **given: (self.attention(hidden, states),)
+        try:
+            return self.model(sample=hidden)
+        finally:
+            entry.original = original
