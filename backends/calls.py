@@ -12,11 +12,11 @@ from operator import index
 from typing import TYPE_CHECKING, Literal, overload
 
 from .config import AttentionConfig
-from .config.layers import resolve
+from .config.layers import record_of, resolve
 from .config.names import COMFY
 from .config.text import parse_config
 from .context import KEPT, Context, ThreadSessions, current
-from .engine.call_checks import CheckError, check
+from .engine.call_checks import CheckError, check, differing
 from .engine.mask_reader import inspect
 from .engine.plan import CPU, CallKind, Slot
 from .engine.router import Router
@@ -36,6 +36,8 @@ from .values.request import AttentionCall, LseCall
 
 if TYPE_CHECKING:
     import torch
+
+    from .parallel.group_session import GroupSession
 
 Grid = tuple[int, int, int]
 """Frames, height and width of the tokens of a call."""
@@ -90,6 +92,11 @@ def attention(
     grid: Grid | None = None,
     tokens_before: int = 0,
     tokens_after: int = 0,
+    group: object = None,
+    parallel: str | None = None,
+    replicated_before: int = 0,
+    replicated_after: int = 0,
+    sequence_order: str = "contiguous",
 ) -> torch.Tensor: ...
 
 
@@ -110,6 +117,11 @@ def attention(
     grid: Grid | None = None,
     tokens_before: int = 0,
     tokens_after: int = 0,
+    group: object = None,
+    parallel: str | None = None,
+    replicated_before: int = 0,
+    replicated_after: int = 0,
+    sequence_order: str = "contiguous",
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -129,6 +141,11 @@ def attention(
     grid: Grid | None = None,
     tokens_before: int = 0,
     tokens_after: int = 0,
+    group: object = None,
+    parallel: str | None = None,
+    replicated_before: int = 0,
+    replicated_after: int = 0,
+    sequence_order: str = "contiguous",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention on the configured backend.
 
@@ -146,6 +163,17 @@ def attention(
         return_lse: return the log-sum-exp of each row too, from a backend that has it. The mask is passed unchanged.
         grid: (frames, height, width) of the tokens, for sparse backends; an image has one frame.
         tokens_before, tokens_after: other tokens, such as a prompt, before and after those of the grid.
+        group: a torch.distributed ProcessGroup, or a DeviceMesh of one dimension: every rank makes this call with its
+            own tokens, and gets their output. The whole sequence is that of the ranks in their order; a rank may have
+            none. `attn_mask` has the rows of this rank's queries, or one row that is the same on all ranks, and the
+            keys of all ranks, or one row and this rank's keys; `grid` and the tokens beside it are of the whole
+            sequence. Without gradients.
+        parallel: with `group`: `ulysses` exchanges heads for tokens, `ring` passes keys around, from a backend that
+            gives the log-sum-exp; None or `auto`: `parallel/strategy.py` decides.
+        replicated_before, replicated_after: with `group`: tokens at the start and the end of query and key that are the
+            same on every rank, such as a prompt; they count once.
+        sequence_order: with `group`: `contiguous`, or `balanced` for causal calls: rank r has the r-th and the r-th
+            last of 2 * ranks chunks (`parallel/shards.py`: `balanced_order`).
 
     Returns:
         A tensor like `query`, in the same layout, with the head size of `value`. With `return_lse` a pair: that, and
@@ -155,7 +183,8 @@ def attention(
     Raises:
         NoBackendError: strict and the named backend cannot run this call, or every backend failed.
         CheckError: the layout is unknown or the shapes do not fit together; with checks on, also dtypes, devices or the
-            mask.
+            mask. In a group every rank raises it where one rank refuses the call, or ranks differ in it.
+        GroupError: another rank of the group failed or ended; the group cannot be used again.
 
     A mask that only hides keys may be read and replaced by fewer keys: on the CPU at every call; on an accelerator,
     where reading synchronises, only for a named backend that refuses the mask and accepts the call without it. Else the
@@ -170,7 +199,15 @@ def attention(
         return outside_the_graph(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
             backend=backend, role=role, layout=layout, return_lse=return_lse, grid=grid, tokens_before=tokens_before,
-            tokens_after=tokens_after,
+            tokens_after=tokens_after, group=group, parallel=parallel, replicated_before=replicated_before,
+            replicated_after=replicated_after, sequence_order=sequence_order,
+        )  # fmt: skip
+    if group is not None or parallel is not None:
+        return _in_group(
+            (query, key, value, attn_mask), group, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            backend=backend, role=role, layout=layout, return_lse=return_lse,
+            grid=(grid, tokens_before, tokens_after),
+            parallel=parallel, replicated=(replicated_before, replicated_after), sequence_order=sequence_order,
         )  # fmt: skip
     if backend is not None and not isinstance(backend, (str, AttentionConfig)):
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
@@ -236,6 +273,81 @@ def _new_thread() -> ThreadSessions:
     own: ThreadSessions
     own = _thread.own = ThreadSessions(RunReport(mode="off"))  # not read
     return own
+
+
+def _in_group(
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    group: object,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: object,
+    role: str,
+    layout: str,
+    return_lse: bool,
+    grid: tuple[Grid | None, int, int],
+    parallel: str | None,
+    replicated: tuple[int, int],
+    sequence_order: str,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` with `group`. What can be wrong with a call is checked inside `run`, so that all ranks refuse it."""
+    from .parallel.group_call import AUTO, GroupOptions, Prepared, run
+    from .parallel.rank_group import rank_group
+
+    if group is None:
+        raise CheckError(f"parallel {parallel!r} without group; give a torch.distributed ProcessGroup too")
+
+    def prepare() -> Prepared:
+        import torch
+
+        query, key, value, mask = tensors
+        _check_meaning(query, key, value, mask, layout)
+        frames, before, after = grid
+        token_grid = None if frames is None and not before and not after else _token_grid(frames, before, after)
+        options = GroupOptions(
+            AUTO if parallel is None else parallel, *replicated, sequence_order, role, category_of(role), token_grid
+        )
+        options.check()
+        if layout == "BSHD":
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        mask = None if mask is None else for_kernels(as_4d(mask), query.dtype)
+        call = (LseCall if return_lse else AttentionCall)(query, key, value, mask, is_causal, scale, enable_gqa)
+        check(call, only_shapes=True, any_kv_len=True)
+        if text := differing(query, key, value, mask):
+            raise CheckError(text)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+            raise CheckError("gradients are not computed in a group; call it under torch.no_grad()")
+        return Prepared(_group_session(backend, query.device), call, options)
+
+    output, lse = run(rank_group(group), prepare)
+    if layout == "BSHD":
+        output = output.transpose(1, 2)
+    return (output, lse) if lse is not None else output
+
+
+def _group_session(backend: object, device: torch.device) -> GroupSession:
+    from .parallel.group_session import GroupSession
+
+    if backend is not None and not isinstance(backend, (str, AttentionConfig)):
+        backend = parse_config(backend, "attention(backend)")
+    context = current()
+    reporting = context.reporting
+    own = getattr(_thread, "own", None) or _new_thread() if reporting is None else reporting.of_thread()
+    key = (context.number, device, backend)
+    session = own.in_groups.get(key)
+    if session is None:
+        layers = context.layers
+        if backend is not None and not context.forced:
+            layers = (parse_config(backend, "attention(backend)"), *layers)
+        if record_of(layers) is not None:
+            raise CheckError("a record is not repeated in a group; leave group or the record out")
+        if len(own.in_groups) >= KEPT:
+            own.in_groups.clear()
+        own.run_report.device = device.type
+        session = GroupSession(router_for(device), layers, own.run_report, checks=False, device=device)
+        own.in_groups[key] = observe(session)
+    return session
 
 
 def _session(

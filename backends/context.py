@@ -22,6 +22,7 @@ from .values.grid import Kept
 
 if TYPE_CHECKING:
     from .calls import CallSession
+    from .parallel.group_session import GroupSession
 
 KEPT = 4096
 """Most kinds of call, and sets of configurations, in a thread's caches, which are cleared then."""
@@ -38,11 +39,13 @@ def _number(layers: tuple[AttentionConfig, ...], forced: bool, checks: bool) -> 
 class ThreadSessions:
     """The sessions of one thread, with their run report."""
 
-    __slots__ = ("run_report", "sessions")
+    __slots__ = ("in_groups", "run_report", "sessions")
 
     def __init__(self, run_report: RunReport) -> None:
         self.run_report = run_report
         self.sessions: dict[tuple[Any, ...], CallSession] = {}
+        self.in_groups: dict[tuple[Any, ...], GroupSession] = {}
+        """Sessions of calls with `group`."""
 
 
 class Block:

@@ -47,16 +47,16 @@ def checks_from_environment(environ: Mapping[str, str] | None = None) -> bool:
     return environ.get(VARIABLE, "").strip().lower() in ON
 
 
-def check(call: AttentionCall, *, only_shapes: bool = False) -> None:
+def check(call: AttentionCall, *, only_shapes: bool = False, any_kv_len: bool = False) -> None:
     """Refuse a call whose tensors do not fit together, in any memory layout.
 
     `only_shapes` checks shapes only, of tensors with four dimensions. Shapes are checked for each kind of call even
-    with checks off: PyTorch's CPU kernels read beyond the shorter one of key and value.
+    with checks off: PyTorch's CPU kernels read beyond the shorter one of key and value. `any_kv_len`: 0 is allowed.
 
     Raises:
         CheckError: lists every problem with its remedy, and the shapes, dtypes and devices.
     """
-    problems = list(_shapes(call) if only_shapes else _problems(call))
+    problems = list(_shapes(call, any_kv_len) if only_shapes else _problems(call))
     if not problems:
         return
     given = [("query", call.query), ("key", call.key), ("value", call.value)]
@@ -102,7 +102,7 @@ def _problems(call: AttentionCall) -> Iterator[tuple[str, str]]:
         yield from _mask(call, mask)
 
 
-def _shapes(call: AttentionCall) -> Iterator[tuple[str, str]]:
+def _shapes(call: AttentionCall, any_kv_len: bool = False) -> Iterator[tuple[str, str]]:
     query, key, value = call.query.shape, call.key.shape, call.value.shape
     if not query[0] == key[0] == value[0]:
         yield f"batch sizes differ: {query[0]}, {key[0]}, {value[0]}", "expand the smaller ones to the query's batch"
@@ -114,7 +114,7 @@ def _shapes(call: AttentionCall) -> Iterator[tuple[str, str]]:
         yield f"{query[1]} query heads over {key[1]} key heads without enable_gqa", "set enable_gqa=True"
     if key[2] != value[2]:
         yield f"kv_len of key {key[2]} != {value[2]} of value", "give one value for each key"
-    if key[2] == 0:
+    if key[2] == 0 and not any_kv_len:
         yield "kv_len 0: there is no key to attend to", "leave this call out"
     if query[3] != key[3]:
         yield f"head_dim of key {key[3]} != {query[3]} of query", "project both to the same size"

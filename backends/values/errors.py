@@ -14,3 +14,7 @@ class ConfigError(ValueError):
 
 class NoBackendError(RuntimeError):
     """No backend may run the call: strict and the named one cannot, or every one failed."""
+
+
+class GroupError(RuntimeError):
+    """The ranks of a group have stopped: the message has the rank that failed and its reason, where it gave one."""

@@ -120,6 +120,9 @@ TEMPLATES: dict[str, str] = {
     "package.needed": "{reason}, which {by} needs",
     "package.unreadable": "package {package} has no readable version: {found}",
     "package.version": "package {package} {found} does not meet {specifier}",
+    "parallel.ran": "parallel: {strategy} over {ranks} ranks",
+    "parallel.replaced": "attention backend {backend} failed in the group ({reason}); {other} runs on all ranks",
+    "parallel.unlisted": "not among the priorities there",
     "preference.gave_way": "{preference} gave way to {source}",
     "preference.left_out": "{preference} was left out: {reason}",
     "probe": "a probe in this environment {outcome}; after a repair run doctor --probe {backend} "

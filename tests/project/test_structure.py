@@ -23,7 +23,18 @@ MAY_IMPORT = {
     "nodes": {"backends", "comparison", "demo", "nodes"},
 }
 FLOORS = {
-    "backends": ("values", "kernels", "sparse", "measure", "config", "report", "engine", "observe", "doctor"),
+    "backends": (
+        "values",
+        "kernels",
+        "sparse",
+        "measure",
+        "config",
+        "report",
+        "engine",
+        "observe",
+        "parallel",
+        "doctor",
+    ),
     "nodes": ("history", "hook", "configure", "report", "compare", "http"),
 }
 """Folders from the lowest up; files beside them may import all of these. Each imports what stands before it alone."""

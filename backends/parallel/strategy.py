@@ -1,0 +1,66 @@
+"""Ulysses or ring for `parallel="auto"`: predicts both from lengths, heads and the measured link. Without torch.
+
+For W ranks and a call of F floating-point operations in the whole:
+
+- Ulysses: the busiest rank computes F * heads / num_heads. It sends query, key and value of its tokens and gets its
+  output: the share (W - 1) / W of their bytes, with key heads that several ranks need counted for each of them.
+- Ring: the busiest rank computes F * rows / q_len, in W parts. A part takes as long as the computation, or as the next
+  block of keys and values on its way, whichever is longer. Merging reads and writes the output in float32 per part.
+
+Sources: DeepSpeed-Ulysses (arXiv:2309.14509), section 3.2; Ring Attention (arXiv:2310.01889), section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..values.request import AttentionRequest
+from .shards import Shards, head_shares
+
+
+class Link(NamedTuple):
+    """What a group was measured to do; the slowest of its ranks."""
+
+    bytes_per_second: float
+    """That a rank sends while it receives as many, in one exchange between all ranks."""
+    latency: float
+    """Seconds of an exchange of a few bytes."""
+    flops: float
+    """Operations per second of attention on one rank."""
+    copied_per_second: float
+    """Bytes per second that a rank reads and writes in its own memory."""
+
+
+class Predicted(NamedTuple):
+    """Seconds of a call by either strategy."""
+
+    ulysses: float
+    ring: float
+
+
+def predicted(request: AttentionRequest, queries: Shards, keys: Shards, item_size: int, link: Link) -> Predicted:
+    """Predict a call of all ranks.
+
+    Args:
+        request: of the whole call: all heads and tokens.
+        item_size: bytes of an element.
+    """
+    ranks, kv_heads = len(queries.lengths), request.num_kv_heads or request.num_heads
+    v_head_dim = request.v_head_dim or request.head_dim
+    flops = 2.0 * request.batch * request.num_heads * queries.total * keys.total * (request.head_dim + v_head_dim)
+    flops /= 2 if request.is_causal else 1
+    shares = head_shares(request.num_heads, kv_heads, ranks)
+    # Per token: of a query head with its output, and of a key head with its values.
+    size = request.batch * item_size * (request.head_dim + v_head_dim)
+    sent_keys = sum(share.kv_heads for share in shares) * max(keys.lengths)
+    exchanged = size * (request.num_heads * max(queries.lengths) + sent_keys) * (ranks - 1) / ranks
+    busiest = max(share.heads for share in shares) / request.num_heads
+    ulysses = flops / link.flops * busiest + exchanged / link.bytes_per_second + 2 * link.latency
+    rows = max(queries.lengths) + queries.before + queries.after
+    part = flops / link.flops * rows / queries.total / ranks
+    if request.is_causal:  # the last rank computes all of its rows, where tokens are contiguous
+        part *= 1 if queries.is_balanced else 2 - 1 / ranks
+    moved = size * kv_heads * max(keys.lengths) / link.bytes_per_second + link.latency
+    merged = 3 * 4 * request.batch * request.num_heads * rows * v_head_dim / link.copied_per_second
+    ring = ranks * (part + merged) + (ranks - 1) * max(moved - part - merged, 0.0)
+    return Predicted(ulysses, ring)
