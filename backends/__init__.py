@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import (
         CheckError,
+        GroupError,
         account,
         attention,
         attention_backend,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckError",
+    "GroupError",
     "account",
     "attention",
     "attention_backend",

@@ -25,13 +25,14 @@ from .config.text import parse_config
 from .context import Block, add_up, current, entered, read_environment
 from .engine.call_checks import CheckError
 from .report import RunReport
-from .values.errors import ConfigError, NoBackendError
+from .values.errors import ConfigError, GroupError, NoBackendError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "CheckError",
+    "GroupError",
     "account",
     "attention",
     "attention_backend",
