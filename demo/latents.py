@@ -121,7 +121,7 @@ def rgb_to_latent(rgb: Tensor) -> Tensor:
     grid = torch.stack(places, dim=-1).expand(*rgb.shape[:-1], 6)
     hidden = torch.cat([rgb, grid], dim=-1)
     if frames > 1:
-        time = torch.arange(frames) / 4 - 1  # of frames, not of the clip: a shorter one is the start of a longer one
+        time = torch.arange(frames) / 4 - 1  # a shorter clip is the start of a longer one
         waves = torch.stack([1.5 * time, torch.sin(math.pi * time), torch.cos(math.pi * time)], dim=-1)
         hidden = torch.cat([hidden, waves[:, None, None].expand(*rgb.shape[:-1], 3)], dim=-1)
     latent: Tensor = (rgb - RGB_BIAS) @ inverse + 2 * hidden @ spare[: hidden.shape[-1]]

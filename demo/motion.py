@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .captions import BACKGROUNDS, COLOURS, DEFAULT_BACKGROUND, MARGIN, POSITIONS, SHAPES, SIZES, cover
+from .captions import BACKGROUNDS, COLOURS, DEFAULT_BACKGROUND, MARGIN, POSITIONS, SIZES, cover
+from .model import PATCH
 
 FRAMES = 8  # of a whole clip
+CLIP_SHAPES = ("circle", "square", "triangle", "ring", "cross")  # those that few cells can show
 CLIP_SIZES = ("small", "medium")  # a large shape has no room to move
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
 # How far a shape moves in a clip of 8 frames, in units of `captions.POSITIONS`: from one edge to the other is 2.
@@ -74,14 +76,14 @@ def random_clip(rng: random.Random, crossing: float = 0.15) -> Clip:
     """Any clip; `crossing`: the share of clips with two shapes. One background in three is left out."""
     background = rng.choice(list(BACKGROUNDS)) if rng.random() < 0.67 else None
     if rng.random() < crossing:
-        colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(SHAPES, 2)
+        colours, shapes = rng.sample(list(COLOURS), 2), rng.sample(CLIP_SHAPES, 2)
         directions = rng.sample(list(DIRECTIONS), 2)
         pairs = zip(colours, shapes, directions, strict=True)
         return Clip(tuple(crossing_mover(*pair) for pair in pairs), background)
     direction, speed = rng.choice(list(DIRECTIONS)), rng.choice(list(SPEEDS))
     mover = Mover(
         rng.choice(list(COLOURS)),
-        rng.choice(SHAPES),
+        rng.choice(CLIP_SHAPES),
         rng.choice(CLIP_SIZES),
         direction,
         speed,
@@ -97,7 +99,11 @@ def crossing_mover(colour: str, shape: str, direction: str) -> Mover:
 
 
 def draw_clip(clip: Clip, frames: int, height: int, width: int) -> Tensor:
-    """The clip as RGB (3, frames, height, width) in 0..1, antialiased."""
+    """The clip as RGB (3, frames, height, width) in 0..1, antialiased.
+
+    A middle is at the corner of a patch, so a shape moves by whole patches and always has the same outline: the model
+    learns each outline once, not for each part of a patch.
+    """
     short = min(height, width)
     ground = torch.tensor(BACKGROUNDS[clip.background or DEFAULT_BACKGROUND])
     pictures = []
@@ -109,6 +115,8 @@ def draw_clip(clip: Clip, frames: int, height: int, width: int) -> Tensor:
                 side / short / 2 + (side / short / 2 - radius - MARGIN) * at
                 for side, at in zip((width, height), mover.place(frame), strict=True)
             )
+            step = PATCH[-1] / short
+            x, y = round(x / step) * step, round(y / step) * step
             covered = cover(mover.shape, x, y, radius, height, width)
             picture = picture + (torch.tensor(COLOURS[mover.colour])[:, None, None] - picture) * covered
         pictures.append(picture)

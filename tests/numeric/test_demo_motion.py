@@ -29,7 +29,7 @@ def test_a_drawn_shape_moves_as_its_caption_says(direction: str) -> None:
         middles = [frame.nonzero().float().mean(0).flip(0) / 32 for frame in (drawn[0], drawn[-1])]
         reach = 0.5 - captions.SIZES["small"] - captions.MARGIN
         moved = torch.tensor(motion.DIRECTIONS[direction]) * motion.SPEEDS[speed] * reach
-        assert torch.allclose(middles[1] - middles[0], moved, atol=0.03)
+        assert torch.allclose(middles[1] - middles[0], moved, atol=0.065)  # middles are at corners of patches
 
 
 def test_a_short_clip_is_the_start_of_a_longer_one() -> None:
@@ -38,6 +38,14 @@ def test_a_short_clip_is_the_start_of_a_longer_one() -> None:
     short = latents.rgb_to_latent(motion.draw_clip(clip, 4, 16, 16)[None])
     whole = latents.rgb_to_latent(motion.draw_clip(clip, 8, 16, 16)[None])
     assert torch.equal(short, whole[:, :, :4])
+
+
+@pytest.mark.parametrize("shape", motion.CLIP_SHAPES)
+def test_a_moving_shape_keeps_its_outline(shape: str) -> None:
+    clip = motion.Clip((motion.Mover("red", shape, "small", "right", "fast", "on the left"),), "black")
+    frames = motion.draw_clip(clip, 8, 32, 32)[0]
+    outlines = [frame[:, frame.amax(0) > 0.07] for frame in frames]
+    assert all(torch.equal(outline, outlines[0]) for outline in outlines)
 
 
 def test_of_two_crossing_shapes_the_first_is_in_front() -> None:
