@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ssta_attn": {"topk": 0.25, "win_size": [1, 1, 1]},
     "radial_attn": {"decay_factor": 0.2},
     "sliding_tile_attn": {"window_size": [1, 1, 3]},
+    "sparse_video_gen_attn": {},
     "sparse_video_gen_2_attn": {},
     "sparse_video_gen_2_attn, first use": {},
     "vmoba_attn, chunks of 256": {**ST, "st_chunk_size": [4, 8, 8]},

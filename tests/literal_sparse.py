@@ -396,6 +396,50 @@ def sparse_video_gen_2(of_queries: Clusters, of_keys: Clusters, share: float, le
     return sees
 
 
+def sparse_video_gen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shape: Shape, tokens: int, block: int, *,
+    kept: float, rows: list[int], model: str,
+) -> torch.Tensor:  # fmt: skip
+    """SVG1 (arXiv:2502.01776): for each head the spatial or the temporal mask, whichever changes `rows` less.
+
+    `tokens`: with those of the text. Both masks are a band of blocks, in Wan with the first frame's number of tokens,
+    over tokens frame by frame or place by place; `rows` are compared under masks of a fixed width.
+    """
+    cells, frame = shape[0] * shape[1] * shape[2], shape[1] * shape[2]
+    share = max(kept - 2 * (tokens - cells) / tokens, 0)
+    width = tokens * (1 - (1 - share) ** 0.5)
+    reach = max(int(frame * (2 if model == "wan" else 1.5)) // block, 1)
+    places = list(range(cells)), [at % frame * shape[0] + at // frame for at in range(cells)]
+    first = frame if model == "wan" else -1
+
+    def seen(place: list[int], at: int, other: int) -> bool:
+        of_query, of_key = place[at] // block, place[other] // block
+        near = of_query == of_key or abs(of_query - of_key) * block < width
+        return near or of_key * block + block // 2 <= first
+
+    def compared(place: list[int], at: int, other: int) -> bool:
+        return abs(place[at] // block - place[other] // block) < reach or place[other] < first
+
+    masks = [
+        torch.tensor([[seen(place, at, other) for other in range(cells)] for at in range(cells)]) for place in places
+    ]
+    samples = [
+        torch.tensor([[compared(place, at, other) for other in range(cells)] for at in rows]) for place in places
+    ]
+    shares, found = query.shape[1] // key.shape[1], []
+    for sample in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            of_key, of_value = key[sample, head // shares].double(), value[sample, head // shares].double()
+            scores = query[sample, head, rows].double() @ of_key.T * query.shape[3] ** -0.5
+            whole = torch.softmax(scores, -1) @ of_value
+            errors = [
+                float(((torch.softmax(scores.masked_fill(~mask, -inf), -1) @ of_value - whole) ** 2).mean())
+                for mask in samples
+            ]
+            found.append(masks[int(errors[1] < errors[0])])
+    return torch.stack(found).view(*query.shape[:3], -1)
+
+
 def vmoba(
     query: torch.Tensor, key: torch.Tensor, shape: Shape, box: Shape, *, topk: int | None, threshold: float, over: str
 ) -> torch.Tensor:

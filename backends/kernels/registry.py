@@ -63,6 +63,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "ssta_attn": "sparse.methods.ssta",
         "cube_attn": "sparse.methods.cube",
         "custom_sparse_attn": "sparse.methods.custom",
+        "sparse_video_gen_attn": "sparse.methods.sparse_video_gen",
     }
 )
 """Id -> module, from the folder `backends` on. Ids are public for ever; a new one is added at the end."""

@@ -88,14 +88,16 @@ class BlockMap:
 class HeadMaps:
     """Which key blocks each query block sees, where the tokens of each head of each sample have another order.
 
-    `maps`: for each sample those of its heads, each of one head.
+    `maps`: for each sample those of its heads, each of one head. Heads that share a map have the same object.
     """
 
     maps: tuple[tuple[BlockMap, ...], ...]
 
     def share(self) -> torch.Tensor | float:
         """As `BlockMap.share`."""
-        shares = [one.share() for heads in self.maps for one in heads]
+        each = {id(one): one for heads in self.maps for one in heads}
+        known = {of: one.share() for of, one in each.items()}
+        shares = [known[id(one)] for heads in self.maps for one in heads]
         return sum(shares[1:], shares[0]) / len(shares)
 
     @property
@@ -166,9 +168,9 @@ def with_other_tokens(on_grid: Map, grid: TokenGrid, kv_after: int, block: int) 
         block: the size of the blocks of the other tokens.
     """
     if isinstance(on_grid, HeadMaps):
-        return HeadMaps(
-            tuple(tuple(_with_others(one, grid, kv_after, block, extended) for one in heads) for heads in on_grid.maps)
-        )
+        each = {id(one): one for heads in on_grid.maps for one in heads}
+        found = {of: _with_others(one, grid, kv_after, block, extended) for of, one in each.items()}
+        return HeadMaps(tuple(tuple(found[id(one)] for one in heads) for heads in on_grid.maps))
     return _with_others(on_grid, grid, kv_after, block, with_others)
 
 

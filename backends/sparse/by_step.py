@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import floor
 from typing import TYPE_CHECKING
 
 from ..values.options import Option
@@ -49,6 +50,30 @@ def computed_whole(where: Where, options: Mapping[str, object], *, steps: str, l
         if at is not None and at < most:
             return Dense(f"the first {most} {unit}")
     return None
+
+
+def whole_at_first(where: Where, *, steps: object, layers: object) -> Dense | None:
+    """Whether a call lies in the first steps or layers that Sparse VideoGen computes whole.
+
+    Layers are counted through the whole model, where its blocks are known.
+
+    Args:
+        steps, layers: a number of them, or a share up to 1, of which the whole part counts; of steps at least one.
+    """
+    at = where.blocks.index(where.block) if where.block in where.blocks else where.layer
+    first = _first(layers, len(where.blocks))
+    if at is not None and at < first:
+        return Dense(f"the first {first} layers")
+    first = max(_first(steps, where.steps or 0), 1 if steps else 0)  # as other published dense steps in short runs
+    if where.step is not None and where.step < first:
+        return Dense(f"the first {first} steps")
+    return None
+
+
+def _first(value: object, of: int) -> int:
+    """Of a number, or of a share up to 1 of so many."""
+    number = float(str(value))
+    return floor(number * of + 1e-9) if number <= 1 else int(number)
 
 
 def _number(value: object) -> int:

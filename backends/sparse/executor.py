@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from ..kernels.backend import Backend
@@ -148,17 +147,27 @@ def executors(named: str = AUTO) -> tuple[Executor, ...]:
 
 
 def run_map(run: Run, call: AttentionCall, block_map: Map) -> torch.Tensor:
-    """Compute a map, head by head where each has its own blocks."""
+    """Compute a map; where heads have their own, those of a sample that share one together, as a copy of them."""
     if isinstance(block_map, BlockMap):
         return run(call, block_map)
     batch, heads, q_len, _ = call.query.shape
     shares = heads // call.key.shape[1]
     output = call.query.new_empty((batch, q_len, heads, call.value.shape[3])).transpose(1, 2)
-    for sample, head in product(range(batch), range(heads)):
-        of_query, of_key = (slice(sample, sample + 1), slice(head, head + 1)), head // shares
-        key, value = (tensor[sample : sample + 1, of_key : of_key + 1] for tensor in (call.key, call.value))
-        part = call.changed(query=call.query[of_query], key=key, value=value, enable_gqa=False)
-        output[of_query] = run(part, block_map.of_head(head, sample))
+    for sample in range(batch):
+        together: dict[int, list[int]] = {}
+        for head in range(heads):
+            together.setdefault(id(block_map.of_head(head, sample)), []).append(head)
+        for group in together.values():
+            of_query: slice | list[int] = group
+            of_key: slice | list[int] = [head // shares for head in group]
+            if len(group) == 1:
+                of_query, of_key = slice(group[0], group[0] + 1), slice(group[0] // shares, group[0] // shares + 1)
+            one = slice(sample, sample + 1)
+            part = call.changed(
+                query=call.query[one, of_query], key=call.key[one, of_key], value=call.value[one, of_key],
+                enable_gqa=False,
+            )  # fmt: skip
+            output[one, of_query] = run(part, block_map.of_head(group[0], sample))
     return output
 
 

@@ -35,6 +35,7 @@ from attention_backends.backends.sparse.methods import (  # noqa: E402
     sliding_tile,
     sol,
     sparge,
+    sparse_video_gen,
     sparse_video_gen_2,
     ssta,
     subblock,
@@ -212,6 +213,16 @@ def sparse_video_gen_2_case(rng: random.Random, call: AttentionCall, grid: Token
     return options, torch.stack(sees)[None]
 
 
+def sparse_video_gen_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
+    kept, count, model = rng.choice((0.0, 0.2, 0.5, 0.7)), rng.choice((1, 8, 64)), rng.choice(("wan", "hunyuan"))
+    rows = first_tokens(grid.cells, min(count, grid.cells)).tolist()
+    sees = literal.sparse_video_gen(
+        call.query, call.key, call.value, grid.shape, grid.tokens, sparse_video_gen.BLOCK, kept=kept, rows=rows,
+        model=model,
+    )  # fmt: skip
+    return {"kept": kept, "num_sampled_rows": count, "model_type": model}, sees
+
+
 def vmoba_case(rng: random.Random, call: AttentionCall, grid: TokenGrid) -> Case:
     kind = rng.choice(vmoba.KINDS)
     size = {"temporal": [rng.randint(1, 2)], "spatial": [2, 3], "st": [rng.randint(1, 2), 3, 2]}[kind]
@@ -261,6 +272,7 @@ CASES: dict[str, Callable[[random.Random, AttentionCall, TokenGrid], Case]] = {
     "custom_sparse_attn": custom_case,
     "video_sparse_attn": video_sparse_case,
     "sparse_video_gen_2_attn": sparse_video_gen_2_case,
+    "sparse_video_gen_attn": sparse_video_gen_case,
     "vmoba_attn": vmoba_case,
     "sol_attn": sol_case,
 }
@@ -287,6 +299,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparge, "QUERIES", 10)
     monkeypatch.setattr(sparge, "KEYS", 6)
     monkeypatch.setattr(sol, "BLOCK", 5)
+    monkeypatch.setattr(sparse_video_gen, "BLOCK", 5)
 
 
 def random_case(backend_id: str, seed: object) -> tuple[AttentionCall, TokenGrid, random.Random]:
@@ -440,6 +453,7 @@ LEAVES_OUT: dict[str, dict[str, Any]] = {
     "custom_sparse_attn": {"topk": 0.3, "window": [1, 3, 1]},
     "video_sparse_attn": {"sparsity": 0.7},
     "sparse_video_gen_2_attn": {"svg2_num_k_centroids": 20, "svg2_top_p_kmeans": 0.3, "svg2_kmeans_iter_init": 3},
+    "sparse_video_gen_attn": {},
     "sol_attn": {"tau": 1.0},
     "vmoba_attn": {
         "moba_config": {"moba_select_mode": "topk", "temporal_chunk_size": 1, "temporal_topk": 2},
@@ -485,6 +499,7 @@ KEEPS_ALL: dict[str, list[dict[str, Any]]] = {
     "custom_sparse_attn": [{"topk": 1}, {"cdf": 1}, {"topk_blocks": 10**6}, {"topk": 0, "sink_frames": 10**6}],
     "video_sparse_attn": [{"sparsity": 0}, {"VSA_sparsity": [0.9, 0]}, {}],
     "sparse_video_gen_2_attn": [{"svg2_top_p_kmeans": 1}, {"svg2_min_kc_ratio": 1}],
+    "sparse_video_gen_attn": [{"kept": 1}],
     "vmoba_attn": [{"temporal_chunk_size": 1, "moba_threshold": 1}, {"temporal_chunk_size": 99}, {}],
     "sol_attn": [{"keep_percent": 100}, {"sink_tokens": 512}, {"min_tokens": 513}],
 }
@@ -629,6 +644,51 @@ def test_layers_take_turns_with_their_chunks_after_those_that_are_dense() -> Non
     assert [one.keys.count for one in found[1:]] == [4, 6, 6, 8, 4]
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_heads_that_look_at_a_place_have_the_temporal_mask_and_are_computed_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    grid = TokenGrid(9, 3, 7, before=4, after=3)
+    cell = torch.arange(grid.cells)
+    frame, place = (torch.nn.functional.one_hot(number).double() for number in (cell // 21, cell % 21))
+    of_frame, of_place = (torch.cat(pair, -1) for pair in ((frame, 0 * place), (0 * frame, place)))
+    query, key = torch.stack((of_place, of_frame, of_place, of_place)), (of_frame + of_place).expand(2, -1, -1)
+    query, key = (torch.nn.functional.pad(30 * one, (0, 0, 4, 3))[None] for one in (query, key))
+    value = torch.randn(1, 2, grid.tokens, 6, dtype=torch.float64)
+    computed: list[Any] = []
+    gather = gathering.gather
+
+    def noted(call: AttentionCall, *more: Any, **named: Any) -> Any:
+        computed.append(call)
+        return gather(call, *more, **named)
+
+    monkeypatch.setattr(gathering, "gather", noted)
+    rows = first_tokens(grid.cells, 64).tolist()
+    cells = [one[:, :, 4:-3] for one in (query, key, value)]
+    sees = literal.sparse_video_gen(*cells, grid.shape, grid.tokens, 5, kept=0.4, rows=rows, model="hunyuan")
+    assert [torch.equal(sees[0, head], sees[0, 0]) for head in range(4)] == [True, False, True, True]
+    config = {"default": {"backend": "sparse_video_gen_attn", "extra": {"kept": 0.4}}}
+    output = attention(
+        query, key, value, backend=config, grid=grid.shape, tokens_before=4, tokens_after=3, enable_gqa=True
+    )
+    expected = literal.masked_attention(query, key, value, literal.with_text(sees, 4, 3))
+    assert (output - expected).norm() <= 1e-12 * expected.norm()
+    assert sorted(call.query.shape[1] for call in computed) == [1, 3]
+
+
+@pytest.mark.parametrize(("kept", "text", "share"), [(0.25, 0, 0.25), (0.5, 0, 0.5), (0.5, 960, 0.3), (0.3, 960, 0.1)])
+def test_the_band_keeps_its_share_of_all_pairs_with_those_of_the_text(kept: float, text: int, share: float) -> None:
+    """The text's rows and columns are counted twice where they cross, as published."""
+    grid = TokenGrid(30, 16, 18)
+    width = sparse_video_gen.band_width(kept, grid.cells, grid.cells + text)
+    pairs = 1 - (1 - width / (grid.cells + text)) ** 2
+    assert pairs == pytest.approx(share)
+    spatial, temporal = sparse_video_gen.both_maps(grid, 64, width * grid.cells / (grid.cells + text), False)
+    assert spatial.pairs == pytest.approx(share, abs=0.015)
+    assert spatial.seen is temporal.seen
+
+
 def test_of_equal_scores_no_block_stands_out_but_its_neighbours() -> None:
     grid = TokenGrid(1, 16, 20)
     call = AttentionCall(*(torch.ones(1, 1, grid.cells, 8) for _ in range(3)))
@@ -686,6 +746,7 @@ DENSE_STEPS = {
     "subblock_attn": ("skip_first_steps", 10),
     "radial_attn": ("dense_timesteps", 0),
     "sparse_video_gen_2_attn": ("svg2_first_times_fp", 10),
+    "sparse_video_gen_attn": ("first_times_fp", 10),
     "vmoba_attn": ("first_full_step", 12),
     "sol_attn": ("dense_steps", 10),
     **dict.fromkeys(
@@ -772,6 +833,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sol_attn", {"tau": 1.5, "keep_percent": 10}, "give one"),
     ("sol_attn", {"keep_percent": 101}, "> 100"),
     ("sparse_video_gen_2_attn", {"svg2_top_p_kmeans": 1.1}, "> 1"),
+    ("sparse_video_gen_attn", {"kept": 1.1}, "> 1"),
+    ("sparse_video_gen_attn", {"model_type": "mochi"}, "auto, wan, hunyuan"),
 ]
 
 
@@ -935,7 +998,7 @@ def test_maps_of_many_heads_are_not_kept() -> None:
     assert window_map((3, 4, 5), ((1, 1, 3), (3, 1, 1)), pushed_in=True)[1] == 3
 
 
-READ = ("sparse_video_gen_2_attn", "vmoba_attn")
+READ = ("sparse_video_gen_2_attn", "sparse_video_gen_attn", "vmoba_attn")
 """Methods for which the host reads from the device in a call."""
 
 
@@ -950,8 +1013,8 @@ def test_choosing_reads_nothing_from_a_device_and_mixes_none(backend_id: str) ->
 
 
 def test_each_method_is_compared() -> None:
-    modules = (cube, custom, nabla, radial, sliding_tile, sol, sparge, sparse_video_gen_2, ssta, subblock, video_sparse,
-               vmoba)  # fmt: skip
+    modules = (cube, custom, nabla, radial, sliding_tile, sol, sparge, sparse_video_gen, sparse_video_gen_2, ssta,
+               subblock, video_sparse, vmoba)  # fmt: skip
     methods = {module.BACKENDS[0].id for module in modules}
     assert methods == set(CASES) == set(LEAVES_OUT) == set(KEEPS_ALL) == set(DENSE_STEPS)
 

@@ -112,7 +112,7 @@ def test_every_backend_declares_arithmetic_and_the_class_follows() -> None:
         ),
         **dict.fromkeys(("sage_attn_3", "comfy_kitchen_int8", "emulated_int8"), "quantized"),
         **dict.fromkeys(("sliding_tile_attn", "video_sparse_attn", "vmoba_attn", "radial_attn"), "sparse"),
-        **dict.fromkeys(("sparse_video_gen_2_attn", "sparge_attn", "sol_attn"), "sparse"),
+        **dict.fromkeys(("sparse_video_gen_2_attn", "sparse_video_gen_attn", "sparge_attn", "sol_attn"), "sparse"),
         **dict.fromkeys(("subblock_attn", "nabla_attn", "ssta_attn", "cube_attn", "custom_sparse_attn"), "sparse"),
     }
 

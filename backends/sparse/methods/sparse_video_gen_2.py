@@ -19,7 +19,7 @@ copied into it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import ceil, floor
+from math import ceil
 from typing import TYPE_CHECKING
 
 from ...kernels.support.workspace import item_bytes
@@ -28,7 +28,7 @@ from ...values.grid import TokenGrid
 from ...values.options import Option
 from ..block_map import BlockMap, Dense, HeadMaps, Map
 from ..blocks import Blocks, raster
-from ..by_step import DENSE_LAYERS, DENSE_STEPS
+from ..by_step import DENSE_LAYERS, DENSE_STEPS, whole_at_first
 from ..choose_blocks import passed_share
 from ..executor import only
 from ..kmeans import MOST_SCORES, Clusters, cluster, first_tokens
@@ -99,15 +99,8 @@ class SparseVideoGen2(SparseMethod):
         return super().choosing_bytes(request, grid) + 4 * 3 * scores + 4 * wide + labels + kept
 
     def dense_at(self, where: Where, options: Mapping[str, object]) -> Dense | None:
-        at = where.blocks.index(where.block) if where.block in where.blocks else where.layer
-        first = _first(options["svg2_first_layers_fp"], len(where.blocks))
-        if at is not None and at < first:
-            return Dense(f"the first {first} layers")
-        share = options["svg2_first_times_fp"]
-        first = max(_first(share, where.steps or 0), 1 if share else 0)  # as other published dense steps in short runs
-        if where.step is not None and where.step < first:
-            return Dense(f"the first {first} steps")
-        return super().dense_at(where, options)
+        whole = whole_at_first(where, steps=options["svg2_first_times_fp"], layers=options["svg2_first_layers_fp"])
+        return super().dense_at(where, options) if whole is None else whole
 
     def select_at(
         self, call: AttentionCall, grid: TokenGrid, where: Where, options: Mapping[str, object]
@@ -161,12 +154,6 @@ def cluster_count(options: Mapping[str, object], name: str, tokens: int) -> int:
     if given is None:
         given = ceil(PUBLISHED[name] * tokens / TOKENS)
     return min(int(str(given)), tokens)
-
-
-def _first(value: object, of: int) -> int:
-    """Of a number, or of a share up to 1 of so many."""
-    number = float(str(value))
-    return floor(number * of + 1e-9) if number <= 1 else int(number)
 
 
 def _head_maps(
