@@ -31,7 +31,7 @@ from ..block_map import BlockMap, Dense, HeadMaps, Map, on_device
 from ..blocks import Blocks, pixel_major, raster
 from ..by_step import DENSE_LAYERS, DENSE_STEPS, whole_at_first
 from ..executor import only
-from ..kmeans import MOST_SCORES, first_tokens
+from ..kmeans import first_tokens
 from ..method import SparseMethod, Where, scale_of
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from ...values.request import AttentionCall, AttentionRequest
 
 BLOCK = 128
+MOST_SCORES = 2**19
+"""Scores of sampled queries at a time, if more than one head fits: they should stay in the caches of a CPU."""
+
 FRAMES_COMPARED = {"wan": 2.0, "hunyuan": 1.5}
 """Width of the band of the masks that are compared, in frames."""
 
@@ -199,12 +202,14 @@ def temporal_is_nearer(call: AttentionCall, rows: torch.Tensor, hidden: torch.Te
             of_key = [head // shares for head in part]
         query = call.query.detach()[:, part.start : part.stop].index_select(2, rows).float() * scale_of(call)
         key, value = (tensor.detach()[:, of_key].float() for tensor in (call.key, call.value))
-        scores = query @ key.mT
-        whole = torch.softmax(scores, -1) @ value
-        spatial, temporal = (
-            (torch.softmax(scores.masked_fill(mask, -torch.inf), -1) @ value - whole).square().mean((-2, -1))
-            for mask in hidden
-        )
+        weights = torch.softmax(query @ key.mT, -1)
+        whole = weights @ value
+        errors = []
+        for mask in hidden:
+            seen = weights.masked_fill(mask, 0)  # of the same softmax: another one costs as much as the products
+            total = seen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            errors.append((seen @ value / total - whole).square().mean((-2, -1)))
+        spatial, temporal = errors
         found.append(temporal < spatial)
     return torch.cat(found, 1)
 
