@@ -1,4 +1,4 @@
-"""Whole pipelines: steps of schedules, the run report, the guard, the record, sparse methods, interruption, compile."""
+"""Whole pipelines: schedules, reports, guard, autotune, record, sparse methods, two experts, interruption, compile."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import tiny_diffusers as tiny
 import torch
-from attention_backends.integrations.diffusers import apply, attention_backend, reset
+from attention_backends.backends.engine.router import Router
+from attention_backends.backends.kernels.registry import detect
+from attention_backends.backends.kernels.support.sdpa import plain_sdpa
+from attention_backends.backends.observe.autotune import tuner
+from attention_backends.backends.observe.autotune.store import VARIABLE, shared_store
+from attention_backends.integrations.diffusers import apply, attention_backend, report, reset, runs
+from measured_machines import Clock, Costed
 from test_diffusers_models import assert_same_state, state
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "integrations" / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "integrations" / "examples"
 CALLS: dict[str, dict[str, Any]] = {
     "flux": {
         "prompt_embeds": tiny.noise(1, 5, 32), "pooled_prompt_embeds": tiny.noise(1, 32), "height": 64, "width": 64,
@@ -96,6 +103,38 @@ def test_the_guard_checks_an_inexact_kernel() -> None:
     assert all(row.guard is not None for row in rows)
 
 
+def test_autotune_measures_in_one_run_and_the_next_uses_the_stored_winner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, clock = tmp_path / "measured.sqlite3", Clock()
+    backends = {
+        "torch_sdpa": Costed("torch_sdpa", clock, lambda: 3.0, plain_sdpa()),
+        "sdpa_math": Costed("sdpa_math", clock, lambda: 2.0, plain_sdpa()),
+    }
+    router = Router(detect(torch.device("cpu")), backends, use_probe_results=False)
+    monkeypatch.setenv(VARIABLE, str(path))
+    monkeypatch.setattr(runs, "router_for", lambda device: router)
+    monkeypatch.setattr(tuner, "DeviceClock", lambda kind: clock)
+    pipe = pipeline("flux")
+    expected = sample(pipe, "flux", steps=16)
+    applied = apply(pipe, "autotune")
+    found = []
+    for _ in range(2):
+        before = {name: backend.calls for name, backend in backends.items()}
+        assert torch.equal(sample(pipe, "flux", steps=16), expected)
+        run_report = applied.reports["transformer"]
+        assert {row.asked for row in run_report.rows.values()} == {"autotune"}
+        assert run_report.calls == 16 * PER_STEP["flux"]
+        tuning: Any = run_report.as_dict()["tuning"]
+        tried = {name: backend.calls - before[name] for name, backend in backends.items()}
+        found.append((tuning["decided"], tuning["from_store"], tried["torch_sdpa"] > 0, tried["sdpa_math"] > 0))
+    assert found == [(2, 0, True, True), (0, 2, False, True)]  # kinds of call: flux.double and flux.single
+    assert {(entry["role"], entry["winner"]) for entry in shared_store(path).entries()} == {
+        ("flux.double", "sdpa_math"), ("flux.single", "sdpa_math"),
+    }  # fmt: skip
+    reset(pipe)
+
+
 def test_a_sparse_method_knows_the_grid() -> None:
     pipe = pipeline("wan")
     config = {"per_role": {"self": {"backend": "custom_sparse_attn", "extra": {"topk": 0.5}}}}
@@ -109,6 +148,73 @@ def test_a_sparse_method_knows_the_grid() -> None:
     sparse = [row for row in rows if row.role == "self"]
     assert sum(row.kept.calls for row in sparse if row.kept is not None) == 8
     assert all(row.kept is not None and 0 < float(row.kept.fraction or 0) < 1 for row in sparse)
+
+
+def two_experts() -> Any:
+    """As Wan 2.2: `transformer` computes the first two of four steps, `transformer_2` the others."""
+    from diffusers import WanPipeline
+
+    first, second = pipeline("wan"), pipeline("wan")
+    with torch.no_grad():
+        for parameter in second.transformer.parameters():
+            parameter.mul_(0.5)
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=first.scheduler, transformer=first.transformer,
+        transformer_2=second.transformer, boundary_ratio=0.5,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ran(run_report: Any) -> dict[tuple[str, str], int]:
+    """(role, backend) -> calls of a run."""
+    counts: dict[tuple[str, str], int] = {}
+    for row in run_report.rows.values():
+        if row.calls:
+            counts[row.role, row.backend] = counts.get((row.role, row.backend), 0) + row.calls
+    return counts
+
+
+@pytest.mark.parametrize("given", ["pipeline", "mapping"])
+def test_each_expert_has_its_own_configuration(given: str) -> None:
+    pipe = two_experts()
+    expected, before = sample(pipe, "wan", steps=4), [state(pipe.transformer), state(pipe.transformer_2)]
+    experts = {"transformer": pipe.transformer, "transformer_2": pipe.transformer_2}
+    config = {
+        "transformer": {"default": "torch_sdpa", "per_role": {"cross": "sdpa_math"}},
+        "transformer_2": {"default": "sdpa_math", "schedule": [{"backend": "reference", "steps": "3"}]},
+    }
+    target = pipe if given == "pipeline" else experts
+    applied = apply(target, config, scheduler=pipe.scheduler)
+    output = sample(pipe, "wan", steps=4)
+    assert {name: ran(one) for name, one in applied.reports.items()} == {
+        "transformer": {("self", "torch_sdpa"): 8, ("cross", "sdpa_math"): 8},
+        "transformer_2": {  # step 3 of the scheduler is the second one that this expert computes
+            ("self", "sdpa_math"): 4, ("cross", "sdpa_math"): 4, ("self", "reference"): 4, ("cross", "reference"): 4,
+        },
+    }  # fmt: skip
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+    assert report(target).keys() == experts.keys()
+    reset(target)
+    for expert, original in zip(experts.values(), before, strict=True):
+        assert_same_state(original, state(expert))
+    assert torch.equal(sample(pipe, "wan", steps=4), expected)
+
+
+def test_an_expert_that_a_map_does_not_name_is_not_routed() -> None:
+    pipe = two_experts()
+    before = state(pipe.transformer)
+    applied = apply(pipe, {"transformer_2": "sdpa_math"})
+    assert_same_state(before, state(pipe.transformer))
+    sample(pipe, "wan", steps=4)
+    assert {name: ran(one) for name, one in applied.reports.items()} == {
+        "transformer_2": {("self", "sdpa_math"): 8, ("cross", "sdpa_math"): 8}
+    }
+    reset(pipe)
+    applied = apply(pipe, "sdpa_math")  # without names: for both
+    sample(pipe, "wan", steps=4)
+    assert {name: one.calls for name, one in applied.reports.items()} == {"transformer": 16, "transformer_2": 16}
+    reset(pipe)
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
@@ -132,7 +238,18 @@ def test_each_example_runs_as_it_says(path: Path) -> None:
         "diffusers_flux": "flux.double torch_sdpa 4 calls, flux.single sdpa_math 4 calls",
         "diffusers_wan": "self custom_sparse_attn 12 calls, cross torch_sdpa 12 calls",
         "diffusers_sdxl": "self emulated_int8 8 calls, cross torch_sdpa 8 calls",
+        "diffusers_qwen_image": "joint torch_sdpa 2 calls, joint sdpa_math 4 calls",
+        "diffusers_sd3": "joint torch_sdpa 6 calls, sd3.image_self torch_sdpa 2 calls, joint emulated_int8 6 calls, "
+        "sd3.image_self emulated_int8 2 calls",
+        "diffusers_ltx2": "self emulated_int8 4 calls, ltx2.audio_self torch_sdpa 4 calls, cross torch_sdpa 4 calls, "
+        "ltx2.audio_text_cross torch_sdpa 4 calls, ltx2.audio_to_video torch_sdpa 4 calls, "
+        "ltx2.video_to_audio torch_sdpa 4 calls",
+        "diffusers_hunyuan_video_15": "text_self reference 2 calls, hunyuan_video.double sdpa_math 4 calls",
+        "diffusers_z_image": "image_self torch_sdpa 2 calls, text_self torch_sdpa 2 calls, joint emulated_int8 4 calls",
     }[path.stem] in summary
+    assert "fallback" not in summary
+    assert "not reached" not in summary
+    assert f"(../integrations/examples/{path.name})" in (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
