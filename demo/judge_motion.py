@@ -16,6 +16,7 @@ import argparse
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import BACKGROUNDS, COLOURS, DEFAULT_BACKGROUND, MARGIN, POSITIONS, SIZES, encode
-from .evaluate import WINDOW, nearest, templates
+from .captions import BACKGROUNDS, COLOURS, DEFAULT_BACKGROUND, MARGIN, POSITIONS, SIZES, cover, encode
+from .evaluate import WINDOW, nearest
 from .latents import latent_to_rgb
 from .model import VIDEO_WEIGHTS, Attention, TinyWan, load, sdpa
-from .motion import DIRECTIONS, FRAMES, SPEEDS, Clip, random_clip, starts
+from .motion import CLIP_SHAPES, CLIP_SIZES, DIRECTIONS, FRAMES, SPEEDS, Clip, random_clip, starts
 from .sampling import sample, seed_noise
 
 LEAST_PIXELS = 5  # of one colour in one frame; fewer are taken for stray ones
@@ -43,6 +44,15 @@ class Seen(NamedTuple):
     direction: str | None
     speed: str | None
     start: str | None
+
+
+@cache
+def drawings(side: int) -> tuple[list[tuple[str, str]], Tensor]:
+    """(shape, size) of each drawing and the drawings (count, 1, 31, 31), their middles at the corner of a cell."""
+    labels = [(shape, size) for shape in CLIP_SHAPES for size in CLIP_SIZES]
+    middle = (WINDOW + 1) / 2 / WINDOW
+    drawn = [cover(shape, middle, middle, SIZES[size] * side / WINDOW, WINDOW, WINDOW) for shape, size in labels]
+    return labels, torch.stack(drawn)[:, None]
 
 
 def paint(rgb: Tensor) -> tuple[str, Tensor]:
@@ -86,7 +96,7 @@ def follow(rgb: Tensor, painted: Tensor, colour: str) -> Seen | None:
 
 def _shape(rgb: Tensor, mask: Tensor, shown: list[int], colour: str) -> tuple[str, str]:
     """Shape and size of the drawings that are nearest to the frames, each where its pixels are."""
-    labels, drawn = templates(min(mask.shape[1:]))
+    labels, drawn = drawings(min(mask.shape[1:]))
     ground = torch.cat([rgb[:, 0], rgb[:, -1]]).flatten(0, -2).median(0).values
     axis = torch.tensor(COLOURS[colour]) - ground
     covered = ((rgb[shown] - ground) @ axis / axis.square().sum().clamp(min=1e-6)).clamp(0, 1)

@@ -9,9 +9,10 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ class Handles(Generic[T]):
 
     def new(self, thing: T) -> torch.Tensor:
         """A handle for `thing`: int64, no dimensions, always on the CPU, so that reading it does not wait."""
+        import torch
+
         with self._lock:
             number = next(self._numbers)
             self._objects[number] = thing
@@ -37,8 +40,8 @@ class Handles(Generic[T]):
         return None if handle is None else self._objects.get(int(handle))
 
 
-_library = torch.library.Library("attention_backends", "FRAGMENT")  # type: ignore[no-untyped-call]
-"""Ops live as long as this object."""
+_libraries: list[Any] = []
+"""Holds the torch.library.Library of our ops, made with the first one: they live as long as it."""
 
 
 def define(
@@ -48,14 +51,19 @@ def define(
 
     `torch.library.custom_op` would do it in one call, but costs another 12 us at each run.
     """
+    import torch
+
+    if not _libraries:
+        _libraries.append(torch.library.Library("attention_backends", "FRAGMENT"))  # type: ignore[no-untyped-call]
+    library = _libraries[0]
     ops = torch.ops.attention_backends
     free = (f"{name}_{n}" if n > 1 else name for n in itertools.count(1))
     name = next(candidate for candidate in free if not hasattr(ops, candidate))
     # Exclude it from CUDA graphs: a replay would skip our Python, so neither schedule nor counting.
     tags = ("pt2_compliant_tag", "cudagraph_unsafe", "needs_exact_strides")
     known = [getattr(torch.Tag, tag) for tag in tags if hasattr(torch.Tag, tag)]
-    _library.define(name + schema, tags=known)  # type: ignore[no-untyped-call]
-    _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"attention_backends::{name}", fake, lib=_library)
+    library.define(name + schema, tags=known)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attention_backends::{name}", fake, lib=library)
     op: Callable[..., torch.Tensor] = getattr(ops, name).default
     return op

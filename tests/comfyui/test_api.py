@@ -326,7 +326,8 @@ def test_importing_the_functions_imports_no_torch(tmp_path: Path, snapshot: Snap
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    names = ["CheckError", "account", "attention", "attention_backend", "checks", "force_backend", "read_environment"]
+    functions = ["account", "attention", "attention_backend", "checks", "force_backend", "read_environment"]
+    names = ["CheckError", "GroupError", *functions]
     assert json.loads(first) == [False, False, True, names]
     assert second == snapshot
 

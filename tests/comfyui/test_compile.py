@@ -288,7 +288,7 @@ def test_a_graph_that_outlived_its_node(hook: None) -> None:
 
 def test_two_copies_of_the_package_in_one_process(hook: None) -> None:
     """ComfyUI loads the folder under a name of its own; each copy then has its own handles, hence its own ops."""
-    spec = importlib.util.spec_from_file_location("another_copy", compiled.__file__)
+    spec = importlib.util.spec_from_file_location(f"{compiled.__package__}.another_copy", compiled.__file__)
     assert spec is not None
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)

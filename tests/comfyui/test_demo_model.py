@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_backends.demo import captions, evaluate, latents, sampling, train
-from attention_backends.demo.model import WEIGHTS, TinyWan, load
+from attention_backends.demo import captions, evaluate, judge_motion, latents, motion, sampling, train
+from attention_backends.demo.model import VIDEO_WEIGHTS, WEIGHTS, TinyWan, load
 from comfy_location import find_comfyui, why_no_comfyui
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,17 +30,22 @@ def conditioning(*phrases: str) -> torch.Tensor:
     return torch.stack([captions.encode(phrase) for phrase in phrases])
 
 
-def test_file_is_small_float16_and_complete() -> None:
-    assert WEIGHTS.stat().st_size <= 12_000_000
-    assert [path.name for path in WEIGHTS.parent.iterdir()] == [WEIGHTS.name]  # ComfyUI lists this folder
-    with safe_open(WEIGHTS, "pt") as file:
+def test_comfyui_lists_these_files_alone() -> None:
+    assert {path.name for path in WEIGHTS.parent.iterdir()} == {WEIGHTS.name, VIDEO_WEIGHTS.name}
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, VIDEO_WEIGHTS], ids=lambda path: path.stem)
+def test_file_is_small_float16_and_complete(path: Path) -> None:
+    assert path.stat().st_size <= 12_000_000
+    with safe_open(path, "pt") as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         assert {file.get_slice(key).get_dtype() for key in found} == {"F16"}
     assert found == {key: tuple(value.shape) for key, value in TinyWan().state_dict().items()}
 
 
-def test_every_weight_is_finite_and_was_trained(model: TinyWan) -> None:
-    for name, value in model.state_dict().items():
+@pytest.mark.parametrize("path", [WEIGHTS, VIDEO_WEIGHTS], ids=lambda path: path.stem)
+def test_every_weight_is_finite_and_was_trained(path: Path) -> None:
+    for name, value in load(path).state_dict().items():
         assert torch.isfinite(value).all(), name
         assert value.float().std() > 0, f"{name} is constant: it was never trained"
 
@@ -187,21 +192,44 @@ def test_drawn_shape_is_where_and_as_big_as_the_caption_says(shape: str) -> None
     assert areas[0] > 10
 
 
+@pytest.mark.slow
+def test_clips_move_as_their_captions_say() -> None:
+    """Direction, speed and colour of three captions with one shape; the model card tells which shapes can be told."""
+    rng = random.Random(11)
+    wanted = [motion.random_clip(rng, crossing=0) for _ in range(3)]
+    made = judge_motion.clips(load(VIDEO_WEIGHTS), wanted, steps=8)
+    for clip, rgb in zip(wanted, made, strict=True):
+        right = judge_motion.score(clip, rgb)
+        assert {right["direction"], right["speed"], right["colour"]} == {True}, clip.caption()
+    for spoil in judge_motion.spoiled(3).values():
+        for clip, rgb in zip(wanted, spoil(made), strict=True):
+            right = judge_motion.score(clip, rgb)
+            assert not (right["direction"] and right["colour"]), clip.caption()
+
+
 @pytest.mark.comfy
 @pytest.mark.skipif(COMFYUI is None, reason=why_no_comfyui())
-def test_comfyui_loads_the_file_and_computes_the_same(model: TinyWan, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "frames", "side", "phrase"),
+    [(WEIGHTS, 1, 32, PHRASE), (VIDEO_WEIGHTS, 4, 16, "a small red circle moving right fast from the left")],
+    ids=["pictures", "clips"],
+)
+def test_comfyui_loads_the_file_and_computes_the_same(
+    tmp_path: Path, weights: Path, frames: int, side: int, phrase: str
+) -> None:
+    model = load(weights)
     torch.manual_seed(0)
     given = {
         "x": torch.randn(2, 16, 2, 16, 24),
         "timestep": torch.tensor([981.25, 37.5]),
-        "context": conditioning(PHRASE, ""),
-        "noise": sampling.seed_noise(5, 1, 1, 32, 32),
-        "positive": conditioning(PHRASE),
+        "context": conditioning(phrase, ""),
+        "noise": sampling.seed_noise(5, 1, frames, side, side),
+        "positive": conditioning(phrase),
         "negative": conditioning(""),
     }
     save_file(given, tmp_path / "inputs.safetensors")
     program = Path(__file__).parents[1] / "comfyui_demo_model.py"
-    files = COMFYUI, WEIGHTS, tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"
+    files = COMFYUI, weights, tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"
     command = [sys.executable, *map(str, (program, *files))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

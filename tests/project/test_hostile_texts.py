@@ -21,7 +21,7 @@ from syrupy.assertion import SnapshotAssertion
 TESTS = Path(__file__).parents[1]
 DOCUMENTED = ("ConfigError", "UnknownBackendError", "RefusedBackendError", "ComparisonError", "ValueError")
 """Errors that say which part is wrong; a ValueError only of the command line, whose whole answer it is."""
-MOST_SECONDS = 1.0
+MOST_SECONDS = 2.0
 MOST_MEMORY = 100
 
 
