@@ -200,7 +200,10 @@ def test_a_part_ends_when_the_run_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
 @posix
 def test_an_interruption_ends_the_run_with_what_there_is(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(tmp_path), "quick,hanging"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     assert running.stdout is not None
     while not running.stdout.readline().startswith("hanging"):
         pass
