@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..backends.engine.router import Router
@@ -148,7 +149,7 @@ def _load(path: Path) -> TinyWan:
         )
     try:
         return load(path)
-    except Exception as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ComparisonError(
             f"weights {path} cannot be loaded into the embedded video model ({type(error).__name__}: {reason}); name "

@@ -51,7 +51,7 @@ seeds once with each backend, into a folder for each, and run for each folder an
     pip install vbench
     vbench evaluate --videos_path FOLDER --dimension subject_consistency --mode=custom_input
 
-For the Quality Score and the other dimensions it needs videos of its own prompts, with the names that it gives them;
+The Quality Score and the other dimensions need videos of VBench's own prompts, with the file names that it expects;
 leave `--mode` out there. None of this was run here: it needs a GPU and VBench's own models."""
 
 

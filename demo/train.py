@@ -182,7 +182,7 @@ VIDEO_SHEET = (
     "a medium red circle moving right fast from the left",
     "a small blue square moving down slowly from the top right on black",
     "a medium green triangle moving left slowly from the centre on grey",
-    "a red star moving right and a blue ring moving left",
+    "a red cross moving right and a blue ring moving left",
 )
 
 

@@ -137,6 +137,8 @@ def _exchanged(ranks: RankGroup, prepare: Callable[[], Prepared]) -> GroupCall:
         prepared = prepare()
         mine = _header(ranks, prepared)
     except Exception as error:
+        if _is_final(error):
+            raise
         refusal = error
     headers = [header(row) for row in ranks.numbers(mine.numbers())]
     if any(one.call != ranks.calls for one in headers):

@@ -24,6 +24,15 @@ CROSS = Role("cross", "cross")
 JOINT = Role("joint", "joint")
 TEXT_SELF = Role("text_self", "self")
 IMAGE_SELF = Role("image_self", "self")
+LTX2_PATHS = (
+    (r"transformer_blocks\.\d+\.attn1", (SELF,)),
+    (r"transformer_blocks\.\d+\.attn2", (CROSS,)),
+    (r"transformer_blocks\.\d+\.audio_attn1", (Role("ltx2.audio_self", "self"),)),
+    (r"transformer_blocks\.\d+\.audio_attn2", (Role("ltx2.audio_text_cross", "cross"),)),
+    (r"transformer_blocks\.\d+\.audio_to_video_attn", (Role("ltx2.audio_to_video", "cross"),)),
+    (r"transformer_blocks\.\d+\.video_to_audio_attn", (Role("ltx2.video_to_audio", "cross"),)),
+)
+"""LTX-2's modules have the same paths in ComfyUI and in Diffusers."""
 
 
 @dataclass(frozen=True)

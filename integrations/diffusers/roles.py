@@ -6,7 +6,7 @@ model without a row works, with roles that are guessed from paths and lengths.
 
 from __future__ import annotations
 
-from ...backends.values.roles import CROSS, IMAGE_SELF, JOINT, SELF, TEXT_SELF, Family, Role
+from ...backends.values.roles import CROSS, IMAGE_SELF, JOINT, LTX2_PATHS, SELF, TEXT_SELF, Family, Role
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -41,14 +41,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "ltx2",
         ("LTX2VideoTransformer3DModel",),
-        (
-            (r"transformer_blocks\.\d+\.attn1", (SELF,)),
-            (r"transformer_blocks\.\d+\.attn2", (CROSS,)),
-            (r"transformer_blocks\.\d+\.audio_attn1", (Role("ltx2.audio_self", "self"),)),
-            (r"transformer_blocks\.\d+\.audio_attn2", (Role("ltx2.audio_text_cross", "cross"),)),
-            (r"transformer_blocks\.\d+\.audio_to_video_attn", (Role("ltx2.audio_to_video", "cross"),)),
-            (r"transformer_blocks\.\d+\.video_to_audio_attn", (Role("ltx2.video_to_audio", "cross"),)),
-        ),
+        LTX2_PATHS,
     ),
     Family(
         "ltxv",

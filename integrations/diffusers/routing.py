@@ -246,7 +246,7 @@ class Routing:
     def run_compiled(
         self, module: AttentionModule, ordinal: int, host: Callable[[], torch.Tensor], *call: Any
     ) -> torch.Tensor:
-        """An attention call in a compiled graph: in the forward of this thread, else in one that it stands for.
+        """An attention call in a compiled graph: part of this thread's forward call, or the start of one.
 
         Where the whole model was compiled after its stand-ins were set, its forward is in the graph: the first module
         that calls begins a forward then.

@@ -1,7 +1,7 @@
 """A run of a chosen model: its run report, a session for each device, and where in the scheduler's steps it is.
 
 A run begins with the first forward after the scheduler's `set_timesteps`, and ends with the next one, with `reset`, or
-with the `with` block. Without a scheduler there is one run. Each thread has runs of its own.
+with the `with` block. Without a scheduler there is one run. Runs are recorded per thread.
 """
 
 from __future__ import annotations

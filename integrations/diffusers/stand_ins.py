@@ -135,7 +135,7 @@ def _inert(module: torch.nn.Module) -> AttentionModule:
 
 
 def stand_in(thing: Any) -> Callable[..., Any]:
-    """The stand-in's function, as it is put on a module."""
+    """The function that replaces a module's `forward`."""
     return thing.forward  # type: ignore[no-any-return]
 
 

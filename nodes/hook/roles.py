@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from ...backends.values.roles import CROSS as CROSS
-from ...backends.values.roles import IMAGE_SELF, JOINT, TEXT_SELF
+from ...backends.values.roles import IMAGE_SELF, JOINT, LTX2_PATHS, TEXT_SELF
 from ...backends.values.roles import SELF as SELF
 from ...backends.values.roles import Family as Family
 from ...backends.values.roles import Role as Role
@@ -79,14 +79,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "ltx2",
         ("LTXAVModel",),
-        (
-            (r"transformer_blocks\.\d+\.attn1", (SELF,)),
-            (r"transformer_blocks\.\d+\.attn2", (CROSS,)),
-            (r"transformer_blocks\.\d+\.audio_attn1", (Role("ltx2.audio_self", "self"),)),
-            (r"transformer_blocks\.\d+\.audio_attn2", (Role("ltx2.audio_text_cross", "cross"),)),
-            (r"transformer_blocks\.\d+\.audio_to_video_attn", (Role("ltx2.audio_to_video", "cross"),)),
-            (r"transformer_blocks\.\d+\.video_to_audio_attn", (Role("ltx2.video_to_audio", "cross"),)),
-        ),
+        LTX2_PATHS,
         bypass="the text connectors, which run before sampling",
     ),
     Family(
