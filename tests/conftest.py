@@ -79,7 +79,11 @@ def server(shared_server: Any) -> Any:
 
     It has runs of the tests before; what a page sets is set back by the next one that is opened.
     """
-    shared_server.post("/free", {"free_memory": True})  # no answer from the cache of the module before
+    # No answer from the cache of the module before. ComfyUI empties it after the prompt that it has by then, so a
+    # small one goes first: the first prompt of the module would lose its answers at its end.
+    shared_server.post("/free", {"free_memory": True})
+    black = {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 0}}
+    shared_server.run({"1": black, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
     return shared_server
 
 

@@ -159,17 +159,22 @@ def stand_in(mro: Iterable[str], places: dict[str, str]) -> torch.nn.Module:
     return model
 
 
+class ModelExecutor:
+    """What ComfyUI hands to a wrapper around a model call. One class for all: Python keeps a list of every class."""
+
+    def __init__(self, model: torch.nn.Module, body: Callable[[], Any]) -> None:
+        self.class_obj = SimpleNamespace(diffusion_model=model)
+        self.body = body
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body()
+
+
 def model_call(model: torch.nn.Module, options: dict[str, Any], body: Callable[[], Any], device: str = "cpu") -> Any:
     """Run `body` as ComfyUI runs a model call, inside our wrapper around it."""
-
-    class Executor:
-        class_obj = SimpleNamespace(diffusion_model=model)
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return body()
-
+    executor = ModelExecutor(model, body)
     with torch.inference_mode():
-        return wrappers.apply_model_wrapper(Executor(), torch.zeros(1, device=device), None, None, None, None, options)
+        return wrappers.apply_model_wrapper(executor, torch.zeros(1, device=device), None, None, None, None, options)
 
 
 Func = Callable[..., torch.Tensor]
