@@ -17,7 +17,8 @@ from ..backends.config.text import parse_extra
 from ..backends.kernels import BACKENDS
 from ..backends.sparse.block_map import Dense, with_other_tokens
 from ..backends.sparse.kernel import SparseKernel
-from ..backends.sparse.method import SparseMethod, Where, layer_of
+from ..backends.sparse.layers import layer_of
+from ..backends.sparse.method import SparseMethod, Where
 from ..backends.values.grid import Place, TokenGrid, parse_grid
 from ..backends.values.request import AttentionRequest
 from .metrics import need

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from ..kernels import BACKENDS
 
-_SUBBLOCK = "SGLang, for block-sparse backends that are refused here"
+_SUBBLOCK = "SGLang, for its block-sparse backends"
 _UNREAD = "Smart-Diffusion, whose documents name it and whose code does not"
 
 BESIDE_BACKEND: tuple[str, ...] = (

@@ -104,9 +104,10 @@ def _problems(block: int) -> Iterator[tuple[AttentionCall, BlockMap]]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    for tokens in (BLOCKS * block, BLOCKS * block + REST):
-        query, key, value = (torch.randn(1, 2, tokens, 64, generator=generator).bfloat16() for _ in range(3))
+    for tokens, head_dim, kv_heads in ((BLOCKS * block, 64, 2), (BLOCKS * block + REST, 128, 1)):
+        shapes = ((1, heads, tokens, head_dim) for heads in (2, kv_heads, kv_heads))
+        query, key, value = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
         blocks = in_order(tokens, block)
         seen = torch.rand(1, 2, blocks.count, blocks.count, generator=generator) < 0.5
         seen[..., 0] = True
-        yield AttentionCall(query, key, value), BlockMap(blocks, blocks, seen)
+        yield AttentionCall(query, key, value, enable_gqa=kv_heads == 1), BlockMap(blocks, blocks, seen)

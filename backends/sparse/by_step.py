@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..values.options import Option
 from .block_map import Dense
+from .layers import counted_together
 
 if TYPE_CHECKING:
     from .method import Where
@@ -55,14 +56,11 @@ def computed_whole(where: Where, options: Mapping[str, object], *, steps: str, l
 def whole_at_first(where: Where, *, steps: object, layers: object) -> Dense | None:
     """Whether a call lies in the first steps or layers that Sparse VideoGen computes whole.
 
-    Layers are counted through the whole model, where its blocks are known.
-
     Args:
         steps, layers: a number of them, or a share up to 1, of which the whole part counts; of steps at least one.
     """
-    at = where.blocks.index(where.block) if where.block in where.blocks else where.layer
-    first = _first(layers, len(where.blocks))
-    if at is not None and at < first:
+    first = _first(layers, len(counted_together(where.block, where.blocks)))
+    if where.layer is not None and where.layer < first:
         return Dense(f"the first {first} layers")
     first = max(_first(steps, where.steps or 0), 1 if steps else 0)  # as other published dense steps in short runs
     if where.step is not None and where.step < first:

@@ -13,7 +13,8 @@ from ..values.platform import Platform
 from ..values.request import AttentionCall, AttentionRequest
 from .block_map import BlockMap, Dense, Map, with_other_tokens
 from .executor import AUTO, Executor, Run, run_map
-from .method import SparseMethod, Where, layer_of
+from .layers import layer_of
+from .method import SparseMethod, Where
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +50,11 @@ class SparseKernel:
         """The kernel for calls of one kind at one place of the model."""
         import torch
 
-        grid, layer = request.grid, layer_of(place.block)
+        grid = request.grid
         if grid is None:
             return dense
         method, options = self.method, self.options
-        compute = self.executor(request, kept)
+        compute = self.executor(request, kept, progress)
         kv_before = grid.before - grid.hidden_before
         q_cells, k_cells = (slice(before, before + grid.cells) for before in (grid.before, kv_before))
         kv_after = request.kv_len - kv_before - grid.cells
@@ -61,8 +62,8 @@ class SparseKernel:
 
         def run(call: AttentionCall) -> torch.Tensor:
             where = Where(
-                progress.step, progress.steps, progress.sigma, layer, place.role, progress.samples,
-                place.block, progress.blocks, progress.kept,
+                progress.step, progress.steps, progress.sigma, layer_of(place.block, progress.blocks), place.role,
+                progress.samples, place.block, progress.blocks, progress.kept,
             )  # fmt: skip
             on_grid = call
             if beside:
@@ -87,33 +88,37 @@ class SparseKernel:
 
         return run
 
-    def executor(self, request: AttentionRequest, kept: Kept) -> Callable[[AttentionCall, Map], torch.Tensor | Dense]:
+    def executor(
+        self, request: AttentionRequest, kept: Kept, progress: Progress
+    ) -> Callable[[AttentionCall, Map], torch.Tensor | Dense]:
         """What computes the maps of calls of one kind: the first executor that can; or why none can.
 
-        `kept` counts what is computed.
+        `kept` counts what is computed. An executor that fails is not tried again for such calls in the same run, also
+        not in other blocks of the model: compiling may take long each time.
         """
         named = str(self.options.get("executor", AUTO))
         able, reasons = self.method.executors(request, self.platform, self.options)
-        failed: dict[str, str] = {}
 
         def compute(call: AttentionCall, block_map: Map) -> torch.Tensor | Dense:
             one = block_map if isinstance(block_map, BlockMap) else block_map.of_head(0)
             for executor in able:
-                if executor.id in failed or executor.call_reasons(call, one):
+                failed = self.method.id, executor.id, request
+                if failed in progress.kept or executor.call_reasons(call, one):
                     continue
                 if executor is not able[-1] and executor.avoid_map_reasons(one):
                     continue
                 try:
                     output = run_map(self._run(executor), call, block_map)
-                    waits = not call.query.is_cpu and (self.method.reads_back or executor.reads_back(one))
-                    kept.add(block_map.share(), executor.id, waits)
-                    return output
                 except Exception as error:
                     if executor is able[-1] or is_out_of_memory(error) or is_cuda_fault(error):
                         raise
-                    failed[executor.id] = f"{type(error).__name__}: {error}"
-                    log.warning("%s: executor %s failed (%s); the next one runs for: %s", self.method.id, executor.id,
-                                failed[executor.id], request.describe())  # fmt: skip
+                    progress.kept[failed] = True
+                    log.warning("%s: executor %s failed (%s: %s); the next one runs for: %s", self.method.id,
+                                executor.id, type(error).__name__, error, request.describe())  # fmt: skip
+                else:
+                    waits = not call.query.is_cpu and (self.method.reads_back or executor.reads_back(one))
+                    kept.add(block_map.share(), executor.id, waits)
+                    return output
             against = {**reasons, **{each.id: tuple(each.call_reasons(call, one)) for each in able}}
             wanted = self.method.only_executor or named
             texts = [f"executor {name}: {'; '.join(why)}" for name, why in against.items() if wanted in (AUTO, name)]

@@ -6,7 +6,6 @@ to a place in the model (`Backend.bind`), so that the method knows grid, step an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -64,7 +63,7 @@ class Where(NamedTuple):
     steps: int | None
     sigma: float | None
     layer: int | None
-    """Number of the block within its series; None if unknown."""
+    """Number of the block (`layers.layer_of`); None if unknown."""
     role: str
     samples: tuple[object, ...]
     """Identity of each sample of the batch."""
@@ -246,12 +245,6 @@ class SparseMethod(Backend):
     def dense_kernel(self, dense: Callable[..., Kernel], options: Mapping[str, object]) -> Kernel:
         """What computes calls whole: the exact kernel of the machine, or that of a named backend, `dense(name)`."""
         return dense()
-
-
-def layer_of(block: str) -> int | None:
-    """The number at the end of a block's name; None without one."""
-    found = re.search(r"(\d+)\D*$", block)
-    return int(found[1]) if found else None
 
 
 def first_steps(where: Where, count: int, published: int) -> Dense | None:

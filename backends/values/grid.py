@@ -111,6 +111,9 @@ class Kept:
         """Count a call with the share of query-key pairs that it computed: a number, or a tensor on its device."""
         self.calls += 1
         self.read_back += read_back
+        device = getattr(self.total, "device", None)
+        if device is not None and getattr(share, "device", device) != device:  # cards of one run share a row
+            share = share.to(device)
         self.total = self.total + share
         self.executors[executor] = self.executors.get(executor, 0) + 1
 

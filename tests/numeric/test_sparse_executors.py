@@ -107,11 +107,11 @@ def test_flex_leaves_what_it_cannot_do_to_the_next_one(monkeypatch: pytest.Monke
             query = torch.randn(1, 1, 512, 16, requires_grad=trained)
             chosen = {"default": {"backend": "cube_attn", "extra": {"local_cube_size": cube, "topk": 0.5}}}
             with account() as run_report:
-                attention(query, query, query, backend=chosen, grid=(2, 16, 16))
-                attention(query, query, query, backend=chosen, grid=(2, 16, 16))
-            (row,) = run_report.as_dict()["rows"]
-            assert (row["backend"], row["reason"], row["kept"]) == ("cube_attn", None, 0.5)
-            assert len(ran) == tried, "once, not at each call"
+                for role in ("self", "self", "joint"):
+                    attention(query, query, query, role=role, backend=chosen, grid=(2, 16, 16))
+            for row in run_report.as_dict()["rows"]:
+                assert (row["backend"], row["reason"], row["kept"]) == ("cube_attn", None, 0.5)
+            assert len(ran) == tried, "once, not at each call and in each plan"
     finally:
         select.cache_clear()
 

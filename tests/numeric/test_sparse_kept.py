@@ -20,9 +20,10 @@ from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.sparse.block_map import Dense, HeadMaps  # noqa: E402
 from attention_backends.backends.sparse.kmeans import cluster, first_tokens  # noqa: E402
+from attention_backends.backends.sparse.layers import layer_of  # noqa: E402
 from attention_backends.backends.sparse.method import SparseMethod, Where  # noqa: E402
 from attention_backends.backends.sparse.methods.sol import parse_layers  # noqa: E402
-from attention_backends.backends.values.grid import Progress, TokenGrid  # noqa: E402
+from attention_backends.backends.values.grid import Kept, Place, Progress, TokenGrid  # noqa: E402
 from attention_backends.backends.values.platform import Platform  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 
@@ -89,6 +90,19 @@ def test_what_was_kept_elsewhere_is_not_used(other: dict[str, Any]) -> None:
     assert torch.equal(select(tensors(1), kept, **{"samples": ("a",), **other}).mask(), begun)
 
 
+def test_what_a_step_did_not_use_is_forgotten() -> None:
+    """Context windows may move in every step, and each is a sample of its own."""
+    kept: dict[Any, Any] = {}
+    for step in range(6):
+        samples = ("a", f"window {step}")
+        for block in ("blocks.0", "blocks.1"):
+            select(tensors(step, 2), kept, samples, step=step, block=block, layer=None)
+        assert len(kept) == 2 * 2 * (2 if step == 0 else 3), "queries and keys of two blocks: a, this window, the last"
+    begun = select(tensors(7), {}, ("a",), step=6).mask()
+    assert not torch.equal(select(tensors(7), kept, ("a",), step=6).mask(), begun), "a was there in every step"
+    assert torch.equal(select(tensors(7), kept, ("window 1",), step=6).mask(), begun)
+
+
 def test_a_part_of_a_batch_keeps_nothing() -> None:
     kept: dict[Any, Any] = {}
     assert isinstance(select(tensors(0), kept, ("a", "b")), HeadMaps)
@@ -122,12 +136,45 @@ def test_dense_steps_cluster_only_where_a_person_says_so(early: bool, expected: 
 
 @pytest.mark.parametrize(("share", "dense"), [(0.03, 0), (0.5, 1), (0.99, 1), (1, 2), (2, 2)])
 def test_dense_layers_are_a_share_of_the_whole_model(share: float, dense: int) -> None:
-    blocks = ("double_blocks.0", "single_blocks.0")
+    blocks = ("txt_in.individual_token_refiner.blocks.0", "double_blocks.0", "single_blocks.0")
     found = [
-        select(tensors(0), {}, ("a",), svg2_first_layers_fp=share, block=block, blocks=blocks, layer=0)
-        for block in blocks
+        select(tensors(0), {}, ("a",), svg2_first_layers_fp=share, block=block, blocks=blocks, layer=layer)
+        for layer, block in enumerate(blocks[1:])
     ]
     assert [isinstance(one, Dense) for one in found] == [at < dense for at in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("block", "layer"),
+    [
+        ("double_blocks.1", 1), ("single_blocks.0", 2), ("single_blocks.1", 3), ("refiner.blocks.0", 0),
+        ("double_blocks.7", 7), ("single", None),
+    ],
+)  # fmt: skip
+def test_single_stream_blocks_are_counted_after_the_double_stream_ones(block: str, layer: int | None) -> None:
+    """As FastVideo's and SGLang's prefixes number HunyuanVideo's, `single_blocks.{i + num_layers}`."""
+    blocks = ("refiner.blocks.0", "double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1")
+    assert layer_of(block, blocks) == layer
+    diffusers = tuple(
+        name.replace("double_", "transformer_").replace("single_", "single_transformer_") for name in blocks
+    )
+    assert (
+        layer_of(block.replace("double_", "transformer_").replace("single_", "single_transformer_"), diffusers) == layer
+    )
+
+
+def test_calls_of_a_model_have_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, seen = ("double_blocks.0", "double_blocks.1", "single_blocks.0"), []
+    cube: Any = BACKENDS["cube_attn"]
+    monkeypatch.setattr(type(cube), "select_at", lambda self, call, grid, where, options: seen.append(where.layer))
+    call = tensors(0)
+    for block in blocks:
+        kernel = cube.load(CPU).bound(
+            call.request(grid=GRID), Place(block=block), Progress(blocks=blocks), Kept(), lambda call: call.query
+        )
+        with pytest.raises(AttributeError):  # there is no map to compute
+            kernel(call)
+    assert seen == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("share", "steps", "dense"), [(0.2, 1, 1), (0.2, 4, 1), (0.2, 8, 1), (0.2, 50, 10), (0, 4, 0)])

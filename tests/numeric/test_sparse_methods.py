@@ -312,13 +312,25 @@ def random_case(backend_id: str, seed: object) -> tuple[AttentionCall, TokenGrid
         heads, shares = 1, 1
     query, key = (torch.randn(1, count, grid.cells, 8, dtype=torch.float64) for count in (heads, heads // shares))
     key = key + torch.randn(1, 1, grid.cells // 6 + 1, 8).double().repeat_interleave(6, 2)[:, :, : grid.cells]
-    return AttentionCall(query, key, key, enable_gqa=shares > 1), grid, rng
+    value = torch.randn(1, key.shape[1], grid.cells, 6, dtype=torch.float64)
+    return AttentionCall(query, key, value, enable_gqa=shares > 1), grid, rng
 
 
 def agree(backend_id: str, seed: object) -> bool:
-    """Compare one random case with its literal form; whether the method left anything out."""
+    """Compare one random case of one or two samples with its literal form; whether the method left anything out."""
     call, grid, rng = random_case(backend_id, seed)
+    before = rng.getstate()
     options, expected = CASES[backend_id](rng, call, grid)
+    if rng.random() < 0.5:
+        other = call.changed(query=torch.randn_like(call.query), key=call.key.flip(2), value=call.value.flip(2))
+        rng.setstate(before)
+        again, of_other = CASES[backend_id](rng, other, grid)
+        assert again == options
+        call = call.changed(
+            query=torch.cat((call.query, other.query)), key=torch.cat((call.key, other.key)),
+            value=torch.cat((call.value, other.value)),
+        )  # fmt: skip
+        expected = torch.cat(torch.broadcast_tensors(expected, of_other))
     found = selected(backend_id, call, grid, options)
     if isinstance(found, Dense):
         assert expected.all(), (grid, options)
@@ -353,7 +365,7 @@ def computes_its_map(backend_id: str, seed: int, monkeypatch: pytest.MonkeyPatch
     executor = rng.choice(("gather", "gather of cards", "flex"))
     if executor == "gather of cards":
         monkeypatch.setattr(gathering, "_by_head", lambda *args: gathering._all_heads(*args[:-1]))
-    batch, (query, key) = rng.randint(1, 2), (on_grid.query, on_grid.key)
+    batch = rng.randint(1, 2)
     kv_before, kv_after = grid.before - grid.hidden_before, rng.choice((0, grid.after))
 
     def beside(tensor: Any, before: int, after: int) -> Any:
@@ -363,8 +375,8 @@ def computes_its_map(backend_id: str, seed: int, monkeypatch: pytest.MonkeyPatch
         return torch.cat((first, tensor.expand(batch, -1, -1, -1), next(others)), 2).to(dtype)
 
     call = AttentionCall(
-        beside(query, grid.before, grid.after), beside(key, kv_before, kv_after), beside(key, kv_before, kv_after),
-        enable_gqa=on_grid.enable_gqa, scale=rng.choice((None, 0.4)),
+        beside(on_grid.query, grid.before, grid.after), beside(on_grid.key, kv_before, kv_after),
+        beside(on_grid.value, kv_before, kv_after), enable_gqa=on_grid.enable_gqa, scale=rng.choice((None, 0.4)),
     )  # fmt: skip
     q_cells, k_cells = (slice(before, before + grid.cells) for before in (grid.before, kv_before))
     cells = call.changed(query=call.query[:, :, q_cells], key=call.key[:, :, k_cells], value=call.value[:, :, k_cells])
@@ -593,6 +605,18 @@ def test_of_equal_gates_the_first_chunks_are_kept_with_the_own_one() -> None:
     call = AttentionCall(*(torch.ones(1, 1, grid.cells, 8) for _ in range(3)))
     found = selected("vmoba_attn", call, grid, {"moba_select_mode": "topk", "temporal_chunk_size": 1})
     assert found.seen[0, 0, ::36].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+def test_a_query_of_nan_gives_nan_and_no_zeros() -> None:
+    """No comparison finds NaN: without its own chunk such a query would see nothing, and the guard a finite output."""
+    grid = TokenGrid(4, 6, 6)
+    query, key = torch.randn(2, 1, 1, grid.cells, 8)
+    query[..., 5, :] = torch.nan
+    for mode in vmoba.MODES:
+        extra = {"moba_select_mode": mode, "temporal_topk": 2, "temporal_chunk_size": 1, "first_full_step": 0}
+        chosen = {"default": {"backend": "vmoba_attn", "extra": extra}}
+        output = attention(query, key, key, backend=chosen, grid=grid.shape)
+        assert output.isnan().all(-1)[0, 0].nonzero().tolist() == [[5]], mode
 
 
 def sorted_gates(gate: Any, own: Any, threshold: float | None, count: int) -> Any:
@@ -943,6 +967,23 @@ def test_each_head_has_the_window_of_its_step_and_layer(tmp_path: Path) -> None:
         assert isinstance(selected("sliding_tile_attn", call, grid, options, where), Dense)
     of_three = AttentionCall(*(torch.zeros(1, 3, grid.cells, 8) for _ in range(3)))
     assert isinstance(selected("sliding_tile_attn", of_three, grid, options, at(1, 2, layer=1)), Dense)
+
+
+def test_a_loaded_kernel_reads_a_changed_strategy_file_again(tmp_path: Path) -> None:
+    path, grid = tmp_path / "strategy.json", TokenGrid(13, 9, 17)
+    call = AttentionCall(*(torch.zeros(1, 2, grid.cells, 8) for _ in range(3)))
+    method: Any = BACKENDS["sliding_tile_attn"]
+    path.write_text(json.dumps(strategy(1, 1, 2)))
+    kernel = method.load(CPU, mask_strategy_file_path=str(path), skip_time_steps=0)
+
+    def found() -> Any:
+        return method.select_at(call, grid, at(0, 1, layer=0), kernel.options)
+
+    assert torch.equal(found().mask(), literal.sliding_tile(grid.shape, (6, 8, 8), [(1, 1, 1), (1, 1, 2)]))
+    path.write_text(json.dumps({"0_0_0": [3, 1, 1], "0_0_1": [1, 3, 1]}))
+    assert torch.equal(found().mask(), literal.sliding_tile(grid.shape, (6, 8, 8), [(3, 1, 1), (1, 3, 1)]))
+    path.write_text("{}")
+    assert isinstance(found(), Dense)
 
 
 @pytest.mark.parametrize(

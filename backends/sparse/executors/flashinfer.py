@@ -5,7 +5,8 @@ those of a group read the same keys. `BlockSparseAttentionWrapper` computes bloc
 a page; `VariableBlockSparseAttentionWrapper` any blocks, with a list of every single key. Tokens are brought into the
 order of the map first: copies of query, key and value, and one of the output.
 
-A plan is kept while its map lives: static maps are planned once. Planning waits for the device.
+A plan is kept while its map lives, so static maps of calls that need at most `PLANS` plans are planned once. Planning
+waits for the device.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...kernels.backend import Kernel
 from ...values.aliases import SGLANG, Alias
 from ...values.grid import TokenGrid
 from ...values.options import Option
@@ -150,10 +149,6 @@ class SlidingTile(SparseMethod):
             return [Reason(NO_STRATEGY, error=str(error))]
         return super().option_reasons(platform, options)
 
-    def load(self, platform: Platform, **options: object) -> Kernel:
-        path = options.get("mask_strategy_file_path")
-        return super().load(platform, **options, strategy=None if path is None else read_strategy(str(path)))
-
     def keeping(self, share: float, grid: TokenGrid) -> dict[str, object]:
         """The window whose share of the tiles is nearest; of several the one that holds more frames."""
         counts = tile_counts(grid, TILE)
@@ -181,12 +176,16 @@ class SlidingTile(SparseMethod):
         return BlockMap(blocks, blocks, seen, None if count is None else (count,) * blocks.count)
 
     def _windows(self, heads: int, where: Where, options: Mapping[str, object]) -> tuple[Window, ...] | Dense:
-        strategy = options["strategy"]
-        if not isinstance(strategy, Strategy):
+        path = options["mask_strategy_file_path"]
+        if path is None:
             window = options["window_size"]
             return (WINDOW,) if not isinstance(window, list) else ((window[0], window[1], window[2]),)
         if where.layer is None:
             return Dense("the layer's number, which a mask strategy file needs, is unknown")
+        try:
+            strategy = read_strategy(str(path))  # it may have changed since the kernel was loaded
+        except ValueError as error:
+            return Dense(str(error))
         found = strategy.at(where.step, where.steps, where.layer)
         if found is None:
             return Dense(f"layer {where.layer} is not among the {strategy.layers} of the mask strategy file")

@@ -8,8 +8,9 @@ most `svg2_top_p_kmeans`, and at least the int(`svg2_min_kc_ratio` * clusters) b
 
 The first clustering of a layer takes `svg2_kmeans_iter_init` iterations from random tokens. Its centroids are kept for
 each sample, which is a conditioning in a context window, and the next step goes on from them with
-`svg2_kmeans_iter_step` iterations; `svg2_zero_step_kmeans_init` does that in dense steps already. Where the host does
-not say which samples a call has, each call is a first one.
+`svg2_kmeans_iter_step` iterations; `svg2_zero_step_kmeans_init` does that in dense steps already. A sample that a whole
+step did not have is forgotten: context windows may move in every step. Where the host does not say which samples a call
+has, each call is a first one.
 
 The published numbers of clusters are for `TOKENS` tokens, and scaled to those of a call; a number that a person gives
 is not scaled. Layers are counted through the whole model. Tokens are read in the order of their clusters, and never
@@ -18,7 +19,7 @@ copied into it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -132,20 +133,31 @@ class SparseVideoGen2(SparseMethod):
     ) -> tuple[Clusters, Clusters]:
         """The clusters of the queries and of the keys of one sample; their centroids are kept for the next step."""
         known = len(where.samples) == call.query.shape[0]  # else the call is a part of the batch, or of no sampler
+        if known:
+            forget_older(where.kept, self.id, where.step)
         found = []
         for name, tensor in ((Q_CLUSTERS, call.query), (K_CLUSTERS, call.key)):
             tokens, count = tensor[sample : sample + 1].detach(), cluster_count(options, name, grid.cells)
             place = self.id, where.block, where.role, where.samples[sample] if known else None, grid.shape, name, count
             kept = where.kept.get(place) if known else None
             if isinstance(kept, tuple):
-                clusters = cluster(tokens, kept[0].float(), int(str(options["svg2_kmeans_iter_step"])))
+                clusters = cluster(tokens, kept[1].float(), int(str(options["svg2_kmeans_iter_step"])))
             else:
                 first = first_tokens(grid.cells, count).to(tokens.device)
                 clusters = cluster(tokens, tokens[:, :, first].float(), int(str(options["svg2_kmeans_iter_init"])))
             if known:
-                where.kept[place] = (clusters.centroids.to(tokens.dtype),)
+                where.kept[place] = where.step, clusters.centroids.to(tokens.dtype)
             found.append(clusters)
         return found[0], found[1]
+
+
+def forget_older(kept: MutableMapping[Hashable, object], name: str, step: int | None) -> None:
+    """Drop the centroids that neither this step nor the one before has used, of the method `name`."""
+    if step is None:
+        return
+    for place, entry in list(kept.items()):
+        if isinstance(place, tuple) and isinstance(entry, tuple) and place[0] == name and entry[0] not in (step, step - 1):
+            del kept[place]
 
 
 def cluster_count(options: Mapping[str, object], name: str, tokens: int) -> int:

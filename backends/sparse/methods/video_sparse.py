@@ -46,7 +46,7 @@ class VideoSparse(SparseMethod):
     summary = "Video Sparse Attention: each cube of tokens sees the most similar cubes."
     aliases = (
         Alias(VLLM_OMNI, "FASTVIDEO_VSA", "there with the gate of models trained for it, here without"),
-        Alias(SGLANG, "video_sparse_attn"),
+        Alias(SGLANG, "video_sparse_attn", "there sparsity is 0 unless it is set, which leaves nothing out"),
         Alias(FASTVIDEO, "VIDEO_SPARSE_ATTN"),
     )
     options = (

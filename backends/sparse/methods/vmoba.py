@@ -183,7 +183,8 @@ def highest_with_own(gate: torch.Tensor, own: torch.Tensor, count: int) -> torch
 
     gate.scatter_(-1, own, torch.inf)
     best = descending(gate, min(count + 1, gate.shape[-1]))
-    return exactly(gate, best, torch.full_like(own, count))
+    # The own one also where scores are NaN, which no comparison finds: a row without any would come out as zeros.
+    return exactly(gate, best, torch.full_like(own, count)).scatter_(-1, own, True)
 
 
 def enough(gate: torch.Tensor, own: torch.Tensor, threshold: float) -> torch.Tensor:
