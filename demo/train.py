@@ -3,10 +3,12 @@
     python -m attention_backends.demo.train --work DIR
     python -m attention_backends.demo.train --work DIR --from-weights FILE
     python -m attention_backends.demo.train --work DIR --video
+    python -m attention_backends.demo.train --work DIR --video --from-weights FILE
 
 The second form runs only the last stage, from the weights in FILE: with a fresh optimiser, warmed up, because a
-released file holds no other state. The third trains the video model, from the released image model's weights (or
---from-weights) through all its stages. Training waits while a benchmark of this project runs. Nothing is downloaded.
+released file holds no other state. The third trains the video model, from the released image model's weights through
+all its stages; the fourth only its last stage. Training waits while a benchmark of this project runs. Nothing is
+downloaded.
 Everything is written to the work directory: the checkpoint, from which training resumes, sheets of samples, and at
 the end the averaged weights as float16 and the loss curve. Compare them with `demo.evaluate` (of clips, with
 `demo.judge_motion`) before they replace the files in demo/. Each step has its own random generator, seeded by the
@@ -71,7 +73,8 @@ VIDEO_STAGES = (
     Stage(1000, ((4, 16, 16),), (1e-3, 1e-3)),
     Stage(1000, ((8, 16, 16),), (1e-3, 9e-4)),
     Stage(1500, ((8, 32, 32),) * 3 + ((8, 16, 16),), (9e-4, 1e-4)),
-    Stage(2000, ((8, 32, 32), (4, 32, 32), (4, 32, 32)), (8e-4, 0)),
+    # A step has one clip of 8 frames, or four of 2: those show more outlines in the same time.
+    Stage(4500, ((8, 32, 32),) * 2 + ((4, 32, 32),) + ((2, 32, 32),) * 3, (8e-4, 0)),
 )
 
 
@@ -233,7 +236,7 @@ def save_curve(losses: list[float], begin: int, path: Path, stages: Sequence[Sta
             axes.text(start, 0.98, " " + label, transform=axes.get_xaxis_transform(), fontsize=6, va="top")
         start += stage.steps
     axes.set(yscale="log", xlabel="step", ylabel="flow matching loss (MSE)")
-    axes.legend(loc="center right", fontsize=7)
+    axes.legend(loc="lower left", fontsize=7)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
@@ -250,21 +253,22 @@ def train(
 ) -> None:
     """Train from the checkpoint in `work`, from `weights` at the last stage, or from the start, to the end.
 
-    Given `stages` (those of the video model) begin at the first also from `weights`. `name`: of the file written.
+    `stages`: those of the video model; without `weights` from the released image model's. `name`: of the file written.
     With `minutes`, training also ends after so many (over all resumed runs), and the rate falls in that time.
     """
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = work / "checkpoint.pt"
-    whole = stages is not None
+    video = stages is not None
     stages = STAGES if stages is None else stages
     total = sum(stage.steps for stage in stages)
     torch.manual_seed(seed)
     model = TinyWan()
     initialise(model)
     begin = 0
+    if weights is not None or video:
+        model = load(weights or WEIGHTS).requires_grad_(True).train()
     if weights is not None:
-        model = load(weights).requires_grad_(True).train()
-        begin = 0 if whole else total - stages[-1].steps
+        begin = total - stages[-1].steps
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     losses: list[float] = []
@@ -340,9 +344,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    kind = (options.from_weights or WEIGHTS, options.minutes, VIDEO_STAGES, VIDEO_WEIGHTS.name)
-    images = (options.from_weights, options.minutes)
-    train(options.work, options.seed, options.every, *(kind if options.video else images))
+    kind = (VIDEO_STAGES, VIDEO_WEIGHTS.name) if options.video else ()
+    train(options.work, options.seed, options.every, options.from_weights, options.minutes, *kind)
 
 
 if __name__ == "__main__":

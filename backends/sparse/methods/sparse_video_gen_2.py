@@ -156,7 +156,9 @@ def forget_older(kept: MutableMapping[Hashable, object], name: str, step: int | 
     if step is None:
         return
     for place, entry in list(kept.items()):
-        if isinstance(place, tuple) and isinstance(entry, tuple) and place[0] == name and entry[0] not in (step, step - 1):
+        if not isinstance(place, tuple) or not isinstance(entry, tuple) or place[0] != name:
+            continue
+        if entry[0] not in (step, step - 1):
             del kept[place]
 
 
