@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from operator import index
 from typing import TYPE_CHECKING, Literal, overload
 
 from .config import AttentionConfig
-from .config.layers import record_of, resolve
+from .config.layers import cards_of, record_of, resolve
 from .config.names import COMFY
 from .config.text import parse_config
 from .context import KEPT, Context, ThreadSessions, current
@@ -97,6 +98,7 @@ def attention(
     replicated_before: int = 0,
     replicated_after: int = 0,
     sequence_order: str = "contiguous",
+    cards: str | Sequence[str] | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -122,6 +124,7 @@ def attention(
     replicated_before: int = 0,
     replicated_after: int = 0,
     sequence_order: str = "contiguous",
+    cards: str | Sequence[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -146,6 +149,7 @@ def attention(
     replicated_before: int = 0,
     replicated_after: int = 0,
     sequence_order: str = "contiguous",
+    cards: str | Sequence[str] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention on the configured backend.
 
@@ -174,6 +178,9 @@ def attention(
             same on every rank, such as a prompt; they count once.
         sequence_order: with `group`: `contiguous`, or `balanced` for causal calls: rank r has the r-th and the r-th
             last of 2 * ranks chunks (`parallel/shards.py`: `balanced_order`).
+        cards: CUDA devices of this process over which the heads of a call are divided where that is faster: `all`, or
+            names such as `["cuda:0", "cuda:1"]`; that of the tensors takes part in any case. A setting like `strict`;
+            not with `group`, gradients or `return_lse` (`docs/parallel.md`).
 
     Returns:
         A tensor like `query`, in the same layout, with the head size of `value`. With `return_lse` a pair: that, and
@@ -197,7 +204,7 @@ def attention(
     if torch.compiler.is_compiling():
         outside_the_graph: Callable[..., torch.Tensor] = torch.compiler.disable(attention)  # type: ignore[no-untyped-call]
         return outside_the_graph(
-            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, cards=cards,
             backend=backend, role=role, layout=layout, return_lse=return_lse, grid=grid, tokens_before=tokens_before,
             tokens_after=tokens_after, group=group, parallel=parallel, replicated_before=replicated_before,
             replicated_after=replicated_after, sequence_order=sequence_order,
@@ -208,7 +215,10 @@ def attention(
             backend=backend, role=role, layout=layout, return_lse=return_lse,
             grid=(grid, tokens_before, tokens_after),
             parallel=parallel, replicated=(replicated_before, replicated_after), sequence_order=sequence_order,
+            cards=cards,
         )  # fmt: skip
+    if cards is not None:
+        backend = _over_cards(backend, cards if isinstance(cards, str) else tuple(cards))
     if backend is not None and not isinstance(backend, (str, AttentionConfig)):
         backend = parse_config(backend, "attention(backend)")  # hashable, unlike a mapping
     context = current()
@@ -290,6 +300,7 @@ def _in_group(
     parallel: str | None,
     replicated: tuple[int, int],
     sequence_order: str,
+    cards: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention` with `group`. What can be wrong with a call is checked inside `run`, so that all ranks refuse it."""
     from .parallel.group_call import AUTO, GroupOptions, Prepared, run
@@ -303,6 +314,8 @@ def _in_group(
 
         query, key, value, mask = tensors
         _check_meaning(query, key, value, mask, layout)
+        if cards is not None:
+            raise CheckError("cards and group exclude one another; in a group each process computes on its own device")
         frames, before, after = grid
         token_grid = None if frames is None and not before and not after else _token_grid(frames, before, after)
         options = GroupOptions(
@@ -324,6 +337,19 @@ def _in_group(
     if layout == "BSHD":
         output = output.transpose(1, 2)
     return (output, lse) if lse is not None else output
+
+
+@lru_cache(maxsize=256)
+def _with_cards(backend: str | AttentionConfig | None, cards: str | tuple[str, ...]) -> AttentionConfig:
+    config = parse_config(backend, "attention(backend)") if backend is not None else AttentionConfig()
+    return replace(config, cards=cards, source=config.source if backend is not None else "attention(cards)")  # type: ignore[arg-type]
+
+
+def _over_cards(backend: object, cards: str | tuple[str, ...]) -> AttentionConfig:
+    """The configuration of one call with `cards`."""
+    if backend is not None and not isinstance(backend, (str, AttentionConfig)):
+        backend = parse_config(backend, "attention(backend)")
+    return _with_cards(backend, cards)
 
 
 def _group_session(backend: object, device: torch.device) -> GroupSession:
@@ -356,6 +382,8 @@ def _session(
     layers = context.layers
     if backend is not None and not context.forced:
         layers = (parse_config(backend, "attention(backend)"), *layers)
+    elif isinstance(backend, AttentionConfig) and backend.cards is not None:  # `force_backend` decides the backend only
+        layers = (*layers, AttentionConfig(cards=backend.cards, source=backend.source))
     if len(own.sessions) >= KEPT:
         own.sessions.clear()
     own.run_report.device = device.type
@@ -371,6 +399,10 @@ class CallSession(Session):
     ) -> None:  # fmt: skip
         super().__init__(router, layers, run_report, checks=False, device=device)
         observe(self)
+        if cards_of(layers):
+            from .cards.over import divide
+
+            divide(self, device, router_for)
         self.check_calls = check_calls
         """Whether each call is validated before it is planned."""
         self.slots: dict[tuple[object, ...], tuple[Slot | None, bool]] = {}

@@ -105,6 +105,8 @@ def add_up(total: RunReport, more: RunReport) -> None:
         if row.kept is not None:
             mine.kept = mine.kept or Kept()
             mine.kept.add_up(row.kept)
+    for name, report in more.cards.items():
+        add_up(total.cards.setdefault(name, RunReport(mode="off")), report)
     if more.rows:
         total.device = more.device
 

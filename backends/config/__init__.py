@@ -16,6 +16,7 @@ from ..kernels import BACKENDS
 from ..values.errors import ConfigError
 from ..values.options import problems
 from ..values.tolerance import ACCURACY
+from .card_names import card_names
 from .foreign_options import FOREIGN_OPTIONS, foreign_problems
 from .names import AUTO, canonical, options_of
 
@@ -134,6 +135,8 @@ class AttentionConfig:
     """Whether the entry for `self` covers `joint` too; false by default for text (`mapping.py`)."""
     record: Recorded | None = None
     """A run to repeat: below roles and schedule, above advisories and default."""
+    cards: tuple[str, ...] | None = None
+    """The devices over which heads are divided, or `("all",)`; accepts what `card_names` reads. None: unset."""
 
     def __post_init__(self) -> None:
         if self.accuracy is not None and self.accuracy not in ACCURACY:
@@ -144,6 +147,8 @@ class AttentionConfig:
             raise ConfigError(f"strict must be true or false, not {self.strict!r}")
         if not isinstance(self.joint_is_self, bool):
             raise ConfigError(f"joint_is_self must be true or false, not {self.joint_is_self!r}")
+        if self.cards is not None:
+            object.__setattr__(self, "cards", card_names(self.cards))
         said = {role: spec for role, spec in self.per_role.items() if not spec.is_auto}
         object.__setattr__(self, "per_role", MappingProxyType(said))
         object.__setattr__(self, "schedule", tuple(entry for entry in self.schedule if not entry.spec.is_auto))
@@ -154,7 +159,7 @@ class AttentionConfig:
 
     def __hash__(self) -> int:
         per_role = tuple(sorted(self.per_role.items(), key=lambda item: item[0]))
-        settings = (self.accuracy, self.strict, self.guard)
+        settings = (self.accuracy, self.strict, self.guard, self.cards)
         return hash((self.default, per_role, settings, self.source, self.schedule, self.recommended, self.record))
 
     @property

@@ -54,6 +54,11 @@ def settings_of(layers: tuple[AttentionConfig, ...]) -> Settings:
     return Settings(*map(highest, Settings._fields))  # type: ignore[arg-type]  # checked where each was read
 
 
+def cards_of(layers: tuple[AttentionConfig, ...]) -> tuple[str, ...]:
+    """The devices over which heads are divided; empty: one device."""
+    return next((layer.cards for layer in layers if layer.cards is not None), ())
+
+
 def record_of(layers: tuple[AttentionConfig, ...]) -> Recorded | None:
     """The record to repeat; None without one."""
     return next((layer.record for layer in layers if layer.record is not None), None)

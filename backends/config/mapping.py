@@ -26,7 +26,7 @@ from .schedule_forms import FOREIGN_SCHEDULE, foreign_schedule, schedule_of
 from .systems import entries as entries_of_systems
 from .systems import line_of
 
-SETTINGS = ("accuracy", "strict", "guard", "joint_is_self")
+SETTINGS = ("accuracy", "strict", "guard", "joint_is_self", "cards")
 FIELDS = ("default", "backend", "per_role", "schedule", *SETTINGS)
 SPEC_FIELDS = ("backend", "extra")
 SHORTHANDS = {"backend": "", **entries_of_systems()}

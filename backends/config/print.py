@@ -9,6 +9,7 @@ from typing import Any
 
 from ..values.plain_data import dump_yaml
 from . import AttentionConfig, AttentionSpec
+from .card_names import OFF
 from .foreign_options import BESIDE_BACKEND
 from .mapping import SPEC_FIELDS
 from .schedule_forms import entry_to_dict
@@ -30,6 +31,8 @@ def to_dict(config: AttentionConfig) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
     if config.joint_is_self and config.names_self:
         settings["joint_is_self"] = True  # its default for text is false
+    if config.cards is not None:
+        settings["cards"] = ", ".join(config.cards) or OFF
     return {**data, **{name: value for name, value in settings.items() if value is not None}}
 
 

@@ -1,4 +1,5 @@
-"""Base classes for extensions of a session: a `Chooser` decides before a plan is made, an `Observer` wraps its kernel.
+"""Base classes for extensions of a session: a `Chooser` decides before a plan is made, an `Observer` wraps its kernel,
+a `Divider` computes parts of its calls elsewhere.
 
 The session imports only these; the guard, autotune, replay and the recorder derive from them and register.
 """
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ..config.layers import Choice
     from ..report import Row
     from ..values.platform import Platform
+    from ..values.reasons import Reason
     from .plan import CallKind, Plan, Slot
     from .router import Decision, Router
 
@@ -70,3 +72,15 @@ class Observer:
 
     def failed(self, plan: Plan, error: Exception) -> None:
         """Called when a kernel raised `error`, before the fallback."""
+
+
+class Divider:
+    """Computes parts of calls on other devices; a session has one at most."""
+
+    def divided(self, kind: CallKind, decision: Decision, backend: Backend, kernel: Kernel) -> Kernel:
+        """The kernel of a new plan, below the wrappers of observers; `kernel` where its calls are never divided."""
+        raise NotImplementedError
+
+    def turn_off(self, reason: Reason) -> None:
+        """Divide no call any more; the first reason is noted."""
+        raise NotImplementedError

@@ -27,7 +27,7 @@ from ..values.mask_plan import PASSED_ON, MaskPlan
 from ..values.reasons import Reason
 from ..values.request import AttentionCall, Host, HostedCall, SplitCall, hosted
 from .call_checks import CheckError, DifferingTensorsError, checked, checks_from_environment, differing
-from .observer import Chooser, KernelVetoed, Observer, Veto
+from .observer import Chooser, Divider, KernelVetoed, Observer, Veto
 from .plan import CPU, CallKind, Plan, Slot
 from .router import NO_OPTIONS, Decision, Failed, Rejection, Router, forbidden
 from .sub_calls import run_sub_calls
@@ -74,6 +74,8 @@ class Session:
         """Rejected for the life of this session only: an error may be due to one run's inputs."""
         self.choosers: list[Chooser] = []
         self.observers: list[Observer] = []
+        self.divider: Divider | None = None
+        """Computes parts of calls on other devices, where a host sets it."""
         self.progress = Progress()
         """Where in the run the current model call is; the host changes it."""
         self._logged: set[object] = set()
@@ -291,6 +293,7 @@ class Session:
         )  # fmt: skip
         row.expected = row.expected or (decision.expected and reason is None)
         row.member = None if label else backend.kernel_name(request, self.router.platform)
+        divider = self.divider if kernel is None else None
         if kernel is None:
             kernel = self.kernel_of_row(decision, kind, row) if backend.sparse else self.kernel(decision, kind)
         wrappers = []
@@ -299,8 +302,10 @@ class Session:
             if wrapper is not None:
                 wrappers.append(wrapper)
         clock = self.device_clock
-        if clock is not None and (clock.has_events or wrappers or self.checks):  # to time the kernel only
+        if clock is not None and (clock.has_events or wrappers or self.checks or divider):  # to time the kernel only
             kernel, clock = timed_kernel(kernel, clock, row), None
+        if divider is not None:
+            kernel = divider.divided(kind, decision, backend, kernel)
         for wrap in wrappers:
             kernel = wrap(kernel)
         return Plan(

@@ -137,6 +137,8 @@ class RunReport:
     """`perf_counter()` at the first model call; None before it."""
     size: tuple[tuple[int, ...], ...] = ()
     """Shape of each tensor that is sampled; empty if unknown."""
+    cards: dict[str, RunReport] = field(default_factory=dict)
+    """What other cards computed of this run's calls, by their names; empty without them."""
     last_step: int | None = None
     """The sampler's step of the last finished model call, from 0, if the host knows it."""
     last_time: float | None = None
@@ -270,6 +272,7 @@ class RunReport:
             if row.calls
         ]
         notes = [text if count == 1 else Reason("times", text=text, count=count) for text, count in self.notes.items()]
+        notes += self.of_cards()
         return {
             "model": self.model,
             "device": self.device,
@@ -284,6 +287,19 @@ class RunReport:
             "audit": [finding.as_dict() for finding in asked_and_ran(self)],
             "notes": notes,
         }
+
+    def of_cards(self) -> list[Reason]:
+        """What the other cards computed: `cuda:1: sage_attn 400 calls`."""
+        totals: dict[tuple[str, str, str | None], int] = {}
+        for card, report in self.cards.items():
+            for row in list(report.rows.values()):
+                key = card, row.member or row.backend, row.reason
+                totals[key] = totals.get(key, 0) + row.calls
+        made = []
+        for (card, backend, reason), calls in totals.items():
+            ran = Reason("cards.ran", card=card, backend=backend, calls=calls)
+            made.append(ran if reason is None else Reason("named", name=ran, reason=reason))
+        return made
 
     def _gains(self) -> dict[int, float | None]:
         if self.mode == "off" or not any(row.kept for row in self.rows.values()):
@@ -315,5 +331,10 @@ class RunReport:
         ended = [counted(fallbacks, "fallback")] if fallbacks else []
         sentence = outcome.of_run_report(self).text
         return "; ".join(
-            [", ".join(parts or ["no attention call reached us"]), *ended, *([sentence] if sentence else [])]
+            [
+                ", ".join(parts or ["no attention call reached us"]),
+                *self.of_cards(),
+                *ended,
+                *([sentence] if sentence else []),
+            ]
         )

@@ -21,6 +21,7 @@ from ...backends.config import AttentionConfig
 from ...backends.context import add_up
 from ...backends.report import RunReport
 from ...backends.values.grid import TokenGrid
+from ...backends.values.reasons import Reason
 from . import calls, twins
 from .grids import GridOf, grid_finder, sizes_of
 from .model_calls import ModelCall, current
@@ -259,6 +260,9 @@ class Routing:
                 return host()
             model_call = self._in_graph(chosen, module, ordinal, call[0])
         assert model_call is not None  # noqa: S101
+        divider = model_call.run.session(call[0].device).divider
+        if divider is not None:
+            divider.turn_off(Reason("cards.compiled"))
         outer, before = model_call.module, model_call.ordinal
         model_call.module, model_call.ordinal = module, ordinal
         try:

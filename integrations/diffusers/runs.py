@@ -16,7 +16,7 @@ import torch
 
 from ...backends.calls import router_for
 from ...backends.config import AttentionConfig
-from ...backends.config.layers import asks_for_autotune, named_backends, record_of, settings_of
+from ...backends.config.layers import asks_for_autotune, cards_of, named_backends, record_of, settings_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import ALWAYS, Timetable, Window
 from ...backends.engine.plan import Slot
@@ -56,6 +56,10 @@ class DeviceSession(Session):
         self.tuner = _tuner_of(self)
         if self.tuner is not None:
             self.register(self.tuner)
+        if cards_of(run.layers):
+            from ...backends.cards.over import divide
+
+            divide(self, device, router_for)
         self.plans: dict[tuple[Any, ...], CallPlan] = {}
         self.by_mask: dict[tuple[Any, ...], Slot] = {}
 

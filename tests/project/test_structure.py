@@ -32,6 +32,7 @@ FLOORS = {
         "report",
         "engine",
         "observe",
+        "cards",
         "parallel",
         "doctor",
     ),
