@@ -11,6 +11,7 @@ from .compare.benchmark import AttentionBenchmark
 from .compare.compare import AttentionCompare
 from .compare.comparison import AttentionComparison
 from .configure.config_text import AttentionConfigText
+from .configure.over_gpus import AttentionOverGPUs
 from .configure.per_role import PerRoleAttentionConfig
 from .configure.schedule import AttentionSchedule
 from .configure.selector import AttentionBackendSelector
@@ -34,6 +35,7 @@ class Extension(ComfyExtension):
             PerRoleAttentionConfig,
             AttentionSchedule,
             AttentionConfigText,
+            AttentionOverGPUs,
             AttentionReport,
             AttentionRecord,
             AttentionCompare,

@@ -16,6 +16,7 @@ OURS = (
     "PerRoleAttentionConfig",
     "AttentionSchedule",
     "AttentionConfigText",
+    "AttentionOverGPUs",
     "AttentionReport",
     "AttentionRecord",
 )

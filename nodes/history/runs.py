@@ -31,7 +31,10 @@ NO_MODEL = (
 NUMBERING = secrets.token_hex(4)
 """Names this process's numbers: after a restart of the server they begin again."""
 GOING_ON = outcome.Outcome(outcome.RUNNING)
-CONFIG_NODES = ("AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionSchedule")
+CONFIG_NODES = (
+    "AttentionBackendSelector", "PerRoleAttentionConfig", "AttentionConfigText", "AttentionSchedule",
+    "AttentionOverGPUs",
+)  # fmt: skip
 """Our nodes that decide something, as they stand in a graph."""
 
 

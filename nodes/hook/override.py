@@ -17,6 +17,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from ...backends.config import AttentionConfig
+from ...backends.values.reasons import Reason
 from . import attention_modules, compiled, operator_watch, stand_ins
 from .attention_modules import current
 from .callers import FROM_COMPILED
@@ -153,6 +154,8 @@ class Override:
         """
         with self._at(attention_module, ordinal, args[0].device) as model_call:
             model_call.masks.not_kept = COMPILED
+            if model_call.session.over_cards is not None:
+                model_call.session.over_cards.turn_off(Reason("cards.compiled"))
             if composed and self.foreign is None:
                 model_call.run.note(
                     "the compiled model still holds another pack's override; restart ComfyUI to be rid of it"

@@ -10,6 +10,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from ...backends.config import AttentionConfig, AttentionSpec
+from ...backends.config.card_names import card_names
 from ...backends.config.layers import record_of
 from ...backends.config.names import AUTOTUNE, CHOICES
 from ...backends.config.schedule import ScheduleEntry
@@ -93,6 +94,15 @@ def add_to_schedule(model: Any, entry: ScheduleEntry, said: tuple[str, ...] = ()
     return _patched(model, replace(config, schedule=(*config.schedule, entry), joint_is_self=covers), said)
 
 
+def set_cards(model: Any, devices: str) -> Any:
+    """A clone of `model` whose heads are divided over these devices, as `card_names` reads them.
+
+    Raises:
+        ConfigError: the text is not understood.
+    """
+    return _patched(model, replace(current_config(model), cards=card_names(devices, "devices")), ())
+
+
 def set_config(model: Any, config: AttentionConfig) -> Any:
     """A clone of `model` with everything that `config` says; what it does not say stays as earlier nodes had it."""
     before = current_config(model)
@@ -104,7 +114,7 @@ def set_config(model: Any, config: AttentionConfig) -> Any:
         notes += _replaced("the default", before.default, config.default)
     for role, spec in config.per_role.items():
         notes += _replaced(f"role {role}", before.per_role.get(role), spec)
-    settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard")}
+    settings = {name: getattr(config, name) for name in ("accuracy", "strict", "guard", "cards")}
     merged = replace(
         before,
         default=before.default if config.default.is_auto else config.default,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...backends.config.layers import asks_for_autotune, names_backends, record_of, settings_of
+from ...backends.config.layers import asks_for_autotune, cards_of, names_backends, record_of, settings_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import ALWAYS, Entries, Timetable, Window
 from ...backends.engine.router import Router
@@ -44,6 +44,7 @@ from .run_progress import NO_SAMPLER, WholeSchedule, whole_schedule
 from .token_grids import Grids, asks_for_sparse
 
 if TYPE_CHECKING:
+    from ...backends.cards.heads import HeadsOverCards
     from .hook_plans import HookPlan
     from .layouts import Layout
     from .memory import MemoryKey
@@ -246,6 +247,8 @@ class Run:
                     model_call.session.guard.flush()
                 if model_call.session.tuner is not None:
                     model_call.session.tuner.close()
+                if model_call.session.over_cards is not None:
+                    model_call.session.over_cards.close()
                 run_progress.clear(model_call.session.progress)
             self.run_report.collect()  # times of a cancelled run; of others all are there
         finally:
@@ -346,6 +349,8 @@ class DeviceSession(Session):
         self.tuner = _tuner_of(self)
         if self.tuner is not None:
             self.register(self.tuner)
+        self.over_cards = _divided(self, device)
+        """Divides calls over several GPUs; None without."""
         self.plans: dict[tuple[Any, ...], HookPlan] = {}
         self.layouts: dict[tuple[Any, ...], Layout] = {}
 
@@ -353,6 +358,21 @@ class DeviceSession(Session):
         """Drop all plans; quarantined and vetoed kernels stay known, and the run report continues."""
         self.plans.clear()
         self.layouts.clear()
+
+
+def _divided(session: Session, device: torch.device) -> HeadsOverCards | None:
+    """Divide the session's calls over the devices that a node named."""
+    if not cards_of(session.layers):
+        return None
+    from ...backends.cards.over import divide
+
+    return divide(session, device, router_for, _make_room)
+
+
+def _make_room(size: int, device: torch.device) -> None:
+    from comfy import model_management
+
+    model_management.free_memory(size, device)
 
 
 def _tuner_of(session: Session) -> Tuner | None:

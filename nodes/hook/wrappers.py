@@ -23,6 +23,9 @@ from .run import KEY, OVERRIDE, RUN_KEY, Run
 from .sampler_loop import loop_step
 from .token_grids import grids_of
 
+OF_CORE = "multigpu_thread_device"
+"""An entry of the options of model calls that ComfyUI's MultiGPU CFG Split makes, one thread for each GPU."""
+
 
 def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Around one sampling run: make its `Run`, hand it to the model calls, publish its run report at the end."""
@@ -122,6 +125,8 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     run.patch_modules(executor.class_obj, options)
     run.samples = max(run.samples, args[0].shape[0])
     model_call = run.model_call(args[0].device)
+    if model_call.session.over_cards is not None and OF_CORE in options:
+        model_call.session.over_cards.turn_off(Reason("cards.core"))
     previous, place, on_top = attention_modules.set_model_call(model_call), model_call.state(), run.others.on_top
     inside = run.step is None and (run.is_sampled or own_run)
     replaced: dict[str, Any] = {}

@@ -30,6 +30,7 @@ NODES = {
     "PerRoleAttentionConfig": "configure.per_role",
     "AttentionSchedule": "configure.schedule",
     "AttentionConfigText": "configure.config_text",
+    "AttentionOverGPUs": "configure.over_gpus",
     "AttentionReport": "report.report",
     "AttentionRecord": "report.record",
     "AttentionCompare": "compare.compare",
