@@ -39,6 +39,7 @@ TITLES = {
     "per_role": "10 Self- and cross-attention apart (demo model)",
     "schedule": "11 Exact first and last steps (demo model)",
     "text_and_record": "12 Settings as text (demo model)",
+    "clip": "13 A clip, dense and sparse (demo video model)",
     "compare_sdpa_cudnn_sage": "compare_sdpa_cudnn_sage",
 }
 """Names of the files in workflows/: ComfyUI shows them as titles, in this order where its list is sorted."""

@@ -224,6 +224,42 @@ def text_and_record() -> Graph:
     return graph
 
 
+def clip() -> Graph:
+    graph = Graph(
+        "One seed, dense and sparse: *sparge_attn* computes a quarter of the blocks. Both clips are saved, and *What "
+        "ran* shows the share kept. *Attention Over GPUs* changes nothing with one GPU. Runs anywhere in about a "
+        "minute: the model comes with the pack."
+    )
+    model = graph.add(
+        "UNETLoader", "Embedded video model", unet_name="tiny_motion_wan_fp16.safetensors", weight_dtype="default"
+    )
+    caption = "a medium red circle moving right fast from the left"
+    settings = {
+        "positive": graph.add("TinyShapesCaption", caption=caption),
+        "negative": graph.add("TinyShapesCaption", "Negative (empty)", caption=""),
+        "latent_image": graph.add("EmptyHunyuanLatentVideo", width=256, height=256, length=29, batch_size=1),
+        "seed": shared_seed(graph),
+    }
+    graph.column = 1
+    model = graph.add("AttentionOverGPUs", model=model, devices="all")
+    models = {
+        "dense": graph.selector(model, "torch_sdpa", "Dense"),
+        "sparse": graph.selector(model, "sparge_attn", "Sparse", extra="topk=0.25"),
+    }
+    for name, chosen in models.items():
+        graph.column = 2
+        samples = ksampler(graph, chosen, **settings, **EMBEDDED)
+        graph.column = 3
+        report = graph.fold("AttentionReport", samples=samples)
+        frames = graph.fold("TinyShapesImage", samples=report, scale=12)
+        graph.column = 4
+        film = {"fps": 6.0, "lossless": True, "quality": 80, "method": "default"}
+        graph.add("SaveAnimatedWEBP", f"Clip, {name}", images=frames, filename_prefix=f"clip_{name}", **film)
+        if name == "sparse":
+            graph.add("PreviewAny", "What ran", source=output(report, 1))
+    return graph
+
+
 def benchmark() -> Graph:
     graph = Graph(
         "Times the attention of HunyuanVideo 1.5 with each kernel; no model is needed. 256 tokens are for a CPU: on a "
@@ -244,6 +280,7 @@ EMBEDDED_WORKFLOWS: dict[str, Callable[[], Graph]] = {
     "per_role": per_role,
     "schedule": schedule,
     "text_and_record": text_and_record,
+    "clip": clip,
     "benchmark": benchmark,
 }
 """These run on any machine."""
