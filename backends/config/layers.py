@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..kernels import BACKENDS
 from . import CATEGORY_PARENT, PLATFORM_ROUTE, Advice, AttentionConfig, AttentionSpec
 from .names import AUTO, AUTOTUNE
 
@@ -142,3 +143,10 @@ def named_backends(layers: tuple[AttentionConfig, ...]) -> Iterator[str]:
 def names_backends(layers: tuple[AttentionConfig, ...]) -> bool:
     """Whether any entry names a backend, other than `auto` and `autotune`."""
     return any(spec.backend not in (AUTO, AUTOTUNE) for spec in _specs(layers))
+
+
+def asks_for_sparse(layers: tuple[AttentionConfig, ...]) -> bool:
+    """Whether a sparse backend may run: one is named, or in a record, or any is allowed."""
+    record = record_of(layers)
+    named = {*named_backends(layers), *(record.backends() if record is not None else ())}
+    return settings_of(layers).accuracy == "sparse" or any(name in BACKENDS and BACKENDS[name].sparse for name in named)

@@ -18,7 +18,8 @@ from ...backends.config.text import from_environment, parse_config
 from ...backends.observe.replay.record import as_record, of_run
 from ...backends.report import RunReport
 from ...backends.values.errors import ConfigError, NoBackendError
-from .routing import Chosen, Routing, close_block, open_block, routing_of
+from .chosen import Chosen, close_block, open_block
+from .routing import Routing, attention_modules, routing_of
 
 DIFFUSION_MODELS = ("transformer", "transformer_2", "unet")
 """Components of a pipeline that a configuration without component names is for."""
@@ -71,7 +72,8 @@ def apply(
         scheduler: whose steps count for schedules; default: the pipeline's.
 
     Raises:
-        UnknownBackendError, ConfigError: invalid; nothing was changed.
+        UnknownBackendError, ConfigError: invalid, or a model has no attention module of Diffusers, as text encoders of
+            transformers; nothing was changed.
         NoBackendError: strict and a named backend cannot run here, or the model has context parallel attention;
             nothing was changed.
     """
@@ -170,7 +172,7 @@ def _parsed(
     if not chosen:
         raise ConfigError(
             f"{where}: {type(model).__name__} has none of the components {', '.join(DIFFUSION_MODELS)}; "
-            "name others in a mapping, such as {'text_encoder': 'torch_sdpa'}"
+            "name others in a mapping, such as {'vae': 'torch_sdpa'}"
         )
     parsed = {}
     for name, (value, source) in chosen.items():
@@ -179,8 +181,22 @@ def _parsed(
         own = replace(read, **settings) if settings else read
         layers = (own, *from_environment(above=(own,)))
         _must_run(models[name], layers)
+        _must_have_attention(models[name], name, source)
         parsed[name] = models[name], layers
     return parsed
+
+
+def _must_have_attention(model: torch.nn.Module, name: str, source: str) -> None:
+    """Raise where nothing of a model can be routed: text encoders of transformers have their own dispatch."""
+    module = getattr(model, "_orig_mod", model)
+    if next(attention_modules(module), None) is not None:
+        return
+    of_transformers = type(module).__module__.startswith("transformers.")
+    remedy = "choose its kernel by its set_attn_implementation, and leave" if of_transformers else "leave"
+    raise ConfigError(
+        f"{source}: {name} ({type(module).__name__}) has no attention module of Diffusers, so nothing in it can be "
+        f"routed\n  what to do: {remedy} it out of the models and the mapping here"
+    )
 
 
 def _must_run(model: torch.nn.Module, layers: tuple[AttentionConfig, ...]) -> None:

@@ -5,6 +5,8 @@ modules. Every other call goes to the function that was there before, with the a
 
 What only that function can compute goes there too, and is counted with the reason: dropout, a call that needs a
 gradient, arguments of other kernels, Diffusers' context parallel attention.
+
+`run_again` is the warm path of calls without a mask or an option, `run` takes all others and plans new ones.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from ...backends.engine.call_checks import differing
 from ...backends.values.masks import for_kernels
 from ...backends.values.request import AttentionCall
+from . import compiled
 from .model_calls import MOST_APART, current
 
 if TYPE_CHECKING:
@@ -29,13 +32,18 @@ _routed: dict[tuple[int, bool], tuple[Function, Function]] = {}
 """(id of a function, whether it takes BSHD) -> (that function, ours)."""
 
 
-def routed_dispatch(original: Function) -> Function:
-    """What a processor calls instead of `dispatch_attention_fn`; tensors are (batch, length, heads, head_dim)."""
-    known = _routed.get((id(original), True))
+def routed(original: Function, bshd: bool) -> Function:
+    """What a processor calls instead of `original`.
+
+    Args:
+        original: `dispatch_attention_fn` or torch's `scaled_dot_product_attention`; what it does not take, it refuses.
+        bshd: tensors are (batch, length, heads, head_dim), as for the first, else (batch, heads, length, head_dim).
+    """
+    known = _routed.get((id(original), bshd))
     if known is not None:
         return known[1]
 
-    def dispatch_attention_fn(
+    def attention(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -45,85 +53,109 @@ def routed_dispatch(original: Function) -> Function:
         scale: float | None = None,
         enable_gqa: bool = False,
         attention_kwargs: dict[str, Any] | None = None,
+        backend: Any = None,
+        parallel_config: Any = None,
         **more: Any,
     ) -> torch.Tensor:
-        def host() -> Any:
-            return original(
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs, **more
-            )
+        model_call = None if is_dynamo_compiling() else current.model_call
+        if (
+            model_call is not None
+            and attn_mask is None
+            and scale is None
+            and parallel_config is None
+            and not (dropout_p or is_causal or enable_gqa or attention_kwargs or more)
+        ):
+            output = run_again(model_call, query, key, value, bshd)
+            if output is not None:
+                return output
+        if attention_kwargs:
+            more["attention_kwargs"] = attention_kwargs
+        if parallel_config is not None:
+            more["parallel_config"] = parallel_config
+        return _run(
+            original, bshd, model_call, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend,
+            more,
+        )  # fmt: skip
 
-        if is_dynamo_compiling():
-            if dropout_p or attention_kwargs or more.get("parallel_config") is not None:
-                return host()  # type: ignore[no-any-return]
-            return _traced(host, query, key, value, attn_mask, is_causal, scale, enable_gqa, True)
-        model_call = getattr(current, "model_call", None)
-        if model_call is None or model_call.module is None:
+    _routed[id(original), bshd] = original, attention
+    return attention
+
+
+def _run(
+    original: Function, bshd: bool, model_call: ModelCall | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dropout_p: float,
+    is_causal: bool, scale: float | None, enable_gqa: bool, backend: Any, more: dict[str, Any],
+) -> torch.Tensor:  # fmt: skip
+    """Run a call with any arguments, in a model call, outside one, or in a trace of torch.compile."""
+
+    def host() -> Any:
+        named = more if backend is None else {**more, "backend": backend}
+        return original(
+            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+            enable_gqa=enable_gqa, **named,
+        )  # fmt: skip
+
+    sdpa_mask = mask
+    if bshd and mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
+        sdpa_mask = mask[:, None, None]  # as Diffusers' native attention reads it
+    call = query, key, value, sdpa_mask, is_causal, scale, enable_gqa, bshd
+    if is_dynamo_compiling():
+        if dropout_p or more or query.ndim != 4:
             return host()  # type: ignore[no-any-return]
-        text = _only_host(dropout_p, attention_kwargs, more) if dropout_p or attention_kwargs or more else ""
-        if not text:
-            mask = attn_mask
-            if mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
-                mask = mask[:, None, None]  # as Diffusers' native attention reads it
-            return run(model_call, host, query, key, value, mask, is_causal, scale, enable_gqa, True)
-        return model_call.by_host(host, text, query.shape[1], key.shape[1])  # type: ignore[no-any-return]
-
-    _routed[id(original), True] = original, dispatch_attention_fn
-    return dispatch_attention_fn
+        return compiled.traced(host, *call)
+    if model_call is None or model_call.module is None:
+        return host()  # type: ignore[no-any-return]
+    if dropout_p or more:
+        length = 1 if bshd else -2
+        return model_call.by_host(host, _only_host(dropout_p, more), query.shape[length], key.shape[length])
+    return run(model_call, host, *call)
 
 
-def _only_host(dropout_p: float, attention_kwargs: dict[str, Any] | None, more: dict[str, Any]) -> str:
-    """Why Diffusers' own function must compute a call; empty where kernels may."""
+def _only_host(dropout_p: float, more: dict[str, Any]) -> str:
+    """Why Diffusers' own function must compute a call with dropout, or with further arguments."""
     if dropout_p:
         return f"dropout_p {dropout_p:g} > 0"
-    if more.get("parallel_config") is not None:
+    if "parallel_config" in more:
         return "context parallel attention of Diffusers"
-    if attention_kwargs:
-        return f"attention_kwargs {', '.join(sorted(attention_kwargs))}: arguments of another kernel"
-    unknown = sorted(set(more) - {"backend", "parallel_config"})
-    return f"argument {', '.join(unknown)} is not known to this version" if unknown else ""
+    if "attention_kwargs" in more:
+        return f"attention_kwargs {', '.join(sorted(more['attention_kwargs']))}: arguments of another kernel"
+    return f"argument {', '.join(sorted(more))} is not known to this version"
 
 
-def routed_sdpa(original: Function) -> Function:
-    """What a processor calls instead of torch's `scaled_dot_product_attention`."""
-    known = _routed.get((id(original), False))
-    if known is not None:
-        return known[1]
+def run_again(
+    model_call: ModelCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bshd: bool
+) -> torch.Tensor | None:
+    """Run a call without a mask or an option as the running module's last such call ran; None where it differs.
 
-    def scaled_dot_product_attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        def host() -> Any:
-            return original(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
-
-        if is_dynamo_compiling():
-            if dropout_p or query.ndim != 4:
-                return host()  # type: ignore[no-any-return]
-            return _traced(host, query, key, value, attn_mask, is_causal, scale, enable_gqa, False)
-        model_call = getattr(current, "model_call", None)
-        if model_call is None or model_call.module is None:
-            return host()  # type: ignore[no-any-return]
-        if dropout_p:
-            return model_call.by_host(host, f"dropout_p {dropout_p:g} > 0", query.shape[-2], key.shape[-2])  # type: ignore[no-any-return]
-        return run(model_call, host, query, key, value, attn_mask, is_causal, scale, enable_gqa, False)
-
-    _routed[id(original), False] = original, scaled_dot_product_attention
-    return scaled_dot_product_attention
-
-
-def _traced(host: Callable[[], Any], *call: Any) -> torch.Tensor:
-    from . import compiled
-
-    return compiled.traced(host, *call)
+    Most calls of a model are such. A plan's key takes longer than to compare each fact of the call with the last one's.
+    """
+    ordinal = model_call.ordinal
+    plan = model_call.last.get((model_call.module, ordinal))
+    if (
+        plan is None
+        or query.shape != plan.q_shape
+        or key.shape != plan.k_shape
+        or value.shape != plan.v_shape
+        or query.dtype is not plan.dtype
+        or query.get_device() != plan.device_index
+        or plan.bshd is not bshd
+        or torch.is_grad_enabled()
+    ):
+        return None
+    if plan.checks_tensors and not (
+        key.dtype is value.dtype is plan.dtype and key.get_device() == value.get_device() == plan.device_index
+    ):
+        return None
+    model_call.ordinal = ordinal + 1
+    call = AttentionCall.__new__(AttentionCall)  # all of `__init__` here, without its 0.1 us
+    if bshd:
+        call.query, call.key, call.value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    else:
+        call.query, call.key, call.value = query, key, value
+    call.attn_mask = call.scale = call.memo = None
+    call.is_causal = call.enable_gqa = call.owned = False
+    output = plan.session.attention(plan.slot, call)  # type: ignore[arg-type]  # `last` has plans with slots alone
+    return output.transpose(1, 2) if bshd else output
 
 
 def run(
@@ -146,14 +178,16 @@ def run(
     dtype, device = query.dtype, query.get_device()
     plan_key = (
         query.shape, key.shape, value.shape, model_call.module, model_call.window,
-        ordinal if ordinal < MOST_APART else MOST_APART, dtype, device, is_causal, scale, enable_gqa,
+        ordinal if ordinal < MOST_APART else MOST_APART, dtype, device, is_causal, scale, enable_gqa, bshd,
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
     )  # fmt: skip
     plan = model_call.plans.get(plan_key)
     if plan is None:
         plan = model_call.new_plan(plan_key, ordinal, query, key, value, mask, is_causal, scale, enable_gqa, bshd)
     if plan.only_host:
-        return model_call.count_host(host, plan)
+        return model_call.planned_by_host(host, plan)
+    if plan.has_no_options and ordinal < MOST_APART:
+        model_call.last[model_call.module, ordinal] = plan  # for `run_again`
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         text = "the call needs a gradient"
         return model_call.by_host(host, text, plan.q_len, plan.kv_len, ordinal)

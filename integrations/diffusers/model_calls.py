@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from .runs import DeviceSession, Run
     from .stand_ins import AttentionModule
 
-current = threading.local()
+
+class _Current(threading.local):
+    model_call: ModelCall | None = None
+
+
+current = _Current()
 """`model_call`: the forward of a chosen model that this thread is in, or None."""
 
 MOST_APART = 4
@@ -40,12 +45,22 @@ class CallPlan:
     """How every call of one kind runs."""
 
     __slots__ = (
-        "checks_tensors", "choice", "grouped", "kind", "kv_len", "only_host", "q_len", "session", "slot",
+        "bshd", "checks_tensors", "choice", "device_index", "dtype", "grouped", "has_no_options", "k_shape", "kind",
+        "kv_len", "only_host", "q_len", "q_shape", "session", "slot", "v_shape",
     )  # fmt: skip
 
-    def __init__(self, session: DeviceSession, q_len: int, kv_len: int) -> None:
+    def __init__(
+        self, session: DeviceSession, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bshd: bool
+    ) -> None:
+        """The tensors are the first call's; `bshd`: (batch, length, heads, head_dim), else (batch, heads, ...)."""
         self.session = session
-        self.q_len, self.kv_len = q_len, kv_len
+        self.bshd = bshd
+        self.q_shape, self.k_shape, self.v_shape = query.shape, key.shape, value.shape
+        self.dtype, self.device_index = query.dtype, query.get_device()
+        length = -3 if bshd else -2
+        self.q_len, self.kv_len = (tensor.shape[length] if tensor.ndim > 2 else 0 for tensor in (query, key))
+        self.has_no_options = False
+        """No mask, not causal, the default scale, heads not grouped; and there is a `slot`."""
         self.only_host = ""
         """Why Diffusers' own function computes these calls; empty where a kernel does."""
         self.slot: Slot | None = None
@@ -56,21 +71,29 @@ class CallPlan:
         self.choice: Choice | None = None
 
 
+LastPlans = dict[tuple["AttentionModule | None", int], CallPlan]
+"""(attention module, ordinal) -> the plan of its last call without a mask or an option."""
+
+
 class ModelCall:
     """One forward of a chosen model in one thread; used again for later ones of the same run."""
 
-    __slots__ = ("grids", "mask_plans", "module", "ordinal", "plans", "routed", "run", "session", "step", "window")
+    __slots__ = (
+        "grids", "last", "mask_plans", "module", "ordinal", "plans", "routing", "run", "session", "step", "window",
+    )  # fmt: skip
 
     def __init__(self, run: Run, session: DeviceSession) -> None:
         self.run = run
+        self.routing = run.routing
         self.session = session
         self.plans: dict[tuple[Any, ...], CallPlan] = session.plans
+        self.last: LastPlans = {}
+        """Of this window."""
         self.window: Window = ALWAYS
         self.module: AttentionModule | None = None
         """The attention module whose forward is running."""
         self.ordinal = 0
         """Calls that its forward has made so far."""
-        self.routed = 0
         self.step: int | None = None
         self.grids: Callable[[str, str, int], TokenGrid | None] | None = None
         """(role, category, q_len) -> the token grid; None where no sparse backend is asked for."""
@@ -98,9 +121,7 @@ class ModelCall:
             NoBackendError: strict, and the named backend cannot run such calls.
         """
         session = self.run.session(query.device)
-        length = -3 if bshd else -2
-        q_len, kv_len = (tensor.shape[length] if tensor.ndim > 2 else 0 for tensor in (query, key))
-        plan = CallPlan(session, q_len, kv_len)
+        plan = CallPlan(session, query, key, value, bshd)
         plan.only_host = _only_host(query, key, value, mask, bshd, enable_gqa)
         if not plan.only_host:
             if bshd:
@@ -115,9 +136,10 @@ class ModelCall:
             else:
                 self._plan(plan, ordinal, call)
         if plan.only_host:
-            plan.kind, plan.choice = self._kind_of_host(ordinal, q_len, kv_len)
+            plan.kind, plan.choice = self._kind_of_host(ordinal, plan.q_len, plan.kv_len)
+        plan.has_no_options = plan.slot is not None and mask is None and scale is None and not (is_causal or enable_gqa)
         if len(self.plans) >= KEPT:
-            self.plans.clear()
+            self.session.forget()
         self.plans[plan_key] = plan
         return plan
 
@@ -208,16 +230,16 @@ class ModelCall:
         if ordinal is None:
             ordinal = self.ordinal
             self.ordinal = ordinal + 1
-        plan = CallPlan(self.session, q_len, kv_len)
-        plan.only_host = text or "the tensors differ in dtype or device"
-        plan.kind, plan.choice = self._kind_of_host(ordinal, q_len, kv_len)
-        return self.count_host(host, plan)
+        kind, choice = self._kind_of_host(ordinal, q_len, kv_len)
+        return self._count_host(host, kind, choice, text or "the tensors differ in dtype or device")
 
-    def count_host(self, host: Callable[[], torch.Tensor], plan: CallPlan) -> torch.Tensor:
-        """Let Diffusers' own function compute a call of this kind, and count it; raises as `by_host`."""
-        kind, choice, text = plan.kind, plan.choice, plan.only_host
-        assert kind is not None  # noqa: S101
-        assert choice is not None  # noqa: S101
+    def planned_by_host(self, host: Callable[[], torch.Tensor], plan: CallPlan) -> torch.Tensor:
+        """The same for a call whose plan says so; raises as `by_host`."""
+        assert plan.kind is not None  # noqa: S101
+        assert plan.choice is not None  # noqa: S101
+        return self._count_host(host, plan.kind, plan.choice, plan.only_host)
+
+    def _count_host(self, host: Callable[[], torch.Tensor], kind: CallKind, choice: Choice, text: str) -> torch.Tensor:
         if choice.asked not in (None, AUTO, AUTOTUNE) and self.session.settings.strict:
             raise NoBackendError(
                 f"only Diffusers' own function can compute a call of role {kind.role}: {text}\n"

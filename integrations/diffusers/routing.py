@@ -1,165 +1,28 @@
-"""What is chosen for one model: configurations that are applied, `with` blocks, and the stand-ins that serve both.
+"""The routing of one model: its stand-ins, and the forward calls that they begin.
 
-The stand-ins are on the model while it has an applied configuration or an open block, and are removed with the last.
-A forward of the model in a thread without either is not routed.
+The stand-ins are on the model while it has an applied configuration or an open block (`chosen.py`), and are removed
+with the last. A forward of the model in a thread without either is not routed.
 """
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
-from collections.abc import Callable
-from contextvars import ContextVar
-from types import MethodType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from ...backends.config import AttentionConfig
-from ...backends.context import add_up
-from ...backends.report import RunReport
 from ...backends.values.grid import TokenGrid
 from ...backends.values.reasons import Reason
 from . import calls, twins
+from .chosen import Chosen, open_blocks
+from .entries import ENTRIES, Entry
 from .grids import GridOf, grid_finder, sizes_of
 from .model_calls import ModelCall, current
 from .roles import family_of
-from .runs import Run
-from .stand_ins import AttentionModule, get, is_ours, put, remove, set_inside, stand_in
-
-ENTRIES = ("forward", "encode", "decode", "_compiled_call_impl")
-"""Methods by which a model is called; the last is what `model.compile()` sets."""
-
-_blocks: ContextVar[tuple[Chosen, ...]] = ContextVar("attention_backends_diffusers", default=())
-
-
-class Chosen:
-    """One configuration for one model: applied, or of a `with` block."""
-
-    def __init__(self, routing: Routing, layers: tuple[AttentionConfig, ...], scheduler: Any) -> None:
-        self.routing = routing
-        self.layers = layers
-        self.scheduler = scheduler
-        self.is_open = True
-        self._runs: dict[int, Run] = {}
-        self._lock = threading.Lock()
-
-    def run(self, layers: tuple[AttentionConfig, ...]) -> Run:
-        """This thread's run; a new one after the scheduler's `set_timesteps`."""
-        thread = threading.get_ident()
-        run = self._runs.get(thread)
-        if run is None or run.layers != layers or not run.is_of(self.scheduler):
-            if run is not None:
-                run.close()
-            with self._lock:
-                run = self._runs[thread] = Run(self.routing, layers, self.scheduler)
-                run.run_report.bypass = self.routing.not_reached()
-        return run
-
-    def report(self) -> RunReport:
-        """The run report of the latest run; of several threads, their calls added up."""
-        with self._lock:
-            runs = list(self._runs.values())
-        for run in runs:
-            run.settle()
-        if not runs:
-            return RunReport(layers=self.layers)
-        reports = [run.run_report for run in runs]
-        reports[0].bypass = self.routing.not_reached()
-        if len(reports) == 1:
-            return reports[0]
-        total = RunReport(layers=self.layers)
-        total.model, total.bypass, total.steps = reports[0].model, reports[0].bypass, reports[0].steps
-        for report in reports:
-            add_up(total, report)
-            total.categories.update(report.categories)
-            total.notes.update(report.notes)
-            total.timeline.model_calls += report.timeline.model_calls
-        return total
-
-    def close(self) -> None:
-        """End the runs."""
-        self.is_open = False
-        for run in list(self._runs.values()):
-            run.close()
-
-
-class Entry:
-    """The stand-in for one method by which the model is called: makes a `ModelCall` current for the thread."""
-
-    def __init__(self, routing: Routing, module: torch.nn.Module, name: str) -> None:
-        self.routing: Routing | None = routing
-        self.module = module
-        self.name = name
-        self.before = module.__dict__.get(name)
-        self.is_inside = False
-        own = getattr(type(module), name, None)
-        self.original: Any = MethodType(own, module) if own is not None else self.before
-        self.signature: inspect.Signature | None = None
-
-    def set(self) -> None:
-        """Put it on the model: inside the hooks that are known, else outside of everything."""
-        if self.name == "forward":
-            placed = set_inside(self.module, self)
-            if placed is not None:
-                *_, self.before = placed
-                self.is_inside = True
-                return
-        if self.before is not None:
-            self.original = self.before
-        self.module.__dict__[self.name] = stand_in(self)
-
-    def remove(self) -> None:
-        """Take it away."""
-        self.routing = None
-        if self.is_inside:
-            remove(self.module, self, self.before)
-        elif is_ours(get(self.module.__dict__, self.name), self):
-            put(self.module.__dict__, self.name, self.before)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The method, within a model call."""
-        routing = self.routing
-        if is_dynamo_compiling() or routing is None:
-            return self.original(*args, **kwargs)
-        outer = getattr(current, "model_call", None)
-        if outer is not None and outer.run.routing is routing:  # one of its methods calls another
-            return self.original(*args, **kwargs)
-        chosen = routing.chosen()
-        if not chosen:
-            return self.original(*args, **kwargs)
-        model_call, device = routing.begin(chosen, self, args, kwargs)
-        current.model_call = model_call
-        module, ordinal = model_call.module, model_call.ordinal
-        try:
-            return model_call.run.guarded(model_call, lambda: self.original(*args, **kwargs))
-        finally:
-            current.model_call = outer
-            model_call.module, model_call.ordinal = module, ordinal
-            model_call.run.end(model_call, device)
-
-    def given(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        """The arguments by name."""
-        if not args:
-            return kwargs  # type: ignore[no-any-return]
-        if self.signature is None:
-            model = getattr(self.module, "_orig_mod", self.module)
-            self.signature = inspect.signature(getattr(type(model), self.name, type(model).forward))
-        names = [name for name in self.signature.parameters if name != "self"]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
-
-    def __reduce__(self) -> Any:
-        return _inert_entry, (self.module, self.name)
-
-
-def _inert_entry(module: torch.nn.Module, name: str) -> Entry:
-    """On a copy of the model it calls the class's own method."""
-    made = Entry.__new__(Entry)
-    made.routing, made.module, made.name, made.before, made.is_inside = None, module, name, None, False
-    made.original = MethodType(getattr(type(module), name), module)
-    return made
+from .stand_ins import AttentionModule, remove, set_inside
 
 
 class Routing:
@@ -196,9 +59,7 @@ class Routing:
     def _set(self) -> None:
         twins.renew()
         self._unknown = []
-        for path, module in self.model.named_modules():
-            if module is self.model or not makes_calls(module):
-                continue
+        for path, module in attention_modules(self.model):
             path = path.replace("._orig_mod", "")
             found = AttentionModule(module, path, self.family, self)
             placed = set_inside(module, found)
@@ -230,19 +91,17 @@ class Routing:
 
     def chosen(self) -> tuple[Chosen, ...]:
         """What holds for a forward that begins now in this thread, innermost block first."""
-        blocks = [block for block in reversed(_blocks.get()) if block.routing is self and block.is_open]
-        return (*blocks, self.applied) if self.applied is not None else tuple(blocks)
+        blocks = open_blocks(self)
+        return blocks if self.applied is None else (*blocks, self.applied)
 
     def begin(self, chosen: tuple[Chosen, ...], entry: Entry, args: Any, kwargs: Any) -> tuple[ModelCall, torch.device]:
         """A forward begins under these choices, the innermost of which has the run report."""
         given = entry.given(args, kwargs)
         device = _device_of(given.values()) or _device_of(self.model.parameters()) or torch.device("cpu")
-        layers = tuple(layer for one in chosen for layer in one.layers)
-        scheduler = next((one.scheduler for one in chosen if one.scheduler is not None), None)
-        if chosen[0].scheduler is None:
-            chosen[0].scheduler = scheduler
-        run = chosen[0].run(tuple(dict.fromkeys(layers)))
-        return run.begin(device, given), device
+        first = chosen[0]
+        if first.scheduler is None and len(chosen) > 1:
+            first.scheduler = next((one.scheduler for one in chosen if one.scheduler is not None), None)
+        return first.run(_layers_of(chosen)).begin(device, given), device
 
     def run_compiled(
         self, module: AttentionModule, ordinal: int, host: Callable[[], torch.Tensor], *call: Any
@@ -252,8 +111,8 @@ class Routing:
         Where the whole model was compiled after its stand-ins were set, its forward is in the graph: the first module
         that calls begins a forward then.
         """
-        model_call = getattr(current, "model_call", None)
-        inside = model_call is not None and model_call.run.routing is self
+        model_call = current.model_call
+        inside = model_call is not None and model_call.routing is self
         if not inside:
             chosen = self.chosen()
             if not chosen:
@@ -279,8 +138,7 @@ class Routing:
                 model_call.run.routing.chosen()[:1] != chosen[:1]:  # fmt: skip
             if model_call is not None and not model_call.run.is_over:
                 model_call.run.end(model_call, query.device)
-            run = chosen[0].run(tuple(dict.fromkeys(layer for one in chosen for layer in one.layers)))
-            model_call = run.begin(query.device, {})
+            model_call = chosen[0].run(_layers_of(chosen)).begin(query.device, {})
             self._local.in_graph = (module.path, ordinal), model_call
         return model_call
 
@@ -310,10 +168,8 @@ class Routing:
             parts.append(f"modules whose forward was replaced since: {shown}")
         known = {id(found.module) for found, _ in self._modules}
         new = [
-            path
-            for path, module in self.model.named_modules()
-            if module is not self.model and id(module) not in known and path not in self._unknown
-            and makes_calls(module)
+            path for path, module in attention_modules(self.model)
+            if id(module) not in known and path not in self._unknown
         ] if self.users else []  # fmt: skip
         if new:
             shown = ", ".join(new[:4]) + (" and others" if len(new) > 4 else "")
@@ -321,8 +177,22 @@ class Routing:
         return "; ".join(parts)
 
 
+def _layers_of(chosen: tuple[Chosen, ...]) -> tuple[AttentionConfig, ...]:
+    """The configurations of all, highest first, each once."""
+    if len(chosen) == 1:  # without hashing them, at each forward
+        return chosen[0].layers
+    return tuple(dict.fromkeys(layer for one in chosen for layer in one.layers))
+
+
 def _no_grid(role: str, category: str, q_len: int) -> TokenGrid | None:
     return None
+
+
+def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The attention modules inside a model, with their paths, without processors that are modules (IP adapters)."""
+    for path, module in model.named_modules():
+        if module is not model and path.rpartition(".")[2] != "processor" and makes_calls(module):
+            yield path, module
 
 
 def makes_calls(module: torch.nn.Module) -> bool:
@@ -361,14 +231,3 @@ def routing_of(model: torch.nn.Module, *, make: bool = False) -> Routing | None:
             return None
         found = _routings[key] = Routing(model)
         return found
-
-
-def open_block(chosen: Chosen) -> None:
-    """Begin a `with` block of this thread's context."""
-    _blocks.set((*_blocks.get(), chosen))
-
-
-def close_block(chosen: Chosen) -> None:
-    """End it, wherever it is in the stack; a thread that copied the context sees it closed."""
-    chosen.close()
-    _blocks.set(tuple(block for block in _blocks.get() if block is not chosen and block.is_open))

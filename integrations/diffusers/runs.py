@@ -16,22 +16,21 @@ import torch
 
 from ...backends.calls import router_for
 from ...backends.config import AttentionConfig
-from ...backends.config.layers import asks_for_autotune, cards_of, named_backends, record_of, settings_of
+from ...backends.config.layers import asks_for_sparse, cards_of, record_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import ALWAYS, Timetable, Window
 from ...backends.engine.plan import Slot
 from ...backends.engine.session import Session
-from ...backends.kernels import BACKENDS
-from ...backends.observe import observe
 from ...backends.observe.advisories import unused_advisories
+from ...backends.observe.autotune.store import default_path
 from ...backends.observe.autotune.tuner import Tuner
-from ...backends.observe.guard import Guard
 from ...backends.observe.guard.turns import Step
 from ...backends.observe.replay.run_recorder import RunRecorder
+from ...backends.observe.run_session import RunSession, tuner_of
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, asked_and_ran
 from ...backends.values.devices import synchronise
-from .model_calls import CallPlan, ModelCall
+from .model_calls import CallPlan, LastPlans, ModelCall
 
 if TYPE_CHECKING:
     from .routing import Routing
@@ -39,37 +38,30 @@ if TYPE_CHECKING:
 log = logging.getLogger("attention_backends")
 
 
-def asks_for_sparse(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether a sparse backend may run: one is named, or in a record, or any is allowed."""
-    record = record_of(layers)
-    named = {*named_backends(layers), *(record.backends() if record is not None else ())}
-    return settings_of(layers).accuracy == "sparse" or any(name in BACKENDS and BACKENDS[name].sparse for name in named)
-
-
-class DeviceSession(Session):
+class DeviceSession(RunSession):
     """A session with the plans of one run on one device."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
-        super().__init__(router_for(device), run.layers, run.run_report, device=device)
-        observe(self)
-        self.guard = self.registered(Guard)
-        self.tuner = _tuner_of(self)
-        if self.tuner is not None:
-            self.register(self.tuner)
+        super().__init__(router_for(device), run.layers, run.run_report, device, _tuner_of)
         if cards_of(run.layers):
             from ...backends.cards.over import divide
 
             divide(self, device, router_for)
         self.plans: dict[tuple[Any, ...], CallPlan] = {}
+        self.last: dict[Window, LastPlans] = {}
+        """Of each window, `ModelCall.last`."""
         self.by_mask: dict[tuple[Any, ...], Slot] = {}
+
+    def forget(self) -> None:
+        """Drop all plans; the run report continues."""
+        self.plans.clear()
+        self.by_mask.clear()
+        for plans in self.last.values():
+            plans.clear()
 
 
 def _tuner_of(session: Session) -> Tuner | None:
-    if not asks_for_autotune(session.layers):
-        return None
-    from ...backends.observe.autotune.store import default_path, shared_store
-
-    return Tuner(session, shared_store(default_path()))
+    return tuner_of(session, default_path)
 
 
 class Steps:
@@ -185,7 +177,7 @@ class Run:
         if model_call is None:
             model_call = self._model_calls[device] = ModelCall(self, session)
         step = self.steps.now(given.get("timestep")) if self.steps is not None else None
-        model_call.step, model_call.module, model_call.routed = step, None, 0
+        model_call.step, model_call.module = step, None
         model_call.mask_plans.clear()
         entries = ALWAYS.entries
         if self.timetable is not None:
@@ -197,8 +189,12 @@ class Run:
         if self.finds_grid:
             model_call.grids, grids = self.routing.grids(given)
             self._progress(session, step, given)
-        window = Window(entries, segment, grids) if entries or segment or grids else ALWAYS
-        model_call.window = self._windows.setdefault(window, window)
+        window = ALWAYS
+        if entries or segment or grids:
+            window = Window(entries, segment, grids)
+            window = self._windows.setdefault(window, window)
+        model_call.window = window
+        model_call.last = session.last.setdefault(window, {})
         if self.run_report.recorder is not None:
             self.run_report.recorder.begin_model_call(number, model_call.window)
         if session.tuner is not None:
@@ -270,8 +266,7 @@ class Run:
             if session.tuner is not None:
                 session.tuner.close()
             session.progress.kept.clear()
-            session.plans.clear()
-            session.by_mask.clear()
+            session.forget()
         self._model_calls.clear()
         self._samples.clear()
 
@@ -288,6 +283,3 @@ class Run:
         family = self.routing.family
         for text in unused_advisories(family.name if family is not None else "", self.run_report):
             self.run_report.note(text)
-
-
-__all__ = ["DeviceSession", "Run", "Steps", "asks_for_sparse"]

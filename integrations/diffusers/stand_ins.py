@@ -48,6 +48,7 @@ class AttentionModule:
 
     def __init__(self, module: torch.nn.Module, path: str, family: Family | None, routing: Routing | None) -> None:
         self.module = module
+        self.own = module.__dict__
         self.path = path
         self.block = block_of(path)
         self.pattern = re.sub(r"\d+", "*", path)
@@ -69,10 +70,9 @@ class AttentionModule:
 
     def follow(self) -> None:
         """Take the processor that the module has now."""
-        own = self.module.__dict__
-        processor = own.get("processor")
+        processor = self.own.get("processor")
         if processor is None:
-            processor = own["_modules"].get("processor")
+            processor = self.own["_modules"].get("processor")
         kinds = {"with_image"} if getattr(self.module, "add_k_proj", None) is not None else set()
         if type(processor).__name__.startswith("IPAdapter"):
             kinds = {"with_adapter"}
@@ -100,14 +100,13 @@ class AttentionModule:
             return self._elsewhere(args, kwargs)
         if is_dynamo_compiling():
             return compiled.traced_forward(self.handle, self.traced, args, kwargs)
-        own = self.module.__dict__
-        processor = own.get("processor")
+        processor = self.own.get("processor")
         if processor is None:
-            processor = own["_modules"].get("processor")
+            processor = self.own["_modules"].get("processor")
         if processor is not self.processor:
             self.follow()
-        model_call = getattr(current, "model_call", None)
-        if model_call is None or model_call.run.routing is not routing:
+        model_call = current.model_call
+        if model_call is None or model_call.routing is not routing:
             return self.original(*args, **kwargs)
         outer, ordinal = model_call.module, model_call.ordinal
         model_call.module, model_call.ordinal = self, 0

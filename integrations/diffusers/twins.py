@@ -74,13 +74,13 @@ class _Space:
 
     def _replaced(self, name: str, value: Any) -> Any:
         if name == DISPATCH and callable(value):
-            return calls.routed_dispatch(value)
+            return calls.routed(value, bshd=True)
         if value is functional:
             return _functional()
         if value is torch and self._reads_torch():
             return _torch()
         if value is functional.scaled_dot_product_attention:
-            return calls.routed_sdpa(value)
+            return calls.routed(value, bshd=False)
         if isinstance(value, FunctionType) and value.__globals__ is self.source and reaches_attention(value):
             return self.twin(value)
         return value
@@ -151,7 +151,7 @@ _modules: dict[str, ModuleType] = {}
 def _functional() -> ModuleType:
     """`torch.nn.functional` with our attention."""
     if "functional" not in _modules:
-        _modules["functional"] = _copied(functional, **{SDPA: calls.routed_sdpa(getattr(functional, SDPA))})
+        _modules["functional"] = _copied(functional, **{SDPA: calls.routed(getattr(functional, SDPA), bshd=False)})
     return _modules["functional"]
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ...backends.config import AttentionConfig
-from ...backends.config.layers import Choice, resolve, settings_of
+from ...backends.config.layers import Choice, asks_for_sparse, resolve, settings_of
 from ...backends.values.errors import NoBackendError
 from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ...backends.values.grid import TokenGrid
@@ -28,7 +28,7 @@ from ...backends.values.request import AttentionRequest
 from .estimated_calls import expected_requests, patch_size
 from .roles import Role
 from .run import KEY, RUN_KEY, router_for
-from .token_grids import asks_for_sparse, patches
+from .token_grids import patches
 
 if TYPE_CHECKING:
     from .hook_plans import HookPlan

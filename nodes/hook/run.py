@@ -11,22 +11,23 @@ import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import chain, count
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...backends.config.layers import asks_for_autotune, cards_of, names_backends, record_of, settings_of
+from ...backends.config.layers import asks_for_sparse, cards_of, names_backends, record_of, settings_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import ALWAYS, Entries, Timetable, Window
 from ...backends.engine.router import Router
 from ...backends.engine.session import Session
 from ...backends.kernels import BACKENDS
 from ...backends.kernels.registry import detect
-from ...backends.observe import observe
 from ...backends.observe.advisories import unused_advisories
+from ...backends.observe.autotune.store import path_in
 from ...backends.observe.autotune.tuner import Tuner
-from ...backends.observe.guard import Guard
+from ...backends.observe.run_session import RunSession, tuner_of
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
 from ...backends.values.devices import synchronise
@@ -41,7 +42,7 @@ from .other_packs import OVERRIDE as OVERRIDE
 from .other_packs import Others
 from .roles import bypass_of
 from .run_progress import NO_SAMPLER, WholeSchedule, whole_schedule
-from .token_grids import Grids, asks_for_sparse
+from .token_grids import Grids
 
 if TYPE_CHECKING:
     from ...backends.cards.heads import HeadsOverCards
@@ -339,16 +340,11 @@ def _names_in(model: Any, options: Mapping[str, Any]) -> str:
     return " ".join(f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}" for kind in kinds)
 
 
-class DeviceSession(Session):
+class DeviceSession(RunSession):
     """A session with the plans of one run on one device, keyed by everything that can change a decision."""
 
     def __init__(self, run: Run, device: torch.device) -> None:
-        super().__init__(router_for(device), run.override.layers, run.run_report, device=device)
-        observe(self)
-        self.guard = self.registered(Guard)
-        self.tuner = _tuner_of(self)
-        if self.tuner is not None:
-            self.register(self.tuner)
+        super().__init__(router_for(device), run.override.layers, run.run_report, device, _tuner_of)
         self.over_cards = _divided(self, device)
         """Divides calls over several GPUs; None without."""
         self.plans: dict[tuple[Any, ...], HookPlan] = {}
@@ -377,10 +373,10 @@ def _make_room(size: int, device: torch.device) -> None:
 
 def _tuner_of(session: Session) -> Tuner | None:
     """Autotune with the store of this ComfyUI's user; None where no configuration asks for it."""
-    if not asks_for_autotune(session.layers):
-        return None
+    return tuner_of(session, _store_path)
+
+
+def _store_path() -> Path:
     import folder_paths
 
-    from ...backends.observe.autotune.store import path_in, shared_store
-
-    return Tuner(session, shared_store(path_in(folder_paths.get_user_directory())))
+    return path_in(folder_paths.get_user_directory())

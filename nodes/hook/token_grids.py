@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...backends.config import AttentionConfig
-from ...backends.config.layers import named_backends, record_of, settings_of
-from ...backends.kernels import BACKENDS
 from ...backends.values.grid import OFF_GRID, TokenGrid
 from .estimated_calls import patch_size
 
@@ -124,17 +121,6 @@ class Placed(NamedTuple):
 
 
 Grids = tuple[Placed, ...]
-
-
-def asks_for_sparse(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether a sparse backend may run: one is named, or in a record, or any is allowed."""
-    if settings_of(layers).accuracy == "sparse":
-        return True
-    named = set(named_backends(layers))
-    record = record_of(layers)
-    if record is not None:
-        named |= record.backends()
-    return any(name in BACKENDS and BACKENDS[name].sparse for name in named)
 
 
 def grids_of(diffusion_model: torch.nn.Module, family: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Grids:
