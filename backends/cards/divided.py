@@ -6,8 +6,6 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..config.layers import Choice
 from ..engine.plan import CallKind
 from ..kernels.backend import Kernel
@@ -20,6 +18,8 @@ from .estimate import Estimate, Times
 from .parts import Part, call_of, parts_of, request_of
 
 if TYPE_CHECKING:
+    import torch
+
     from ..engine.router import Decision
     from .heads import HeadsOverCards
 
@@ -149,6 +149,8 @@ class DividedKernel:
 
 def _needs_one_card(call: AttentionCall) -> bool:
     """Whether gradients are wanted, or a CUDA graph is captured."""
+    import torch
+
     query = call.query
     if torch.is_grad_enabled() and (query.requires_grad or call.key.requires_grad or call.value.requires_grad):
         return True
@@ -157,6 +159,8 @@ def _needs_one_card(call: AttentionCall) -> bool:
 
 def _output_of(call: AttentionCall) -> torch.Tensor:
     """An empty output; in memory (batch, q_len, num_heads, v_head_dim), as callers join the heads."""
+    import torch
+
     batch, num_heads, q_len, _ = call.query.shape
     shape = (batch, q_len, num_heads, call.value.shape[3])
     return torch.empty(shape, dtype=call.query.dtype, device=call.query.device).transpose(1, 2)

@@ -39,7 +39,7 @@ spec.loader.exec_module(sys.modules["attention_backends"])
 import attention_backends.backends.kernels, attention_backends.cli
 for found in pkgutil.walk_packages(attention_backends.backends.__path__, "attention_backends.backends."):
     ours = found.name.removeprefix("attention_backends.backends.")
-    if ours not in ("cards.cuda_transport", "cards.divided", "observe.guard.rows"):  # imported where torch is in use
+    if ours not in ("cards.cuda_transport", "observe.guard.rows"):  # imported where torch is in use
         importlib.import_module(found.name)
 sys.setprofile(None)
 new = sorted(set(sys.modules) - before)
