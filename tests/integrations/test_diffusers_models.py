@@ -190,6 +190,19 @@ def test_no_argument_is_dropped(name: str, backend: str) -> None:
     assert (row.backend, row.calls) == (backend, 1)
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if "grouped" not in name])
+def test_a_plain_call_does_not_decide_for_later_ones(name: str) -> None:
+    model, given = with_processor(**CALLS[name])
+    with torch.no_grad():
+        expected = model(given)
+        model.attn1.processor.call = {}
+        plain = model(given)
+        with attention_backend(model, "torch_sdpa"):
+            for call, output in (({}, plain), ({}, plain), (CALLS[name], expected), ({}, plain)):
+                model.attn1.processor.call = call
+                assert torch.equal(model(given), output)
+
+
 @pytest.mark.parametrize(
     "call", [{"dropout_p": 0.5}, {"attention_kwargs": {"window": 3}}, {"is_causal": True, "attn_mask": MASK}]
 )
