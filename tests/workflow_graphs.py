@@ -227,8 +227,8 @@ def text_and_record() -> Graph:
 def clip() -> Graph:
     graph = Graph(
         "One seed, dense and sparse: *sparge_attn* computes a quarter of the blocks. Both clips are saved, and *What "
-        "ran* shows the share kept. *Attention Over GPUs* changes nothing with one GPU. Runs anywhere in about a "
-        "minute: the model comes with the pack."
+        "ran* shows the share kept. *Attention Over GPUs* changes nothing with one GPU. Runs anywhere: the model "
+        "comes with the pack."
     )
     model = graph.add(
         "UNETLoader", "Embedded video model", unet_name="tiny_motion_wan_fp16.safetensors", weight_dtype="default"

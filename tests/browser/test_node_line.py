@@ -12,7 +12,7 @@ from attention_backends.devtools.server import Server
 from browser import load_workflow, open_comfyui, why_no_browser
 from panel_pictures import keep
 from server_harness import ROOT, start_server
-from test_panel import LINE, RENDERERS, SAID, open_tab, ours, run_workflow, workflow
+from test_panel import CANVAS_IS_SLOW, LINE, RENDERERS, SAID, open_tab, ours, run_workflow, workflow
 from test_queued_by import PACKED
 from test_settings_panel import ADD, SET_ROLE, VALUES
 from test_web import words
@@ -314,7 +314,7 @@ def three_clicks_and_one_queue(page: Any, nodes_2: bool) -> str:
     return str(ran)
 
 
-@RENDERERS
+@CANVAS_IS_SLOW
 def test_three_clicks_and_one_queue(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     """From the opened Wan template: open the menu, take the kernel, queue. Then the line says what ran, and the time.
 

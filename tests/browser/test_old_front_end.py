@@ -23,7 +23,7 @@ pytestmark = [
 ]
 CASES = [
     pytest.param("1.42.10", False, id="1.42.10-canvas"),  # of ComfyUI 0.18.1, the oldest line that the pack is for
-    pytest.param("1.42.10", True, id="1.42.10-nodes_2.0"),
+    pytest.param("1.42.10", True, id="1.42.10-nodes_2.0", marks=pytest.mark.slow),
     pytest.param("1.58.1", False, id="1.58.1-canvas", marks=pytest.mark.slow),  # the newest on the package index
     pytest.param("1.58.1", True, id="1.58.1-nodes_2.0", marks=pytest.mark.slow),
     pytest.param("1.28.9", False, id="1.28.9", marks=pytest.mark.slow),

@@ -115,7 +115,7 @@ def barriers(page: Any) -> list[str]:
     return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
 
 
-@RENDERERS
+@CANVAS_IS_SLOW
 def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     steps = 6 if nodes_2 else 5
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
@@ -205,7 +205,7 @@ CHOOSE = """(backend) => {
 }"""
 
 
-@RENDERERS
+@CANVAS_IS_SLOW
 def test_a_backend_that_cannot_run_is_said_before_queueing(
     server: Server, tmp_path: Path, nodes_2: bool, snapshot: SnapshotAssertion
 ) -> None:

@@ -16,7 +16,7 @@ from browser import load_workflow, open_comfyui, why_no_browser
 from hook_side import nodes_module
 from panel_pictures import keep
 from server_harness import ROOT
-from test_panel import LINE, RENDERERS, SAVED, ours, workflow
+from test_panel import CANVAS_IS_SLOW, LINE, SAVED, ours, workflow
 from workflow_graphs import Graph, embedded, ksampler
 
 queued_by = nodes_module("history.queued_by")
@@ -416,7 +416,7 @@ def marks(prompt: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.comfy
 @pytest.mark.browser
 @browser
-@RENDERERS
+@CANVAS_IS_SLOW
 def test_a_page_leaves_the_mark_nowhere(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         prompts = sent(page)

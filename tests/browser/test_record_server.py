@@ -13,6 +13,7 @@ from attention_backends.comparison.replay_command import load
 from attention_backends.devtools.server import Server
 from browser import alerts, open_comfyui, why_no_browser
 from syrupy.assertion import SnapshotAssertion
+from test_panel import CANVAS_IS_SLOW
 from workflow_graphs import EMBEDDED, Graph, Link, embedded, ksampler, output
 
 pytestmark = pytest.mark.comfy
@@ -176,7 +177,7 @@ def test_a_script_that_leaves_no_place_for_it_is_told(server: Server) -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2.0"])
+@CANVAS_IS_SLOW
 def test_the_front_end_connects_it_and_its_pictures_have_the_record(
     server: Server, tmp_path: Path, nodes_2: bool
 ) -> None:

@@ -337,7 +337,7 @@ def opened_as_template(page: Any, name: str) -> float:
 @pytest.mark.comfy
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
-@pytest.mark.parametrize("nodes_2", [False, True], ids=["canvas", "nodes_2.0"])
+@pytest.mark.parametrize("nodes_2", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["canvas", "nodes_2.0"])
 def test_every_workflow_opens_in_the_front_end(server_with_files: Server, tmp_path: Path, nodes_2: bool) -> None:
     with open_comfyui(server_with_files.url, tmp_path, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         assert bool(page.evaluate("() => window.LiteGraph.vueNodesMode")) is nodes_2

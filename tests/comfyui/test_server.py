@@ -70,10 +70,13 @@ def test_a_server_that_does_not_start_shows_its_log() -> None:
         pytest.fail("it started")
 
 
-def test_the_demo_as_a_person_runs_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("film", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pictures", "film"])
+def test_the_demo_as_a_person_runs_it(tmp_path: Path, film: bool) -> None:
     found = comfyui_or_skip()
     ignored = shutil.ignore_patterns(".*", "__pycache__", "tests", "demo_output")
     pack = Path(shutil.copytree(ROOT, tmp_path / "any name", ignore=ignored))
+    if not film:  # it takes most of the time; test_film.py makes a small one
+        next((pack / "demo" / "weights").glob("tiny_motion*")).unlink()
     environ = os.environ | {"COMFYUI_PATH": str(found.path), "COMFYUI_PYTHON": str(found.python or sys.executable)}
     result = subprocess.run(
         [sys.executable, str(pack / "dev.py"), "demo"],
@@ -89,6 +92,7 @@ def test_the_demo_as_a_person_runs_it(tmp_path: Path) -> None:
     assert ran == {("self", "torch_sdpa"), ("cross", "sdpa_math")}
     written = {path.name for path in (pack / "demo_output").iterdir()}
     assert written >= {"demo_00001_.latent", "comparison_00001_.png", "last_run.json", "workflow_api.json"}
+    assert ("film_both.webp" in written) is film
     verdicts = {row[0]: " ".join(row) for row in rows if row}
     assert any(words in verdicts["comfy"] for words in ("bit-identical", "same to the eye"))
     assert "slightly different" in verdicts["emulated_int8"]
