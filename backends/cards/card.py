@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..config import frozen
 from ..config.layers import Choice
 from ..engine.plan import CallKind, Slot
 from ..engine.session import Session
@@ -73,13 +74,14 @@ class Card:
         start = transport.now()
         there = self._sent(call)
         arrived = transport.now()
-        key = (asked.kind, asked.choice.asked, asked.choice.accuracy)
+        choice = asked.choice  # its options may change with the step
+        key = (asked.kind, choice.asked, choice.accuracy, frozen(choice.extra))
         slot = self._slots.get(key)
         cold = slot is None
         if slot is None:
             if len(self._slots) >= MOST_PLANS:
                 self._slots.clear()
-            slot = self._slots[key] = self.session.plan(asked.kind, choice=asked.choice)
+            slot = self._slots[key] = self.session.plan(asked.kind, choice=choice)
         plan = slot.plan
         output = self.session.attention(slot, there)
         transport.settle()

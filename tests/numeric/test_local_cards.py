@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_backends.backends.cards.card import unrepeated
+from attention_backends.backends.cards.card import Asked, unrepeated
 from attention_backends.backends.cards.cost import predicted
 from attention_backends.backends.cards.cuda_transport import transports
 from attention_backends.backends.cards.divided import DividedKernel
 from attention_backends.backends.cards.transport import Transport
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
+from attention_backends.backends.config.layers import Choice
+from attention_backends.backends.engine.plan import CallKind, Slot
+from attention_backends.backends.engine.router import Decision
 from attention_backends.backends.values.reasons import reason_id
 from attention_backends.backends.values.request import AttentionCall
 from card_workers import CPU, Bench, make_call
@@ -199,37 +202,57 @@ def test_a_card_that_fails_is_left_out_and_nothing_is_lost(error: Exception) -> 
     assert torch.equal(bench.run(slot, call, 2), whole)
 
 
-def test_a_kernel_that_fails_there_is_replaced_there() -> None:
-    bench = Bench(1e9, speeds=(1e8, 1e8))
-    call = make_call()
-    slot = bench.slot(call)
-    whole = bench.run(slot, call, BEFORE)
-    router = bench.cards[0].session.router
-    bench.cards[0]._slots.clear()
-    kernel = bench.cards[0].session.kernel
-
-    def failing(decision: object, kind: object) -> Callable[[AttentionCall], torch.Tensor]:
-        def run(call: AttentionCall) -> torch.Tensor:
-            if decision.backend == "torch_sdpa":  # type: ignore[attr-defined]
-                raise RuntimeError("no image for this card")
-            return kernel(decision, kind)(call)  # type: ignore[arg-type]
-
-        return run
-
-    bench.cards[0].session.kernel = failing  # type: ignore[assignment]
-    output = bench.run(slot, call)
-    assert router is bench.session.router
-    assert bench.cards[0].speed.out is None or bench.over.off is not None
-    torch.testing.assert_close(output, whole)
-
-
-def test_a_kernel_that_fails_here_ends_the_others_first() -> None:
+def divided_call() -> tuple[Bench, AttentionCall, Slot, torch.Tensor, DividedKernel]:
+    """A call of 8 heads that two workers share: its slot, its output, its kernel."""
     bench = Bench(1e9, speeds=(1e8, 1e8))
     call = make_call()
     slot = bench.slot(call)
     whole = bench.run(slot, call, BEFORE)
     kernel = slot.plan.kernel
     assert isinstance(kernel, DividedKernel)
+    return bench, call, slot, whole, kernel
+
+
+def test_where_no_kernel_of_a_card_runs_a_part_it_is_computed_here() -> None:
+    bench, call, slot, whole, _ = divided_call()
+    bench.cards[0]._slots.clear()
+    tried: list[str] = []
+
+    def failing(decision: Decision, kind: CallKind) -> Callable[[AttentionCall], torch.Tensor]:
+        def run(call: AttentionCall) -> torch.Tensor:
+            tried.append(decision.backend)
+            raise RuntimeError("no image for this card")
+
+        return run
+
+    bench.cards[0].session.kernel = failing  # type: ignore[assignment,method-assign]
+    assert torch.equal(bench.run(slot, call), whole)
+    assert tried
+    assert reason_id(bench.estimate().refusal) == "cards.refused"
+    before = len(tried)
+    assert torch.equal(bench.run(slot, call), whole)
+    assert len(tried) == before
+    assert [reason_id(note) for note in bench.run_report.notes] == ["cards.home"]
+
+
+def test_options_that_change_are_planned_anew() -> None:
+    """A schedule may give a backend other options in a later step; role and block of the call are the same."""
+    bench, call, slot, _, _ = divided_call()
+    card, asked = bench.cards[0], []
+    plan = card.session.plan
+
+    def recorded(kind: CallKind, choice: Choice) -> Slot:
+        asked.append(dict(choice.extra))
+        return plan(kind, choice=Choice(choice.asked, choice.source))
+
+    card.session.plan = recorded  # type: ignore[assignment,method-assign]
+    for options in ({"steps": 1}, {"steps": 2}, {"steps": 1}):
+        card.compute(Asked(slot.plan.kind, Choice("torch_sdpa", "test", options)), call, torch.empty_like(call.query))
+    assert asked == [{"steps": 1}, {"steps": 2}]
+
+
+def test_a_kernel_that_fails_here_ends_the_others_first() -> None:
+    bench, call, slot, whole, kernel = divided_call()
 
     def failing(call: AttentionCall) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -242,12 +265,7 @@ def test_a_kernel_that_fails_here_ends_the_others_first() -> None:
 
 
 def test_a_kernel_that_refuses_a_part_gets_the_whole() -> None:
-    bench = Bench(1e9, speeds=(1e8, 1e8))
-    call = make_call()
-    slot = bench.slot(call)
-    whole = bench.run(slot, call, BEFORE)
-    kernel = slot.plan.kernel
-    assert isinstance(kernel, DividedKernel)
+    bench, call, slot, whole, kernel = divided_call()
     plain = kernel.kernel
 
     def only_whole(call: AttentionCall) -> torch.Tensor:

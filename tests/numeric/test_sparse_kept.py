@@ -91,7 +91,7 @@ def test_what_was_kept_elsewhere_is_not_used(other: dict[str, Any]) -> None:
 
 
 def test_what_a_step_did_not_use_is_forgotten() -> None:
-    """Context windows may move in every step, and each is a sample of its own."""
+    """Context windows may move in every step, and each window counts as a separate sample."""
     kept: dict[Any, Any] = {}
     for step in range(6):
         samples = ("a", f"window {step}")
@@ -101,6 +101,21 @@ def test_what_a_step_did_not_use_is_forgotten() -> None:
     begun = select(tensors(7), {}, ("a",), step=6).mask()
     assert not torch.equal(select(tensors(7), kept, ("a",), step=6).mask(), begun), "a was there in every step"
     assert torch.equal(select(tensors(7), kept, ("window 1",), step=6).mask(), begun)
+
+
+def test_shares_of_two_cards_are_added_up() -> None:
+    """A row of the run report is shared by the cards of a run, and a tensor of one is not added to one of another."""
+
+    class OnAnotherCard:
+        device = torch.device("cuda", 1)
+
+        def to(self, device: Any) -> Any:
+            return torch.tensor(0.25, device=device)
+
+    kept = Kept()
+    kept.add(torch.tensor(0.5), "gather")
+    kept.add(OnAnotherCard(), "gather")
+    assert (kept.calls, kept.fraction) == (2, 0.375)
 
 
 def test_a_part_of_a_batch_keeps_nothing() -> None:
