@@ -206,15 +206,15 @@ CHOOSE = """(backend) => {
 
 
 @CANVAS_IS_SLOW
-def test_a_backend_that_cannot_run_is_said_before_queueing(
-    server: Server, tmp_path: Path, nodes_2: bool, snapshot: SnapshotAssertion
-) -> None:
+def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+    """No snapshots: that of a variant behind `slow` would be called unused, which ends a whole run as failed."""
+    needs = "needs an NVIDIA GPU (this is a CPU)"
     with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         steps = 4 + nodes_2  # the second time nothing may come from the cache
         load_workflow(page, workflow(backend="cudnn_attn", steps=steps))
         line = page.locator(f"{SAID}[title^=cudnn_attn]")
         line.wait_for(timeout=20_000)
-        assert line.inner_text() == snapshot
+        assert line.inner_text() == f"\u26a0 cudnn_attn cannot run here: {needs}"
         page.screenshot(path=keep(tmp_path, f"warning_{nodes_2}.png"))
         account = run_workflow(page, server)
         fallbacks = sum(row["calls"] for row in account["rows"] if row["reason"])
@@ -223,7 +223,7 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(
         title = line.get_attribute("title")
         ran = f"self torch_sdpa {fallbacks} calls, cross sdpa_math {fallbacks}; {fallbacks} fallbacks"
         cannot, after, _ = title.split("\n", 2)
-        assert cannot == snapshot(name="title")
+        assert cannot == f"cudnn_attn cannot run here: {needs}"
         assert after == ran
         assert f"{fallbacks} of {2 * fallbacks}" in line.inner_text()
         assert line.inner_text().startswith("\u26a0 torch_sdpa (self)")
@@ -233,9 +233,9 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(
         panel = open_tab(page)
         panel.locator(".ab-reasons").wait_for()
         reasons = panel.locator(".ab-reasons").inner_text().splitlines()
-        assert next(line for line in reasons if "self: cudnn_attn" in line) == snapshot(name="reason")
+        assert next(line for line in reasons if "self: cudnn_attn" in line) == f"self: cudnn_attn: {needs}"
         audit = panel.locator(".ab-audit").inner_text().splitlines()
-        assert [line for line in audit if "reasons" in line] == snapshot(name="audit")
+        assert not [line for line in audit if "reasons" in line]
         assert ours(page) == []
 
 
