@@ -31,8 +31,7 @@ FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(
             ("compute_mode", "skip_first_steps", "skip_first_layers", "n_k", "n_q", "min_seq_len"), _SUBBLOCK
         ),
-        "quant_bits": _UNREAD,
-        "quant_symmetric": _UNREAD,
+        **dict.fromkeys(("quant_bits", "quant_symmetric"), _UNREAD),
         "sparsity_ratio": _UNREAD,
         "block_size": "Smart-Diffusion and vLLM-Omni, whose documents name it and whose code does not",
     }
@@ -40,11 +39,16 @@ FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
 """Name -> its system and its meaning there."""
 
 
+def taken_by(name: str) -> list[str]:
+    """The backends that have an option of this name."""
+    return [backend.id for backend in BACKENDS.values() if any(option.name == name for option in backend.options)]
+
+
 def foreign_problems(given: Iterable[str]) -> list[str]:
     """The reason against each of these options, for a backend that is implemented."""
     found = []
     for name in given:
-        takes = [backend.id for backend in BACKENDS.values() if any(option.name == name for option in backend.options)]
+        takes = taken_by(name)
         here = f"here one of {', '.join(takes)}: name that backend too" if takes else "not implemented here"
         found.append(f"{name} is an option of {FOREIGN_OPTIONS[name]}; {here}")
     return found

@@ -20,6 +20,7 @@ from ..values.aliases import (
     Alias,
 )
 from ..values.limits import NO_MASK, Batch, Dtypes, HeadDimIn, Heads
+from ..values.options import Option
 from ..values.package import Package, Symbols
 from ..values.platform import Platform
 from ..values.reasons import Reason, template
@@ -57,6 +58,12 @@ FIRST = Package(
     arguments=_pip_arguments,
     needs_triton=True,
 )
+
+DOCUMENTED = (
+    Option("quant_bits", int, 8, "Of query and key. Every release has INT8 alone.", choices=(8,)),
+    Option("quant_symmetric", bool, True, "Zero stands for zero. No release has another form.", choices=(True,)),
+)
+"""Of Smart-Diffusion's page on attention backends, which its code does not read: what the kernels do anyway."""
 
 NO_SMOOTH_K = template(
     "sage.smooth_k",
@@ -119,7 +126,7 @@ class SageAttn(sage.SageBackend):
         "cuda:9.0,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
         "cuda:10.0,packages=sageattention==2.2.0+cu130torch2.10.0andhigher.post6;triton==3.6.0",
     )
-    options = (sage.SMOOTH_K,)  # of 1.x; `sageattn` of 2.x has none that changes what it computes
+    options = (sage.SMOOTH_K, *DOCUMENTED)  # smooth_k: of 1.x; `sageattn` of 2.x has none that changes what it computes
     limits = Limits(
         Dtypes(("float16", "bfloat16", "float32")),
         HeadDimIn((64, 96, 128)),
@@ -154,13 +161,17 @@ class SageAttn(sage.SageBackend):
             return []
         return [Reason(NO_SMOOTH_K, found=str(sage.installed(platform)), kernel=dispatched_kernel(platform))]
 
-    def load(self, platform: Platform, *, smooth_k: bool = True) -> Kernel:
+    def load(
+        self, platform: Platform, *, smooth_k: bool = True, quant_bits: int = 8, quant_symmetric: bool = True
+    ) -> Kernel:
         return _second(platform) if sage.is_sage2(platform) else _first(smooth_k)
 
     def varlen_limits(self, platform: Platform) -> Limits | None:
         return sage.varlen_limits(platform)
 
-    def load_varlen(self, platform: Platform, *, smooth_k: bool = True) -> VarlenKernel:
+    def load_varlen(
+        self, platform: Platform, *, smooth_k: bool = True, quant_bits: int = 8, quant_symmetric: bool = True
+    ) -> VarlenKernel:
         return sage.load_varlen(smooth_k)
 
 

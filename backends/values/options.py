@@ -64,6 +64,8 @@ class Option:
         if self.fields and isinstance(value, Mapping) and (inner := problems(self.fields, value)):
             return f"{self.name}: {'; '.join(inner)}"
         if self.choices and value not in self.choices:
+            if len(self.choices) == 1:
+                return f"{self.name} must be {self.choices[0]}, not {value!r}"
             return f"{self.name} {value!r} is not one of {', '.join(str(choice) for choice in self.choices)}"
         if self.minimum is not None and value < self.minimum:  # type: ignore[operator]  # only numbers have limits
             return f"{self.name} {value} < {self.minimum:g}{self._allowed}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...backends.config.flags import ELSEWHERE
 from ...backends.config.foreign_entries import COMFYUI_FLAGS, TRANSLATED
-from ...backends.config.foreign_options import FOREIGN_OPTIONS
+from ...backends.config.foreign_options import FOREIGN_OPTIONS, taken_by
 from ...backends.config.published import Published
 from ...backends.config.systems import systems
 
@@ -67,14 +67,18 @@ def systems_page() -> str:
         "",
         "## Options",
         "",
-        "Options stand under `extra` and are checked when they are read. These belong to no backend here: they are "
-        "refused as not implemented, whatever their value.",
+        "Options stand under `extra` and are checked when they are read. These are of other systems: a backend takes "
+        "them where it is named in the last column, the others refuse them.",
         "",
-        "| option | of |",
-        "|---|---|",
-        *(f"| `{name}` | {of} |" for name, of in FOREIGN_OPTIONS.items()),
+        "| option | of | here |",
+        "|---|---|---|",
+        *(f"| `{name}` | {of} | {_takes(name)} |" for name, of in FOREIGN_OPTIONS.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _takes(option: str) -> str:
+    return ", ".join(f"`{name}`" for name in taken_by(option)) or "refused"
 
 
 def _here(row: Published) -> str:

@@ -99,6 +99,17 @@ def test_options_reach_the_kernel(monkeypatch, backend, packages, capability, op
     assert (given["tensor_layout"], given["is_causal"], given["sm_scale"]) == ("NHD", False, 64**-0.5)
 
 
+@pytest.mark.parametrize("packages", [SAGE_1, SAGE_2])
+def test_options_with_one_value_reach_no_kernel(monkeypatch, packages):
+    """Those of Smart-Diffusion's page; `sageattn` takes any keyword, and a version may read one."""
+    documented = {"quant_bits": 8, "quant_symmetric": True}
+    router, call = machine(monkeypatch, packages, (8, 9)), call_for(PLAIN)
+    assert torch.equal(router.kernel("sage_attn", documented)(call), router.kernel("sage_attn", {})(call))
+    if packages == SAGE_2:
+        router = machine(monkeypatch, packages, (8, 9))  # without a loaded kernel
+        assert not documented.keys() & keywords(monkeypatch, router, "sage_attn", "sageattn", **documented).keys()
+
+
 @pytest.mark.parametrize(
     ("packages", "capability", "cuda", "expected"),
     [

@@ -101,6 +101,11 @@ COMMAND_LINES = {
     "spaces around =": ("default.backend = flash_attn\nper_role.cross = 'torch_sdpa'  # a word", MIXED),
     "Smart-Diffusion": ("python run.py infer.attn_type=sage infer.steps=40", backends("sage_attn")),
     "Smart-Diffusion, its auto": ("infer.attn_type=auto", {}),
+    "Smart-Diffusion, quantization": (
+        "args.infer.attn_type = 'sage'\nargs.infer.attn_config.quant_bits = 8 # 4, 8 supported\n"
+        "args.infer.attn_config.quant_symmetric = True",
+        {"default": {"backend": "sage_attn", "extra": {"quant_bits": 8, "quant_symmetric": True}}},
+    ),
 }
 
 
@@ -142,7 +147,9 @@ def test_what_a_command_line_says_besides_is_named(snapshot: SnapshotAssertion) 
         "args.infer.attn_config.quant_symmetric = True",
         "args.infer.attn_config.sparsity_ratio = 0.5 # 50% sparse",
         "args.infer.attn_config.quant_bits = 5",
-        "infer.attn_type=sage infer.attn_config.quant_bits=8",
+        "infer.attn_type=sage infer.attn_config.quant_bits=4",
+        "infer.attn_type=sage infer.attn_config.quant_symmetric=False",
+        "infer.attn_type=fa infer.attn_config.quant_bits=8",
         "infer.attn_type=sage infer.attn_config.quant_bits=5",
     ],
 )

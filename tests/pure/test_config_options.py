@@ -92,7 +92,8 @@ def test_options_of_backends_that_are_not_built_are_recognised(backend: str) -> 
         pytest.param("sol_attn", {"kv_splits": "many"}, id="text for a count"),
         pytest.param("sol_attn", {"dense_layers": 3.5}, id="fraction for text"),
         pytest.param("sparge_attn", {"topk": 2}, id="above 1"),
-        pytest.param("sage_attn", {"quant_symmetric": True}, id="not implemented"),
+        pytest.param("sage_attn", {"quant_symmetric": False}, id="one value alone"),
+        pytest.param("sage_attn", {"skip_softmax": {}}, id="not implemented"),
     ],
 )
 def test_options_are_type_checked(backend: str, extra: dict[str, Any], snapshot: SnapshotAssertion) -> None:
