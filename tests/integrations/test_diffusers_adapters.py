@@ -1,7 +1,6 @@
 """Adapters and hooks as their own libraries set them: IP adapters, fused projections, LoRA of peft, accelerate's hooks.
 
-peft and accelerate are not among the packages for tests, since peft needs transformers; where they are installed, their
-tests run.
+peft is not among the packages for tests, since it needs transformers; where it is installed, its tests run.
 """
 
 from __future__ import annotations

@@ -65,6 +65,29 @@ def test_a_pipeline_gives_the_same_bits_and_each_run_has_a_report(name: str) -> 
     assert torch.equal(sample(pipe, name), expected)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_pipeline_that_offloads_its_models_is_routed(first: bool) -> None:
+    """The CPU stands for the card, so that the hooks are real; each pipeline call sets them anew at its end."""
+    pytest.importorskip("accelerate")
+    pipe = pipeline("wan")
+    expected = sample(pipe, "wan")
+    if first:
+        pipe.enable_model_cpu_offload(device="cpu")
+    applied = apply(pipe, "torch_sdpa")
+    if not first:
+        pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(sample(pipe, "wan"), expected)
+        run_report = applied.reports["transformer"]
+        assert run_report.calls == 3 * PER_STEP["wan"]
+        assert not run_report.bypass
+    reset(pipe)
+    assert torch.equal(sample(pipe, "wan"), expected)
+    pipe.remove_all_hooks()
+    assert torch.equal(sample(pipe, "wan"), expected)
+    assert run_report is applied.reports["transformer"]
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_schedule_goes_by_the_scheduler_s_steps(name: str) -> None:
     pipe = pipeline(name)
