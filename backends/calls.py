@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from operator import index
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .config import AttentionConfig
 from .config.layers import cards_of, record_of, resolve
@@ -197,12 +197,13 @@ def attention(
     where reading synchronises, only for a named backend that refuses the mask and accepts the call without it. Else the
     mask is passed unchanged.
 
-    `torch.compile` breaks the graph here: the configuration may differ when the graph runs.
+    `torch.compile` breaks the graph here: the configuration may differ when the graph runs. Heads are not divided over
+    `cards` then, and the run report says so.
     """
     import torch
 
     if torch.compiler.is_compiling():
-        outside_the_graph: Callable[..., torch.Tensor] = torch.compiler.disable(attention)  # type: ignore[no-untyped-call]
+        outside_the_graph: Callable[..., torch.Tensor] = torch.compiler.disable(_outside_the_graph)  # type: ignore[no-untyped-call]
         return outside_the_graph(
             query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, cards=cards,
             backend=backend, role=role, layout=layout, return_lse=return_lse, grid=grid, tokens_before=tokens_before,
@@ -273,6 +274,25 @@ def attention(
     if return_lse and isinstance(call, LseCall):
         return output, call.lse
     return output
+
+
+def _outside_the_graph(
+    *tensors: torch.Tensor | None, cards: str | Sequence[str] | None, backend: object, group: object, **arguments: Any
+) -> Any:
+    """`attention`, called by a compiled graph, without other cards; the run report says so where some are named."""
+    if group is None:
+        context = current()
+        of_call = backend if cards is None else _over_cards(backend, cards if isinstance(cards, str) else tuple(cards))
+        layers = context.layers
+        if of_call is not None:
+            layers = (parse_config(of_call, "attention(backend)"), *layers)
+        if cards_of(layers):
+            reporting, off = context.reporting, Reason("cards.off", reason=Reason("cards.compiled"))
+            own = getattr(_thread, "own", None) or _new_thread() if reporting is None else reporting.of_thread()
+            if off not in own.run_report.notes:
+                own.run_report.note(off)
+            cards = ()
+    return attention(*tensors, cards=cards, backend=backend, group=group, **arguments)  # type: ignore[arg-type]
 
 
 _thread = threading.local()
@@ -383,7 +403,7 @@ def _session(
     if backend is not None and not context.forced:
         layers = (parse_config(backend, "attention(backend)"), *layers)
     elif isinstance(backend, AttentionConfig) and backend.cards is not None:  # `force_backend` decides the backend only
-        layers = (*layers, AttentionConfig(cards=backend.cards, source=backend.source))
+        layers = (AttentionConfig(cards=backend.cards, source=backend.source), *layers)
     if len(own.sessions) >= KEPT:
         own.sessions.clear()
     own.run_report.device = device.type

@@ -3,13 +3,15 @@ latency, so that no test depends on how busy the machine is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from attention_backends.backends.calls import router_for
+from attention_backends.backends.cards import over
 from attention_backends.backends.cards.card import Card
 from attention_backends.backends.cards.heads import HeadsOverCards
 from attention_backends.backends.cards.transport import Transport
@@ -17,6 +19,7 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.engine.plan import CallKind, Slot
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.report import RunReport
+from attention_backends.backends.values.reasons import Reason
 from attention_backends.backends.values.request import AttentionCall, AttentionRequest
 
 CPU = torch.device("cpu")
@@ -165,6 +168,24 @@ class Bench:
         """The only one."""
         (found,) = self.over._estimates.values()
         return found
+
+
+def second_worker(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
+    """Another worker on the CPU for each session that names cards, as if it were a card: fast, with a fast link."""
+    made: list[Worker] = []
+
+    def cards(session: Any, names: Any, routers: Any, like: torch.Tensor) -> list[Card]:
+        made.append(Worker("cuda:1", Time(), bandwidth=1e15, latency=0.0))
+        return [Card(made[-1], router_for, session.layers, like)]
+
+    monkeypatch.setattr(over, "KINDS", ("cpu",))
+    monkeypatch.setattr(over, "_cards", cards)
+    return made
+
+
+def reasons_off(notes: Iterable[str]) -> list[str]:
+    """The ids of the reasons in run report notes why nothing is divided."""
+    return [note.values["reason"].id for note in notes if isinstance(note, Reason) and note.id == "cards.off"]  # type: ignore[attr-defined]
 
 
 def work_of(request: AttentionRequest) -> float:

@@ -44,13 +44,18 @@ class DividedKernel:
         self.decision = decision
         self.choice = choice
         self._estimate: Estimate | None = None
-        self._noted = False
+        self._noted: set[str] = set()
+        """Why calls stayed on the home card so far."""
         self._refused: dict[tuple[int, ...], bool] = {}
 
     def __call__(self, call: AttentionCall) -> torch.Tensor:
         """(batch, num_heads, q_len, v_head_dim), the same to the bit as of each card's kernel."""
         over = self.over
-        if over.off is not None or _needs_one_card(call):
+        if over.off is not None:
+            return self.kernel(call)
+        needed = _needs_one_card(call)
+        if needed is not None:
+            self._stays(Reason(needed))
             return self.kernel(call)
         over.clock.collect()
         if self._estimate is None:
@@ -59,7 +64,7 @@ class DividedKernel:
                 return self.kernel(call)
         estimate = self._estimate
         counts = estimate.next()
-        if counts is None or self._refuses_parts(counts):
+        if counts is None or self._refuses_parts(estimate, counts):
             return self._whole(call, estimate)
         return self._divided(call, estimate, counts)
 
@@ -69,21 +74,30 @@ class DividedKernel:
             output = self.kernel(call)
             self.over.clock.stop(token, lambda milliseconds: estimate.add_whole(milliseconds / 1e3))
             return output
-        if estimate.refusal is not None and not self._noted:
-            self._noted = True
-            self.over.keep_home(self.kind, self.decision.backend, estimate.refusal)
+        if estimate.refusal is not None:
+            self._stays(estimate.refusal)
         return self.kernel(call)
 
-    def _refuses_parts(self, counts: tuple[int, ...]) -> bool:
-        """Whether the home card's backend cannot run its part."""
+    def _stays(self, reason: Reason) -> None:
+        """Have the run report say once why such calls stay on the home card."""
+        if reason not in self._noted:
+            self._noted.add(reason)
+            self.over.keep_home(self.kind, self.decision.backend, reason)
+
+    def _refuses_parts(self, estimate: Estimate, counts: tuple[int, ...]) -> bool:
+        """Whether the home card's backend cannot run its part; such calls are divided no more then."""
         known = self._refused.get(counts)
         if known is None:
             part = parts_of(counts, self.kind.request)[0]
             request = None if part is None else request_of(part, self.kind.request)
             router, decision = self.over.router, self.decision
-            known = self._refused[counts] = request is not None and bool(
-                router.reasons_against(decision.backend, request, options=decision.options)
-            )
+            reasons = (
+                () if request is None
+                else router.reasons_against(decision.backend, request, options=decision.options)
+            )  # fmt: skip
+            known = self._refused[counts] = bool(reasons)
+            if reasons:
+                estimate.refuse(Reason("cards.part_refused", error=tuple(reasons)))
         return known
 
     def _divided(self, call: AttentionCall, estimate: Estimate, counts: tuple[int, ...]) -> torch.Tensor:
@@ -147,14 +161,14 @@ class DividedKernel:
             return error
 
 
-def _needs_one_card(call: AttentionCall) -> bool:
-    """Whether gradients are wanted, or a CUDA graph is captured."""
+def _needs_one_card(call: AttentionCall) -> str | None:
+    """The id of the reason where gradients are needed or a CUDA graph is captured, else None."""
     import torch
 
     query = call.query
     if torch.is_grad_enabled() and (query.requires_grad or call.key.requires_grad or call.value.requires_grad):
-        return True
-    return query.is_cuda and torch.cuda.is_current_stream_capturing()
+        return "cards.gradients"
+    return "cards.captured" if query.is_cuda and torch.cuda.is_current_stream_capturing() else None
 
 
 def _output_of(call: AttentionCall) -> torch.Tensor:

@@ -144,7 +144,9 @@ class HeadsOverCards(Divider):
             self.turn_off(Reason("cards.none_left"))
 
     def keep_home(self, kind: CallKind, backend: str, reason: Reason) -> None:
-        """Note why calls of a kind are not divided."""
+        """Note why calls of a kind are not divided; what is off for all calls has its note."""
+        if self.off is not None:
+            return
         request = kind.request
         self._note(
             Reason(

@@ -81,6 +81,10 @@ class Divider:
         """The kernel of a new plan, below the wrappers of observers; `kernel` where its calls are never divided."""
         raise NotImplementedError
 
+    def keep_home(self, kind: CallKind, backend: str, reason: Reason) -> None:
+        """Note why calls of a kind are not divided."""
+        raise NotImplementedError
+
     def turn_off(self, reason: Reason) -> None:
         """Divide no call any more; the first reason is noted."""
         raise NotImplementedError

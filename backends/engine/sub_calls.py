@@ -12,6 +12,7 @@ from ..report import Row
 from ..values.grid import TokenGrid
 from ..values.limits import Batch
 from ..values.mask_plan import PASSED_ON, MaskPlan, SubCall, call_of, write_part
+from ..values.reasons import Reason
 from ..values.request import AttentionCall, AttentionRequest, Host, hosted
 from .plan import Slot, SplitPlan
 
@@ -151,6 +152,8 @@ def _varlen(session: Session, mask_plan: MaskPlan, call: AttentionCall, slots: l
         first.kind._replace(request=request, mask=f"{row.mask}, varlen"), first.decision, strict=first.strict,
         reason=row.reason, kernel=varlen.as_kernel(for_scale(kernel, request.scale)),
     )  # fmt: skip
+    if session.divider is not None:  # the plan has its own kernel, which is not divided
+        session.divider.keep_home(slot.plan.kind, first.decision.backend, Reason("cards.varlen"))
     return slot
 
 

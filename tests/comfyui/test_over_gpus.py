@@ -9,13 +9,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
-from attention_backends.backends.calls import router_for  # noqa: E402
-from attention_backends.backends.cards import over  # noqa: E402
-from attention_backends.backends.cards.card import Card  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
-from attention_backends.backends.values.reasons import Reason  # noqa: E402
-from card_workers import Time, Worker  # noqa: E402
+from card_workers import reasons_off, second_worker  # noqa: E402
 from hook_side import Outcome, exact, host, nodes_module, plain_comfyui, selected  # noqa: E402
 
 
@@ -25,29 +21,18 @@ def over_gpus() -> Any:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another worker on the CPU, as if it were a card."""
-
-    def cards(session: Any, names: Any, routers: Any, like: torch.Tensor) -> list[Card]:
-        return [Card(Worker("cuda:1", Time()), router_for, session.layers, like)]
-
-    monkeypatch.setattr(over, "KINDS", ("cpu",))
-    monkeypatch.setattr(over, "_cards", cards)
-
-
-def _off(notes: dict[str, int]) -> list[str]:
-    """The ids of the reasons why nothing is divided."""
-    return [note.values["reason"].id for note in notes if isinstance(note, Reason) and note.id == "cards.off"]
+    second_worker(monkeypatch)
 
 
 def test_a_model_on_the_cpu_stays_there() -> None:
     outcome = Outcome(over_gpus())
-    assert _off(outcome.notes) == ["cards.device"]
+    assert reasons_off(outcome.notes) == ["cards.device"]
 
 
 @pytest.mark.usefixtures("here")
 def test_a_run_takes_the_other_cards() -> None:
     outcome = Outcome(over_gpus())
-    assert _off(outcome.notes) == []
+    assert reasons_off(outcome.notes) == []
     assert list(outcome.run.run_report.cards) == ["cuda:1"]
 
 
@@ -60,7 +45,7 @@ def test_cores_split_switches_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = hook_side.model_call
     monkeypatch.setattr(hook_side, "model_call", in_a_split)
-    assert _off(Outcome(over_gpus()).notes) == ["cards.core"]
+    assert reasons_off(Outcome(over_gpus()).notes) == ["cards.core"]
 
 
 @pytest.mark.usefixtures("here")
@@ -72,7 +57,7 @@ def test_a_compiled_model_switches_it_off() -> None:
                 self.run.override.run_compiled(None, -1, False, exact, (query, key, value), {"heads": heads})
             ]
 
-    assert _off(Compiled(over_gpus()).notes) == ["cards.compiled"]
+    assert reasons_off(Compiled(over_gpus()).notes) == ["cards.compiled"]
 
 
 @pytest.mark.comfy

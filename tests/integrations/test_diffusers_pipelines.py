@@ -15,6 +15,7 @@ from attention_backends.backends.kernels.support.sdpa import plain_sdpa
 from attention_backends.backends.observe.autotune import tuner
 from attention_backends.backends.observe.autotune.store import VARIABLE, shared_store
 from attention_backends.integrations.diffusers import apply, attention_backend, report, reset, runs
+from card_workers import reasons_off, second_worker
 from measured_machines import Clock, Costed
 from test_diffusers_models import ROLES, assert_same_state, state
 
@@ -273,6 +274,23 @@ def test_each_example_runs_as_it_says(path: Path) -> None:
     assert "fallback" not in summary
     assert "not reached" not in summary
     assert f"(../integrations/examples/{path.name})" in (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_other_cards_compute_heads_except_under_compile(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    workers = second_worker(monkeypatch)
+    model, given = tiny.MODELS["flux"]()
+    expected = tiny.forward(model, given)
+    applied = apply(model, {"default": "torch_sdpa", "cards": "all"})
+    if compiled:
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    for _ in range(4):
+        output = tiny.forward(model, given)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+    notes = applied.reports["model"].notes
+    reset(model)
+    assert reasons_off(notes) == (["cards.compiled"] if compiled else [])
+    assert [worker.sent > 9 for worker in workers] == ([] if compiled else [True])  # nine measure the link
 
 
 @pytest.mark.slow

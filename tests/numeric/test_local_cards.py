@@ -6,9 +6,12 @@ Other cards are threads on the CPU, with a clock that their work advances (`test
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from attention_backends.backends import account, attention, attention_backend, force_backend
 from attention_backends.backends.cards.card import Asked, unrepeated
 from attention_backends.backends.cards.cost import predicted
 from attention_backends.backends.cards.cuda_transport import transports
@@ -18,9 +21,9 @@ from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.config.layers import Choice
 from attention_backends.backends.engine.plan import CallKind, Slot
 from attention_backends.backends.engine.router import Decision
-from attention_backends.backends.values.reasons import reason_id
-from attention_backends.backends.values.request import AttentionCall
-from card_workers import CPU, Bench, make_call
+from attention_backends.backends.values.reasons import Reason, reason_id
+from attention_backends.backends.values.request import AttentionCall, AttentionRequest
+from card_workers import CPU, Bench, make_call, reasons_off, second_worker
 
 BEFORE = 5
 """Calls until the first divided one: one to warm up, three that are timed, and the one that decides."""
@@ -309,9 +312,57 @@ def test_gradients_keep_a_call_on_one_card() -> None:
     bench.run(slot, call, BEFORE)
     sent = bench.workers[0].sent
     call.query.requires_grad_()
-    bench.run(slot, call).sum().backward()
+    bench.run(slot, call, 2).sum().backward()
     assert bench.workers[0].sent == sent
     assert call.query.grad is not None
+    assert kept_home(bench) == {"cards.gradients": 1}
+    with torch.no_grad():
+        bench.run(slot, call)
+    assert bench.workers[0].sent == sent + 1
+
+
+def kept_home(bench: Bench) -> dict[str, int]:
+    """Why kinds of call stay on the home card, and how often the report says so."""
+    notes = bench.run_report.notes.items()
+    return {note.values["reason"].id: count for note, count in notes if reason_id(note) == "cards.home"}  # type: ignore[attr-defined]
+
+
+def test_a_backend_that_refuses_a_part_keeps_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(1e9, speeds=(1e8, 1e8))
+    call = make_call()
+    slot = bench.slot(call)
+    whole, sent = bench.run(slot, call, BEFORE - 1), bench.workers[0].sent
+
+    def against(backend: str, request: AttentionRequest, *_: object, **__: object) -> tuple[Reason, ...]:
+        return (Reason("batch", batch=request.num_heads, max=0),) if request.num_heads == 4 else ()
+
+    monkeypatch.setattr(bench.over.router, "reasons_against", against)
+    assert torch.equal(bench.run(slot, call, 3), whole)
+    assert bench.workers[0].sent == sent
+    assert kept_home(bench) == {"cards.part_refused": 1}
+    (note,) = bench.run_report.notes
+    assert "(the backend refuses a part of the heads: batch 4 > 0)" in note
+
+
+@pytest.mark.parametrize("given", ["to the call", "by a block", "by force"])
+def test_a_compiled_function_stays_on_its_card(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    workers, config = second_worker(monkeypatch), {"default": "torch_sdpa", "cards": "all"}
+    arguments: dict[str, Any] = {"cards": "all"} if given == "to the call" else {}
+    around = {"by a block": attention_backend, "by force": force_backend}.get(given, lambda config: nullcontext())
+
+    def function(query: torch.Tensor) -> torch.Tensor:
+        return attention(query * 2, query, query, **arguments) + 1
+
+    compiled, query = torch.compile(function, backend="eager"), make_call().query
+    with around(config), account() as report:
+        for _ in range(BEFORE + 1):
+            output = compiled(query)
+        assert not workers
+        assert reasons_off(report.notes) == ["cards.compiled"]
+        assert list(report.notes.values()) == [1]
+        for _ in range(BEFORE):
+            assert torch.equal(function(query), output)
+    assert workers[-1].sent > 9
 
 
 def test_memory_is_asked_for_before_it_is_used() -> None:

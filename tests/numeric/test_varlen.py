@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from attention_backends.backends import api, attention, attention_backend, calls  # noqa: E402
 from attention_backends.backends.calls import CallSession  # noqa: E402
+from attention_backends.backends.cards.heads import HeadsOverCards  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
 from attention_backends.backends.engine.plan import CallKind  # noqa: E402
@@ -67,9 +68,12 @@ def request(**changes: object) -> AttentionRequest:
     return AttentionRequest(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
-def run(router: Router, backend: str, call: AttentionCall, config: str = "") -> tuple[torch.Tensor, Session]:
+def run(
+    router: Router, backend: str, call: AttentionCall, config: str = "", divider: Callable[[Session], Any] | None = None
+) -> tuple[torch.Tensor, Session]:
     """The call as its mask is read, twice, as in two steps of a run."""
     session = Session(router, (parse_config(config or backend, "test"),))
+    session.divider = None if divider is None else divider(session)
     mask_plan = inspect(call.attn_mask, call.key.shape[2])
     calls = calls_of(session, mask_plan, call, backend)
     parts = plan_sub_calls(
@@ -149,6 +153,16 @@ def test_blocks_on_the_diagonal_are_one_call(monkeypatch: pytest.MonkeyPatch, ba
     assert error(output, truth(call)).within(allowed(call, "exact"))
     assert arithmetic.CALLS == ["flash_attn_varlen_func"] * 2
     assert rows_of(session) == [("flash_attn_2", "bool, per block, varlen", 2)]
+
+
+def test_the_report_says_that_a_packed_call_is_not_divided_over_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, call = router_on(monkeypatch, *FLASH), lengths_call(192, 128, 64, 32)
+    divided = partial(HeadsOverCards, cards=lambda like: pytest.fail("no call is divided"))
+    _, session = run(router, "flash_attn_2", call, divider=divided)
+    ((note, count),) = session.run_report.notes.items()
+    assert note == "flash_attn_2, 4 heads, 70 x 192 tokens: on one GPU (its parts run as one varlen call)"
+    assert count == 1
+    assert rows_of(session) == [("flash_attn_2", "key_padding, per sample, varlen", 2)]
 
 
 def test_a_sample_without_keys_gets_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
