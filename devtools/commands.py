@@ -8,6 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from . import comfyui as comfy
@@ -106,27 +109,52 @@ def _test(root: Path, words: list[str]) -> int:
         raise Stop(f"No ring of tests is called {arguments[0]}; there are:{listed}\nArguments of pytest follow --")
     if arguments[:1] == ["--"]:
         arguments = arguments[1:]
-    python, found = _prepare_and_say(root)
-    if not rings or "browser" in rings:
-        prepare_web(root)
-    linted = 0 if rings else _lint(root, python)
-    say("pytest")
-    # A file's tests stay in one process: many share a model or a server that takes seconds to make.
-    command = ["-m", "pytest", "-n", "auto", "--dist", "loadfile", *(f"tests/{ring}" for ring in rings), *arguments]
-    tested = _call(root, python, *command, comfyui=found)
+    with ThreadPoolExecutor(1) as beside:  # npm and pip wait for the network
+        packages = beside.submit(prepare_web, root) if not rings or "browser" in rings else None
+        python, found = _prepare_and_say(root)
+        if packages is not None:
+            packages.result()
+    linted = 0 if rings else _style(root, python)
+    with _types_beside(root, python) if not rings else nullcontext() as types:
+        say("pytest")
+        # A file's tests stay in one process: many share a model or a server that takes seconds to make.
+        command = ["-m", "pytest", "-n", "auto", "--dist", "loadfile", *(f"tests/{ring}" for ring in rings), *arguments]
+        tested = _call(root, python, *command, comfyui=found)
+        if types is not None:
+            say("mypy")
+            say(types.communicate()[0].strip())
+            linted = linted or types.returncode
     if linted:
         say("The tests are not all: ruff or mypy found something, see above.")
     return tested or linted
 
 
 def _lint(root: Path, python: Path) -> int:
-    say("ruff check")
-    style = _call(root, python, "-m", "ruff", "check", ".")
-    say("ruff format --check")
-    layout = _call(root, python, "-m", "ruff", "format", "--check", *FORMATTED)
+    style = _style(root, python)
     say("mypy")
-    types = _call(root, python, str(root / "devtools" / "inside" / "check_types.py"))
-    return style or layout or types
+    return _call(root, python, str(_types(root))) or style
+
+
+def _style(root: Path, python: Path) -> int:
+    say("ruff check")
+    rules = _call(root, python, "-m", "ruff", "check", ".")
+    say("ruff format --check")
+    return _call(root, python, "-m", "ruff", "format", "--check", *FORMATTED) or rules
+
+
+def _types(root: Path) -> Path:
+    return root / "devtools" / "inside" / "check_types.py"
+
+
+@contextmanager
+def _types_beside(root: Path, python: Path) -> Iterator[subprocess.Popen[str]]:
+    """mypy while the tests begin: it takes one core for a minute, and what it says is read at the end."""
+    command = [str(python), str(_types(root))]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as types:
+        try:
+            yield types
+        finally:
+            types.terminate()
 
 
 FORMATTED = (

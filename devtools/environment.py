@@ -151,7 +151,9 @@ def _share_packages(venv: Path) -> None:
 def _install(python: Path, *what: str) -> None:
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
     say("Installing " + " ".join(Path(part).name if os.sep in part else part for part in what))
-    pip = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    # Python compiles what is imported; pip would compile everything.
+    lazily = [] if sys.dont_write_bytecode else ["--no-compile"]
+    pip = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *lazily]
     if subprocess.run([*pip, *quiet, *what]).returncode != 0:
         raise Stop("pip could not install that: see its message above. Nothing outside .venv was changed.")
 

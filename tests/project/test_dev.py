@@ -9,11 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from attention_backends.devtools import comfyui, console, environment, web
+from attention_backends.devtools import comfyui, commands, console, environment, web
 from attention_backends.devtools.commands import FORMATTED, RINGS
 from attention_backends.devtools.console import Stop
 from attention_backends.devtools.demo import VIDEO
@@ -164,6 +165,31 @@ def test_lint_reads_all_code() -> None:
     code = {name.partition("/")[0] for name in files}
     assert set(FORMATTED) == code
     assert set(CHECKED) == code - {"benchmarks", "dev.py", "tests"}  # each finds its modules by itself
+
+
+@pytest.mark.parametrize(("types", "tests"), [(0, 0), (1, 0), (0, 1)])
+def test_mypy_runs_beside_the_tests_and_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], types: int, tests: int
+) -> None:
+    """The tests end after mypy has begun: here they wait for a file that it writes."""
+    script, begun = tmp_path / "devtools" / "inside" / "check_types.py", tmp_path / "begun"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"import sys\nopen({str(begun)!r}, 'w').close()\nprint('what it found')\nsys.exit({types})\n")
+
+    def call(root: Path, python: Path, *command: str, comfyui: object = None) -> int:
+        if "pytest" not in command:
+            return 0
+        for _ in range(600):
+            if begun.exists():
+                return tests
+            time.sleep(0.1)
+        return 2
+
+    monkeypatch.setattr(commands, "_prepare_and_say", lambda root: (Path(sys.executable), None))
+    monkeypatch.setattr(commands, "prepare_web", lambda root: None)
+    monkeypatch.setattr(commands, "_call", call)
+    assert commands._test(tmp_path, []) == (types or tests)
+    assert "mypy\nwhat it found\n" in capfd.readouterr().out
 
 
 class TestStarting:
