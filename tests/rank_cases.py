@@ -315,17 +315,21 @@ def resident() -> int:
         return int(file.read().split()[1]) * 4
 
 
-def chosen(ranks: tuple[int, ...], speeds: list[float]) -> list[list[str]]:
-    """What `auto` takes where the link has these speeds, and where it is measured."""
-    found = []
+def chosen(ranks: tuple[int, ...], speeds: list[float]) -> dict[str, Any]:
+    """What `auto` takes where the link has these speeds, and where it is measured; the measured link."""
+    found, group, links = [], rank_group(GROUPS[ranks]), []
     for speed in (*speeds, None):
-        link = None if speed is None else strategy.Link(speed, 1e-6, 1e12, 1e12)
-        rank_group(GROUPS[ranks]).link = link
+        link = None if speed is None else strategy.link_of(speed, 1e-6, 1e12, 1e12)
+        group.link = link
         query = torch.randn(1, 4, 1024, 64)
         with account() as report:
-            attention(query, query, query, group=GROUPS[ranks], parallel="auto")
+            for _ in range(1 if link else 2):
+                attention(query, query, query, group=GROUPS[ranks], parallel="auto")
+                links.append(group.link)
         found.append([*report.notes])
-    return found
+    last = links[-1]
+    numbers = [last.exchange.measured, last.to_next.measured, last.flops, last.copied_per_second]
+    return {"notes": found, "link": numbers, "measured once": links[-2] is last}
 
 
 def sparse(ranks: tuple[int, ...], parallel: str) -> dict[str, Any]:

@@ -58,11 +58,18 @@ def test_random_calls_have_what_they_are_for(four: RankSet) -> None:
 
 def test_auto_takes_what_is_predicted_faster(four: RankSet) -> None:
     found = four.run("chosen", ranks(2), speeds=[1e12, 1e8])
-    assert found[0] == found[1]
-    fast, slower, measured = found[0]
+    assert found[0] == found[1]  # also the measured numbers
+    fast, slower, measured = found[0]["notes"]
     assert fast == ["parallel: ulysses over 2 ranks"]
     assert slower == ["parallel: ring over 2 ranks"]
     assert measured in (fast, slower)
+    assert found[0]["measured once"]
+    exchange, to_next, flops, copied = found[0]["link"]
+    for points in (exchange, to_next):
+        assert [size for size, _ in points] == [1 << 12, 1 << 19, 1 << 22]
+        assert 0 < points[0][1] < points[-1][1] < 60
+    assert flops > 1e6
+    assert copied > 1e6
 
 
 def test_sparse_methods_get_the_whole_grid(four: RankSet) -> None:
