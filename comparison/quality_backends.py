@@ -44,8 +44,15 @@ def choose(text: str, router: Router, grid: TokenGrid, dense_steps: int) -> list
         if isinstance(backend, SparseMethod):
             found += at_shares(backend, grid, dense_steps)
         else:
-            found.append(Contender(asked, asked))
+            found.append(Contender(_short(asked, router, grid, dense_steps), asked))
     return found
+
+
+def _short(asked: str, router: Router, grid: TokenGrid, dense_steps: int) -> str:
+    """A backend with its options, or `sol_attn 25 %` where the options are those of that share."""
+    backend = router.backends.get(asked.partition(" ")[0])
+    known = at_shares(backend, grid, dense_steps) if isinstance(backend, SparseMethod) else []
+    return next((contender.name for contender in known if contender.asked == asked), asked)
 
 
 def _default(router: Router) -> list[str]:

@@ -27,6 +27,9 @@ NAMES = 2.15
 TALLEST = 0.6
 """Inches of a frame."""
 GAP = 0.05
+WIDE, HIGH = 0.055, 0.035
+"""Of a label in the chart, as shares of its axes."""
+MOST_NAME_LINES = 3
 
 
 def draw_quality(report: QualityReport) -> Figure:
@@ -60,13 +63,19 @@ def draw_quality(report: QualityReport) -> Figure:
         colour, marker = COLOURS[at % len(COLOURS)], MARKERS[at % len(MARKERS)]
         line.sort(key=lambda point: point[:2])
         axes.plot([x for x, *_ in line], [y for _, y, *_ in line], marker=marker, color=colour, label=backend)
-        for x, y, worst, computed in line:
+        for x, y, worst, _ in line:
             axes.plot([x, x], [worst, y], color=colour, linewidth=0.8, alpha=0.5)
-            if computed is not None:
-                axes.annotate(f"{100 * computed:.0f} %", (x, y), (5, 5), textcoords="offset points", fontsize=SMALL,
-                              color=colour)  # fmt: skip
     axes.set_xlabel("ms in attention for one step", fontsize=SMALL)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.06 * axes.get_xlim()[1])
+    places: list[tuple[float, float]] = []
+    for at, line in enumerate(points.values()):
+        for x, y, _, computed in line:
+            place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+            if computed is None or any(_is_near(place, other) for other in places):
+                continue  # it would lie on another label
+            places.append((place[0], place[1]))
+            axes.annotate(f"{100 * computed:.0f} %", (x, y), (5, 5), textcoords="offset points", fontsize=SMALL,
+                          color=COLOURS[at % len(COLOURS)])  # fmt: skip
     axes.tick_params(labelsize=SMALL)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -80,6 +89,10 @@ def draw_quality(report: QualityReport) -> Figure:
         sheet.write(f"Equal to dense attention to the bit, not drawn: {', '.join(same)}", colour=GREY)
     sheet.write(f"{report.machine}; torch {report.versions.get('torch', 'unknown')}", colour=GREY)
     return sheet.finish()
+
+
+def _is_near(place: tuple[float, float], other: tuple[float, float]) -> bool:
+    return abs(place[0] - other[0]) < WIDE and abs(place[1] - other[1]) < HIGH
 
 
 def draw_frames(report: QualityReport, clips: Sequence[Tensor | None]) -> Figure:
@@ -102,20 +115,20 @@ def draw_frames(report: QualityReport, clips: Sequence[Tensor | None]) -> Figure
     sheet.y += 0.12
     for row, clip in zip(report.rows, clips, strict=True):
         first = row.clips[0].psnr if row.clips and row is not report.rows[0] else []
-        words = [row.name]
+        result: list[str] = []
         if row is report.rows[0]:
-            words.append("reference")
+            result.append("reference")
         elif first and min(first) == math.inf:
-            words.append("identical")
+            result.append("identical")
         elif first:
-            words.append(f"PSNR {sum(min(value, EQUAL) for value in first) / len(first):.1f} dB")
+            result.append(f"PSNR {sum(min(value, EQUAL) for value in first) / len(first):.1f} dB")
         if clip is None:
             sheet.write(f"{row.name}: {row.failed or 'nothing came out'}", colour=ALARM)
             sheet.y += GAP
             continue
         strip = side_by_side(clip)
         high = min(TALLEST, (INNER - NAMES) * strip.shape[0] / strip.shape[1])
-        lines = [line for text in words for line in wrap(text, NAMES - 0.15, SMALL)]
+        lines = wrap(row.name, NAMES - 0.15, SMALL, most=MOST_NAME_LINES) + result
         sheet.write("\n".join(lines), MARGIN, sheet.y, NAMES - 0.15, colour=DARK)
         axes = sheet.axes(MARGIN + NAMES, sheet.y, high * strip.shape[1] / strip.shape[0], high)
         axes.imshow(strip.numpy(), interpolation="nearest", aspect="auto")

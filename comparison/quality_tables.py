@@ -124,7 +124,7 @@ def markdown(report: QualityReport) -> str:
 def subject(report: QualityReport) -> str:
     """What was sampled, in one line."""
     return (
-        f"{report.prompts} prompts, seed {report.seed}, {report.frames} frames of {report.size}x{report.size} "
+        f"{report.prompts} prompt{"s" if report.prompts != 1 else ""}, seed {report.seed}, {report.frames} frames of {report.size}x{report.size} "
         f"({report.tokens} tokens), {report.steps} steps, guidance {report.guidance:g}, {report.dtype}"
     )
 

@@ -274,6 +274,21 @@ def test_frames_are_drawn_for_each_row() -> None:
         draw_frames(report, [None])
 
 
+def test_labels_of_the_chart_do_not_lie_on_each_other() -> None:
+    rows = [row("torch_sdpa", clip(10, 8, 0.02))]
+    for name, ms, psnr in (("sparge_attn", 4.0, 20.0), ("cube_attn", 4.01, 20.1), ("sol_attn", 6.0, 40.0)):
+        rows.append(row(name, clip(9, ms, 0.02, psnr)))
+        rows[-1].computed = 0.4
+    (axes,) = draw_quality(report_of(*rows)).axes[-1:]
+    assert [text.get_text() for text in axes.texts].count("40 %") == 2
+
+
+def test_a_long_name_leaves_room_for_the_figures_beside_the_frames() -> None:
+    long = row("vmoba_attn " + " ".join(f"spatial_chunk_size_{at}=[4,4]" for at in range(9)), clip(9, 8, 0.02, 30.0))
+    figure = draw_frames(report_of(row("torch_sdpa", clip(10, 8, 0.02)), long), [torch.rand(4, 16, 16, 3)] * 2)
+    assert any("PSNR 30.0 dB" in text.get_text() for text in figure.texts)
+
+
 def test_sparse_methods_without_options_run_at_shares() -> None:
     router = router_for("cpu")
     default = choose("", router, GRID, 4)
@@ -292,6 +307,8 @@ def test_sparse_methods_without_options_run_at_shares() -> None:
     named = choose("nabla_attn,sparge_attn topk=0.3,video_sparse_attn", router, GRID, 2)
     assert [found.asked for found in named[:3]] == ["torch_sdpa", "nabla_attn dense_steps=2", "sparge_attn topk=0.3"]
     assert len(named) == 6
+    written = ['sol_attn keep_percent=25.0 dense_layers="" dense_steps=2', "sol_attn keep_percent=25.0 dense_steps=2"]
+    assert [found.name for found in choose(",".join(written), router, GRID, 2)[1:]] == ["sol_attn 25 %", written[1]]
 
 
 @pytest.mark.parametrize("name", [name for name, one in BACKENDS.items() if isinstance(one, SparseMethod)])
