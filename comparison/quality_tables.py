@@ -123,8 +123,9 @@ def markdown(report: QualityReport) -> str:
 
 def subject(report: QualityReport) -> str:
     """What was sampled, in one line."""
+    prompts = "1 prompt" if report.prompts == 1 else f"{report.prompts} prompts"
     return (
-        f"{report.prompts} prompt{"s" if report.prompts != 1 else ""}, seed {report.seed}, {report.frames} frames of {report.size}x{report.size} "
+        f"{prompts}, seed {report.seed}, {report.frames} frames of {report.size}x{report.size} "
         f"({report.tokens} tokens), {report.steps} steps, guidance {report.guidance:g}, {report.dtype}"
     )
 
