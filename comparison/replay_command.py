@@ -105,14 +105,17 @@ def report_of(record: Recorded, router: Router) -> dict[str, Any]:
         "not_recorded": data["not_recorded"],
         "runs": [
             {
-                **{name: recorded_run[name] for name in recorded_run if name != "decisions"},
+                **{name: recorded_run[name] for name in recorded_run if name not in ("decisions", "cards")},
                 "differences": differences(run.machine, router.platform, version),
                 "decisions": [
                     _decision(entry, timeline, router, refused)
                     for entry, timeline in zip(recorded_run["decisions"], run.timelines, strict=True)
                 ],
             }
-            for recorded_run, run in zip(data["runs"], record.runs, strict=True)
+            for of_all, run_of_all in zip(data["runs"], record.runs, strict=True)
+            for recorded_run, run in zip(
+                (of_all, *of_all.get("cards", ())), (run_of_all, *run_of_all.others.values()), strict=True
+            )
         ],
         "config": data,
     }
@@ -145,7 +148,8 @@ def as_text(report: Mapping[str, Any]) -> str:
     for run in report["runs"]:
         steady = "the same kernels throughout" if run.get("steady") else "kernels changed while it ran"
         node = f", node {run['node_id']}" if run.get("node_id") else ""
-        lines += ["", f"{run.get('model') or 'A model'}{node}: {run['model_calls']} model calls; {steady}"]
+        card = f", on {run['card']}" if run.get("card") else ""
+        lines += ["", f"{run.get('model') or 'A model'}{node}{card}: {run['model_calls']} model calls; {steady}"]
         if run["differences"]:
             lines.append(f"The same seed may give another picture here: {'; '.join(run['differences'])}")
         lines += [f"Changed: {text}" for text in run.get("changes", ())]

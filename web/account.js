@@ -22,10 +22,10 @@ export const BY_ANOTHER = 'by another'
 export const backendName = (backend, say) => (backend === BY_ANOTHER ? say('run.by_another') : backend)
 
 const COLUMNS = /** @type {const} */ ([
-  'role', 'block', 'backend', 'member', 'calls', 'ms', 'kept', 'expected_gain', 'measured_gain', 'mask', 'asked',
-  'source', 'reason'
+  'card', 'role', 'block', 'backend', 'member', 'calls', 'ms', 'kept', 'expected_gain', 'measured_gain', 'mask',
+  'asked', 'source', 'reason'
 ])
-/** Columns that only runs with a sparse backend have. */
+/** Columns that only runs with a sparse backend have. Those on several devices alone have `card`. */
 const OF_SPARSE = /** @type {const} */ (['kept', 'expected_gain', 'measured_gain'])
 
 /**
@@ -39,7 +39,8 @@ export const fellBack = (row) => Boolean(row.reason) && !row.expected && row.bac
 /** @param {Row[]} rows */
 export const columnsOf = (rows) => {
   const sparse = rows.some((row) => row.kept !== undefined)
-  return COLUMNS.filter((name) => sparse || !OF_SPARSE.some((one) => one === name))
+  const divided = rows.some((row) => row.card !== undefined)
+  return COLUMNS.filter((name) => (sparse || !OF_SPARSE.some((one) => one === name)) && (divided || name !== 'card'))
 }
 
 /**
@@ -53,7 +54,7 @@ export function byRole(rows, words) {
   /** @type {Map<string, Row & { blocks: Set<string>, same?: Row[] }>} */
   const sums = new Map()
   for (const row of rows) {
-    const key = JSON.stringify([row.role, row.backend, row.member, row.mask, row.asked, row.reason])
+    const key = JSON.stringify([row.card, row.role, row.backend, row.member, row.mask, row.asked, row.reason])
     const sum = sums.get(key)
     if (!sum) {
       sums.set(key, { ...row, blocks: new Set([row.block]), same: row.kept === undefined ? undefined : [row] })

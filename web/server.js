@@ -14,9 +14,10 @@
  *   attention_share?: number | null, compared?: number
  * }} RunSummary
  * @typedef {{
- *   role: string, block: string, backend: string, member: string | null, calls: number, ms: number | null,
- *   mask: string, asked: string | null, source: string, reason: string | null, expected?: boolean, kept?: number | null,
- *   expected_gain?: number | null, measured_gain?: number | null, dense?: Record<string, number>
+ *   card?: string, role: string, block: string, backend: string, member: string | null, calls: number,
+ *   ms: number | null, mask: string, asked: string | null, source: string, reason: string | null,
+ *   expected?: boolean, kept?: number | null, expected_gain?: number | null, measured_gain?: number | null,
+ *   dense?: Record<string, number>
  * }} Row of sparse backends alone: share of the work that was done, what that gains, reason -> calls computed whole
  * @typedef {{
  *   first: number, last: number, steps?: [first: number, last: number] | null,

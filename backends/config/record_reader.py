@@ -96,6 +96,7 @@ class _Reader:
                     for request, key in known:
                         exact[role, block, request] = timeline
                         near.setdefault((block, key), timeline)
+                        near.setdefault((block, key._replace(batch=0)), timeline)
         for name in ("settings", "steps", "steady", "guard_alarms", "first_alarm"):  # for display only
             shown = run.data.get(name)
             _texts(run.inner(name) if isinstance(shown, Mapping) else self.fields({name: shown}, run.where))
@@ -113,7 +114,20 @@ class _Reader:
             exact,
             tuple(timelines),
             near,
+            run.text("card", ""),
+            self.others(run),
         )
+
+    def others(self, run: Fields) -> dict[str, RecordedRun]:
+        """What ran on the other devices of a run that was divided over several."""
+        others: dict[str, RecordedRun] = {}
+        for number, entry in enumerate(run.items("cards", [])):
+            other = self.fields(entry, f"{run.where}.cards[{number}]")
+            card = other.text("card", least=1)
+            if card in others or card == run.data.get("card") or "cards" in other.data:
+                raise other.wrong("card", f"{card!r}: expected each device once")
+            others[card] = self.run(other)
+        return others
 
     def count_up(self, blocks: int, calls: int, ran: int, decision: Fields) -> None:
         """Check `MOST_CALLS` before a decision is expanded."""

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..kernels import BACKENDS
@@ -64,16 +65,34 @@ class RecordedRun:
     timelines: tuple[ChoiceTimeline, ...]
     """One per decision of the record, in its order."""
     near: Mapping[tuple[str, TuningKey], ChoiceTimeline]
-    """For calls of other lengths: by block and `TuningKey`, which has lengths in buckets."""
+    """For calls of other lengths: by block and `TuningKey`, which has lengths in buckets. Batch 0: any batch."""
+    card: str = ""
+    """The device, where the host divided the model calls over several; else empty."""
+    others: Mapping[str, RecordedRun] = field(default_factory=dict)
+    """What ran on the other devices, by their names; in the run of the first one alone."""
+
+    @property
+    def by_card(self) -> dict[str, RecordedRun]:
+        """What ran on each device, the first one's first; empty where there was one."""
+        return {self.card: self, **self.others} if self.others else {}
 
     def part(self, model_call: int) -> int:
         """The number of the part of the run that a model call is in."""
         return bisect_right(self.starts, model_call)
 
-    def choice(self, role: str, block: str, request: AttentionRequest, model_call: int) -> Choice | None:
-        """The choice for a call with these facts; None if the record does not have it."""
-        request = normal(request)
-        timeline = self.exact.get((role, block, request)) or self.near.get((block, key_of(role, request)))
+    def choice(
+        self, role: str, block: str, request: AttentionRequest, model_call: int, card: str = ""
+    ) -> Choice | None:
+        """The choice for a call with these facts; None if the record does not have it.
+
+        Args:
+            card: the device, where the host divides model calls over several. A record of one device is then searched
+                for calls of any batch, and so the reverse: prompts that one device batches are divided.
+        """
+        request, key = normal(request), key_of(role, request)
+        timeline = self.exact.get((role, block, request)) or self.near.get((block, key))
+        if timeline is None and bool(card) != bool(self.card):
+            timeline = self.near.get((block, key._replace(batch=0)))
         return None if timeline is None else timeline.at(model_call)
 
 
@@ -93,17 +112,20 @@ class Recorded:
         data: dict[str, Any] = json.loads(self.text)
         return data
 
-    def run_of(self, node_id: str) -> RecordedRun:
+    def run_of(self, node_id: str, card: str = "") -> RecordedRun:
         """The run that a sampler repeats: of the node with its id, else by the component's number.
 
-        `transformer` is the first run, `transformer_2` the second.
+        `transformer` is the first run, `transformer_2` the second. `card`: the device, where the host divides model
+        calls over several; one that the record does not have repeats what ran on the first.
         """
         own = [run for run in self.runs if node_id and run.node_id == node_id]
-        return own[0] if own else self.runs[min(self._index, len(self.runs) - 1)]
+        found = own[0] if own else self.runs[min(self._index, len(self.runs) - 1)]
+        return found.others.get(card, found)
 
     def backends(self) -> set[str]:
         """Every backend that ran."""
-        choices = (choice for run in self.runs for timeline in run.timelines for choice in timeline.choices)
+        runs = chain.from_iterable((run, *run.others.values()) for run in self.runs)
+        choices = (choice for run in runs for timeline in run.timelines for choice in timeline.choices)
         return {choice.asked for choice in choices if choice.asked is not None}
 
     @property
@@ -111,9 +133,12 @@ class Recorded:
         number = re.search(r"_(\d{1,3})$", self.component)
         return max(int(number[1]) - 1, 0) if number else 0
 
-    def remarks(self, node_id: str, platform: Platform) -> list[str]:
-        """Notes before this sampler runs here: another node, other versions, events that are not repeated."""
-        run = self.run_of(node_id)
+    def remarks(self, node_id: str, platform: Platform, card: str = "") -> list[str]:
+        """Notes before this sampler runs here: another node, other versions, events that are not repeated.
+
+        `card`: as in `run_of`.
+        """
+        run = self.run_of(node_id, card)
         notes = []
         if len(self.runs) > 1 and run.node_id != node_id:
             notes.append(
@@ -127,14 +152,48 @@ class Recorded:
             notes.append(f"the same seed may give another picture: {'; '.join(other)}")
         return notes + [f"the record does not repeat everything: {text}" for text in run.not_repeated]
 
-    def after(self, node_id: str, model_calls: int) -> list[str]:
-        """Notes after a whole run: another number of model calls."""
-        run = self.run_of(node_id)
-        if run.model_calls == model_calls:
-            return []
-        moved = ", and changes of kernel in the middle of it are at other places" if run.starts else ""
-        made = f"the record is of {run.model_calls} model calls, and this run made {model_calls}"
-        return [f"{made}: other steps or another sampler{moved}"]
+    def after(self, node_id: str, model_calls: int, by_card: Mapping[str, int] | None = None) -> list[str]:
+        """Notes after a whole run: other devices, or another number of model calls.
+
+        Args:
+            model_calls: of the first device.
+            by_card: model calls of each device, the first one's first, where the host divided them over several.
+        """
+        run, made = self.run_of(node_id), by_card or {}
+        if run.by_card.keys() != made.keys():
+            return [_other_cards(run, tuple(made))]
+        notes = []
+        for card, number in (made or {"": model_calls}).items():
+            on = self.run_of(node_id, card)
+            if on.model_calls != number:
+                where = f"{card}: " if card else ""
+                moved = ", and changes of kernel in the middle of it are at other places" if on.starts else ""
+                both = f"the record is of {on.model_calls} model calls, and this run made {number}"
+                notes.append(f"{where}{both}: other steps or another sampler{moved}")
+        return notes
+
+
+def _other_cards(run: RecordedRun, now: tuple[str, ...]) -> str:
+    """The note about a run on other devices than the recorded one; `now`: its devices, empty for one."""
+    then = ", ".join(run.by_card)
+    if not then:
+        return f"the record is of a run on one GPU, and this run was divided over {', '.join(now)}: each repeated it"
+    other = any(_kernels(one) != _kernels(run) for one in run.others.values())
+    kernels = ", where other kernels ran than on the others" if other else ""
+    if not now:
+        repeated = f"this run was on one GPU: it repeated what ran on {run.card}{kernels}"
+    else:
+        repeated = f"this run over {', '.join(now)}: each without a record repeated what ran on {run.card}{kernels}"
+    return f"the record is of a run that was divided over {then}, and {repeated}"
+
+
+def _kernels(run: RecordedRun) -> set[tuple[str, TuningKey, tuple[tuple[str | None, str], ...]]]:
+    """Each kind of call, of any batch, with what ran it."""
+    return {
+        (block, key, tuple((choice.asked, repr(sorted(choice.extra.items()))) for choice in timeline.choices))
+        for (block, key), timeline in run.near.items()
+        if not key.batch
+    }
 
 
 def differences(then: Mapping[str, Any], platform: Platform, version: str = "") -> list[str]:

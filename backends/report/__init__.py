@@ -8,14 +8,14 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config import AttentionConfig
 from ..measure.device_clock import DeviceClock
 from ..values.counted import counted
 from ..values.grid import Kept
 from ..values.reasons import Reason
-from . import outcome
+from . import outcome, split
 from .audit import BY_ANOTHER as BY_ANOTHER
 from .audit import asked_and_ran
 from .findings import Findings, worst_first
@@ -74,6 +74,8 @@ class Row:
     """How much of its work a sparse backend computed; None for others."""
     expected: bool = False
     """The backend that was asked for in all roles is for no calls of this one: with a reason, and no fallback."""
+    card: str = ""
+    """The device that ran the calls, where the host divides its model calls over several; else empty."""
 
     @property
     def by_another(self) -> bool:
@@ -107,7 +109,7 @@ class RunReport:
     """Wall time from the first model call to the end of the run, synchronised; without loading and decoding."""
     bypass: str = ""
     """Attention of this model family that does not reach the hook and is not counted."""
-    rows: dict[tuple[str, str, str, str, str | None, str], Row] = field(default_factory=dict)
+    rows: dict[tuple[str | None, ...], Row] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     """Note -> how often it occurred."""
     layers: tuple[AttentionConfig, ...] = ()
@@ -139,6 +141,10 @@ class RunReport:
     """Shape of each tensor that is sampled; empty if unknown."""
     cards: dict[str, RunReport] = field(default_factory=dict)
     """What other cards computed of this run's calls, by their names; empty without them."""
+    card: str = ""
+    """The device of this report, where the host divides its model calls over several; else empty."""
+    split: dict[str, RunReport] = field(default_factory=dict)
+    """Reports of the model calls that the host makes on the other devices, by their names; see `split.py`."""
     last_step: int | None = None
     """The sampler's step of the last finished model call, from 0, if the host knows it."""
     last_time: float | None = None
@@ -165,7 +171,7 @@ class RunReport:
         key = (role, block, backend, mask, reason, source)
         row = self.rows.get(key)
         if row is None:
-            row = self.rows[key] = Row(role, block, backend, source, mask, reason, asked)
+            row = self.rows[key] = Row(role, block, backend, source, mask, reason, asked, card=self.card)
         return row
 
     def note(self, text: str) -> bool:
@@ -214,18 +220,20 @@ class RunReport:
 
     def collect(self) -> None:
         """Add the times that are ready, without waiting."""
-        for clock in self.clocks:
-            clock.collect()
+        for part in split.parts(self):
+            for clock in part.clocks:
+                clock.collect()
 
     def end_of_run(self) -> None:
         """Add all pending times; waits for the devices."""
-        for clock in self.clocks:
-            clock.collect(wait=True)
-        self.timeline.steps.settle(self.timeline.model_calls, at_rest=True)
+        for part in split.parts(self):
+            for clock in part.clocks:
+                clock.collect(wait=True)
+            part.timeline.steps.settle(part.timeline.model_calls, at_rest=True)
 
-    def windows(self) -> list[dict[str, object]]:
-        """The timeline as plain data (`Timeline.as_list`); empty in mode `off`."""
-        return [] if self.mode == "off" else self.timeline.as_list(list(self.rows.values()), live=self.is_live)
+    def windows(self) -> list[dict[str, Any]]:
+        """The timeline as plain data (`Timeline.as_list`, `split.windows`); empty in mode `off`."""
+        return [] if self.mode == "off" else split.windows(self, live=self.is_live)
 
     def steps_reached(self) -> int | None:
         """Number of the step, from 1, of the last finished model call; None if unknown."""
@@ -237,12 +245,13 @@ class RunReport:
 
     @property
     def calls(self) -> int:
-        """Number of routed attention calls."""
+        """Number of routed attention calls, without those of the other devices of a split."""
         return sum(row.calls for row in self.rows.values())
 
     def as_dict(self) -> dict[str, object]:
         """The run as plain data.
 
+        `card`, only where the host divides its model calls over several devices: the device of a row.
         `ms`: device time of all calls of a row, extrapolated from the timed ones; None if none was timed. `expected`,
         only where true: the backend that was asked for in all roles is not for this one (`audit.fell_back`).
         `kept`, of sparse backends: mean share of query-key pairs that was computed by calls with a map. `dense`: reason
@@ -251,9 +260,31 @@ class RunReport:
         whole over that of one with a map, None unless this run timed both. While a run goes on, what only its device
         knows is None.
         """
-        gains = self._gains()
-        rows = [
-            {
+        whole, live = split.whole(self), self.is_live
+        rows = [row for part in split.parts(self) for row in part.own_rows(live)]
+        notes = [text if count == 1 else Reason("times", text=text, count=count) for text, count in whole.notes.items()]
+        notes += self.of_cards()
+        return {
+            "model": self.model,
+            "device": self.device,
+            "trace": self.mode,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "bypass": self.bypass,
+            "rows": rows,
+            "guard": worst_first(whole.rows.values()),
+            "tuning": whole.tuning.as_dict(),
+            "outcome": outcome.of_run_report(whole).as_dict(),
+            "audit": [finding.as_dict() for finding in asked_and_ran(whole)],
+            "notes": notes,
+        }
+
+    def own_rows(self, live: bool = False) -> list[dict[str, object]]:
+        """The rows of this device alone, as in `as_dict`; `live`: without what only the device knows."""
+        gains = self._gains(live)
+        return [
+            ({"card": row.card} if row.card else {})
+            | {
                 "role": row.role,
                 "block": row.block,
                 "backend": row.backend,
@@ -267,52 +298,40 @@ class RunReport:
                 "reason": row.reason,
             }
             | ({"expected": True} if row.expected else {})
-            | ({} if row.kept is None else self._kept(row.kept, gains.get(number)))
-            for number, row in enumerate(self.rows.values())
+            | ({} if row.kept is None else self._kept(row.kept, gains.get(number), live))
+            for number, row in enumerate(list(self.rows.values()))
             if row.calls
         ]
-        notes = [text if count == 1 else Reason("times", text=text, count=count) for text, count in self.notes.items()]
-        notes += self.of_cards()
-        return {
-            "model": self.model,
-            "device": self.device,
-            "trace": self.mode,
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "bypass": self.bypass,
-            "rows": rows,
-            "guard": worst_first(self.rows.values()),
-            "tuning": self.tuning.as_dict(),
-            "outcome": outcome.of_run_report(self).as_dict(),
-            "audit": [finding.as_dict() for finding in asked_and_ran(self)],
-            "notes": notes,
-        }
 
     def of_cards(self) -> list[Reason]:
-        """What the other cards computed: `cuda:1: sage_attn 400 calls`."""
+        """What several cards computed: `cuda:1: sage_attn 400 calls`.
+
+        Each card of a split; else the other cards, which computed some heads of calls.
+        """
         totals: dict[tuple[str, str, str | None], int] = {}
-        for card, report in self.cards.items():
+        for card, report in (split.by_card(self) or self.cards).items():
             for row in list(report.rows.values()):
                 key = card, row.member or row.backend, row.reason
-                totals[key] = totals.get(key, 0) + row.calls
+                if row.calls or not self.split:
+                    totals[key] = totals.get(key, 0) + row.calls
         made = []
         for (card, backend, reason), calls in totals.items():
             ran = Reason("cards.ran", card=card, backend=backend, calls=calls)
             made.append(ran if reason is None else Reason("named", name=ran, reason=reason))
         return made
 
-    def _gains(self) -> dict[int, float | None]:
-        if self.mode == "off" or not any(row.kept for row in self.rows.values()):
+    def _gains(self, live: bool) -> dict[int, float | None]:
+        if self.mode == "off" or not any(row.kept for row in list(self.rows.values())):
             return {}
-        return self.timeline.gains(list(self.rows.values()), live=self.is_live)
+        return self.timeline.gains(list(self.rows.values()), live=live)
 
     @property
     def is_live(self) -> bool:
         """Whether this is a copy of a run that goes on, read by another thread, which is not to wait for a device."""
         return self.stopped is not None and self.stopped.kind == outcome.RUNNING
 
-    def _kept(self, kept: Kept, gain: float | None) -> dict[str, object]:
-        if self.is_live and not isinstance(kept.total, float) and not kept.total.is_cpu:
+    def _kept(self, kept: Kept, gain: float | None, live: bool) -> dict[str, object]:
+        if live and not isinstance(kept.total, float) and not kept.total.is_cpu:
             # It is known when the run is over.
             kept = Kept(0, kept.dense, 0.0, kept.executors, kept.read_back)
         fraction = kept.fraction
@@ -322,14 +341,15 @@ class RunReport:
         """One line: each role with its backends and calls, then how many calls fell back."""
         totals: dict[tuple[str, str], int] = {}
         fallbacks = others = 0
-        for row in self.rows.values():
+        whole = split.whole(self)
+        for row in whole.rows.values():
             if row.calls:
                 totals[row.role, row.backend] = totals.get((row.role, row.backend), 0) + row.calls
                 others += row.calls if row.by_another else 0
                 fallbacks += row.calls if row.reason and not row.by_another and not row.expected else 0
         parts = [f"{role} {backend} {counted(calls, 'call')}" for (role, backend), calls in totals.items()]
         ended = [counted(fallbacks, "fallback")] if fallbacks else []
-        sentence = outcome.of_run_report(self).text
+        sentence = outcome.of_run_report(whole).text
         return "; ".join(
             [
                 ", ".join(parts or ["no attention call reached us"]),

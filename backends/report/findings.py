@@ -74,7 +74,8 @@ def worst_first(rows: Iterable[Row]) -> list[dict[str, Any]]:
     `calls` excludes calls whose output was rejected; `checked` includes them.
     """
     findings = [
-        {"role": row.role, "block": row.block, "backend": row.backend, "calls": row.calls, **row.guard.as_dict()}
+        ({"card": row.card} if row.card else {})
+        | {"role": row.role, "block": row.block, "backend": row.backend, "calls": row.calls, **row.guard.as_dict()}
         for row in rows
         if row.guard is not None
     ]
@@ -105,7 +106,7 @@ def lines(findings: Sequence[Mapping[str, Any]]) -> list[str]:
         f"guard: {checked} calls checked on {ROWS} query rows per head, {alarms} bad; {calls} ran; worst blocks first"
     ]
     for entry in findings[:SHOWN]:
-        where = f"{entry['role']} {entry['block']}".strip()
+        where = " ".join(filter(None, (entry.get("card"), entry["role"], entry["block"])))
         size = "not finite" if entry["relative_l2"] is None else f"{entry['relative_l2']:.2g}"
         bad = f"; BAD {entry['alarms']}: {entry['first_alarm']}" if entry["alarms"] else ""
         limit = entry["relative_l2_limit"]

@@ -45,7 +45,8 @@ def _share(report: Mapping[str, Any], seconds: float | None) -> float | None:
     times = [row["ms"] for row in report["rows"]]
     if not seconds or not times or None in times:
         return None
-    share: float = sum(times) / 1000 / seconds
+    cards = len({row.get("card") for row in report["rows"]})  # they work at the same time: their mean share
+    share: float = sum(times) / 1000 / seconds / cards
     return round(share, 3) if share <= 1 else None  # several cards at a time
 
 

@@ -109,7 +109,7 @@ def learn(run: Run) -> None:
 
 def _learn(run: Run) -> None:
     diffusion_model = run.memory_key.model() if run.memory_key is not None else None
-    kinds = frozenset(_kinds(run))
+    kinds = frozenset(kind for one in run.cards.all() for kind in _kinds(one))
     if run.memory_key is None or diffusion_model is None or not kinds:
         return
     shapes = _known.setdefault(diffusion_model, OrderedDict())
@@ -201,13 +201,20 @@ def _adjusted_shape(override: Any, run: Run | None, model: Any, noise_shape: Any
     shape = noise_shape if windowed is None else windowed[0]
     key = key_of(model.model, shape, asks_for_sparse(override.layers))
     samples = int(shape[0])
-    extra = needed(override.layers, expected(key, model.model, conds), samples, model.load_device)
+    kinds, devices = expected(key, model.model, conds), _devices_of(model)
+    extra = max(needed(override.layers, kinds, samples, device) for device in devices)
     if run is not None:
         run.memory_key, run.extra_bytes = key, extra / samples
     if not extra:
         return shape
     cut_last = windowed is not None and windowed[1] == len(shape) - 1
     return _shape_for(model.model, shape, extra, at=-2 if cut_last else -1)
+
+
+def _devices_of(model: Any) -> list[torch.device]:
+    """The devices of a model patcher and of its copies for ComfyUI's MultiGPU CFG Split, which gets the same memory."""
+    copies: list[Any] = getattr(model, "get_additional_models_with_key", lambda key: [])("multigpu")
+    return list(dict.fromkeys([model.load_device, *(copy.load_device for copy in copies)]))
 
 
 def _shape_for(model: Any, noise_shape: Any, extra: int, at: int) -> list[int]:

@@ -21,6 +21,7 @@ from ...backends.values.reasons import Reason
 from . import attention_modules, compiled, operator_watch, stand_ins
 from .attention_modules import current
 from .callers import FROM_COMPILED
+from .core_split import OF_CORE
 from .hook_calls import count_passed_on, run_hook_call
 from .masks import COMPILED
 from .model_call import ModelCall
@@ -126,7 +127,7 @@ class Override:
         """The model call object for a call outside any model call; it may be in use further up the stack."""
         sampled: Run | None = options.get(RUN_KEY)
         if sampled is not None and sampled.override is self and not sampled.over:
-            return sampled.model_call(device)
+            return (sampled if OF_CORE not in options else sampled.cards.of(options[OF_CORE])).model_call(device)
         run = _outside_runs.pop(self, None) or Run(self)
         _outside_runs[self] = run
         if len(_outside_runs) > MOST_OUTSIDE:

@@ -8,7 +8,9 @@ sampling run and passes it on in that run's transformer options; the state of on
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import lru_cache
 from itertools import chain, count
 from pathlib import Path
@@ -30,11 +32,13 @@ from ...backends.observe.autotune.tuner import Tuner
 from ...backends.observe.run_session import RunSession, tuner_of
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, UnexplainedError, asked_and_ran, unexplained
+from ...backends.report.split import whole
 from ...backends.values.devices import synchronise
 from ...backends.values.errors import NoBackendError
 from ...backends.values.platform import Platform
 from ...backends.values.reasons import Reason
 from . import attention_modules, run_progress
+from .core_split import OF_CORE, CardRuns
 from .foreign_code import ForeignCode
 from .model_call import ModelCall
 from .other_packs import KEY as KEY
@@ -73,7 +77,10 @@ def _router(platform: Platform) -> Router:
 
 
 class Run:
-    """One sampling run of one patched model: its run report, a session per device, and the patched forwards."""
+    """One sampling run of one patched model: its run report, a session per device, and the patched forwards.
+
+    Where ComfyUI divides the model calls over several cards, `cards` has a run for each of them.
+    """
 
     def __init__(self, override: Override) -> None:
         self.override = override
@@ -88,6 +95,11 @@ class Run:
         """The model family, by its name in `roles.py`; empty if unknown."""
         self._model_calls: dict[torch.device, ModelCall] = {}
         self._patches: dict[int, attention_modules.ForwardPatches] = {}
+        self._patching = threading.Lock()
+        self._is_closed = False
+        self.cards = CardRuns(self)
+        self.sigmas: Any = None
+        """The sampler's own tensor of its sigmas; a card's model calls get copies. None outside a sampler."""
         self.samples = 0
         """Most samples in one model call so far; each of the prompts that ComfyUI batches counts."""
         self.memory_key: MemoryKey | None = None
@@ -135,9 +147,12 @@ class Run:
 
         conds: of the model calls, where a sampler makes them.
         """
-        if id(model) in self._patches:
-            self._patches[id(model)].renew()
-        else:
+        with self._patching:
+            if id(model) in self._patches:
+                self._patches[id(model)].renew()
+                return
+            if self._is_closed:  # the thread of another card, after the sampler has ended
+                return
             self._patches[id(model)] = attention_modules.patch_forwards(model.diffusion_model)
             self.roots |= {id(model.diffusion_model), id(getattr(model.diffusion_model, "_orig_mod", None))}
             self.run_report.model = type(model).__name__
@@ -149,6 +164,12 @@ class Run:
             self.run_report.steps = 0 if schedule is None else len(schedule) - 1
             self.run_report.started = self.run_report.started or perf_counter()
 
+    def sigmas_of(self, options: Mapping[str, Any]) -> Any:
+        """The sampler's sigmas for a model call with these options: the same tensor throughout a sampler."""
+        if OF_CORE in options and self.sigmas is not None:
+            return self.sigmas
+        return options.get("sample_sigmas")
+
     def timetable(self, model: Any, options: dict[str, Any]) -> Timetable | None:
         """The schedules on this sampler's sigmas and this model's blocks; None where there is none.
 
@@ -156,7 +177,7 @@ class Run:
         """
         if self.outside_sampler is None:
             return None
-        sigmas = options.get("sample_sigmas")
+        sigmas = self.sigmas_of(options)
         place = id(model.diffusion_model)
         before = self._timetables.get(place)
         if before is not None and before[0] is sigmas:
@@ -174,7 +195,7 @@ class Run:
 
     def whole_schedule(self, model: Any, options: dict[str, Any]) -> WholeSchedule:
         """Where this sampler's steps lie in the whole schedule; its sigmas are read once per sampler."""
-        sigmas = options.get("sample_sigmas")
+        sigmas = self.sigmas_of(options)
         if sigmas is None:
             return NO_SAMPLER
         if self._schedule is None or self._schedule[0] is not sigmas:
@@ -192,27 +213,30 @@ class Run:
 
     def note_unmatched_roles(self) -> None:
         """At the end of a whole run: note the configured roles and windows that matched no attention call."""
-        if not self.run_report.categories:
+        runs, report = self.cards.all(), whole(self.run_report)
+        if not report.categories:
             return  # no call reached us: another note says so
-        timetables = [timetable for _, timetable in self._timetables.values()]
+        timetables = [timetable for run in runs for _, timetable in run._timetables.values()]
         if timetables:
             for other in timetables[1:]:  # copies of the model on other devices
                 timetables[0].was_active |= other.was_active
                 timetables[0].used |= other.used
-            for text in timetables[0].unused(self.run_report.categories):
+            for text in timetables[0].unused(report.categories):
                 self.note(text)
             for text in chain.from_iterable(one.remarks() for one in timetables):
                 self.note(text)
-        for finding in asked_and_ran(self.run_report):
+        for finding in asked_and_ran(report):
             if finding.verdict == NEVER_CALLED:
                 self.note(*finding.reasons)
         if self.record is not None:
-            for text in self.record.after(self.run_report.node_id, self.run_report.timeline.model_calls):
+            made = {run.run_report.card: run.run_report.timeline.model_calls for run in runs if len(runs) > 1}
+            for text in self.record.after(self.run_report.node_id, self.run_report.timeline.model_calls, made):
                 self.note(text)
 
     def note_sparse_now(self) -> None:
         """At the end of a whole run: note once in the life of the server which backends used to fall back."""
-        names = {row.backend for row in self.run_report.rows.values() if row.calls and row.asked == row.backend}
+        rows = whole(self.run_report).rows.values()
+        names = {row.backend for row in rows if row.calls and row.asked == row.backend}
         ran = {name for name in names if name in BACKENDS and BACKENDS[name].once_planned}
         if new := sorted(ran - _told):
             _told.update(new)
@@ -220,28 +244,34 @@ class Run:
 
     def offer(self) -> None:
         """At the end of a whole run: note the advisories for this model that were not switched on."""
-        for text in unused_advisories(self.family, self.run_report):
+        for text in unused_advisories(self.family, whole(self.run_report)):
             if self.run_report.note(text):
                 log.info("%s", text)
 
     def unexplained(self) -> UnexplainedError | None:
         """After a whole run: the error to end with if strict was asked for and something else ran unexplained."""
-        if not any(model_call.session.settings.strict for model_call in self._model_calls.values()):
+        model_calls = chain.from_iterable(run.model_calls() for run in self.cards.all())
+        if not any(model_call.session.settings.strict for model_call in model_calls):
             return None
-        text = unexplained(asked_and_ran(self.run_report))
+        text = unexplained(asked_and_ran(whole(self.run_report)))
         return None if text is None else UnexplainedError(text)
 
     def stop_clock(self) -> None:
         """At the end of a whole run: wait for the devices and note how long it took."""
         started = self.run_report.started
         if started is not None:
-            for device in self._model_calls:
+            for device in {device for run in self.cards.all() for device in run._model_calls}:
                 synchronise(device)
             self.run_report.seconds = round(perf_counter() - started, 6)
             self.run_report.end_of_run()
 
     def close(self) -> None:
         """Restore every patched forward, and read the guard's figures that are still on a device."""
+        with ExitStack() as stack:  # all of them, whatever one raises
+            for run in self.cards.all():
+                stack.callback(run._close)
+
+    def _close(self) -> None:
         try:
             for model_call in self._model_calls.values():
                 if model_call.session.guard is not None:
@@ -253,10 +283,12 @@ class Run:
                 run_progress.clear(model_call.session.progress)
             self.run_report.collect()  # times of a cancelled run; of others all are there
         finally:
-            for marks in self._patches.values():
-                for mark in marks:
-                    mark.remove()
-            self._patches.clear()
+            with self._patching:
+                self._is_closed = True
+                for marks in self._patches.values():
+                    for mark in marks:
+                        mark.remove()
+                self._patches.clear()
             self._code.clear()
 
     def forward_patches(self) -> list[attention_modules.ForwardPatches]:
@@ -274,7 +306,8 @@ class Run:
             self.run_report.device = device.type
             found = self._model_calls[device] = ModelCall(self, DeviceSession(self, device))
             if self.record is not None:
-                for text in self.record.remarks(self.run_report.node_id, found.session.router.platform):
+                report, platform = self.run_report, found.session.router.platform
+                for text in self.record.remarks(report.node_id, platform, report.card):
                     self.note(text)
         return found
 
@@ -286,8 +319,9 @@ class Run:
 
     def begin_model_call(self, entries: Entries, grids: int = 0) -> Window:
         """The window of the model call that begins: entries of the schedules, segment of a record, token grids."""
-        number = self.run_report.timeline.model_calls + 1
-        segment = 0 if self.record is None else self.record.run_of(self.run_report.node_id).part(number)
+        report = self.run_report
+        number = report.timeline.model_calls + 1
+        segment = 0 if self.record is None else self.record.run_of(report.node_id, report.card).part(number)
         window = Window(entries, segment, grids) if entries or segment or grids else ALWAYS
         window = self._windows.setdefault(window, window)  # equal ones are the same object, which a key compares first
         if self.run_report.recorder is not None:
@@ -317,7 +351,8 @@ class Run:
         Raises:
             NoBackendError: it is so, and a backend was asked for strictly.
         """
-        if self.is_evaluated and not self.reached and not self.run_report.timeline.model_calls:
+        runs = self.cards.all()
+        if self.is_evaluated and not any(run.reached or run.run_report.timeline.model_calls for run in runs):
             self._not_reached(options)
 
     def _not_reached(self, options: dict[str, Any]) -> None:

@@ -17,14 +17,12 @@ from ...backends.values.faults import is_cuda_fault, is_out_of_memory
 from ...backends.values.reasons import Reason
 from ..history import runs
 from . import attention_modules, memory, run_progress
+from .core_split import CLONES, OF_CORE
 from .foreign_code import function_wrapper
 from .model_call import ModelCall
 from .run import KEY, OVERRIDE, RUN_KEY, Run
 from .sampler_loop import loop_step
 from .token_grids import grids_of
-
-OF_CORE = "multigpu_thread_device"
-"""An entry of the options of model calls that ComfyUI's MultiGPU CFG Split makes, one thread for each GPU."""
 
 
 def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +57,7 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     finally:
         options.pop(RUN_KEY, None)
-        run.over = True
+        run.cards.set(over=True)
         try:
             memory.learn(run)
             run.close()
@@ -87,15 +85,17 @@ def calc_cond_batch_wrapper(
     run = options.get(RUN_KEY)
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
-    before, run.step = run.step, step_in_loop(options.get("sample_sigmas"))
+    before, sigmas = run.step, options.get("sample_sigmas")
     outer, attention_modules.current.run = getattr(attention_modules.current, "run", None), run
-    run.is_evaluated = True
     if not run.over and hasattr(model, "diffusion_model"):
         run.patch_modules(model, options, conds)  # here: a pack may call it without the wrapper below
+        run.cards.begin_evaluation(model_options.get(CLONES, {}), options, conds)
+    run.cards.set(is_evaluated=True, step=step_in_loop(sigmas), sigmas=sigmas)
     try:
         return executor(memory.with_estimate(model, run), conds, x_in, timestep, model_options)
     finally:
-        run.step, attention_modules.current.run = before, outer
+        run.cards.set(step=before)
+        attention_modules.current.run = outer
 
 
 def step_in_loop(schedule: Any) -> int | None:
@@ -121,14 +121,14 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
     if sampled is None or sampled.override is not override or sampled.over:  # over: another pack kept its options
         run, own_run = Run(override), True  # a program that calls the model without a sampler
     else:
-        run, own_run = sampled, False
+        run, own_run = sampled if OF_CORE not in options else sampled.cards.of(options[OF_CORE]), False
     run.patch_modules(executor.class_obj, options)
     run.samples = max(run.samples, args[0].shape[0])
     model_call = run.model_call(args[0].device)
     if model_call.session.over_cards is not None and OF_CORE in options:
         model_call.session.over_cards.turn_off(Reason("cards.core"))
     previous, place, on_top = attention_modules.set_model_call(model_call), model_call.state(), run.others.on_top
-    inside = run.step is None and (run.is_sampled or own_run)
+    inside = run.step is None and (run.is_sampled or own_run) and OF_CORE not in options
     replaced: dict[str, Any] = {}
     progress = None
     try:
@@ -147,7 +147,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             model_call.session.tuner.model_call(options.get("sigmas"))
         output = _guarded(model_call, options, executor, args, kwargs)
         clock, sigma = model_call.session.device_clock, options.get("sigmas")
-        run.run_report.end_of_model_call(clock, args[0].device, sigma, options.get("sample_sigmas"), run.step)
+        run.run_report.end_of_model_call(clock, args[0].device, sigma, run.sigmas_of(options), run.step)
         if not run.reached:
             run.check_reached(model_call, options)
         return output

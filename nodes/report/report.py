@@ -162,7 +162,8 @@ def as_text(report: dict[str, Any]) -> str:
         return "\n".join(remarks(report))
     totals: dict[tuple[str, str, str], list[float]] = {}
     for row in run["rows"]:
-        total = totals.setdefault((row["role"], row["backend"], row["mask"]), [0, 0.0, 0])
+        role = ", ".join(filter(None, (row["role"], row.get("card"))))
+        total = totals.setdefault((role, row["backend"], row["mask"]), [0, 0.0, 0])
         total[0] += row["calls"]
         total[1] += row["ms"] or 0.0
         total[2] += row["timed"]
@@ -202,7 +203,7 @@ def not_counted(report: dict[str, Any]) -> list[str]:
 
 def findings(run: dict[str, Any]) -> list[str]:
     """What a person should know beside the figures: asked and ran, fallbacks, the guard, notes."""
-    reasons = dict.fromkeys(f"{_kind(row)}: {row['role']}: {row['reason']}" for row in run["rows"] if row["reason"])
+    reasons = dict.fromkeys(_fallback(row) for row in run["rows"] if row["reason"])
     outcome_text = (run.get("outcome") or {}).get("text")
     lines = [*([outcome_text] if outcome_text else []), audit.line(run["audit"]), *reasons]
     lines += kept.lines(run["rows"])
@@ -211,6 +212,11 @@ def findings(run: dict[str, Any]) -> list[str]:
     if run.get("bypass"):
         lines.append(f"not counted (bypasses ComfyUI's attention hook): {run['bypass']}")
     return lines
+
+
+def _fallback(row: dict[str, Any]) -> str:
+    card = f"{row['card']}: " if row.get("card") else ""
+    return f"{_kind(row)}: {card}{row['role']}: {row['reason']}"
 
 
 def _kind(row: dict[str, Any]) -> str:

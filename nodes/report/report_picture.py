@@ -51,7 +51,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """
     sums: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        path = tuple(row[name] for name in ("role", "backend", "member", "mask", "reason"))
+        role = ", ".join(filter(None, (row["role"], row.get("card"))))
+        path = (role, *(row[name] for name in ("backend", "member", "mask", "reason")))
         sums.setdefault(path, []).append(row)
     cells = []
     for (role, backend, member, mask, reason), same in sums.items():

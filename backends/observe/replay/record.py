@@ -24,14 +24,18 @@ _NUMBERED = re.compile(r"(.*?)(0|[1-9]\d{0,5})")
 
 
 def of_run(run_report: RunReport) -> dict[str, Any] | None:
-    """One sampling run as plain data; None if it was not recorded."""
+    """One sampling run as plain data; None if it was not recorded.
+
+    Where the host divided the model calls over several devices, `card` is the first one, and `cards` has what ran on
+    each of the others, in the same form.
+    """
     recorder = run_report.recorder
     if not isinstance(recorder, RunRecorder):
         return None
     decisions = _decisions(recorder)
     used = {ran["backend"] for decision in decisions for ran in decision["ran"]}
     sparse = any(row.kept for row in run_report.rows.values())
-    kept = of_rows(run_report.as_dict()["rows"]) if sparse else []  # type: ignore[arg-type]  # plain data
+    kept = of_rows(run_report.own_rows()) if sparse else []
     alarms = [row.guard for row in run_report.rows.values() if row.guard is not None and row.guard.alarms]
     return {
         "node_id": run_report.node_id,
@@ -47,6 +51,8 @@ def of_run(run_report: RunReport) -> dict[str, Any] | None:
         "first_alarm": alarms[0].first_alarm if alarms else None,
         "decisions": decisions,
         **({"sparse": kept} if kept else {}),  # what sparse backends kept and gained, for display only
+        **({"card": run_report.card} if run_report.card else {}),
+        **({"cards": [of_run(other) for other in run_report.split.values()]} if run_report.split else {}),
     }
 
 

@@ -31,8 +31,9 @@ class Replay(Chooser):
         """The recorded choice; where the record has none, `choice`, and without the record if a plan follows."""
         if choice.record is None:
             return choice
-        run = choice.record.run_of(self.run_report.node_id)
-        recorded = run.choice(kind.role, kind.block, kind.request, self.run_report.timeline.model_calls + 1)
+        run = choice.record.run_of(self.run_report.node_id, self.run_report.card)
+        number, card = self.run_report.timeline.model_calls + 1, self.run_report.card
+        recorded = run.choice(kind.role, kind.block, kind.request, number, card)
         if recorded is None and not planned:
             return choice
         if planned:
