@@ -18,7 +18,7 @@ from .bench_command import named_only
 from .bench_inputs import device_of
 from .bench_report import CUDNN, SDPA, BenchReport
 from .blocks_command import METHODS
-from .contenders import parse_backends
+from .contenders import parse_backends, split_backends
 from .presets import MASK_KINDS, parse_presets
 from .report import ComparisonError
 
@@ -63,7 +63,7 @@ def choose_backends(text: str, router: Router) -> list[str]:
         ValueError: a name is unknown, is there twice, or is a way to choose.
     """
     if text.strip():
-        return parse_backends(text.split(","))
+        return parse_backends(split_backends(text))
     others = [
         name
         for name, backend in router.backends.items()

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, program: str) -> int:
         import torch  # noqa: F401
     except ImportError as error:
         raise ComparisonError(f"a comparison needs torch, which cannot be imported here: {error}") from error
-    from .contenders import default_backends, parse_backends, router_for
+    from .contenders import default_backends, parse_backends, router_for, split_backends
     from .picture import draw, save
     from .run import compare
     from .scene import Settings
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, program: str) -> int:
     make_folder(options.output)
     with contextlib.redirect_stdout(sys.stderr):  # what packages print while they load is no part of the answer
         router = router_for(settings.device)
-        named = None if options.backends is None else parse_backends(options.backends.split(","))
+        named = None if options.backends is None else parse_backends(split_backends(options.backends))
         backends = named or default_backends(router)
         progress = Progress()
         try:

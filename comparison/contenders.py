@@ -6,7 +6,6 @@ Boundary: `backends/` and torch. Names are strict: no other backend runs instead
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from ..backends.config import AttentionConfig, AttentionSpec
 from ..backends.config.names import AUTO, AUTOTUNE, COMFY, canonical, options_of
 from ..backends.config.text import parse_extra
+from ..backends.config.tokens import at_commas
 from ..backends.engine.plan import CallKind, Slot
 from ..backends.engine.priorities import LAST_RESORT
 from ..backends.engine.router import Router
@@ -74,8 +74,17 @@ def parse_backends(names: Sequence[str]) -> list[str]:
 
 
 def split_backends(text: str) -> list[str]:
-    """The names of a text such as `sdpa_math,sparge_attn topk=0.5`, divided at commas that stand in no brackets."""
-    return re.split(r",(?![^\[{]*[\]}])", text)
+    """The names of a text such as `sdpa_math,sparge_attn topk=0.5`, divided at commas that are not part of a value.
+
+    A value's commas stand in brackets or quotes, or before a digit, as in `dense_layers=0,1`.
+    """
+    found: list[str] = []
+    for piece in at_commas(text):
+        if found and (found[-1].count('"') % 2 or ("=" in found[-1] and piece.lstrip()[:1].isdigit())):
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return found
 
 
 def spec_of(label: str) -> AttentionSpec:

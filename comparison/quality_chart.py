@@ -70,10 +70,11 @@ def draw_quality(report: QualityReport) -> Figure:
     places: list[tuple[float, float]] = []
     for at, line in enumerate(points.values()):
         for x, y, _, computed in line:
-            place = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+            across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
+            place = float(across), float(up)
             if computed is None or any(_is_near(place, other) for other in places):
                 continue  # it would lie on another label
-            places.append((place[0], place[1]))
+            places.append(place)
             axes.annotate(f"{100 * computed:.0f} %", (x, y), (5, 5), textcoords="offset points", fontsize=SMALL,
                           color=COLOURS[at % len(COLOURS)])  # fmt: skip
     axes.tick_params(labelsize=SMALL)

@@ -17,7 +17,7 @@ from ...comparison.bench_chart import draw_benchmark
 from ...comparison.bench_inputs import LARGEST_CACHE
 from ...comparison.bench_run import DTYPES, MASKS, MOST_TOKENS, Asked, measure
 from ...comparison.bench_tables import console
-from ...comparison.contenders import parse_backends
+from ...comparison.contenders import parse_backends, split_backends
 from ...comparison.presets import PRESETS, largest, parse_presets
 from ..configure.selector import CATEGORY
 from ..hook.hook_calls import run_comfy
@@ -84,7 +84,7 @@ class AttentionBenchmark(io.ComfyNode):
             return True
         try:
             if text_of(backends).strip():
-                parse_backends(backends.split(","))
+                parse_backends(split_backends(backends))
         except ValueError as error:
             return str(error)
         return True

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ...backends.measure.error import cosine, relative_l2
 from ...comparison import metrics, picture, tables
-from ...comparison.contenders import parse_backends
+from ...comparison.contenders import parse_backends, split_backends
 from ...comparison.report import ComparisonError, Report
 from ..configure.selector import CATEGORY
 from ..history import graph
@@ -121,7 +121,7 @@ class AttentionCompare(io.ComfyNode):
             return f"cfg {cfg} is not a number from 0 to {MOST_CFG:g}"
         try:
             if isinstance(backends, str) and (names := text_of(backends, DEFAULT_BACKENDS).strip()):
-                parse_backends(names.split(","))
+                parse_backends(split_backends(names))
         except ValueError as error:
             return str(error)
         return True

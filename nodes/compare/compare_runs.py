@@ -15,7 +15,7 @@ from ...backends.config.names import COMFY
 from ...backends.values.errors import NoBackendError
 from ...comparison import tables
 from ...comparison.calls import compare_calls
-from ...comparison.contenders import REFERENCE, RefusedError, parse_backends, spec_of
+from ...comparison.contenders import REFERENCE, RefusedError, parse_backends, spec_of, split_backends
 from ...comparison.report import ComparisonError, Report, Row
 from ...comparison.rounds import Entry, round_robin
 from ..history import runs
@@ -86,7 +86,7 @@ def make_variants(model: Any, backends: str, patched: dict[str, Any]) -> list[Va
 
 def backend_names(backends: str) -> list[str]:
     """The ids that are named, the reference first and what ComfyUI would run second."""
-    names = parse_backends(backends.split(",")) if backends.strip() else [REFERENCE]
+    names = parse_backends(split_backends(backends)) if backends.strip() else [REFERENCE]
     if COMFY not in names:
         names.insert(1, COMFY)
     return names

@@ -338,6 +338,32 @@ def test_names_are_divided_at_commas_outside_brackets() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        'moba_config={"temporal_topk":2,"st_chunk_size":[4,4,4]}',
+        'dense_layers="0,1"',
+        "dense_layers=0-3,38 tau=1.3",
+        "window_size=[3,1,1]",
+    ],
+)
+def test_commas_of_a_value_divide_no_names(options: str) -> None:
+    assert split_backends(f"sdpa_math,first {options},second {options}") == [
+        "sdpa_math",
+        f"first {options}",
+        f"second {options}",
+    ]
+
+
+@pytest.mark.parametrize("command", ["compare", "quality", "bench"])
+def test_every_command_reads_lists_in_its_backends(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backends = "sliding_tile_attn window_size=[3,1,1],no_such_backend"
+    assert main([command, "--backends", backends, "--device", "cpu", "--output", str(tmp_path)]) == 2
+    assert "no_such_backend" in capsys.readouterr().err
+
+
 def test_a_new_run_begins_without_what_methods_kept() -> None:
     routed = Routed(router_for("cpu"), "sparse_video_gen_2_attn svg2_num_q_centroids=4", TokenGrid(2, 4, 4))
     query = torch.randn(2, 1, 32, 8)
