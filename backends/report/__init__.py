@@ -219,10 +219,9 @@ class RunReport:
         self.timeline.steps.settle(window.last)
 
     def collect(self) -> None:
-        """Add the times that are ready, without waiting."""
-        for part in split.parts(self):
-            for clock in part.clocks:
-                clock.collect()
+        """Add the times of this device that are ready, without waiting."""
+        for clock in self.clocks:
+            clock.collect()
 
     def end_of_run(self) -> None:
         """Add all pending times; waits for the devices."""

@@ -273,6 +273,8 @@ class Run:
 
     def _close(self) -> None:
         try:
+            if any(model_call.in_model_call for model_call in self._model_calls.values()):
+                return  # in a thread of a card that ComfyUI no longer waits for, which closes it when it has ended
             for model_call in self._model_calls.values():
                 if model_call.session.guard is not None:
                     model_call.session.guard.flush()

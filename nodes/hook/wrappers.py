@@ -161,7 +161,7 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             run_progress.restore(model_call.session.progress, progress)
         if model_call.in_model_call:  # one inside another, which goes on where it was
             run.others.on_top = on_top
-        if own_run:
+        if own_run or run.over:  # over: the sampler did not wait for this thread
             run.close()
 
 

@@ -7,6 +7,7 @@ prompts of a step is then computed in another thread, with another copy of the m
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
+from attention_backends.backends.observe.guard import Guard  # noqa: E402
 from attention_backends.backends.observe.replay.record import as_record  # noqa: E402
 from attention_backends.backends.values.errors import ConfigError, NoBackendError  # noqa: E402
 from attention_backends.comparison import replay_command  # noqa: E402
@@ -32,6 +34,7 @@ from hook_side import (  # noqa: E402
     marks_left,
     no_environment,
     nodes_module,
+    pass_masks_on,
     sampling,
     selected,
     sites,
@@ -154,6 +157,7 @@ def test_other_families_give_comfyuis_own_result(
 ) -> None:
     import comfy.sd
 
+    pass_masks_on(monkeypatch)  # shortened calls add up in another order
     path = tmp_path / "model.safetensors"
     tiny_sampling.save(tiny_sampling.build(family), family, path)
     other = comfy.sd.load_diffusion_model(str(path))
@@ -297,6 +301,37 @@ def test_what_a_thread_raises_ends_the_run(
         sampled(divided(selected(model, "sdpa_math")), steps=1)
     assert caught.value is raised
     assert last_run()["outcome"]["kind"] == kind
+
+
+def test_a_thread_that_ends_after_the_run_is_closed_then(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one thread has failed, ComfyUI waits 5 seconds for the others, which may take longer."""
+    import comfy.multigpu
+
+    may_end = threading.Event()
+    pools: list[Any] = []
+    monkeypatch.setattr(comfy.multigpu.MultiGPUThreadPool, "shutdown", lambda pool: pools.append(pool))
+
+    def kernel(call: Any) -> torch.Tensor:
+        if card_of_call() == "cpu":
+            raise torch.OutOfMemoryError("no room")
+        assert may_end.wait(20)
+        return sdpa(call)
+
+    flushed: list[str] = []
+    monkeypatch.setattr(Guard, "flush", lambda guard: flushed.append(guard.run_report.card))
+    kernels(monkeypatch, sdpa_math=Kernel("sdpa_math", kernel))
+    patch = nodes_module("hook.patch")
+    with pytest.raises(torch.OutOfMemoryError):
+        sampled(divided(patch.set_default(model, "sdpa_math", accuracy="exact", strict=False, guard="watch")), steps=1)
+    assert flushed.count("cpu") == 2  # when its model call began, and at the end of the run
+    assert flushed.count("cpu:0") == 1
+    del flushed[:]
+    for one in (model, *COPIES):
+        assert marks_left(one.model.diffusion_model) == []
+    may_end.set()
+    _, error = pools[0]._result_queues[torch.device("cpu", 0)].get(timeout=60)
+    assert error is None
+    assert flushed == ["cpu:0"]
 
 
 def record() -> dict[str, Any]:
