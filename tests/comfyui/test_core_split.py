@@ -17,6 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import tiny_sampling  # noqa: E402
+from attention_backends.backends.cards import over  # noqa: E402
 from attention_backends.backends.config.record_reader import read  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
@@ -25,6 +26,7 @@ from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.observe.guard import Guard  # noqa: E402
 from attention_backends.backends.observe.replay.record import as_record  # noqa: E402
 from attention_backends.backends.values.errors import ConfigError, NoBackendError  # noqa: E402
+from attention_backends.backends.values.reasons import Reason  # noqa: E402
 from attention_backends.comparison import replay_command  # noqa: E402
 from guarded_runs import LOSSY, Lossy, sdpa  # noqa: E402
 from hook_side import (  # noqa: E402
@@ -423,6 +425,37 @@ def test_autotune_decides_on_each_card(model: Any) -> None:
         "cpu": 12, "cpu:0": 12
     }  # fmt: skip
     assert run["tuning"]["kinds"] == 2
+
+
+def test_a_sparse_backend_knows_the_step_on_each_card(model: Any) -> None:
+    sampled(divided(configured(model, {"default": {"backend": "subblock_attn", "extra": {"dense_steps": 1}}})), steps=3)
+    found = {(row["card"], row["block"]): row["dense"] for row in last_run()["rows"] if row["role"] == "self"}
+    whole = {"the first 1 steps": 1, "fewer than 4096 tokens": 2}
+    assert found == {(card, f"blocks.{block}"): whole for card in CARDS for block in range(2)}
+
+
+def test_over_gpus_is_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(over, "KINDS", ("cpu",))
+    sampled(divided(configured(model, {"backend": "torch_sdpa", "cards": "all"})), steps=1)
+    off = Reason("cards.off", reason=Reason("cards.core"))
+    assert [note for note in last_run()["notes"] if "calls" not in note] == [off]
+    assert rows(last_run()) == each({("self", "torch_sdpa"): 2, ("cross", "torch_sdpa"): 2})
+
+
+def test_the_report_is_read_while_it_grows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = nodes_module("history.runs")
+    seen: list[tuple[str, set[str]]] = []
+
+    def kernel(call: Any) -> torch.Tensor:
+        live = next(entry for entry in runs.summaries() if entry["state"] == "running")
+        found = runs.find(live["number"])
+        seen.append((live["outcome"]["kind"], {row["card"] for row in found["rows"]}))
+        return sdpa(call)
+
+    kernels(monkeypatch, sdpa_math=Kernel("sdpa_math", kernel))
+    sampled(divided(selected(model, "sdpa_math")))
+    assert {kind for kind, _ in seen} == {"running"}
+    assert seen[-1][1] == set(CARDS)
 
 
 def test_memory_is_asked_for_on_each_card(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
