@@ -6,6 +6,7 @@ Boundary: `backends/` and torch. Names are strict: no other backend runs instead
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import torch
@@ -76,12 +77,15 @@ def parse_backends(names: Sequence[str]) -> list[str]:
 def split_backends(text: str) -> list[str]:
     """The names of a text such as `sdpa_math,sparge_attn topk=0.5`, divided at commas that are not part of a value.
 
-    A value's commas stand in brackets or quotes, or before a digit, as in `dense_layers=0,1`.
+    A value's commas stand in brackets or quotes, or before a digit, as in `dense_layers=0,1`. A comma before `name=` is
+    one between options.
     """
     found: list[str] = []
     for piece in at_commas(text):
         if found and (found[-1].count('"') % 2 or ("=" in found[-1] and piece.lstrip()[:1].isdigit())):
             found[-1] += f",{piece}"
+        elif found and re.match(r"\s*\w+\s*=", piece):
+            found[-1] += f" {piece.strip()}"
         else:
             found.append(piece)
     return found

@@ -32,6 +32,7 @@ from .rounds import Progress
 from .run import quiet, sort_out
 from .scene import Scene, Settings, name_of_weights, picture_of
 
+MOST_PROMPTS = 1000
 INTERRUPTED = "interrupted: the prompts that every backend had finished are shown"
 
 
@@ -56,6 +57,8 @@ class Asked:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ComparisonError(f"prompts {self.prompts} < 1")
+        if self.prompts > MOST_PROMPTS:
+            raise ComparisonError(f"prompts {self.prompts} > {MOST_PROMPTS}")
         if self.frames < 2:
             raise ComparisonError(f"frames {self.frames} < 2: a clip has motion to judge")
         self.settings("", 0)  # says what is wrong with the rest

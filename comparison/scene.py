@@ -22,6 +22,8 @@ from .report import ComparisonError
 
 MODES = ("end_to_end", "one_step", "attention")
 DTYPES = ("float32", "float16", "bfloat16")
+MOST_TOKENS = 2**17
+"""Of self-attention: in a step of so many, the embedded model takes some gigabytes."""
 
 
 BY_SAMPLE = ("with the caption", "without")
@@ -55,6 +57,10 @@ class Settings:
         for name in ("frames", "steps", "repeat"):
             if getattr(self, name) < 1:
                 raise ComparisonError(f"{name} {getattr(self, name)} < 1")
+        tokens = (self.frames // PATCH[0]) * (self.height // PATCH[1]) * (self.width // PATCH[2])
+        if tokens > MOST_TOKENS:
+            size = f"{self.frames} frames of {self.width}x{self.height}"
+            raise ComparisonError(f"{size} are {tokens} tokens > {MOST_TOKENS}: give fewer frames, or smaller ones")
         if self.steps > sampling.TIMESTEPS:
             raise ComparisonError(f"steps {self.steps} > {sampling.TIMESTEPS}")
         if not math.isfinite(self.guidance):

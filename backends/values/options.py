@@ -92,7 +92,7 @@ class Option:
         if wrong := problems(fields, value):
             return f"{self.name}: {'; '.join(wrong)}"
         if missing := [name for name in ("from", "to") if name not in value]:
-            return f"{self.name}: {' and '.join(missing)} not given"
+            return f"{self.name}: {' and '.join(map(repr, missing))} not given"
         start, end = value.get("start", 0), value.get("end", 1)
         if start >= end:  # type: ignore[operator]  # numbers: checked above
             return f"{self.name}: start {start} >= end {end}"

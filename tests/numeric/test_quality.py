@@ -345,6 +345,7 @@ def test_names_are_divided_at_commas_outside_brackets() -> None:
         'dense_layers="0,1"',
         "dense_layers=0-3,38 tau=1.3",
         "window_size=[3,1,1]",
+        "topk=[0.5,0.25] dense_steps=2",
     ],
 )
 def test_commas_of_a_value_divide_no_names(options: str) -> None:
@@ -353,6 +354,26 @@ def test_commas_of_a_value_divide_no_names(options: str) -> None:
         f"first {options}",
         f"second {options}",
     ]
+
+
+def test_commas_may_stand_between_options() -> None:
+    assert split_backends("sparge_attn topk=0.5, dense_steps=2,sol_attn,dense_steps=1") == [
+        "sparge_attn topk=0.5 dense_steps=2",
+        "sol_attn dense_steps=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--frames", "100000"], "100000 frames of 32x32 are 25600000 tokens > 131072"),
+        (["--size", "100000"], "tokens > 131072"),
+        (["--prompts", "99999999999"], "prompts 99999999999 > 1000"),
+    ],
+)
+def test_what_no_memory_holds_is_refused(wrong: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quality", *wrong]) == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["compare", "quality", "bench"])
