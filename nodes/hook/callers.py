@@ -12,6 +12,7 @@ import dis
 import inspect
 import sys
 import textwrap
+import threading
 import types
 import weakref
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ _UNKNOWN, _SELF = object(), object()
 _by_class: weakref.WeakKeyDictionary[type, dict[tuple[Any, ...], tuple[str, ...]]] = weakref.WeakKeyDictionary()
 _learnt: weakref.WeakKeyDictionary[type, tuple[str, ...]] = weakref.WeakKeyDictionary()
 _handed: dict[types.CodeType, bool] = {}
+_parsing = threading.Lock()
 
 
 def calling_methods(module: torch.nn.Module) -> tuple[str, ...]:
@@ -215,9 +217,21 @@ def _calls_what_it_is_handed(function: types.FunctionType) -> bool:
     return _handed[code]
 
 
+def _parsed(source: str) -> ast.Module:
+    """The tree of a source. Python 3.11 may raise SystemError where several threads parse, as those of two cards do.
+
+    See https://github.com/python/cpython/issues/106905.
+    """
+    with _parsing:
+        try:
+            return ast.parse(source)
+        except SystemError:  # the other thread is not ours
+            return ast.parse(source)
+
+
 def _reads_a_handed_call(function: types.FunctionType) -> bool:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = _parsed(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, IndentationError):  # no source: the first call tells
         return False
     code = function.__code__

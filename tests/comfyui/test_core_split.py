@@ -6,6 +6,7 @@ prompts of a step is then computed in another thread, with another copy of the m
 
 from __future__ import annotations
 
+import ast
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -432,6 +433,24 @@ def test_a_sparse_backend_knows_the_step_on_each_card(model: Any) -> None:
     found = {(row["card"], row["block"]): row["dense"] for row in last_run()["rows"] if row["role"] == "self"}
     whole = {"the first 1 steps": 1, "fewer than 4096 tokens": 2}
     assert found == {(card, f"blocks.{block}"): whole for card in CARDS for block in range(2)}
+
+
+def test_code_is_read_again_after_pythons_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    callers, parse = nodes_module("hook.callers"), ast.parse
+    failed: list[str] = []
+
+    def fails_once(source: str) -> ast.Module:
+        if not failed:
+            failed.append(source)
+            raise SystemError("AST constructor recursion depth mismatch (before=60, after=54)")
+        return parse(source)
+
+    def function(self: Any, attention: Any) -> Any:
+        return attention(1, 2, 3)
+
+    monkeypatch.setattr(ast, "parse", fails_once)
+    assert callers._calls_what_it_is_handed(function)
+    assert failed
 
 
 def test_over_gpus_is_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
