@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -48,54 +49,89 @@ def why_no_browser() -> str | None:
 
 
 @contextmanager
-def open_comfyui(url: str, profile: Path, settings: dict[str, Any] | None = None, width: int = 1600) -> Iterator[Any]:
-    """A page with the front end ready.
+def open_comfyui(url: str, settings: dict[str, Any] | None = None, width: int = 1600) -> Iterator[Any]:
+    """A page with the front end ready, in a profile that has nothing of the pages before but the browser's caches.
 
     `page.problems` holds console errors, with their address, page errors, and what was said to be deprecated, with
     the scripts that used it; `ours` picks those of this pack.
     settings: front-end settings (`Comfy.VueNodes.Enabled`, ...) stored before the page loads.
     """
-    executable = next(path for path in map(shutil.which, BROWSERS) if path)
-    view = {"width": width, "height": width * 9 // 16}
-    with _playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            str(profile), executable_path=executable, args=FLAGS, viewport=view
-        )
-        try:
-            page = context.new_page()
-            page.problems = []
-            page.on("console", lambda message: message.type == "error" and page.problems.append(_with_address(message)))
-            page.on("pageerror", lambda error: page.problems.append(str(error)))
-            _watch_deprecated(page)
-            page.request.post(f"{url}/settings", data={**SETTINGS, **(settings or {})})
-            page.add_init_script(NO_BLUEPRINTS)
-            page.goto(url)
-            page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
-            page.evaluate("() => { window.LiteGraph.alwaysRepeatWarnings = true }")  # else ComfyUI's own hides ours
-            page.wait_for_timeout(1500)
-            for _ in range(3):
-                page.keyboard.press("Escape")
-            yield page
-        finally:
+    context = _open_browser()
+    usable = False
+    try:
+        page = context.new_page()
+        page.set_viewport_size({"width": width, "height": width * 9 // 16})
+        page.problems = []
+        page.on("console", lambda message: message.type == "error" and page.problems.append(_with_address(message)))
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        _watch_deprecated(page)
+        page.request.post(f"{url}/settings", data={**SETTINGS, **(settings or {})})
+        page.add_init_script(NO_BLUEPRINTS)
+        page.goto(url)
+        page.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
+        page.evaluate("() => { window.LiteGraph.alwaysRepeatWarnings = true }")  # else ComfyUI's own hides ours
+        page.wait_for_timeout(1500)
+        for _ in range(3):
+            page.keyboard.press("Escape")
+        yield page
+        _empty(context, url)
+        usable = True
+    finally:
+        if usable:
+            _idle.append(context)
+        else:
+            _running.remove(context)
             context.close()
 
 
-_open: list[Any] = []
-"""The one Playwright of this process, as often as pages of it are open: a thread can have no second one."""
+_playwright: list[Any] = []
+"""The one Playwright of this process, once it was started: a thread can have no second one."""
+_running: list[Any] = []
+"""Every browser that is running. Starting one and loading the front end anew takes several seconds of a core."""
+_idle: list[Any] = []
+"""Those without a page of a test."""
 
 
-@contextmanager
-def _playwright() -> Iterator[Any]:
-    """Stopped with the last page: while it runs, nothing else in the thread can run an event loop."""
+def _open_browser() -> Any:
+    """A browser with a temporary profile and an empty page, which no other page of a test uses."""
     from playwright.sync_api import sync_playwright
 
-    _open.append(_open[0] if _open else sync_playwright().start())
-    try:
-        yield _open[0]
-    finally:
-        one = _open.pop()
-        if not _open:
-            one.stop()
+    if not _idle:
+        if not _playwright:
+            _playwright.append(sync_playwright().start())
+        executable = next(path for path in map(shutil.which, BROWSERS) if path)
+        context = _playwright[0].chromium.launch_persistent_context("", executable_path=executable, args=FLAGS)
+        _running.append(context)
+        _idle.append(context)
+    return _idle.pop()
+
+
+def _empty(context: Any, url: str) -> None:
+    """Closes the pages of a test and deletes what they stored; the browser's own page stays open."""
+    own, *pages = context.pages
+    for page in pages:
+        page.close()
+    context.set_offline(False)
+    context.clear_cookies()
+    session = context.new_cdp_session(own)
+    session.send("Storage.clearDataForOrigin", {"origin": url, "storageTypes": "all"})
+    session.detach()
+
+
+def close_browsers() -> None:
+    """Ends browsers that no test uses, and with the last one Playwright.
+
+    While it runs, nothing else in the thread can run an event loop.
+    """
+    while _idle:
+        context = _idle.pop()
+        _running.remove(context)
+        context.close()
+    if _playwright and not _running:
+        _playwright.pop().stop()
+
+
+atexit.register(close_browsers)  # of a script; tests/conftest.py calls it between tests
 
 
 def _with_address(message: Any) -> str:

@@ -38,6 +38,8 @@ def _load_package() -> None:
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each process has its core; before torch counts them
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests start hundreds of processes; with this variable each of them would compile the pack and ComfyUI anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # `python -m pytest` puts the working folder on the path; "" means the working folder too.
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != str(ROOT)]
 _load_package()
@@ -96,6 +98,15 @@ def tiny_models_server() -> Iterator[Any]:
     environ = {"ATTENTION_BACKENDS_TESTS": str(ROOT / "tests")}
     with start_server(extra_nodes=nodes, flags=["--use-pytorch-cross-attention"], environ=environ) as running:
         yield running
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A browser stays open from test to test, but not while others run: they may need an event loop."""
+    if item.get_closest_marker("browser") and not (nextitem and nextitem.get_closest_marker("browser")):
+        from browser import close_browsers
+
+        close_browsers()
 
 
 def _why_no_cuda() -> str | None:

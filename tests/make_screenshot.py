@@ -6,9 +6,7 @@ python tests/make_screenshot.py        needs ComfyUI, playwright and Chromium
 from __future__ import annotations
 
 import sys
-import tempfile
 from io import BytesIO
-from pathlib import Path
 
 import conftest  # noqa: F401  (loads the package from this folder)
 from browser import open_comfyui
@@ -58,9 +56,8 @@ def workflow() -> dict[str, dict[str, object]]:
 def main() -> int:
     settings = {**QUIET, "Comfy.VueNodes.Enabled": True, "Comfy.Workflow.WorkflowTabsPosition": "Topbar"}
     with (
-        tempfile.TemporaryDirectory() as profile,
         start_server(extra_nodes=()) as server,
-        open_comfyui(server.url, Path(profile), settings, width=WIDTH) as page,
+        open_comfyui(server.url, settings, width=WIDTH) as page,
     ):
         page.evaluate("async (graph) => { await window.app.loadApiJson(graph, 'picture') }", workflow())
         page.wait_for_timeout(500)

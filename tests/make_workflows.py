@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -91,9 +90,8 @@ def write_ui_form(names: list[str]) -> None:
             (folder / "models" / file).touch()
 
     with (
-        tempfile.TemporaryDirectory() as profile,
         start_server(extra_nodes=(), fill=fill) as server,
-        open_comfyui(server.url, Path(profile), QUIET, width=2400) as page,
+        open_comfyui(server.url, QUIET, width=2400) as page,
     ):
         for name, graph in graphs.items():
             saved = arrange(page, name, graph)

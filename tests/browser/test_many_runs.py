@@ -9,7 +9,6 @@ import gc
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -262,8 +261,8 @@ def counters(page: Any) -> dict[str, int]:
 @pytest.mark.comfy
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
-def test_the_page_does_not_grow_with_runs(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_the_page_does_not_grow_with_runs(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         load_workflow(page, workflow(steps=2))
         account = run_workflow(page, server)
         panel = open_tab(page)

@@ -82,7 +82,7 @@ def template() -> dict[str, Any]:
 @RENDERERS
 def test_a_run_changes_no_size(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     """Not of a node that was saved without room for the line, made small by hand, collapsed, or new."""
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         load_workflow(page, workflow())
         changes = (("saved", 1), ("small", 2), ("collapsed", 1))
         for number, (change, lines) in enumerate(changes):
@@ -119,11 +119,11 @@ TYPED = """() => {
 }"""
 
 
-def test_a_widget_of_another_pack_keeps_its_value(server: Server, tmp_path: Path) -> None:
+def test_a_widget_of_another_pack_keeps_its_value(server: Server) -> None:
     """Behind ours, which are not saved: the front end saves a gap for each and does not expect it when it loads."""
     own = next(node for node in workflow()["nodes"] if node["type"] == "AttentionBackendSelector")["widgets_values"]
     own = [*own, ""][:6]  # a graph from before there were options has five
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+    with open_comfyui(server.url) as page:
         page.evaluate(OTHER_PACK)
         load_workflow(page, workflow())
         saved = page.evaluate(TYPED)
@@ -143,7 +143,7 @@ WARNS = """[...window.app.graph.subgraphs.values()][0].nodes
   .find((one) => one.name === 'attention_backends_line').element.textContent.includes('cannot run here')"""
 
 
-def test_a_warning_goes_when_the_backend_can_run(server: Server, tmp_path: Path) -> None:
+def test_a_warning_goes_when_the_backend_can_run(server: Server) -> None:
     """After a restart of the server, after "Ask again", and after a setting of the server: without a reload."""
     able = [False]
 
@@ -153,7 +153,7 @@ def test_a_warning_goes_when_the_backend_can_run(server: Server, tmp_path: Path)
             foreseen.update(takes=foreseen["backend"], reasons=[])
         route.fulfill(json=foreseen)
 
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+    with open_comfyui(server.url) as page:
         page.route("**/attention_backends/forecast?*", answer)
         load_workflow(page, workflow(backend="cudnn_attn"))
         page.evaluate(PACKED)  # into a subgraph, whose nodes are not in the graph that is shown
@@ -198,8 +198,8 @@ CONTRASTS = """async ([line, palette]) => {
 """Of a line's text to the ground of a node, as WCAG 2 has it: 4.5 is what small text needs."""
 
 
-def test_a_line_can_be_read_in_both_themes(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_a_line_can_be_read_in_both_themes(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         load_workflow(page, workflow(steps=15))
         page.get_by_text("torch_sdpa runs here").wait_for(timeout=20_000)
         will = {palette: page.evaluate(CONTRASTS, [SAID, palette]) for palette in ("dark", "light")}
@@ -228,14 +228,14 @@ OFFERED = """() => JSON.stringify([...document.querySelectorAll('#attention_back
   .map(({ value }) => value)) === '["self","cross"]'"""
 
 
-def test_a_role_that_brings_another_backend_brings_its_warning(server: Server, tmp_path: Path) -> None:
+def test_a_role_that_brings_another_backend_brings_its_warning(server: Server) -> None:
     """The settings have a backend for each role: a new node takes it as soon as its role is chosen.
 
     And only roles of the connected model are offered, which is found through two models on one selector, LoRAs, a
     shift, and a subgraph.
     """
     setting, address = "AttentionBackends.NewNodes.Self", f"/extensions/{ROOT.name}/model_of.js"
-    with open_comfyui(server.url, tmp_path / "profile", {setting: "cudnn_attn", NODES_2: True}) as page:
+    with open_comfyui(server.url, {setting: "cudnn_attn", NODES_2: True}) as page:
         load_workflow(page, template())
         high, low = (f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors" for noise in ("high", "low"))
         assert page.evaluate(MODELS, address) == [high, high, low]
@@ -321,7 +321,7 @@ def test_three_clicks_and_one_queue(server: Server, tmp_path: Path, nodes_2: boo
     The kernel is the emulation of INT8 attention, as SageAttention runs on no CPU. After that what holds no more goes,
     and what holds again comes back.
     """
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         ran = three_clicks_and_one_queue(page, nodes_2)
         page.screenshot(path=keep(tmp_path, f"line_three_clicks_{nodes_2}.png"))
         for change, back in (
@@ -337,9 +337,9 @@ def test_three_clicks_and_one_queue(server: Server, tmp_path: Path, nodes_2: boo
 
 @pytest.mark.slow
 @RENDERERS
-def test_a_line_after_a_reload_and_while_a_run_goes_on(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+def test_a_line_after_a_reload_and_while_a_run_goes_on(server: Server, nodes_2: bool) -> None:
     """A run that came from ComfyUI's cache, bypassed, of thousands of steps, and cancelled."""
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         three_clicks_and_one_queue(page, nodes_2)
         for _ in range(2):  # the opened template draws a new seed after each run, which is one more run
             page.evaluate("async () => { await window.app.queuePrompt(0) }")
@@ -440,7 +440,7 @@ def test_no_text_leaves_its_line(server: Server, tmp_path: Path, nodes_2: bool) 
         {**FORESEEN, "kind": "named", "backend": LONG, "takes": None, "reasons": [LONG, LONG]},
     ]  # fmt: skip
     ran = [RAN, {**RAN, "fallbacks": 1600}, {**RAN, "outcome": refused}]
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}, width=1800) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}, width=1800) as page:
         page.evaluate("() => window.app.graph.clear()")
         page.evaluate(LANGUAGES, [f"/extensions/{ROOT.name}", foreseen, ran])
         page.wait_for_timeout(1500)

@@ -70,7 +70,7 @@ def test_everything_works_in_it(old: tuple[str, Server], nodes_2: bool, tmp_path
         for kind, described in server.get("/object_info").items()
         if kind in nodes
     }
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         assert page.evaluate("() => window.__COMFYUI_FRONTEND_VERSION__") == version
         assert page.evaluate(TITLES, list(nodes)) == list(nodes.values())
 

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import re
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from panel_pictures import keep
 from server_harness import ROOT
 from syrupy.assertion import SnapshotAssertion
 from test_web import words
-from workflow_graphs import Graph, embedded, ksampler
+from workflow_graphs import EMBEDDED, Graph, embedded, ksampler
 
 pytestmark = [
     pytest.mark.comfy,
@@ -40,8 +42,8 @@ CANVAS_IS_SLOW = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def one_page(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with open_comfyui(server.url, tmp_path_factory.mktemp("profile")) as opened:
+def one_page(server: Server) -> Iterator[Any]:
+    with open_comfyui(server.url) as opened:
         yield opened
 
 
@@ -90,6 +92,33 @@ def run_workflow(page: Any, server: Server) -> dict[str, Any]:
     raise WorkflowError(server.tail())
 
 
+@contextmanager
+def waiting(server: Server) -> Iterator[None]:
+    """What is queued in the block waits until its end, behind a run that is interrupted then."""
+    graph = Graph("")
+    model, settings = embedded(graph)
+    sampled = ksampler(graph, graph.selector(model, "torch_sdpa"), **settings, **{**EMBEDDED, "steps": 10_000})
+    graph.add("PreviewImage", images=graph.add("TinyShapesImage", samples=sampled, scale=1))
+    before = server.queue(graph.nodes)
+    while not any(run["state"] == "running" for run in server.get("/attention_backends/runs")["runs"]):
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        server.post("/interrupt", {"prompt_id": before})
+
+
+def done(page: Any, server: Server, steps: int) -> dict[str, Any]:
+    """The newest run, as soon as it is one of so many steps that has ended."""
+    newest: dict[str, Any] = {}
+    for _ in range(600):
+        newest = server.get("/attention_backends/runs")["runs"][0]
+        if newest["steps"] == steps and newest["state"] == "done":
+            break
+        page.wait_for_timeout(100)
+    return newest
+
+
 def told_run(page: Any, calls: int) -> Any:
     """The line of a node whose run of `workflow` had so many calls of each role."""
     return page.locator(f"{LINE}[title^='self torch_sdpa {calls} calls, cross sdpa_math {calls}']")
@@ -118,7 +147,7 @@ def barriers(page: Any) -> list[str]:
 @CANVAS_IS_SLOW
 def test_a_run_is_shown_as_the_server_counted_it(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     steps = 6 if nodes_2 else 5
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         load_workflow(page, workflow(steps=steps))
         saved = page.evaluate(SAVED)
         prompt = page.evaluate("async () => JSON.stringify((await window.app.graphToPrompt()).output)")
@@ -167,7 +196,7 @@ def test_every_node_has_a_help_page(server: Server, tmp_path: Path) -> None:
     """ComfyUI asks for a page in the language that is set first: one that is missing would be an error of ours."""
     nodes = server.get("/object_info").items()
     types = [name for name, node in nodes if node["python_module"].endswith(ROOT.name) and not node.get("deprecated")]
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+    with open_comfyui(server.url) as page:
         asked: list[str] = []
         page.on("response", lambda answer: "/docs/" in answer.url and asked.append(f"{answer.status} {answer.url}"))
         for kind in types:
@@ -209,7 +238,7 @@ CHOOSE = """(backend) => {
 def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_path: Path, nodes_2: bool) -> None:
     """No snapshots: that of a variant behind `slow` would be called unused, which ends a whole run as failed."""
     needs = "needs an NVIDIA GPU (this is a CPU)"
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         steps = 4 + nodes_2  # the second time nothing may come from the cache
         load_workflow(page, workflow(backend="cudnn_attn", steps=steps))
         line = page.locator(f"{SAID}[title^=cudnn_attn]")
@@ -240,23 +269,20 @@ def test_a_backend_that_cannot_run_is_said_before_queueing(server: Server, tmp_p
 
 
 @CANVAS_IS_SLOW
-def test_a_line_stays_with_the_workflow_that_queued_it(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+def test_a_line_stays_with_the_workflow_that_queued_it(server: Server, nodes_2: bool) -> None:
     """Two open workflows with the same node ids, and the same id of their graphs, as copies of a template have them."""
     switch = """async (step) => {
       const before = window.app.extensionManager.workflow.activeWorkflow.path
       await window.app.extensionManager.command.execute(`Workspace.${step}OpenedWorkflow`)
       return before !== window.app.extensionManager.workflow.activeWorkflow.path
     }"""
-    steps = 40 + nodes_2
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
-        load_workflow(page, workflow(steps=steps))
-        page.evaluate("async () => { await window.app.queuePrompt(0) }")
-        load_workflow(page, workflow(steps=2))  # a second tab, while the first one's run goes on
-        for _ in range(600):
-            newest = server.get("/attention_backends/runs")["runs"][:1]
-            if newest and newest[0]["steps"] == steps and newest[0]["state"] == "done":
-                break
-            page.wait_for_timeout(100)
+    steps = 17 + nodes_2
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+        with waiting(server):
+            load_workflow(page, workflow(steps=steps))
+            page.evaluate("async () => { await window.app.queuePrompt(0) }")
+            load_workflow(page, workflow(steps=2))  # a second tab, before the first one's run
+        done(page, server, steps)
         page.wait_for_timeout(1500)
         assert page.locator(LINE).all_inner_texts() == []
         assert page.evaluate(switch, "Previous")
@@ -527,8 +553,8 @@ TUNED = """async (base) => {
 }"""
 
 
-def test_two_tabs_a_cancelled_run_and_live_figures(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_two_tabs_a_cancelled_run_and_live_figures(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         other = page.context.new_page()
         other.goto(server.url)
         other.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
@@ -563,8 +589,8 @@ def test_two_tabs_a_cancelled_run_and_live_figures(server: Server, tmp_path: Pat
         assert ours(page) == []
 
 
-def test_it_comes_back_after_the_connection_was_lost(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_it_comes_back_after_the_connection_was_lost(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         load_workflow(page, workflow(steps=2))
         run_workflow(page, server)
         panel = open_tab(page)
@@ -588,30 +614,26 @@ def test_it_comes_back_after_the_connection_was_lost(server: Server, tmp_path: P
         assert ours(page) == []
 
 
-def test_a_run_that_ends_while_the_connection_is_lost_is_told(server: Server, tmp_path: Path) -> None:
-    steps = 240  # so many that it goes on when the connection goes, on any machine
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_a_run_that_ends_while_the_connection_is_lost_is_told(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         load_workflow(page, workflow(steps=14))
         run_workflow(page, server)
         page.locator(LINE).wait_for(timeout=20_000)
         panel = open_tab(page)
-        load_workflow(page, workflow(steps=steps))
-        page.evaluate("async () => { await window.app.queuePrompt(0) }")
-        panel.locator(".ab-running").wait_for(timeout=20_000)
-        page.context.set_offline(True)
-        page.evaluate("() => window.app.api.socket.close()")
-        for _ in range(1200):
-            newest = server.get("/attention_backends/runs")["runs"][0]
-            if newest["state"] == "done":
-                break
-            page.wait_for_timeout(100)
-        assert (newest["steps"], newest["state"]) == (steps, "done")
+        with waiting(server):  # however slow the machine is, the run is not over when the connection goes
+            load_workflow(page, workflow(steps=16))
+            page.evaluate("async () => { await window.app.queuePrompt(0) }")
+            panel.locator(".ab-running").wait_for(timeout=20_000)
+            page.context.set_offline(True)
+            page.evaluate("() => window.app.api.socket.close()")
+        newest = done(page, server, 16)
+        assert (newest["steps"], newest["state"]) == (16, "done")
         page.wait_for_timeout(1500)
         assert page.locator(f"{LINE}[title*=' calls']").count() == 0  # it says what it knew when the connection went
         page.context.set_offline(False)
-        told_run(page, 4 * steps).wait_for(timeout=30_000)
+        told_run(page, 4 * 16).wait_for(timeout=30_000)
         panel.locator(".ab-running").wait_for(state="detached", timeout=20_000)
-        assert {int(row[3]) for row in table(panel)} == {4 * steps}
+        assert {int(row[3]) for row in table(panel)} == {4 * 16}
 
 
 LABEL = "an_attention_role_with_a_name_of_more_than_sixty_letters_in_one"
@@ -631,7 +653,7 @@ def test_it_looks_right_in_light_and_dark(server: Server, tmp_path: Path, palett
     """At 100 % zoom nothing is cut off or off the screen, also with a long label; and everything has contrast."""
     settings = {"Comfy.ColorPalette": palette, "Comfy.Locale": language}
     steps = 7 + 4 * (palette == "light") + ("en", "zh", "ja", "ko").index(language)
-    with open_comfyui(server.url, tmp_path / "profile", settings) as page:
+    with open_comfyui(server.url, settings) as page:
         load_workflow(page, workflow(backend="cudnn_attn", steps=steps))
         run_workflow(page, server)
         page.route("**/attention_backends/runs**", plant)
@@ -753,7 +775,7 @@ def test_nodes_tooltips_help_and_settings_are_whole(
         "Comfy.ColorPalette": palette, "Comfy.Locale": language, "Comfy.VueNodes.Enabled": True,
         "LiteGraph.Node.TooltipDelay": 0, "Comfy.Node.AlwaysShowAdvancedWidgets": True,
     }  # fmt: skip
-    with open_comfyui(server.url, tmp_path / "profile", settings) as page:
+    with open_comfyui(server.url, settings) as page:
         page.route("**/attention_backends/forecast?*", planted)
         page.route("**/attention_backends/settings", planted)
         page.reload()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from attention_backends.devtools.server import Server
 from browser import open_comfyui, ours, why_no_browser
@@ -45,8 +43,8 @@ SHOWN_AGAIN = """async ([base, run]) => {
 }"""
 
 
-def test_newer_figures_leave_the_table_and_the_picture_where_they_are(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_newer_figures_leave_the_table_and_the_picture_where_they_are(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         run = {**synthetic(200), "state": "running"}
         before, after, then = page.evaluate(SHOWN_AGAIN, [f"/extensions/{ROOT.name}", run])
         assert before["scrolled"] == 120

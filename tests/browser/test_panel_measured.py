@@ -117,8 +117,8 @@ def test_a_damaged_file_is_set_aside_and_said(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def panel_page(running: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with open_comfyui(running.url, tmp_path_factory.mktemp("profile")) as page:
+def panel_page(running: Server) -> Iterator[Any]:
+    with open_comfyui(running.url) as page:
         open_tab(page)
         yield page
 

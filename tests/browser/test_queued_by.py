@@ -418,7 +418,7 @@ def marks(prompt: dict[str, Any]) -> dict[str, str]:
 @browser
 @CANVAS_IS_SLOW
 def test_a_page_leaves_the_mark_nowhere(server: Server, tmp_path: Path, nodes_2: bool) -> None:
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         prompts = sent(page)
         load_workflow(page, workflow(steps=12 + nodes_2))
         before = [page.evaluate(script) for script in (EXPORTED, SAVED, MODIFIED)]
@@ -473,9 +473,9 @@ MUTE = """(mode) => {
 @pytest.mark.comfy
 @pytest.mark.browser
 @browser
-def test_every_node_of_a_workflow_brings_one_mark(server: Server, tmp_path: Path) -> None:
+def test_every_node_of_a_workflow_brings_one_mark(server: Server) -> None:
     """A batch, copies, undo, a bypassed node, and a node in a subgraph."""
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": True}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": True}) as page:
         prompts = sent(page)
         load_workflow(page, workflow(steps=8))
         page.evaluate(QUEUE, 2)
@@ -514,10 +514,10 @@ def test_every_node_of_a_workflow_brings_one_mark(server: Server, tmp_path: Path
 @pytest.mark.comfy
 @pytest.mark.browser
 @browser
-def test_a_request_that_failed_leaves_no_mark(server: Server, tmp_path: Path) -> None:
+def test_a_request_that_failed_leaves_no_mark(server: Server) -> None:
     """In a node that was bypassed, or in a subgraph that was, and is in the next export."""
     bypassed = """([found, mode]) => { window.app.graph.nodes.find((node) => eval(found)).mode = mode }"""
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+    with open_comfyui(server.url) as page:
         prompts = sent(page)
         load_workflow(page, workflow(steps=8))
         page.route("**/prompt", lambda route: route.fulfill(status=500, body="{}"))

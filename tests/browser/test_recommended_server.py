@@ -77,7 +77,7 @@ def test_the_input_and_the_route(server: Server) -> None:
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
 def test_the_line_on_the_node_offers_it(server: Server, tmp_path: Path, snapshot: SnapshotAssertion) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+    with open_comfyui(server.url) as page:
         off = graph(tmp_path / "line.pt", guard="watch", recommended=False)  # new nodes have it on
         page.evaluate("(graph) => window.app.loadApiJson(graph, 'tiny')", off)
         page.wait_for_timeout(500)

@@ -178,11 +178,9 @@ def test_a_script_that_leaves_no_place_for_it_is_told(server: Server) -> None:
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
 @CANVAS_IS_SLOW
-def test_the_front_end_connects_it_and_its_pictures_have_the_record(
-    server: Server, tmp_path: Path, nodes_2: bool
-) -> None:
+def test_the_front_end_connects_it_and_its_pictures_have_the_record(server: Server, nodes_2: bool) -> None:
     workflow = Workflow(60 + nodes_2, selector("sdpa_math"))
-    with open_comfyui(server.url, tmp_path, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         page.evaluate("async (nodes) => { await window.app.loadApiJson(nodes, 'made') }", workflow.nodes)
         page.wait_for_timeout(500)
         # The front end takes links away that it thinks do not fit.

@@ -117,9 +117,9 @@ def searched(page: Any, words: str) -> list[str]:
     return found
 
 
-def test_the_selector_is_found_and_serves_two_models(server: Server, tmp_path: Path) -> None:
+def test_the_selector_is_found_and_serves_two_models(server: Server) -> None:
     saved = json.loads(ui_file("per_role").read_text(encoding="utf-8"))
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+    with open_comfyui(server.url) as page:
         for words, most in SEARCHED.items():
             found = searched(page, words)[:most]
             assert [text for text in found if "Attention Backend Selector" in text], (words, found)
@@ -148,13 +148,13 @@ def choose(page: Any, values: dict[str, Any]) -> None:
 
 
 @CANVAS_IS_SLOW
-def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+def test_settings_seed_new_nodes_and_no_others(server: Server, nodes_2: bool) -> None:
     saved = json.loads(ui_file("per_role").read_text(encoding="utf-8"))
     groups = server.get("/object_info/AttentionBackendSelector")["AttentionBackendSelector"]["input"]
     inputs = {**groups["required"], **groups["optional"]}
     names = ("backend", "accuracy", "strict", "guard", "recommended")
     backend, *defaults = [inputs[name][1]["default"] for name in names]
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         load_workflow(page, saved)
         before, *values = page.evaluate(ADD, "AttentionBackendSelector")
         # Nothing was chosen yet. Exceptions are on in a new node; a graph that says nothing of them has them off.
@@ -209,7 +209,7 @@ def test_settings_seed_new_nodes_and_no_others(server: Server, tmp_path: Path, n
 
 def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tmp_path: Path) -> None:
     kept = server.folder / "user" / "attention_backends.json"
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+    with open_comfyui(server.url) as page:
         page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
         dialog = page.get_by_role("dialog")
         dialog.wait_for()
@@ -240,9 +240,9 @@ def test_the_panel_shows_the_settings_and_changes_the_machine(server: Server, tm
 
 
 @CANVAS_IS_SLOW
-def test_a_changed_setting_holds_for_the_next_run(server: Server, tmp_path: Path, nodes_2: bool) -> None:
+def test_a_changed_setting_holds_for_the_next_run(server: Server, nodes_2: bool) -> None:
     steps = 5 + nodes_2  # the second time nothing may come from the cache
-    with open_comfyui(server.url, tmp_path / "profile", {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+    with open_comfyui(server.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         load_workflow(page, workflow(steps=steps))
         assert len(run_workflow(page, server)["windows"]) == steps
         panel = open_tab(page)
@@ -273,11 +273,11 @@ def test_a_changed_setting_holds_for_the_next_run(server: Server, tmp_path: Path
         assert ours(page) == []
 
 
-def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
+def test_a_variable_that_holds_a_setting_is_said() -> None:
     held = {"ATTENTION_BACKENDS_HUB": "1", "ATTENTION_BACKENDS_TRACE": "sampled"}
     with (
         start_server(extra_nodes=(), environ=held) as server,
-        open_comfyui(server.url, tmp_path / "profile") as page,
+        open_comfyui(server.url) as page,
     ):
         page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")
         dialog = page.get_by_role("dialog")
@@ -298,8 +298,8 @@ def test_a_variable_that_holds_a_setting_is_said(tmp_path: Path) -> None:
         assert [settings[name]["value"] for name in ("hub", "trace", "log_level")] == [True, "sampled", ""]
 
 
-def test_command_key_menu_and_badge(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_command_key_menu_and_badge(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         page.keyboard.press("Alt+Shift+A")
         page.locator(".attention-backends").wait_for(timeout=10_000)
         page.evaluate("async () => { await window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog') }")

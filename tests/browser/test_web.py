@@ -158,8 +158,8 @@ export const use = { menu, unload: () => addEventListener('unload', () => {}), s
 @pytest.mark.comfy
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
-def test_every_browser_test_sees_what_is_deprecated(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path / "profile") as page:
+def test_every_browser_test_sees_what_is_deprecated(server: Server) -> None:
+    with open_comfyui(server.url) as page:
         assert ours(page) == []
         page.route("**/probe.js", lambda route: route.fulfill(body=DEPRECATED, content_type="text/javascript"))
         for pack, part, count in (("x", "menu", 0), (ROOT.name, "menu", 1), (ROOT.name, "unload", 1), ("x", "shim", 1)):

@@ -338,8 +338,8 @@ def opened_as_template(page: Any, name: str) -> float:
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
 @pytest.mark.parametrize("nodes_2", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["canvas", "nodes_2.0"])
-def test_every_workflow_opens_in_the_front_end(server_with_files: Server, tmp_path: Path, nodes_2: bool) -> None:
-    with open_comfyui(server_with_files.url, tmp_path, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
+def test_every_workflow_opens_in_the_front_end(server_with_files: Server, nodes_2: bool) -> None:
+    with open_comfyui(server_with_files.url, {"Comfy.VueNodes.Enabled": nodes_2}) as page:
         assert bool(page.evaluate("() => window.LiteGraph.vueNodesMode")) is nodes_2
         for name in WORKFLOWS:
             load_workflow(page, saved(name))
@@ -380,8 +380,8 @@ def test_every_workflow_opens_in_the_front_end(server_with_files: Server, tmp_pa
 @pytest.mark.comfy
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
-def test_the_dialog_lists_them_in_order_and_the_comparison_runs(server: Server, tmp_path: Path) -> None:
-    with open_comfyui(server.url, tmp_path, {"Comfy.Templates.SortBy": "alphabetical"}) as page:
+def test_the_dialog_lists_them_in_order_and_the_comparison_runs(server: Server) -> None:
+    with open_comfyui(server.url, {"Comfy.Templates.SortBy": "alphabetical"}) as page:
         page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         dialog = page.get_by_role("dialog")
         dialog.get_by_text(ROOT.name, exact=True).click()

@@ -284,10 +284,10 @@ def test_a_page_gives_the_names_that_the_node_shows(language: str) -> None:
 @pytest.mark.browser
 @pytest.mark.skipif(why_no_browser() is not None, reason=f"browser: {why_no_browser()}")
 @pytest.mark.parametrize(("setting", "shown"), [("zh", "zh"), ("fr", "en")])
-def test_the_front_end_shows_names_and_help(server: Server, tmp_path: Path, setting: str, shown: str) -> None:
+def test_the_front_end_shows_names_and_help(server: Server, setting: str, shown: str) -> None:
     """A language that has no texts of ours, such as French, gets the English ones."""
     texts = read(shown, "nodeDefs")["AttentionReport"]
-    with open_comfyui(server.url, tmp_path, {"Comfy.Locale": setting}) as front_end:
+    with open_comfyui(server.url, {"Comfy.Locale": setting}) as front_end:
         title, outputs = front_end.evaluate(
             """() => {
               const node = window.LiteGraph.createNode('AttentionReport')
