@@ -86,7 +86,7 @@ def test_a_run_changes_no_size(server: Server, tmp_path: Path, nodes_2: bool) ->
         load_workflow(page, workflow())
         changes = (("saved", 1), ("small", 2), ("collapsed", 1))
         for number, (change, lines) in enumerate(changes):
-            page.evaluate(CHANGE, [change, 20 + 2 * number + nodes_2])
+            page.evaluate(CHANGE, [change, 5 + 2 * number + nodes_2])
             before = ["", *(settled(page) for _ in range(2))]
             while before[-1] != before[-2]:  # Nodes 2.0 are measured after they are drawn
                 before.append(settled(page))
