@@ -108,6 +108,9 @@ def main(argv: list[str], program: str = "python -m attention_backends") -> int:
         # The reader, such as `head`, has enough. Python would complain again when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:  # a command that measures writes what it has, once it has something
+        print("interrupted", file=sys.stderr)
+        return 130
     except NoBackendError as refusal:
         return _fail(str(refusal), options.json)
     except ValueError as problem:

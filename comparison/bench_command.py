@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..backends.config.names import COMFY
 from ..backends.kernels import BACKENDS
 from ..backends.kernels.backend import Backend
-from .command import Progress, make_folder
+from .command import Progress, make_folder, seed
 from .metrics import need
 from .presets import GRIDS, MASK_KINDS, PRESETS
 from .report import ComparisonError
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask-kind", default="key_padding", help=f"one of {kinds}; default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=0, metavar="N", help="longest side; default: as in the model")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: the first accelerator, else the CPU")
     parser.add_argument(
         "--output", type=Path, default=Path("attention_benchmark"), metavar="DIR",

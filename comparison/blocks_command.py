@@ -21,6 +21,7 @@ from ..backends.sparse.layers import layer_of
 from ..backends.sparse.method import SparseMethod, Where
 from ..backends.values.grid import Place, TokenGrid, parse_grid
 from ..backends.values.request import AttentionRequest
+from .command import seed
 from .metrics import need
 from .report import ComparisonError
 
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=_whole, help="heads of the model; default: up to the one that is drawn")
     parser.add_argument("--head-dim", type=_whole, default=128, help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: the first accelerator, else the CPU")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the picture, a .png; default: none is drawn")
 

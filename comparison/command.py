@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import shlex
 import sys
 import tempfile
@@ -27,6 +28,20 @@ torch_sdpa always runs and is the reference. A backend that cannot run gets a ro
 place. Modes: end_to_end samples a whole picture; one_step compares one step from the same latent; attention runs
 every backend on the same query, key and value and compares with float64."""
 
+MOST_SEED = 2**62
+"""So that seeds counted on from it are some that torch takes."""
+
+
+def seed(text: str) -> int:
+    """A seed on the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number that torch takes.
+    """
+    if not re.fullmatch(r"-?\d{1,19}", text) or abs(int(text)) > MOST_SEED:
+        raise argparse.ArgumentTypeError(f"{text[:30]!r} is not a whole number of at most {MOST_SEED}")
+    return int(text)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -36,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--size", default="32x32", help="WIDTHxHEIGHT in pixels, or one number; default: %(default)s")
     parser.add_argument("--frames", type=int, default=1, help="more than 1 for a video; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=1, help="default: %(default)s")
     parser.add_argument("--guidance", type=float, default=4.0, help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=3, help="measured runs of each backend; default: %(default)s")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; default: float32 on the CPU, else float16")

@@ -33,7 +33,7 @@ from .run import quiet, sort_out
 from .scene import Scene, Settings, name_of_weights, picture_of
 
 MOST_PROMPTS = 1000
-INTERRUPTED = "interrupted: the prompts that every backend had finished are shown"
+INTERRUPTED = "interrupted: {finished} of {prompts} prompts are shown, those that every backend had finished"
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def measure(asked: Asked, *, router: Router | None = None, progress: Progress = 
             raise
         for row in report.rows:
             del row.clips[finished:]
-        report.ended = INTERRUPTED
+        report.ended = INTERRUPTED.format(finished=finished, prompts=asked.prompts)
     for runner in runners:
         settle(runner)
     report.load += _load_average()

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Progress, make_folder
+from .command import Progress, make_folder, seed
 from .metrics import need
 from .report import ComparisonError
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=32, help="pixels on a side, an even number; default: %(default)s")
     parser.add_argument("--frames", type=int, default=8, help="default: %(default)s, a whole clip")
-    parser.add_argument("--seed", type=int, default=0, help="of captions and noise; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of captions and noise; default: %(default)s")
     parser.add_argument("--guidance", type=float, default=4.0, help="default: %(default)s")
     parser.add_argument(
         "--dense-steps", type=int, metavar="N", help="of methods named without options; default: a fifth of the steps"

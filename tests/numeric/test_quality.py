@@ -180,7 +180,7 @@ def test_an_interruption_keeps_the_prompts_that_all_finished(turns: list[tuple[s
             raise KeyboardInterrupt
 
     report = quality.measure(asked(backends="sdpa_math"), progress=stop).report
-    assert report.ended == quality.INTERRUPTED
+    assert report.ended == quality.INTERRUPTED.format(finished=1, prompts=2)
     assert [len(row.clips) for row in report.rows] == [1, 1]
 
     def at_once(what: str, done: int, total: int) -> None:

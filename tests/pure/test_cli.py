@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attention_backends import cli
 from attention_backends.backends.config.names import NAMES
 from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VARIABLES
 from attention_backends.backends.kernels import BACKENDS
@@ -338,3 +339,27 @@ def test_what_a_package_prints_while_loading_stays_out_of_the_answer(
     row = json.loads(said.out)["backends"][-1]
     assert row["reasons"] == snapshot
     assert "banner" in said.err
+
+
+@pytest.mark.parametrize("command", ["doctor", "blocks"])
+def test_an_interruption_is_one_word(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_doctor", stop)
+    monkeypatch.setattr(cli.blocks, "run", stop)
+    assert main([command, *(["--method", "sparge_attn", "--grid", "1x8x8"] if command == "blocks" else [])]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", ["compare", "quality", "bench", "blocks --method sparge_attn --grid 1x8x8"])
+@pytest.mark.parametrize("seed", ["9" * 23, "1.5", "9" * 5000])
+def test_a_seed_that_torch_does_not_take_is_refused(
+    command: str, seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--seed", seed])
+    assert ended.value.code == 2
+    assert f"--seed: {seed[:30]!r} is not a whole number of at most 4611686018427387904" in capsys.readouterr().err
