@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import weakref
 from collections.abc import Callable
@@ -1006,6 +1007,17 @@ def test_a_wrong_strategy_file_says_what_is_wrong(text: str, words: str, tmp_pat
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_strategy(str(tmp_path / "a.json"))
+
+
+def test_a_strategy_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it is a folder, not a file"):
+        read_strategy(str(tmp_path))
+    if hasattr(os, "mkfifo"):  # reading it would wait for its other end
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="it is a device or a pipe, not a file"):
+            read_strategy(str(tmp_path / "pipe"))
+    with pytest.raises(ValueError, match="null"):
+        read_strategy("a\0b")
 
 
 def test_a_strategy_file_is_read_once_until_it_changes(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...values.aliases import SGLANG, Alias
+from ...values.bounded import read_file
 from ...values.grid import TokenGrid
 from ...values.options import Option
 from ...values.platform import Platform
@@ -99,8 +99,6 @@ def read_strategy(path: str) -> Strategy:
     """
     try:
         about = os.stat(path)
-        if about.st_size > MOST_BYTES:
-            raise ValueError(f"{about.st_size} bytes > {MOST_BYTES}")
         return _read(path, about.st_mtime_ns, about.st_size)
     except (OSError, ValueError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
@@ -109,7 +107,7 @@ def read_strategy(path: str) -> Strategy:
 
 @lru_cache(maxsize=8)
 def _read(path: str, changed: int, size: int) -> Strategy:
-    return parse_strategy(Path(path).read_text(encoding="utf-8"))
+    return parse_strategy(read_file(path, MOST_BYTES).decode())
 
 
 class SlidingTile(SparseMethod):
