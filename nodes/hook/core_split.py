@@ -30,19 +30,20 @@ class CardRuns:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._others: dict[torch.device, Run] = {}
+        self.others: dict[torch.device, Run] = {}
+        """Runs of the cards but the first; what the sampler's thread sets in its own run, it sets in these too."""
         self._home: torch.device | None = None
         self._lock = threading.Lock()
 
     def all(self) -> list[Run]:
         """The sampler's own run, then those of the other cards."""
-        return [self._run, *self._others.values()]
+        return [self._run, *self.others.values()]
 
     def of(self, device: torch.device) -> Run:
         """The run of a card; the first one that is asked for is the first card."""
         if device == self._home:
             return self._run
-        found = self._others.get(device)
+        found = self.others.get(device)
         return found if found is not None else self._begin(device)
 
     def _begin(self, device: torch.device) -> Run:
@@ -52,7 +53,7 @@ class CardRuns:
                 self._home = device
             if device == self._home:
                 return run
-            if device not in self._others:
+            if device not in self.others:
                 report.card = str(self._home)
                 for row in list(report.rows.values()):
                     row.card = report.card
@@ -65,8 +66,8 @@ class CardRuns:
                     setattr(other, name, getattr(run, name))
                 other.others.at_start = run.others.at_start
                 report.split[other.run_report.card] = other.run_report
-                self._others[device] = other
-            return self._others[device]
+                self.others[device] = other
+            return self.others[device]
 
     def begin_evaluation(self, clones: dict[torch.device, Any], options: dict[str, Any], conds: Iterable[Any]) -> None:
         """Before the threads make the model calls of an evaluation: make the runs and patch the copies of the model."""
@@ -74,12 +75,6 @@ class CardRuns:
             run = self.of(device)
             if run is not self._run and hasattr(patcher.model, "diffusion_model"):
                 run.patch_modules(patcher.model, options, conds)
-
-    def set(self, **values: Any) -> None:
-        """Set attributes of all runs."""
-        for run in self.all():
-            for name, value in values.items():
-                setattr(run, name, value)
 
 
 SHARED = ("is_sampled", "is_evaluated", "around_model_calls", "function_wrapper", "step", "sigmas", "over")

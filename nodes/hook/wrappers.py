@@ -57,7 +57,8 @@ def outer_sample_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
         raise
     finally:
         options.pop(RUN_KEY, None)
-        run.cards.set(over=True)
+        for one in run.cards.all():
+            one.over = True
         try:
             memory.learn(run)
             run.close()
@@ -89,12 +90,16 @@ def calc_cond_batch_wrapper(
     outer, attention_modules.current.run = getattr(attention_modules.current, "run", None), run
     if not run.over and hasattr(model, "diffusion_model"):
         run.patch_modules(model, options, conds)  # here: a pack may call it without the wrapper below
-        run.cards.begin_evaluation(model_options.get(CLONES, {}), options, conds)
-    run.cards.set(is_evaluated=True, step=step_in_loop(sigmas), sigmas=sigmas)
+        if CLONES in model_options:
+            run.cards.begin_evaluation(model_options[CLONES], options, conds)
+    step = step_in_loop(sigmas)
+    for one in (run, *run.cards.others.values()):
+        one.is_evaluated, one.step, one.sigmas = True, step, sigmas
     try:
         return executor(memory.with_estimate(model, run), conds, x_in, timestep, model_options)
     finally:
-        run.cards.set(step=before)
+        for one in (run, *run.cards.others.values()):
+            one.step = before
         attention_modules.current.run = outer
 
 
@@ -147,7 +152,8 @@ def apply_model_wrapper(executor: Any, *args: Any, **kwargs: Any) -> Any:
             model_call.session.tuner.model_call(options.get("sigmas"))
         output = _guarded(model_call, options, executor, args, kwargs)
         clock, sigma = model_call.session.device_clock, options.get("sigmas")
-        run.run_report.end_of_model_call(clock, args[0].device, sigma, run.sigmas_of(options), run.step)
+        sigmas = run.sigmas_of(options) if OF_CORE in options else options.get("sample_sigmas")
+        run.run_report.end_of_model_call(clock, args[0].device, sigma, sigmas, run.step)
         if not run.reached:
             run.check_reached(model_call, options)
         return output

@@ -245,7 +245,7 @@ BEFORE_QUEUEING = {
     '{"topk": "half"}': "topk must be a number",
     "top_k=0.5": "did you mean topk?",
     "topk=0.5 sparsity_ratio=0.5": "topk and sparsity_ratio",
-    "block_size=32": "not one of 64",
+    "block_size=32": "must be 64, not 32",
     '{"topk": [0.5, 2]}': "topk 2 > 1",
     "half": "extra: ",
 }

@@ -656,7 +656,9 @@ def test_only_a_backend_that_was_named_is_news(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(nodes_module("hook.run"), "_told", set())
         notes: list[str] = []
         rows = {0: SimpleNamespace(backend="radial_attn", calls=1, asked=asked)}
-        sampling.Run.note_sparse_now(SimpleNamespace(run_report=SimpleNamespace(rows=rows), note=notes.append))
+        sampling.Run.note_sparse_now(
+            SimpleNamespace(run_report=SimpleNamespace(rows=rows, split={}), note=notes.append)
+        )
         assert len(notes) == told
 
 

@@ -341,7 +341,7 @@ def test_a_backend_that_refuses_a_part_keeps_the_whole(monkeypatch: pytest.Monke
     assert bench.workers[0].sent == sent
     assert kept_home(bench) == {"cards.part_refused": 1}
     (note,) = bench.run_report.notes
-    assert "(the backend refuses a part of the heads: batch 4 > 0)" in note
+    assert "batch 4 > 0" in note
 
 
 @pytest.mark.parametrize("given", ["to the call", "by a block", "by force"])

@@ -160,7 +160,8 @@ def test_the_report_says_that_a_packed_call_is_not_divided_over_cards(monkeypatc
     divided = partial(HeadsOverCards, cards=lambda like: pytest.fail("no call is divided"))
     _, session = run(router, "flash_attn_2", call, divider=divided)
     ((note, count),) = session.run_report.notes.items()
-    assert note == "flash_attn_2, 4 heads, 70 x 192 tokens: on one GPU (its parts run as one varlen call)"
+    assert "70 x 192 tokens" in note
+    assert "one varlen call" in note
     assert count == 1
     assert rows_of(session) == [("flash_attn_2", "key_padding, per sample, varlen", 2)]
 
