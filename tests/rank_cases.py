@@ -371,3 +371,39 @@ def strictly(ranks: tuple[int, ...], lacking: int) -> str:
         return str(simple(ranks, backend={"default": "sdpa_math", "strict": True}))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def diffusers_model(
+    ranks: tuple[int, ...], model: str, parallel: dict[str, Any], backend: Any, first: bool = False
+) -> dict[str, Any]:
+    """A forward of a tiny model of Diffusers, divided as its `enable_parallelism` does, against the whole one.
+
+    `backend`: a configuration, or one for each rank in a list. `first`: it is chosen before the model is divided.
+    """
+    import sys
+    from pathlib import Path
+
+    sys.path.append(str(Path(__file__).parent / "integrations"))
+    import tiny_diffusers as tiny
+    from attention_backends.integrations.diffusers import apply, reset
+    from diffusers import ContextParallelConfig
+
+    torch.accelerator.device_count = lambda: 1  # Diffusers divides by it, and there is no accelerator
+    made, given = getattr(tiny, model)()
+    expected = tiny.forward(made, given)[0]
+    if isinstance(backend, list):
+        backend = backend[distributed.get_rank()]
+    applied = apply(made, backend) if first else None
+    made.enable_parallelism(config=ContextParallelConfig(**parallel))
+    applied = applied or apply(made, backend)
+    outputs = [tiny.forward(made, given)[0] for _ in range(2)]
+    run_report = applied.reports["model"]
+    reset(made)
+    if "ulysses_degree" in parallel:  # Diffusers' native attention has no ring
+        outputs.append(tiny.forward(made, given)[0])
+    return {
+        "error": max(float((output - expected).abs().max()) for output in outputs),
+        "size": float(expected.abs().max()),
+        "rows": sorted([row.role, row.backend, row.calls, str(row.reason)] for row in run_report.rows.values()),
+        "notes": [str(note) for note in run_report.notes],
+    }

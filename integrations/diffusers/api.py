@@ -204,11 +204,15 @@ def _must_run(model: torch.nn.Module, layers: tuple[AttentionConfig, ...]) -> No
     module = getattr(model, "_orig_mod", model)
     parallel = getattr(module, "_parallel_config", None)
     if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
-        raise NoBackendError(
-            f"{type(module).__name__} has context parallel attention (enable_parallelism): its ring and all-to-all "
-            "wrap Diffusers' own kernels and need their log-sum-exp, which this integration does not give\n"
-            "  what to do: use set_attention_backend of Diffusers on this model, or leave context parallelism off"
-        )
+        from . import in_group
+
+        how = in_group.read(parallel)
+        unfit = how if isinstance(how, str) else in_group.unfit(layers)
+        if unfit:
+            raise NoBackendError(
+                f"{type(module).__name__} has context parallel attention (enable_parallelism): {unfit}\n"
+                "  what to do: use set_attention_backend of Diffusers on this model, or change what is named here"
+            )
     if not settings_of(layers).strict:
         return
     parameter = next(module.parameters(), None)

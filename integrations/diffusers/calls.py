@@ -105,6 +105,16 @@ def _run(
         return compiled.traced(host, *call)
     if model_call is None or model_call.module is None:
         return host()  # type: ignore[no-any-return]
+    if set(more) == {"parallel_config"}:
+        from . import in_group
+
+        how = in_group.of_call(model_call, more["parallel_config"], (query, key, value), mask, dropout_p)
+        if isinstance(how, in_group.InGroup):
+            if how.group is not None:
+                return in_group.attention(model_call, how, query, key, value, is_causal, scale, enable_gqa)
+            more = {}
+        else:
+            return model_call.by_host(host, how, query.shape[1], key.shape[1])
     if dropout_p or more:
         length = 1 if bshd else -2
         return model_call.by_host(host, _only_host(dropout_p, more), query.shape[length], key.shape[length])
@@ -115,8 +125,6 @@ def _only_host(dropout_p: float, more: dict[str, Any]) -> str:
     """Why Diffusers' own function must compute a call with dropout, or with further arguments."""
     if dropout_p:
         return f"dropout_p {dropout_p:g} > 0"
-    if "parallel_config" in more:
-        return "context parallel attention of Diffusers"
     if "attention_kwargs" in more:
         return f"attention_kwargs {', '.join(sorted(more['attention_kwargs']))}: arguments of another kernel"
     return f"argument {', '.join(sorted(more))} is not known to this version"

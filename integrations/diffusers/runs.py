@@ -33,6 +33,7 @@ from ...backends.values.devices import synchronise
 from .model_calls import CallPlan, LastPlans, ModelCall
 
 if TYPE_CHECKING:
+    from ...backends.parallel.group_session import GroupSession
     from .routing import Routing
 
 log = logging.getLogger("attention_backends")
@@ -51,6 +52,8 @@ class DeviceSession(RunSession):
         self.last: dict[Window, LastPlans] = {}
         """Of each window, `ModelCall.last`."""
         self.by_mask: dict[tuple[Any, ...], Slot] = {}
+        self.in_group: GroupSession | None = None
+        """Plans what this process computes of calls that all processes of a group make; None before the first."""
 
     def forget(self) -> None:
         """Drop all plans; the run report continues."""
