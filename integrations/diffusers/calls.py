@@ -57,7 +57,7 @@ def routed(original: Function, bshd: bool) -> Function:
         parallel_config: Any = None,
         **more: Any,
     ) -> torch.Tensor:
-        model_call = None if is_dynamo_compiling() else current.model_call
+        model_call = None if is_dynamo_compiling() else current()
         if (
             model_call is not None
             and attn_mask is None
@@ -138,9 +138,14 @@ def run_again(
     Most calls of a model are such. A plan's key takes longer than to compare each fact of the call with the last one's.
     """
     ordinal = model_call.ordinal
-    plan = model_call.last.get((model_call.module, ordinal))
+    module = model_call.module
+    if module is None or ordinal >= MOST_APART:
+        return None
+    plan = module.last[ordinal]
     if (
         plan is None
+        or plan.session is not model_call.session
+        or plan.window is not model_call.window
         or query.shape != plan.q_shape
         or key.shape != plan.k_shape
         or value.shape != plan.v_shape
@@ -181,11 +186,12 @@ def run(
     Raises:
         NoBackendError: strict, and the named backend cannot run the call.
     """
-    ordinal = model_call.ordinal
+    module, ordinal = model_call.module, model_call.ordinal
+    assert module is not None  # noqa: S101
     model_call.ordinal = ordinal + 1
     dtype, device = query.dtype, query.get_device()
     plan_key = (
-        query.shape, key.shape, value.shape, model_call.module, model_call.window,
+        query.shape, key.shape, value.shape, module, model_call.window,
         ordinal if ordinal < MOST_APART else MOST_APART, dtype, device, is_causal, scale, enable_gqa, bshd,
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
     )  # fmt: skip
@@ -195,7 +201,7 @@ def run(
     if plan.only_host:
         return model_call.planned_by_host(host, plan)
     if plan.has_no_options and ordinal < MOST_APART:
-        model_call.last[model_call.module, ordinal] = plan  # for `run_again`
+        module.last[ordinal] = plan  # for `run_again`
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         text = "the call needs a gradient"
         return model_call.by_host(host, text, plan.q_len, plan.kv_len, ordinal)

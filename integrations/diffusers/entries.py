@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from .model_calls import current
+from .model_calls import current, set_current
 from .stand_ins import get, is_ours, put, remove, set_inside, stand_in
 
 if TYPE_CHECKING:
@@ -57,19 +57,19 @@ class Entry:
         routing = self.routing
         if is_dynamo_compiling() or routing is None:
             return self.original(*args, **kwargs)
-        outer = current.model_call
+        outer = current()
         if outer is not None and outer.routing is routing:  # one of its methods calls another
             return self.original(*args, **kwargs)
         chosen = routing.chosen()
         if not chosen:
             return self.original(*args, **kwargs)
         model_call, device = routing.begin(chosen, self, args, kwargs)
-        current.model_call = model_call
+        set_current(model_call)
         module, ordinal = model_call.module, model_call.ordinal
         try:
             return model_call.run.guarded(model_call, lambda: self.original(*args, **kwargs))
         finally:
-            current.model_call = outer
+            set_current(outer)
             model_call.module, model_call.ordinal = module, ordinal
             model_call.run.end(model_call, device)
 

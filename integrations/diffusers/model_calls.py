@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from .stand_ins import AttentionModule
 
 
-class _Current(threading.local):
-    model_call: ModelCall | None = None
-
-
-current = _Current()
-"""`model_call`: the forward of a chosen model that this thread is in, or None."""
+_current: ContextVar[ModelCall | None] = ContextVar("attention_backends.diffusers", default=None)
+current = _current.get
+"""The forward of a chosen model that this thread is in, or None."""
+set_current = _current.set
 
 MOST_APART = 4
 """Calls of one module's forward that can have roles of their own; later ones share the last one's plan."""
@@ -46,14 +44,16 @@ class CallPlan:
 
     __slots__ = (
         "bshd", "checks_tensors", "choice", "device_index", "dtype", "grouped", "has_no_options", "k_shape", "kind",
-        "kv_len", "only_host", "q_len", "q_shape", "session", "slot", "v_shape",
+        "kv_len", "only_host", "q_len", "q_shape", "session", "slot", "v_shape", "window",
     )  # fmt: skip
 
     def __init__(
-        self, session: DeviceSession, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bshd: bool
-    ) -> None:
+        self, session: DeviceSession, window: Window,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bshd: bool,
+    ) -> None:  # fmt: skip
         """The tensors are the first call's; `bshd`: (batch, length, heads, head_dim), else (batch, heads, ...)."""
         self.session = session
+        self.window = window
         self.bshd = bshd
         self.q_shape, self.k_shape, self.v_shape = query.shape, key.shape, value.shape
         self.dtype, self.device_index = query.dtype, query.get_device()
@@ -71,15 +71,11 @@ class CallPlan:
         self.choice: Choice | None = None
 
 
-LastPlans = dict[tuple["AttentionModule | None", int], CallPlan]
-"""(attention module, ordinal) -> the plan of its last call without a mask or an option."""
-
-
 class ModelCall:
     """One forward of a chosen model in one thread; used again for later ones of the same run."""
 
     __slots__ = (
-        "grids", "last", "mask_plans", "module", "ordinal", "plans", "routing", "run", "session", "step", "window",
+        "grids", "mask_plans", "module", "ordinal", "plans", "routing", "run", "session", "step", "window",
     )  # fmt: skip
 
     def __init__(self, run: Run, session: DeviceSession) -> None:
@@ -87,8 +83,6 @@ class ModelCall:
         self.routing = run.routing
         self.session = session
         self.plans: dict[tuple[Any, ...], CallPlan] = session.plans
-        self.last: LastPlans = {}
-        """Of this window."""
         self.window: Window = ALWAYS
         self.module: AttentionModule | None = None
         """The attention module whose forward is running."""
@@ -121,7 +115,7 @@ class ModelCall:
             NoBackendError: strict, and the named backend cannot run such calls.
         """
         session = self.run.session(query.device)
-        plan = CallPlan(session, query, key, value, bshd)
+        plan = CallPlan(session, self.window, query, key, value, bshd)
         plan.only_host = _only_host(query, key, value, mask, bshd, enable_gqa)
         if not plan.only_host:
             if bshd:
@@ -275,4 +269,4 @@ def _only_host(
     return ""
 
 
-__all__ = ["HOST", "CallPlan", "ModelCall", "current"]
+__all__ = ["HOST", "CallPlan", "ModelCall", "current", "set_current"]

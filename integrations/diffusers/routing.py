@@ -111,7 +111,7 @@ class Routing:
         Where the whole model was compiled after its stand-ins were set, its forward is in the graph: the first module
         that calls begins a forward then.
         """
-        model_call = current.model_call
+        model_call = current()
         inside = model_call is not None and model_call.routing is self
         if not inside:
             chosen = self.chosen()
@@ -152,6 +152,11 @@ class Routing:
             found = (0, _no_grid) if sizes is None else (len(self._grids) + 1, grid_finder(self.family, sizes))
             self._grids[key] = found
         return found[1], found[0]
+
+    def forget_plans(self) -> None:
+        """Drop the modules' last plans, which hold the sessions of a run; another thread's run plans anew."""
+        for found, _ in self._modules:
+            found.last[:] = [None] * len(found.last)
 
     def not_reached(self) -> str:
         """What of the model's attention is not routed, in words; empty if that is nothing."""

@@ -30,7 +30,7 @@ from ...backends.observe.run_session import RunSession, tuner_of
 from ...backends.report import RunReport
 from ...backends.report.audit import NEVER_CALLED, asked_and_ran
 from ...backends.values.devices import synchronise
-from .model_calls import CallPlan, LastPlans, ModelCall
+from .model_calls import CallPlan, ModelCall
 
 if TYPE_CHECKING:
     from ...backends.parallel.group_session import GroupSession
@@ -49,8 +49,6 @@ class DeviceSession(RunSession):
 
             divide(self, device, router_for)
         self.plans: dict[tuple[Any, ...], CallPlan] = {}
-        self.last: dict[Window, LastPlans] = {}
-        """Of each window, `ModelCall.last`."""
         self.by_mask: dict[tuple[Any, ...], Slot] = {}
         self.in_group: GroupSession | None = None
         """Plans what this process computes of calls that all processes of a group make; None before the first."""
@@ -59,8 +57,6 @@ class DeviceSession(RunSession):
         """Drop all plans; the run report continues."""
         self.plans.clear()
         self.by_mask.clear()
-        for plans in self.last.values():
-            plans.clear()
 
 
 def _tuner_of(session: Session) -> Tuner | None:
@@ -197,7 +193,6 @@ class Run:
             window = Window(entries, segment, grids)
             window = self._windows.setdefault(window, window)
         model_call.window = window
-        model_call.last = session.last.setdefault(window, {})
         if self.run_report.recorder is not None:
             self.run_report.recorder.begin_model_call(number, model_call.window)
         if session.tuner is not None:
@@ -270,6 +265,7 @@ class Run:
                 session.tuner.close()
             session.progress.kept.clear()
             session.forget()
+        self.routing.forget_plans()
         self._model_calls.clear()
         self._samples.clear()
 

@@ -22,7 +22,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ...backends.values.roles import Family, Role, block_of, guess, roles_at
 from . import compiled, twins
-from .model_calls import current
+from .model_calls import MOST_APART, CallPlan, current
 
 if TYPE_CHECKING:
     from .routing import Routing
@@ -59,6 +59,8 @@ class AttentionModule:
         self.is_reached = True
         """Whether calls of the processor are routed."""
         self.roles: tuple[Role, ...] = ()
+        self.last: list[CallPlan | None] = [None] * MOST_APART
+        """Of each ordinal, the plan of the last call without a mask or an option, of any thread."""
         self.original = MethodType(type(module).forward, module)
         self.view = twins.view_of(module, ("processor",))
         self.routed = MethodType(type(self.view).forward, self.view)
@@ -105,7 +107,7 @@ class AttentionModule:
             processor = self.own["_modules"].get("processor")
         if processor is not self.processor:
             self.follow()
-        model_call = current.model_call
+        model_call = current()
         if model_call is None or model_call.routing is not routing:
             return self.original(*args, **kwargs)
         outer, ordinal = model_call.module, model_call.ordinal

@@ -7,6 +7,7 @@ another dictionary of globals, so that neither the module nor anything else that
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from types import CellType, CodeType, FunctionType, ModuleType
@@ -108,6 +109,9 @@ def _with_globals(
     made.__dict__.update(function.__dict__)
     made.__qualname__, made.__doc__, made.__module__ = function.__qualname__, function.__doc__, function.__module__
     made.__annotations__ = function.__annotations__
+    if not hasattr(function, "__wrapped__"):
+        # Modules of Diffusers read their processor's parameters in each forward, which takes 16 us more without this.
+        made.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -90,6 +91,44 @@ def test_every_call_is_routed_and_the_output_is_that_of_the_unpatched_model(name
     reset(model)
     assert_same_state(before, state(model))
     assert all(torch.equal(one, other) for one, other in zip(expected, tiny.forward(model, given), strict=True))
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_a_routed_processor_tells_its_parameters_without_reading_them_anew(name: str) -> None:
+    """Modules of Diffusers ask for them in each forward: by which they choose what they pass on."""
+    model, _ = tiny.MODELS[name]()
+    apply(model, "torch_sdpa")
+    routed = 0
+    for path, module in model.named_modules():
+        processor = getattr(module, "processor", None)
+        found = vars(module).get("_attention_backends")
+        if processor is None or found is None or found.routed_processor is processor:
+            continue
+        call = found.routed_processor.__call__
+        assert inspect.signature(call) == inspect.signature(processor.__call__), path
+        assert "__signature__" in vars(call.__func__), path
+        assert "__signature__" not in vars(processor.__call__.__func__), path
+        routed += 1
+    assert routed
+    reset(model)
+
+
+def test_a_second_forward_runs_as_the_first_did_and_a_closed_run_leaves_no_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from attention_backends.integrations.diffusers import calls
+
+    model, given = tiny.wan()
+    applied = apply(model, "torch_sdpa")
+    expected = tiny.forward(model, given)
+    monkeypatch.setattr(calls, "run", None)  # what plans a call
+    assert torch.equal(tiny.forward(model, given)[0], expected[0])
+    monkeypatch.undo()
+    assert applied.reports["model"].calls == 8
+    modules = [found for module in model.modules() if (found := vars(module).get("_attention_backends"))]
+    assert all(found.last[0] for found in modules)
+    reset(model)
+    assert not any(plan for found in modules for plan in found.last)
 
 
 @pytest.mark.parametrize("name", ["wan", "sdxl_masked", "z_image", "ltx2_masked"])
