@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from ...backends.observe.replay.record import as_record, of_run
 from ...backends.report import RunReport
 from ...backends.values.errors import ConfigError, NoBackendError
 from .chosen import Chosen, close_block, open_block
-from .routing import Routing, attention_modules, routing_of
+from .routing import Routing, attention_modules, routing_of, use
 
 DIFFUSION_MODELS = ("transformer", "transformer_2", "unet")
 """Components of a pipeline that a configuration without component names is for."""
@@ -78,17 +79,15 @@ def apply(
             nothing was changed.
     """
     parsed = _parsed(model, config, "apply", strict=strict, accuracy=accuracy, guard=guard)
-    steps = scheduler if scheduler is not None else getattr(model, "scheduler", None)
+    scheduler_of = _scheduler_of(model, scheduler)
     made = {}
     for name, (component, layers) in parsed.items():
-        routing = _routing(component)
-        chosen = Chosen(routing, layers, steps)
+        routing = use(component)
+        chosen = made[name] = Chosen(routing, layers, scheduler_of)
         before, routing.applied = routing.applied, chosen
-        if before is None:
-            routing.use()
-        else:
+        if before is not None:
             before.close()
-        made[name] = chosen
+            routing.release()
     return Applied(made)
 
 
@@ -110,14 +109,13 @@ def attention_backend(
     Blocks nest, above what is applied: the inner one has precedence, what it does not set comes from the outer one.
     """
     parsed = _parsed(model, config, "attention_backend", strict=strict, accuracy=accuracy, guard=guard)
-    steps = scheduler if scheduler is not None else getattr(model, "scheduler", None)
+    scheduler_of = _scheduler_of(model, scheduler)
     with ExitStack() as stack:
         made = {}
         for name, (component, layers) in parsed.items():
-            routing = _routing(component)
-            chosen = made[name] = Chosen(routing, layers, steps)
-            routing.use()
+            routing = use(component)
             stack.callback(routing.release)
+            chosen = made[name] = Chosen(routing, layers, scheduler_of)
             open_block(chosen)
             stack.callback(close_block, chosen)
         yield Applied(made)
@@ -140,10 +138,18 @@ def _remove_applied(routing: Routing) -> None:
         routing.release()
 
 
-def _routing(component: torch.nn.Module) -> Routing:
-    routing = routing_of(component, make=True)
-    assert routing is not None  # noqa: S101  # `make`
-    return routing
+def _scheduler_of(model: object, scheduler: object) -> Callable[[], Any]:
+    """How to find the scheduler whose steps count: the one given, else the pipeline's own, which can be replaced."""
+    own = getattr(model, "scheduler", None)
+    if scheduler is not None or own is None or isinstance(model, torch.nn.Module):
+        given = scheduler if scheduler is not None else own
+        return lambda: given
+    pipeline: Callable[[], object | None]
+    try:
+        pipeline = weakref.ref(model)
+    except TypeError:  # has __slots__, or is a stand-in for a pipeline
+        pipeline = lambda: model  # noqa: E731
+    return lambda: own if (alive := pipeline()) is None else getattr(alive, "scheduler", None)
 
 
 def _models(model: object) -> dict[str, torch.nn.Module]:

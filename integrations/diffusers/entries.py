@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from .model_calls import current, set_current
-from .stand_ins import get, is_ours, put, remove, set_inside, stand_in
+from .stand_ins import StandIn, get, is_ours, put, remove, set_inside, stand_in
 
 if TYPE_CHECKING:
     from .routing import Routing
@@ -19,7 +19,7 @@ ENTRIES = ("forward", "encode", "decode", "_compiled_call_impl")
 """Methods by which a model is called; the last is what `model.compile()` sets."""
 
 
-class Entry:
+class Entry(StandIn):
     """The stand-in for one method by which the model is called: makes a `ModelCall` current for the thread."""
 
     def __init__(self, routing: Routing, module: torch.nn.Module, name: str) -> None:
@@ -28,9 +28,17 @@ class Entry:
         self.name = name
         self.before = module.__dict__.get(name)
         self.is_inside = False
-        own = getattr(type(module), name, None)
-        self.original: Any = MethodType(own, module) if own is not None else self.before
+        self.original: Any = None
         self.signature: inspect.Signature | None = None
+        self.follow()
+
+    def follow(self) -> None:
+        """Take the class's method, as it is now."""
+        own = getattr(type(self.module), self.name, None)
+        self.original = MethodType(own, self.module) if own is not None and self.before is None else self.before
+        self.signature = None
+        if self.routing is not None and own is not None:
+            self.routing.sources.add(type(self.module), self.name)
 
     def set(self) -> None:
         """Put it on the model: inside the hooks that are known, else outside of everything."""
@@ -39,9 +47,8 @@ class Entry:
             if placed is not None:
                 *_, self.before = placed
                 self.is_inside = True
+                self.follow()
                 return
-        if self.before is not None:
-            self.original = self.before
         self.module.__dict__[self.name] = stand_in(self)
 
     def remove(self) -> None:
@@ -60,6 +67,8 @@ class Entry:
         outer = current()
         if outer is not None and outer.routing is routing:  # one of its methods calls another
             return self.original(*args, **kwargs)
+        if not routing.sources.are_current():
+            routing.follow_sources()
         chosen = routing.chosen()
         if not chosen:
             return self.original(*args, **kwargs)
@@ -83,13 +92,9 @@ class Entry:
         names = [name for name in self.signature.parameters if name != "self"]
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
-    def __reduce__(self) -> Any:
-        return _inert_entry, (self.module, self.name)
-
-
-def _inert_entry(module: torch.nn.Module, name: str) -> Entry:
-    """On a copy of the model it calls the class's own method."""
-    made = Entry.__new__(Entry)
-    made.routing, made.module, made.name, made.before, made.is_inside = None, module, name, None, False
-    made.original = MethodType(getattr(type(module), name), module)
-    return made
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        """On a copy of the model it calls the class's own method."""
+        made: Entry = super().__deepcopy__(memo)
+        made.name, made.before, made.is_inside = self.name, None, False
+        made.original = MethodType(getattr(type(made.module), self.name), made.module)
+        return made

@@ -40,18 +40,23 @@ class Routing:
         self._unknown: list[str] = []
         self._grids: dict[object, tuple[int, GridOf]] = {}
         self._local = threading.local()
-        self._lock = threading.RLock()
+        self.sources = twins.Sources()
 
     def use(self) -> None:
-        """One more user: the first puts the stand-ins on the model."""
-        with self._lock:
-            self.users += 1
-            if self.users == 1:
-                self._set()
+        """One more user: the first puts the stand-ins on the model; `use` of this module calls it."""
+        self.users += 1
+        if self.users > 1:
+            return
+        try:
+            self._set()
+        except BaseException:  # an interruption too
+            self.users = 0
+            self._remove()
+            raise
 
     def release(self) -> None:
         """One user less: the last removes the stand-ins."""
-        with self._lock:
+        with _lock:
             self.users -= 1
             if self.users == 0:
                 self._remove()
@@ -80,6 +85,18 @@ class Routing:
                     entry.set()
                     self._entries.append(entry)
 
+    def follow_sources(self) -> None:
+        """Take what another program has put in place of functions and methods of Diffusers."""
+        with _lock:
+            if self.sources.are_current():
+                return
+            self.sources = twins.Sources()
+            twins.renew()
+            for found, _ in self._modules:
+                found.make_views()
+            for entry in self._entries:
+                entry.follow()
+
     def _remove(self) -> None:
         for found, before in self._modules:
             found.routing = None
@@ -98,10 +115,7 @@ class Routing:
         """A forward begins under these choices, the innermost of which has the run report."""
         given = entry.given(args, kwargs)
         device = _device_of(given.values()) or _device_of(self.model.parameters()) or torch.device("cpu")
-        first = chosen[0]
-        if first.scheduler is None and len(chosen) > 1:
-            first.scheduler = next((one.scheduler for one in chosen if one.scheduler is not None), None)
-        return first.run(_layers_of(chosen)).begin(device, given), device
+        return chosen[0].run(_layers_of(chosen), _scheduler(chosen)).begin(device, given), device
 
     def run_compiled(
         self, module: AttentionModule, ordinal: int, host: Callable[[], torch.Tensor], *call: Any
@@ -138,7 +152,7 @@ class Routing:
                 model_call.run.routing.chosen()[:1] != chosen[:1]:  # fmt: skip
             if model_call is not None and not model_call.run.is_over:
                 model_call.run.end(model_call, query.device)
-            model_call = chosen[0].run(_layers_of(chosen)).begin(query.device, {})
+            model_call = chosen[0].run(_layers_of(chosen), _scheduler(chosen)).begin(query.device, {})
             self._local.in_graph = (module.path, ordinal), model_call
         return model_call
 
@@ -157,6 +171,11 @@ class Routing:
         """Drop the modules' last plans, which hold the sessions of a run; another thread's run plans anew."""
         for found, _ in self._modules:
             found.last[:] = [None] * len(found.last)
+
+    def lost_entry(self) -> str:
+        """That another program replaced the model's forward after the stand-in was set, in words; empty if not."""
+        lost = any(entry.name == "forward" and not entry.is_in_place() for entry in self._entries)
+        return f"the forward of {type(self.model).__name__}, which was replaced since" if lost else ""
 
     def not_reached(self) -> str:
         """What of the model's attention is not routed, in words; empty if that is nothing."""
@@ -187,6 +206,11 @@ def _layers_of(chosen: tuple[Chosen, ...]) -> tuple[AttentionConfig, ...]:
     if len(chosen) == 1:  # without hashing them, at each forward
         return chosen[0].layers
     return tuple(dict.fromkeys(layer for one in chosen for layer in one.layers))
+
+
+def _scheduler(chosen: tuple[Chosen, ...]) -> Any:
+    """The scheduler of the innermost that has one."""
+    return next((scheduler for one in chosen if (scheduler := one.scheduler_of()) is not None), None)
 
 
 def _no_grid(role: str, category: str, q_len: int) -> TokenGrid | None:
@@ -221,18 +245,22 @@ def _device_of(values: Any) -> torch.device | None:
 
 
 _routings: weakref.WeakValueDictionary[int, Routing] = weakref.WeakValueDictionary()
-_routings_lock = threading.Lock()
+_lock = threading.RLock()
+"""For `_routings`, and for stand-ins that are set or removed."""
 
 
-def routing_of(model: torch.nn.Module, *, make: bool = False) -> Routing | None:
-    """The routing of a model; its stand-ins keep it alive."""
-    model = getattr(model, "_orig_mod", model) if not make else model
+def routing_of(model: torch.nn.Module) -> Routing | None:
+    """The routing of a model, None if it has none; its stand-ins keep it alive."""
+    with _lock:
+        return _routings.get(id(getattr(model, "_orig_mod", model)))
+
+
+def use(model: torch.nn.Module) -> Routing:
+    """The routing of a model, with one user more: until `Routing.release`."""
     key = id(getattr(model, "_orig_mod", model))
-    with _routings_lock:
+    with _lock:  # else a second thread could make another one before this has its first user
         found = _routings.get(key)
-        if found is not None and (found.users or not make):
-            return found
-        if not make:
-            return None
-        found = _routings[key] = Routing(model)
+        if found is None or not found.users:
+            found = _routings[key] = Routing(model)
+        found.use()
         return found

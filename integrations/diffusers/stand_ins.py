@@ -11,10 +11,11 @@ was, so that it stays when they are removed.
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +44,39 @@ IN_GRAPH = {"processor": property(_processor_in_graph)}
 """torch.compile looks attributes of modules up in `__dict__`, where the processor is the model's own: not in a slot."""
 
 
-class AttentionModule:
+class StandIn:
+    """What a stand-in for a method of a module belongs to."""
+
+    module: torch.nn.Module
+    routing: Routing | None
+
+    def __reduce__(self) -> Any:
+        """A saved module has its class's method instead, and needs nothing of this package where it is loaded."""
+        return SimpleNamespace, (), {"forward": _Saved(self.module, getattr(self, "name", "forward"))}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """On a copy of the module it calls the class's method."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.module, made.routing = copy.deepcopy(self.module, memo), None
+        return made
+
+    def is_in_place(self) -> bool:
+        """Whether the module still has this stand-in for its `forward`."""
+        return any(is_ours(get(*place), self) for place in holders(self.module))
+
+
+class _Saved:
+    """Is saved as the method of a module."""
+
+    def __init__(self, *place: Any) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return getattr, self.place
+
+
+class AttentionModule(StandIn):
     """One attention module of a chosen model, and the stand-in for its `forward`."""
 
     def __init__(self, module: torch.nn.Module, path: str, family: Family | None, routing: Routing | None) -> None:
@@ -61,13 +94,20 @@ class AttentionModule:
         self.roles: tuple[Role, ...] = ()
         self.last: list[CallPlan | None] = [None] * MOST_APART
         """Of each ordinal, the plan of the last call without a mask or an option, of any thread."""
+        self.routed_processor: Any = None
+        self.handle = compiled.attention_modules.new(self)
+        self.make_views()
+
+    def make_views(self) -> None:
+        """Make the views of the module and of its processor, of their classes as they are now."""
+        module = self.module
         self.original = MethodType(type(module).forward, module)
         self.view = twins.view_of(module, ("processor",))
         self.routed = MethodType(type(self.view).forward, self.view)
         view = twins.view_of(module, (), IN_GRAPH)
         self.traced = MethodType(type(view).forward, view)
-        self.routed_processor: Any = None
-        self.handle = compiled.attention_modules.new(self)
+        if self.routing is not None:
+            self.routing.sources.add(type(module), "forward")
         self.follow()
 
     def follow(self) -> None:
@@ -80,14 +120,12 @@ class AttentionModule:
             kinds = {"with_adapter"}
         self.roles = next((roles for kind in (*kinds, "") if (roles := roles_at(self.family, self.path, kind))), ())
         routed = None if processor is None else twins.routed(processor)
+        if self.routing is not None and processor is not None:
+            self.routing.sources.add(type(processor))
         self.is_reached = routed is not None or bool(twins.methods_of(type(self.module)))
         self.routed_processor = processor if routed is None else routed
         type(self.view).processor.__set__(self.view, self.routed_processor)
         self.processor = processor
-
-    def is_in_place(self) -> bool:
-        """Whether the module still has this stand-in."""
-        return any(is_ours(get(*place), self) for place in holders(self.module))
 
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` (from 0) of one forward of this module."""
@@ -121,18 +159,7 @@ class AttentionModule:
         """Removed while another's hook kept it, or on a copy of the module: it goes where that is possible."""
         if not is_dynamo_compiling():
             remove(self.module, self, None)
-        return self.original(*args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        """On a copy of the module, or a saved one, it calls the class's own `forward`."""
-        return _inert, (self.module,)
-
-
-def _inert(module: torch.nn.Module) -> AttentionModule:
-    made = AttentionModule.__new__(AttentionModule)
-    made.module, made.routing = module, None
-    made.original = MethodType(type(module).forward, module)
-    return made
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def stand_in(thing: Any) -> Callable[..., Any]:
@@ -143,6 +170,14 @@ def stand_in(thing: Any) -> Callable[..., Any]:
 def is_ours(value: Any, thing: Any) -> bool:
     """Whether a value is the stand-in of `thing`."""
     return isinstance(value, MethodType) and value.__self__ is thing
+
+
+def routes_nothing(value: Any, module: torch.nn.Module) -> bool:
+    """Whether a value is a stand-in that was removed while a hook kept it, or came with the module's copy."""
+    thing = value.__self__ if isinstance(value, MethodType) else None
+    if not isinstance(thing, StandIn):
+        return False
+    return thing.routing is None or not thing.routing.users or thing.module is not module
 
 
 def get(holder: Any, name: str) -> Any:
@@ -205,8 +240,9 @@ def set_inside(module: torch.nn.Module, thing: Any) -> Any | None:
     """
     holder, name = holders(module)[-1]
     before = get(holder, name)
-    own = before is None or getattr(before, "__func__", None) is type(module).forward
-    if not own:
+    if routes_nothing(before, module):
+        before = None
+    elif before is not None and getattr(before, "__func__", None) is not type(module).forward:
         return None
     put(holder, name, stand_in(thing))
     if isinstance(thing, AttentionModule):

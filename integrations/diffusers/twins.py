@@ -60,6 +60,8 @@ class _Space:
     def __init__(self, source: dict[str, Any]) -> None:
         self.source = source
         self.names: dict[str, Any] = {}
+        self.used: dict[str, Any] = {}
+        """What the twins' code names, with the values that were copied."""
         self._seen: dict[str, Any] = {}
         self.renew()
 
@@ -72,6 +74,7 @@ class _Space:
         made = {name: self._replaced(name, value) for name, value in source.items() if name != "__name__"}
         # Without `__name__`, by which torch.compile would look globals up in the original module.
         self.names.update(made)
+        self.used = {name: source.get(name, self) for name in self.used}
 
     def _replaced(self, name: str, value: Any) -> Any:
         if name == DISPATCH and callable(value):
@@ -97,6 +100,8 @@ class _Space:
 
     def twin(self, function: FunctionType) -> FunctionType:
         """The twin of a function of this module."""
+        names = (name for name in names_of(function.__code__) if name in self._seen)
+        self.used = {**self.used, **{name: self._seen[name] for name in names}}  # other threads read the old one
         return _with_globals(function, self.names)
 
 
@@ -137,10 +142,42 @@ def twin(function: FunctionType) -> FunctionType:
 
 
 def renew() -> None:
-    """Follow changes of the modules whose functions have twins; before a model is patched."""
+    """Follow changes of the modules and classes whose functions have twins; before a model is patched."""
     with _lock:
         for space in list(_spaces.values()):
             space.renew()
+        for kind, methods in list(_methods.items()):
+            if any(getattr(kind, name, None) is not method for name, method in methods.items()):
+                del _methods[kind]
+                _classes.pop(kind, None)
+
+
+class Sources:
+    """What one model's stand-ins and twins were made from: tells whether another program has replaced any of it."""
+
+    def __init__(self) -> None:
+        self._methods: dict[tuple[type, str], Any] = {}
+        self._added: set[tuple[Any, ...]] = set()
+
+    def add(self, kind: type, *names: str) -> None:
+        """Watch these methods of a class, and those that its subclass here has twins of."""
+        if (kind, *names) in self._added:
+            return
+        self._added.add((kind, *names))
+        found = {(kind, name): getattr(kind, name, None) for name in (*names, *_methods.get(kind, ()))}
+        self._methods = {**self._methods, **found}  # other threads read the old one
+
+    def are_current(self) -> bool:
+        """Whether all are what they were; at each forward of the model."""
+        for (kind, name), method in self._methods.items():
+            if getattr(kind, name, None) is not method:
+                return False
+        for space in list(_spaces.values()):
+            source = space.source
+            for name, value in space.used.items():
+                if source.get(name, space) is not value:
+                    return False
+        return True
 
 
 def _copied(module: ModuleType, **replaced: Any) -> ModuleType:
@@ -167,6 +204,8 @@ def _torch() -> ModuleType:
 
 
 _classes: dict[type, dict[tuple[str, ...], type]] = {}
+_methods: dict[type, dict[str, Any]] = {}
+"""Of each class in `_classes`, its `forward` or `__call__`, and the methods that its subclasses have twins of."""
 
 
 def methods_of(kind: type) -> dict[str, FunctionType]:
@@ -191,7 +230,10 @@ def subclass(kind: type, slots: tuple[str, ...] = (), properties: dict[str, prop
         made = _classes.setdefault(kind, {})
         key = (*slots, *(properties or ()), "properties" if properties else "")
         if key not in made:
-            body: dict[str, Any] = {name: twin(method) for name, method in methods_of(kind).items()}
+            methods = methods_of(kind)
+            called = {name: getattr(kind, name) for name in ("forward", "__call__") if hasattr(kind, name)}
+            _methods[kind] = {**called, **methods}
+            body: dict[str, Any] = {name: twin(method) for name, method in methods.items()}
             body |= {"__slots__": slots, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
             made[key] = type(kind)(kind.__name__, (kind,), body | (properties or {}))
         return made[key]
