@@ -4,7 +4,7 @@ A call is routed where this thread is in a forward of a chosen model (`model_cal
 modules. Every other call goes to the function that was there before, with the arguments as they came.
 
 What only that function can compute goes there too, and is counted with the reason: dropout, a call that needs a
-gradient, arguments of other kernels, Diffusers' context parallel attention.
+gradient, arguments of other kernels, masks of flex attention, Diffusers' context parallel attention.
 
 `run_again` is the warm path of calls without a mask or an option, `run` takes all others and plans new ones.
 """
@@ -95,6 +95,12 @@ def _run(
             enable_gqa=enable_gqa, **named,
         )  # fmt: skip
 
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        if is_dynamo_compiling() or model_call is None or model_call.module is None:
+            return host()
+        length = 1 if bshd else -2
+        text = f"a mask of type {type(mask).__name__}, which only flex attention reads"
+        return model_call.by_host(host, text, query.shape[length], key.shape[length])
     sdpa_mask = mask
     if bshd and mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
         sdpa_mask = mask[:, None, None]  # as Diffusers' native attention reads it

@@ -183,6 +183,12 @@ class Routing:
         manual = sorted({type(found.processor).__name__ for found, _ in self._modules if not found.is_reached})
         if manual:
             parts.append(f"processors that compute attention by themselves: {', '.join(manual)}")
+        kinds = {type(module) for module in self.model.modules()}
+        by_hand = sorted(
+            kind.__name__ for kind in kinds if twins.computes_attention(kind) and not twins.methods_of(kind)
+        )
+        if by_hand:
+            parts.append(f"modules that compute attention by themselves: {', '.join(by_hand)}")
         if self._unknown:
             shown = ", ".join(self._unknown[:4]) + (" and others" if len(self._unknown) > 4 else "")
             parts.append(f"modules with a forward from elsewhere: {shown}")
@@ -219,20 +225,27 @@ def _no_grid(role: str, category: str, q_len: int) -> TokenGrid | None:
 
 def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """The attention modules inside a model, with their paths, without processors that are modules (IP adapters)."""
+    kinds: dict[type, bool] = {}
     for path, module in model.named_modules():
-        if module is not model and path.rpartition(".")[2] != "processor" and makes_calls(module):
+        if module is not model and path.rpartition(".")[2] != "processor" and _makes_calls(module, kinds):
             yield path, module
 
 
-def makes_calls(module: torch.nn.Module) -> bool:
-    """Whether a module is an attention module: it has a processor, or its own methods make attention calls."""
+def _makes_calls(module: torch.nn.Module, kinds: dict[type, bool]) -> bool:
+    """Whether a module is an attention module: it has a processor, or its own methods make attention calls.
+
+    `kinds`: of classes, whether their methods do, as far as it is known.
+    """
     own = module.__dict__
     processor = own.get("processor")
     if processor is None:
         processor = own.get("_modules", {}).get("processor")
     if processor is not None:
         return callable(processor)
-    return bool(twins.methods_of(type(module)))
+    kind = type(module)
+    if kind not in kinds:
+        kinds[kind] = bool(twins.methods_of(kind))
+    return kinds[kind]
 
 
 def _device_of(values: Any) -> torch.device | None:

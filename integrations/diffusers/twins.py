@@ -7,6 +7,7 @@ another dictionary of globals, so that neither the module nor anything else that
 
 from __future__ import annotations
 
+import dis
 import inspect
 import threading
 from collections.abc import Iterator
@@ -222,6 +223,27 @@ def methods_of(kind: type) -> dict[str, FunctionType]:
                 found[name] = method
             hidden.add(name)
     return found
+
+
+PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
+OF_TORCH = frozenset(("multi_head_attention_forward", "flex_attention"))
+
+
+def computes_attention(kind: type) -> bool:
+    """Whether the `forward` of a module's class computes attention in ways that no twin reaches.
+
+    That is a softmax between products of matrices, or torch's multi-head and flex attention.
+    """
+    if issubclass(kind, torch.nn.MultiheadAttention):
+        return True
+    forward = getattr(kind, "forward", None)
+    function = inspect.unwrap(forward) if callable(forward) else None
+    if not isinstance(function, FunctionType) or function.__module__.startswith("torch."):
+        return False
+    names = set(names_of(function.__code__))
+    if "softmax" not in names:
+        return bool(names & OF_TORCH)
+    return bool(names & PRODUCTS) or any(step.argrepr == "@" for step in dis.get_instructions(function))
 
 
 def subclass(kind: type, slots: tuple[str, ...] = (), properties: dict[str, property] | None = None) -> type:

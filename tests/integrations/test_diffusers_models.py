@@ -267,6 +267,53 @@ def test_what_only_diffusers_computes_is_counted_or_refused(call: dict[str, Any]
     reset(model)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_mask_that_is_no_tensor_is_for_diffusers_own_function(again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `BlockMask` of flex attention, as AnyFlow, Qwen-Image 2.1 and LTX-2's decoder pass it."""
+
+    class BlockMask:
+        pass
+
+    seen: list[Any] = []
+
+    def dispatch(query: torch.Tensor, *others: torch.Tensor, **more: Any) -> torch.Tensor:
+        seen.append(more["attn_mask"])
+        return query
+
+    monkeypatch.setitem(globals(), "dispatch_attention_fn", dispatch)
+    mask = BlockMask()
+    model, given = with_processor(attn_mask=mask)
+    with torch.no_grad(), attention_backend(model, "reference") as chosen:
+        for _ in range(1 + again):
+            model(given)
+        assert seen == [mask] * (1 + again)
+    (row,) = chosen.reports["model"].rows.values()
+    assert (row.backend, row.asked, row.calls) == ("diffusers", "reference", 1 + again)
+    assert "BlockMask" in row.reason
+    with torch.no_grad(), attention_backend(model, "reference", strict=True), pytest.raises(NoBackendError):
+        model(given)
+
+
+def test_modules_that_compute_attention_by_themselves_are_named() -> None:
+    from diffusers.models.embeddings import AttentionPooling, HunyuanDiTAttentionPool
+    from diffusers.models.transformers.consisid_transformer_3d import PerceiverAttention
+    from diffusers.models.transformers.transformer_hidream_image import MoEGate
+
+    model, _ = with_processor()
+    model.gate = MoEGate(8)  # a softmax that is no attention
+    model.linear = torch.nn.Linear(2, 2)
+    assert not apply(model, "torch_sdpa").reports["model"].bypass
+    model.others = torch.nn.ModuleList(
+        [
+            HunyuanDiTAttentionPool(4, 8, 2), AttentionPooling(2, 8), PerceiverAttention(8, 4, 2),
+            torch.nn.MultiheadAttention(8, 2),
+        ]
+    )  # fmt: skip
+    _, _, named = apply(model, "torch_sdpa").reports["model"].bypass.partition(": ")
+    assert named == "AttentionPooling, HunyuanDiTAttentionPool, MultiheadAttention, PerceiverAttention"
+    reset(model)
+
+
 def reference_of(model: Any, given: torch.Tensor) -> torch.Tensor:
     """The unpatched module's output."""
     return type(model.attn1).forward(model.attn1, given)  # type: ignore[no-any-return]
