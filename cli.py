@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from io import TextIOWrapper
 from typing import Any
 
-from .backends.calls import CATEGORIES, category_of
 from .backends.config import AttentionConfig
 from .backends.config.layers import default_of, joint_note, record_of, settings_of
 from .backends.config.names import canonical
@@ -38,6 +37,7 @@ from .backends.values.bounded import shortened
 from .backends.values.errors import NoBackendError
 from .backends.values.platform import Platform, parse_platform
 from .backends.values.request import AttentionRequest, parse_request
+from .backends.values.roles import CATEGORIES, category_of
 from .comparison import bench_command as bench
 from .comparison import blocks_command as blocks
 from .comparison import command as compare

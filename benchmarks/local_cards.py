@@ -26,13 +26,13 @@ sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 
 import conftest  # noqa: E402, F401  # loads this folder as the package attention_backends
 import torch  # noqa: E402
-from attention_backends.backends.calls import router_for  # noqa: E402
 from attention_backends.backends.cards.card import Card  # noqa: E402
 from attention_backends.backends.cards.cost import predicted  # noqa: E402
 from attention_backends.backends.cards.heads import HeadsOverCards  # noqa: E402
 from attention_backends.backends.cards.transport import Transport  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.engine.plan import CallKind, Slot  # noqa: E402
+from attention_backends.backends.engine.routers import router_for  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.values.request import AttentionCall  # noqa: E402
 from paired import machine, ratios, training_paused  # noqa: E402

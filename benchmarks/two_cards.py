@@ -33,7 +33,6 @@ sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
 if "attention_backends" not in sys.modules:
     import conftest  # noqa: F401  # loads this folder as the package attention_backends
 import torch  # noqa: E402
-from attention_backends.backends.calls import router_for  # noqa: E402
 from attention_backends.backends.cards.card import Card  # noqa: E402
 from attention_backends.backends.cards.cost import Points, predicted  # noqa: E402
 from attention_backends.backends.cards.cuda_transport import transports  # noqa: E402
@@ -42,6 +41,7 @@ from attention_backends.backends.cards.heads import HeadsOverCards  # noqa: E402
 from attention_backends.backends.cards.transport import Transport  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.engine.plan import CallKind, Slot  # noqa: E402
+from attention_backends.backends.engine.routers import router_for  # noqa: E402
 from attention_backends.backends.engine.session import Session  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.measure import environment  # noqa: E402

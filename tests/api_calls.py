@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_backends.backends import account, attention, calls, read_environment
-from attention_backends.backends import context as model_calls
+from attention_backends.backends import account, attention, read_environment
+from attention_backends.backends.api import context as model_calls
 from hook_side import no_environment
 
 random = torch.Generator().manual_seed(3)
@@ -19,7 +19,7 @@ def nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     no_environment(monkeypatch)
     monkeypatch.delenv("DIFFUSERS_ATTN_CHECKS", raising=False)
     read_environment()
-    calls._thread.__dict__.clear()
+    model_calls.thread_local.__dict__.clear()
     yield
     assert model_calls._context.get() is None, "a block is still in force"
     monkeypatch.undo()

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_backends.backends.calls import router_for
 from attention_backends.backends.cards import over
 from attention_backends.backends.cards.card import Card
 from attention_backends.backends.cards.heads import HeadsOverCards
 from attention_backends.backends.cards.transport import Transport
 from attention_backends.backends.config import AttentionConfig, AttentionSpec
 from attention_backends.backends.engine.plan import CallKind, Slot
+from attention_backends.backends.engine.routers import router_for
 from attention_backends.backends.engine.session import Session
 from attention_backends.backends.report import RunReport
 from attention_backends.backends.values.reasons import Reason

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from attention_backends.backends import account, attention, attention_backend
-from attention_backends.backends.calls import router_for
+from attention_backends.backends.engine.routers import router_for
 from attention_backends.backends.parallel import strategy
 from attention_backends.backends.parallel.rank_group import rank_group
 from attention_backends.backends.values.request import AttentionCall

@@ -1,16 +1,19 @@
 """Checks mode: validates every attention call before its kernel runs; an error names what was given and the remedy.
 
-Off by default: kernels refuse most of this themselves. `DIFFUSERS_ATTN_CHECKS` (1, on, yes or
-true, in any case) switches it on, as in Diffusers; so does `with checks():` for calls through `api.py`. Checks read
-shapes, dtypes and devices, no values, so they cost no synchronisation.
+Off by default: kernels refuse most of this themselves. `DIFFUSERS_ATTN_CHECKS` (1, on, yes or true, in any case)
+switches it on, as in Diffusers; so does `with checks():` for calls through `backends.api`. Checks read shapes, dtypes
+and devices, no values, so they cost no synchronisation. What is refused with checks off too stands here as well:
+shapes, layouts, grids.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from operator import index
 from typing import TYPE_CHECKING
 
+from ..values.grid import TokenGrid
 from ..values.request import AttentionCall
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 VARIABLE = "DIFFUSERS_ATTN_CHECKS"
 ON = ("1", "on", "yes", "true")
+Grid = tuple[int, int, int]
+"""Frames, height and width of the tokens of a call."""
+
+LAYOUTS = ("BHSD", "BSHD")
 
 
 class CheckError(ValueError):
@@ -138,3 +145,56 @@ def _mask(call: AttentionCall, mask: torch.Tensor) -> Iterator[tuple[str, str]]:
 
 def _name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def check_meaning(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, layout: str
+) -> None:
+    """Refuse an unknown layout or shapes that do not fit; called once per kind of call."""
+    only_tensors(query, key, value, mask)
+    if layout not in LAYOUTS:
+        raise CheckError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if any(len(shape) != 4 for shape in shapes):
+        raise CheckError(f"query, key and value {shapes} must have 4 dimensions each, in the order {layout}")
+    if mask is None:
+        return
+    if mask.ndim == 3:
+        raise CheckError(
+            f"attn_mask {tuple(mask.shape)} could be by head or by sample; give it 4 dimensions, with 1 for the missing"
+        )
+    if not 1 <= mask.ndim <= 4:
+        raise CheckError(f"attn_mask {tuple(mask.shape)} must have 1, 2 or 4 dimensions")
+    if mask.is_complex():
+        raise CheckError(f"attn_mask of dtype {mask.dtype} is neither boolean nor a number that is added to scores")
+
+
+def token_grid_of(grid: Grid | None, before: int, after: int) -> TokenGrid:
+    """The grid as given to `attention`.
+
+    Raises:
+        CheckError: it is none, or there is none beside which the other tokens could stand.
+    """
+    if grid is None:
+        raise CheckError(f"tokens_before {before!r} and tokens_after {after!r} stand beside a grid; give grid too")
+    given = (*(grid if isinstance(grid, tuple | list) else ()), before, after)
+    try:
+        sizes = [index(size) for size in given if not isinstance(size, bool)]  # NumPy's numbers too
+    except TypeError:
+        sizes = []
+    if len(given) != 5 or len(sizes) != 5 or min(sizes[:3]) < 1 or min(sizes) < 0:
+        raise CheckError(
+            f"grid {grid!r} with tokens_before {before!r} and tokens_after {after!r} is not three whole "
+            "numbers from 1, with whole numbers from 0"
+        )
+    frames, height, width, before, after = sizes
+    return TokenGrid(frames, height, width, before, after)
+
+
+def only_tensors(*given: object) -> None:
+    import torch
+
+    for value in given:
+        if value is not None and not isinstance(value, torch.Tensor):
+            kind = f"{type(value).__module__}.{type(value).__name__}"
+            raise CheckError(f"attention takes torch tensors, not {kind}; torch.as_tensor makes one of an array")

@@ -19,6 +19,7 @@ class Role(NamedTuple):
     guessed: bool = False
 
 
+CATEGORIES = ("self", "cross", "joint")
 SELF = Role("self", "self")
 CROSS = Role("cross", "cross")
 JOINT = Role("joint", "joint")
@@ -33,6 +34,15 @@ LTX2_PATHS = (
     (r"transformer_blocks\.\d+\.video_to_audio_attn", (Role("ltx2.video_to_audio", "cross"),)),
 )
 """LTX-2's modules have the same paths in ComfyUI and in Diffusers."""
+
+
+def category_of(role: str) -> str:
+    """The category of a role, guessed from its name."""
+    if role in CATEGORIES:
+        return role
+    if role.endswith((".single", ".double")):  # FLUX, HunyuanVideo: text and picture together
+        return "joint"
+    return "cross" if "cross" in role or "_to_" in role else "self"
 
 
 @dataclass(frozen=True)

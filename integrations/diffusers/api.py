@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ...backends.calls import router_for
 from ...backends.config import AttentionConfig
 from ...backends.config.layers import named_backends, settings_of
 from ...backends.config.names import AUTO, AUTOTUNE
 from ...backends.config.text import from_environment, parse_config
+from ...backends.engine.routers import router_for
 from ...backends.observe.replay.record import as_record, of_run
 from ...backends.report import RunReport
 from ...backends.values.errors import ConfigError, NoBackendError

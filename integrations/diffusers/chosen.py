@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from ...backends.api.context import add_up
 from ...backends.config import AttentionConfig
-from ...backends.context import add_up
 from ...backends.report import RunReport
 from .runs import Run
 

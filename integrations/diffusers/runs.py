@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...backends.calls import router_for
 from ...backends.config import AttentionConfig
 from ...backends.config.layers import asks_for_sparse, cards_of, record_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.config.timetable import ALWAYS, Timetable, Window
 from ...backends.engine.plan import Slot
+from ...backends.engine.routers import router_for
 from ...backends.engine.session import Session
 from ...backends.observe.advisories import unused_advisories
 from ...backends.observe.autotune.store import default_path

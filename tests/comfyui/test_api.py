@@ -23,13 +23,14 @@ from attention_backends.backends import (  # noqa: E402
     api,
     attention,
     attention_backend,
-    calls,
     checks,
     force_backend,
     read_environment,
 )
+from attention_backends.backends.api import calls, context, session  # noqa: E402
 from attention_backends.backends.config import AttentionConfig  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.routers import OutsideComfyUI  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
 from attention_backends.backends.values.errors import (  # noqa: E402
@@ -100,7 +101,7 @@ def test_every_fact_of_a_call_has_a_plan_of_its_own() -> None:
         for tensors, options in cases:
             expected = sdpa(*tensors, **options)
             torch.testing.assert_close(attention(*tensors, **options), expected, rtol=0, atol=1e-2)
-    (session,) = calls._thread.own.sessions.values()
+    (session,) = context.thread_local.own.sessions.values()
     assert len(session.slots) == len(cases)
 
 
@@ -139,8 +140,8 @@ def test_comfy_is_unavailable_outside_comfyui_with_its_reason(snapshot: Snapshot
 
 def use(monkeypatch: pytest.MonkeyPatch, **kernels: Callable[..., torch.Tensor]) -> None:
     replaced = {name: Kernel(name, run) for name, run in kernels.items()}
-    router = Router(detect(CPU), {**BACKENDS, "comfy": calls._Outside(), **replaced})
-    for module in (api, calls):
+    router = Router(detect(CPU), {**BACKENDS, "comfy": OutsideComfyUI(), **replaced})
+    for module in (api, session):
         monkeypatch.setattr(module, "router_for", lambda device=None: router)
 
 
@@ -151,7 +152,7 @@ def test_one_session_is_kept_for_a_configuration_and_device(monkeypatch: pytest.
         with attention_backend({"default": "sdpa_math"}):
             attention(Q, K, V)
         attention(Q, K, V)
-    sessions = list(calls._thread.own.sessions.values())
+    sessions = list(context.thread_local.own.sessions.values())
     assert len(sessions) == 2
     assert [sum(row.calls for row in sessions[0].run_report.rows.values()), *map(len, (s.slots for s in sessions))] == [
         9,
@@ -159,7 +160,7 @@ def test_one_session_is_kept_for_a_configuration_and_device(monkeypatch: pytest.
         1,
     ]
     planned: list[object] = []
-    monkeypatch.setattr(calls.CallSession, "plan", lambda *arguments, **_: planned.append(arguments))
+    monkeypatch.setattr(session.CallSession, "plan", lambda *arguments, **_: planned.append(arguments))
     attention(Q, K, V)
     with attention_backend("sdpa_math"):
         attention(Q, K, V)

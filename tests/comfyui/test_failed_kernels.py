@@ -14,9 +14,11 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import attention, attention_backend, calls  # noqa: E402
+from attention_backends.backends import attention, attention_backend  # noqa: E402
+from attention_backends.backends.api import calls, context, session  # noqa: E402
 from attention_backends.backends.config import AttentionConfig, AttentionSpec  # noqa: E402
 from attention_backends.backends.engine.router import Router  # noqa: E402
+from attention_backends.backends.engine.routers import OutsideComfyUI  # noqa: E402
 from attention_backends.backends.kernels import BACKENDS  # noqa: E402
 from attention_backends.backends.kernels.backend import FLOATING, Limits  # noqa: E402
 from attention_backends.backends.kernels.registry import detect  # noqa: E402
@@ -51,10 +53,12 @@ class Machine:
         self.router = Router(detect(CPU), {**BACKENDS, **mine})
         self.router.priority = self.router.priority._replace(order=("reference", "torch_sdpa"))
         monkeypatch.setattr(sampling, "router_for", lambda device: self.router)
-        outside = Router(detect(CPU), {**self.router.backends, "comfy": calls._Outside()})
+        outside = Router(detect(CPU), {**self.router.backends, "comfy": OutsideComfyUI()})
         outside.priority = self.router.priority
-        monkeypatch.setattr(calls, "router_for", lambda device=None: outside)
-        monkeypatch.setattr(calls, "_thread", threading.local())  # sessions that nobody has used
+        monkeypatch.setattr(session, "router_for", lambda device=None: outside)
+        nobody = threading.local()  # sessions that nobody has used
+        for module in (calls, context):
+            monkeypatch.setattr(module, "thread_local", nobody)
         self.comfy: Callable[..., Any] = exact
 
     def _backend(self, name: str, run: Callable[[Any], Any]) -> Kernel:

@@ -21,14 +21,11 @@ from attention_backends.backends import (  # noqa: E402
     api,
     attention,
     attention_backend,
-    calls,
     checks,
     force_backend,
     read_environment,
 )
-from attention_backends.backends import (  # noqa: E402
-    context as model_calls,
-)
+from attention_backends.backends.api import context as model_calls  # noqa: E402
 from attention_backends.backends.config import AttentionConfig  # noqa: E402
 from attention_backends.backends.config.names import UnknownBackendError  # noqa: E402
 from attention_backends.backends.values.errors import (  # noqa: E402
@@ -76,9 +73,9 @@ def test_autotune_has_an_older_name(word: str) -> None:
 
 def test_outside_a_block_the_environment_is_read_once_or_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def backends() -> set[str]:
-        calls._thread.__dict__.clear()
+        model_calls.thread_local.__dict__.clear()
         attention(Q, K, V)
-        return {row.backend for row in calls._thread.own.run_report.rows.values()}
+        return {row.backend for row in model_calls.thread_local.own.run_report.rows.values()}
 
     assert backends() == {"torch_sdpa"}
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "_native_math")

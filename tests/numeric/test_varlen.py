@@ -14,8 +14,9 @@ from syrupy.assertion import SnapshotAssertion
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from attention_backends.backends import api, attention, attention_backend, calls  # noqa: E402
-from attention_backends.backends.calls import CallSession  # noqa: E402
+from attention_backends.backends import api, attention, attention_backend  # noqa: E402
+from attention_backends.backends.api import session  # noqa: E402
+from attention_backends.backends.api.session import CallSession  # noqa: E402
 from attention_backends.backends.cards.heads import HeadsOverCards  # noqa: E402
 from attention_backends.backends.config.text import parse_config  # noqa: E402
 from attention_backends.backends.engine.mask_reader import inspect  # noqa: E402
@@ -316,7 +317,7 @@ def test_a_plan_of_flashinfer_for_each_set_of_lengths(monkeypatch: pytest.Monkey
 @pytest.fixture
 def on_fakes(monkeypatch: pytest.MonkeyPatch) -> Router:
     router = router_on(monkeypatch, *FLASH)
-    for module in (api, calls):
+    for module in (api, session):
         monkeypatch.setattr(module, "router_for", lambda device=None: router)
     return router
 

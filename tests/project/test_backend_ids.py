@@ -63,7 +63,7 @@ CONSTANTS = {"COMFY", "LAST_RESORT"}
 """The ids that have a name; comparing with one is the same as comparing with the literal."""
 
 NAMED: dict[str, set[str]] = {
-    "backends/calls.py": {"COMFY"},  # puts another one in its place, outside ComfyUI
+    "backends/engine/routers.py": {"COMFY"},  # puts another one in its place, outside ComfyUI
     "backends/engine/router.py": {"COMFY", "LAST_RESORT"},  # what is left when nothing else runs
     "backends/engine/session.py": {"COMFY"},  # whether a person asked for it
     "comparison/bench_command.py": {"COMFY"},

@@ -35,6 +35,7 @@ FLOORS = {
         "cards",
         "parallel",
         "doctor",
+        "api",
     ),
     "nodes": ("history", "hook", "configure", "report", "compare", "http"),
 }

@@ -1,4 +1,4 @@
-"""The configuration at a call: the `with` blocks of `api.py` around it, in a ContextVar.
+"""The configuration at a call: the `with` blocks of `backends.api` around it, in a ContextVar.
 
 Leaving a block removes it wherever it is in the stack, so that blocks of generators and tasks may end in any order, and
 closes it in tasks and threads that copied the context. A thread without a copied context has no blocks.
@@ -14,15 +14,15 @@ from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from .config import AttentionConfig
-from .config.text import from_environment
-from .engine.call_checks import checks_from_environment
-from .report import Row, RunReport
-from .values.grid import Kept
+from ..config import AttentionConfig
+from ..config.text import from_environment
+from ..engine.call_checks import checks_from_environment
+from ..report import Row, RunReport
+from ..values.grid import Kept
 
 if TYPE_CHECKING:
-    from .calls import CallSession
-    from .parallel.group_session import GroupSession
+    from ..parallel.group_session import GroupSession
+    from .session import CallSession
 
 KEPT = 4096
 """Most kinds of call, and sets of configurations, in a thread's caches, which are cleared then."""
@@ -46,6 +46,17 @@ class ThreadSessions:
         self.sessions: dict[tuple[Any, ...], CallSession] = {}
         self.in_groups: dict[tuple[Any, ...], GroupSession] = {}
         """Sessions of calls with `group`."""
+
+
+thread_local = threading.local()
+"""`own`: this thread's sessions outside of blocks with a run report; sessions are not shared between threads."""
+
+
+def new_thread() -> ThreadSessions:
+    """Sessions for a thread that has none."""
+    own: ThreadSessions
+    own = thread_local.own = ThreadSessions(RunReport(mode="off"))  # not read
+    return own
 
 
 class Block:
@@ -147,6 +158,13 @@ def current() -> Context:
         if not block.is_open:
             return _without_closed(context)
     return context
+
+
+def sessions_of_thread(context: Context) -> ThreadSessions:
+    """This thread's sessions in a context."""
+    if context.reporting is not None:
+        return context.reporting.of_thread()
+    return getattr(thread_local, "own", None) or new_thread()
 
 
 def _without_closed(context: Context) -> Context:

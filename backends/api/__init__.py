@@ -17,15 +17,16 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .calls import attention, router_for
-from .config import AttentionConfig
-from .config.layers import settings_of
-from .config.names import AUTO, AUTOTUNE
-from .config.text import parse_config
+from ..config import AttentionConfig
+from ..config.layers import settings_of
+from ..config.names import AUTO, AUTOTUNE
+from ..config.text import parse_config
+from ..engine.call_checks import CheckError
+from ..engine.routers import router_for
+from ..report import RunReport
+from ..values.errors import ConfigError, GroupError, NoBackendError
+from .calls import attention
 from .context import Block, add_up, current, entered, read_environment
-from .engine.call_checks import CheckError
-from .report import RunReport
-from .values.errors import ConfigError, GroupError, NoBackendError
 
 if TYPE_CHECKING:
     import torch
