@@ -98,7 +98,7 @@ class Recorder(Protocol):
         """A model call begins, while these windows of the schedules hold."""
 
 
-@dataclass
+@dataclass(repr=False)
 class RunReport:
     """Rows and notes of one run."""
 
@@ -149,6 +149,10 @@ class RunReport:
     """The sampler's step of the last finished model call, from 0, if the host knows it."""
     last_time: float | None = None
     """`perf_counter()` after the last model call; the device may still compute it."""
+
+    def __repr__(self) -> str:
+        """What ran, without waiting for a device; all data is in `as_dict`."""
+        return f"<run report of {self.model or 'no run'}: {self.summary()}>"
 
     def new_clock(self, kind: str) -> DeviceClock | None:
         """A clock for a session on this kind of device; None if nothing is timed."""

@@ -2,9 +2,9 @@
 
     from attention_backends.integrations.diffusers import apply, reset
 
-    apply(pipe, "sage_attn")
+    applied = apply(pipe, "sage_attn")
     pipe("a cat")
-    print(apply(pipe, "sage_attn").summary())
+    print(applied.summary())
     reset(pipe)
 
 Nothing of Diffusers is patched, and none of its modules is imported here: each attention module of a chosen model gets

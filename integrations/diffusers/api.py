@@ -13,14 +13,17 @@ import torch
 
 from ...backends.config import AttentionConfig
 from ...backends.config.layers import named_backends, settings_of
+from ...backends.config.mapping import FIELDS
 from ...backends.config.names import AUTO, AUTOTUNE
 from ...backends.config.text import from_environment, parse_config
 from ...backends.engine.routers import router_for
 from ...backends.observe.replay.record import as_record, of_run
 from ...backends.report import RunReport
+from ...backends.values.bounded import nearest
 from ...backends.values.errors import ConfigError, NoBackendError
 from .chosen import Chosen, close_block, open_block
 from .routing import Routing, attention_modules, routing_of, use
+from .summary import text_of
 
 DIFFUSION_MODELS = ("transformer", "transformer_2", "unet")
 """Components of a pipeline that a configuration without component names is for."""
@@ -38,12 +41,12 @@ class Applied:
         return {name: chosen.report() for name, chosen in self._chosen.items()}
 
     def summary(self) -> str:
-        """A line for each component: roles with backends and calls, fallbacks, and what was not reached."""
-        lines = []
-        for name, run_report in self.reports.items():
-            bypass = f"; not reached: {run_report.bypass}" if run_report.bypass else ""
-            lines.append(f"{name}: {run_report.summary()}{bypass}")
-        return "\n".join(lines)
+        """What ran in the latest run of each component: roles with backends and calls; below it the reasons."""
+        return "\n".join(text_of(name, one.report(), one.unmatched()) for name, one in self._chosen.items())
+
+    def __repr__(self) -> str:
+        """Without reading a device."""
+        return f"<configuration applied to {', '.join(self._chosen)}; summary() tells what ran>"
 
     def record(self) -> dict[str, Any]:
         """The decisions of the latest runs, for metadata of a picture and for replay as a configuration."""
@@ -93,7 +96,7 @@ def apply(
 
 def reset(model: object) -> None:
     """Restore a model, or all models of a pipeline or mapping; does nothing where nothing is applied."""
-    for component in _models(model).values():
+    for component in _models(model, "reset").values():
         routing = routing_of(component)
         if routing is not None and routing.applied is not None:
             _remove_applied(routing)
@@ -124,7 +127,7 @@ def attention_backend(
 def report(model: object) -> dict[str, RunReport]:
     """The run report of the latest run of each model that a configuration is applied to."""
     found = {}
-    for name, component in _models(model).items():
+    for name, component in _models(model, "report").items():
         routing = routing_of(component)
         if routing is not None and routing.applied is not None:
             found[name] = routing.applied.report()
@@ -152,24 +155,59 @@ def _scheduler_of(model: object, scheduler: object) -> Callable[[], Any]:
     return lambda: own if (alive := pipeline()) is None else getattr(alive, "scheduler", None)
 
 
-def _models(model: object) -> dict[str, torch.nn.Module]:
-    """Models by component name."""
+def _components(model: object, where: str) -> Mapping[str, object]:
+    """What a pipeline, or a mapping of models, has by name, missing ones too."""
     if isinstance(model, torch.nn.Module):
         return {"model": model}
     components = model if isinstance(model, Mapping) else getattr(model, "components", None)
     if not isinstance(components, Mapping):
-        raise ConfigError(f"{type(model).__name__} is neither a model, nor a pipeline, nor a mapping of models")
+        shown = repr(model) if isinstance(model, str) else type(model).__name__
+        raise ConfigError(
+            f"{where}: {shown} is neither a model, nor a pipeline, nor a mapping of models\n"
+            "  what to do: give the loaded pipeline, or one of its models, such as pipe.transformer"
+        )
+    return components
+
+
+def _models(model: object, where: str) -> dict[str, torch.nn.Module]:
+    """Models by component name."""
+    components = _components(model, where)
     return {name: one for name, one in components.items() if isinstance(one, torch.nn.Module)}
+
+
+def _by_component(
+    model: object, models: Mapping[str, torch.nn.Module], config: object, where: str
+) -> dict[str, object] | None:
+    """Each named component's configuration; None for a configuration that names none.
+
+    Raises:
+        ConfigError: a name is not that of a model which is there.
+    """
+    if not isinstance(config, Mapping) or set(config) & set(FIELDS):
+        return None
+    if isinstance(model, torch.nn.Module):
+        alone = len(config) == 1 and set(config) <= set(DIFFUSION_MODELS)
+        return {"model": next(iter(config.values()))} if alone else None
+    components = {*_components(model, where), *DIFFUSION_MODELS}
+    near = {name: nearest(str(name), components, cutoff=0.8) for name in config if name not in models}
+    if not (set(config) & components or any(near.values())):
+        return None
+    for name, others in near.items():
+        hint = f" did you mean {others[0]}?" if others and others[0] in models else ""
+        shown = "the mapping" if isinstance(model, Mapping) else type(model).__name__
+        raise ConfigError(f"{where}: {shown} has no model {name!r};{hint} its models: {', '.join(models) or 'none'}")
+    return dict(config)
 
 
 def _parsed(
     model: object, config: object, where: str, **given: Any
 ) -> dict[str, tuple[torch.nn.Module, tuple[AttentionConfig, ...]]]:
     """Each model with its layers: the configuration, then the environment; everything is checked before a change."""
-    models = _models(model)
+    models = _models(model, where)
     settings = {name: value for name, value in given.items() if value is not None}
-    if isinstance(config, Mapping) and config and set(config) <= set(models) and set(models) != {"model"}:
-        chosen = {name: (config[name], f"{where}[{name!r}]") for name in config}
+    by_component = _by_component(model, models, config, where)
+    if by_component is not None:
+        chosen = {name: (one, where if name == "model" else f"{where}[{name!r}]") for name, one in by_component.items()}
     else:
         names = [name for name in models if name in DIFFUSION_MODELS] or list(models)
         if not isinstance(model, torch.nn.Module | Mapping):
@@ -198,10 +236,11 @@ def _must_have_attention(model: torch.nn.Module, name: str, source: str) -> None
     if next(attention_modules(module), None) is not None:
         return
     of_transformers = type(module).__module__.startswith("transformers.")
-    remedy = "choose its kernel by its set_attn_implementation, and leave" if of_transformers else "leave"
+    remedy = f"choose its kernel by its set_attn_implementation, and leave {name} out here" if of_transformers \
+        else "give a pipeline, or a model of Diffusers" if name == "model" else f"leave {name} out here"  # fmt: skip
     raise ConfigError(
         f"{source}: {name} ({type(module).__name__}) has no attention module of Diffusers, so nothing in it can be "
-        f"routed\n  what to do: {remedy} it out of the models and the mapping here"
+        f"routed\n  what to do: {remedy}"
     )
 
 

@@ -70,6 +70,10 @@ class Chosen:
             total.timeline.model_calls += report.timeline.model_calls
         return total
 
+    def unmatched(self) -> list[str]:
+        """What of the configuration had no effect in the latest run, as far as that is known yet."""
+        return [text for run in list(self._runs.values()) if not run.is_over for text in run.unmatched()]
+
     def close(self) -> None:
         """End the runs."""
         self.is_open = False

@@ -1,13 +1,13 @@
 """A run of a chosen model: its run report, a session for each device, and where in the scheduler's steps it is.
 
-A run begins with the first forward after the scheduler's `set_timesteps`, and ends with the next one, with `reset`, or
-with the `with` block. Without a scheduler there is one run. Runs are recorded per thread.
+A run begins with the first forward after the scheduler's `set_timesteps` or last step, and ends with the next one, with
+`reset`, or with the `with` block. Without a scheduler there is one run. Runs are recorded per thread.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,7 @@ class Steps:
         self.times: list[float] = times.flatten().tolist() if isinstance(times, torch.Tensor) else []
         self.count = len(self.times)
         self.sigmas = self._sigmas()
+        self._first = getattr(scheduler, "step_index", None)
 
     def _sigmas(self) -> list[float]:
         """One more than steps: the scheduler's own, else those of its training noise at its timesteps."""
@@ -93,8 +94,17 @@ class Steps:
         last = min(first + 1, self.count)
         return self.sigmas[first] + (at - first) * (self.sigmas[last] - self.sigmas[first])
 
+    def has_moved(self) -> bool:
+        """Whether the scheduler made a step since; of one that does not count its steps it is not known."""
+        return not hasattr(self.scheduler, "step_index") or self.scheduler.step_index != self._first
+
+    def are_over(self) -> bool:
+        """Whether the last step was made since, so that a forward now is of another run."""
+        index = getattr(self.scheduler, "step_index", None)
+        return index is not None and index >= self.count and index != self._first
+
     def now(self, timestep: Any) -> int | None:
-        """The step of a forward that begins, from 0; None without a scheduler's steps.
+        """The step of a forward that begins, from 0; None without a scheduler's steps, and after the last one.
 
         The scheduler counts its steps, but for a few that do not; there the forward's own timestep tells, which is
         read from its device.
@@ -105,7 +115,7 @@ class Steps:
             index = self.scheduler.step_index
             if index is None:
                 index = getattr(self.scheduler, "begin_index", None) or 0
-            return min(int(index), self.count - 1)
+            return int(index) if index < self.count else None
         if timestep is None:
             return None
         value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
@@ -139,7 +149,9 @@ class Run:
             return False
         if self.steps is None or scheduler is None:
             return self.steps is None and scheduler is None
-        return self.steps.scheduler is scheduler and self.steps.timesteps is getattr(scheduler, "timesteps", None)
+        steps = self.steps
+        same = steps.scheduler is scheduler and steps.timesteps is getattr(scheduler, "timesteps", None)
+        return same and not steps.are_over()
 
     def _timetable(self) -> Timetable:
         steps = self.steps
@@ -258,8 +270,12 @@ class Run:
             return
         self.is_over = True
         self.settle()
-        if self.run_report.timeline.model_calls:
-            self._note_unmatched()
+        for text in self.unmatched():
+            self.note(text)
+        family = self.routing.family
+        for text in unused_advisories(family.name if family is not None else "", self.run_report) \
+                if self.run_report.timeline.model_calls else ():  # fmt: skip
+            self.run_report.note(text)
         for session in self._sessions.values():
             if session.tuner is not None:
                 session.tuner.close()
@@ -269,16 +285,31 @@ class Run:
         self._model_calls.clear()
         self._samples.clear()
 
-    def _note_unmatched(self) -> None:
+    def unmatched(self) -> Iterator[str]:
+        """What of the configuration had no effect: in the run until now, where it is over or had its last step."""
+        calls = self.run_report.timeline.model_calls
+        if not calls:
+            return
+        if self.timetable is not None and self.timetable.timed and (why := self._no_steps(calls)):
+            yield f"schedules count a scheduler's steps: {why}; pass scheduler=, the one of the pipeline that runs"
+        if not (self.is_over or self._is_whole()):
+            return
         if self.timetable is not None:
-            for text in chain(self.timetable.unused(self.run_report.categories), self.timetable.remarks()):
-                self.note(text)
+            yield from chain(self.timetable.unused(self.run_report.categories), self.timetable.remarks())
         for finding in asked_and_ran(self.run_report):
             if finding.verdict == NEVER_CALLED:
-                self.note(*finding.reasons)
+                yield from finding.reasons
         if self.record is not None:
-            for text in self.record.after(self.run_report.node_id, self.run_report.timeline.model_calls):
-                self.note(text)
-        family = self.routing.family
-        for text in unused_advisories(family.name if family is not None else "", self.run_report):
-            self.run_report.note(text)
+            yield from self.record.after(self.run_report.node_id, calls)
+
+    def _is_whole(self) -> bool:
+        """Whether the scheduler's last step was reached; true without one."""
+        steps = self.steps.count if self.steps is not None else 0
+        return (self.run_report.steps_reached() or 0) >= steps
+
+    def _no_steps(self, calls: int) -> str:
+        """Why the steps are not known; empty where they are."""
+        if self.steps is None or not self.steps.count:
+            return "none is known"
+        moved = calls == 1 or self.steps.has_moved()
+        return "" if moved else f"the {type(self.steps.scheduler).__name__} that is known made no step in this run"
