@@ -373,6 +373,51 @@ def strictly(ranks: tuple[int, ...], lacking: int) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def diffusers_guarded(
+    ranks: tuple[int, ...], guard: str, wrong: int, role: str = "self", lacking: bool = False
+) -> dict[str, Any]:
+    """Four forwards of a divided model of two blocks with an inexact kernel in one role.
+
+    `wrong`: the call of it on rank 0, from 1, whose output is not finite. `lacking`: rank 1 has no such kernel.
+    """
+    import sys
+    from pathlib import Path
+
+    sys.path.append(str(Path(__file__).parent / "integrations"))
+    import tiny_diffusers as tiny
+    from attention_backends.integrations.diffusers import apply, reset
+    from diffusers import ContextParallelConfig
+
+    torch.accelerator.device_count = lambda: 1  # Diffusers divides by it, and there is no accelerator
+    calls, router = 0, router_for()
+    kernel = router.kernel("emulated_int8")
+
+    def broken(call: AttentionCall) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return kernel(call) * float("nan" if calls == wrong and distributed.get_rank() == 0 else 1)
+
+    router._kernels["emulated_int8", ()] = broken
+    if lacking and distributed.get_rank() == 1:
+        router._unavailable["emulated_int8"] = ("not here",)
+    made, given = tiny.wan()
+    expected = tiny.forward(made, given)[0]
+    made.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    config = {"default": "torch_sdpa", "per_role": {role: "emulated_int8"}, "guard": guard}
+    applied = apply(made, config)
+    outputs = [tiny.forward(made, given)[0] for _ in range(4)]
+    run_report = applied.reports["model"]
+    reset(made)
+    router._kernels["emulated_int8", ()] = kernel
+    router._unavailable["emulated_int8"] = ()
+    return {
+        "errors": [float((output - expected).abs().max()) for output in outputs],
+        "checked": sum(row.guard.checked for row in run_report.rows.values() if row.guard is not None),
+        "rows": sorted([row.role, row.backend, row.calls, str(row.reason)] for row in run_report.rows.values()),
+        "notes": [str(note) for note in run_report.notes],
+    }
+
+
 def diffusers_model(
     ranks: tuple[int, ...], model: str, parallel: dict[str, Any], backend: Any, first: bool = False
 ) -> dict[str, Any]:

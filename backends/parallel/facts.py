@@ -32,15 +32,17 @@ class Header(NamedTuple):
     """The call is invalid there."""
     no_ring: bool = False
     """`auto` may not take ring: the backend that was asked for gives no log-sum-exp."""
+    is_new: bool = False
+    """It is the first call of a session there: what was agreed on before does not count."""
 
     def numbers(self) -> list[int]:
-        return [self.call, self.digest, self.q_len, self.kv_len, *self.mask, self.refused, self.no_ring]
+        return [self.call, self.digest, self.q_len, self.kv_len, *self.mask, self.refused, self.no_ring, self.is_new]
 
 
 def header(numbers: Sequence[int]) -> Header:
     """Of what `Header.numbers` gives."""
-    call, digest, q_len, kv_len, b, h, q, k, refused, no_ring = numbers
-    return Header(call, digest, q_len, kv_len, (b, h, q, k), bool(refused), bool(no_ring))
+    call, digest, q_len, kv_len, b, h, q, k, refused, no_ring, is_new = numbers
+    return Header(call, digest, q_len, kv_len, (b, h, q, k), bool(refused), bool(no_ring), bool(is_new))
 
 
 def digest(facts: Mapping[str, object]) -> int:

@@ -152,6 +152,9 @@ def _exchanged(ranks: RankGroup, prepare: Callable[[], Prepared]) -> GroupCall:
         differing = differing_facts(ranks.objects(_facts(prepared)))
         raise AgreedError(CheckError(f"the ranks of the group make different calls; {differing}"))
     session, call, options = prepared
+    if any(one.is_new for one in headers):  # a run's failures and refusals count in that run only
+        ranks.agreed.clear()
+        session.is_new = False
     try:
         before, after, order = options.before, options.after, options.order
         queries = Shards(tuple(one.q_len for one in headers), before, after, order)
@@ -205,7 +208,10 @@ def _header(ranks: RankGroup, prepared: Prepared) -> Header:
             session.digests.clear()
         number = session.digests[known] = digest(_facts(prepared))
     shape: Any = NO_MASK if mask is None else tuple(mask.shape)
-    return Header(ranks.calls, number, query.shape[2], key.shape[2], shape, no_ring=_no_ring(session, options))
+    return Header(
+        ranks.calls, number, query.shape[2], key.shape[2], shape,
+        no_ring=_no_ring(session, options), is_new=session.is_new,
+    )  # fmt: skip
 
 
 def _no_ring(session: GroupSession, options: GroupOptions) -> bool:

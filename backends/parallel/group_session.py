@@ -55,6 +55,8 @@ class GroupSession(Session):
         """Key -> the agreement that a slot was planned for, and the slot."""
         self.digests: dict[object, int] = {}
         """Facts of a call on this rank -> their digest."""
+        self.is_new = True
+        """Whether it has made no call that all ranks take."""
 
     def choice(self, role: str, category: str) -> Choice:
         """What the configurations ask for."""

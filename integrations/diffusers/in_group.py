@@ -15,7 +15,6 @@ from ...backends.config import AttentionConfig
 from ...backends.config.layers import record_of
 from ...backends.config.schedule import is_scheduled
 from ...backends.engine.call_checks import CheckError, check, differing
-from ...backends.observe import observe
 from ...backends.parallel.group_call import RING, ULYSSES, GroupOptions, Prepared, run
 from ...backends.parallel.group_session import GroupSession
 from ...backends.parallel.rank_group import rank_group
@@ -23,6 +22,7 @@ from ...backends.values.request import AttentionCall
 
 if TYPE_CHECKING:
     from .model_calls import ModelCall
+    from .runs import DeviceSession
 
 
 class InGroup(NamedTuple):
@@ -94,6 +94,7 @@ def attention(
     module, ordinal = model_call.module, model_call.ordinal
     assert module is not None  # noqa: S101  # a call is routed while a module runs
     model_call.ordinal = ordinal + 1
+    ranks = rank_group(how.group)
 
     def prepare() -> Prepared:
         q_len, kv_len = query.shape[1], key.shape[1]
@@ -106,15 +107,26 @@ def attention(
         if text := differing(query, key, value, None):
             raise CheckError(text)
         options = GroupOptions(how.strategy, role=role.name, category=role.category)
-        return Prepared(_session(model_call, query.device), call, options)
+        own = model_call.run.session(query.device)
+        own.ranks = ranks
+        return Prepared(_session(own, query.device), call, options)
 
-    output, _ = run(rank_group(how.group), prepare)
+    output, _ = run(ranks, prepare)
     return output.transpose(1, 2)
 
 
-def _session(model_call: ModelCall, device: torch.device) -> GroupSession:
-    own = model_call.run.session(device)
+def _session(own: DeviceSession, device: torch.device) -> GroupSession:
+    """Plans such calls, with the guard, the recorder and the clock of the other calls of the run."""
     if own.in_group is None:
-        session = GroupSession(own.router, own.layers, own.run_report, checks=False, device=device)
-        own.in_group = observe(session)
+        session = own.in_group = GroupSession(own.router, own.layers, own.run_report, checks=False, device=device)
+        session.device_clock = own.device_clock
+        session.register(*(observer for observer in own.observers if observer is not own.tuner))
     return own.in_group
+
+
+def any_process(session: DeviceSession, value: bool) -> bool:
+    """Whether a value is true in some process that computes calls of this one; each of them asks when this one does."""
+    if session.ranks is None:
+        return value
+    with session.ranks.call():
+        return any(row[0] for row in session.ranks.numbers([value]))

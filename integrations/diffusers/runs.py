@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from .model_calls import CallPlan, ModelCall
 
 if TYPE_CHECKING:
     from ...backends.parallel.group_session import GroupSession
+    from ...backends.parallel.rank_group import RankGroup
     from .routing import Routing
 
 log = logging.getLogger("attention_backends")
@@ -52,6 +54,8 @@ class DeviceSession(RunSession):
         self.by_mask: dict[tuple[Any, ...], Slot] = {}
         self.in_group: GroupSession | None = None
         """Plans what this process computes of calls that all processes of a group make; None before the first."""
+        self.ranks: RankGroup | None = None
+        """These processes."""
 
     def forget(self) -> None:
         """Drop all plans; the run report continues."""
@@ -239,14 +243,20 @@ class Run:
 
     def guarded(self, model_call: ModelCall, forward: Callable[[], Any]) -> Any:
         """The forward, whose output the guard looks at where one is on."""
-        guard = model_call.session.guard
+        session = model_call.session
+        guard = session.guard
         if guard is None:
             return forward()
         step, at = model_call.step, None
         if step is not None and self.steps is not None:
             unchanged = self.timetable.unchanged(step) if self.timetable is not None and self.timetable.timed else None
             at = Step(step, self.steps.count, unchanged)
-        return guard.model_call(self.mark(step), forward, forward, at)
+        any_process = None
+        if guard.enforces and getattr(self.routing.model, "_parallel_config", None) is not None:
+            from . import in_group
+
+            any_process = partial(in_group.any_process, session)
+        return guard.model_call(self.mark(step), forward, forward, at, any_process)
 
     def end(self, model_call: ModelCall, device: torch.device) -> None:
         """A forward of the model has ended."""

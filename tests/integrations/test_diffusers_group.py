@@ -82,3 +82,27 @@ def test_processes_that_chose_different_backends_all_stop(two: RankSet) -> None:
     answers = two.run("diffusers_model", model="wan", parallel={"ring_degree": 2}, backend=["sdpa_math", "torch_sdpa"])
     assert [answer["error"] for answer in answers] == ["CheckError"] * 2
     assert all("sdpa_math" in answer["text"] and "torch_sdpa" in answer["text"] for answer in answers)
+
+
+def test_the_guard_of_a_run_watches_divided_calls_too(two: RankSet) -> None:
+    for found in two.run("diffusers_guarded", guard="watch", wrong=6):
+        assert found["checked"] == 4, "once in each forward"
+        assert [error < 0.01 for error in found["errors"]] == [True, True, False, True]
+        assert any("output of model call 3 was not finite" in note for note in found["notes"]), found
+
+
+def test_what_the_guard_refuses_is_refused_in_all_processes_until_the_run_ends(two: RankSet) -> None:
+    for found in two.run("diffusers_guarded", guard="enforce", wrong=5):  # the call that forward 3 checks
+        assert [row[:3] for row in found["rows"] if row[0] == "self"] == [
+            ["self", "emulated_int8", 4], ["self", "torch_sdpa", 4],
+        ]  # fmt: skip
+        assert max(found["errors"]) < 0.01
+    for found in two.run("diffusers_guarded", guard="enforce", wrong=0):
+        assert divided(found) == [["self", "emulated_int8", 8]]
+
+
+def test_processes_compute_a_forward_again_together(two: RankSet) -> None:
+    """One has the inexact kernel, in calls that it computes alone; what comes of it reaches all."""
+    for found in two.run("diffusers_guarded", guard="enforce", wrong=6, role="cross", lacking=True, within=30):
+        assert max(found["errors"]) < 0.01, found
+        assert divided(found) == [["self", "torch_sdpa", 10]]

@@ -216,7 +216,10 @@ class Guard(Observer):
                 "%s in %s %s: %s; further ones are in the report", guarded.row.backend, *guarded.role_and_block, reason
             )
 
-    def model_call(self, step: object, run: Callable[[], Any], again: Callable[[], Any], at: Step | None = None) -> Any:
+    def model_call(
+        self, step: object, run: Callable[[], Any], again: Callable[[], Any], at: Step | None = None,
+        any_process: Callable[[bool], bool] | None = None,
+    ) -> Any:  # fmt: skip
         """Run one model call and check that its output is finite.
 
         Args:
@@ -224,6 +227,8 @@ class Guard(Observer):
             run: the model call.
             again: repeats it from the same inputs; used in mode `enforce`.
             at: where in the run it is; None: evaluations are counted as steps.
+            any_process: where processes compute a model call together, whether a value is true in one of them: then all
+                repeat it.
         """
         import torch
 
@@ -235,7 +240,7 @@ class Guard(Observer):
         self._model_calls += 1
         output = run()
         tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
-        if not self._watched or not tensors:
+        if not tensors or not (self._watched or (self.enforces and any_process is not None)):
             return output
         number = self._model_calls
         with torch.no_grad():
@@ -243,7 +248,8 @@ class Guard(Observer):
         if not self.enforces:
             self._later(lambda values: self._note_output(values, number), flag)
             return output
-        if flag.item() or self.refused_everywhere is not None:
+        is_wrong = not flag.item() and self.refused_everywhere is None
+        if not (is_wrong if any_process is None else any_process(is_wrong)):
             return output
         text = Reason("guard.output", number=number)
         self.refused_everywhere = text
