@@ -419,11 +419,13 @@ def diffusers_guarded(
 
 
 def diffusers_model(
-    ranks: tuple[int, ...], model: str, parallel: dict[str, Any], backend: Any, first: bool = False
-) -> dict[str, Any]:
+    ranks: tuple[int, ...], model: str, parallel: dict[str, Any], backend: Any, first: bool = False,
+    compiled: bool = False, wide: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """A forward of a tiny model of Diffusers, divided as its `enable_parallelism` does, against the whole one.
 
     `backend`: a configuration, or one for each rank in a list. `first`: it is chosen before the model is divided.
+    `compiled`: the blocks are. `wide`: under autocast, with queries and keys in float32 and values in bfloat16.
     """
     import sys
     from pathlib import Path
@@ -435,16 +437,24 @@ def diffusers_model(
 
     torch.accelerator.device_count = lambda: 1  # Diffusers divides by it, and there is no accelerator
     made, given = getattr(tiny, model)()
-    expected = tiny.forward(made, given)[0]
+    for path, module in made.named_modules():
+        if wide and path.endswith(("norm_q", "norm_k")):
+            module.register_forward_hook(lambda module, given, output: output.float())
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=wide)
+    with autocast:
+        expected = tiny.forward(made, given)[0]
     if isinstance(backend, list):
         backend = backend[distributed.get_rank()]
     applied = apply(made, backend) if first else None
     made.enable_parallelism(config=ContextParallelConfig(**parallel))
     applied = applied or apply(made, backend)
-    outputs = [tiny.forward(made, given)[0] for _ in range(2)]
+    if compiled:
+        made.compile_repeated_blocks(backend="eager")  # hooks of Diffusers break the graph
+    with autocast:
+        outputs = [tiny.forward(made, given)[0] for _ in range(2)]
     run_report = applied.reports["model"]
     reset(made)
-    if "ulysses_degree" in parallel:  # Diffusers' native attention has no ring
+    if not wide and "ulysses_degree" in parallel:  # Diffusers' native attention has no ring
         outputs.append(tiny.forward(made, given)[0])
     return {
         "error": max(float((output - expected).abs().max()) for output in outputs),

@@ -105,22 +105,15 @@ def _run(
     if bshd and mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
         sdpa_mask = mask[:, None, None]  # as Diffusers' native attention reads it
     call = query, key, value, sdpa_mask, is_causal, scale, enable_gqa, bshd
+    is_divided = set(more) == {"parallel_config"}
     if is_dynamo_compiling():
-        if dropout_p or more or query.ndim != 4:
+        if dropout_p or (more and not is_divided) or query.ndim != 4:
             return host()  # type: ignore[no-any-return]
-        return compiled.traced(host, *call)
+        return compiled.traced(host, is_divided, *call)
     if model_call is None or model_call.module is None:
         return host()  # type: ignore[no-any-return]
-    if set(more) == {"parallel_config"}:
-        from . import in_group
-
-        how = in_group.of_call(model_call, more["parallel_config"], (query, key, value), mask, dropout_p)
-        if isinstance(how, in_group.InGroup):
-            if how.group is not None:
-                return in_group.attention(model_call, how, query, key, value, is_causal, scale, enable_gqa)
-            more = {}
-        else:
-            return model_call.by_host(host, how, query.shape[1], key.shape[1])
+    if is_divided and not dropout_p:
+        return run_divided(model_call, host, more["parallel_config"], *call)
     if dropout_p or more:
         length = 1 if bshd else -2
         return model_call.by_host(host, _only_host(dropout_p, more), query.shape[length], key.shape[length])
@@ -134,6 +127,22 @@ def _only_host(dropout_p: float, more: dict[str, Any]) -> str:
     if "attention_kwargs" in more:
         return f"attention_kwargs {', '.join(sorted(more['attention_kwargs']))}: arguments of another kernel"
     return f"argument {', '.join(sorted(more))} is not known to this version"
+
+
+def run_divided(
+    model_call: ModelCall, host: Callable[[], Any], parallel_config: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    is_causal: bool, scale: float | None, enable_gqa: bool, bshd: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Run one call of a model that `enable_parallelism` divides; arguments and errors as of `run`, in BSHD."""
+    from . import in_group
+
+    how = in_group.of_call(model_call, parallel_config, (query, key, value), mask)
+    if isinstance(how, str):
+        return model_call.by_host(host, how, query.shape[1], key.shape[1])
+    if how.group is None:
+        return run(model_call, host, query, key, value, mask, is_causal, scale, enable_gqa, bshd)
+    return in_group.attention(model_call, how, query, key, value, is_causal, scale, enable_gqa)
 
 
 def run_again(

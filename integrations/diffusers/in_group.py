@@ -14,7 +14,7 @@ import torch
 from ...backends.config import AttentionConfig
 from ...backends.config.layers import record_of
 from ...backends.config.schedule import is_scheduled
-from ...backends.engine.call_checks import CheckError, check, differing
+from ...backends.engine.call_checks import check, differing
 from ...backends.parallel.group_call import RING, ULYSSES, GroupOptions, Prepared, run
 from ...backends.parallel.group_session import GroupSession
 from ...backends.parallel.rank_group import rank_group
@@ -55,8 +55,8 @@ def unfit(layers: tuple[AttentionConfig, ...]) -> str:
 
 
 def of_call(
-    model_call: ModelCall, parallel_config: Any, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None,
-    dropout_p: float,
+    model_call: ModelCall, parallel_config: Any, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
 ) -> InGroup | str:  # fmt: skip
     """How one call runs, or why Diffusers' own function runs it: the same on every process."""
     how = read(parallel_config)
@@ -66,13 +66,11 @@ def of_call(
         return text
     if mask is not None:
         return "a mask in context parallel attention"
-    if dropout_p:
-        return f"dropout_p {dropout_p:g} > 0"
     if any(tensor.ndim != 4 for tensor in tensors):
         return "tensors without four dimensions"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "the call needs a gradient"
-    return how
+    return differing(*tensors, None) or how
 
 
 def attention(
@@ -104,8 +102,6 @@ def attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), None, is_causal, scale, enable_gqa
         )
         check(call, only_shapes=True, any_kv_len=True)
-        if text := differing(query, key, value, None):
-            raise CheckError(text)
         options = GroupOptions(how.strategy, role=role.name, category=role.category)
         own = model_call.run.session(query.device)
         own.ranks = ranks

@@ -118,7 +118,7 @@ class Routing:
         return chosen[0].run(_layers_of(chosen), _scheduler(chosen)).begin(device, given), device
 
     def run_compiled(
-        self, module: AttentionModule, ordinal: int, host: Callable[[], torch.Tensor], *call: Any
+        self, module: AttentionModule, ordinal: int, host: Callable[[], torch.Tensor], is_divided: bool, *call: Any
     ) -> torch.Tensor:
         """An attention call in a compiled graph: part of this thread's forward call, or the start of one.
 
@@ -139,6 +139,8 @@ class Routing:
         outer, before = model_call.module, model_call.ordinal
         model_call.module, model_call.ordinal = module, ordinal
         try:
+            if is_divided:
+                return calls.run_divided(model_call, host, module.processor._parallel_config, *call)
             return calls.run(model_call, host, *call)
         finally:
             model_call.module, model_call.ordinal = outer, before

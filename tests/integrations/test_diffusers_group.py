@@ -50,6 +50,36 @@ def test_what_is_chosen_before_the_model_is_divided_applies_too(two: RankSet) ->
         assert divided(found) == [["self", "sdpa_math", 4]]
 
 
+@SLOW
+@pytest.mark.parametrize("way", ["ulysses", "ring"])
+def test_calls_in_compiled_blocks_are_divided_too(two: RankSet, way: str) -> None:
+    parallel = {f"{way}_degree": 2}
+    for found in two.run("diffusers_model", model="wan", parallel=parallel, backend="sdpa_math", compiled=True):
+        assert found["error"] < 2e-6 * found["size"], found
+        assert divided(found) == [["self", "sdpa_math", 4]]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=SLOW)])
+def test_a_schedule_that_came_before_the_division_leaves_the_calls_to_diffusers(two: RankSet, compiled: bool) -> None:
+    answers = two.run(
+        "diffusers_model", model="wan", parallel={"ulysses_degree": 2}, backend=BY_STEP, first=True, compiled=compiled
+    )
+    for found in answers:
+        assert found["error"] < 2e-6 * found["size"], found
+        assert {row[1] for row in divided(found)} == {"diffusers"}
+        assert sum(row[2] for row in divided(found)) == 4
+        assert all("schedule" in row[3] for row in found["rows"] if row[1] == "diffusers")
+
+
+def test_tensors_of_different_dtypes_are_left_to_diffusers(two: RankSet) -> None:
+    """Under autocast its function casts them."""
+    for found in two.run("diffusers_model", model="wan", parallel={"ulysses_degree": 2}, backend="auto", wide=True):
+        assert found["error"] < 0.02 * found["size"], found
+        assert [row for row in found["rows"] if row[0] == "self"] == [
+            ["self", "diffusers", 2, "dtypes differ: float32, float32, bfloat16"],
+        ] * 2  # fmt: skip
+
+
 BY_STEP = {"default": "torch_sdpa", "schedule": [{"backend": "sdpa_math", "steps": "0"}]}
 
 
