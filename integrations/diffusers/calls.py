@@ -101,17 +101,15 @@ def _run(
         length = 1 if bshd else -2
         text = f"a mask of type {type(mask).__name__}, which only flex attention reads"
         return model_call.by_host(host, text, query.shape[length], key.shape[length])
-    sdpa_mask = mask
-    if bshd and mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
-        sdpa_mask = mask[:, None, None]  # as Diffusers' native attention reads it
-    call = query, key, value, sdpa_mask, is_causal, scale, enable_gqa, bshd
     is_divided = set(more) == {"parallel_config"}
     if is_dynamo_compiling():
         if dropout_p or (more and not is_divided) or query.ndim != 4:
             return host()  # type: ignore[no-any-return]
-        return compiled.traced(host, is_divided, *call)
+        return compiled.traced(host, is_divided, query, key, value, mask, is_causal, scale, enable_gqa, bshd)
     if model_call is None or model_call.module is None:
         return host()  # type: ignore[no-any-return]
+    sdpa_mask = mask if mask is None else compiled.as_sdpa(mask, query, key, bshd)
+    call = query, key, value, sdpa_mask, is_causal, scale, enable_gqa, bshd
     if is_divided and not dropout_p:
         return run_divided(model_call, host, more["parallel_config"], *call)
     if dropout_p or more:

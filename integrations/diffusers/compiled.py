@@ -72,14 +72,14 @@ def _run(
             return _over_processes(module, query, key, value, given, is_causal, scale, enable_gqa)
         q, k, v = (tensor.transpose(1, 2) if bshd else tensor for tensor in (query, key, value))
         output = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=_as_sdpa(mask, query, key, bshd), is_causal=is_causal, scale=scale,
+            q, k, v, attn_mask=as_sdpa(mask, query, key, bshd), is_causal=is_causal, scale=scale,
             enable_gqa=enable_gqa,
         )  # fmt: skip
         return output.transpose(1, 2) if bshd else output
 
     if module is None or module.routing is None:  # the graph outlived the stand-in
         return host().contiguous()
-    mask = _as_sdpa(mask, query, key, bshd)
+    mask = as_sdpa(mask, query, key, bshd)
     return module.routing.run_compiled(
         module, ordinal, host, is_divided, query, key, value, mask, is_causal, scale, enable_gqa, bshd
     ).contiguous()
@@ -100,7 +100,7 @@ def _over_processes(
     return output
 
 
-def _as_sdpa(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, bshd: bool) -> torch.Tensor | None:
+def as_sdpa(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, bshd: bool) -> torch.Tensor | None:
     """The mask as SDPA reads it; Diffusers' dispatch reads (batch, kv_len) as key padding."""
     if mask is not None and bshd and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
         return mask[:, None, None]

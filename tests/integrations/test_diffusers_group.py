@@ -118,7 +118,7 @@ def test_the_guard_of_a_run_watches_divided_calls_too(two: RankSet) -> None:
     for found in two.run("diffusers_guarded", guard="watch", wrong=6):
         assert found["checked"] == 4, "once in each forward"
         assert [error < 0.01 for error in found["errors"]] == [True, True, False, True]
-        assert any("output of model call 3 was not finite" in note for note in found["notes"]), found
+        assert any("model call 3" in note for note in found["notes"]), found
 
 
 def test_what_the_guard_refuses_is_refused_in_all_processes_until_the_run_ends(two: RankSet) -> None:
