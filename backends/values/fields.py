@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .bounded import shortened
+from .bounded import nearest, shortened
 from .request import MOST_SIZE
 
 LONGEST_TEXT = 2000
@@ -34,7 +34,9 @@ class Fields:
         """These fields; other names than the known ones raise."""
         unknown = [str(name) for name in self.data if name not in known]
         if unknown:
-            raise self.wrong("", f"unknown entry {', '.join(unknown)}; known: {', '.join(known)}")
+            near = nearest(unknown[0], known) if len(unknown) == 1 else []
+            hint = f" did you mean {near[0]}?" if near else ""
+            raise self.wrong("", f"unknown entry {', '.join(unknown)};{hint} known: {', '.join(known)}")
         return self
 
     def text(self, name: str, default: str | None = None, least: int = 0) -> str:

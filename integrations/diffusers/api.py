@@ -263,14 +263,14 @@ def _must_run(model: torch.nn.Module, layers: tuple[AttentionConfig, ...]) -> No
     parameter = next(module.parameters(), None)
     router = router_for(None if parameter is None or parameter.device.type == "meta" else parameter.device)
     named = set(named_backends(layers)) - {AUTO, AUTOTUNE}
-    refused = [f"  {name}: {'; '.join(reasons)}" for name in sorted(named) if (reasons := router.unavailable(name))]
+    refused = {name: "; ".join(reasons) for name in sorted(named) if (reasons := router.unavailable(name))}
     if refused:
         raise NoBackendError(
             "\n".join(
                 [
-                    f"{layers[0].source}: asked for strictly, and it cannot run here",
+                    f"{layers[0].source}: strict is on, and {' and '.join(refused)} cannot run here",
                     f"  machine: {router.platform.describe()}",
-                    *refused,
+                    *(f"  {name}: {reasons}" for name, reasons in refused.items()),
                     "  what to do: choose one that can run, or leave strict off to fall back",
                 ]
             )

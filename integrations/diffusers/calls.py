@@ -216,7 +216,7 @@ def run(
     if plan.has_no_options and ordinal < MOST_APART:
         module.last[ordinal] = plan  # for `run_again`
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        text = "the call needs a gradient"
+        text = "the call needs a gradient; torch.no_grad() switches gradients off"
         return model_call.by_host(host, text, plan.q_len, plan.kv_len, ordinal)
     if plan.checks_tensors and not (
         key.dtype is value.dtype is dtype

@@ -80,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
             (r".*transformer_blocks\.\d+\.attn2", (CROSS,)),
         ),
     ),
+    Family("vae", ("AutoencoderMixin",), ((r"(encoder|decoder)\.mid_block\.attentions\.\d+", (SELF,)),)),
 )
 
 

@@ -6,9 +6,13 @@ of the run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 from ...backends.report import RunReport, kept
+
+_OWN_NAME = re.compile(r"(\S+) \([^()]+(\([^()]+\))?\) means \1 here: ")
+"""A note about a name of this library that another system has too."""
 
 
 def text_of(name: str, run_report: RunReport, unmatched: Iterable[str] = ()) -> str:
@@ -41,5 +45,5 @@ def _remarks(run_report: RunReport) -> Iterator[str]:
     if checked and not any(row.guard is not None and row.guard.alarms for row in checked):
         yield f"guard: {sum(row.guard.checked for row in checked if row.guard is not None)} calls checked, none bad"
     for layer in run_report.layers:
-        yield from layer.notes
+        yield from (note for note in layer.notes if not _OWN_NAME.match(note))
     yield from run_report.notes

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import tiny_diffusers as tiny
-from attention_backends.backends.values.errors import ConfigError
+import torch
+from attention_backends.backends.values.errors import ConfigError, NoBackendError
 from attention_backends.integrations.diffusers import apply, attention_backend, report, reset
 from syrupy.assertion import SnapshotAssertion
 from test_diffusers_models import assert_same_state, state
@@ -112,3 +113,32 @@ def test_a_schedule_without_a_scheduler_says_what_to_give(snapshot: SnapshotAsse
     tiny.forward(model, given)
     assert applied.summary() == snapshot
     reset(model)
+
+
+def test_a_strict_refusal_begins_with_the_backends_that_cannot_run(snapshot: SnapshotAssertion) -> None:
+    with pytest.raises(NoBackendError) as raised:
+        apply(tiny.flux()[0], {"default": "sage_attn", "per_role": {"flux.single": "flash_attn_3"}}, strict=True)
+    assert str(raised.value).splitlines()[0] == snapshot
+
+
+def test_a_call_that_needs_a_gradient_says_how_it_does_not(snapshot: SnapshotAssertion) -> None:
+    model, given = tiny.flux()
+    applied = apply(model, "auto")
+    with torch.enable_grad():
+        model(**given)
+    assert applied.summary() == snapshot  # and no note about another system's `auto`
+    reset(model)
+
+
+def test_the_attention_of_a_vae_has_a_role_of_the_table(snapshot: SnapshotAssertion) -> None:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        latent_channels=4, norm_num_groups=4, sample_size=8,
+    )  # fmt: skip
+    applied = apply({"vae": vae}, {"vae": "sdpa_math"})
+    with torch.no_grad():
+        vae.decode(vae.encode(tiny.noise(1, 3, 8, 8)).latent_dist.mode())
+    assert applied.summary() == snapshot
+    applied.reset()

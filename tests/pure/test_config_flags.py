@@ -247,7 +247,7 @@ def test_a_whole_configuration_of_a_server_pastes(text: str, snapshot: SnapshotA
     ],
 )
 def test_what_could_be_a_slip_is_refused(text: str, wrong: str) -> None:
-    with pytest.raises(ConfigError, match=f"unknown entry {wrong}; known: default"):
+    with pytest.raises(ConfigError, match=f"unknown entry {wrong};.* known: default"):
         parse_config(text)
 
 
