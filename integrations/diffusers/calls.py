@@ -4,7 +4,8 @@ A call is routed where this thread is in a forward of a chosen model (`model_cal
 modules. Every other call goes to the function that was there before, with the arguments as they came.
 
 What only that function can compute goes there too, and is counted with the reason: dropout, a call that needs a
-gradient, arguments of other kernels, masks of flex attention, Diffusers' context parallel attention.
+gradient, arguments of other kernels, masks of flex attention, calls in a torch function mode, Diffusers' context
+parallel attention.
 
 `run_again` is the warm path of calls without a mask or an option, `run` takes all others and plans new ones.
 """
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.compiler import is_dynamo_compiling
+from torch.utils._device import DeviceContext
 
 from ...backends.engine.call_checks import differing
 from ...backends.values.masks import for_kernels
@@ -63,6 +66,7 @@ def routed(original: Function, bshd: bool) -> Function:
             and attn_mask is None
             and scale is None
             and parallel_config is None
+            and not _len_torch_function_stack()
             and not (dropout_p or is_causal or enable_gqa or attention_kwargs or more)
         ):
             output = run_again(model_call, query, key, value, bshd)
@@ -103,28 +107,42 @@ def _run(
         return model_call.by_host(host, text, query.shape[length], key.shape[length])
     is_divided = set(more) == {"parallel_config"}
     if is_dynamo_compiling():
-        if dropout_p or (more and not is_divided) or query.ndim != 4:
+        if dropout_p or (more and not is_divided) or query.ndim != 4 or _only_mode():
             return host()  # type: ignore[no-any-return]
         return compiled.traced(host, is_divided, query, key, value, mask, is_causal, scale, enable_gqa, bshd)
     if model_call is None or model_call.module is None:
         return host()  # type: ignore[no-any-return]
     sdpa_mask = mask if mask is None else compiled.as_sdpa(mask, query, key, bshd)
     call = query, key, value, sdpa_mask, is_causal, scale, enable_gqa, bshd
-    if is_divided and not dropout_p:
+    text = _only_mode()
+    if is_divided and not dropout_p and not text:
         return run_divided(model_call, host, more["parallel_config"], *call)
-    if dropout_p or more:
+    text = text or _only_host(dropout_p, more)
+    if text:
         length = 1 if bshd else -2
-        return model_call.by_host(host, _only_host(dropout_p, more), query.shape[length], key.shape[length])
+        return model_call.by_host(host, text, query.shape[length], key.shape[length])
     return run(model_call, host, *call)
 
 
 def _only_host(dropout_p: float, more: dict[str, Any]) -> str:
-    """Why Diffusers' own function must compute a call with dropout, or with further arguments."""
+    """Why Diffusers' own function must compute a call with dropout, or with further arguments; empty without them."""
     if dropout_p:
         return f"dropout_p {dropout_p:g} > 0"
     if "attention_kwargs" in more:
         return f"attention_kwargs {', '.join(sorted(more['attention_kwargs']))}: arguments of another kernel"
-    return f"argument {', '.join(sorted(more))} is not known to this version"
+    return f"argument {', '.join(sorted(more))} is not known to this version" if more else ""
+
+
+def _only_mode() -> str:
+    """Why Diffusers' own function must compute a call now: a torch function mode may answer torch's attention itself.
+
+    By one, Diffusers skips attention scores (`LayerSkipConfig`, perturbed attention guidance).
+    """
+    for at in range(_len_torch_function_stack()):
+        mode = _get_function_stack_at(at)
+        if not isinstance(mode, DeviceContext):  # of `torch.set_default_device`
+            return f"{type(mode).__name__} takes torch's attention calls"
+    return ""
 
 
 def run_divided(

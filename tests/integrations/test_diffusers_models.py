@@ -294,6 +294,26 @@ def test_a_mask_that_is_no_tensor_is_for_diffusers_own_function(again: bool, mon
         model(given)
 
 
+def test_a_torch_function_mode_still_answers_attention_calls() -> None:
+    """As Diffusers skips attention scores, for perturbed attention guidance; a default device is such a mode too."""
+    from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+
+    model, given = with_processor()
+    with torch.no_grad():
+        plain = model(given)
+        with AttentionScoreSkipFunctionMode():
+            expected = model(given)
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        with attention_backend(model, "reference") as chosen:
+            for _ in range(2):
+                model(given)
+                with AttentionScoreSkipFunctionMode():
+                    assert torch.equal(model(given), expected)
+                with torch.device("cpu"):
+                    model(given)
+    assert {row.backend: row.calls for row in chosen.reports["model"].rows.values()} == {"reference": 4, "diffusers": 2}
+
+
 def test_modules_that_compute_attention_by_themselves_are_named() -> None:
     from diffusers.models.embeddings import AttentionPooling, HunyuanDiTAttentionPool
     from diffusers.models.transformers.consisid_transformer_3d import PerceiverAttention
