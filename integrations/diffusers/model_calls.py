@@ -11,6 +11,7 @@ import torch
 from ...backends.config.layers import Choice, resolve
 from ...backends.config.names import AUTO, AUTOTUNE
 from ...backends.config.timetable import ALWAYS, Window
+from ...backends.engine.call_checks import differing
 from ...backends.engine.mask_reader import inspect
 from ...backends.engine.plan import CallKind, Slot
 from ...backends.engine.priorities import LAST_RESORT
@@ -109,14 +110,15 @@ class ModelCall:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
         is_causal: bool, scale: float | None, enable_gqa: bool, bshd: bool,
     ) -> CallPlan:  # fmt: skip
-        """Decide how calls of one kind run, and keep it.
+        """Decide how calls of one kind run, and keep it where it holds for all of them.
 
         Raises:
             NoBackendError: strict, and the named backend cannot run such calls.
         """
         session = self.run.session(query.device)
         plan = CallPlan(session, self.window, query, key, value, bshd)
-        plan.only_host = _only_host(query, key, value, mask, bshd, enable_gqa)
+        text = differing(query, key, value, mask)
+        plan.only_host = text or _only_host(query, key, value, mask, bshd, enable_gqa)
         if not plan.only_host:
             if bshd:
                 query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -132,6 +134,8 @@ class ModelCall:
         if plan.only_host:
             plan.kind, plan.choice = self._kind_of_host(ordinal, plan.q_len, plan.kv_len)
         plan.has_no_options = plan.slot is not None and mask is None and scale is None and not (is_causal or enable_gqa)
+        if text:  # of this call alone: a key has the query's dtype and device
+            return plan
         if len(self.plans) >= KEPT:
             self.session.forget()
         self.plans[plan_key] = plan
@@ -262,10 +266,8 @@ def _only_host(
         return f"{query.shape[heads]} heads of queries over {key.shape[heads]} and {value.shape[heads]}"
     if 0 in (*query.shape, *key.shape, *value.shape):
         return "a tensor without elements"
-    if not (query.dtype is key.dtype is value.dtype) or not (query.device == key.device == value.device):
-        return "query, key and value differ in dtype or device"
-    if mask is not None and (mask.ndim > 4 or mask.is_complex() or mask.device != query.device):
-        return f"mask {tuple(mask.shape)} of {mask.dtype} on {mask.device}"
+    if mask is not None and (mask.ndim > 4 or mask.is_complex()):
+        return f"mask {tuple(mask.shape)} of {mask.dtype}"
     return ""
 
 

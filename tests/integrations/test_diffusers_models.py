@@ -358,3 +358,21 @@ def test_report_and_reset_of_a_model_that_was_never_chosen() -> None:
     assert report(model) == {}
     reset(model)
     assert_same_state(before, state(model))
+
+
+def test_tensors_of_different_dtypes_are_left_to_diffusers_and_later_ones_are_routed() -> None:
+    """Under autocast Diffusers' function casts them; calls of the same shapes need not be such."""
+    model, given = tiny.flux()
+    for path, module in model.named_modules():
+        if path.endswith(("norm_q", "norm_k")):
+            module.register_forward_hook(lambda module, given, output: output.float())
+    for backend in ("torch_sdpa", "sdpa_math"):
+        applied = apply(model, backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            tiny.forward(model, given)
+        tiny.forward(model, given)
+        rows = applied.reports["model"].rows.values()
+        assert Counter((row.backend, str(row.reason)) for row in rows for _ in range(row.calls)) == {
+            ("diffusers", "dtypes differ: float32, float32, bfloat16"): 4, (backend, "None"): 4,
+        }  # fmt: skip
+        reset(model)
