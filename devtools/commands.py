@@ -158,8 +158,8 @@ def _types_beside(root: Path, python: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 FORMATTED = (
-    *("backends", "benchmarks", "comparison", "demo", "devtools", "integrations", "nodes", "tests"),
-    *("__init__.py", "__main__.py", "cli.py", "dev.py"),
+    *("backends", "benchmarks", "cli", "comparison", "demo", "devtools", "integrations", "nodes", "tests"),
+    *("__init__.py", "__main__.py", "dev.py"),
 )
 """All code. ruff would also set the examples in README.md, whose comments stand in columns."""
 

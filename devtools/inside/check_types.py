@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("backends", "nodes", "comparison", "demo", "integrations", "devtools")
-CHECKED = (*FOLDERS, "cli.py", "__init__.py", "__main__.py")
+FOLDERS = ("backends", "cli", "nodes", "comparison", "demo", "integrations", "devtools")
+CHECKED = (*FOLDERS, "__init__.py", "__main__.py")
 
 
 def main(arguments: list[str]) -> int:

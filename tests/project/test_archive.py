@@ -49,7 +49,7 @@ def modules_from(path: Path) -> Iterator[Path]:
 def imported() -> set[str]:
     """Everything that ComfyUI or the command line can come to import."""
     kernels = (ROOT.joinpath("backends", *module.split(".")).with_suffix(".py") for module in MODULES.values())
-    pending, seen = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli.py", *kernels], set[Path]()
+    pending, seen = [ROOT / "__init__.py", ROOT / "__main__.py", ROOT / "cli" / "__init__.py", *kernels], set[Path]()
     while pending:
         path = pending.pop()
         if path not in seen:

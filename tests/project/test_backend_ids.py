@@ -14,7 +14,7 @@ import pytest
 from attention_backends.backends.kernels import registry
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("backends", "nodes", "comparison", "demo", "devtools")
+FOLDERS = ("backends", "cli", "nodes", "comparison", "demo", "devtools")
 
 MEMBERS = "the members of a backend group, best first"
 PACKAGE, MODULE = "the name of a package or module", "ComfyUI's Python package"
@@ -81,7 +81,7 @@ NAMED: dict[str, set[str]] = {
 
 
 def _files() -> list[Path]:
-    return [*sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "cli.py"]
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def _name(path: Path) -> str:

@@ -32,9 +32,9 @@ atexit.register(report)
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pack as somebody downloads it: in a folder of any name, not installed."""
     folder = tmp_path_factory.mktemp("custom nodes") / "attention-backends-main 2"
-    for name in ("backends", "comparison", "nodes"):
+    for name in ("backends", "cli", "comparison", "nodes"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("__init__.py", "__main__.py", "cli.py"):
+    for name in ("__init__.py", "__main__.py"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 

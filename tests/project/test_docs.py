@@ -204,7 +204,7 @@ def literal(node: ast.AST) -> str | None:
 def sayings() -> re.Pattern[str]:
     """Every text in our code that has some words of its own, line by line."""
     found = set()
-    for path in [ROOT / "cli.py", *(p for f in ("backends", "comparison", "nodes") for p in (ROOT / f).rglob("*.py"))]:
+    for path in [p for f in ("backends", "cli", "comparison", "nodes") for p in (ROOT / f).rglob("*.py")]:
         for node in ast.walk(ast.parse(text_of(path))):
             for line in (literal(node) or "").split("\\\n"):
                 if len(re.sub(r"\.\*|\W", "", line)) >= 10:

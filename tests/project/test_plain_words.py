@@ -20,7 +20,7 @@ CODE = (
     "devtools",
     "benchmarks",
     "demo",
-    "cli.py",
+    "cli",
     "dev.py",
     "__init__.py",
     "__main__.py",

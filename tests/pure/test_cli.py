@@ -15,7 +15,8 @@ from attention_backends.backends.config.text import CONFIG_VARIABLE, DEFAULT_VAR
 from attention_backends.backends.kernels import BACKENDS
 from attention_backends.backends.kernels.backend import Backend, Kernel
 from attention_backends.backends.values.platform import Platform
-from attention_backends.cli import category_of, main
+from attention_backends.backends.values.roles import category_of
+from attention_backends.cli import main
 from syrupy.assertion import SnapshotAssertion
 
 CALL = "batch=1,num_heads=24,q_len=4096,kv_len=4096,head_dim=128,dtype=bfloat16,mask=none"
@@ -348,7 +349,7 @@ def test_an_interruption_is_one_word(
     def stop(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_doctor", stop)
+    monkeypatch.setattr(cli.doctor, "run", stop)
     monkeypatch.setattr(cli.blocks, "run", stop)
     assert main([command, *(["--method", "sparge_attn", "--grid", "1x8x8"] if command == "blocks" else [])]) == 130
     assert capsys.readouterr().err == "interrupted\n"
