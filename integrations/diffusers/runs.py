@@ -78,6 +78,8 @@ class Steps:
         self.count = len(self.times)
         self.sigmas = self._sigmas()
         self._first = getattr(scheduler, "step_index", None)
+        self._begin: int | None = None
+        """The step of the first forward, which holds until the scheduler counts."""
 
     def _sigmas(self) -> list[float]:
         """One more than steps: the scheduler's own, else those of its training noise at its timesteps."""
@@ -118,12 +120,35 @@ class Steps:
         if hasattr(self.scheduler, "step_index"):
             index = self.scheduler.step_index
             if index is None:
-                index = getattr(self.scheduler, "begin_index", None) or 0
+                index = getattr(self.scheduler, "begin_index", None)
+            if index is None:
+                index = self._begin if self._begin is not None else self._step_of(timestep)
+                self._begin = index
             return int(index) if index < self.count else None
-        if timestep is None:
-            return None
-        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
-        return min(range(self.count), key=lambda at: abs(self.times[at] - value))
+        value = _number(timestep)
+        return None if value is None else min(range(self.count), key=lambda at: abs(self.times[at] - value))
+
+    def _step_of(self, timestep: Any) -> int:
+        """The step of the first forward, as a program's own loop may begin anywhere; 0 where its timestep is no help.
+
+        Models get the scheduler's timestep, or its share of the timesteps in training (FLUX).
+        """
+        value = _number(timestep)
+        if value is None:
+            return 0
+        whole = float(getattr(getattr(self.scheduler, "config", None), "num_train_timesteps", 1000))
+        for scale in (whole, 1.0) if value <= 1 else (1.0,):
+            for at, time in enumerate(self.times):
+                if abs(time - value * scale) <= 1e-5 * whole:
+                    return at
+        return 0
+
+
+def _number(timestep: Any) -> float | None:
+    """A forward's timestep; None where there is none that can be read."""
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.flatten()[0]) if timestep.numel() and timestep.device.type != "meta" else None
+    return float(timestep) if isinstance(timestep, int | float) else None
 
 
 class Run:

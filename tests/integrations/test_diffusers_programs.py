@@ -231,3 +231,25 @@ def test_an_interruption_while_stand_ins_are_set_leaves_none(monkeypatch: pytest
     assert calls(applied) == 4
     reset(model)
     assert_same_state(before, state(model))
+
+
+@pytest.mark.parametrize("share", [1, 1000])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_loop_that_begins_in_the_middle_begins_with_that_step(first: int, share: float) -> None:
+    """As for a picture that a person gives; pipelines tell their schedulers, loops of one's own need not."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    model, given = tiny.flux()
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    config = {"default": "torch_sdpa", "schedule": [{"backend": "sdpa_math", "steps": "0-1"}]}
+    applied = apply(model, config, scheduler=scheduler)
+    scheduler.set_timesteps(4)
+    latent = given["hidden_states"]
+    for time in scheduler.timesteps[first:]:
+        output = tiny.forward(model, {**given, "hidden_states": latent, "timestep": time.reshape(1) / share})
+        latent = scheduler.step(output[0], time, latent, return_dict=False)[0]
+    counts: dict[str, int] = {}
+    for row in applied.reports["model"].rows.values():
+        counts[row.backend] = counts.get(row.backend, 0) + row.calls
+    assert counts == ({"torch_sdpa": 8} if first else {"sdpa_math": 8, "torch_sdpa": 8})
+    reset(model)
