@@ -76,8 +76,8 @@ def apply(
         scheduler: whose steps count for schedules; default: the pipeline's.
 
     Raises:
-        UnknownBackendError, ConfigError: invalid, or a model has no attention module of Diffusers, as text encoders of
-            transformers; nothing was changed.
+        UnknownBackendError, ConfigError: invalid, or a model has no attention module that can be routed; nothing was
+            changed.
         NoBackendError: strict and a named backend cannot run here, or the model has context parallel attention;
             nothing was changed.
     """
@@ -231,7 +231,7 @@ def _parsed(
 
 
 def _must_have_attention(model: torch.nn.Module, name: str, source: str) -> None:
-    """Raise where nothing of a model can be routed: text encoders of transformers have their own dispatch."""
+    """Raise where nothing of a model can be routed, as in text encoders of transformers before 5."""
     module = getattr(model, "_orig_mod", model)
     if next(attention_modules(module), None) is not None:
         return
@@ -239,8 +239,7 @@ def _must_have_attention(model: torch.nn.Module, name: str, source: str) -> None
     remedy = f"choose its kernel by its set_attn_implementation, and leave {name} out here" if of_transformers \
         else "give a pipeline, or a model of Diffusers" if name == "model" else f"leave {name} out here"  # fmt: skip
     raise ConfigError(
-        f"{source}: {name} ({type(module).__name__}) has no attention module of Diffusers, so nothing in it can be "
-        f"routed\n  what to do: {remedy}"
+        f"{source}: {name} ({type(module).__name__}) has no attention module that can be routed\n  what to do: {remedy}"
     )
 
 

@@ -80,6 +80,11 @@ FAMILIES: tuple[Family, ...] = (
             (r".*transformer_blocks\.\d+\.attn2", (CROSS,)),
         ),
     ),
+    Family(
+        "text_encoder",  # of transformers
+        ("PreTrainedModel",),
+        ((r".*EncDecAttention", (CROSS,)), (r".*(vision|visual).*", (IMAGE_SELF,)), (r".*", (TEXT_SELF,))),
+    ),
     Family("vae", ("AutoencoderMixin",), ((r"(encoder|decoder)\.mid_block\.attentions\.\d+", (SELF,)),)),
 )
 

@@ -185,6 +185,9 @@ class Routing:
         manual = sorted({type(found.processor).__name__ for found, _ in self._modules if not found.is_reached})
         if manual:
             parts.append(f"processors that compute attention by themselves: {', '.join(manual)}")
+        others = sorted({name for found, _ in self._modules if (name := found.unrouted_implementation())})
+        if others:
+            parts.append(f"attention implementation {', '.join(others)}: set_attn_implementation('sdpa') is routed")
         kinds = {type(module) for module in self.model.modules()}
         by_hand = sorted(
             kind.__name__ for kind in kinds if twins.computes_attention(kind) and not twins.methods_of(kind)

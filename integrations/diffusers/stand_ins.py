@@ -127,6 +127,11 @@ class AttentionModule(StandIn):
         type(self.view).processor.__set__(self.view, self.routed_processor)
         self.processor = processor
 
+    def unrouted_implementation(self) -> str:
+        """The attention implementation of a module of transformers, where it is another than SDPA, which is routed."""
+        name = getattr(getattr(self.module, "config", None), "_attn_implementation", None)
+        return "" if self.processor is not None or name in (None, "sdpa") else str(name)
+
     def role(self, ordinal: int, q_len: int, kv_len: int) -> Role:
         """The role of the call number `ordinal` (from 0) of one forward of this module."""
         if self.roles:

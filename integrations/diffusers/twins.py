@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -21,6 +21,8 @@ from . import calls
 
 DISPATCH = "dispatch_attention_fn"
 SDPA = "scaled_dot_product_attention"
+INTERFACES = "ALL_ATTENTION_FUNCTIONS"
+"""In transformers 5, whose models are text encoders: the table of attention functions, SDPA's among them."""
 _lock = threading.RLock()
 
 
@@ -37,7 +39,7 @@ def reaches_attention(function: Any, seen: frozenset[CodeType] = frozenset()) ->
     if not isinstance(function, FunctionType) or function.__code__ in seen:
         return False
     names = set(names_of(function.__code__))
-    if DISPATCH in names or SDPA in names:
+    if DISPATCH in names or SDPA in names or {INTERFACES, "get_interface"} <= names:
         return True
     seen |= {function.__code__}
     own = function.__globals__
@@ -80,6 +82,8 @@ class _Space:
     def _replaced(self, name: str, value: Any) -> Any:
         if name == DISPATCH and callable(value):
             return calls.routed(value, bshd=True)
+        if name == INTERFACES and hasattr(value, "get_interface"):
+            return _RoutedInterfaces(value)
         if value is functional:
             return _functional()
         if value is torch and self._reads_torch():
@@ -119,6 +123,32 @@ def _with_globals(
         # Modules of Diffusers read their processor's parameters in each forward, which takes 16 us more without this.
         made.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return made
+
+
+class _RoutedInterfaces(Mapping[str, Any]):
+    """transformers' table of attention functions, in which those that call SDPA are routed."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+        self._twins = {function: twin(function) for function in table.values() if reaches_attention(function)}
+
+    def get_interface(self, name: Any, default: Any) -> Any:
+        """The function that transformers gives, or its twin."""
+        function = self._table.get_interface(name, default)
+        return self._twins.get(function, function)
+
+    def __getitem__(self, name: str) -> Any:
+        function = self._table[name]
+        return self._twins.get(function, function)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._table, name)
 
 
 _spaces: dict[int, _Space] = {}
@@ -214,7 +244,7 @@ def methods_of(kind: type) -> dict[str, FunctionType]:
     found: dict[str, FunctionType] = {}
     hidden: set[str] = set()
     for base in kind.__mro__:
-        if base.__module__.startswith("torch.nn.") or base is object:
+        if base.__module__.startswith(("torch.nn.", "transformers.modeling_utils")) or base is object:
             continue
         for name, method in vars(base).items():
             if name in hidden or name in found:

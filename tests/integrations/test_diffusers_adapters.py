@@ -168,16 +168,52 @@ def test_models_that_accelerate_offloads_are_routed(way: str, first: bool) -> No
     assert torch.equal(tiny.forward(model, given)[0], expected[0])
 
 
-def test_a_text_encoder_is_refused_with_the_reason() -> None:
-    transformers = pytest.importorskip("transformers")
-    encoder = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-        )
-    )
-    models = {"transformer": tiny.flux()[0], "text_encoder": encoder}
+def text_encoder(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers", "5")
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "t5":
+        sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 4}
+        return transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    sizes |= {"intermediate_size": 16, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "clip":
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)).eval()
+    return transformers.Qwen3Model(transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=4)).eval()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["clip", "t5", "qwen3"])  # causal; with a position bias; with grouped heads
+def test_a_text_encoder_is_routed_where_it_is_named(kind: str, padded: bool) -> None:
+    encoder, ids = text_encoder(kind), torch.arange(24).reshape(2, 12) % 13 + 3
+    mask = torch.ones_like(ids) if padded else None
+    if mask is not None:
+        mask[1, 7:] = 0
+    models, before = {"transformer": tiny.flux()[0], "text_encoder": encoder}, state(encoder)
+    with torch.no_grad():
+        expected = encoder(ids, attention_mask=mask)[0]
+        applied = apply(models, {"text_encoder": "torch_sdpa"}, strict=True)
+        assert torch.equal(encoder(ids, attention_mask=mask)[0], expected)
+        rows = applied.reports["text_encoder"].rows.values()
+        assert {(row.role, row.backend, row.reason): row.calls for row in rows}.keys() == {
+            ("text_self", "torch_sdpa", None)
+        }
+        assert sum(row.calls for row in rows) == 2
+        assert not applied.reports["text_encoder"].bypass
+        other = apply(models, {"text_encoder": "reference"})
+        torch.testing.assert_close(encoder(ids, attention_mask=mask)[0], expected, rtol=1e-3, atol=1e-4)
+        assert {row.backend for row in other.reports["text_encoder"].rows.values()} == {"reference"}
+        encoder.set_attn_implementation("eager")
+        encoder(ids, attention_mask=mask)
+        assert "attention implementation eager" in other.reports["text_encoder"].bypass
+        other.reset()
+        encoder.set_attn_implementation("sdpa")
+        assert torch.equal(encoder(ids, attention_mask=mask)[0], expected)
+    assert_same_state(before, state(encoder))
+
+
+def test_a_model_without_attention_is_refused_with_the_reason() -> None:
+    models = {"transformer": tiny.flux()[0], "text_encoder": torch.nn.Linear(4, 4)}
     before = [state(model) for model in models.values()]
-    with pytest.raises(ConfigError, match=r"text_encoder \(CLIPTextModel\).*\n.*set_attn_implementation"):
+    with pytest.raises(ConfigError, match=r"text_encoder \(Linear\).*\n.*leave text_encoder out"):
         apply(models, {"transformer": "torch_sdpa", "text_encoder": "sdpa_math"})
     for one, model in zip(before, models.values(), strict=True):
         assert_same_state(one, state(model))
