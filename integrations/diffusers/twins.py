@@ -287,8 +287,16 @@ def subclass(kind: type, slots: tuple[str, ...] = (), properties: dict[str, prop
             _methods[kind] = {**called, **methods}
             body: dict[str, Any] = {name: twin(method) for name, method in methods.items()}
             body |= {"__slots__": slots, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            if slots and getattr(kind, "__getattr__", None) is torch.nn.Module.__getattr__:
+                body["__getattr__"] = _modules_first
             made[key] = type(kind)(kind.__name__, (kind,), body | (properties or {}))
         return made[key]
+
+
+def _modules_first(view: torch.nn.Module, name: str) -> Any:
+    """`Module.__getattr__` looks among parameters and buffers first; a processor reads eight submodules per call."""
+    modules = view.__dict__["_modules"]
+    return modules[name] if name in modules else torch.nn.Module.__getattr__(view, name)
 
 
 def view_of(thing: Any, slots: tuple[str, ...] = (), properties: dict[str, property] | None = None) -> Any:

@@ -113,6 +113,20 @@ def test_a_routed_processor_tells_its_parameters_without_reading_them_anew(name:
     reset(model)
 
 
+def test_a_view_has_all_attributes_of_its_module() -> None:
+    model, _ = tiny.flux()
+    apply(model, "torch_sdpa")
+    module = next(module for module in model.modules() if "_attention_backends" in vars(module))
+    view = vars(module)["_attention_backends"].view
+    module.register_buffer("a_buffer", torch.zeros(1))
+    module.a_parameter = torch.nn.Parameter(torch.zeros(1))
+    for name in ("to_q", "a_buffer", "a_parameter", "heads"):
+        assert getattr(view, name) is getattr(module, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        view.nothing  # noqa: B018
+    reset(model)
+
+
 def test_a_second_forward_runs_as_the_first_did_and_a_closed_run_leaves_no_plan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
