@@ -33,7 +33,7 @@ class Entry(StandIn):
         self.follow()
 
     def follow(self) -> None:
-        """Take the class's method, as it is now."""
+        """Use the method that the class has now."""
         own = getattr(type(self.module), self.name, None)
         self.original = MethodType(own, self.module) if own is not None and self.before is None else self.before
         self.signature = None

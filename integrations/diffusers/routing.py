@@ -239,7 +239,7 @@ def attention_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Mo
 def _makes_calls(module: torch.nn.Module, kinds: dict[type, bool]) -> bool:
     """Whether a module is an attention module: it has a processor, or its own methods make attention calls.
 
-    `kinds`: of classes, whether their methods do, as far as it is known.
+    `kinds`: a cache: class -> whether its methods make attention calls.
     """
     own = module.__dict__
     processor = own.get("processor")
